@@ -1,0 +1,45 @@
+"""lorakit: low-rank adapters on a frozen pre-trained model, from training to use.
+
+import lorakit as lk
+
+model, tokenizer = lk.load_model("smollm2")
+lk.attach(model, lk.LoRAConfig(rank=8, alpha=16, targets=("q", "v")))
+"""
+
+from lorakit.adapter import Adapter, Site
+from lorakit.attach import (
+    active_name,
+    adapter_names,
+    attach,
+    detach,
+    extract,
+    route,
+    switch,
+)
+from lorakit.config import DataConfig, LoRAConfig, TrainConfig
+from lorakit.errors import LorakitError
+from lorakit.matching import plan
+from lorakit.merge import MergeReport, merge, unmerge
+from lorakit.models.load import load_model
+
+__all__ = [
+    "Adapter",
+    "DataConfig",
+    "LoRAConfig",
+    "LorakitError",
+    "MergeReport",
+    "Site",
+    "TrainConfig",
+    "active_name",
+    "adapter_names",
+    "attach",
+    "detach",
+    "extract",
+    "load_model",
+    "merge",
+    "plan",
+    "route",
+    "switch",
+    "unmerge",
+]
+__version__ = "0.1.0"

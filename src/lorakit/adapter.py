@@ -1,0 +1,131 @@
+"""An adapter: configuration, named tensors, and where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.config import LoRAConfig
+from lorakit.models.identity import BaseIdentity
+
+Rows = tuple[tuple[int, int], ...]
+"""Half-open ranges (start, stop) of a fused layer's output rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One low-rank update: where it sits, how wide it is, and how it is scaled."""
+
+    path: str
+    """Dotted path of the module in the base model."""
+    rank: int
+    """Inner width r."""
+    alpha: float
+    """Numerator of the scale."""
+    scale: float
+    """What B·A·x is multiplied by: α/r, or α/√r."""
+    role: str | None = None
+    """The role, where the site is a slice of a fused layer; None for a whole layer."""
+    rows: Rows | None = None
+    """Output rows of the slice; None for a whole layer."""
+    groups: int = 1
+    """Groups of a convolution, which share A; 1 for every other layer."""
+
+    @property
+    def name(self) -> str:
+        """Return the path, with the role in brackets for a slice."""
+        return self.path if self.rows is None else f"{self.path}[{self.role}]"
+
+
+def scale_of(rank: int, alpha: float, *, use_rslora: bool) -> float:
+    """Return the factor on B·A: α/r (section 4.1), or α/√r (Kalajdzievski 2023)."""
+    return float(alpha / rank**0.5 if use_rslora else alpha / rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What was trained, apart from any model and any file format.
+
+    Tensors are named `<site>.lora_a` (rank, d_in) and `<site>.lora_b` (d_out, rank); a tensor under
+    one of the base's own parameter names replaces that parameter (docs/design.md has all shapes).
+    """
+
+    config: LoRAConfig
+    """The settings it was made with."""
+    sites: tuple[Site, ...]
+    """Every low-rank update, in the model's order."""
+    tensors: Mapping[str, Tensor]
+    """The weights, on the CPU."""
+    copied_modules: tuple[str, ...] = ()
+    """Paths of the modules saved in full: a classifier head, for example."""
+    target_modules: tuple[str, ...] = ()
+    """Shortest module names that select exactly the adapted layers, for PEFT's configuration."""
+    base: BaseIdentity | None = None
+    """The base it was trained on, where known."""
+    card: Mapping[str, Any] = field(default_factory=dict)
+    """How it was trained: data, seed, steps, versions, scores."""
+    unverified: tuple[str, ...] = ()
+    """What its files could not prove, in words; empty for a folder that lorakit wrote."""
+
+    method = "lora"
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the memory of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of trained values."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def content_hash(self) -> str:
+        """Return the SHA-256 of all that changes the output: tensors, sites and scales."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            header = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
+            digest.update(header.encode())
+            digest.update(
+                tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
+        for site in sorted(self.sites, key=lambda site: site.name):
+            meaning = [site.name, site.rank, site.alpha, site.scale, site.rows, site.groups]
+            digest.update(json.dumps(meaning).encode())
+        digest.update(json.dumps(sorted(self.copied_modules)).encode())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the adapter as a folder (docs/adapter-format.md) and return the folder.
+
+        The folder appears whole or not at all; it is read back before it gets its name.
+
+        Raises:
+            OutputError: the folder exists and `overwrite` is false, or cannot be written.
+            AdapterFileError: a tensor is not finite.
+        """
+        # The formats know Adapter, so Adapter can only know them once both are loaded.
+        from lorakit.formats.folder import save_folder
+
+        return save_folder(self, Path(folder), overwrite=overwrite)
+
+    @staticmethod
+    def load(path: str | Path, *, config: LoRAConfig | None = None) -> Adapter:
+        """Read an adapter folder of lorakit or PEFT, or a loralib .pt file.
+
+        Args:
+            path: the folder, or the .pt file.
+            config: rank, alpha and targets, for a loralib file, which does not hold them.
+
+        Raises:
+            AdapterFileError: every problem of the files in one message.
+        """
+        from lorakit.formats.folder import load_path
+
+        return load_path(Path(path), config=config)

@@ -1,0 +1,351 @@
+"""Put an adapter into a model, say which one is in use, read it back, and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter import Adapter
+from lorakit.config import LoRAConfig
+from lorakit.errors import AttachError, MergeError, RouteError, did_you_mean
+from lorakit.matching import Plan, fit, plan, short_names
+from lorakit.methods.layer import (
+    Route,
+    RowGroup,
+    Update,
+    adapted_layers,
+    adopt,
+    bank_key,
+    release,
+    routed,
+    update_of,
+)
+from lorakit.methods.lora import LoRAUpdate, LowRank, fresh_a, parameter_shapes
+from lorakit.methods.module_copy import ModuleCopy
+from lorakit.models.base import base_parameters
+from lorakit.models.identity import BaseIdentity, identify
+from lorakit.models.load import model_name
+from lorakit.models.roles import task_heads
+
+
+@dataclass
+class Attachment:
+    """What lorakit keeps about a model that has adapters: kept on the model as `_lorakit`."""
+
+    route: Route
+    identity: BaseIdentity | None
+    frozen: dict[str, bool]
+    """requires_grad of the base's parameters before the first adapter came."""
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    """What was attached, by name, without tensors: those live in the layers."""
+    pristine: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Unmerged weights by module path and parameter name, while an adapter is merged."""
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """Return what is attached to a model, also through torch.compile's or DDP's wrapper."""
+    inner = model.module if hasattr(model, "module") else model
+    return cast("Attachment | None", getattr(inner, "_lorakit", None))
+
+
+def require_attachment(model: nn.Module) -> Attachment:
+    """Return what is attached to a model.
+
+    Raises:
+        AttachError: nothing is.
+    """
+    found = attachment_of(model)
+    if found is None:
+        raise AttachError("this model has no adapter: attach one first with lk.attach(model, ...)")
+    return found
+
+
+def attach(
+    model: nn.Module,
+    what: LoRAConfig | Adapter,
+    *,
+    name: str = "default",
+    trainable: bool | None = None,
+    allow_other_base: bool = False,
+) -> Plan:
+    """Put a fresh adapter, or a saved one, into a model, and make it the active one.
+
+    The model stays the same object with the same parameters; only `detach` and this know that some
+    of its layers look for updates. All checks come before the first change.
+
+    Args:
+        model: a plain module; one that has adapters already gets one more.
+        what: settings for a fresh adapter (A random, B zero: the model answers as before), or an
+            `Adapter`.
+        name: what to call it in this model.
+        trainable: whether A, B, biases and copies take gradients. None: a fresh one does.
+        allow_other_base: accept an adapter whose base has other weights.
+
+    Returns:
+        The match table: `print` it.
+
+    Raises:
+        AttachError: the name is taken, or an adapter is merged.
+        TargetError: a target of the settings matches nothing.
+        AdapterFileError: the adapter does not fit this model; every problem is listed.
+    """
+    state = attachment_of(model)
+    if state is not None:
+        _check_free(state, name)
+    identity = (
+        state.identity if state else identify(model, name=model_name(model), skip=task_heads(model))
+    )
+    if isinstance(what, Adapter):
+        fitted = fit(model, what, identity, allow_other_base=allow_other_base)
+        updates = _build(model, fitted, what.config, what.tensors)
+        record = replace(what, tensors={})
+    else:
+        fitted = plan(model, what)
+        updates = _build(model, fitted, what, None)
+        record = Adapter(
+            config=what,
+            sites=fitted.sites,
+            tensors={},
+            copied_modules=fitted.copies,
+            target_modules=short_names(model, fitted.sites),
+            base=identity,
+        )
+    train = not isinstance(what, Adapter) if trainable is None else trainable
+    _install(model, updates, name, record, identity, trainable=train)
+    return fitted
+
+
+def _check_free(state: Attachment, name: str) -> None:
+    if name in state.adapters:
+        raise AttachError(
+            f"an adapter called {name!r} is attached already: give another name, or detach it first"
+        )
+    if state.route.merged is not None:
+        raise AttachError("an adapter is merged into this model: lk.unmerge(model) first")
+
+
+def _build(
+    model: nn.Module, fitted: Plan, config: LoRAConfig, tensors: Mapping[str, Tensor] | None
+) -> dict[str, Update]:
+    """Return the update of each touched module, by path; the model is not changed."""
+    updates: dict[str, Update] = {}
+    parts: dict[str, dict[str, LowRank]] = {}
+    for match in fitted.matches:
+        site, layer = match.site, model.get_submodule(match.site.path)
+        device = cast(Tensor, layer.weight).device
+        shape_a, shape_b = parameter_shapes(layer, site)
+        if tensors is None:
+            dtype = getattr(torch, config.dtype)
+            a = fresh_a(shape_a, layer, config) if device.type != "meta" else torch.empty(shape_a)
+            a, b = a.to(device, dtype), torch.zeros(shape_b, device=device, dtype=dtype)
+        else:
+            a = tensors[f"{site.name}.lora_a"].to(device, copy=True)
+            b = tensors[f"{site.name}.lora_b"].to(device, copy=True)
+        parts.setdefault(site.path, {})[site.role or "whole"] = LowRank(site, config, a, b)
+    for path in {*parts, *fitted.biases}:
+        bias = _starting_bias(model, path, config, tensors) if path in fitted.biases else None
+        updates[path] = LoRAUpdate(parts.get(path, {}), bias)
+    for path in fitted.copies:
+        made = ModuleCopy(model.get_submodule(path), getattr(torch, config.dtype))
+        if tensors is not None:
+            prefix = f"{path}."
+            made.fill({n.removeprefix(prefix): t for n, t in tensors.items() if prefix in n})
+        updates[path] = made
+    return updates
+
+
+def _starting_bias(
+    model: nn.Module, path: str, config: LoRAConfig, tensors: Mapping[str, Tensor] | None
+) -> Tensor:
+    base = cast(Tensor, model.get_submodule(path).bias).detach()
+    if tensors is None:
+        return base.to(getattr(torch, config.dtype), copy=True)
+    return tensors[f"{path}.bias"].to(base.device, copy=True)
+
+
+def _install(
+    model: nn.Module,
+    updates: Mapping[str, Update],
+    name: str,
+    record: Adapter,
+    identity: BaseIdentity | None,
+    *,
+    trainable: bool,
+) -> None:
+    state = attachment_of(model)
+    if state is None:
+        frozen = {path: p.requires_grad for path, p in base_parameters(model)}
+        state = Attachment(route=Route(), identity=identity, frozen=frozen)
+        model.requires_grad_(False)
+        model._lorakit = state  # type: ignore[assignment]
+    for path, update in updates.items():
+        update.requires_grad_(trainable).train(model.training)
+        adopt(model.get_submodule(path), state.route).adapter_bank[bank_key(name)] = update
+    state.adapters[name] = record
+    state.route.active = bank_key(name)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter, or all, out of a model; after the last, the base is back bit for bit.
+
+    A merged adapter is unmerged first. The base's parameters get back their requires_grad.
+
+    Raises:
+        AttachError: nothing is attached, or nothing of that name.
+    """
+    from lorakit.merge import unmerge  # merging needs what is attached, so it is imported late
+
+    state = require_attachment(model)
+    if name is not None:
+        require_name(state, name)
+    if state.route.merged is not None and name in (None, _merged_name(state)):
+        unmerge(model)
+    leaving = list(state.adapters) if name is None else [name]
+    for _, layer in list(adapted_layers(model)):
+        for each in leaving:
+            if update_of(layer, each) is not None:
+                layer.adapter_bank.pop(bank_key(each))
+        if not layer.adapter_bank:
+            release(layer)
+    for each in leaving:
+        del state.adapters[each]
+    if state.route.active in [bank_key(each) for each in leaving]:
+        state.route.active = None
+    if not state.adapters:
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_(state.frozen.get(path, parameter.requires_grad))
+        del model._lorakit
+
+
+def _merged_name(state: Attachment) -> str | None:
+    return next((n for n in state.adapters if bank_key(n) == state.route.merged), None)
+
+
+def require_name(state: Attachment, name: str) -> None:
+    """Check that an adapter of this name is attached.
+
+    Raises:
+        AttachError: it is not.
+    """
+    if name not in state.adapters:
+        raise AttachError(
+            f"no adapter called {name!r} is attached{did_you_mean(name, state.adapters)}; "
+            f"attached: {', '.join(state.adapters)}"
+        )
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the attached adapters, in the order in which they came."""
+    state = attachment_of(model)
+    return tuple(state.adapters) if state else ()
+
+
+def active_name(model: nn.Module) -> str | None:
+    """Return the name of the adapter in use, or None for the base."""
+    state = attachment_of(model)
+    if state is None:
+        return None
+    return next((n for n in state.adapters if bank_key(n) == state.route.active), None)
+
+
+def extract(model: nn.Module, name: str | None = None) -> Adapter:
+    """Return an attached adapter as it is now, with its tensors copied to the CPU.
+
+    Args:
+        model: a model with adapters.
+        name: which; None: the active one.
+
+    Raises:
+        AttachError: there is none.
+    """
+    state = require_attachment(model)
+    name = active_name(model) if name is None else name
+    if name is None:
+        raise AttachError(f"no adapter is active: give a name, one of {', '.join(state.adapters)}")
+    require_name(state, name)
+    tensors = {
+        n: p.detach().to("cpu", copy=True).contiguous() for n, p in adapter_parameters(model, name)
+    }
+    return replace(state.adapters[name], tensors=tensors)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield one adapter's parameters under their names in an `Adapter`."""
+    for path, layer in adapted_layers(model):
+        update = update_of(layer, name)
+        if isinstance(update, ModuleCopy):
+            for inner, parameter in update.copy.named_parameters():
+                yield f"{path}.{inner}", parameter
+        elif isinstance(update, LoRAUpdate):
+            for part in update.parts.values():
+                assert isinstance(part, LowRank)
+                yield f"{part.site.name}.lora_a", part.lora_a
+                yield f"{part.site.name}.lora_b", part.lora_b
+            if update.bias is not None:
+                yield f"{path}.bias", update.bias
+
+
+def switch(model: nn.Module, name: str | None) -> None:
+    """Make one adapter, or with None the base, answer for the whole batch from now on.
+
+    This is one assignment; no weight moves.
+
+    Raises:
+        AttachError: there is no adapter of that name.
+        MergeError: another adapter is merged into the weights.
+    """
+    state = require_attachment(model)
+    if name is not None:
+        require_name(state, name)
+    key = None if name is None else bank_key(name)
+    if state.route.merged not in (None, key):
+        raise MergeError(
+            f"adapter {_merged_name(state)!r} is merged into the weights: lk.unmerge(model) first"
+        )
+    state.route.active = key
+
+
+@contextmanager
+def route(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
+    """Use one adapter, or one per row of the batch, inside a block; None means the base.
+
+    What was in use before is restored afterwards, also after an error and when nested.
+
+    Args:
+        model: a model with adapters.
+        names: one name for all rows, or as many as the batch has rows.
+
+    Raises:
+        RouteError: a name is not attached, or an adapter is merged into the weights.
+    """
+    state = require_attachment(model)
+    wanted = [names] if names is None or isinstance(names, str) else list(names)
+    unknown = sorted({n for n in wanted if n is not None and n not in state.adapters})
+    if unknown:
+        hints = [f"{n!r}{did_you_mean(n, state.adapters)}" for n in unknown]
+        raise RouteError(f"no such adapter: {', '.join(hints)}; attached: {list(state.adapters)}")
+    if state.route.merged is not None:
+        raise RouteError(
+            f"adapter {_merged_name(state)!r} is merged into the weights, so no row can have "
+            "another, or the base: lk.unmerge(model) first"
+        )
+    if names is None or isinstance(names, str):
+        changes: dict[str, Any] = {"active": names and bank_key(names), "groups": None}
+    else:
+        changes = {"groups": _group(names, model), "batch_size": len(names)}
+    with routed(state.route, **changes):
+        yield
+
+
+def _group(names: Sequence[str | None], model: nn.Module) -> tuple[RowGroup, ...]:
+    device = next(model.parameters()).device
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        if name is not None:
+            rows.setdefault(bank_key(name), []).append(row)
+    return tuple(RowGroup(key, torch.tensor(index, device=device)) for key, index in rows.items())

@@ -1,0 +1,1 @@
+"""The mathematics of adapted layers, apart from modules: plain torch is the oracle."""

@@ -1,0 +1,71 @@
+"""LoRA's update scale·B·(A·x) in plain torch, for each kind of layer; B·A is formed only to merge.
+
+All functions compute in the precision of A and B, and return that precision.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def linear_update(
+    x: Float[Tensor, "*rows d_in"],
+    a: Float[Tensor, "rank d_in"],
+    b: Float[Tensor, "d_out rank"],
+    scale: float,
+) -> Float[Tensor, "*rows d_out"]:
+    """Return scale·B·(A·x) (Eq. 3)."""
+    # Scaling the narrow product costs rank, not d_out, multiplications per row.
+    return F.linear(F.linear(x.to(a.dtype), a) * scale, b)
+
+
+def embedding_update(
+    ids: Int[Tensor, "*rows"],
+    a: Float[Tensor, "rank vocabulary"],
+    b: Float[Tensor, "d_model rank"],
+    scale: float,
+    *,
+    dropout: float = 0.0,
+) -> Float[Tensor, "*rows d_model"]:
+    """Return scale·B·A[:, ids], which is Eq. 3 for one-hot inputs.
+
+    Dropping an element of a one-hot input drops the whole token, so dropout works per token.
+    """
+    narrow = F.embedding(ids, a.T) * scale
+    if dropout:
+        narrow = narrow * F.dropout(narrow.new_ones((*ids.shape, 1)), dropout)
+    return F.linear(narrow, b)
+
+
+def conv_update(
+    convolve: Callable[[Tensor, Tensor, None], Tensor],
+    x: Float[Tensor, "batch c_in *space"],
+    a: Float[Tensor, "rank c_in_per_group *kernel"],
+    b: Float[Tensor, "c_out rank *ones"],
+    scale: float,
+    groups: int,
+) -> Float[Tensor, "batch c_out *out_space"]:
+    """Return scale·B∗(A∗x): A with the base's geometry, B a 1×1 convolution.
+
+    Args:
+        convolve: the base layer's own (input, weight, bias) → output, which knows its stride,
+            padding and its mode, dilation and groups.
+        x: the layer's input.
+        a: shared by the groups (docs/design.md).
+        b: one row per output channel.
+        scale: the factor on the update.
+        groups: the base layer's groups.
+    """
+    narrow = convolve(x.to(a.dtype), a.repeat(groups, *[1] * (a.dim() - 1)), None) * scale
+    pointwise = (F.conv1d, F.conv2d, F.conv3d)[a.dim() - 3]
+    return pointwise(narrow, b, groups=groups)
+
+
+def weight_delta(
+    a: Float[Tensor, "rank *inner"], b: Float[Tensor, "d_out rank *ones"], scale: float
+) -> Float[Tensor, "d_out *inner"]:
+    """Return ΔW = scale·B·A with A seen as a matrix; this is for merging, never for a forward."""
+    product = (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)) * scale
+    return product.reshape(b.shape[0], *a.shape[1:])

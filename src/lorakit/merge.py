@@ -1,0 +1,254 @@
+"""Merge an adapter into the base's weights for zero latency, and give the base back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lorakit.attach import (
+    Attachment,
+    active_name,
+    attachment_of,
+    require_attachment,
+    require_name,
+    route,
+)
+from lorakit.errors import MergeError
+from lorakit.methods.layer import AdaptedLayer, Update, adapted_layers, bank_key, update_of
+
+WARN_ABOVE = 0.10
+"""Share of ΔW lost to rounding above which a merge is worth a warning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedWeight:
+    """What merging did to one parameter."""
+
+    name: str
+    """The base's own parameter name."""
+    relative_update: float
+    """‖ΔW‖/‖W‖, Frobenius norms."""
+    rounding_error: float
+    """‖W_merged − (W + ΔW)‖/‖ΔW‖: the share of the update that rounding destroyed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What a merge did, weight by weight."""
+
+    adapter: str
+    weights: tuple[MergedWeight, ...]
+    logit_change: float | None
+    """Largest change of an output on the probe batch against the unmerged model; None: no probe."""
+
+    @property
+    def worst(self) -> MergedWeight | None:
+        """Return the weight that lost the largest share of its update."""
+        return max(self.weights, key=lambda w: w.rounding_error, default=None)
+
+    @property
+    def warning(self) -> str | None:
+        """Return a warning where rounding destroyed much of the update, else None."""
+        worst = self.worst
+        if worst is None or worst.rounding_error <= WARN_ABOVE:
+            return None
+        return (
+            f"rounding destroyed {worst.rounding_error:.0%} of the update of {worst.name}: "
+            "merge into float32, or keep the adapter unmerged"
+        )
+
+    def __str__(self) -> str:
+        """Return the report as a table."""
+        width = max((len(w.name) for w in self.weights), default=6)
+        lines = [f"{'weight':<{width}}  |dW|/|W|  lost to rounding"]
+        lines += [
+            f"{w.name:<{width}}  {w.relative_update:8.2%}  {w.rounding_error:16.3%}"
+            for w in self.weights
+        ]
+        if self.logit_change is not None:
+            lines.append(f"largest change of an output on the probe batch: {self.logit_change:.3g}")
+        return "\n".join([*lines, *([f"warning: {self.warning}"] if self.warning else [])])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain values."""
+        return {
+            "adapter": self.adapter,
+            "logit_change": self.logit_change,
+            "warning": self.warning,
+            "weights": [vars(w) for w in self.weights],
+        }
+
+
+def merge(
+    model: nn.Module,
+    name: str | None = None,
+    *,
+    probe: Mapping[str, Tensor] | None = None,
+    round_to: torch.dtype | None = None,
+) -> MergeReport:
+    """Write W + scale·B·A into the weights, so that the model runs with no extra latency.
+
+    The sum is formed in float32 from the pristine weight and rounded once. The pristine weights are
+    kept, as a CPU copy or as a view of the checkpoint file, and `unmerge` puts them back. A weight
+    that is tied to another is untied until then.
+
+    Args:
+        model: a model with adapters.
+        name: which adapter; None: the active one.
+        probe: a batch to run before and after. None: a fixed batch of token ids, where the model
+            has an input embedding.
+        round_to: round to this precision (kept in the weights' own), for a checkpoint that will be
+            written in it.
+
+    Raises:
+        MergeError: no adapter is active, or one is merged already.
+    """
+    state = require_attachment(model)
+    name = active_name(model) if name is None else name
+    if name is None:
+        raise MergeError(f"no adapter is active: name one of {', '.join(state.adapters)}")
+    require_name(state, name)
+    if state.route.merged is not None:
+        raise MergeError("an adapter is merged already: lk.unmerge(model) first")
+    probe = default_probe(model) if probe is None else probe
+    with route(model, name):
+        before = _outputs(model, probe)
+    try:
+        weights = tuple(_merge_layers(model, state, name, round_to))
+    except BaseException:
+        restore(model, state)
+        raise
+    state.route.active = state.route.merged = bank_key(name)
+    after = _outputs(model, probe)
+    change = None if before is None or after is None else (after - before).abs().max().item()
+    return MergeReport(adapter=name, weights=weights, logit_change=change)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the pristine weights back, bit for bit; the adapter stays attached and active.
+
+    Raises:
+        MergeError: nothing is merged.
+    """
+    state = attachment_of(model)
+    if state is None or state.route.merged is None:
+        raise MergeError("no adapter is merged into this model")
+    restore(model, state)
+    state.route.merged = None
+
+
+def restore(model: nn.Module, state: Attachment) -> None:
+    """Copy every pristine weight back and retie what was untied."""
+    for path, parameters in state.pristine.items():
+        module = model.get_submodule(path)
+        for name, pristine in parameters.items():
+            if isinstance(pristine, nn.Parameter):
+                _set_parameter(module, name, pristine)
+            else:
+                module.get_parameter(name).data.copy_(pristine)
+    state.pristine.clear()
+
+
+def _merge_layers(
+    model: nn.Module, state: Attachment, name: str, round_to: torch.dtype | None
+) -> Iterator[MergedWeight]:
+    tied = _tied_parameters(model)
+    checkpoint = _Checkpoint(model)
+    for path, layer in adapted_layers(model):
+        update = update_of(layer, name)
+        if update is None:
+            continue
+        for inner, merged in update.merged(layer, exact=torch.float32):
+            full_name = f"{path}.{inner}"
+            current = layer.get_parameter(inner)
+            rounded = merged.to(round_to or current.dtype).to(current.dtype)
+            measured = _measure(full_name, layer, update, inner, rounded)
+            kept = state.pristine.setdefault(path, {})
+            if id(current) in tied:
+                # The tied parameter itself is the pristine copy; this layer gets one of its own.
+                kept[inner] = current
+                _set_parameter(layer, inner, nn.Parameter(rounded, requires_grad=False))
+            else:
+                kept[inner] = checkpoint.view(full_name, current)
+                current.data.copy_(rounded)
+            yield measured
+
+
+def _measure(
+    name: str, layer: AdaptedLayer, update: Update, inner: str, rounded: Tensor
+) -> MergedWeight:
+    """Compare a rounded sum with the sum in float64."""
+    base = layer.get_parameter(inner).detach().double()
+    exact = next(t for n, t in update.merged(layer, exact=torch.float64) if n == inner)
+    delta = (exact - base).norm().item()
+    lost = (rounded.double() - exact).norm().item()
+    whole = base.norm().item()
+    return MergedWeight(
+        name=name,
+        relative_update=delta / whole if whole else float(delta > 0),
+        rounding_error=lost / delta if delta else 0.0,
+    )
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)
+
+
+def _tied_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that the model holds under more than one name."""
+    seen: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    return {key for key, count in seen.items() if count > 1}
+
+
+class _Checkpoint:
+    """The safetensors files that a model was loaded from, as a source of pristine weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        folder = Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or "."))
+        files = sorted(folder.glob("*.safetensors")) if (folder / "config.json").is_file() else []
+        self._handles = [safe_open(file, framework="pt") for file in files]
+        self._where = {key: handle for handle in self._handles for key in handle.keys()}  # noqa: SIM118
+
+    def view(self, name: str, current: Tensor) -> Tensor:
+        """Return the file's memory-mapped tensor where it holds the same bits, else a CPU copy."""
+        handle = self._where.get(name)
+        if handle is not None:
+            mapped: Tensor = handle.get_tensor(name)
+            if mapped.dtype == current.dtype and torch.equal(mapped, current.detach().cpu()):
+                return mapped
+        return current.detach().to("cpu", copy=True)
+
+
+def default_probe(model: nn.Module) -> Mapping[str, Tensor] | None:
+    """Return a fixed batch of 1×16 token ids, or None for a model that takes no token ids."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Embedding) or embedding.weight.is_meta:
+        return None
+    step = max(1, embedding.num_embeddings // 17)
+    ids = torch.arange(1, 17, device=embedding.weight.device) * step % embedding.num_embeddings
+    batch = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids[None]
+    return batch
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor | None:
+    if probe is None:
+        return None
+    training = model.training
+    try:
+        result = model.eval()(**probe)
+    finally:
+        model.train(training)
+    logits = getattr(result, "logits", result)
+    return logits.float() if isinstance(logits, Tensor) else None

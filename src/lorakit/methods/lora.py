@@ -1,0 +1,160 @@
+"""LoRA: h = W₀x + scale·B·A·x with A and B trained (Hu et al. 2021, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.adapter import Rows, Site
+from lorakit.config import LoRAConfig
+from lorakit.kernels import plain
+from lorakit.methods.layer import AdaptedLayer, Update
+
+ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def parameter_shapes(layer: nn.Module, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of A and B for a site on a layer (the table in docs/design.md)."""
+    if isinstance(layer, nn.Embedding):
+        return (site.rank, layer.num_embeddings), (layer.embedding_dim, site.rank)
+    if isinstance(layer, ConvNd):
+        ones = (1,) * len(layer.kernel_size)
+        inner = (layer.in_channels // layer.groups, *layer.kernel_size)
+        return (site.rank, *inner), (layer.out_channels, site.rank, *ones)
+    d_out, d_in = matrix_shape(layer)
+    if site.rows is not None:
+        d_out = sum(stop - start for start, stop in site.rows)
+    return (site.rank, d_in), (d_out, site.rank)
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return (d_out, d_in) of a layer's weight seen as a matrix."""
+    weight = cast(Tensor, layer.weight)
+    if isinstance(layer, Conv1D | nn.Embedding):
+        return weight.shape[1], weight.shape[0]
+    return weight.shape[0], weight[0].numel()
+
+
+def is_adaptable(layer: nn.Module) -> bool:
+    """Tell whether LoRA knows what this layer computes from its weight."""
+    kinds = (nn.Linear, Conv1D, nn.Embedding, *ConvNd)
+    kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
+    own = layer.base_class if isinstance(layer, AdaptedLayer) else type(layer)
+    if kind is None or own is NonDynamicallyQuantizableLinear:
+        # MultiheadAttention reads this projection's weight and never calls it.
+        return False
+    if own.forward is kind.forward:
+        return True
+    # A subclass may compute something else, as OPT's positions do, or the same, as FalconLinear.
+    if isinstance(layer, nn.Linear):
+        return _is_product(layer, own)
+    return isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale")
+
+
+@torch.no_grad()
+def _is_product(layer: nn.Linear, own: type[nn.Module]) -> bool:
+    """Tell by trial whether a layer's forward is W·x + b."""
+    if layer.weight.is_meta:
+        return True
+    x = torch.linspace(-1, 1, layer.in_features).to(layer.weight)[None]
+    found = own.forward(layer, x)
+    return torch.allclose(found, F.linear(x, layer.weight, layer.bias), rtol=0.02, atol=1e-3)
+
+
+class LowRank(nn.Module):
+    """A and B of one site."""
+
+    def __init__(self, site: Site, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.site = site
+        self.dropout = config.dropout
+        self.lora_a = nn.Parameter(a)
+        self.lora_b = nn.Parameter(b)
+
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the update of the layer's output, (…, rows of the site)."""
+        a, b, scale = self.lora_a, self.lora_b, self.site.scale
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(layer, nn.Embedding):
+            change = plain.embedding_update(x, a, b, scale, dropout=dropout)
+            # Gemma's embedding multiplies what it looks up.
+            return change * getattr(layer, "embed_scale", 1.0)
+        if dropout:
+            x = F.dropout(x, dropout)
+        if isinstance(layer, ConvNd):
+            convolve = cast(Any, layer)._conv_forward
+            return plain.conv_update(convolve, x, a, b, scale, layer.groups)
+        return plain.linear_update(x, a, b, scale)
+
+
+class LoRAUpdate(Update):
+    """All that one adapter does to one layer: updates of it or of its slices, and its bias."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, parts: dict[str, LowRank], bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(parts)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Return output + scale·B·A·x, and the trained bias in place of the base's."""
+        for part in self.parts.values():
+            assert isinstance(part, LowRank)
+            update = part(layer, inputs[0]).to(output.dtype)
+            output = _add(output, update, part.site.rows)
+        if self.bias is not None:
+            shift = (self.bias - cast(Tensor, layer.bias)).to(output.dtype)
+            if isinstance(layer, ConvNd):
+                shift = shift.reshape(-1, *[1] * len(layer.kernel_size))
+            output = output + shift
+        return output
+
+    def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weight plus ΔW, and the trained bias."""
+        if self.parts:
+            weight = cast(Tensor, layer.weight).detach().to(exact, copy=True)
+            matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight
+            for part in self.parts.values():
+                assert isinstance(part, LowRank)
+                a, b = part.lora_a.detach().to(exact), part.lora_b.detach().to(exact)
+                delta = plain.weight_delta(a, b, part.site.scale).to(weight.device)
+                start = 0
+                for first, last in part.site.rows or ((0, matrix.shape[0]),):
+                    matrix[first:last] += delta[start : start + last - first]
+                    start += last - first
+            yield "weight", weight
+        if self.bias is not None:
+            yield "bias", self.bias.detach().to(exact)
+
+
+def _add(output: Tensor, update: Tensor, rows: Rows | None) -> Tensor:
+    """Return the output with an update added, at some of its last dimension's entries only."""
+    if rows is None:
+        return output + update
+    if len(rows) == 1:
+        output[..., rows[0][0] : rows[0][1]] += update
+        return output
+    index = torch.cat([torch.arange(start, stop, device=output.device) for start, stop in rows])
+    return output.index_add(-1, index, update)
+
+
+def fresh_a(shape: tuple[int, ...], layer: nn.Module, config: LoRAConfig) -> Tensor:
+    """Return a random A in float32, drawn from torch's global generator.
+
+    The fan-in is that of the layer's weight, except for an embedding: its input is one-hot, so one
+    entry counts, whatever the vocabulary.
+    """
+    a = torch.empty(shape)
+    fan_in = shape[0] if isinstance(layer, nn.Embedding) else a[0].numel()
+    if config.init == "gaussian":
+        return nn.init.normal_(a, std=1 / math.sqrt(fan_in))
+    bound = 1 / math.sqrt(fan_in)  # kaiming_uniform_(a=√5) of torch's own Linear
+    return nn.init.uniform_(a, -bound, bound)

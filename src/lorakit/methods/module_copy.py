@@ -1,0 +1,44 @@
+"""A full copy of a module, trained in place of the base's: a classifier head, for example."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.methods.layer import Update, adapted_layers, release
+
+
+class ModuleCopy(Update):
+    """The adapter's own copy of one module, which answers in its place."""
+
+    replaces_output = True
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.copy = copy.deepcopy(module).to(dtype).requires_grad_(True)
+        # Other adapters that sit on the module stay with the module.
+        for _, layer in list(adapted_layers(self.copy)):
+            release(layer)
+
+    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """Return what the copy computes, in the input's precision."""
+        first = next(self.copy.parameters())
+        floating = isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()
+        x = inputs[0].to(first.dtype) if floating else inputs[0]
+        result = self.copy(x, *inputs[1:])
+        return result.to(inputs[0].dtype) if floating and isinstance(result, Tensor) else result
+
+    def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter of the copy."""
+        for name, parameter in self.copy.named_parameters():
+            yield name, parameter.detach().to(exact)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the copy's parameters from tensors by name."""
+        with torch.no_grad():
+            for name, parameter in self.copy.named_parameters():
+                parameter.data = tensors[name].to(parameter.device, copy=True)

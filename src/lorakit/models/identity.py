@@ -1,0 +1,119 @@
+"""Telling one base model from another by a sketch of its weights."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorakit.models.base import base_parameters
+
+SAMPLES_PER_TENSOR = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseIdentity:
+    """What an adapter remembers of the base it was trained on."""
+
+    name: str
+    """Name, folder or hub id by which the base was loaded."""
+    architecture: str
+    """transformers' model type, or the class name of another module."""
+    dtype: str
+    """Precision of the base's weights when the sketch was taken."""
+    tensors: int
+    """Number of parameters sampled."""
+    names_hash: str
+    """SHA-256 of the parameters' names and shapes."""
+    samples: str
+    """Base64 of eight float32 values (little endian) of each parameter, in order of name."""
+
+    def difference(self, other: BaseIdentity) -> str | None:
+        """Return in words how two bases differ, or None where they are the same base.
+
+        The same base in another precision is the same: then one side's samples are the other's,
+        rounded.
+        """
+        if self.names_hash != other.names_hash:
+            return (
+                f"its parameters have other names or shapes ({self.architecture}, {self.tensors} "
+                f"tensors; here {other.architecture}, {other.tensors})"
+            )
+        ours, theirs = self._values(), other._values()
+        if ours.shape != theirs.shape:
+            return "its weight sketch is damaged"
+        if _same_weights(ours, theirs):
+            return None
+        unequal = (ours.bfloat16() != theirs.bfloat16()).float().mean().item()
+        return f"{unequal:.0%} of the sampled weights differ"
+
+    def _values(self) -> Tensor:
+        raw = np.frombuffer(base64.b64decode(self.samples), dtype="<f4")
+        return torch.from_numpy(raw.astype(np.float32))
+
+
+def identify(
+    model: nn.Module, *, name: str = "", skip: Collection[str] = ()
+) -> BaseIdentity | None:
+    """Return the identity of a model's weights, or None on the meta device.
+
+    Args:
+        model: the base, with no adapter merged.
+        name: how the base was asked for.
+        skip: paths of modules that are not part of the base: fresh task heads.
+    """
+    parameters = {
+        path: parameter.detach()
+        for path, parameter in sorted(base_parameters(model))
+        if parameter.is_floating_point() and not _inside(path, skip)
+    }
+    if not parameters or any(p.is_meta for p in parameters.values()):
+        return None
+    shapes = "\n".join(f"{path} {tuple(p.shape)}" for path, p in parameters.items())
+    samples = torch.cat([_sample(p) for p in parameters.values()]).numpy().astype("<f4")
+    config = getattr(model, "config", None)
+    return BaseIdentity(
+        name=name or str(getattr(config, "_name_or_path", "") or ""),
+        architecture=str(getattr(config, "model_type", type(model).__name__)),
+        dtype=str(next(iter(parameters.values())).dtype).removeprefix("torch."),
+        tensors=len(parameters),
+        names_hash=hashlib.sha256(shapes.encode()).hexdigest(),
+        samples=base64.b64encode(samples.tobytes()).decode(),
+    )
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Return eight float32 entries at positions that depend on the size alone."""
+    count = parameter.numel()
+    # Knuth's multiplicative hash spreads the positions over the whole tensor.
+    positions = [(index * 2654435761 + 40503) % count for index in range(SAMPLES_PER_TENSOR)]
+    flat = parameter.reshape(-1)
+    return flat[torch.tensor(positions, device=flat.device)].float().cpu()
+
+
+def _same_weights(ours: Tensor, theirs: Tensor) -> bool:
+    if torch.equal(ours, theirs):
+        return True
+    for dtype in (torch.float16, torch.bfloat16):
+        a, b = ours.to(dtype).float(), theirs.to(dtype).float()
+        one_side_rounded = torch.equal(a, ours) or torch.equal(b, theirs)
+        if one_side_rounded and torch.equal(a, b):
+            return True
+    return _both_rounded(ours, theirs) or _both_rounded(theirs, ours)
+
+
+def _both_rounded(half: Tensor, brain: Tensor) -> bool:
+    """Tell whether one side is a float16 and the other a bfloat16 copy of the same weights."""
+    is_half = torch.equal(half.half().float(), half)
+    is_brain = torch.equal(brain.bfloat16().float(), brain)
+    # Rounding twice may end one step beside rounding once; a few such samples are no difference.
+    return is_half and is_brain and (half.bfloat16() == brain).float().mean().item() > 0.98
+
+
+def _inside(path: str, modules: Collection[str]) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in modules)

@@ -1,0 +1,1 @@
+"""Training: the loss, the loop on transformers' Trainer, its guardrails, and scoring."""

@@ -1,0 +1,106 @@
+"""Guardrails of a run: parts that never train, a loss that is not a number, an interruption."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorakit.attach import adapter_parameters
+from lorakit.errors import TrainingError
+
+
+class UntrainedParts(TrainerCallback):
+    """Stops a run in which some part of the adapter never gets a gradient, or B stays zero."""
+
+    def __init__(self, adapter_name: str, *, check_after: int) -> None:
+        self._adapter_name = adapter_name
+        self._check_after = check_after
+        self._alive: set[str] = set()
+        self._steps = 0
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Note which parameters have a gradient; gradients are gone after the step."""
+        if self._steps > self._check_after:
+            return
+        for name, parameter in adapter_parameters(model, self._adapter_name):
+            if name not in self._alive and _moves(parameter.grad):
+                self._alive.add(name)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Check once, after enough steps for A to have got a gradient through B."""
+        self._steps += 1
+        if self._steps == self._check_after:
+            dead = self._dead(model)
+            if dead:
+                raise TrainingError.listing(
+                    f"after {self._steps} steps some parts have not trained: are they used by the "
+                    "model's forward? Leave them out with exclude, or set allow_untrained",
+                    dead,
+                )
+
+    def _dead(self, model: nn.Module) -> list[str]:
+        found = []
+        for name, parameter in adapter_parameters(model, self._adapter_name):
+            if name not in self._alive:
+                found.append(f"{name}  has had no gradient")
+            elif name.endswith(".lora_b") and not parameter.detach().any():
+                found.append(f"{name}  is still zero")
+        return found
+
+
+def _moves(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
+
+
+class Interruption(TrainerCallback):
+    """Turns the first Ctrl-C (or SIGTERM) into: finish this step, save a checkpoint, stop."""
+
+    def __init__(self) -> None:
+        self.happened = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # Only the main thread may; elsewhere the default stays.
+                break
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.happened:
+            raise KeyboardInterrupt
+        self.happened = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint and the end of the run, if a signal came."""
+        if self.happened:
+            control.should_save = True
+            control.should_training_stop = True
+        return control

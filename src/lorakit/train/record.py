@@ -1,0 +1,88 @@
+"""What a run writes down while it goes: a JSON-lines record and a progress bar on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+DROPPED = ("total_flos", "epoch")
+"""What transformers logs and nobody here reads."""
+
+
+class JsonLines(TrainerCallback):
+    """Writes every logged figure as one line of `log.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the file with what a resumed run had logged before its checkpoint."""
+        self._path.write_text("".join(map(_line, state.log_history)))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the newest figures."""
+        with self._path.open("a") as file:
+            file.write(_line(state.log_history[-1]))
+
+
+def _line(figures: dict[str, Any]) -> str:
+    return json.dumps({k: v for k, v in figures.items() if k not in DROPPED}) + "\n"
+
+
+class ProgressBar(TrainerCallback):
+    """Shows steps, loss and learning rate on stderr."""
+
+    def __init__(self, *, show: bool) -> None:
+        self._show = show
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar, at the step where a resumed run goes on."""
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            file=sys.stderr,
+            disable=not self._show,
+            dynamic_ncols=True,
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance by one step."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the newest loss or score."""
+        shown = {k: f"{v:.4g}" for k, v in (logs or {}).items() if "loss" in k or "accuracy" in k}
+        if self._bar is not None and shown:
+            self._bar.set_postfix(shown)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()

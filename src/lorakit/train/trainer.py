@@ -1,0 +1,191 @@
+"""transformers' Trainer for adapters: what is saved, resumed, scored and guarded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lorakit.adapter import Adapter
+from lorakit.attach import adapter_parameters, extract
+from lorakit.errors import TrainingError
+
+KEPT_CHECKPOINTS = 2
+"""How many checkpoints stay in a run's folder."""
+
+Scorer = Callable[[nn.Module], dict[str, float]]
+"""Scores the model as it is now."""
+
+
+class AdapterTrainer(Trainer):
+    """Trains one adapter of a model; a checkpoint holds the adapter, and is whole or not there."""
+
+    def __init__(
+        self,
+        *,
+        adapter_name: str,
+        checkpoints: Path,
+        scorer: Scorer | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.adapter_name = adapter_name
+        self.checkpoints = checkpoints
+        self.scorer = scorer
+        self.last_good: dict[str, Tensor] = {}
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return the loss, and remember the weights that gave a finite one.
+
+        Raises:
+            TrainingError: the loss is not a number.
+        """
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {float(loss)} at step {self.state.global_step + 1}: "
+                "try a smaller learning_rate or more warmup_steps"
+            )
+        self.last_good = {
+            name: parameter.detach().clone()
+            for name, parameter in adapter_parameters(self.model, self.adapter_name)
+        }
+        return result
+
+    def restore_last_good(self) -> None:
+        """Put back the weights that last gave a finite loss."""
+        with torch.no_grad():
+            for name, parameter in adapter_parameters(self.model, self.adapter_name):
+                if name in self.last_good:
+                    parameter.copy_(self.last_good[name])
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the validation rows, log the scores, and tell the callbacks."""
+        assert self.scorer is not None
+        training = self.model.training
+        scores = {f"eval_{name}": value for name, value in self.scorer(self.model).items()}
+        self.model.train(training)
+        self.log(scores)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics=scores
+        )
+        return scores
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        assert output_dir is not None
+        extract(self.model, self.adapter_name).save(output_dir, overwrite=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Trainer writes a checkpoint file by file; in here until it is complete.
+        return str(self.checkpoints / ".unfinished")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        staging = Path(self._get_output_dir(trial))
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        super()._save_checkpoint(model, trial)
+        (made,) = staging.iterdir()
+        for file in made.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        final = self.checkpoints / made.name
+        shutil.rmtree(final, ignore_errors=True)
+        made.rename(final)
+        staging.rmdir()
+        for old in list_checkpoints(self.checkpoints)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        saved = Adapter.load(resume_from_checkpoint)
+        with torch.no_grad():
+            for name, parameter in adapter_parameters(self.model, self.adapter_name):
+                parameter.copy_(saved.tensors[name])
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    found = folder.glob("checkpoint-*") if folder.is_dir() else ()
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def make_arguments(config: Any, steps: int, logs: Path) -> TrainingArguments:
+    """Return Trainer's arguments for a run of so many steps."""
+    tensorboard = _has_tensorboard()
+    if tensorboard:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs / "tensorboard")
+    every = config.eval_every
+    return TrainingArguments(
+        output_dir=str(logs),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        seed=config.seed,
+        eval_strategy="no" if config.data.validation is None else "steps" if every else "epoch",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        logging_steps=10,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to=["tensorboard"] if tensorboard else [],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _has_tensorboard() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+class KeepBest(TrainerCallback):
+    """Saves the adapter whenever its score is the best so far; stops when that no longer happens.
+
+    The best score lives in Trainer's own state, so a resumed run goes on from it.
+    """
+
+    def __init__(
+        self, save: Callable[[], None], *, metric: str, greater: bool, patience: int | None
+    ) -> None:
+        self._save = save
+        self._metric = f"eval_{metric}"
+        self._greater = greater
+        self._patience = patience
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Compare the newest score with the best."""
+        score, best = metrics[self._metric], state.best_metric
+        if best is None or (score > best if self._greater else score < best):
+            state.best_metric, state.best_global_step = score, state.global_step
+            self._save()
+        elif self._patience is not None:
+            since = [
+                entry
+                for entry in state.log_history
+                if self._metric in entry and entry["step"] > state.best_global_step
+            ]
+            control.should_training_stop |= len(since) >= self._patience
