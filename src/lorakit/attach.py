@@ -198,13 +198,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     Raises:
         AttachError: nothing is attached, or nothing of that name.
     """
-    from lorakit.merge import unmerge  # merging needs what is attached, so it is imported late
-
     state = require_attachment(model)
     if name is not None:
         require_name(state, name)
     if state.route.merged is not None and name in (None, _merged_name(state)):
-        unmerge(model)
+        restore_pristine(model, state)
     leaving = list(state.adapters) if name is None else [name]
     for _, layer in list(adapted_layers(model)):
         for each in leaving:
@@ -220,6 +218,25 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(state.frozen.get(path, parameter.requires_grad))
         del model._lorakit
+
+
+def restore_pristine(model: nn.Module, state: Attachment) -> None:
+    """Copy every pristine weight back, retie what was untied, and forget the merge."""
+    for path, parameters in state.pristine.items():
+        module = model.get_submodule(path)
+        for name, pristine in parameters.items():
+            if isinstance(pristine, nn.Parameter):
+                set_parameter(module, name, pristine)
+            else:
+                module.get_parameter(name).data.copy_(pristine)
+    state.pristine.clear()
+    state.route.merged = None
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one that a dotted name means."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)
 
 
 def _merged_name(state: Attachment) -> str | None:

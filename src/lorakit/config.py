@@ -1,7 +1,7 @@
 """Settings: one frozen class is the Python argument, the YAML file and the CLI flags at once."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -129,7 +129,7 @@ class LoRAConfig(Settings):
     """Precision of A and B, whatever the base's. float32 keeps small steps from being lost."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "LoRAConfig":
         if not self.targets and self.bias == "none" and not self.modules_to_save:
             raise ValueError("targets is empty, so nothing would be trained")
         if self.layers is not None:
@@ -188,7 +188,7 @@ class DataConfig(Settings):
     """Names of the classes, in order. None: the distinct labels of the training rows, sorted."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "DataConfig":
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ValueError("labels names a class twice")
         return self

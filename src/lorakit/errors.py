@@ -16,14 +16,16 @@ LorakitError
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Self
+from typing import TypeVar
+
+Error = TypeVar("Error", bound="LorakitError")
 
 
 class LorakitError(Exception):
     """The base class of all of lorakit's errors."""
 
     @classmethod
-    def listing(cls, headline: str, problems: Sequence[str]) -> Self:
+    def listing(cls: type[Error], headline: str, problems: Sequence[str]) -> Error:
         """Return one error that lists every problem under a headline."""
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
         return cls("\n  ".join([f"{headline} ({count}):", *problems]))

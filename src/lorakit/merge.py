@@ -15,9 +15,12 @@ from lorakit.attach import (
     Attachment,
     active_name,
     attachment_of,
+    detach,
     require_attachment,
     require_name,
+    restore_pristine,
     route,
+    set_parameter,
 )
 from lorakit.errors import MergeError
 from lorakit.methods.layer import AdaptedLayer, Update, adapted_layers, bank_key, update_of
@@ -122,7 +125,7 @@ def merge(
     try:
         weights = tuple(_merge_layers(model, state, name, round_to))
     except BaseException:
-        restore(model, state)
+        restore_pristine(model, state)
         raise
     state.route.active = state.route.merged = bank_key(name)
     after = _outputs(model, probe)
@@ -139,20 +142,7 @@ def unmerge(model: nn.Module) -> None:
     state = attachment_of(model)
     if state is None or state.route.merged is None:
         raise MergeError("no adapter is merged into this model")
-    restore(model, state)
-    state.route.merged = None
-
-
-def restore(model: nn.Module, state: Attachment) -> None:
-    """Copy every pristine weight back and retie what was untied."""
-    for path, parameters in state.pristine.items():
-        module = model.get_submodule(path)
-        for name, pristine in parameters.items():
-            if isinstance(pristine, nn.Parameter):
-                _set_parameter(module, name, pristine)
-            else:
-                module.get_parameter(name).data.copy_(pristine)
-    state.pristine.clear()
+    restore_pristine(model, state)
 
 
 def _merge_layers(
@@ -173,7 +163,7 @@ def _merge_layers(
             if id(current) in tied:
                 # The tied parameter itself is the pristine copy; this layer gets one of its own.
                 kept[inner] = current
-                _set_parameter(layer, inner, nn.Parameter(rounded, requires_grad=False))
+                set_parameter(layer, inner, nn.Parameter(rounded, requires_grad=False))
             else:
                 kept[inner] = checkpoint.view(full_name, current)
                 current.data.copy_(rounded)
@@ -194,11 +184,6 @@ def _measure(
         relative_update=delta / whole if whole else float(delta > 0),
         rounding_error=lost / delta if delta else 0.0,
     )
-
-
-def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, parameter)
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:
@@ -252,3 +237,23 @@ def _outputs(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor | N
         model.train(training)
     logits = getattr(result, "logits", result)
     return logits.float() if isinstance(logits, Tensor) else None
+
+
+def finalize(model: nn.Module) -> None:
+    """Make a merge final: the merged weights stay, all adapters go, and the model is plain.
+
+    Raises:
+        MergeError: nothing is merged.
+    """
+    state = attachment_of(model)
+    if state is None or state.route.merged is None:
+        raise MergeError("no adapter is merged into this model")
+    kept = [weight for weights in state.pristine.values() for weight in weights.values()]
+    untied = any(isinstance(weight, nn.Parameter) for weight in kept)
+    state.pristine.clear()
+    state.route.merged = None
+    detach(model)
+    config = getattr(model, "config", None)
+    if untied and config is not None:
+        # Otherwise transformers would tie the two again when the checkpoint is loaded.
+        config.tie_word_embeddings = False

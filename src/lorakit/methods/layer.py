@@ -128,8 +128,9 @@ def adopt(layer: nn.Module, route: Route) -> AdaptedLayer:
     return cast(AdaptedLayer, layer)
 
 
-def release(layer: AdaptedLayer) -> None:
+def release(layer: nn.Module) -> None:
     """Turn an adapted layer into what it was before `adopt`."""
+    assert isinstance(layer, AdaptedLayer)
     del layer.adapter_bank
     del layer.adapter_route
     layer.__class__ = layer.base_class  # type: ignore[assignment]

@@ -23,34 +23,22 @@ class UntrainedParts(TrainerCallback):
         self._steps = 0
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note which parameters have a gradient; gradients are gone after the step."""
         if self._steps > self._check_after:
             return
-        for name, parameter in adapter_parameters(model, self._adapter_name):
+        for name, parameter in adapter_parameters(kwargs["model"], self._adapter_name):
             if name not in self._alive and _moves(parameter.grad):
                 self._alive.add(name)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check once, after enough steps for A to have got a gradient through B."""
         self._steps += 1
         if self._steps == self._check_after:
-            dead = self._dead(model)
+            dead = self._dead(kwargs["model"])
             if dead:
                 raise TrainingError.listing(
                     f"after {self._steps} steps some parts have not trained: are they used by the "

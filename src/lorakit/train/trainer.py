@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lorakit.adapter import Adapter
 from lorakit.attach import adapter_parameters, extract
@@ -40,6 +46,12 @@ class AdapterTrainer(Trainer):
         self.scorer = scorer
         self.last_good: dict[str, Tensor] = {}
 
+    @property
+    def adapted(self) -> nn.Module:
+        """Return the model under training."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -57,23 +69,23 @@ class AdapterTrainer(Trainer):
             )
         self.last_good = {
             name: parameter.detach().clone()
-            for name, parameter in adapter_parameters(self.model, self.adapter_name)
+            for name, parameter in adapter_parameters(self.adapted, self.adapter_name)
         }
         return result
 
     def restore_last_good(self) -> None:
         """Put back the weights that last gave a finite loss."""
         with torch.no_grad():
-            for name, parameter in adapter_parameters(self.model, self.adapter_name):
+            for name, parameter in adapter_parameters(self.adapted, self.adapter_name):
                 if name in self.last_good:
                     parameter.copy_(self.last_good[name])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation rows, log the scores, and tell the callbacks."""
         assert self.scorer is not None
-        training = self.model.training
-        scores = {f"eval_{name}": value for name, value in self.scorer(self.model).items()}
-        self.model.train(training)
+        training = self.adapted.training
+        scores = {f"eval_{name}": value for name, value in self.scorer(self.adapted).items()}
+        self.adapted.train(training)
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics=scores
@@ -84,7 +96,7 @@ class AdapterTrainer(Trainer):
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         assert output_dir is not None
-        extract(self.model, self.adapter_name).save(output_dir, overwrite=True)
+        extract(self.adapted, self.adapter_name).save(output_dir, overwrite=True)
 
     def _get_output_dir(self, trial: Any) -> str:
         # Trainer writes a checkpoint file by file; in here until it is complete.
@@ -111,7 +123,7 @@ class AdapterTrainer(Trainer):
     ) -> None:
         saved = Adapter.load(resume_from_checkpoint)
         with torch.no_grad():
-            for name, parameter in adapter_parameters(self.model, self.adapter_name):
+            for name, parameter in adapter_parameters(self.adapted, self.adapter_name):
                 parameter.copy_(saved.tensors[name])
 
 
@@ -175,10 +187,11 @@ class KeepBest(TrainerCallback):
         self._patience = patience
 
     def on_evaluate(
-        self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Compare the newest score with the best."""
-        score, best = metrics[self._metric], state.best_metric
+        score: float = kwargs["metrics"][self._metric]
+        best = state.best_metric
         if best is None or (score > best if self._greater else score < best):
             state.best_metric, state.best_global_step = score, state.global_step
             self._save()
@@ -186,6 +199,6 @@ class KeepBest(TrainerCallback):
             since = [
                 entry
                 for entry in state.log_history
-                if self._metric in entry and entry["step"] > state.best_global_step
+                if self._metric in entry and entry["step"] > (state.best_global_step or 0)
             ]
             control.should_training_stop |= len(since) >= self._patience

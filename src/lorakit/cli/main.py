@@ -1,0 +1,121 @@
+"""The entry point: one verb, its settings, and one way to print results and errors.
+
+Exit codes: 0 success; 2 a mistake that the user can mend; 130 Ctrl-C; 141 whoever read stdout has
+gone; 1, with a trace, a defect of lorakit.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+
+from pydantic_core import to_jsonable_python
+
+from lorakit import __version__
+from lorakit.cli.help import SWITCHES, overview, verb_help
+from lorakit.cli.settings import parse, to_yaml
+from lorakit.cli.verbs import VERBS, Result, load_verb
+from lorakit.errors import ConfigError, LorakitError, did_you_mean
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb that a command line names, and return the exit code.
+
+    Args:
+        argv: the words after `lorakit`. None: those of this process.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    words = ["--help" if word == "-h" else word for word in words]
+    switches = {word for word in words if word in SWITCHES}
+    try:
+        code = _run([word for word in words if word not in SWITCHES], switches)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more at exit, and would complain about what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _run(words: list[str], switches: set[str]) -> int:
+    """Print the result of a command line, or what went wrong, and return the exit code."""
+    as_json = "--json" in switches
+    try:
+        with _stdout_on_stderr() if as_json else nullcontext():
+            result = _result(words, switches)
+        text = _json(result.data) if as_json else result.text.rstrip("\n")
+    except (LorakitError, KeyboardInterrupt) as error:
+        return _fail(error, switches)
+    except Exception as error:
+        if as_json:
+            print(_error_json(error))
+        raise
+    if text:
+        print(text)
+    return 0
+
+
+def _result(words: list[str], switches: set[str]) -> Result:
+    """Return what the verb found, or the help, the version or the settings that were asked for."""
+    if words == ["--version"]:
+        return Result(text=f"lorakit {__version__}", data={"version": __version__})
+    if not words:
+        return Result(text=overview(), data={"verbs": VERBS})
+    name, *rest = words
+    if name not in VERBS:
+        hint = did_you_mean(name, VERBS) or f"; its verbs are {', '.join(VERBS)}"
+        raise ConfigError(f"lorakit has no verb {name!r}{hint}")
+    verb = load_verb(name)
+    if "--help" in switches:
+        text = verb_help(name, verb.SETTINGS)
+        return Result(text=text, data={"help": text})
+    settings = parse(verb.SETTINGS, rest)
+    if "--print-config" in switches:
+        return Result(text=to_yaml(settings), data=settings.model_dump())
+    return verb.run(settings)
+
+
+def _fail(error: BaseException, switches: set[str]) -> int:
+    """Say what went wrong, and return the exit code."""
+    if "--debug" in switches:
+        traceback.print_exception(error)
+    stopped = isinstance(error, KeyboardInterrupt)
+    print(_message(error) if stopped else f"error: {_message(error)}", file=sys.stderr)
+    if "--json" in switches:
+        print(_error_json(error))
+    return 130 if stopped else 2
+
+
+def _message(error: BaseException) -> str:
+    """Return the error's own words; Ctrl-C has none unless a verb gave it some."""
+    return str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else repr(error))
+
+
+def _error_json(error: BaseException) -> str:
+    """Return the object that --json prints for an error."""
+    return _json({"error": {"type": type(error).__name__, "message": _message(error)}})
+
+
+def _json(data: dict[str, object]) -> str:
+    """Return data as one line of JSON, which has no NaN: null stands for it."""
+    return json.dumps(to_jsonable_python(data, inf_nan_mode="null"))
+
+
+@contextmanager
+def _stdout_on_stderr() -> Iterator[None]:
+    """Send to stderr what is written to stdout, by Python, by libraries in C and by child
+    processes, so that nothing gets into the JSON.
+    """
+    stdout = sys.stdout
+    stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,0 +1,51 @@
+"""A verb: settings in, a result out that people and programs can read."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
+
+from lorakit.config import Settings
+
+VERBS = {
+    "demo": "Train, switch, merge and unmerge two adapters on a real model, in minutes.",
+    "train": "Train an adapter on your model and your data.",
+    "evaluate": "Score a model, with or without an adapter, on held-out rows.",
+    "generate": "Complete prompts, with or without an adapter.",
+    "merge": "Write a plain model that has the adapter in its weights.",
+    "convert": "Read an adapter of one format and write it in another.",
+}
+"""Each verb's name and meaning, here so that listing them imports none of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a verb found or made."""
+
+    text: str
+    """For people: printed on stdout when the verb ends. Empty: nothing is printed."""
+
+    data: dict[str, Any]
+    """For programs: what --json prints. Paths, tuples and NaN are made into JSON."""
+
+
+@runtime_checkable
+class Verb(Protocol):
+    """What the module `lorakit.cli.NAME` of a verb must have.
+
+    While a verb runs it may print to stdout, as `generate` streams its words: with --json, main
+    sends all of that to stderr. Progress and messages go to stderr themselves. A mistake of the
+    user is a LorakitError. A verb that stops tidily on Ctrl-C raises a KeyboardInterrupt whose
+    argument says how to go on.
+    """
+
+    SETTINGS: type[Settings]
+    """The verb's settings, from which its flags and its help are made."""
+
+    def run(self, settings: Any) -> Result:
+        """Do the work that the settings, an instance of SETTINGS, ask for."""
+        ...
+
+
+def load_verb(name: str) -> Verb:
+    """Return the module of a verb, importing it now: torch and transformers take seconds."""
+    return cast(Verb, importlib.import_module(f"lorakit.cli.{name}"))

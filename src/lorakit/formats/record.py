@@ -1,0 +1,143 @@
+"""lorakit.json: what an adapter is beyond PEFT's two files, and the hashes that prove it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from lorakit.adapter import Adapter, Kind, Rows, Site
+from lorakit.config import LoRAConfig
+from lorakit.models.identity import BaseIdentity
+
+RECORD_FILE = "lorakit.json"
+VERSION = 1
+RowsText = Annotated[str, Field(pattern=r"^\d+:\d+(,\d+:\d+)*$")]
+TensorText = Annotated[str, Field(pattern=r"^(float32|bfloat16|float16|float64)( \d+(x\d+)*)?$")]
+
+
+class SiteRecord(BaseModel):
+    """One site."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    path: str
+    kind: Kind = "linear"
+    role: str | None = None
+    rows: RowsText | None = None
+    layer_rows: int | None = None
+    rank: Annotated[int, Field(ge=1)]
+    alpha: float
+    scale: float
+    groups: Annotated[int, Field(ge=1)] = 1
+
+    @classmethod
+    def of(cls, site: Site) -> SiteRecord:
+        """Return the record of a site."""
+        rows = None if site.rows is None else ",".join(f"{a}:{b}" for a, b in site.rows)
+        return cls(**{**vars(site), "rows": rows})
+
+    def site(self) -> Site:
+        """Return the site."""
+        return Site(**{**dict(self), "rows": None if self.rows is None else _rows(self.rows)})
+
+
+class Record(BaseModel):
+    """The whole file, in the order of its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format: Literal["lorakit adapter"] = "lorakit adapter"
+    version: int = VERSION
+    method: str
+    content_hash: str
+    """`Adapter.content_hash()`."""
+    config: LoRAConfig
+    sites: tuple[SiteRecord, ...]
+    tensors: dict[str, TensorText]
+    """Precision and shape of each tensor, under its name in lorakit."""
+    copied_modules: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    base: BaseIdentity | None
+    card: dict[str, Any]
+    unverified: tuple[str, ...]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Record:
+        """Return the record of an adapter."""
+        return cls(
+            method=adapter.method,
+            content_hash=adapter.content_hash(),
+            config=adapter.config,
+            sites=tuple(SiteRecord.of(site) for site in adapter.sites),
+            tensors={name: _describe(tensor) for name, tensor in sorted(adapter.tensors.items())},
+            copied_modules=adapter.copied_modules,
+            target_modules=adapter.target_modules,
+            base=adapter.base,
+            card=dict(adapter.card),
+            unverified=adapter.unverified,
+        )
+
+    def adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        """Return the adapter with its tensors."""
+        return Adapter(
+            config=self.config,
+            sites=tuple(site.site() for site in self.sites),
+            tensors=tensors,
+            copied_modules=self.copied_modules,
+            target_modules=self.target_modules,
+            base=self.base,
+            card=self.card,
+            unverified=self.unverified,
+        )
+
+    def empty_tensors(self) -> dict[str, Tensor]:
+        """Return tensors of the recorded shapes on the meta device."""
+        return {name: _empty(text) for name, text in self.tensors.items()}
+
+    def text(self) -> str:
+        """Return the file: JSON with sorted keys and a checksum over all of them."""
+        # Pydantic would write NaN as null.
+        content = self.model_dump(mode="json", exclude={"card"}) | {"card": self.card}
+        content["sites"] = [
+            site.model_dump(mode="json", exclude_defaults=True) for site in self.sites
+        ]
+        content = json.loads(to_json(content))  # as it will be read
+        return to_json(content | {"checksum": checksum(content)})
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the file's content but for the checksum itself."""
+    kept = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def to_json(content: Any) -> str:
+    """Return JSON that is the same for the same content.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+        TypeError: a value has no form in JSON.
+    """
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _rows(text: str) -> Rows:
+    pairs = (part.split(":") for part in text.split(","))
+    return tuple((int(first), int(last)) for first, last in pairs)
+
+
+def _describe(tensor: Tensor) -> str:
+    size = "x".join(map(str, tensor.shape))
+    return f"{str(tensor.dtype).removeprefix('torch.')} {size}".rstrip()
+
+
+def _empty(text: str) -> Tensor:
+    shape = [int(size) for size in re.findall(r"\d+", text.partition(" ")[2])]
+    return torch.empty(shape, dtype=getattr(torch, text.partition(" ")[0]), device="meta")

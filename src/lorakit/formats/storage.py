@@ -1,0 +1,124 @@
+"""Writing a few files together so that they are found all old or all new, whenever the power fails.
+
+A new folder is written beside its place and renamed. In a folder that exists, the files are written
+into a folder inside it, which is then renamed to `PENDING`: from that moment on the new files
+count. They are moved to their places one by one; a reader looks for each in `PENDING` first, so
+that it sees all the new ones, however far the moving came.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorakit.errors import OutputError
+
+PENDING = ".lorakit-new"
+
+
+def write_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    """Write files into a folder, all or none; other files in the folder stay.
+
+    Args:
+        folder: made if it does not exist; its parents too.
+        files: content by name.
+        overwrite: whether a folder that holds something may be written to.
+
+    Raises:
+        OutputError: the folder holds something and `overwrite` is false, or a write failed; then
+            what was there before is there still.
+    """
+    with _explained(folder, sum(map(len, files.values()))):
+        if folder.exists():
+            _refuse_occupied(folder, files, overwrite=overwrite)
+            _settle(folder)
+            _write_aside(folder / f"{PENDING}-{_unique()}", files, folder / PENDING)
+            _settle(folder)
+        else:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _write_aside(folder.parent / f".{folder.name}.tmp-{_unique()}", files, folder)
+
+
+def read_file(folder: Path, name: str) -> bytes | None:
+    """Return a file of a folder as it counts at present, or None if it is not there."""
+    for path in (folder / PENDING / name, folder / name):
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return None
+
+
+def _refuse_occupied(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is a file; an adapter is written as a folder")
+    if not overwrite and any(folder.iterdir()):
+        raise OutputError(
+            f"{folder} exists and is not empty: choose another folder, or overwrite=True to "
+            "replace the adapter in it"
+        )
+    taken = [name for name in files if (folder / name).is_dir()]
+    if taken:
+        raise OutputError(f"{folder / taken[0]} is a folder, but a file is to be written there")
+
+
+def _write_aside(aside: Path, files: Mapping[str, bytes], target: Path) -> None:
+    """Write files into a new folder, read them back, and rename the folder to its target."""
+    try:
+        aside.mkdir()
+        for name, content in files.items():
+            _write_file(aside / name, content)
+        _sync_folder(aside)
+        aside.rename(target)
+        _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.read_bytes() != content:
+        raise OSError(f"{path.name} reads back differently from what was written")
+
+
+def _settle(folder: Path) -> None:
+    """Move pending files to their places, also those of an earlier process that was stopped."""
+    pending = folder / PENDING
+    if not pending.is_dir():
+        return
+    for path in sorted(pending.iterdir()):
+        path.replace(folder / path.name)
+    pending.rmdir()
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder can't be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _unique() -> str:
+    return f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+@contextmanager
+def _explained(folder: Path, size_bytes: int) -> Iterator[None]:
+    """Turn the system's errors into one that says what was to be written, and where."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"the adapter ({size_bytes:,} bytes) could not be written to {folder}: "
+            f"{error.strerror or error}; nothing that was there is lost"
+        ) from error

@@ -1,0 +1,87 @@
+"""Reading a file of named tensors, safetensors or a pickle, without running anything in it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lorakit.errors import AdapterFileError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def read_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Args:
+        data: the whole file.
+        name: what to call it in a message.
+
+    Raises:
+        AdapterFileError: it is truncated, or not a safetensors file.
+    """
+    try:
+        return safetensors.torch.load(data)
+    # The bytes may be anything, and so may what the parser makes of them.
+    except Exception as error:
+        raise AdapterFileError(
+            f"{name} is not a readable safetensors file: {error}; was it cut off or damaged?"
+        ) from error
+
+
+def read_pickle(data: bytes, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a file that torch.save wrote; code in it is never run.
+
+    Args:
+        data: the whole file.
+        name: what to call it in a message.
+
+    Raises:
+        AdapterFileError: it is damaged, holds more than tensors, or would run code.
+    """
+    try:
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    # The bytes may be anything, and so may what the unpickler makes of them.
+    except Exception as error:
+        raise AdapterFileError(
+            f"{name} cannot be read as tensors alone, and nothing else in it is run: "
+            f"{_first_line(error)}"
+        ) from error
+    # loralib's own training script puts the tensors one level down.
+    if isinstance(loaded, Mapping) and set(loaded) == {"model_state_dict"}:
+        loaded = loaded["model_state_dict"]
+    return _flat(loaded, name)
+
+
+def _flat(loaded: Any, name: str) -> dict[str, Tensor]:
+    found = loaded.items() if isinstance(loaded, Mapping) else ()
+    tensors = {
+        key: tensor.detach().contiguous()
+        for key, tensor in found
+        if isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+    }
+    if not tensors or len(tensors) != len(found):
+        raise AdapterFileError(f"{name} is not a flat dictionary of names and tensors")
+    return tensors
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return a line for each tensor that is not floating point, or not finite."""
+    problems = []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            problems.append(f"{name}  is {kind}; float32, bfloat16, float16 or float64 expected")
+        elif not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            problems.append(f"{name}  holds NaN or infinity in {count:,} of {tensor.numel():,}")
+    return problems

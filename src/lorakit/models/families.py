@@ -1,0 +1,228 @@
+"""What each architecture calls its layers, and how it packs several of them into one matrix."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Widths = tuple[tuple[str, int], ...]
+"""Roles and their numbers of output rows, in the order in which they repeat down a fused matrix."""
+
+Split = Callable[[Any, int], Widths]
+"""From the model's config and the fused matrix's number of output rows to its widths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The layer names of one architecture. Of several ends that fit a path, the longest counts."""
+
+    roles: Mapping[str, str]
+    """End of a module's path: its role."""
+
+    fused: Mapping[str, Split] = field(default_factory=dict)
+    """End of a fused projection's path: how its output rows are divided."""
+
+
+def equal_parts(*roles: str) -> Split:
+    """Return a split into blocks of equal height, one after the other."""
+
+    def split(_config: Any, rows: int) -> Widths:
+        return tuple((role, rows // len(roles)) for role in roles)
+
+    return split
+
+
+def _per_head(config: Any, _rows: int) -> Widths:
+    """Give each head its own q, k and v, one head after the other."""
+    size = config.hidden_size // config.num_attention_heads
+    return (("q", size), ("k", size), ("v", size))
+
+
+def _falcon(config: Any, rows: int) -> Widths:
+    """Divide as Falcon does: q heads that share a k and a v, then that k, then that v."""
+    size = config.hidden_size // config.num_attention_heads
+    if config.new_decoder_architecture:
+        shared_by = config.num_attention_heads // config.num_kv_heads
+    elif config.multi_query:
+        shared_by = config.num_attention_heads
+    else:
+        return _per_head(config, rows)
+    return (("q", shared_by * size), ("k", size), ("v", size))
+
+
+def _phi3(config: Any, rows: int) -> Widths:
+    """Divide as Phi-3 does: all q heads, then all k heads, then all v heads."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = rows // (heads + 2 * kv_heads)
+    return (("q", heads * size), ("k", kv_heads * size), ("v", kv_heads * size))
+
+
+_LLAMA = Family(
+    roles={
+        "self_attn.q_proj": "q",
+        "self_attn.k_proj": "k",
+        "self_attn.v_proj": "v",
+        "self_attn.o_proj": "o",
+        "mlp.gate_proj": "gate",
+        "mlp.up_proj": "up",
+        "mlp.down_proj": "down",
+    }
+)
+
+_GPT2 = Family(
+    roles={
+        "attn.c_proj": "o",
+        "crossattention.q_attn": "q",
+        "crossattention.c_proj": "o",
+        "mlp.c_fc": "up",
+        "mlp.c_proj": "down",
+    },
+    fused={
+        "attn.c_attn": equal_parts("q", "k", "v"),
+        "crossattention.c_attn": equal_parts("k", "v"),
+    },
+)
+
+_GPT_NEOX = Family(
+    roles={
+        "attention.dense": "o",
+        "mlp.dense_h_to_4h": "up",
+        "mlp.dense_4h_to_h": "down",
+    },
+    fused={"attention.query_key_value": _per_head},
+)
+
+_GPTJ = Family(
+    roles={
+        "attn.q_proj": "q",
+        "attn.k_proj": "k",
+        "attn.v_proj": "v",
+        "attn.out_proj": "o",
+        "mlp.fc_in": "up",
+        "mlp.fc_out": "down",
+    }
+)
+
+_OPT = Family(
+    roles={
+        "self_attn.q_proj": "q",
+        "self_attn.k_proj": "k",
+        "self_attn.v_proj": "v",
+        "self_attn.out_proj": "o",
+        "fc1": "up",
+        "fc2": "down",
+    }
+)
+
+_BLOOM_ROLES = {
+    "self_attention.dense": "o",
+    "mlp.dense_h_to_4h": "up",
+    "mlp.dense_4h_to_h": "down",
+}
+
+_PHI = Family(
+    roles={
+        "self_attn.q_proj": "q",
+        "self_attn.k_proj": "k",
+        "self_attn.v_proj": "v",
+        "self_attn.dense": "o",
+        "mlp.fc1": "up",
+        "mlp.fc2": "down",
+    }
+)
+
+_PHI3 = Family(
+    roles={"self_attn.o_proj": "o", "mlp.down_proj": "down"},
+    fused={"self_attn.qkv_proj": _phi3, "mlp.gate_up_proj": equal_parts("gate", "up")},
+)
+
+_BERT_OUTPUTS = {
+    "attention.output.dense": "o",
+    "crossattention.output.dense": "o",
+    "intermediate.dense": "up",
+    "output.dense": "down",
+}
+
+_BERT = Family(
+    roles={**_BERT_OUTPUTS, "self.query": "q", "self.key": "k", "self.value": "v"},
+)
+
+_DISTILBERT = Family(
+    roles={
+        "attention.q_lin": "q",
+        "attention.k_lin": "k",
+        "attention.v_lin": "v",
+        "attention.out_lin": "o",
+        "ffn.lin1": "up",
+        "ffn.lin2": "down",
+    }
+)
+
+# T5's get_input_embeddings() is `shared`, which the forward pass never calls: each stack looks its
+# tokens up in an embedding of its own, tied to that one.
+_T5 = Family(
+    roles={
+        "encoder.embed_tokens": "embed",
+        "decoder.embed_tokens": "embed",
+        **{
+            f"{attention}.{role}": role
+            for attention in ("SelfAttention", "EncDecAttention")
+            for role in ("q", "k", "v", "o")
+        },
+        "DenseReluDense.wi": "up",
+        "DenseReluDense.wi_0": "gate",
+        "DenseReluDense.wi_1": "up",
+        "DenseReluDense.wo": "down",
+    }
+)
+
+# transformers renamed ViT's layers within version 5: both sets of names are in use.
+_VIT = Family(
+    roles={
+        **_BERT_OUTPUTS,
+        "attention.attention.query": "q",
+        "attention.attention.key": "k",
+        "attention.attention.value": "v",
+        "attention.q_proj": "q",
+        "attention.k_proj": "k",
+        "attention.v_proj": "v",
+        "attention.o_proj": "o",
+        "mlp.fc1": "up",
+        "mlp.fc2": "down",
+    }
+)
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "smollm3": _LLAMA,
+    "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
+    "gptj": _GPTJ,
+    "opt": _OPT,
+    "bloom": Family(roles=_BLOOM_ROLES, fused={"self_attention.query_key_value": _per_head}),
+    "falcon": Family(roles=_BLOOM_ROLES, fused={"self_attention.query_key_value": _falcon}),
+    "phi": _PHI,
+    "phi3": _PHI3,
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "electra": _BERT,
+    "deberta": Family(roles=_BERT_OUTPUTS, fused={"self.in_proj": _per_head}),
+    "deberta-v2": Family(
+        roles={
+            **_BERT_OUTPUTS,
+            "self.query_proj": "q",
+            "self.key_proj": "k",
+            "self.value_proj": "v",
+        }
+    ),
+    "distilbert": _DISTILBERT,
+    "t5": _T5,
+    "vit": _VIT,
+}
+"""transformers' `config.model_type`: the architecture's layer names."""

@@ -1,0 +1,221 @@
+"""Getting a base model and its tokenizer by packaged name, folder or hub id."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils.tqdm import enable_progress_bars
+from torch import nn
+from transformers.utils import logging
+
+from lorakit.config import DType
+from lorakit.errors import ModelError, did_you_mean
+from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
+from lorakit.models.roles import task_heads
+
+TASKS = ("generation", "classification", "regression")
+"""What a base model can be loaded for."""
+
+_SHOWN_TENSORS = 5
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    task: str = "generation",
+    labels: Sequence[str] | None = None,
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """Return a base model in eval mode, and its tokenizer, which has a padding token.
+
+    A classifier's or regressor's head is made afresh, from torch's random state, where the
+    checkpoint has none: call `torch.manual_seed` first to get the same one again.
+
+    Args:
+        name: A packaged name (smollm2, minilm), else a folder, else a hub id. Write ./smollm2 for
+            a folder of that name.
+        dtype: Precision of the weights: float32, bfloat16 or float16.
+        task: generation (a causal language model), classification or regression (one number).
+        labels: Names of the classes, in order; None keeps those of the checkpoint.
+
+    Raises:
+        ModelError: the model cannot be found, read or used for the task.
+        MissingExtraError: smollm2 is to be unpacked without the `gguf` extra.
+    """
+    _check_arguments(dtype, task, labels)
+    asked = os.fspath(name)
+    with _quiet():
+        source = _source(asked)
+        with _explained(asked, source, task):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            model, info = _auto_class(task).from_pretrained(
+                source,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                # Reported by us, with the shapes.
+                ignore_mismatched_sizes=True,
+                **_head_settings(task, labels),
+            )
+    _check_complete(model, info, asked, task)
+    _give_padding_token(tokenizer, asked)
+    if task != "generation":
+        # A decoder scores the last token that is not padding, which it looks up by this id.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def model_name(model: nn.Module) -> str:
+    """Return the packaged name, folder or hub id that a model was loaded by; "" if it was not."""
+    source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return packaged_name(source) or source
+
+
+def _check_arguments(dtype: str, task: str, labels: Sequence[str] | None) -> None:
+    problems = []
+    if dtype not in get_args(DType):
+        problems.append(f"dtype {dtype!r} is none of {', '.join(get_args(DType))}")
+    if task not in TASKS:
+        problems.append(f"task {task!r} is none of {', '.join(TASKS)}")
+    if labels is not None and task != "classification":
+        problems.append(f"labels belong to classification, not to {task}")
+    elif labels is not None and (len(set(labels)) < 2 or len(set(labels)) < len(labels)):
+        problems.append(f"labels must be two or more different names, found {list(labels)}")
+    if problems:
+        raise ModelError.listing("the model cannot be loaded in this way", problems)
+
+
+def _source(name: str) -> str:
+    """Return the folder or hub id that transformers is to load.
+
+    Raises:
+        ModelError: the name is neither packaged, nor a model's folder, nor a hub id within reach.
+    """
+    if name in PACKAGES:
+        return str(packaged_folder(name))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        return str(folder)
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        raise ModelError(f"there is no folder {name!r}. {_packaged_names(name)}") from None
+    if not isinstance(cached, str) and huggingface_hub.is_offline_mode():
+        raise ModelError(
+            f"{name!r} is not a folder, nor a hub id in the local cache, and HF_HUB_OFFLINE keeps"
+            f" the hub away. {_way_to_get(name)}"
+        )
+    return name
+
+
+def _way_to_get(name: str) -> str:
+    """Return how to come by a model of the hub."""
+    return (
+        f"Run `hf download {name}` where there is a network, or give a folder."
+        f" {_packaged_names(name)}"
+    )
+
+
+def _packaged_names(name: str) -> str:
+    """Return which names need neither hub nor folder."""
+    return f"Packaged are {' and '.join(PACKAGES)}{did_you_mean(name, PACKAGES) or '.'}"
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    problem = f"{folder} holds no model: it has no config.json"
+    if (folder / "adapter_config.json").is_file():
+        problem += ", but an adapter: load the base that it names, then attach the adapter"
+    raise ModelError(f"{problem}.")
+
+
+def _auto_class(task: str) -> Any:
+    if task == "generation":
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForSequenceClassification
+
+
+def _head_settings(task: str, labels: Sequence[str] | None) -> dict[str, Any]:
+    """Return the config entries that shape the task's head."""
+    if task == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    if labels is None:
+        return {}
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def _check_complete(
+    model: transformers.PreTrainedModel, info: Mapping[str, Any], name: str, task: str
+) -> None:
+    """Refuse a checkpoint that leaves weights to chance, other than a fresh task head.
+
+    Raises:
+        ModelError: a tensor is missing from the checkpoint or has another shape there.
+    """
+    heads = () if task == "generation" else tuple(f"{head}." for head in task_heads(model))
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(heads))
+    problems = [f"{key}  not in the checkpoint" for key in missing[:_SHOWN_TENSORS]]
+    if len(missing) > _SHOWN_TENSORS:
+        problems.append(f"… and {len(missing) - _SHOWN_TENSORS} more that are missing")
+    problems += [
+        f"{key}  {tuple(found)} in the checkpoint, {tuple(needed)} needed"
+        for key, found, needed in sorted(info["mismatched_keys"])
+    ]
+    if problems:
+        raise ModelError.listing(f"{name!r} does not fit {task} with these settings", problems)
+
+
+def _give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: str) -> None:
+    """Pad with the end-of-text token where the tokenizer has no padding token."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"the tokenizer of {name!r} has no token to pad with, nor an end token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+@contextlib.contextmanager
+def _explained(name: str, source: str, task: str) -> Iterator[None]:
+    """Turn whatever transformers raises about a model into a ModelError."""
+    try:
+        yield
+    # A damaged config or checkpoint can fail anywhere in transformers, with any type of error.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        where = "" if source == name else f" from {source}"
+        advice = "" if Path(source).is_dir() else f" {_way_to_get(name)}"
+        raise ModelError(
+            f"{name!r} cannot be loaded{where} for {task}: {reason.rstrip('.')}.{advice}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' load report and bars away; what it says, we check and raise."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if bars:
+        # A download takes long enough to show.
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,371 @@
+"""Which layers of a model can be adapted, what they are called, and which of them words select."""
+
+import fnmatch
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.config import layer_numbers
+from lorakit.errors import TargetError, did_you_mean
+from lorakit.models.base import base_modules
+from lorakit.models.families import FAMILIES, Family, Split
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head")
+"""Roles a layer can have, in the order in which messages name them."""
+
+GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+"""Words that stand for whichever of several roles the model has."""
+
+ALL_LINEAR = "all-linear"
+"""Every Linear and Conv1D but the output head and the task heads, as in PEFT."""
+
+_ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_UNKNOWN = Family(roles={})
+_LISTED_NAMES = 20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A layer of the base, or a slice of a fused one, that can be adapted."""
+
+    path: str
+    """Dotted path of the module in the base model."""
+    role: str | None
+    """One of `ROLES`, or None where the family's table does not name the layer."""
+    rows: tuple[tuple[int, int], ...] | None
+    """Half-open ranges of the fused layer's output rows; None for a whole layer."""
+
+    @property
+    def name(self) -> str:
+        """Return the path, with the role in brackets for a slice."""
+        return self.path if self.rows is None else f"{self.path}[{self.role}]"
+
+
+def places(model: nn.Module) -> tuple[Place, ...]:
+    """Return every adaptable layer in module order, each fused one followed by its slices.
+
+    Raises:
+        TargetError: a fused layer has other rows than the model's config implies.
+    """
+    family = _family(model)
+    heads = task_heads(model)
+    ends = _embedding_roles(model, family)
+    found: list[Place] = []
+    for path, module in base_modules(model):
+        if not isinstance(module, _ADAPTABLE):
+            continue
+        inside_head = _is_within(path, heads)
+        role = None if inside_head else ends.get(path) or _longest_end(family.roles, path)
+        split = None if inside_head else _longest_end(family.fused, path)
+        found.append(Place(path=path, role=role, rows=None))
+        if split is not None:
+            found.extend(_slices(model, path, split))
+    return tuple(found)
+
+
+def named(
+    model: nn.Module, words: Iterable[str], *, what: str = "targets"
+) -> dict[str, tuple[Place, ...]]:
+    """Return the places that each word names, in module order.
+
+    A word is a role or a group of roles, `all-linear`, the end of a dotted path, or a glob or
+    re:REGEX over whole paths. A word for a fused layer names its slices as well, so that what is
+    said of the layer (leave it out, give it another rank) holds for each of them.
+
+    Args:
+        model: Any module; roles need a transformers model of a known architecture.
+        words: The words to look up.
+        what: Setting that the words come from, for the message.
+
+    Raises:
+        TargetError: a word names nothing in the model; all such words are listed.
+    """
+    found, problems = _look_up(model, words, what)
+    _raise_any(model, problems)
+    return found
+
+
+def select(
+    model: nn.Module,
+    words: Iterable[str],
+    *,
+    layers: str | None = None,
+    exclude: Iterable[str] = (),
+    what: str = "targets",
+) -> tuple[Place, ...]:
+    """Return the places to adapt, in module order and without duplicates.
+
+    Args:
+        model: Any module; roles need a transformers model of a known architecture.
+        words: What to adapt, in the words of `named`; a word for a fused layer selects it whole.
+        layers: Blocks to keep to, such as "0-5,11"; what lies outside all blocks is left out too.
+        exclude: What to leave out, in the same words.
+        what: Setting that the words come from, for the message.
+
+    Raises:
+        TargetError: a word selects nothing, a block does not exist, or a fused layer is selected
+            whole while a slice of it is selected or excluded; all problems are listed.
+    """
+    found, problems = _look_up(model, words, what)
+    excluded, exclude_problems = _look_up(model, exclude, "exclude")
+    problems += exclude_problems
+    chosen = {word: _without_covered_slices(names) for word, names in found.items()}
+    if layers is not None:
+        problems += _missing_blocks(model, layers)
+        chosen = {word: _within_blocks(model, names, layers) for word, names in chosen.items()}
+    left_out = {place for names in excluded.values() for place in names}
+    kept = {word: [p for p in names if p not in left_out] for word, names in chosen.items()}
+    limits = [f"layers {layers!r}"] * (layers is not None) + ["exclude"] * bool(left_out)
+    problems += [
+        f"nothing of {word!r} is left after {' and '.join(limits)}."
+        for word, names in kept.items()
+        if not names
+    ]
+    problems += _half_chosen(kept, left_out)
+    _raise_any(model, problems)
+    selected = {place for names in kept.values() for place in names}
+    return tuple(place for place in places(model) if place in selected)
+
+
+def layer_number(path: str) -> int | None:
+    """Return the number of the block that a path lies in: its first numeric component."""
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
+
+
+def task_heads(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the modules that a task put on top of a pre-trained backbone.
+
+    They are the children beside the backbone that have parameters, such as a classifier and the
+    pooler made for it. A language model has none: what is beside its backbone was pre-trained too.
+    """
+    backbone = _backbone(model)
+    if not backbone or _embedding(model, "get_output_embeddings") is not None:
+        return ()
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if child not in backbone and any(True for _ in child.parameters())
+    )
+
+
+def _backbone(model: nn.Module) -> list[nn.Module]:
+    """Return the children that hold the pre-trained model; none if `model` itself is bare."""
+    prefix = getattr(model, "base_model_prefix", "")
+    names = [prefix] if hasattr(model, prefix) else []
+    if not names and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        # T5ForQuestionAnswering has no module around its two stacks.
+        names = ["shared", "encoder", "decoder"]
+    return [child for name, child in model.named_children() if name in names]
+
+
+def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
+    """Return the model's input or output embedding, None if it has none or is not transformers'."""
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _embedding_roles(model: nn.Module, family: Family) -> dict[str, str]:
+    """Return the paths of the embedding and the output head, which the model hands out itself."""
+    output = _embedding(model, "get_output_embeddings")
+    inputs = None
+    if "embed" not in family.roles.values():
+        inputs = _embedding(model, "get_input_embeddings")
+    # ViT hands out a module around its convolution.
+    embeddings = set() if inputs is None else set(inputs.modules())
+    roles = {path: "embed" for path, module in base_modules(model) if module in embeddings}
+    roles |= {path: "head" for path, module in base_modules(model) if module is output}
+    return roles
+
+
+def _slices(model: nn.Module, path: str, split: Split) -> Iterator[Place]:
+    """Yield the slices of a fused layer, whose roles repeat down its output rows."""
+    layer = model.get_submodule(path)
+    total = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+    assert isinstance(total, int)
+    widths = split(model.config, total)
+    period = sum(width for _, width in widths)
+    if period == 0 or total % period:
+        raise TargetError(
+            f"{path} has {total} output rows, but {_name(model)} with this config divides them"
+            f" into groups of {period}: the model and its config do not belong together."
+        )
+    start = 0
+    for role, width in widths:
+        rows = tuple((at + start, at + start + width) for at in range(0, total, period))
+        yield Place(path=path, role=role, rows=rows)
+        start += width
+
+
+def _look_up(
+    model: nn.Module, words: Iterable[str], what: str
+) -> tuple[dict[str, tuple[Place, ...]], list[str]]:
+    """Return the places of each word that names some, and what is wrong with the other words."""
+    everything = places(model)
+    found: dict[str, tuple[Place, ...]] = {}
+    unknown: list[str] = []
+    problems: list[str] = []
+    for word in words:
+        try:
+            names = _named_by(word, model, everything)
+        except re.error as error:
+            problems.append(f"{what}: {word!r} is not a regular expression: {error}.")
+            continue
+        if names:
+            found[word] = names
+        else:
+            unknown.append(word)
+    if unknown:
+        prefix = "" if what == "targets" else f"{what}: "
+        problems.append(prefix + _unknown_words(model, unknown, everything))
+    return found, problems
+
+
+def _named_by(word: str, model: nn.Module, everything: tuple[Place, ...]) -> tuple[Place, ...]:
+    """Return the places that a word names; where the model has the role, the role comes first."""
+    roles = GROUPS.get(word, (word,))
+    by_role = tuple(place for place in everything if place.role in roles)
+    if by_role:
+        return by_role
+    if word == ALL_LINEAR:
+        linear = _linear_paths(model)
+        return tuple(place for place in everything if place.path in linear)
+    if word.startswith("re:"):
+        pattern = re.compile(word.removeprefix("re:"))
+        return tuple(place for place in everything if pattern.fullmatch(place.path))
+    if "*" in word or "?" in word:
+        return tuple(place for place in everything if fnmatch.fnmatchcase(place.path, word))
+    return tuple(
+        place
+        for place in everything
+        if _ends_with(place.path, word) or _ends_with(place.name, word)
+    )
+
+
+def _linear_paths(model: nn.Module) -> set[str]:
+    """Return the paths of the layers that `all-linear` names."""
+    heads = task_heads(model)
+    output = _embedding(model, "get_output_embeddings")
+    return {
+        path
+        for path, module in base_modules(model)
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not output
+        and not _is_within(path, heads)
+    }
+
+
+def _unknown_words(model: nn.Module, words: list[str], everything: tuple[Place, ...]) -> str:
+    """Return what to tell someone whose words name nothing in the model."""
+    roles = [role for role in ROLES if any(place.role == role for place in everything)]
+    candidates = {*roles, *GROUPS, ALL_LINEAR}
+    shown = ", ".join(repr(word) + _nearest(word, candidates, everything) for word in words)
+    text = f"{_name(model)} has no layer{'s' if len(words) > 1 else ''} called {shown}."
+    if _family(model) is not _UNKNOWN:
+        own = [role for role in roles if role not in ("embed", "head")]
+        return f"{text} Its layers are {', '.join(own)}."
+    if any(word in ROLES or word in GROUPS for word in words):
+        text += " lorakit does not know the roles of this architecture: name its modules instead."
+    leaves = list(dict.fromkeys(_last_parts(place.path, 1) for place in everything))
+    more = ", …" if len(leaves) > _LISTED_NAMES else ""
+    return f"{text} Its modules are {', '.join(leaves[:_LISTED_NAMES])}{more}."
+
+
+def _nearest(word: str, candidates: Collection[str], everything: tuple[Place, ...]) -> str:
+    """Return " (did you mean 'x'?)" for the nearest word that would name something."""
+    depth = word.count(".") + 1
+    ends = dict.fromkeys(_last_parts(place.path, depth) for place in everything)
+    hint = did_you_mean(word, [*candidates, *ends]).removeprefix("; ")
+    return f" ({hint})" if hint else ""
+
+
+def _missing_blocks(model: nn.Module, layers: str) -> list[str]:
+    """Return what is wrong with a range of blocks in this model."""
+    heads = task_heads(model)
+    paths = [place.path for place in places(model) if not _is_within(place.path, heads)]
+    last = max((number for path in paths if (number := layer_number(path)) is not None), default=-1)
+    if max(layer_numbers(layers)) <= last:
+        return []
+    return [
+        f"layers {layers!r} goes up to block {max(layer_numbers(layers))},"
+        f" but {_name(model)} has {last + 1} blocks, counted from 0."
+    ]
+
+
+def _within_blocks(model: nn.Module, names: tuple[Place, ...], layers: str) -> tuple[Place, ...]:
+    """Return the places that lie in one of the blocks."""
+    numbers, heads = layer_numbers(layers), task_heads(model)
+    return tuple(
+        place
+        for place in names
+        if layer_number(place.path) in numbers and not _is_within(place.path, heads)
+    )
+
+
+def _without_covered_slices(names: tuple[Place, ...]) -> tuple[Place, ...]:
+    """Return the places without those slices whose whole layer is there too."""
+    whole = {place.path for place in names if place.rows is None}
+    return tuple(place for place in names if place.rows is None or place.path not in whole)
+
+
+def _half_chosen(kept: Mapping[str, Iterable[Place]], left_out: set[Place]) -> list[str]:
+    """Return what is wrong where a fused layer is chosen whole and also spoken of by slice."""
+    by_word = [(place, repr(word)) for word, names in kept.items() for place in names]
+    slices = [*by_word, *((place, "exclude") for place in left_out)]
+    slice_of = {place.path: (place, who) for place, who in slices if place.rows is not None}
+    problems: dict[tuple[str, str], str] = {}
+    for whole, word in by_word:
+        if whole.rows is None and whole.path in slice_of:
+            part, who = slice_of[whole.path]
+            problem = (
+                f"{word} names {whole.path} as a whole and {who} names its slice {part.role!r}:"
+                " name either the layer or its slices."
+            )
+            problems.setdefault((word, who), problem)
+    return list(problems.values())
+
+
+def _raise_any(model: nn.Module, problems: list[str]) -> None:
+    """Raise one TargetError for all problems, if there are any."""
+    if len(problems) == 1:
+        raise TargetError(problems[0])
+    if problems:
+        raise TargetError.listing(f"the layers of {_name(model)} cannot be chosen", problems)
+
+
+def _family(model: nn.Module) -> Family:
+    """Return what is known of the model's architecture."""
+    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), _UNKNOWN)
+
+
+def _name(model: nn.Module) -> str:
+    """Return what to call the model in a message."""
+    return getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
+
+
+def _longest_end(ends: Mapping[str, T], path: str) -> T | None:
+    """Return the entry of the longest end that fits a path."""
+    fitting = [end for end in ends if _ends_with(path, end)]
+    return ends[max(fitting, key=len)] if fitting else None
+
+
+def _ends_with(path: str, end: str) -> bool:
+    """Return whether a dotted path ends with the whole components of another."""
+    return f".{path}".endswith(f".{end}")
+
+
+def _last_parts(path: str, count: int) -> str:
+    """Return the last components of a dotted path."""
+    return ".".join(path.split(".")[-count:])
+
+
+def _is_within(path: str, heads: tuple[str, ...]) -> bool:
+    """Return whether a path is one of the heads or lies in one."""
+    return any(f"{path}.".startswith(f"{head}.") for head in heads)

@@ -1,0 +1,212 @@
+"""Turns rows into tokens and labels, and keeps count of what was cut or left out."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.config import DataConfig
+from lorakit.errors import DataError
+from lorakit.tasks.chat import IGNORED, ChatTemplate, end_token
+from lorakit.tasks.kinds import ClassificationRow, MessagesRow, PromptRow, Row, Rows, TextRow
+from lorakit.tasks.problems import Problems, UnusableRowError
+from lorakit.tasks.report import EncodingReport
+
+NOTHING_TO_LEARN = "no token to learn within the limit"
+NO_ANSWER = "no turn of the assistant that answers something"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One row as a model takes it."""
+
+    input_ids: list[int]
+    labels: list[int] | int | float
+    """A label per token (IGNORED: none), the number of the class, or the number to predict."""
+    token_type_ids: list[int] | None = None
+    """Which text of a pair each token is from, for models that are told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Examples in the order of their rows; a data set of torch's map style."""
+
+    examples: tuple[Example, ...]
+    report: EncodingReport
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Draft:
+    """A row's example, if one remains, and what was cut from it."""
+
+    example: Example | None = None
+    dropped: str = ""
+    cut_prompt: bool = False
+    cut_completion: bool = False
+
+
+def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Encoded:
+    """Return the rows as examples of at most `data.max_length` tokens.
+
+    - A prompt row is the prompt, the separator, the completion and the end token; its labels are on
+      the last two. If it is too long, the prompt is cut from the left. If no token of the prompt
+      would be left, the prompt keeps half of the room and the completion is cut as well.
+    - A conversation has labels on the assistant's turns. One that is too long loses its end.
+    - A text and its end token are all labels. One that is too long loses its end.
+    - A text or pair to classify has the number of its class, or the number to predict. If it is too
+      long, the longer of the two is cut.
+
+    Raises:
+        DataError: no row is left, or rows or tokenizer do not allow it; lists the rows.
+    """
+    encoder = _Encoder(rows, tokenizer, data)
+    problems = Problems(rows.source)
+    drafts = []
+    for number, row in enumerate(rows.rows, start=1):
+        try:
+            drafts.append(encoder.draft(row))
+        except UnusableRowError as error:
+            problems.add(f"row {number}", str(error))
+    problems.raise_if_any()
+    report = _report(rows, drafts, limit=encoder.limit)
+    if not report.kept:
+        raise DataError(f"No row is left to train on.\n{report}")
+    examples = tuple(draft.example for draft in drafts if draft.example)
+    return Encoded(examples=examples, report=report)
+
+
+def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[int]:
+    """Return the tokens after which the model's answer begins, exactly as in training, never cut.
+
+    Of a conversation, that is what precedes the assistant's last turn if the conversation ends
+    with it, else all of it; of a text, the text.
+
+    Raises:
+        DataError: the row cannot be answered, or the tokenizer has no chat template.
+    """
+    match row:
+        case PromptRow():
+            return _opening(tokenizer, row.prompt + data.separator)
+        case TextRow():
+            return _opening(tokenizer, row.text)
+        case MessagesRow():
+            try:
+                return ChatTemplate(tokenizer).prompt(row.messages)
+            except UnusableRowError as error:
+                raise DataError(f"A conversation cannot be answered: {error}.") from error
+        case ClassificationRow():
+            raise DataError("A row to classify has no prompt: it is answered with a label.")
+
+
+class _Encoder:
+    """Makes the example of one row after the other."""
+
+    def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+        self.limit = min(data.max_length, tokenizer.model_max_length)
+        self._tokenizer = tokenizer
+        self._separator = data.separator
+        self._numbers = {name: number for number, name in enumerate(rows.labels or ())}
+        self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
+        frame = tokenizer.num_special_tokens_to_add(pair=True)
+        if rows.kind == "classification" and self.limit <= frame:
+            raise DataError(
+                f"data.max_length {self.limit} leaves no room for text beside the {frame} tokens"
+                " that frame it."
+            )
+
+    def draft(self, row: Row) -> _Draft:
+        match row:
+            case PromptRow():
+                return self._prompt(row)
+            case TextRow():
+                ids = [*_opening(self._tokenizer, row.text), end_token(self._tokenizer)]
+                return self._continuous(ids, list(ids))
+            case MessagesRow():
+                assert self._chat is not None, "rows of one kind"
+                ids, labels = self._chat.example(row.messages)
+                return self._continuous(ids, labels) if ids else _Draft(dropped=NO_ANSWER)
+            case ClassificationRow():
+                return self._classification(row)
+
+    def _prompt(self, row: PromptRow) -> _Draft:
+        prompt = _opening(self._tokenizer, row.prompt + self._separator)
+        completion = [*_plain(self._tokenizer, row.completion), end_token(self._tokenizer)]
+        # At least one token of the prompt stays: the first token to learn must follow something.
+        fits = len(completion) < self.limit
+        room = self.limit - len(completion) if fits else self.limit // 2
+        kept = _last(prompt, room, start=self._tokenizer.bos_token_id)
+        learnt = completion[: self.limit - len(kept)]
+        if not kept or not learnt:
+            return _Draft(dropped=NOTHING_TO_LEARN)
+        return _Draft(
+            example=Example(input_ids=kept + learnt, labels=[IGNORED] * len(kept) + learnt),
+            cut_prompt=len(kept) < len(prompt),
+            cut_completion=len(learnt) < len(completion),
+        )
+
+    def _continuous(self, ids: list[int], labels: list[int]) -> _Draft:
+        """Return the draft of a text or conversation, whose end is cut."""
+        kept = labels[: self.limit]
+        # The first token is given, not predicted.
+        if all(label == IGNORED for label in kept[1:]):
+            return _Draft(dropped=NOTHING_TO_LEARN)
+        return _Draft(
+            example=Example(input_ids=ids[: self.limit], labels=kept),
+            cut_completion=len(kept) < len(labels),
+        )
+
+    def _classification(self, row: ClassificationRow) -> _Draft:
+        label = self._numbers[row.label] if isinstance(row.label, str) else row.label
+        texts = (row.text, row.text_pair)
+        whole = self._tokenizer(*texts, verbose=False)
+        cut = len(whole["input_ids"]) > self.limit
+        kept = self._tokenizer(*texts, truncation=True, max_length=self.limit) if cut else whole
+        example = Example(
+            input_ids=kept["input_ids"], labels=label, token_type_ids=kept.get("token_type_ids")
+        )
+        return _Draft(example=example, cut_prompt=cut)
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return tokens with what the tokenizer puts before a text, without what it puts after."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    adds_end = ids[-1:] == [end] and _plain(tokenizer, text)[-1:] != [end]
+    return ids[:-1] if adds_end else ids
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _last(ids: list[int], room: int, *, start: int | None) -> list[int]:
+    """Return the last tokens that there is room for, and before them the start token if it led."""
+    if len(ids) <= room:
+        return ids
+    if ids[0] == start and room > 1:
+        return [ids[0], *ids[len(ids) - room + 1 :]]
+    return ids[len(ids) - room :]
+
+
+def _report(rows: Rows, drafts: Sequence[_Draft], *, limit: int) -> EncodingReport:
+    lengths = [len(draft.example.input_ids) for draft in drafts if draft.example]
+    return EncodingReport(
+        source=rows.source,
+        kind=rows.kind,
+        rows=len(rows),
+        kept=len(lengths),
+        dropped=Counter(draft.dropped for draft in drafts if draft.dropped),
+        truncated_prompts=sum(draft.cut_prompt for draft in drafts),
+        truncated_completions=sum(draft.cut_completion for draft in drafts),
+        longest=max(lengths, default=0),
+        mean=sum(lengths) / max(len(lengths), 1),
+        max_length=limit,
+        notes=rows.notes,
+    )

@@ -1,0 +1,100 @@
+"""Scores of a model's outputs. Shares are from 0 to 1, correlations from -1 to 1, BLEU to 100."""
+
+from collections.abc import Hashable, Sequence
+from itertools import zip_longest
+
+import numpy as np
+
+from lorakit.errors import DataError, MissingExtraError
+
+
+def exact_match(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return the share of outputs, from 0 to 1, that equal one of their references.
+
+    White space at either end does not count; everything else does.
+
+    Raises:
+        DataError: there is no output, or not one list of references for each.
+    """
+    _check(outputs, references)
+    hits = [
+        output.strip() in {reference.strip() for reference in known}
+        for output, known in zip(outputs, references, strict=True)
+    ]
+    return sum(hits) / len(hits)
+
+
+def accuracy(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> float:
+    """Return the share of predictions, from 0 to 1, that are right.
+
+    Raises:
+        DataError: there is no prediction, or not one expectation for each.
+    """
+    _check(predicted, expected)
+    return sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(predicted)
+
+
+def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
+    """Return Pearson's correlation, from -1 to 1; 0 where one side is constant.
+
+    Raises:
+        DataError: there is no prediction, or not one expectation for each.
+    """
+    _check(predicted, expected)
+    x, y = (np.asarray(side, dtype=np.float64) for side in (predicted, expected))
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+def matthews(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> float:
+    """Return Matthews' correlation, from -1 to 1; 0 where one side is constant.
+
+    For more than two classes it is Gorodkin's R_K (2004, equation 8), of which the usual formula
+    is the case of two.
+
+    Raises:
+        DataError: there is no prediction, or not one expectation for each.
+    """
+    _check(predicted, expected)
+    classes = list(dict.fromkeys([*predicted, *expected]))
+    # One row per prediction, one column per class: its products count agreements.
+    p, e = (
+        np.array([[v == c for c in classes] for v in side], float) for side in (predicted, expected)
+    )
+    p, e = p - p.mean(axis=0), e - e.mean(axis=0)
+    spread = float(np.sqrt((p * p).sum() * (e * e).sum()))
+    return float((p * e).sum()) / spread if spread else 0.0
+
+
+def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return corpus BLEU from 0 to 100 in lower case, as sacrebleu computes it.
+
+    Each output may have another number of references.
+
+    Raises:
+        DataError: there is no output, or an output has no reference.
+        MissingExtraError: sacrebleu is not installed.
+    """
+    _check(outputs, references)
+    without = sum(not known for known in references)
+    if without:
+        raise DataError(
+            f"BLEU needs references, and {without} of {len(outputs)} outputs have none."
+        )
+    try:
+        import sacrebleu
+    except ImportError:
+        raise MissingExtraError("BLEU", "metrics") from None
+    # sacrebleu wants the first references of all, then the second ones, with gaps as None.
+    streams = [list(stream) for stream in zip_longest(*references)]
+    return float(sacrebleu.corpus_bleu(list(outputs), streams, lowercase=True).score)
+
+
+def _check(outputs: Sequence[object], expected: Sequence[object]) -> None:
+    if not outputs or len(outputs) != len(expected):
+        raise DataError(
+            f"A score needs outputs and as many expectations; found {len(outputs)} outputs and"
+            f" {len(expected)} expectations."
+        )

