@@ -161,6 +161,11 @@ def test_t5_roles_name_self_and_cross_attention_of_both_stacks():
         ]
 
 
+def test_t5_embeds_in_each_stack():
+    chosen = select(build("t5"), ("embed",))
+    assert paths(chosen) == ["encoder.embed_tokens", "decoder.embed_tokens"]
+
+
 def test_t5_without_gate_has_up_and_down():
     model = build("t5", feed_forward_proj="relu")
     assert {path.rpartition(".")[2] for path in paths(select(model, ("mlp",)))} == {"wi", "wo"}
@@ -510,6 +515,14 @@ def test_no_role_but_its_path_names_a_task_head(family):
     assert {place.role for place in inside} == {None}
     assert not set(select(model, ("all-linear",))) & set(inside)
     assert set(select(model, (f"{heads[-1]}*",))) <= set(inside)
+
+
+def test_a_layer_of_a_task_head_has_no_role_whatever_its_name():
+    model = build("bert")
+    model.classifier = nested("output.dense")
+    assert [place.role for place in places(model) if place.path == "classifier.output.dense"] == [
+        None
+    ]
 
 
 # Mistakes.
