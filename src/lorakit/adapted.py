@@ -1,7 +1,8 @@
-"""A base model together with its adapter, from the adapter's folder alone."""
+"""A base model, with an adapter if there is one, ready to be used as the adapter was trained."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,41 +10,68 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.adapter import Adapter
 from lorakit.attach import attach
 from lorakit.config import DataConfig
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, ConfigError
 from lorakit.models.load import load_model
 
 
-def load_adapted(
-    path: str | Path,
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model to use, and how to talk to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: Adapter | None
+    """The adapter attached to the model; None: the model is the base."""
+    task: str
+    """generation, classification or regression."""
+    labels: tuple[str, ...] | None
+    """Names of the classes, for a classifier."""
+    data: DataConfig
+    """How rows become prompts: as in training, where the caller says nothing else."""
+
+
+def open_model(
+    adapter_path: str | Path | None = None,
     *,
     model: str | None = None,
     dtype: str = "float32",
+    task: str | None = None,
+    data: DataConfig | None = None,
     allow_other_base: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Adapter]:
-    """Return the base that an adapter was trained on, with the adapter attached.
+) -> Opened:
+    """Return a base with the adapter attached that a folder holds, or the base alone.
 
     Args:
-        path: the adapter's folder.
-        model: the base, where it has another name here than when the adapter was trained.
+        adapter_path: the adapter's folder; None: no adapter.
+        model: the base. None: the one that the adapter names.
         dtype: precision of the base.
+        task: what the model does. None: what the adapter was trained for, else generation.
+        data: what differs from the adapter's training in how rows are read.
         allow_other_base: accept a base with other weights.
 
     Raises:
-        AdapterFileError: the files are unusable, name no base, or do not fit it.
+        ConfigError: neither an adapter nor a model is given.
+        AdapterFileError: the adapter's files are unusable, name no base, or do not fit it.
         ModelError: the base cannot be found.
     """
-    adapter = Adapter.load(path)
-    base = model or (adapter.base.name if adapter.base else "")
+    adapter = None if adapter_path is None else Adapter.load(adapter_path)
+    card = adapter.card if adapter else {}
+    base = model or (adapter.base.name if adapter and adapter.base else "")
+    if not base and adapter is None:
+        raise ConfigError("give an adapter, a model, or both")
     if not base:
-        raise AdapterFileError(f"{path} does not say which base it was trained on: name the model")
-    labels = adapter.card.get("labels")
-    loaded, tokenizer = load_model(
-        base, dtype=dtype, task=adapter.card.get("task", "generation"), labels=labels
+        raise AdapterFileError(
+            f"{adapter_path} does not say which base it was trained on: name the model"
+        )
+    task = task or card.get("task") or "generation"
+    given = data or DataConfig()
+    trained = DataConfig(**card.get("data", {}))
+    merged = trained.model_copy(update={k: getattr(given, k) for k in given.model_fields_set})
+    labels = merged.labels or card.get("labels")
+    labels = tuple(labels) if labels and task == "classification" else None
+    loaded, tokenizer = load_model(base, dtype=dtype, task=task, labels=labels)
+    if adapter is not None:
+        attach(loaded, adapter, allow_other_base=allow_other_base)
+    return Opened(
+        model=loaded, tokenizer=tokenizer, adapter=adapter, task=task, labels=labels, data=merged
     )
-    attach(loaded, adapter, allow_other_base=allow_other_base)
-    return loaded, tokenizer, adapter
-
-
-def data_of(adapter: Adapter) -> DataConfig:
-    """Return how the adapter's training rows were read: its separator, fields and lengths."""
-    return DataConfig(**adapter.card.get("data", {}))

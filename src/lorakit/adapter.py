@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from lorakit.models.identity import BaseIdentity
 
 Rows = tuple[tuple[int, int], ...]
 """Half-open ranges (start, stop) of a fused layer's output rows."""
+Kind = Literal["linear", "transposed", "embedding", "conv"]
+"""How a layer holds its matrix; transposed: (d_in, d_out), as transformers' Conv1D does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,10 @@ class Site:
     """Output rows of the slice; None for a whole layer."""
     groups: int = 1
     """Groups of a convolution, which share A; 1 for every other layer."""
+    kind: Kind = "linear"
+    """What the layer is; other tools' files depend on it, the update does not."""
+    layer_rows: int | None = None
+    """Output rows of the whole layer, where the site is a slice of it."""
 
     @property
     def name(self) -> str:

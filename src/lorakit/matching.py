@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from lorakit.adapter import Adapter, Site, scale_of
 from lorakit.config import LoRAConfig
 from lorakit.errors import AdapterFileError, TargetError, did_you_mean
-from lorakit.methods.lora import ConvNd, is_adaptable, matrix_shape, parameter_shapes
+from lorakit.methods.lora import (
+    ConvNd,
+    is_adaptable,
+    kind_of,
+    matrix_shape,
+    parameter_shapes,
+)
 from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.roles import Place, named, select, task_heads
@@ -140,6 +146,7 @@ def _site(
     rank = ranks.get(place, config.rank)
     alpha = alphas.get(place, config.alpha)
     numerator = float(rank if alpha is None else alpha)
+    layer = model.get_submodule(place.path)
     return Site(
         path=place.path,
         role=place.role if place.rows is not None else None,
@@ -147,7 +154,9 @@ def _site(
         rank=rank,
         alpha=numerator,
         scale=scale_of(rank, numerator, use_rslora=config.use_rslora),
-        groups=getattr(model.get_submodule(place.path), "groups", 1),
+        groups=getattr(layer, "groups", 1),
+        kind=kind_of(layer),
+        layer_rows=None if place.rows is None else matrix_shape(layer)[0],
     )
 
 

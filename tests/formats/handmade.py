@@ -18,10 +18,12 @@ BASE = BaseIdentity(
     names_hash="ab" * 32,
     samples="AACAPwAAAEA=",
 )
-CARD = {"task_type": "CAUSAL_LM", "seed": 3, "scores": {"bleu": 65.6}, "note": "rows of 8 — \"ü\""}
+CARD = {"task_type": "CAUSAL_LM", "seed": 3, "scores": {"bleu": 65.6}, "note": 'rows of 8 — "ü"'}
 
 
-def site(path: str, *, rank: int = 4, alpha: float = 8.0, rslora: bool = False, **facts: Any) -> Site:
+def site(
+    path: str, *, rank: int = 4, alpha: float = 8.0, rslora: bool = False, **facts: Any
+) -> Site:
     """Return a site whose scale follows from its rank and alpha."""
     scale = scale_of(rank, alpha, use_rslora=rslora)
     return Site(path=path, rank=rank, alpha=alpha, scale=scale, **facts)
@@ -45,7 +47,7 @@ def adapter(
     """Return an adapter with random tensors.
 
     Args:
-        sites: each has A (rank, 8) and B (16 or the slice's rows, rank) where `shapes` has no other.
+        sites: each has A (rank, 8) and B (16 or the slice's rows, rank), if `shapes` has no other.
         shapes: shapes of A and B by path.
         extra: shapes of the tensors that replace parameters of the base, by name.
         dtype: of all tensors.

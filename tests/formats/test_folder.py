@@ -1,4 +1,4 @@
-"""The adapter folder: exact round trips, equal bytes for equal adapters, and every refusal's text."""
+"""The adapter folder: exact round trips, equal bytes for equal adapters, every refusal's text."""
 
 import json
 import os
@@ -217,7 +217,9 @@ def test_an_edited_alpha_is_noticed_in_every_layer(saved: Path) -> None:
     edit_json(saved / CONFIG, lora_alpha=32)
     text = refusal(saved)
     assert "(2 problems)" in text
-    assert "gives model.layers.0.q_proj the scale 8, but it was trained with 2: was lora_alpha" in text
+    assert (
+        "gives model.layers.0.q_proj the scale 8, but it was trained with 2: was lora_alpha" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -258,7 +260,9 @@ def test_an_edited_config_is_noticed(saved: Path, change: dict[str, Any], text: 
         ({"new_config": {"a": 1}}, "new_config: unknown to lorakit, and it may change"),
     ],
 )
-def test_what_lorakit_cannot_do_is_refused(foreign: Path, change: dict[str, Any], text: str) -> None:
+def test_what_lorakit_cannot_do_is_refused(
+    foreign: Path, change: dict[str, Any], text: str
+) -> None:
     edit_json(foreign / CONFIG, **change)
     assert f"{CONFIG}  {text}" in refusal(foreign)
 
@@ -339,7 +343,9 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(foreign: Path, how: str)
     (foreign / WEIGHTS).unlink()
     content = {"w": Trap(foreign / "sprung")}
     target = foreign / "adapter_model.bin"
-    torch.save(content, target) if how == "torch.save" else target.write_bytes(pickle.dumps(content))
+    torch.save(content, target) if how == "torch.save" else target.write_bytes(
+        pickle.dumps(content)
+    )
     assert "adapter_model.bin cannot be read as tensors alone" in refusal(foreign)
     assert not (foreign / "sprung").exists()
 
@@ -362,7 +368,7 @@ def test_a_record_that_contradicts_itself_is_refused(saved: Path) -> None:
     from lorakit.formats.record import checksum
 
     content = json.loads((saved / RECORD).read_text())
-    content["sites"][0]["rank"] = 3
+    content["sites"][0]["path"] = "elsewhere"
     (saved / RECORD).write_text(json.dumps(content | {"checksum": checksum(content)}))
     assert f"{RECORD} contradicts itself" in refusal(saved)
 

@@ -20,7 +20,7 @@ Files = dict[str, bytes]
 Mutation = Callable[[random.Random, Files], None]
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
 VALUES: tuple[Any, ...] = (0, 1, -3, 2.5, 1e400, "", "q_proj", ".*", True, False, None, [], {}, [1])
-ROUNDS = 260
+ROUNDS = 210
 
 
 def flip(rng: random.Random, files: Files) -> None:

@@ -112,8 +112,15 @@ def test_a_kill_at_a_random_moment_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("existing", "failing", "counts"),
-    [(False, 0, False), (False, 3, False), (False, 4, True)]
-    + [(True, 0, False), (True, 2, False), (True, 3, False), (True, 4, True), (True, 5, True)],
+    [
+        (False, 0, False),
+        (False, 3, False),
+        (False, 4, True),
+        (True, 0, False),
+        (True, 3, False),
+        (True, 4, True),
+        (True, 5, True),
+    ],
 )
 def test_a_full_disk_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool, failing: int, counts: bool

@@ -1,9 +1,10 @@
 import pytest
 from tiny_tokenizers import build_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lorakit.config import DataConfig
-from lorakit.errors import DataError
+from lorakit.errors import DataError, ModelError
+from lorakit.models.packaged import packaged_folder
 from lorakit.tasks.chat import IGNORED
 from lorakit.tasks.encode import Encoded, Example, encode_prompt, encode_rows
 from lorakit.tasks.kinds import (
@@ -22,13 +23,13 @@ DATA = DataConfig(separator="=")
 
 
 def encode(
-    tokenizer: Tokenizer, *rows: Row, kind: Kind = "prompt", max_length: int = 512
+    tokenizer: PreTrainedTokenizerBase, *rows: Row, kind: Kind = "prompt", max_length: int = 512
 ) -> Encoded:
     data = DataConfig(separator="=", max_length=max_length)
     return encode_rows(Rows(kind=kind, rows=rows, source="rows"), tokenizer, data)
 
 
-def text_of(tokenizer: Tokenizer, example: Example) -> str:
+def text_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     return tokenizer.decode(example.input_ids)
 
 
@@ -323,6 +324,28 @@ def test_the_longer_text_of_a_pair_is_cut() -> None:
     assert [text_of(tokenizer, example) for example in encoded.examples] == ["abcgh", "ab"]
     assert encoded.report.truncated_prompts == 1
     assert "cut 1 text" in str(encoded.report)
+
+
+@pytest.fixture(scope="module")
+def minilm() -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(packaged_folder("minilm"))
+    except ModelError as error:
+        pytest.skip(str(error))
+
+
+def test_a_pair_is_framed_and_told_apart_as_its_model_wants(
+    minilm: PreTrainedTokenizerBase,
+) -> None:
+    encoded = encode(
+        minilm, labelled("a cat", 1.0, "a dog"), labelled("a", 2.0), kind="classification"
+    )
+    assert text_of(minilm, encoded[0]) == "[CLS] a cat [SEP] a dog [SEP]"
+    assert encoded[0].token_type_ids == [0, 0, 0, 0, 1, 1, 1]
+    assert text_of(minilm, encoded[1]) == "[CLS] a [SEP]"
+    assert encoded.report.max_length == 512
+    with pytest.raises(DataError, match="has no end-of-sequence token"):
+        encode(minilm, prompt_row("a", "b"))
 
 
 def test_a_limit_without_room_for_text_is_refused() -> None:

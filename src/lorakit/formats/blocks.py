@@ -47,6 +47,12 @@ class WholeLayer:
         """Return PEFT's rank: it gives each group of a convolution its own part of A."""
         return self.width * self.groups
 
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether PEFT's A and B are those of the only site."""
+        only = self.sites[0]
+        return len(self.sites) == self.groups == 1 and only.rows is None and self.width == only.rank
+
 
 def whole_layers(sites: Sequence[Site], *, use_rslora: bool) -> tuple[WholeLayer, ...]:
     """Return the sites gathered by layer, in the order of the first site of each."""
@@ -109,6 +115,8 @@ def stack(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Ten
         B (c_out, rank / groups, 1, …).
     """
     first_a, first_b = (tensors[f"{layer.sites[0].name}.lora_{end}"] for end in "ab")
+    if layer.is_plain:
+        return first_a, first_b
     rows = layer.sites[0].layer_rows or first_b.shape[0]
     a = first_a.new_zeros(layer.width, *first_a.shape[1:])
     b = first_b.new_zeros(rows, layer.width, *first_b.shape[2:])
@@ -144,6 +152,9 @@ def _spread(a: Tensor, groups: int) -> Tensor:
 
 def unstack(layer: WholeLayer, a: Tensor, b: Tensor) -> dict[str, Tensor] | None:
     """Return the tensors that `stack` made A and B from, or None if it cannot have made these."""
+    if layer.is_plain:
+        name = layer.sites[0].name
+        return {f"{name}.lora_a": a, f"{name}.lora_b": b}
     tensors, start = {}, 0
     inner = a.shape[1] // layer.groups
     for site in layer.sites:

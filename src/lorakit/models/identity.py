@@ -117,3 +117,13 @@ def _both_rounded(half: Tensor, brain: Tensor) -> bool:
 
 def _inside(path: str, modules: Collection[str]) -> bool:
     return any(path == module or path.startswith(f"{module}.") for module in modules)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the SHA-256 of every bit of the base's parameters, their names and precisions."""
+    digest = hashlib.sha256()
+    for path, parameter in base_parameters(model):
+        bits = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{path} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(bits.numpy().data)
+    return digest.hexdigest()

@@ -79,10 +79,10 @@ def answer(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
-    num_beams: int = 1,
     progress: bool = False,
+    **search: Any,
 ) -> list[str]:
-    """Return what the model writes after each prompt: greedily, or by beam search.
+    """Return what the model writes after each prompt: greedily, if no option says otherwise.
 
     Args:
         model: a causal language model, with or without an adapter.
@@ -90,13 +90,13 @@ def answer(
         prompts: token ids.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts at once.
-        num_beams: 1 is greedy.
         progress: show a bar on stderr.
+        search: options of transformers' GenerationConfig, such as num_beams.
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     texts = [""] * len(prompts)
-    settings = generation_settings(tokenizer, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    settings = generation_settings(tokenizer, max_new_tokens=max_new_tokens, **search)
     for start in _steps(len(order), batch_size, "answering", progress):
         rows = order[start : start + batch_size]
         batch = generation_batch([prompts[row] for row in rows], pad_id=pad_token(tokenizer))

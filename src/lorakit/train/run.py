@@ -62,6 +62,8 @@ class Prepared:
     """Everything that a run needs, checked before its first step."""
 
     task: str
+    kind: str
+    """What a row is: prompt, messages, text or classification."""
     labels: tuple[str, ...] | None
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -101,6 +103,7 @@ def prepare(config: TrainConfig) -> Prepared:
     plan = _attach(model, config)
     return Prepared(
         task=task,
+        kind=rows.kind,
         labels=rows.labels,
         model=model,
         tokenizer=tokenizer,
@@ -278,6 +281,7 @@ def training_card(
     scores = [e for e in history if any(key.startswith("eval_") for key in e)]
     return {
         "task": prepared.task,
+        "rows_kind": prepared.kind,
         "labels": None if prepared.labels is None else list(prepared.labels),
         "data": config.data.model_dump(mode="json"),
         "rows": {

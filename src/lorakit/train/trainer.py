@@ -64,7 +64,7 @@ class AdapterTrainer(Trainer):
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss became {float(loss)} at step {self.state.global_step + 1}: "
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}: "
                 "try a smaller learning_rate or more warmup_steps"
             )
         self.last_good = {

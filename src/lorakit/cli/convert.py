@@ -1,0 +1,63 @@
+"""The verb convert: an adapter of one format, read, checked and written in another."""
+
+from pathlib import Path
+from typing import Literal
+
+from lorakit.adapter import Adapter
+from lorakit.attach import attach, extract
+from lorakit.cli.verbs import Result
+from lorakit.config import LoRAConfig, Settings
+from lorakit.formats.folder import save_peft
+from lorakit.models.load import load_model
+
+
+class ConvertConfig(Settings):
+    """What to read, and what to write."""
+
+    source: Path
+    """Adapter folder of lorakit or PEFT, or a loralib .pt file."""
+
+    out: Path
+    """New folder for the result."""
+
+    to: Literal["lorakit", "peft"] = "lorakit"
+    """lorakit: PEFT's two files and lorakit.json. peft: PEFT's two files alone."""
+
+    model: str | None = None
+    """Base model to check the adapter against, and to record. None: files are checked alone."""
+
+    lora: LoRAConfig | None = None
+    """Rank, alpha and targets, which a loralib file does not hold."""
+
+
+SETTINGS: type[Settings] = ConvertConfig
+
+
+def run(settings: ConvertConfig) -> Result:
+    """Convert, and say what could not be verified."""
+    adapter = Adapter.load(settings.source, config=settings.lora)
+    if settings.model is not None:
+        model, _ = load_model(
+            settings.model,
+            task=adapter.card.get("task", "generation"),
+            labels=adapter.card.get("labels"),
+        )
+        attach(model, adapter)
+        adapter = extract(model)
+    if settings.to == "peft":
+        save_peft(adapter, settings.out)
+    else:
+        adapter.save(settings.out)
+    notes = [f"not verified: {note}" for note in adapter.unverified]
+    summary = f"{len(adapter.sites)} updates, {adapter.parameters:,} parameters in {settings.out}"
+    return Result(
+        text="\n".join([summary, *notes]),
+        data={
+            "out": settings.out,
+            "format": settings.to,
+            "sites": len(adapter.sites),
+            "parameters": adapter.parameters,
+            "content_hash": adapter.content_hash(),
+            "unverified": list(adapter.unverified),
+        },
+    )

@@ -1,0 +1,147 @@
+"""The verb evaluate: scores of a model, with or without an adapter, on held-out rows."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from lorakit.adapted import Opened, open_model
+from lorakit.cli.verbs import Result
+from lorakit.config import DataConfig, DType, Names, PositiveInt, Settings
+from lorakit.errors import ConfigError, OutputError
+from lorakit.formats.storage import write_atomically
+from lorakit.tasks.encode import encode_prompt, encode_rows
+from lorakit.tasks.kinds import Rows, references_of
+from lorakit.tasks.metrics import bleu, exact_match
+from lorakit.tasks.rows import read_rows
+from lorakit.train.collate import Collator
+from lorakit.train.evaluation import answer, score
+from lorakit.train.loss import Loss
+
+WRITTEN = ("exact_match", "bleu")
+"""Scores for which the model has to write answers."""
+
+
+class EvaluateConfig(Settings):
+    """What to score, on which rows."""
+
+    adapter: Path | None = None
+    """Adapter folder; None: the model alone."""
+
+    model: str | None = None
+    """Base model. None: the one that the adapter was trained on."""
+
+    data: DataConfig = DataConfig()
+    """Rows: `data.validation` names them; what else is unset is as it was in training."""
+
+    task: Literal["generation", "classification", "regression"] | None = None
+    """What the model does. None: what the adapter was trained for, else generation."""
+
+    metrics: Names = ("loss", "exact_match", "bleu")
+    """For generation: loss (with perplexity), exact_match, bleu. Others have loss and one score."""
+
+    dtype: DType = "float32"
+    """Precision of the base."""
+
+    batch_size: PositiveInt = 16
+    """Rows at once."""
+
+    max_new_tokens: PositiveInt = 128
+    """Longest answer, in tokens."""
+
+    num_beams: PositiveInt = 1
+    """Beams of the search for answers; 1 is greedy."""
+
+    outputs: Path | None = None
+    """File for the answers, as JSON lines of prompt, answer and references."""
+
+    allow_other_base: bool = False
+    """Accept a base with other weights than the adapter was trained on."""
+
+
+SETTINGS: type[Settings] = EvaluateConfig
+
+
+def run(settings: EvaluateConfig) -> Result:
+    """Score the rows and print each score."""
+    unknown = sorted(set(settings.metrics) - {"loss", *WRITTEN})
+    if unknown:
+        raise ConfigError(f"metrics: {unknown} unknown; there are loss, {', '.join(WRITTEN)}")
+    if settings.data.validation is None:
+        raise ConfigError("data.validation must say which rows to score")
+    if settings.outputs is not None and settings.outputs.exists():
+        raise OutputError(f"{settings.outputs} exists: choose another file")
+    opened = open_model(
+        settings.adapter,
+        model=settings.model,
+        dtype=settings.dtype,
+        task=settings.task,
+        data=settings.data,
+        allow_other_base=settings.allow_other_base,
+    )
+    data = opened.data
+    assert data.validation is not None
+    rows = read_rows(
+        data.validation,
+        data,
+        limit=data.validation_rows,
+        split="test",
+        labels=opened.labels,
+        regression=opened.task == "regression",
+    )
+    scores = _scores(settings, opened, rows)
+    lines = [f"{name:12} {value:.4f}" for name, value in scores.items()]
+    return Result(
+        text="\n".join([f"{len(rows)} rows of {rows.source}", *lines]),
+        data={"rows": len(rows), "source": rows.source, "task": opened.task, **scores},
+    )
+
+
+def _scores(settings: EvaluateConfig, opened: Opened, rows: Rows) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    if opened.task != "generation" or "loss" in settings.metrics:
+        scores = score(
+            opened.model,
+            encode_rows(rows, opened.tokenizer, opened.data).examples,
+            loss=Loss(opened.task),
+            collate=Collator(opened.tokenizer, opened.model, task=opened.task),
+            batch_size=settings.batch_size,
+            progress=True,
+        )
+    wanted = [name for name in WRITTEN if name in settings.metrics]
+    if opened.task == "generation" and wanted and rows.kind != "text":
+        answers = _answers(settings, opened, rows)
+        references = [references_of(row) for row in rows.rows]
+        compute = {"exact_match": exact_match, "bleu": bleu}
+        scores |= {name: compute[name](answers, references) for name in wanted}
+    return scores
+
+
+def _answers(settings: EvaluateConfig, opened: Opened, rows: Rows) -> list[str]:
+    prompts = [encode_prompt(row, opened.tokenizer, opened.data) for row in rows.rows]
+    answers = answer(
+        opened.model,
+        opened.tokenizer,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        num_beams=settings.num_beams,
+        progress=True,
+    )
+    if settings.outputs is not None:
+        write_atomically(settings.outputs, _lines(opened, rows, prompts, answers).encode())
+    return answers
+
+
+def _lines(
+    opened: Opened, rows: Rows, prompts: Sequence[Sequence[int]], answers: Sequence[str]
+) -> str:
+    records = (
+        {
+            "prompt": opened.tokenizer.decode(prompt),
+            "answer": text,
+            "references": list(references_of(row)),
+        }
+        for row, prompt, text in zip(rows.rows, prompts, answers, strict=True)
+    )
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
