@@ -378,3 +378,13 @@ def test_a_folder_of_many_gives_names_in_the_models_order(tmp_path: Path) -> Non
     folder = many.save(tmp_path / "a")
     (folder / RECORD).unlink()
     assert Adapter.load(folder).sites == many.sites
+
+
+def test_the_documentation_names_every_key(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "adapter-format.md").read_text(encoding="utf-8")
+    for make in MAKERS:
+        folder = make().save(tmp_path / make.__name__)
+        record = json.loads((folder / RECORD).read_text())
+        keys = {*record, *json.loads((folder / CONFIG).read_text())}
+        keys.update(key for site in record["sites"] for key in site)
+        assert [key for key in sorted(keys) if f"`{key}`" not in text] == []

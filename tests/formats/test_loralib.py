@@ -123,6 +123,7 @@ def test_it_says_what_the_file_cannot_prove_and_goes_on_as_a_folder(tmp_path: Pa
         "the weights",
         "rank, alpha and targets",
         "which rows the slices are",
+        "which layers are embeddings",
     ]
     again = Adapter.load(adapter.save(tmp_path / "folder"))
     assert again.content_hash() == adapter.content_hash()

@@ -233,7 +233,7 @@ def _record(files: Mapping[str, bytes], problems: list[str]) -> Record | None:
             f"{RECORD_FILE}  is of format version {version!r}; this lorakit reads {VERSION}"
         )
         return None
-    if raw.pop("checksum", None) is None:
+    if raw.pop("checksum", None) != checksum(raw):
         problems.append(f"{RECORD_FILE}  was changed or damaged after it was written")
         return None
     try:

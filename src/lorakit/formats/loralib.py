@@ -23,6 +23,7 @@ UNPROVEN = (
     "the weights: there is no hash, so that a change of them would not be noticed",
     "rank, alpha and targets: they are those of the given config; the file holds none",
     "which rows the slices are: q, k, v are taken as equal thirds, enabled as the targets say",
+    "which layers are embeddings: it is told by their names, and matters for PEFT's files alone",
 )
 
 
