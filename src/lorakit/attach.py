@@ -31,6 +31,7 @@ from lorakit.models.base import base_parameters
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
 from lorakit.models.roles import task_heads
+from lorakit.pristine import Pristine
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Attachment:
     """requires_grad of the base's parameters before the first adapter came."""
     adapters: dict[str, Adapter] = field(default_factory=dict)
     """What was attached, by name, without tensors: those live in the layers."""
-    pristine: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    pristine: dict[str, dict[str, Pristine]] = field(default_factory=dict)
     """Unmerged weights by module path and parameter name, while an adapter is merged."""
 
 
@@ -228,7 +229,8 @@ def restore_pristine(model: nn.Module, state: Attachment) -> None:
             if isinstance(pristine, nn.Parameter):
                 set_parameter(module, name, pristine)
             else:
-                module.get_parameter(name).data.copy_(pristine)
+                weight = pristine if isinstance(pristine, Tensor) else pristine.read()
+                module.get_parameter(name).data.copy_(weight)
     state.pristine.clear()
     state.route.merged = None
 

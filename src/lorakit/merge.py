@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorakit.attach import (
@@ -24,6 +22,7 @@ from lorakit.attach import (
 )
 from lorakit.errors import MergeError
 from lorakit.methods.layer import AdaptedLayer, Update, adapted_layers, bank_key, update_of
+from lorakit.pristine import Checkpoint
 
 WARN_ABOVE = 0.10
 """Share of ΔW lost to rounding above which a merge is worth a warning."""
@@ -94,12 +93,12 @@ def merge(
     *,
     probe: Mapping[str, Tensor] | None = None,
     round_to: torch.dtype | None = None,
+    pristine: Literal["copy", "checkpoint"] = "copy",
 ) -> MergeReport:
     """Write W + scale·B·A into the weights, so that the model runs with no extra latency.
 
     The sum is formed in float32 from the pristine weight and rounded once. The pristine weights are
-    kept, as a CPU copy or as a view of the checkpoint file, and `unmerge` puts them back. A weight
-    that is tied to another is untied until then.
+    kept, and `unmerge` puts them back. A weight that is tied to another is untied until then.
 
     Args:
         model: a model with adapters.
@@ -108,6 +107,9 @@ def merge(
             has an input embedding.
         round_to: round to this precision (kept in the weights' own), for a checkpoint that will be
             written in it.
+        pristine: where to keep the unmerged weights. copy: in the CPU's memory; checkpoint: in the
+            safetensors files that the model was loaded from, where they hold the same bits (they
+            must stay as they are until `unmerge`), else in memory.
 
     Raises:
         MergeError: no adapter is active, or one is merged already.
@@ -123,7 +125,7 @@ def merge(
     with route(model, name):
         before = _outputs(model, probe)
     try:
-        weights = tuple(_merge_layers(model, state, name, round_to))
+        weights = tuple(_merge_layers(model, state, name, round_to, pristine))
     except BaseException:
         restore_pristine(model, state)
         raise
@@ -146,10 +148,14 @@ def unmerge(model: nn.Module) -> None:
 
 
 def _merge_layers(
-    model: nn.Module, state: Attachment, name: str, round_to: torch.dtype | None
+    model: nn.Module,
+    state: Attachment,
+    name: str,
+    round_to: torch.dtype | None,
+    pristine: str,
 ) -> Iterator[MergedWeight]:
     tied = _tied_parameters(model)
-    checkpoint = _Checkpoint(model)
+    checkpoint = Checkpoint(model) if pristine == "checkpoint" else None
     for path, layer in adapted_layers(model):
         update = update_of(layer, name)
         if update is None:
@@ -165,7 +171,8 @@ def _merge_layers(
                 kept[inner] = current
                 set_parameter(layer, inner, nn.Parameter(rounded, requires_grad=False))
             else:
-                kept[inner] = checkpoint.view(full_name, current)
+                on_file = checkpoint.holds(full_name, current) if checkpoint else None
+                kept[inner] = on_file or current.detach().to("cpu", copy=True)
                 current.data.copy_(rounded)
             yield measured
 
@@ -192,25 +199,6 @@ def _tied_parameters(model: nn.Module) -> set[int]:
     for _, parameter in model.named_parameters(remove_duplicate=False):
         seen[id(parameter)] = seen.get(id(parameter), 0) + 1
     return {key for key, count in seen.items() if count > 1}
-
-
-class _Checkpoint:
-    """The safetensors files that a model was loaded from, as a source of pristine weights."""
-
-    def __init__(self, model: nn.Module) -> None:
-        folder = Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or "."))
-        files = sorted(folder.glob("*.safetensors")) if (folder / "config.json").is_file() else []
-        self._handles = [safe_open(file, framework="pt") for file in files]
-        self._where = {key: handle for handle in self._handles for key in handle.keys()}  # noqa: SIM118
-
-    def view(self, name: str, current: Tensor) -> Tensor:
-        """Return the file's memory-mapped tensor where it holds the same bits, else a CPU copy."""
-        handle = self._where.get(name)
-        if handle is not None:
-            mapped: Tensor = handle.get_tensor(name)
-            if mapped.dtype == current.dtype and torch.equal(mapped, current.detach().cpu()):
-                return mapped
-        return current.detach().to("cpu", copy=True)
 
 
 def default_probe(model: nn.Module) -> Mapping[str, Tensor] | None:

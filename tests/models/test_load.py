@@ -1,5 +1,6 @@
 import importlib.util
 import sys
+from logging import Handler
 from pathlib import Path
 
 import gguf
@@ -93,6 +94,7 @@ def test_a_regressor_has_one_output(llama_folder):
     model, _ = load_model(llama_folder, task="regression")
     output = model(torch.tensor([[5, 6]]), labels=torch.tensor([0.5]))
     assert output.logits.shape == (1, 1)
+    assert model.config.problem_type == "regression"
     error = (output.logits[0, 0] - 0.5) ** 2
     assert torch.allclose(output.loss, error)
 
@@ -125,17 +127,34 @@ def test_a_trained_classifier_keeps_its_head_and_labels(tmp_path):
     assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
 
 
-def test_loading_says_nothing(llama_folder, capfd):
+@pytest.fixture
+def logged():
+    """Return a list of what transformers logs, at its usual verbosity."""
+    records = []
+    handler = Handler()
+    handler.emit = records.append
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    logging.add_handler(handler)
+    yield records
+    logging.remove_handler(handler)
+    logging.set_verbosity(before)
+
+
+def test_loading_says_nothing(llama_folder, logged, capfd):
     load_model(llama_folder, task="classification", labels=("a", "b"))
+    assert logged == []
     assert capfd.readouterr() == ("", "")
 
 
-def test_transformers_speaks_again_after_a_load(llama_folder):
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+def test_transformers_speaks_again_after_a_load(llama_folder, logged):
+    bars = logging.is_progress_bar_enabled()
     load_model(llama_folder)
     with pytest.raises(ModelError):
         load_model(llama_folder / "nothing")
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert logging.is_progress_bar_enabled() == bars
+    logging.get_logger("transformers").warning("heard")
+    assert [record.msg for record in logged] == ["heard"]
 
 
 # Mistakes.

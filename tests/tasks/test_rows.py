@@ -164,7 +164,7 @@ def test_all_unusable_rows_are_told_at_once(read: Any) -> None:
 
 def test_empty_completions_are_noted_and_refused_only_if_all_are(read: Any) -> None:
     rows = read([{"prompt": "a", "completion": " "}, {"prompt": "b", "completion": "c"}])
-    assert rows.notes == ("1 completions are empty: there the model learns to answer nothing",)
+    assert rows.notes == ("empty completions: 1; there the model learns to answer nothing",)
     with pytest.raises(DataError, match=r"all completions are empty \(2 rows\)"):
         read([{"prompt": "a", "completion": " "}, {"prompt": "b", "completion": ""}])
 

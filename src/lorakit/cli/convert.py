@@ -37,11 +37,8 @@ def run(settings: ConvertConfig) -> Result:
     """Convert, and say what could not be verified."""
     adapter = Adapter.load(settings.source, config=settings.lora)
     if settings.model is not None:
-        model, _ = load_model(
-            settings.model,
-            task=adapter.card.get("task", "generation"),
-            labels=adapter.card.get("labels"),
-        )
+        task, labels = adapter.card.get("task", "generation"), adapter.card.get("labels")
+        model, _ = load_model(settings.model, task=task, labels=labels)
         attach(model, adapter)
         adapter = extract(model)
     if settings.to == "peft":

@@ -180,9 +180,10 @@ def _merge_and_undo(
     times: dict[str, list[float]] = {"base": [], "unmerged": [], "merged": []}
     change = None
     for _ in range(3):
-        for way, name in (("base", None), ("unmerged", first)):
-            switch(model, name)
-            times[way] += _forward_times(model, batch)
+        switch(model, None)
+        times["base"] += _forward_times(model, batch)
+        switch(model, first)
+        times["unmerged"] += _forward_times(model, batch)
         change = merge(model, first, probe=batch).logit_change
         times["merged"] += _forward_times(model, batch)
         unmerge(model)

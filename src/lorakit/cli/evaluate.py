@@ -138,7 +138,7 @@ def _lines(
 ) -> str:
     records = (
         {
-            "prompt": opened.tokenizer.decode(prompt),
+            "prompt": opened.tokenizer.decode(list(prompt)),
             "answer": text,
             "references": list(references_of(row)),
         }

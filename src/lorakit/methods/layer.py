@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakit.errors import RouteError
+
 
 def bank_key(name: str) -> str:
     """Return the child name for an adapter: torch allows no dots, and its own methods' names."""
@@ -98,7 +100,8 @@ def _rows_of(index: Tensor, found: int, expected: int) -> Tensor:
     """Return the positions of batch rows in a layer's input, which may flatten (batch, length)."""
     if found == expected:
         return index
-    assert found % expected == 0, f"a layer got {found} rows in a batch of {expected}"
+    if found % expected:
+        raise RouteError(f"the route is for {expected} rows, but the batch has {found} rows")
     each = found // expected
     return (index[:, None] * each + torch.arange(each, device=index.device)).flatten()
 

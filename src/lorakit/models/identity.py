@@ -111,8 +111,12 @@ def _both_rounded(half: Tensor, brain: Tensor) -> bool:
     """Tell whether one side is a float16 and the other a bfloat16 copy of the same weights."""
     is_half = torch.equal(half.half().float(), half)
     is_brain = torch.equal(brain.bfloat16().float(), brain)
-    # Rounding twice may end one step beside rounding once; a few such samples are no difference.
-    return is_half and is_brain and (half.bfloat16() == brain).float().mean().item() > 0.98
+    if not (is_half and is_brain):
+        return False
+    # float16 has three bits more, so one sample in eight lies half-way between two bfloat16s, where
+    # rounding twice may end one step (2^-7) beside rounding once. 2^-24: float16's smallest step.
+    near = torch.allclose(half, brain, rtol=2**-7, atol=2**-24)
+    return near and (half.bfloat16() == brain).float().mean().item() > 0.85
 
 
 def _inside(path: str, modules: Collection[str]) -> bool:

@@ -101,7 +101,7 @@ def _references(fields: FieldMap, values: Values) -> tuple[str, ...]:
 
 def _answer_notes(table: Table, *, empty: int) -> tuple[str, ...]:
     notes = (
-        [f"{empty} completions are empty: there the model learns to answer nothing"]
+        [f"empty completions: {empty}; there the model learns to answer nothing"]
         if empty
         else []
     )

@@ -1,0 +1,69 @@
+"""Where a weight waits, unchanged, while an adapter is merged into it: in memory or in its file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lorakit.errors import MergeError
+
+
+class FileWeight:
+    """A pristine weight that stays in its checkpoint file, and is read when it is needed."""
+
+    def __init__(self, handle: Any, name: str, checksum: str) -> None:
+        self._handle = handle
+        self._name = name
+        self._checksum = checksum
+
+    def read(self) -> Tensor:
+        """Return the weight.
+
+        Raises:
+            MergeError: somebody has changed the file meanwhile.
+        """
+        weight: Tensor = self._handle.get_tensor(self._name)
+        if checksum_of(weight) != self._checksum:
+            raise MergeError(
+                f"the checkpoint file has changed since {self._name} was merged: load the base anew"
+            )
+        return weight
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy or a pickle cannot share the open file, so it holds the weight itself.
+        return torch.clone, (self.read(),)
+
+
+def checksum_of(weight: Tensor) -> str:
+    """Return the SHA-256 of a weight's bits."""
+    bits = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(bits.numpy().data).hexdigest()
+
+
+class Checkpoint:
+    """The safetensors files that a model was loaded from, as a source of pristine weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        folder = Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or "."))
+        files = sorted(folder.glob("*.safetensors")) if (folder / "config.json").is_file() else []
+        handles = [safe_open(file, framework="pt") for file in files]
+        self._where = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118
+
+    def holds(self, name: str, current: Tensor) -> FileWeight | None:
+        """Return the weight in the file if it has the same bits as the model's."""
+        handle = self._where.get(name)
+        if handle is None:
+            return None
+        found: Tensor = handle.get_tensor(name)
+        if found.dtype != current.dtype or not torch.equal(found, current.detach().cpu()):
+            return None
+        return FileWeight(handle, name, checksum_of(found))
+
+
+Pristine = Tensor | FileWeight
+"""An unmerged weight: a copy of it, or of a tied one the parameter itself, or its place on file."""
