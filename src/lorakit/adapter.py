@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class Site:
 
 def scale_of(rank: int, alpha: float, *, use_rslora: bool) -> float:
     """Return the factor on B·A: α/r (section 4.1), or α/√r (Kalajdzievski 2023)."""
-    return float(alpha / rank**0.5 if use_rslora else alpha / rank)
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Adapter:
     card: Mapping[str, Any] = field(default_factory=dict)
     """How it was trained: data, seed, steps, versions, scores."""
     unverified: tuple[str, ...] = ()
-    """What its files could not prove, in words; empty for a folder that lorakit wrote."""
+    """What its files could not prove, in words; empty if lorakit trained it."""
 
     method = "lora"
 

@@ -104,7 +104,8 @@ def attach(
     if isinstance(what, Adapter):
         fitted = fit(model, what, identity, allow_other_base=allow_other_base)
         updates = _build(model, fitted, what.config, what.tensors)
-        record = replace(what, tensors={})
+        # Another tool's file may not say what kind of layer it adapts; the model does.
+        record = replace(what, tensors={}, sites=fitted.sites)
     else:
         fitted = plan(model, what)
         updates = _build(model, fitted, what, None)
@@ -154,8 +155,7 @@ def _build(
     for path in fitted.copies:
         made = ModuleCopy(model.get_submodule(path), getattr(torch, config.dtype))
         if tensors is not None:
-            prefix = f"{path}."
-            made.fill({n.removeprefix(prefix): t for n, t in tensors.items() if prefix in n})
+            made.fill(tensors, path)
         updates[path] = made
     return updates
 

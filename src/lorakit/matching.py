@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 import torch
@@ -244,8 +244,16 @@ def fit(
     if problems:
         raise AdapterFileError.listing("the adapter does not fit this model", problems)
     biases = [n.removesuffix(".bias") for n in adapter.tensors if _is_bias(n, adapter)]
-    matched = tuple(_match(modules[site.path], None, site) for site in adapter.sites)
+    matched = tuple(
+        _match(modules[site.path], None, _as_on(modules[site.path], site)) for site in adapter.sites
+    )
     return _complete(model, matched, biases, adapter.copied_modules)
+
+
+def _as_on(layer: nn.Module, site: Site) -> Site:
+    """Return a site with the facts about its layer that the layer itself shows."""
+    rows = None if site.rows is None else matrix_shape(layer)[0]
+    return replace(site, kind=kind_of(layer), layer_rows=rows)
 
 
 def _is_bias(name: str, adapter: Adapter) -> bool:

@@ -9,7 +9,7 @@ from lorakit.adapted import Opened, open_model
 from lorakit.cli.verbs import Result
 from lorakit.config import DataConfig, DType, Names, PositiveInt, Settings
 from lorakit.errors import ConfigError, OutputError
-from lorakit.formats.storage import write_atomically
+from lorakit.formats.storage import write_new_file
 from lorakit.tasks.encode import encode_prompt, encode_rows
 from lorakit.tasks.kinds import Rows, references_of
 from lorakit.tasks.metrics import bleu, exact_match
@@ -129,7 +129,7 @@ def _answers(settings: EvaluateConfig, opened: Opened, rows: Rows) -> list[str]:
         progress=True,
     )
     if settings.outputs is not None:
-        write_atomically(settings.outputs, _lines(opened, rows, prompts, answers).encode())
+        write_new_file(settings.outputs, _lines(opened, rows, prompts, answers).encode())
     return answers
 
 

@@ -85,6 +85,22 @@ def _files(adapter: Adapter) -> dict[str, bytes]:
     return {name: text.encode() for name, text in texts.items()} | {WEIGHTS_FILE: weights}
 
 
+def save_peft(adapter: Adapter, folder: Path) -> Path:
+    """Write PEFT's two files alone, as a new folder, and return the folder.
+
+    Raises:
+        OutputError: the folder is not empty, or cannot be written.
+        AdapterFileError: PEFT has no exact form for the adapter.
+    """
+    reasons = reasons_against(adapter)
+    if reasons:
+        raise AdapterFileError.listing("PEFT has no exact form for this adapter", reasons)
+    files = _files(adapter)
+    del files[RECORD_FILE]
+    write_files(folder, files, overwrite=False)
+    return folder
+
+
 def _own_form(adapter: Adapter, reasons: list[str]) -> dict[str, Any]:
     """Return adapter_config.json of an adapter that PEFT can't express, and so must refuse."""
     return {

@@ -43,6 +43,24 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) ->
             _write_aside(folder.parent / f".{folder.name}.tmp-{_unique()}", files, folder)
 
 
+def write_new_file(path: Path, content: bytes) -> None:
+    """Write one new file, whole or not at all.
+
+    Raises:
+        OutputError: the file exists, or cannot be written.
+    """
+    if path.exists():
+        raise OutputError(f"{path} exists: choose another file")
+    aside = path.with_name(f".{path.name}.{_unique()}")
+    with _explained(path, len(content)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_file(aside, content)
+            aside.rename(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
 def read_file(folder: Path, name: str) -> bytes | None:
     """Return a file of a folder as it counts at present, or None if it is not there."""
     for path in (folder / PENDING / name, folder / name):

@@ -37,8 +37,8 @@ class ModuleCopy(Update):
         for name, parameter in self.copy.named_parameters():
             yield name, parameter.detach().to(exact)
 
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the copy's parameters from tensors by name."""
+    def fill(self, tensors: Mapping[str, Tensor], path: str) -> None:
+        """Set the copy's parameters from the tensors of the module that lies at a path."""
         with torch.no_grad():
             for name, parameter in self.copy.named_parameters():
-                parameter.data = tensors[name].to(parameter.device, copy=True)
+                parameter.data = tensors[f"{path}.{name}"].to(parameter.device, copy=True)

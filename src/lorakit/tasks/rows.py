@@ -101,9 +101,7 @@ def _references(fields: FieldMap, values: Values) -> tuple[str, ...]:
 
 def _answer_notes(table: Table, *, empty: int) -> tuple[str, ...]:
     notes = (
-        [f"empty completions: {empty}; there the model learns to answer nothing"]
-        if empty
-        else []
+        [f"empty completions: {empty}; there the model learns to answer nothing"] if empty else []
     )
     if table.fields.absent("completion", table.columns):
         notes.append("the first of the references is taken as the completion")

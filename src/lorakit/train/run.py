@@ -281,6 +281,7 @@ def training_card(
     scores = [e for e in history if any(key.startswith("eval_") for key in e)]
     return {
         "task": prepared.task,
+        "task_type": "CAUSAL_LM" if prepared.task == "generation" else "SEQ_CLS",
         "rows_kind": prepared.kind,
         "labels": None if prepared.labels is None else list(prepared.labels),
         "data": config.data.model_dump(mode="json"),
@@ -290,7 +291,11 @@ def training_card(
         },
         "settings": settings,
         "step": step,
-        "scores": {k: v for k, v in scores[-1].items() if k.startswith("eval_")} if scores else {},
+        "scores": {
+            name.removeprefix("eval_"): value
+            for name, value in (scores[-1] if scores else {}).items()
+            if name.startswith("eval_") and math.isfinite(value)
+        },
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("lorakit", "torch", "transformers")},
