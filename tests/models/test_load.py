@@ -92,9 +92,9 @@ def test_a_classifier_has_its_labels_in_order(llama_folder):
 
 def test_a_regressor_has_one_output(llama_folder):
     model, _ = load_model(llama_folder, task="regression")
+    assert model.config.problem_type == "regression"
     output = model(torch.tensor([[5, 6]]), labels=torch.tensor([0.5]))
     assert output.logits.shape == (1, 1)
-    assert model.config.problem_type == "regression"
     error = (output.logits[0, 0] - 0.5) ** 2
     assert torch.allclose(output.loss, error)
 
