@@ -75,7 +75,9 @@ def test_the_seed_decides_the_rows(name: str) -> None:
     assert task.rows("test", seed=3) != task.rows("test", seed=4)
 
 
-@pytest.mark.parametrize(("name", "digest"), [("places", "?"), ("sql", "?")])
+@pytest.mark.parametrize(
+    ("name", "digest"), [("places", "29f791544debb4ca"), ("sql", "fdf5d4769e22e63b")]
+)
 def test_the_rows_stay_what_they_are(name: str, digest: str) -> None:
     """Scores are comparable only while nobody changes the grammar without knowing it."""
     text = "\n".join(f"{row.prompt}\t{row.completion}" for row in BUILTIN[name].rows("test"))
@@ -99,12 +101,11 @@ def test_a_meaning_has_one_target_which_is_the_first_of_its_references() -> None
         ),
         (
             {"hours": "early", "dogs": "yes"},
-            "By the canal you will find Ivory Mill, a park that opens at dawn and welcomes dogs.",
+            "Ivory Mill, a park by the canal, opens at dawn and welcomes dogs.",
         ),
         (
             {"cost": "high", "dogs": "yes", "known": "oak trees"},
-            "Known for its oak trees, Ivory Mill is an expensive park by the canal that welcomes"
-            " dogs.",
+            "Known for its oak trees, Ivory Mill is a costly park by the canal that welcomes dogs.",
         ),
     ],
 )

@@ -203,6 +203,7 @@ def test_labels_are_sorted_as_numbers_where_all_are(
         (("2", "1", "3"), 1, "1"),
         (("2", "1", "3"), 2.0, "2"),
         (("1.0", "2.5"), 2.5, "2.5"),
+        (("1.0", "2.5"), 1.0, "1.0"),
     ],
 )
 def test_a_number_names_a_class_or_a_position_among_words(

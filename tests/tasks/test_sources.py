@@ -101,6 +101,13 @@ def test_bytes_that_are_not_utf8_are_told_by_line_and_offset(tmp_path: Path) -> 
         records(path)
 
 
+def test_lines_after_one_that_is_not_utf8_keep_their_numbers(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"line 1: not UTF-8(.|\n)*line 2: malformed JSON"):
+        records(written(tmp_path, "a.jsonl", b'{"x": "caf\xe9"}\n{"x": }\n'))
+    with pytest.raises(DataError, match=r"line 2: not UTF-8(.|\n)*line 3: 2 cells"):
+        records(written(tmp_path, "a.csv", b"x\ncaf\xe9\n1,2\n"))
+
+
 def test_all_malformed_lines_are_told_at_once(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", '{"x": 1}\n{"x": }\n[1, 2]\n{"x": 2}\n"text"\n')
     with pytest.raises(DataError) as error:

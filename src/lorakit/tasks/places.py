@@ -35,7 +35,7 @@ AREAS = {
 }
 """Each area, and how a sentence says that a place is there."""
 
-COSTS = {"none": "a free", "low": "a cheap", "high": "an expensive"}
+COSTS = {"none": "free", "low": "cheap", "high": "costly"}
 HOURS = {
     "early": "opens at dawn",
     "late": "stays open until midnight",
@@ -45,7 +45,7 @@ HOURS = {
 DOGS = {"yes": "welcomes dogs", "no": "does not admit dogs"}
 
 UNSAID = (("cost",), ("known",), ("hours",), ("cost", "known"), ("known", "dogs"))
-"""What a row leaves out: each way leaves something to say in a relative clause."""
+"""What a row leaves out: each way leaves hours, dogs or what it is known for to be said."""
 
 FIRST_NAMES = ("Amber", "Copper", "Crooked", "Falcon", "Ivory", "Juniper", "Linden", "Marble")
 LAST_NAMES = ("Anchor", "Arch", "Corner", "Gate", "Lantern", "Mill", "Tower", "Yard")
@@ -88,25 +88,26 @@ def sentences(place: Place) -> tuple[str, ...]:
     """Return ways to say it in one sentence. The first is the one that a model should learn.
 
     Which way comes first depends on what is said: what a place is known for opens the sentence;
-    else, where the cost is not given, the area does.
+    else, where the cost is not given, kind and area stand between commas. At least one of hours,
+    dogs and known must be said.
     """
-    kind = f"{COSTS[place.cost] if place.cost else 'a'} {place.kind}"
-    where = AREAS[place.area]
-    named = f"{place.name} is {kind} {where}{_that(place)}."
-    found = f"{where[0].upper()}{where[1:]} you will find {place.name}, {kind}{_that(place)}."
-    if not place.known:
-        return (named, found) if place.cost else (found, named)
-    rest = _that(place, known=False)
-    return f"Known for its {place.known}, {place.name} is {kind} {where}{rest}.", named, found
-
-
-def _that(place: Place, *, known: bool = True) -> str:
-    """Return the relative clause, " that opens at dawn and welcomes dogs"; empty if it would be."""
     clauses = [HOURS[place.hours]] if place.hours else []
     clauses += [DOGS[place.dogs]] if place.dogs else []
-    clauses += [f"is known for its {place.known}"] if place.known and known else []
-    *others, last = clauses or [""]
-    return f" that {', '.join(others)}{' and ' if others else ''}{last}" if last else ""
+    known = [f"is known for its {place.known}"] if place.known else []
+    kind = f"a {COSTS[place.cost]} {place.kind}" if place.cost else f"a {place.kind}"
+    kind_there = f"{kind} {AREAS[place.area]}"
+    assert clauses or known, f"too little is said of {place.name}"
+    named = f"{place.name} is {kind_there} that {_listed(clauses + known)}."
+    between = f"{place.name}, {kind_there}, {_listed(clauses + known)}."
+    if not place.known:
+        return (named, between) if place.cost else (between, named)
+    rest = f" that {_listed(clauses)}" if clauses else ""
+    return f"Known for its {place.known}, {place.name} is {kind_there}{rest}.", named, between
+
+
+def _listed(clauses: list[str]) -> str:
+    *others, last = clauses
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 @cache
