@@ -2,8 +2,8 @@
 
     python benchmarks/e2e.py --data FOLDER      (the folder that has train.jsonl and test.jsonl)
 
-Both train with AdamW, a bf16 base, float32 adapters, r 8 on q and v, rows in a random order of their
-own; both answer the same test rows greedily. PEFT's loop computes transformers' own loss.
+Both train with AdamW, a bf16 base, float32 adapters, r 8 on q and v, rows in a random order of
+their own; both answer the same test rows greedily. PEFT's loop computes transformers' own loss.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from typing import Any
 import peft
 import torch
 import yaml
-from measured import write_result
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 import lorakit as lk
@@ -27,6 +26,7 @@ from lorakit.tasks.metrics import bleu, exact_match
 from lorakit.tasks.rows import read_rows
 from lorakit.train.evaluation import answer
 from lorakit.train.run import train
+from measured import write_result
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "e2e.yaml"
 

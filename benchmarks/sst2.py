@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import write_result
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 import lorakit as lk
@@ -23,6 +22,7 @@ from lorakit.train.collate import Collator
 from lorakit.train.evaluation import score
 from lorakit.train.loss import Loss
 from lorakit.train.run import train
+from measured import write_result
 
 LORA_RATES = (5e-4, 1e-3, 2e-3)
 FULL_RATES = (3e-5, 1e-4, 2e-4)

@@ -4,8 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from oracles import attach_random, base_hash, outputs, randomise
-from tiny_models import build, example_inputs
 from torch import nn
 
 import lorakit as lk
@@ -16,6 +14,8 @@ from lorakit.errors import (
     RouteError,
     TargetError,
 )
+from oracles import attach_random, base_hash, outputs, randomise
+from tiny_models import build, example_inputs
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from oracles import attach_random, base_hash, outputs
-from tiny_models import build, example_inputs
 
 import lorakit as lk
 from lorakit.errors import LorakitError, MergeError
 from lorakit.merge import finalize
 from lorakit.pristine import FileWeight
+from oracles import attach_random, base_hash, outputs
+from tiny_models import build, example_inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

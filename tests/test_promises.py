@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from oracles import attach_random, base_hash, outputs, randomise
-from tiny_models import FAMILIES, build, example_inputs
 
 import lorakit as lk
+from oracles import attach_random, base_hash, outputs, randomise
+from tiny_models import FAMILIES, build, example_inputs
 
 ADAPTED = {"rank": 2, "targets": ("q", "v")}
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from formats.handmade import IN_OWN_FORM, MAKERS, adapter, linear, site, slices
 from torch import Tensor
 
+from formats.handmade import IN_OWN_FORM, MAKERS, adapter, linear, site, slices
 from lorakit.adapter import Adapter
 from lorakit.config import LoRAConfig
 from lorakit.errors import AdapterFileError, OutputError

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import build, example_inputs
 from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.adapter import Adapter
 from lorakit.errors import AdapterFileError
+from tiny_models import build, example_inputs
 
 ATTENTION = "transformer.h.0.attn.c_attn"
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from formats.handmade import head_and_biases, patterns, slices, slices_of_scales_1_and_3
 from torch import Tensor
 
+from formats.handmade import head_and_biases, patterns, slices, slices_of_scales_1_and_3
 from lorakit.adapter import Adapter
 from lorakit.errors import LorakitError
 from lorakit.formats.record import checksum

@@ -10,14 +10,14 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from formats.handmade import IN_OWN_FORM, MAKERS
 from peft.tuners.lora import LoraLayer
-from tiny_models import build, example_inputs
 from torch import Tensor, nn
 
 import lorakit as lk
+from formats.handmade import IN_OWN_FORM, MAKERS
 from lorakit.adapter import Adapter
 from lorakit.errors import AdapterFileError
+from tiny_models import build, example_inputs
 
 # What PEFT says of the settings of these tests, and of its own affairs.
 pytestmark = pytest.mark.filterwarnings(

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from formats.handmade import linear, patterns, slices
 
+from formats.handmade import linear, patterns, slices
 from lorakit.adapter import Adapter
 from lorakit.errors import OutputError
 from lorakit.formats import storage

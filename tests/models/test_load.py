@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCABULARY, build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +17,7 @@ from transformers.utils import logging
 from lorakit.errors import MissingExtraError, ModelError
 from lorakit.models import packaged
 from lorakit.models.load import load_model, model_name
+from tiny_models import VOCABULARY, build
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, VOCABULARY))]
 

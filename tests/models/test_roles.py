@@ -4,7 +4,6 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from tiny_models import FAMILIES, build, example_inputs
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.bloom.modeling_bloom import BloomAttention
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import TargetError
 from lorakit.models.roles import layer_number, named, places, select, task_heads
+from tiny_models import FAMILIES, build, example_inputs
 
 DECODERS = FAMILIES[: FAMILIES.index("bert")]
 ENCODERS = FAMILIES[FAMILIES.index("bert") : FAMILIES.index("t5")]

@@ -1,6 +1,7 @@
 import pytest
-from tiny_tokenizers import build_tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from tiny_tokenizers import build_tokenizer
 
 
 @pytest.fixture

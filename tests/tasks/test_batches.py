@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tiny_tokenizers import build_tokenizer
 
 from lorakit.tasks.batches import generation_batch, pad_token, training_batch
 from lorakit.tasks.chat import IGNORED
 from lorakit.tasks.encode import Example
+from tiny_tokenizers import build_tokenizer
 
 
 def test_examples_are_padded_on_the_right_to_the_longest() -> None:

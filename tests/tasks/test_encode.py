@@ -1,5 +1,4 @@
 import pytest
-from tiny_tokenizers import build_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lorakit.config import DataConfig
@@ -17,6 +16,7 @@ from lorakit.tasks.kinds import (
     Rows,
     TextRow,
 )
+from tiny_tokenizers import build_tokenizer
 
 Tokenizer = PreTrainedTokenizerFast
 DATA = DataConfig(separator="=")

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -24,8 +25,12 @@ class Collator:
         self._trims = task == "generation" and "logits_to_keep" in accepted
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return the batch; `logits_to_keep` counts the last positions that predict a label."""
+        """Return the batch; `logits_to_keep` lists the last positions that are needed."""
         batch: dict[str, Any] = training_batch(examples, pad_id=self._pad_id)
         if self._trims:
-            batch["logits_to_keep"] = positions_to_keep(batch["labels"])
+            length = batch["labels"].shape[1]
+            kept = positions_to_keep(batch["labels"])
+            # As a tensor, because a slice of hidden states is not contiguous, and then torch copies
+            # the whole output head once per row.
+            batch["logits_to_keep"] = torch.arange(length - kept, length)
         return batch
