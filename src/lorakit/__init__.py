@@ -6,6 +6,7 @@ model, tokenizer = lk.load_model("smollm2")
 lk.attach(model, lk.LoRAConfig(rank=8, alpha=16, targets=("q", "v")))
 """
 
+from lorakit.adapted import Opened, open_model
 from lorakit.adapter import Adapter, Site
 from lorakit.attach import (
     active_name,
@@ -28,6 +29,7 @@ __all__ = [
     "LoRAConfig",
     "LorakitError",
     "MergeReport",
+    "Opened",
     "Site",
     "TrainConfig",
     "active_name",
@@ -37,6 +39,7 @@ __all__ = [
     "extract",
     "load_model",
     "merge",
+    "open_model",
     "plan",
     "route",
     "switch",

@@ -37,6 +37,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
+        coerce_numbers_to_str=True,
         use_attribute_docstrings=True,
         protected_namespaces=(),
         validate_default=True,

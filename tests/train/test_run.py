@@ -235,7 +235,7 @@ def test_mistakes_are_told_before_anything_is_written(settings, tmp_path):
 
 def test_truncated_rows_are_reported_before_training(settings, capfd, prompt_rows):
     data = DataConfig(train=str(prompt_rows), max_length=6)
-    train(settings(data=data, eval_every=None), progress=True)
+    train(settings(data=data, eval_every=None), table=True)
     assert "cut 64 prompts" in capfd.readouterr().err
 
 

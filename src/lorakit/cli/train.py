@@ -21,7 +21,7 @@ def run(settings: TrainConfig) -> Result:
                 "rows": len(prepared.training),
             },
         )
-    result = train(settings, progress=True)
+    result = train(settings, progress=True, table=True)
     lines = [
         f"trained {result.parameters:,} parameters in {result.steps} steps, {result.seconds:.0f} s",
         f"training loss {result.first_loss:.3f} at the start, {result.last_loss:.3f} at the end",

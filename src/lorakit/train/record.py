@@ -9,9 +9,12 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 DROPPED = ("total_flos", "epoch")
 """What transformers logs and nobody here reads."""
+SHOWN = ("loss", "eval_loss", "eval_accuracy", "eval_pearson")
+"""What the progress bar shows."""
 
 
 class JsonLines(TrainerCallback):
@@ -36,6 +39,15 @@ class JsonLines(TrainerCallback):
 
 def _line(figures: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in figures.items() if k not in DROPPED}) + "\n"
+
+
+def tensorboard(folder: Path) -> TrainerCallback:
+    """Return what writes TensorBoard's record, or does nothing where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return TrainerCallback()
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
 
 class ProgressBar(TrainerCallback):
@@ -76,7 +88,7 @@ class ProgressBar(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Show the newest loss or score."""
-        shown = {k: f"{v:.4g}" for k, v in (logs or {}).items() if "loss" in k or "accuracy" in k}
+        shown = {k: f"{v:.4g}" for k, v in (logs or {}).items() if k in SHOWN}
         if self._bar is not None and shown:
             self._bar.set_postfix(shown)
 

@@ -29,7 +29,7 @@ from lorakit.train.collate import Collator
 from lorakit.train.evaluation import score
 from lorakit.train.guards import Interruption, UntrainedParts
 from lorakit.train.loss import Loss
-from lorakit.train.record import JsonLines, ProgressBar
+from lorakit.train.record import JsonLines, ProgressBar, tensorboard
 from lorakit.train.trainer import AdapterTrainer, KeepBest, list_checkpoints, make_arguments
 
 NAME = "default"
@@ -129,7 +129,7 @@ def _attach(model: PreTrainedModel, config: TrainConfig) -> Plan:
     return attach(model, start, name=NAME, trainable=True, allow_other_base=config.allow_other_base)
 
 
-def train(config: TrainConfig, *, progress: bool = False) -> TrainResult:
+def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -> TrainResult:
     """Train an adapter as the settings say, and leave it in `config.out`.
 
     The folder holds the best adapter by validation (the last one, without validation rows), the
@@ -139,7 +139,8 @@ def train(config: TrainConfig, *, progress: bool = False) -> TrainResult:
 
     Args:
         config: the settings.
-        progress: print what is adapted and read, and show a bar, on stderr.
+        progress: show a bar on stderr.
+        table: print on stderr, before the first step, what is adapted and what was read.
 
     Raises:
         LorakitError: the run cannot start, or a guardrail stopped it.
@@ -147,7 +148,7 @@ def train(config: TrainConfig, *, progress: bool = False) -> TrainResult:
     """
     checkpoint = _open_folder(config)
     prepared = prepare(config)
-    if progress:
+    if table:
         print(describe(prepared), file=sys.stderr)
     steps = _steps(config, len(prepared.training.examples))
     config.out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +234,7 @@ def _trainer(
         checkpoints=config.out / "checkpoints",
         scorer=scorer if validation else None,
         model=prepared.model,
-        args=make_arguments(config, steps, config.out),
+        args=make_arguments(config, steps),
         train_dataset=prepared.training,
         eval_dataset=validation,
         data_collator=collate,
@@ -242,6 +243,7 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(JsonLines(config.out / "log.jsonl"))
     trainer.add_callback(ProgressBar(show=progress))
+    trainer.add_callback(tensorboard(config.out / "tensorboard"))
     if not config.allow_untrained:
         trainer.add_callback(UntrainedParts(NAME, check_after=config.check_after))
     if validation:

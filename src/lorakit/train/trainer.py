@@ -17,9 +17,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy
 
 from lorakit.adapter import Adapter
 from lorakit.attach import adapter_parameters, extract
+from lorakit.config import TrainConfig
 from lorakit.errors import TrainingError
 
 KEPT_CHECKPOINTS = 2
@@ -133,14 +135,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def make_arguments(config: Any, steps: int, logs: Path) -> TrainingArguments:
+def make_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
     """Return Trainer's arguments for a run of so many steps."""
-    tensorboard = _has_tensorboard()
-    if tensorboard:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs / "tensorboard")
     every = config.eval_every
     return TrainingArguments(
-        output_dir=str(logs),
+        output_dir=str(config.out),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
@@ -158,18 +157,12 @@ def make_arguments(config: Any, steps: int, logs: Path) -> TrainingArguments:
         logging_steps=10,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        report_to=["tensorboard"] if tensorboard else [],
+        report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def _has_tensorboard() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("tensorboard") is not None
 
 
 class KeepBest(TrainerCallback):
@@ -185,6 +178,13 @@ class KeepBest(TrainerCallback):
         self._metric = f"eval_{metric}"
         self._greater = greater
         self._patience = patience
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Score the last step, too, where the interval does not meet it."""
+        if args.eval_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
