@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
 
 from lorakit.adapter import Adapter
 from lorakit.attach import attach
@@ -18,8 +18,8 @@ from lorakit.models.load import load_model
 class Opened:
     """A model to use, and how to talk to it."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
     adapter: Adapter | None
     """The adapter attached to the model; None: the model is the base."""
     task: str
