@@ -1,0 +1,46 @@
+"""What README says can be done: its Python runs with the printed output, its commands are valid."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lorakit.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_of_the_readme_prints_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (program,) = blocks("python")
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out == blocks("text")[0]
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if "lorakit" in line]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_readme_are_valid(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command.partition("#")[0])
+    assert words[0] == "lorakit"
+    assert main([*words[1:], "--print-config"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_examples_are_valid(example, capsys):
+    assert main(["train", str(example), "--print-config"]) == 0, capsys.readouterr().err
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
