@@ -26,7 +26,7 @@ from lorakit.tasks.metrics import bleu, exact_match
 from lorakit.tasks.rows import read_rows
 from lorakit.train.evaluation import answer
 from lorakit.train.run import train
-from measured import write_result
+from measured import circumstances, write_result
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "e2e.yaml"
 
@@ -113,6 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = settings(arguments.data, Path(folder) / "run", arguments.steps)
         result = {
+            **circumstances(),
             "settings": config.model_dump(mode="json", exclude={"out", "data"}),
             "test_rows": arguments.rows,
             "lorakit": ours(config, arguments.data, arguments.rows),

@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
 
 
 def circumstances() -> dict[str, Any]:
-    """Return commit, versions and hardware."""
+    """Return commit, versions and hardware: to be asked before the work starts."""
     versions = {}
     for name in ("lorakit", "torch", "transformers", "peft", "sacrebleu"):
         try:
@@ -44,8 +44,8 @@ def _processor() -> str:
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Write a result with its circumstances to docs/benchmarks/NAME.json, and return the file."""
+    """Write a result to docs/benchmarks/NAME.json, and return the file."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps({**circumstances(), **result}, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n")
     return file

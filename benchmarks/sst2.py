@@ -22,7 +22,7 @@ from lorakit.train.collate import Collator
 from lorakit.train.evaluation import score
 from lorakit.train.loss import Loss
 from lorakit.train.run import train
-from measured import write_result
+from measured import circumstances, write_result
 
 LORA_RATES = (5e-4, 1e-3, 2e-3)
 FULL_RATES = (3e-5, 1e-4, 2e-4)
@@ -113,7 +113,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     arguments = parser.parse_args()
     config = data_config(arguments.data, arguments.rows)
-    result: dict[str, Any] = {"rows": arguments.rows, "steps": arguments.steps}
+    result: dict[str, Any] = circumstances()
+    result |= {"rows": arguments.rows, "steps": arguments.steps}
     result["lora"] = [lora(config, rate, arguments.steps) for rate in LORA_RATES]
     result["full"] = [full(config, rate, arguments.steps) for rate in FULL_RATES]
     for way in ("lora", "full"):

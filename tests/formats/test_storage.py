@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_what_was_there(
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OutputError, match=r"bytes\) could not be written to .*: No space left"):
+    with pytest.raises(OutputError, match=r"bytes could not be written to .*: No space left"):
         slices().save(folder, overwrite=True)
     monkeypatch.undo()
     if counts:  # the new files had their place; only the proof that it lasts was missing

@@ -26,7 +26,8 @@ from lorakit.tasks.rows import read_rows
 from lorakit.train.evaluation import answer
 from lorakit.train.run import train
 
-TASKS = ("places", "sql")
+TASKS = {"places": 70, "sql": 30}
+"""The tasks, and the steps after which each is learned."""
 MODEL = "smollm2"
 
 
@@ -36,8 +37,8 @@ class DemoConfig(Settings):
     out: Path | None = None
     """New folder for the adapters. None: a temporary one, which stays for you to look at."""
 
-    steps: PositiveInt = 60
-    """Optimizer steps per task."""
+    steps: PositiveInt | None = None
+    """Optimizer steps per task. None: as many as each task needs."""
 
     rows: PositiveInt = 32
     """Held-out rows scored per task."""
@@ -87,7 +88,11 @@ def run(settings: DemoConfig) -> Result:
     _say(f"{MODEL}: {size / 1e6:.0f} MB; scoring the base on held-out rows")
     held_out = {task: _held_out(task, settings.rows) for task in TASKS}
     before = {task: _score(model, tokenizer, held_out[task])[0] for task in TASKS}
-    trained = {task: train(_training(task, settings, out), progress=True) for task in TASKS}
+    trained = {}
+    for task in TASKS:
+        _say(f"training {task}")
+        trained[task] = train(_training(task, settings, out), progress=True)
+    _say("reloading both adapters into the base, scoring, merging, unmerging")
     for task in TASKS:
         attach(model, Adapter.load(out / task), name=task)
     results = []
@@ -105,7 +110,7 @@ def run(settings: DemoConfig) -> Result:
                 example=example,
             )
         )
-    batch = _batch(tokenizer, held_out[TASKS[0]])
+    batch = _batch(tokenizer, held_out[next(iter(TASKS))])
     timing, logit_change = _merge_and_undo(model, batch)
     detach(model)
     unchanged = weights_hash(model) == original
@@ -134,12 +139,12 @@ def _training(task: str, settings: DemoConfig, out: Path) -> TrainConfig:
     return TrainConfig(
         model=MODEL,
         out=out / task,
-        lora=LoRAConfig(rank=8, alpha=16, targets=("attention", "mlp")),
+        lora=LoRAConfig(rank=8, alpha=16, targets=("q", "v")),
         data=DataConfig(train=f"builtin:{task}"),
-        steps=settings.steps,
+        steps=settings.steps or TASKS[task],
         batch_size=settings.batch_size,
         learning_rate=3e-3,
-        warmup_steps=max(1, settings.steps // 10),
+        warmup_steps=min(5, (settings.steps or TASKS[task]) // 2),
         dtype="bfloat16",
     )
 

@@ -137,6 +137,6 @@ def _explained(folder: Path, size_bytes: int) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"the adapter ({size_bytes:,} bytes) could not be written to {folder}: "
+            f"{size_bytes:,} bytes could not be written to {folder}: "
             f"{error.strerror or error}; nothing that was there is lost"
         ) from error

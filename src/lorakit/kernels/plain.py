@@ -17,8 +17,8 @@ def linear_update(
     scale: float,
 ) -> Float[Tensor, "*rows d_out"]:
     """Return scale·B·(A·x) (Eq. 3)."""
-    # Scaling the narrow product costs rank, not d_out, multiplications per row.
-    return F.linear(F.linear(x.to(a.dtype), a) * scale, b)
+    # The scale comes last, as in PEFT, so that both round alike: logits of 30 agree in every bit.
+    return F.linear(F.linear(x.to(a.dtype), a), b) * scale
 
 
 def embedding_update(
@@ -33,10 +33,10 @@ def embedding_update(
 
     Dropping an element of a one-hot input drops the whole token, so dropout works per token.
     """
-    narrow = F.embedding(ids, a.T) * scale
+    narrow = F.embedding(ids, a.T)
     if dropout:
         narrow = narrow * F.dropout(narrow.new_ones((*ids.shape, 1)), dropout)
-    return F.linear(narrow, b)
+    return F.linear(narrow, b) * scale
 
 
 def conv_update(
@@ -58,9 +58,9 @@ def conv_update(
         scale: the factor on the update.
         groups: the base layer's groups.
     """
-    narrow = convolve(x.to(a.dtype), a.repeat(groups, *[1] * (a.dim() - 1)), None) * scale
+    narrow = convolve(x.to(a.dtype), a.repeat(groups, *[1] * (a.dim() - 1)), None)
     pointwise = (F.conv1d, F.conv2d, F.conv3d)[a.dim() - 3]
-    return pointwise(narrow, b, groups=groups)
+    return pointwise(narrow, b, groups=groups) * scale
 
 
 def weight_delta(
