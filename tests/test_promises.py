@@ -94,8 +94,6 @@ def test_a_copy_is_equal_and_independent(model, make):
 
 
 def test_gradients_reach_every_part_under_gradient_checkpointing(model):
-    if not model.supports_gradient_checkpointing:
-        pytest.skip("transformers offers no checkpointing for this family")
     attach_random(model, **ADAPTED)
     inputs = example_inputs(model)
     model.train()

@@ -452,14 +452,6 @@ def test_a_model_that_was_not_loaded_has_no_name(model):
     assert model_name(model) == ""
 
 
-def needs(name):
-    module = packaged.PACKAGES[name].module
-    return pytest.mark.skipif(
-        importlib.util.find_spec(module) is None, reason=f"{module} is not installed"
-    )
-
-
-@needs("minilm")
 def test_the_packaged_minilm_classifies():
     model, tokenizer = load_model("minilm", task="classification", labels=("no", "yes"))
     assert model_name(model) == "minilm"
@@ -467,12 +459,10 @@ def test_the_packaged_minilm_classifies():
     assert model(**tokenizer(["yes", "no"], return_tensors="pt")).logits.shape == (2, 2)
 
 
-@needs("minilm")
 def test_the_packaged_minilm_does_not_generate():
     assert "cls.predictions.bias  not in the checkpoint" in told("minilm")
 
 
-@needs("smollm2")
 def test_the_packaged_smollm2_knows_the_capital_of_france():
     model, tokenizer = load_model("smollm2")
     assert model_name(model) == "smollm2"

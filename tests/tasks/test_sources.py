@@ -47,8 +47,9 @@ def test_csv_cells_may_hold_commas_quotes_and_line_ends(tmp_path: Path) -> None:
 
 
 def test_parquet_gives_what_was_written(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     rows = [{"x": "a", "messages": [{"role": "user", "content": "b"}]}, {"x": None, "messages": []}]
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -156,7 +157,6 @@ def test_csv_that_cannot_be_understood_is_refused(
 
 
 def test_a_damaged_parquet_file_is_told(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     with pytest.raises(DataError, match="not Parquet, or damaged"):
         records(written(tmp_path, "a.parquet", "PAR1 but not really"))
 
@@ -185,7 +185,8 @@ class FakeHub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     fake = FakeHub([{"x": 1}, {"x": 2}])
     monkeypatch.setattr(datasets, "load_dataset", fake.load_dataset)
     return fake
