@@ -44,3 +44,15 @@ def test_the_examples_are_valid(example, capsys):
 def test_every_link_of_the_readme_leads_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data sets beside the repository")
+@pytest.mark.parametrize("name", ["e2e", "sst2"])
+def test_the_examples_read_the_real_rows(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = ["train", f"examples/{name}.yaml", "--data.train-rows", "40", "--dry-run", "--json"]
+    assert main(words) == 0
+    assert '"rows":40' in capsys.readouterr().out.replace(" ", "")
