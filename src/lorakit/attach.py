@@ -149,7 +149,7 @@ def _build(
             a = tensors[f"{site.name}.lora_a"].to(device, copy=True)
             b = tensors[f"{site.name}.lora_b"].to(device, copy=True)
         parts.setdefault(site.path, {})[site.role or "whole"] = LowRank(site, config, a, b)
-    for path in {*parts, *fitted.biases}:
+    for path in dict.fromkeys([*parts, *fitted.biases]):
         bias = _starting_bias(model, path, config, tensors) if path in fitted.biases else None
         updates[path] = LoRAUpdate(parts.get(path, {}), bias)
     for path in fitted.copies:

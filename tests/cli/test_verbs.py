@@ -134,6 +134,7 @@ def test_convert_goes_to_peft_and_back_without_a_changed_bit(trained, tiny_llama
     assert code == 0
     assert back["content_hash"] == there["content_hash"]
     assert any("base" in note for note in back["unverified"])
+    assert lk.Adapter.load(tmp_path / "back").base.name == str(tiny_llama)
 
 
 def test_a_loralib_file_is_converted_with_what_it_does_not_say(trained, tmp_path, run):

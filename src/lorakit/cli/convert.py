@@ -1,10 +1,11 @@
 """The verb convert: an adapter of one format, read, checked and written in another."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from lorakit.adapter import Adapter
-from lorakit.attach import attach, extract
+from lorakit.attach import attach, extract, require_attachment
 from lorakit.cli.verbs import Result
 from lorakit.config import LoRAConfig, Settings
 from lorakit.formats.folder import save_peft
@@ -40,7 +41,8 @@ def run(settings: ConvertConfig) -> Result:
         task, labels = adapter.card.get("task", "generation"), adapter.card.get("labels")
         model, _ = load_model(settings.model, task=task, labels=labels)
         attach(model, adapter)
-        adapter = extract(model)
+        # Whoever names the base answers for it; that it was not proven stays in `unverified`.
+        adapter = replace(extract(model), base=adapter.base or require_attachment(model).identity)
     if settings.to == "peft":
         save_peft(adapter, settings.out)
     else:
