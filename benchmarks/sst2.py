@@ -24,7 +24,7 @@ from lorakit.train.loss import Loss
 from lorakit.train.run import train
 from measured import circumstances, write_result
 
-LORA_RATES = (1e-3, 2e-3)
+LORA_RATES = (2e-3, 4e-3)
 FULL_RATES = (1e-4, 2e-4)
 
 
@@ -40,14 +40,14 @@ def data_config(data: Path, rows: int) -> lk.DataConfig:
 
 
 def lora(config: lk.DataConfig, rate: float, steps: int) -> dict[str, Any]:
-    """Train with lorakit, r 8 on all attention matrices."""
+    """Train with lorakit, r 8 on every matrix of the blocks."""
     with tempfile.TemporaryDirectory() as folder:
         result = train(
             lk.TrainConfig(
                 model="minilm",
                 out=Path(folder) / "run",
                 data=config,
-                lora=lk.LoRAConfig(rank=8, alpha=16, targets=("attention",)),
+                lora=lk.LoRAConfig(rank=8, alpha=16, targets=("attention", "mlp")),
                 dtype="float32",
                 steps=steps,
                 eval_every=steps,
