@@ -238,7 +238,7 @@ def _report(results: Sequence[TaskResult], size: int, data: dict[str, Any], timi
             f"after {len(TASKS)} adapters, switches, merges: the base's bits are unchanged",
             f"{data['seconds']:.0f} s in all. Next:",
             f'  lorakit generate --adapter {out}/places --prompt "name: Ivory Mill, kind: library, '
-            'area: harbour, cost: none"',
+            'area: harbour, cost: high, dogs: yes"',
             f"  lorakit evaluate --adapter {out}/sql --data.validation builtin:sql:test",
             f"  lorakit merge --adapter {out}/places --out {out}/places-merged",
         ]
