@@ -5,7 +5,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 import lorakit as lk
 from lorakit.cli.main import main
@@ -102,6 +107,58 @@ def test_merge_writes_a_checkpoint_that_transformers_loads_alone(trained, tmp_pa
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == "float32" else 0.05)
     code, _ = run("merge", "--adapter", trained, "--out", out)
     assert code == 2
+
+
+def flip_a_weight(folder):
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
+def cut_short(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def fill_the_disk(folder):
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("accident", "text"),
+    [
+        (flip_a_weight, "read back differently (1 problem)"),
+        (cut_short, "read back differently: "),
+        (fill_the_disk, "could not be written: I/O error: No space left"),
+    ],
+)
+def test_a_merged_model_that_is_damaged_in_writing_is_noticed_and_not_kept(
+    trained, tmp_path, run, monkeypatch, accident, text
+):
+    save = PreTrainedModel.save_pretrained
+
+    def save_badly(self, folder, **keywords):
+        save(self, folder, **keywords)
+        accident(folder)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_badly)
+    before = sorted(tmp_path.iterdir())
+    code, result = run("merge", "--adapter", trained, "--out", tmp_path / "merged")
+    assert code == 2
+    assert text in result["error"]["message"]
+    assert str(tmp_path / "merged") in result["error"]["message"]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_merge_makes_the_parents_of_out_but_not_of_a_file(trained, tmp_path, run):
+    code, _ = run("merge", "--adapter", trained, "--out", tmp_path / "new" / "deep" / "merged")
+    assert code == 0
+    assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["merged"]
+    (tmp_path / "file").write_text("")
+    code, result = run("merge", "--adapter", trained, "--out", tmp_path / "file" / "merged")
+    assert code == 2
+    assert f"{tmp_path / 'file' / 'merged'} could not be written" in result["error"]["message"]
 
 
 def test_a_classifier_is_trained_evaluated_and_merged(tiny_bert, label_rows, tmp_path, run):

@@ -173,3 +173,45 @@ def test_a_folder_that_cannot_be_written_to_is_an_output_error(tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="could not be written to"):
         linear().save(tmp_path / "file" / "a")
+
+
+def fill(folder: Path) -> None:
+    (folder / "inner").mkdir()
+    for name in ("a", "inner/b"):
+        (folder / name).write_text(name)
+
+
+def test_a_folder_filled_by_other_code_is_synced_checked_and_then_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    sync, rename = os.fsync, Path.rename
+
+    def fsync(handle: int) -> None:
+        done.append(os.fstat(handle).st_ino)
+        sync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    target = tmp_path / "new" / "folder"
+    storage.write_new_folder(target, fill=fill, check=lambda folder: done.append("check"))
+    assert (target / "inner" / "b").read_text() == "inner/b"
+    inside = {path.stat().st_ino for path in target.rglob("*")}
+    assert set(done[:3]) == inside
+    assert done[3:] == ["check", target.stat().st_ino, "rename", target.parent.stat().st_ino]
+
+
+def test_a_folder_that_does_not_pass_its_check_is_gone(tmp_path: Path) -> None:
+    def check(folder: Path) -> None:
+        raise OutputError(f"{(folder / 'a').read_text()} is wrong")
+
+    with pytest.raises(OutputError, match=r"^a is wrong$"):
+        storage.write_new_folder(tmp_path / "folder", fill=fill, check=check)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="exists: choose another folder"):
+        storage.write_new_folder(tmp_path / "folder", fill=fill, check=check)

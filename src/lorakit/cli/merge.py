@@ -1,16 +1,18 @@
 """The verb merge: a plain model, with the adapter in its weights, that loads without lorakit."""
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
+import transformers
+from torch import Tensor
 
-from lorakit.adapted import open_model
+from lorakit.adapted import Opened, open_model
 from lorakit.cli.verbs import Result
 from lorakit.config import DType, Settings
-from lorakit.errors import OutputError
+from lorakit.errors import ModelError, OutputError
+from lorakit.formats.storage import write_new_folder
 from lorakit.merge import finalize, merge
+from lorakit.models.load import load_model
 
 
 class MergeConfig(Settings):
@@ -46,17 +48,51 @@ def run(settings: MergeConfig) -> Result:
     dtype = getattr(torch, settings.dtype)
     report = merge(opened.model, round_to=dtype)
     finalize(opened.model)
-    model = opened.model.to(dtype)
-    staging = settings.out.with_name(f".{settings.out.name}.unfinished-{os.getpid()}")
-    try:
-        model.save_pretrained(staging)
-        opened.tokenizer.save_pretrained(staging)
-        staging.rename(settings.out)
-    except OSError as error:
-        raise OutputError(f"{settings.out} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    opened.model.to(dtype)
+    write_new_folder(
+        settings.out,
+        fill=lambda folder: _save(opened, folder),
+        check=lambda folder: _check_saved(opened, folder, settings),
+    )
     return Result(
         text=f"{report}\nmerged model ({settings.dtype}) in {settings.out}",
         data={"out": settings.out, "dtype": settings.dtype, **report.to_json()},
     )
+
+
+def _save(opened: Opened, folder: Path) -> None:
+    opened.model.save_pretrained(folder)
+    opened.tokenizer.save_pretrained(folder)
+
+
+def _check_saved(opened: Opened, folder: Path, settings: MergeConfig) -> None:
+    """Load the checkpoint as its users will, and compare every bit with the merged model.
+
+    Raises:
+        OutputError: it cannot be loaded, or a tensor is not as it was in memory.
+    """
+    headline = f"{settings.out} was not written: its files read back differently"
+    try:
+        again, _ = load_model(folder.absolute(), dtype=settings.dtype, task=opened.task)
+    except ModelError as error:
+        raise OutputError(f"{headline}: {error}") from error
+    changed = _changed(opened.model, again)
+    if changed:
+        raise OutputError.listing(headline, changed)
+
+
+def _changed(model: transformers.PreTrainedModel, again: transformers.PreTrainedModel) -> list[str]:
+    """Return the names of the tensors that are not bit for bit the same in two models."""
+    ours, theirs = model.state_dict(), again.state_dict()
+    return [
+        name
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in ours or name not in theirs or not _same_bits(ours[name], theirs[name])
+    ]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    pair = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*pair)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from lorakit.errors import OutputError
 
@@ -32,7 +34,8 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) ->
         OutputError: the folder holds something and `overwrite` is false, or a write failed; then
             what was there before is there still.
     """
-    with _explained(folder, sum(map(len, files.values()))):
+    size_bytes = sum(map(len, files.values()))
+    with _explained(f"{size_bytes:,} bytes could not be written to {folder}"):
         if folder.exists():
             _refuse_occupied(folder, files, overwrite=overwrite)
             _settle(folder)
@@ -40,7 +43,31 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) ->
             _settle(folder)
         else:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _write_aside(folder.parent / f".{folder.name}.tmp-{_unique()}", files, folder)
+            _write_aside(_beside(folder), files, folder)
+
+
+def write_new_folder(
+    folder: Path, *, fill: Callable[[Path], object], check: Callable[[Path], object]
+) -> None:
+    """Have other code fill a new folder, which appears when it is whole and checked, or not at all.
+
+    Args:
+        folder: made; its parents too.
+        fill: writes the files into the folder that it is given.
+        check: re-reads them there, and raises an OutputError where they are not as they should be.
+
+    Raises:
+        OutputError: the folder exists, a write failed, or the check did not pass.
+    """
+    if folder.exists():
+        raise OutputError(f"{folder} exists: choose another folder")
+    with _explained(f"{folder} could not be written"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _aside(_beside(folder), folder) as aside:
+            fill(aside)
+            for path in aside.rglob("*"):
+                _sync(path)
+            check(aside)
 
 
 def write_new_file(path: Path, content: bytes) -> None:
@@ -52,7 +79,7 @@ def write_new_file(path: Path, content: bytes) -> None:
     if path.exists():
         raise OutputError(f"{path} exists: choose another file")
     aside = path.with_name(f".{path.name}.{_unique()}")
-    with _explained(path, len(content)):
+    with _explained(f"{len(content):,} bytes could not be written to {path}"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_file(aside, content)
@@ -86,15 +113,26 @@ def _refuse_occupied(folder: Path, files: Mapping[str, bytes], *, overwrite: boo
 
 def _write_aside(aside: Path, files: Mapping[str, bytes], target: Path) -> None:
     """Write files into a new folder, read them back, and rename the folder to its target."""
-    try:
-        aside.mkdir()
+    with _aside(aside, target):
         for name, content in files.items():
             _write_file(aside / name, content)
+
+
+@contextmanager
+def _aside(aside: Path, target: Path) -> Iterator[Path]:
+    """Give a new folder to fill, and rename it to its target; after an error it is gone."""
+    try:
+        aside.mkdir()
+        yield aside
         _sync_folder(aside)
         aside.rename(target)
         _sync_folder(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.tmp-{_unique()}"
 
 
 def _write_file(path: Path, content: bytes) -> None:
@@ -117,6 +155,15 @@ def _settle(folder: Path) -> None:
     _sync_folder(folder)
 
 
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's list of entries, written to the disk."""
+    if path.is_dir():
+        _sync_folder(path)
+    else:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
 def _sync_folder(folder: Path) -> None:
     if os.name == "posix":  # elsewhere a folder can't be opened
         handle = os.open(folder, os.O_RDONLY)
@@ -131,12 +178,11 @@ def _unique() -> str:
 
 
 @contextmanager
-def _explained(folder: Path, size_bytes: int) -> Iterator[None]:
+def _explained(failure: str) -> Iterator[None]:
     """Turn the system's errors into one that says what was to be written, and where."""
     try:
         yield
-    except OSError as error:
-        raise OutputError(
-            f"{size_bytes:,} bytes could not be written to {folder}: "
-            f"{error.strerror or error}; nothing that was there is lost"
-        ) from error
+    # safetensors wraps the system's error in its own.
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{failure}: {reason}; nothing that was there is lost") from error
