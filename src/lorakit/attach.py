@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter import Adapter
 from lorakit.config import LoRAConfig
 from lorakit.errors import AttachError, MergeError, RouteError, did_you_mean
 from lorakit.matching import Plan, fit, plan, short_names
+from lorakit.methods.checkpointing import adapted_blocks, let_input_require_grad
 from lorakit.methods.layer import (
     Route,
     RowGroup,
@@ -46,6 +48,8 @@ class Attachment:
     """What was attached, by name, without tensors: those live in the layers."""
     pristine: dict[str, dict[str, Pristine]] = field(default_factory=dict)
     """Unmerged weights by module path and parameter name, while an adapter is merged."""
+    hooks: dict[str, RemovableHandle] = field(default_factory=dict)
+    """What keeps gradients alive under reentrant checkpointing, by the path of the block."""
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -187,6 +191,9 @@ def _install(
     for path, update in updates.items():
         update.requires_grad_(trainable).train(model.training)
         adopt(model.get_submodule(path), state.route).adapter_bank[bank_key(name)] = update
+    for path, block in adapted_blocks(model):
+        if path not in state.hooks:
+            state.hooks[path] = block.register_forward_pre_hook(let_input_require_grad)
     state.adapters[name] = record
     state.route.active = bank_key(name)
 
@@ -218,6 +225,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if not state.adapters:
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(state.frozen.get(path, parameter.requires_grad))
+        for hook in state.hooks.values():
+            hook.remove()
         del model._lorakit
 
 
