@@ -123,16 +123,23 @@ class Adapter:
         return save_folder(self, Path(folder), overwrite=overwrite)
 
     @staticmethod
-    def load(path: str | Path, *, config: LoRAConfig | None = None) -> Adapter:
+    def load(
+        path: str | Path,
+        *,
+        config: LoRAConfig | None = None,
+        kernel_sizes: Mapping[str, int] | None = None,
+    ) -> Adapter:
         """Read an adapter folder of lorakit or PEFT, or a loralib .pt file.
 
         Args:
             path: the folder, or the .pt file.
             config: rank, alpha and targets, for a loralib file, which does not hold them.
+            kernel_sizes: the convolutions in a loralib file, by path or the end of it, and the size
+                of their square kernels; the file does not tell them from other layers.
 
         Raises:
             AdapterFileError: every problem of the files in one message.
         """
         from lorakit.formats.folder import load_path
 
-        return load_path(Path(path), config=config)
+        return load_path(Path(path), config=config, kernel_sizes=kernel_sizes)

@@ -7,7 +7,7 @@ from typing import Literal
 from lorakit.adapter import Adapter
 from lorakit.attach import attach, extract, require_attachment
 from lorakit.cli.verbs import Result
-from lorakit.config import LoRAConfig, Settings
+from lorakit.config import LoRAConfig, PositiveInt, Settings
 from lorakit.formats.folder import save_peft
 from lorakit.models.load import load_model
 
@@ -30,13 +30,19 @@ class ConvertConfig(Settings):
     lora: LoRAConfig | None = None
     """Rank, alpha and targets, which a loralib file does not hold."""
 
+    kernel_sizes: dict[str, PositiveInt] | None = None
+    """Convolutions of a loralib file, by path or the end of it, and the size of their square
+    kernels, such as '{conv1: 3}'."""
+
 
 SETTINGS: type[Settings] = ConvertConfig
 
 
 def run(settings: ConvertConfig) -> Result:
     """Convert, and say what could not be verified."""
-    adapter = Adapter.load(settings.source, config=settings.lora)
+    adapter = Adapter.load(
+        settings.source, config=settings.lora, kernel_sizes=settings.kernel_sizes
+    )
     if settings.model is not None:
         task, labels = adapter.card.get("task", "generation"), adapter.card.get("labels")
         model, _ = load_model(settings.model, task=task, labels=labels)

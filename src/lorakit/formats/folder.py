@@ -110,22 +110,32 @@ def _own_form(adapter: Adapter, reasons: list[str]) -> dict[str, Any]:
     }
 
 
-def load_path(path: Path, *, config: LoRAConfig | None = None) -> Adapter:
+def load_path(
+    path: Path,
+    *,
+    config: LoRAConfig | None = None,
+    kernel_sizes: Mapping[str, int] | None = None,
+) -> Adapter:
     """Read an adapter folder of lorakit or PEFT, or a loralib .pt file.
 
     Args:
         path: the folder, or the file.
         config: rank, alpha and targets, which a loralib file does not hold and a folder does.
+        kernel_sizes: the convolutions in a loralib file, see `read_loralib`.
 
     Raises:
         AdapterFileError: every problem of the files in one message.
     """
     if path.is_file():
-        return _load_file(path, config)
+        return _load_file(path, config, kernel_sizes)
     if not path.is_dir():
         raise AdapterFileError(f"there is no adapter folder {path}{_neighbours(path)}")
     if config is not None:
         raise AdapterFileError(f"{path} is a folder, which has its own settings: leave config out")
+    if kernel_sizes:
+        raise AdapterFileError(
+            f"{path} is a folder, which holds its kernels' shapes: leave kernel_sizes out"
+        )
     return _adapter_from(_read(path), path)
 
 
@@ -141,7 +151,9 @@ def _read(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if data is not None}
 
 
-def _load_file(path: Path, config: LoRAConfig | None) -> Adapter:
+def _load_file(
+    path: Path, config: LoRAConfig | None, kernel_sizes: Mapping[str, int] | None
+) -> Adapter:
     if path.name in (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, PICKLE_FILE):
         raise AdapterFileError(f"{path} is one file of an adapter: give its folder, {path.parent}")
     if config is None:
@@ -149,7 +161,7 @@ def _load_file(path: Path, config: LoRAConfig | None) -> Adapter:
             f"{path} is a file; lorakit reads it as loralib's, without rank, alpha or targets: "
             "give them as config=LoRAConfig(rank=…, alpha=…, targets=…)"
         )
-    return read_loralib(path, config)
+    return read_loralib(path, config, kernel_sizes)
 
 
 def _neighbours(path: Path) -> str:
