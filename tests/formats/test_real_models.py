@@ -1,4 +1,4 @@
-"""Real models with adapters, in lorakit and in PEFT: the same logits."""
+"""Real models with adapters made in lorakit and in PEFT: the same logits in both."""
 
 import peft
 import pytest
@@ -13,6 +13,36 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 PROMPT = "The nearest library to the harbour opens at"
 
 
+def load(name, task, *, seed=0):
+    """Return a real model, whose classifier, if it has one, depends on the seed; and a batch."""
+    torch.manual_seed(seed)
+    labels = ("no", "yes") if task == "classification" else None
+    model, tokenizer = lk.load_model(name, task=task, labels=labels)
+    return model, dict(tokenizer(PROMPT, return_tensors="pt"))
+
+
+def randomise_peft(model):
+    """Move what PEFT trains away from its start, B from zero too."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+
+def train_in_peft(model, inputs):
+    """Take two steps of AdamW."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=5e-3)
+    generation = model.peft_config["default"].task_type == "CAUSAL_LM"
+    labels = inputs["input_ids"] if generation else torch.tensor([1])
+    model.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("name", "task", "config"),
     [
@@ -25,11 +55,8 @@ PROMPT = "The nearest library to the harbour opens at"
         ("minilm", "classification", {"targets": ("attention",), "bias": "lora"}),
     ],
 )
-def test_logits_are_the_same_in_peft(name, task, config, tmp_path):
-    torch.manual_seed(0)
-    labels = ("no", "yes") if task == "classification" else None
-    model, tokenizer = lk.load_model(name, task=task, labels=labels)
-    inputs = dict(tokenizer(PROMPT, return_tensors="pt"))
+def test_an_adapter_made_here_gives_the_same_logits_in_peft(name, task, config, tmp_path):
+    model, inputs = load(name, task)
     base = outputs(model, inputs)
     lk.attach(model, lk.LoRAConfig(**config))
     # Small weights, as a trained adapter has: its update is a few per cent of the weight.
@@ -40,3 +67,44 @@ def test_logits_are_the_same_in_peft(name, task, config, tmp_path):
     theirs = outputs(peft.PeftModel.from_pretrained(model, tmp_path / "adapter"), inputs)
     assert (ours - base).abs().max() > 0.01
     assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("change", ["randomised", "trained"])
+@pytest.mark.parametrize(
+    ("name", "task", "config"),
+    [
+        (
+            "smollm2",
+            "generation",
+            {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+        ),
+        (
+            "smollm2",
+            "generation",
+            {
+                "target_modules": "all-linear",
+                "rank_pattern": {"q_proj": 4, r"layers\.1\d\.mlp\.up_proj": 3},
+                "use_rslora": True,
+            },
+        ),
+        ("minilm", "classification", {"target_modules": ["query", "value"], "bias": "lora_only"}),
+    ],
+    ids=["smollm2", "smollm2-patterns", "minilm-head"],
+)
+def test_an_adapter_of_peft_gives_the_same_logits_here(name, task, config, change, tmp_path):
+    task_type = "CAUSAL_LM" if task == "generation" else "SEQ_CLS"
+    model, inputs = load(name, task)
+    base = outputs(model, inputs)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**config, task_type=task_type))
+    if change == "trained":
+        train_in_peft(theirs, inputs)
+    else:
+        randomise_peft(theirs)
+    theirs.eval().save_pretrained(tmp_path / "adapter")
+    expected = outputs(theirs, inputs)
+    adapter = lk.Adapter.load(tmp_path / "adapter")
+    # Another classifier than the one that PEFT trained on: the file's must take its place.
+    fresh, _ = load(name, task, seed=1)
+    lk.attach(fresh, adapter)
+    assert (expected - base).abs().max() > 0.01
+    assert (outputs(fresh, inputs) - expected).abs().max() < 1e-5
