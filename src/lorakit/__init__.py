@@ -14,14 +14,13 @@ from lorakit.attach import (
     attach,
     detach,
     extract,
-    route,
-    switch,
 )
 from lorakit.config import DataConfig, LoRAConfig, TrainConfig
 from lorakit.errors import LorakitError
 from lorakit.matching import plan
 from lorakit.merge import MergeReport, merge, unmerge
 from lorakit.models.load import load_model
+from lorakit.routing import route, switch
 
 __all__ = [
     "Adapter",

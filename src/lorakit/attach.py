@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -13,18 +12,18 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter import Adapter
 from lorakit.config import LoRAConfig
-from lorakit.errors import AttachError, MergeError, RouteError, did_you_mean
+from lorakit.errors import AttachError, did_you_mean
 from lorakit.matching import Plan, fit, plan, short_names
 from lorakit.methods.checkpointing import adapted_blocks, let_input_require_grad
 from lorakit.methods.layer import (
+    AdaptedLayer,
+    Changes,
     Route,
-    RowGroup,
     Update,
     adapted_layers,
     adopt,
     bank_key,
     release,
-    routed,
     update_of,
 )
 from lorakit.methods.lora import LoRAUpdate, LowRank, fresh_a, parameter_shapes
@@ -32,7 +31,7 @@ from lorakit.methods.module_copy import ModuleCopy
 from lorakit.models.base import base_parameters
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
-from lorakit.models.roles import task_heads
+from lorakit.models.roles import shared_inputs, task_heads
 from lorakit.pristine import Pristine
 
 
@@ -50,6 +49,20 @@ class Attachment:
     """Unmerged weights by module path and parameter name, while an adapter is merged."""
     hooks: dict[str, RemovableHandle] = field(default_factory=dict)
     """What keeps gradients alive under reentrant checkpointing, by the path of the block."""
+    layers: dict[int, AdaptedLayer] = field(default_factory=dict)
+    """The adapted layers by their numbers."""
+    updates: dict[str, dict[int, Update]] = field(default_factory=dict)
+    """What each adapter does, by its name and the layer's number."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """A word for the input of those layers that read the same as their neighbours, by path."""
+    mixed: tuple[Any, Changes] | None = None
+    """The latest mixed batch: what it was made from, and what it does to each layer."""
+
+    def activate(self, name: str | None) -> None:
+        """Make one adapter, or the base, answer for all rows."""
+        plain = name is None or name == self.route.merged
+        self.route.changes = None if plain else self.updates[cast(str, name)]
+        self.route.active = name
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -122,7 +135,8 @@ def attach(
             base=identity,
         )
     train = not isinstance(what, Adapter) if trainable is None else trainable
-    _install(model, updates, name, record, identity, trainable=train)
+    install(model, updates, name, record, identity, trainable=train)
+    require_attachment(model).activate(name)
     return fitted
 
 
@@ -173,7 +187,7 @@ def _starting_bias(
     return tensors[f"{path}.bias"].to(base.device, copy=True)
 
 
-def _install(
+def install(
     model: nn.Module,
     updates: Mapping[str, Update],
     name: str,
@@ -182,20 +196,30 @@ def _install(
     *,
     trainable: bool,
 ) -> None:
+    """Give a model's layers the updates of one adapter, by path; which is active stays as it is.
+
+    The adapter counts from the last line on, which is one assignment: forward passes that run in
+    another thread see all of it or nothing.
+    """
     state = attachment_of(model)
     if state is None:
         frozen = {path: p.requires_grad for path, p in base_parameters(model)}
         state = Attachment(route=Route(), identity=identity, frozen=frozen)
+        state.inputs = shared_inputs(model)
         model.requires_grad_(False)
         model._lorakit = state  # type: ignore[assignment]
+    by_number: dict[int, Update] = {}
     for path, update in updates.items():
         update.requires_grad_(trainable).train(model.training)
-        adopt(model.get_submodule(path), state.route).adapter_bank[bank_key(name)] = update
-    for path, block in adapted_blocks(model):
+        layer = adopt(model.get_submodule(path), state.route, reads=state.inputs.get(path, path))
+        layer.adapter_bank[bank_key(name)] = update
+        state.layers[layer.adapter_number] = layer
+        by_number[layer.adapter_number] = update
+    for path, block in adapted_blocks(model) if trainable else ():
         if path not in state.hooks:
             state.hooks[path] = block.register_forward_pre_hook(let_input_require_grad)
     state.adapters[name] = record
-    state.route.active = bank_key(name)
+    state.updates[name] = by_number
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -209,25 +233,29 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     state = require_attachment(model)
     if name is not None:
         require_name(state, name)
-    if state.route.merged is not None and name in (None, _merged_name(state)):
+    if state.route.merged is not None and name in (None, state.route.merged):
         restore_pristine(model, state)
-    leaving = list(state.adapters) if name is None else [name]
-    for _, layer in list(adapted_layers(model)):
-        for each in leaving:
-            if update_of(layer, each) is not None:
-                layer.adapter_bank.pop(bank_key(each))
+    for each in list(state.adapters) if name is None else [name]:
+        remove(state, each)
+    for number, layer in list(state.layers.items()):
         if not layer.adapter_bank:
-            release(layer)
-    for each in leaving:
-        del state.adapters[each]
-    if state.route.active in [bank_key(each) for each in leaving]:
-        state.route.active = None
+            release(state.layers.pop(number))
     if not state.adapters:
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(state.frozen.get(path, parameter.requires_grad))
         for hook in state.hooks.values():
             hook.remove()
         del model._lorakit
+
+
+def remove(state: Attachment, name: str) -> None:
+    """Take one adapter out; its layers stay adapted, for others to come."""
+    for number in state.updates.pop(name):
+        state.layers[number].adapter_bank.pop(bank_key(name))
+    del state.adapters[name]
+    state.mixed = None
+    if state.route.active == name:
+        state.activate(None)
 
 
 def restore_pristine(model: nn.Module, state: Attachment) -> None:
@@ -242,16 +270,13 @@ def restore_pristine(model: nn.Module, state: Attachment) -> None:
                 module.get_parameter(name).data.copy_(weight)
     state.pristine.clear()
     state.route.merged = None
+    state.activate(state.route.active)
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put a parameter in the place of the one that a dotted name means."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, parameter)
-
-
-def _merged_name(state: Attachment) -> str | None:
-    return next((n for n in state.adapters if bank_key(n) == state.route.merged), None)
 
 
 def require_name(state: Attachment, name: str) -> None:
@@ -276,9 +301,7 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
 def active_name(model: nn.Module) -> str | None:
     """Return the name of the adapter in use, or None for the base."""
     state = attachment_of(model)
-    if state is None:
-        return None
-    return next((n for n in state.adapters if bank_key(n) == state.route.active), None)
+    return None if state is None else state.route.active
 
 
 def extract(model: nn.Module, name: str | None = None) -> Adapter:
@@ -316,64 +339,3 @@ def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Pa
                 yield f"{part.site.name}.lora_b", part.lora_b
             if update.bias is not None:
                 yield f"{path}.bias", update.bias
-
-
-def switch(model: nn.Module, name: str | None) -> None:
-    """Make one adapter, or with None the base, answer for the whole batch from now on.
-
-    This is one assignment; no weight moves.
-
-    Raises:
-        AttachError: there is no adapter of that name.
-        MergeError: another adapter is merged into the weights.
-    """
-    state = require_attachment(model)
-    if name is not None:
-        require_name(state, name)
-    key = None if name is None else bank_key(name)
-    if state.route.merged not in (None, key):
-        raise MergeError(
-            f"adapter {_merged_name(state)!r} is merged into the weights: lk.unmerge(model) first"
-        )
-    state.route.active = key
-
-
-@contextmanager
-def route(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
-    """Use one adapter, or one per row of the batch, inside a block; None means the base.
-
-    What was in use before is restored afterwards, also after an error and when nested.
-
-    Args:
-        model: a model with adapters.
-        names: one name for all rows, or as many as the batch has rows.
-
-    Raises:
-        RouteError: a name is not attached, or an adapter is merged into the weights.
-    """
-    state = require_attachment(model)
-    wanted = [names] if names is None or isinstance(names, str) else list(names)
-    unknown = sorted({n for n in wanted if n is not None and n not in state.adapters})
-    if unknown:
-        hints = [f"{n!r}{did_you_mean(n, state.adapters)}" for n in unknown]
-        raise RouteError(f"no such adapter: {', '.join(hints)}; attached: {list(state.adapters)}")
-    if state.route.merged is not None:
-        raise RouteError(
-            f"adapter {_merged_name(state)!r} is merged into the weights, so no row can have "
-            "another, or the base: lk.unmerge(model) first"
-        )
-    if names is None or isinstance(names, str):
-        changes: dict[str, Any] = {"active": names and bank_key(names), "groups": None}
-    else:
-        changes = {"groups": _group(names, model), "batch_size": len(names)}
-    with routed(state.route, **changes):
-        yield
-
-
-def _group(names: Sequence[str | None], model: nn.Module) -> tuple[RowGroup, ...]:
-    device = next(model.parameters()).device
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        if name is not None:
-            rows.setdefault(bank_key(name), []).append(row)
-    return tuple(RowGroup(key, torch.tensor(index, device=device)) for key, index in rows.items())

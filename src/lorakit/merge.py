@@ -17,12 +17,12 @@ from lorakit.attach import (
     require_attachment,
     require_name,
     restore_pristine,
-    route,
     set_parameter,
 )
 from lorakit.errors import MergeError
-from lorakit.methods.layer import AdaptedLayer, Update, adapted_layers, bank_key, update_of
+from lorakit.methods.layer import AdaptedLayer, Update, adapted_layers, update_of
 from lorakit.pristine import Checkpoint
+from lorakit.routing import route
 
 WARN_ABOVE = 0.10
 """Share of ΔW lost to rounding above which a merge is worth a warning."""
@@ -129,7 +129,8 @@ def merge(
     except BaseException:
         restore_pristine(model, state)
         raise
-    state.route.active = state.route.merged = bank_key(name)
+    state.route.merged = name
+    state.activate(name)
     after = _outputs(model, probe)
     change = None if before is None or after is None else (after - before).abs().max().item()
     return MergeReport(adapter=name, weights=weights, logit_change=change)

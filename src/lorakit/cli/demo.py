@@ -12,13 +12,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapter import Adapter
-from lorakit.attach import attach, detach, switch
+from lorakit.attach import attach, detach
 from lorakit.cli.verbs import Result
 from lorakit.config import DataConfig, LoRAConfig, PositiveInt, Settings, TrainConfig
 from lorakit.errors import OutputError
 from lorakit.merge import merge, unmerge
 from lorakit.models.identity import weights_hash
 from lorakit.models.load import load_model
+from lorakit.routing import switch
 from lorakit.tasks.encode import encode_prompt
 from lorakit.tasks.kinds import PromptRow, references_of
 from lorakit.tasks.metrics import exact_match

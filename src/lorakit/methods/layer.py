@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,32 +19,8 @@ def bank_key(name: str) -> str:
     return "@" + name.replace("%", "%25").replace(".", "%2E")
 
 
-@dataclass(frozen=True)
-class RowGroup:
-    """The rows of a batch that use one adapter."""
-
-    key: str
-    """The adapter's `bank_key`."""
-    index: Tensor
-    """Row numbers, int64."""
-
-
-@dataclass
-class Route:
-    """Which adapter each row uses. One object is shared by all adapted layers of a model."""
-
-    active: str | None = None
-    """The key of the adapter of every row; None: the base."""
-    groups: tuple[RowGroup, ...] | None = None
-    """The rows of each adapter, where they differ; this goes before `active`."""
-    batch_size: int = 0
-    """Rows that `groups` was made for."""
-    merged: str | None = None
-    """The key of the adapter that the base's weights hold at present."""
-
-
-class Update(nn.Module, ABC):
-    """What one adapter does to one layer."""
+class Change(ABC):
+    """What is done to one layer's output: by one adapter, or by several to rows of their own."""
 
     replaces_output = False
     """Whether the base's own output is not needed."""
@@ -54,6 +30,69 @@ class Update(nn.Module, ABC):
         """Return the adapted output for a layer's inputs and its own output.
 
         May write into `output`, which is the layer's own, fresh result.
+        """
+
+
+Changes = Mapping[int, Change]
+"""What a route does, by the number of the adapted layer; layers that are not in it stay as is."""
+
+
+@dataclass
+class Route:
+    """Which adapter each row uses. One object is shared by all adapted layers of a model.
+
+    A switch is one assignment to `changes`; a forward pass reads nothing else.
+    """
+
+    changes: Changes | None = None
+    """What is done to each layer; None: the base."""
+    active: str | None = None
+    """The adapter of every row; None: the base, or rows differ."""
+    merged: str | None = None
+    """The adapter that the base's weights hold at present."""
+    layers: int = 0
+    """How many layers were adopted so far; the next one gets this number."""
+    recorded: Changes | None = None
+    """What the latest forward pass did that was made for training."""
+
+    def check_recomputation(self) -> None:
+        """Note what a forward pass does, and compare it where a backward pass repeats one.
+
+        Raises:
+            RouteError: activations are recomputed (gradient checkpointing) under another route
+                than the one of the forward pass, which would give the gradients of another model.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            self.recorded = self.changes
+        elif self.recorded is not self.changes:
+            raise RouteError(
+                "the backward pass recomputes activations (gradient checkpointing), but the route "
+                "of the forward pass is over: call backward() inside its `with` block"
+            )
+
+
+class Update(nn.Module, Change):
+    """What one adapter does to one layer."""
+
+    @abstractmethod
+    def change(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Any,
+        *,
+        strength: float = 1.0,
+        base: Any = None,
+    ) -> Any:
+        """Return the adapted output for a layer's inputs and its own output.
+
+        Args:
+            layer: the adapted layer.
+            inputs: its positional arguments.
+            output: what to change: the layer's own output, or what another adapter made of it. It
+                may be written into.
+            strength: factor on the update.
+            base: the layer's own output, where `output` is not that.
         """
 
     @abstractmethod
@@ -67,43 +106,27 @@ class AdaptedLayer(nn.Module):
     base_class: type[nn.Module]
     adapter_bank: nn.ModuleDict
     adapter_route: Route
+    adapter_number: int
+    """The key of this layer in `Route.changes`."""
+    adapter_input: str
+    """Layers with the same word here read one input: q, k and v of one attention, for example."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the base's output, changed by the adapters that the route names."""
+        """Return the base's output, changed as the route says."""
         route = self.adapter_route
-        if route.groups is not None:
-            return self._forward_groups(route, args, kwargs)
-        if route.active is None or route.active == route.merged:
+        changes = route.changes
+        # Reentrant checkpointing runs its forward pass without gradients, but in training.
+        if (torch.is_grad_enabled() or self.training) and not torch.compiler.is_compiling():
+            route.check_recomputation()
+        change = None if changes is None else changes.get(self.adapter_number)
+        if change is None:
             return super().forward(*args, **kwargs)
-        if route.active not in self.adapter_bank:
-            return super().forward(*args, **kwargs)
-        update = cast(Update, self.adapter_bank[route.active])
-        output = None if update.replaces_output else super().forward(*args, **kwargs)
-        return update.change(self, args, output)
-
-    def _forward_groups(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = super().forward(*args, **kwargs)
-        for group in route.groups or ():
-            if group.key in self.adapter_bank:
-                index = _rows_of(group.index, args[0].shape[0], route.batch_size)
-                update = cast(Update, self.adapter_bank[group.key])
-                changed = update.change(self, (args[0][index], *args[1:]), output[index])
-                output = output.index_copy(0, index, changed.to(output.dtype))
-        return output
+        output = None if change.replaces_output else super().forward(*args, **kwargs)
+        return change.change(self, args, output)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists only in this process; a copy or a pickle makes it anew.
         return _blank, (self.base_class,), self.__dict__
-
-
-def _rows_of(index: Tensor, found: int, expected: int) -> Tensor:
-    """Return the positions of batch rows in a layer's input, which may flatten (batch, length)."""
-    if found == expected:
-        return index
-    if found % expected:
-        raise RouteError(f"the route is for {expected} rows, but the batch has {found} rows")
-    each = found // expected
-    return (index[:, None] * each + torch.arange(each, device=index.device)).flatten()
 
 
 _ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {}
@@ -122,21 +145,28 @@ def _blank(base: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
-def adopt(layer: nn.Module, route: Route) -> AdaptedLayer:
-    """Turn a layer into an adapted layer, in place; one that is adapted already stays as it is."""
+def adopt(layer: nn.Module, route: Route, *, reads: str) -> AdaptedLayer:
+    """Turn a layer into an adapted layer, in place; one that is adapted already stays as it is.
+
+    The class changes last, so that a forward pass in another thread sees the layer either as it was
+    or complete.
+    """
     if not isinstance(layer, AdaptedLayer):
-        layer.__class__ = adapted_class(type(layer))
         layer.adapter_bank = nn.ModuleDict()
         layer.adapter_route = route  # type: ignore[assignment]
+        layer.adapter_number = route.layers  # type: ignore[assignment]
+        layer.adapter_input = reads  # type: ignore[assignment]
+        route.layers += 1
+        layer.__class__ = adapted_class(type(layer))
     return cast(AdaptedLayer, layer)
 
 
 def release(layer: nn.Module) -> None:
     """Turn an adapted layer into what it was before `adopt`."""
     assert isinstance(layer, AdaptedLayer)
-    del layer.adapter_bank
-    del layer.adapter_route
     layer.__class__ = layer.base_class  # type: ignore[assignment]
+    for name in ("adapter_bank", "adapter_route", "adapter_number", "adapter_input"):
+        delattr(layer, name)
 
 
 def update_of(layer: AdaptedLayer, name: str) -> Update | None:
@@ -153,11 +183,11 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
 
 
 @contextmanager
-def routed(route: Route, **changes: Any) -> Iterator[None]:
+def routed(route: Route, changes: Changes | None, active: str | None) -> Iterator[None]:
     """Change a route for the time of a block; it is restored also after an error."""
-    before = dict(vars(route))
+    before = route.changes, route.active
+    route.changes, route.active = changes, active
     try:
-        vars(route).update(changes)
         yield
     finally:
-        vars(route).update(before)
+        route.changes, route.active = before

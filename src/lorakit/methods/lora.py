@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -113,14 +114,23 @@ class LoRAUpdate(Update):
         self.parts = nn.ModuleDict(parts)
         self.bias = None if bias is None else nn.Parameter(bias)
 
-    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Return output + scale·B·A·x, and the trained bias in place of the base's."""
+    def change(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Tensor,
+        *,
+        strength: float = 1.0,
+        base: Tensor | None = None,
+    ) -> Tensor:
+        """Return output + strength·scale·B·A·x, and the trained bias in place of the base's."""
         for part in self.parts.values():
             assert isinstance(part, LowRank)
-            update = part(layer, inputs[0]).to(output.dtype)
-            output = _add(output, update, part.site.rows)
+            update = part(layer, inputs[0])
+            update = update if strength == 1 else update * strength
+            output = _add(output, update.to(output.dtype), part.site.rows)
         if self.bias is not None:
-            shift = (self.bias - cast(Tensor, layer.bias)).to(output.dtype)
+            shift = (self.bias - cast(Tensor, layer.bias)).to(output.dtype) * strength
             if isinstance(layer, ConvNd):
                 shift = shift.reshape(-1, *[1] * len(layer.kernel_size))
             output = output + shift
@@ -151,8 +161,13 @@ def _add(output: Tensor, update: Tensor, rows: Rows | None) -> Tensor:
     if len(rows) == 1:
         output[..., rows[0][0] : rows[0][1]] += update
         return output
-    index = torch.cat([torch.arange(start, stop, device=output.device) for start, stop in rows])
-    return output.index_add(-1, index, update)
+    return output.index_add(-1, positions(rows, output.device), update)
+
+
+@cache
+def positions(rows: Rows, device: torch.device) -> Tensor:
+    """Return the output rows of an interleaved slice, int64."""
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in rows])
 
 
 def fresh_a(shape: tuple[int, ...], layer: nn.Module, config: LoRAConfig) -> Tensor:

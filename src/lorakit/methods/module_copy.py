@@ -24,8 +24,26 @@ class ModuleCopy(Update):
         for _, layer in list(adapted_layers(self.copy)):
             release(layer)
 
-    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        """Return what the copy computes, in the input's precision."""
+    def change(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Any,
+        *,
+        strength: float = 1.0,
+        base: Any = None,
+    ) -> Any:
+        """Return what the copy computes, in the input's precision.
+
+        With a strength, or beside other adapters, the copy counts by its difference from the base's
+        output.
+        """
+        own = self._run(inputs)
+        if strength == 1 and base is None:
+            return own
+        return output + strength * (own - (output if base is None else base))
+
+    def _run(self, inputs: tuple[Any, ...]) -> Any:
         first = next(self.copy.parameters())
         floating = isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()
         x = inputs[0].to(first.dtype) if floating else inputs[0]

@@ -5,22 +5,32 @@ from collections.abc import Iterator
 from torch import nn
 
 BANK = "adapter_bank"
-"""Name of the child that holds a layer's updates; its own children start with @."""
+"""Name of the child that holds a layer's updates."""
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and module, as `named_modules` would on the bare base."""
-    for path, module in model.named_modules():
-        if not _is_adapter_path(path):
-            yield path, module
+    """Yield path and module, as `named_modules` would on the bare base.
+
+    The banks are passed by, not searched, so that the time does not grow with what they hold.
+    """
+    yield from _walk(model, "", set())
+
+
+def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen:
+        return
+    seen.add(module)
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None and name != BANK:
+            yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and parameter, as `named_parameters` would on the bare base."""
-    for path, parameter in model.named_parameters():
-        if not _is_adapter_path(path):
-            yield path, parameter
-
-
-def _is_adapter_path(path: str) -> bool:
-    return f".{BANK}.@" in f".{path}" or path.endswith(f".{BANK}") or path == BANK
+    seen: set[nn.Parameter] = set()
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                yield (f"{path}.{name}" if path else name), parameter

@@ -133,6 +133,19 @@ def select(
     return tuple(place for place in places(model) if place in selected)
 
 
+def shared_inputs(model: nn.Module) -> dict[str, str]:
+    """Return, for each layer that reads the same input as its neighbours, a word for that input.
+
+    These are q, k, v of one attention, and gate and up of one MLP.
+    """
+    together = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate-up", "up": "gate-up"}
+    return {
+        place.path: f"{place.path.rpartition('.')[0]}:{together[place.role]}"
+        for place in places(model)
+        if place.rows is None and place.role in together
+    }
+
+
 def layer_number(path: str) -> int | None:
     """Return the number of the block that a path lies in: its first numeric component."""
     return next((int(part) for part in path.split(".") if part.isdecimal()), None)

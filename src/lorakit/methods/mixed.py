@@ -1,0 +1,412 @@
+"""Rows of one batch with adapters of their own: what is done to each layer for such a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.adapter import Rows
+from lorakit.errors import RouteError
+from lorakit.kernels import grouped
+from lorakit.kernels.arrangement import Arrangement, arrange
+from lorakit.methods.layer import AdaptedLayer, Change, Update
+from lorakit.methods.lora import LoRAUpdate, LowRank, positions
+from lorakit.methods.module_copy import ModuleCopy
+
+Blend = tuple[tuple[str, float], ...]
+"""The adapters that one row uses, each with its strength; empty: the base."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which blend each row of a batch uses."""
+
+    blends: tuple[Blend, ...]
+    """The distinct ones that are not empty, called slots below."""
+    slot_of_row: tuple[int, ...]
+    """A place in `blends`; -1: the base."""
+
+    @staticmethod
+    def of(rows: Sequence[Blend]) -> Batch:
+        """Return the batch with these rows."""
+        blends = tuple(dict.fromkeys(blend for blend in rows if blend))
+        place = {blend: slot for slot, blend in enumerate(blends)}
+        return Batch(blends, tuple(place.get(blend, -1) for blend in rows))
+
+    def only(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """Return each row's place among some of the slots; -1 where it is not among them."""
+        place = {slot: at for at, slot in enumerate(slots)}
+        return tuple(place.get(slot, -1) for slot in self.slot_of_row)
+
+
+Updates = Mapping[str, Mapping[int, Update]]
+"""The updates of each adapter, by its name and the layer's number."""
+
+
+def mixed_changes(
+    layers: Mapping[int, AdaptedLayer], updates: Updates, batch: Batch, device: torch.device
+) -> dict[int, Change]:
+    """Return what is done to each layer, so that every row gets its own blend.
+
+    Frozen A and B are gathered here, once; those under training are gathered in each forward pass.
+
+    Args:
+        layers: the adapted layers by number.
+        updates: of every adapter that the batch names.
+        batch: its rows. A batch of one row stands for any number of rows that use the same blend.
+        device: where the rows are.
+
+    Raises:
+        RouteError: full copies of one module that can't be added up.
+    """
+    arranged = _Arranged(batch, device)
+    changes: dict[int, Change] = {}
+    for numbers in _by_input(layers, updates, batch):
+        terms = {number: _terms(number, updates, batch) for number in numbers}
+        stacked = [number for number in numbers if _is_stackable(layers[number], terms[number])]
+        pieces = [p for n in stacked for p in _pieces(n, cast(LowRankTerms, terms[n]))]
+        inputs = [SharedInput(same, arranged) for same in _of_like_slots(pieces)]
+        for number in numbers:
+            if number not in stacked:
+                changes[number] = ByRows(layers[number], terms[number], batch, device)
+                continue
+            parts = tuple(
+                (shared, at)
+                for shared in inputs
+                for at, piece in enumerate(shared.pieces)
+                if piece.number == number
+            )
+            bias = _bias(cast(LowRankTerms, terms[number]), batch, device)
+            changes[number] = MixedLinear(parts, bias)
+    return changes
+
+
+class _Arranged:
+    """The arrangements of a batch for some of its slots; layers with like slots share one."""
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        self._batch = batch
+        self._device = device
+        self._made: dict[tuple[tuple[int, ...], torch.dtype], Arrangement] = {}
+
+    def of(self, slots: tuple[int, ...], dtype: torch.dtype) -> Arrangement:
+        if (slots, dtype) not in self._made:
+            rows = self._batch.only(slots)
+            self._made[slots, dtype] = arrange(rows, device=self._device, dtype=dtype)
+        return self._made[slots, dtype]
+
+
+Terms = dict[int, list[tuple[Update, float]]]
+"""Of one layer: for each slot that touches it, the updates and their strengths."""
+LowRankTerms = dict[int, list[tuple[LoRAUpdate, float]]]
+
+
+def _by_input(
+    layers: Mapping[int, AdaptedLayer], updates: Updates, batch: Batch
+) -> Iterator[list[int]]:
+    """Yield the numbers of the touched layers, those that read one input together."""
+    names = {name for blend in batch.blends for name, _ in blend}
+    together: dict[str, list[int]] = {}
+    for number in sorted({number for name in names for number in updates[name]}):
+        together.setdefault(layers[number].adapter_input, []).append(number)
+    yield from together.values()
+
+
+def _terms(number: int, updates: Updates, batch: Batch) -> Terms:
+    found = {
+        slot: [(updates[name][number], w) for name, w in blend if number in updates[name]]
+        for slot, blend in enumerate(batch.blends)
+    }
+    return {slot: terms for slot, terms in found.items() if terms}
+
+
+def _is_stackable(layer: nn.Module, terms: Terms) -> bool:
+    """Tell whether all rows can be computed at once, by products of stacked matrices."""
+    every = (update for of_slot in terms.values() for update, _ in of_slot)
+    return isinstance(layer, nn.Linear | Conv1D) and all(isinstance(u, LoRAUpdate) for u in every)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Updates of the same rows of one layer, in slots of about the same rank."""
+
+    number: int
+    """The layer's."""
+    rows: Rows | None
+    """Output rows; None: all."""
+    slots: tuple[int, ...]
+    terms: tuple[tuple[tuple[LowRank, float], ...], ...]
+    """For each slot, A and B, and the strengths."""
+
+    @property
+    def rank(self) -> int:
+        """Return the rank to which the slots are padded."""
+        return max(map(_rank, self.terms))
+
+
+def _rank(terms: Sequence[tuple[LowRank, float]]) -> int:
+    return sum(part.site.rank for part, _ in terms)
+
+
+def _pieces(number: int, terms: LowRankTerms) -> Iterator[Piece]:
+    """Yield the pieces of a layer; padding a slot's rank to its piece's less than doubles it."""
+    by_rows: dict[Rows | None, dict[int, list[tuple[LowRank, float]]]] = {}
+    for slot, of_slot in terms.items():
+        for update, strength in of_slot:
+            for part in update.parts.values():
+                assert isinstance(part, LowRank)
+                at = by_rows.setdefault(part.site.rows, {})
+                at.setdefault(slot, []).append((part, strength))
+    for rows, by_slot in by_rows.items():
+        of_like_rank: dict[int, list[int]] = {}
+        for slot, parts in by_slot.items():
+            of_like_rank.setdefault((_rank(parts) - 1).bit_length(), []).append(slot)
+        for slots in of_like_rank.values():
+            yield Piece(number, rows, tuple(slots), tuple(tuple(by_slot[s]) for s in slots))
+
+
+def _of_like_slots(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    together: dict[tuple[int, ...], list[Piece]] = {}
+    for piece in pieces:
+        together.setdefault(piece.slots, []).append(piece)
+    return list(together.values())
+
+
+class SharedInput:
+    """Pieces that read one input: their A's lie side by side, so that one product serves them all.
+
+    The product is kept until the next input, and recognised by the input's identity, so that a
+    layer that reads something else after all gets a product of its own.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], arranged: _Arranged) -> None:
+        self.pieces = tuple(pieces)
+        parts = [part for piece in pieces for terms in piece.terms for part, _ in terms]
+        self._dtype = parts[0].lora_a.dtype
+        for part in parts:
+            self._dtype = torch.promote_types(self._dtype, part.lora_a.dtype)
+        self._arrangement = arranged.of(pieces[0].slots, self._dtype)
+        self._drops = any(part.dropout for part in parts)
+        self._trains = any(p.requires_grad for part in parts for p in part.parameters())
+        stops = torch.tensor([piece.rank for piece in pieces]).cumsum(0).tolist()
+        self._columns = [slice(end - p.rank, end) for end, p in zip(stops, pieces, strict=True)]
+        self._a = None if self._trains else self._stacked_a()
+        self._b = None if self._trains else [self._stacked_b(at) for at in range(len(pieces))]
+        self._kept: tuple[Tensor, int, Tensor] | None = None
+        self._waiting = 0
+
+    def add(self, at: int, x: Tensor, output: Tensor) -> Tensor:
+        """Add the update of one piece to a layer's output, or to the piece's entries of it."""
+        b = self._stacked_b(at) if self._b is None else self._b[at]
+        return grouped.widen_onto(output, self._narrow(at, x), b, self._arrangement)
+
+    def _narrow(self, at: int, x: Tensor) -> Tensor:
+        """Return A·x of one piece, (chunks, tokens, rank)."""
+        columns = self._columns[at]
+        if self._drops and any(part.training for part, _ in self.pieces[at].terms[0]):
+            # Every layer drops other elements, so that nothing can be shared.
+            a = self._stacked_a() if self._a is None else self._a
+            return grouped.narrow(self._dropped(at, x), a[:, columns], self._arrangement)
+        if len(self.pieces) == 1 or torch.compiler.is_compiling():
+            a = self._stacked_a() if self._a is None else self._a
+            return grouped.narrow(x, a[:, columns], self._arrangement)
+        kept = self._kept
+        if kept is None or kept[0] is not x or kept[1] != x._version:
+            a = self._stacked_a() if self._a is None else self._a
+            kept = (x, x._version, grouped.narrow(x, a, self._arrangement))
+            self._waiting = len(self.pieces)
+        self._waiting -= 1
+        self._kept = kept if self._waiting else None
+        return kept[2][..., columns]
+
+    def _dropped(self, at: int, x: Tensor) -> Tensor:
+        """Return x with elements dropped, in each row with its own adapter's probability."""
+        by_slot = [max(part.dropout for part, _ in terms) for terms in self.pieces[at].terms]
+        by_row = [1 - by_slot[slot] if slot >= 0 else 1.0 for slot in self._arrangement.slot_of_row]
+        keep = torch.tensor(by_row, device=x.device).repeat_interleave(x.shape[0] // len(by_row))
+        keep = keep.reshape(-1, *[1] * (x.dim() - 1))
+        kept = torch.rand(x.shape, device=x.device) < keep
+        return x * (kept / keep).to(x.dtype)
+
+    def _stacked_a(self) -> Tensor:
+        """Return A, (chunks, ranks of all pieces, d_in)."""
+        slots = range(len(self.pieces[0].slots))
+        stack = torch.stack([torch.cat([_a(p, slot) for p in self.pieces]) for slot in slots])
+        return grouped.gather(stack.to(self._dtype), self._arrangement)
+
+    def _stacked_b(self, at: int) -> Tensor:
+        """Return scale·Bᵀ of one piece, (chunks, rank, d_out)."""
+        piece = self.pieces[at]
+        stack = torch.stack([_b(piece, slot) for slot in range(len(piece.slots))])
+        scales = [_scales(piece, slot) for slot in range(len(piece.slots))]
+        factors = torch.tensor(scales, dtype=self._dtype, device=stack.device)
+        scaled = stack.to(self._dtype) * factors[:, None]
+        return grouped.gather(scaled.mT.contiguous(), self._arrangement)
+
+
+def _a(piece: Piece, slot: int) -> Tensor:
+    """Return A of one slot, (the piece's rank, d_in)."""
+    matrices = [part.lora_a for part, _ in piece.terms[slot]]
+    joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    missing = piece.rank - joined.shape[0]
+    return F.pad(joined, (0, 0, 0, missing)) if missing else joined
+
+
+def _b(piece: Piece, slot: int) -> Tensor:
+    """Return B of one slot, (d_out, the piece's rank)."""
+    matrices = [part.lora_b for part, _ in piece.terms[slot]]
+    joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim=1)
+    missing = piece.rank - joined.shape[1]
+    return F.pad(joined, (0, missing)) if missing else joined
+
+
+def _scales(piece: Piece, slot: int) -> list[float]:
+    """Return the factor on each column of B."""
+    factors = [part.site.scale * w for part, w in piece.terms[slot] for _ in range(part.site.rank)]
+    return factors + [0.0] * (piece.rank - len(factors))
+
+
+@dataclass(frozen=True)
+class BiasShift:
+    """What trained biases add to the base's own, row by row."""
+
+    slot_of_row: Tensor
+    """A place in `terms`, counted from 1; 0: the base."""
+    terms: tuple[tuple[tuple[nn.Parameter, float], ...], ...]
+
+    def add(self, layer: nn.Module, output: Tensor) -> Tensor:
+        """Return the output, (rows·k, …, d_out), with each row's shift added."""
+        base = cast(Tensor, layer.bias)
+        by_slot = [torch.zeros_like(base, dtype=self.terms[0][0][0].dtype)]
+        for terms in self.terms:
+            by_slot.append(torch.stack([(bias - base) * w for bias, w in terms]).sum(0))
+        shift = torch.stack(by_slot)[self.slot_of_row].to(output.dtype)
+        rows = output.unflatten(0, (len(shift), -1))
+        return (rows + shift.reshape(len(shift), *[1] * (rows.dim() - 2), -1)).flatten(0, 1)
+
+
+def _bias(terms: LowRankTerms, batch: Batch, device: torch.device) -> BiasShift | None:
+    found = {
+        slot: tuple((u.bias, w) for u, w in of_slot if u.bias is not None)
+        for slot, of_slot in terms.items()
+    }
+    found = {slot: biases for slot, biases in found.items() if biases}
+    if not found:
+        return None
+    slots = torch.tensor(batch.only(tuple(found)), device=device) + 1
+    return BiasShift(slots, tuple(found.values()))
+
+
+class MixedLinear(Change):
+    """Low-rank updates of a Linear or Conv1D, all rows at once."""
+
+    def __init__(
+        self, parts: Sequence[tuple[SharedInput, int]], bias: BiasShift | None = None
+    ) -> None:
+        self._parts = tuple(parts)
+        self._bias = bias
+
+    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Return the output with each row's own update added."""
+        x = inputs[0]
+        for shared, at in self._parts:
+            rows = shared.pieces[at].rows
+            if rows is None:
+                output = shared.add(at, x, output)
+            elif len(rows) == 1:
+                shared.add(at, x, output[..., rows[0][0] : rows[0][1]])
+            else:
+                index = positions(rows, output.device)
+                part = shared.add(at, x, output.index_select(-1, index))
+                output = output.index_copy(-1, index, part)
+        return output if self._bias is None else self._bias.add(layer, output)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The rows that use one blend."""
+
+    index: Tensor
+    """Row numbers, int64."""
+    terms: tuple[tuple[Update, float], ...]
+
+
+class ByRows(Change):
+    """Any updates of any layer, one blend after the other: convolutions, embeddings, full copies.
+
+    Copies of a head may differ in width: then the output is as wide as the widest, and the places
+    that a row's own head does not have are minus infinity, so that no class beyond it is likely.
+    """
+
+    def __init__(
+        self, layer: AdaptedLayer, terms: Terms, batch: Batch, device: torch.device
+    ) -> None:
+        rows = {slot: [r for r, s in enumerate(batch.slot_of_row) if s == slot] for slot in terms}
+        self._rows = len(batch.slot_of_row)
+        self._groups = [
+            RowGroup(torch.tensor(rows[slot], device=device), tuple(of_slot))
+            for slot, of_slot in terms.items()
+        ]
+        for of_slot in terms.values():
+            _check_addable(layer, of_slot)
+
+    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Return the output with each row's own update."""
+        results: list[tuple[Tensor, Tensor]] = []
+        for group in self._groups:
+            index = _positions(group.index, inputs[0].shape[0], self._rows)
+            results.append((index, self._changed(group, layer, inputs, output, index)))
+        widest = max(output.shape[-1], *(changed.shape[-1] for _, changed in results))
+        output = _widened(output, widest)
+        for index, changed in results:
+            output = output.index_copy(0, index, _widened(changed, widest).to(output.dtype))
+        return output
+
+    @staticmethod
+    def _changed(
+        group: RowGroup, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, index: Tensor
+    ) -> Tensor:
+        base = output[index]
+        mine = (inputs[0][index], *inputs[1:])
+        if len(group.terms) == 1:
+            update, strength = group.terms[0]
+            return update.change(layer, mine, base, strength=strength)
+        changed = base.clone()
+        for update, strength in group.terms:
+            changed = update.change(layer, mine, changed, strength=strength, base=base)
+        return changed
+
+
+def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -> None:
+    """Refuse to add up copies of a head that have other widths than the base's.
+
+    Raises:
+        RouteError: there are such.
+    """
+    plain = len(terms) == 1 and terms[0][1] == 1
+    if not plain and any(isinstance(u, ModuleCopy) and u.resized for u, _ in terms):
+        raise RouteError(
+            f"a row can't mix or weaken adapters whose head ({type(layer).__name__}) has another "
+            "number of classes than the base's: use such an adapter alone, at strength 1"
+        )
+
+
+def _widened(output: Tensor, width: int) -> Tensor:
+    missing = width - output.shape[-1]
+    return F.pad(output, (0, missing), value=float("-inf")) if missing else output
+
+
+def _positions(index: Tensor, found: int, rows: int) -> Tensor:
+    """Return the places of batch rows in an input that holds several entries for each row."""
+    each = found // rows
+    if found % rows:
+        raise RouteError(f"the route is for {rows} rows, but a layer was given {found}")
+    if each == 1:
+        return index
+    return (index[:, None] * each + torch.arange(each, device=index.device)).flatten()
