@@ -35,7 +35,10 @@ def test_a_merged_weight_is_the_float32_sum_rounded_once(dtype):
     adapter = lk.extract(model)
     a, b = (adapter.tensors[f"model.layers.0.self_attn.q_proj.lora_{x}"] for x in "ab")
     lk.merge(model)
-    expected = (weight + (b @ a) * (3 / 8)).to(dtype)
+    exact = weight.double() + (b.double() @ a.double()) * (3 / 8)
+    expected = torch.addmm(weight, b, a, alpha=3 / 8)
+    assert (expected - exact).abs().max() < 1e-7
+    expected = expected.to(dtype)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, expected)
 
 

@@ -8,13 +8,9 @@ lk.attach(model, lk.LoRAConfig(rank=8, alpha=16, targets=("q", "v")))
 
 from lorakit.adapted import Opened, open_model
 from lorakit.adapter import Adapter, Site
-from lorakit.attach import (
-    active_name,
-    adapter_names,
-    attach,
-    detach,
-    extract,
-)
+from lorakit.attach import attach, detach, extract
+from lorakit.attachment import active_name, adapter_names
+from lorakit.bank import AdapterBank
 from lorakit.config import DataConfig, LoRAConfig, TrainConfig
 from lorakit.errors import LorakitError
 from lorakit.matching import plan
@@ -24,6 +20,7 @@ from lorakit.routing import route, switch
 
 __all__ = [
     "Adapter",
+    "AdapterBank",
     "DataConfig",
     "LoRAConfig",
     "LorakitError",

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter import Adapter
+from lorakit.attachment import (
+    Attachment,
+    active_name,
+    attached,
+    attachment_of,
+    identity_of,
+    require_attachment,
+    require_name,
+)
 from lorakit.config import LoRAConfig
-from lorakit.errors import AttachError, did_you_mean
+from lorakit.errors import AttachError
 from lorakit.matching import Plan, fit, plan, short_names
 from lorakit.methods.checkpointing import adapted_blocks, let_input_require_grad
 from lorakit.methods.layer import (
-    AdaptedLayer,
-    Changes,
-    Route,
     Update,
     adapted_layers,
     adopt,
@@ -28,59 +33,8 @@ from lorakit.methods.layer import (
 )
 from lorakit.methods.lora import LoRAUpdate, LowRank, fresh_a, parameter_shapes
 from lorakit.methods.module_copy import ModuleCopy
-from lorakit.models.base import base_parameters
-from lorakit.models.identity import BaseIdentity, identify
-from lorakit.models.load import model_name
-from lorakit.models.roles import shared_inputs, task_heads
+from lorakit.models.roles import task_heads
 from lorakit.pristine import Pristine
-
-
-@dataclass
-class Attachment:
-    """What lorakit keeps about a model that has adapters: kept on the model as `_lorakit`."""
-
-    route: Route
-    identity: BaseIdentity | None
-    frozen: dict[str, bool]
-    """requires_grad of the base's parameters before the first adapter came."""
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    """What was attached, by name, without tensors: those live in the layers."""
-    pristine: dict[str, dict[str, Pristine]] = field(default_factory=dict)
-    """Unmerged weights by module path and parameter name, while an adapter is merged."""
-    hooks: dict[str, RemovableHandle] = field(default_factory=dict)
-    """What keeps gradients alive under reentrant checkpointing, by the path of the block."""
-    layers: dict[int, AdaptedLayer] = field(default_factory=dict)
-    """The adapted layers by their numbers."""
-    updates: dict[str, dict[int, Update]] = field(default_factory=dict)
-    """What each adapter does, by its name and the layer's number."""
-    inputs: dict[str, str] = field(default_factory=dict)
-    """A word for the input of those layers that read the same as their neighbours, by path."""
-    mixed: tuple[Any, Changes] | None = None
-    """The latest mixed batch: what it was made from, and what it does to each layer."""
-
-    def activate(self, name: str | None) -> None:
-        """Make one adapter, or the base, answer for all rows."""
-        plain = name is None or name == self.route.merged
-        self.route.changes = None if plain else self.updates[cast(str, name)]
-        self.route.active = name
-
-
-def attachment_of(model: nn.Module) -> Attachment | None:
-    """Return what is attached to a model, also through torch.compile's or DDP's wrapper."""
-    inner = model.module if hasattr(model, "module") else model
-    return cast("Attachment | None", getattr(inner, "_lorakit", None))
-
-
-def require_attachment(model: nn.Module) -> Attachment:
-    """Return what is attached to a model.
-
-    Raises:
-        AttachError: nothing is.
-    """
-    found = attachment_of(model)
-    if found is None:
-        raise AttachError("this model has no adapter: attach one first with lk.attach(model, ...)")
-    return found
 
 
 def attach(
@@ -115,14 +69,8 @@ def attach(
     state = attachment_of(model)
     if state is not None:
         _check_free(state, name)
-    identity = (
-        state.identity if state else identify(model, name=model_name(model), skip=task_heads(model))
-    )
     if isinstance(what, Adapter):
-        fitted = fit(model, what, identity, allow_other_base=allow_other_base)
-        updates = _build(model, fitted, what.config, what.tensors)
-        # Another tool's file may not say what kind of layer it adapts; the model does.
-        record = replace(what, tensors={}, sites=fitted.sites)
+        fitted, updates, record = fit_and_build(model, what, allow_other_base=allow_other_base)
     else:
         fitted = plan(model, what)
         updates = _build(model, fitted, what, None)
@@ -132,10 +80,10 @@ def attach(
             tensors={},
             copied_modules=fitted.copies,
             target_modules=short_names(model, fitted.sites),
-            base=identity,
+            base=identity_of(model),
         )
     train = not isinstance(what, Adapter) if trainable is None else trainable
-    install(model, updates, name, record, identity, trainable=train)
+    install(model, updates, name, record, trainable=train)
     require_attachment(model).activate(name)
     return fitted
 
@@ -147,6 +95,39 @@ def _check_free(state: Attachment, name: str) -> None:
         )
     if state.route.merged is not None:
         raise AttachError("an adapter is merged into this model: lk.unmerge(model) first")
+
+
+def fit_and_build(
+    model: nn.Module,
+    adapter: Adapter,
+    *,
+    allow_other_base: bool = False,
+    other_heads: bool = False,
+) -> tuple[Plan, dict[str, Update], Adapter]:
+    """Verify a saved adapter against a model and make its updates; the model is not changed.
+
+    Args:
+        model: the base, with or without adapters.
+        adapter: what to fit.
+        allow_other_base: accept one whose base has other weights.
+        other_heads: accept full copies of a task's head with another number of classes.
+
+    Returns:
+        The match table, the updates by module path, and the adapter without its tensors.
+
+    Raises:
+        AdapterFileError: it does not fit; every problem is listed.
+    """
+    fitted = fit(
+        model,
+        adapter,
+        identity_of(model),
+        allow_other_base=allow_other_base,
+        other_heads=task_heads(model) if other_heads else (),
+    )
+    updates = _build(model, fitted, adapter.config, adapter.tensors)
+    # Another tool's file may not say what kind of layer it adapts; the model does.
+    return fitted, updates, replace(adapter, tensors={}, sites=fitted.sites)
 
 
 def _build(
@@ -192,34 +173,31 @@ def install(
     updates: Mapping[str, Update],
     name: str,
     record: Adapter,
-    identity: BaseIdentity | None,
     *,
     trainable: bool,
 ) -> None:
     """Give a model's layers the updates of one adapter, by path; which is active stays as it is.
 
-    The adapter counts from the last line on, which is one assignment: forward passes that run in
-    another thread see all of it or nothing.
+    What the name held before goes. The new one counts from one assignment on: forward passes that
+    run in another thread see all of it or nothing.
     """
-    state = attachment_of(model)
-    if state is None:
-        frozen = {path: p.requires_grad for path, p in base_parameters(model)}
-        state = Attachment(route=Route(), identity=identity, frozen=frozen)
-        state.inputs = shared_inputs(model)
-        model.requires_grad_(False)
-        model._lorakit = state  # type: ignore[assignment]
+    state = attached(model)
     by_number: dict[int, Update] = {}
     for path, update in updates.items():
         update.requires_grad_(trainable).train(model.training)
         layer = adopt(model.get_submodule(path), state.route, reads=state.inputs.get(path, path))
         layer.adapter_bank[bank_key(name)] = update
         state.layers[layer.adapter_number] = layer
+        state.paths[layer.adapter_number] = path
         by_number[layer.adapter_number] = update
     for path, block in adapted_blocks(model) if trainable else ():
         if path not in state.hooks:
             state.hooks[path] = block.register_forward_pre_hook(let_input_require_grad)
+    stale = state.updates.get(name, {}).keys() - by_number.keys()
     state.adapters[name] = record
     state.updates[name] = by_number
+    for number in stale:
+        state.layers[number].adapter_bank.pop(bank_key(name))
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -237,6 +215,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         restore_pristine(model, state)
     for each in list(state.adapters) if name is None else [name]:
         remove(state, each)
+        if state.route.active == each:
+            state.activate(None)
     for number, layer in list(state.layers.items()):
         if not layer.adapter_bank:
             release(state.layers.pop(number))
@@ -249,59 +229,37 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 
 def remove(state: Attachment, name: str) -> None:
-    """Take one adapter out; its layers stay adapted, for others to come."""
+    """Take one adapter out; its layers stay adapted, and a route that uses it goes on."""
     for number in state.updates.pop(name):
         state.layers[number].adapter_bank.pop(bank_key(name))
     del state.adapters[name]
     state.mixed = None
-    if state.route.active == name:
-        state.activate(None)
 
 
 def restore_pristine(model: nn.Module, state: Attachment) -> None:
     """Copy every pristine weight back, retie what was untied, and forget the merge."""
-    for path, parameters in state.pristine.items():
-        module = model.get_submodule(path)
-        for name, pristine in parameters.items():
-            if isinstance(pristine, nn.Parameter):
-                set_parameter(module, name, pristine)
-            else:
-                weight = pristine if isinstance(pristine, Tensor) else pristine.read()
-                module.get_parameter(name).data.copy_(weight)
+    for path, weights in state.pristine.items():
+        restore_module(model, path, weights)
     state.pristine.clear()
     state.route.merged = None
     state.activate(state.route.active)
+
+
+def restore_module(model: nn.Module, path: str, weights: Mapping[str, Pristine]) -> None:
+    """Copy a module's pristine weights back, and retie those that were untied."""
+    module = model.get_submodule(path)
+    for name, pristine in weights.items():
+        if isinstance(pristine, nn.Parameter):
+            set_parameter(module, name, pristine)
+        else:
+            weight = pristine if isinstance(pristine, Tensor) else pristine.read()
+            module.get_parameter(name).data.copy_(weight)
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put a parameter in the place of the one that a dotted name means."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, parameter)
-
-
-def require_name(state: Attachment, name: str) -> None:
-    """Check that an adapter of this name is attached.
-
-    Raises:
-        AttachError: it is not.
-    """
-    if name not in state.adapters:
-        raise AttachError(
-            f"no adapter called {name!r} is attached{did_you_mean(name, state.adapters)}; "
-            f"attached: {', '.join(state.adapters)}"
-        )
-
-
-def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the attached adapters, in the order in which they came."""
-    state = attachment_of(model)
-    return tuple(state.adapters) if state else ()
-
-
-def active_name(model: nn.Module) -> str | None:
-    """Return the name of the adapter in use, or None for the base."""
-    state = attachment_of(model)
-    return None if state is None else state.route.active
 
 
 def extract(model: nn.Module, name: str | None = None) -> Adapter:

@@ -7,6 +7,7 @@ LorakitError
 ├── AttachError        an adapter cannot be put into, or taken out of, this model
 ├── AdapterFileError   an adapter's files are missing, damaged or do not fit the model
 ├── RouteError         a route names an adapter that is not there, or has the wrong length
+├── BankError          a bank does not know an adapter, has no room for it, or cannot let it go
 ├── MergeError         a merge, unmerge or switch is not possible now
 ├── DataError          rows are missing, malformed or unusable
 ├── TrainingError      a run cannot start, or was stopped by a guardrail
@@ -53,6 +54,10 @@ class AdapterFileError(LorakitError):
 
 class RouteError(LorakitError):
     """A route names an adapter that is not there, or has the wrong length."""
+
+
+class BankError(LorakitError):
+    """A bank does not know an adapter, has no room for it, or cannot let it go."""
 
 
 class MergeError(LorakitError):

@@ -218,14 +218,22 @@ def fit(
     identity: BaseIdentity | None,
     *,
     allow_other_base: bool = False,
+    other_heads: Sequence[str] = (),
 ) -> Plan:
     """Return how a saved adapter lies on a model.
+
+    Args:
+        model: the base.
+        adapter: what to fit.
+        identity: of the base.
+        allow_other_base: accept an adapter whose base has other weights.
+        other_heads: full copies that may have another number of classes than the base's.
 
     Raises:
         AdapterFileError: every way in which it does not fit.
     """
     modules = dict(base_modules(model))
-    problems, expected = _misfits(modules, adapter)
+    problems, expected = _misfits(modules, adapter, other_heads)
     problems += [
         f"{name}  missing from the adapter" for name in sorted(expected - set(adapter.tensors))
     ]
@@ -261,7 +269,9 @@ def _is_bias(name: str, adapter: Adapter) -> bool:
     return name.endswith(".bias") and not copied
 
 
-def _misfits(modules: Mapping[str, nn.Module], adapter: Adapter) -> tuple[list[str], set[str]]:
+def _misfits(
+    modules: Mapping[str, nn.Module], adapter: Adapter, other_heads: Sequence[str]
+) -> tuple[list[str], set[str]]:
     """Return the problems of an adapter's own tensors, and the names it should have."""
     problems: list[str] = []
     expected: set[str] = set()
@@ -282,10 +292,12 @@ def _misfits(modules: Mapping[str, nn.Module], adapter: Adapter) -> tuple[list[s
         if path not in modules:
             problems.append(f"{path}  is not a module of this model")
             continue
+        classes = _classes(modules[path], path, adapter) if path in other_heads else {}
         for name, parameter in base_parameters(modules[path]):
             name = f"{path}.{name}"
             expected.add(name)
-            problems += _shape_problem(name, adapter.tensors.get(name), tuple(parameter.shape))
+            shape = (classes.get(name, parameter.shape[0]), *parameter.shape[1:])
+            problems += _shape_problem(name, adapter.tensors.get(name), shape)
     for name in adapter.tensors:
         if name not in expected and _is_bias(name, adapter):
             layer = modules.get(name.removesuffix(".bias"))
@@ -294,6 +306,18 @@ def _misfits(modules: Mapping[str, nn.Module], adapter: Adapter) -> tuple[list[s
                 expected.add(name)
                 problems += _shape_problem(name, adapter.tensors[name], tuple(bias.shape))
     return problems, expected
+
+
+def _classes(head: nn.Module, path: str, adapter: Adapter) -> dict[str, int]:
+    """Return the number of classes that each parameter of a head's last layer has in an adapter."""
+    linear = [n for n, module in base_modules(head) if isinstance(module, nn.Linear)]
+    if not linear:
+        return {}
+    last = ".".join(filter(None, (path, linear[-1])))
+    weight = adapter.tensors.get(f"{last}.weight")
+    if weight is None or weight.dim() != 2:
+        return {}
+    return {f"{last}.weight": weight.shape[0], f"{last}.bias": weight.shape[0]}
 
 
 def _shape_problem(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> list[str]:

@@ -9,18 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach import (
+from lorakit.attach import detach, restore_module, restore_pristine, set_parameter
+from lorakit.attachment import (
     Attachment,
     active_name,
     attachment_of,
-    detach,
     require_attachment,
     require_name,
-    restore_pristine,
-    set_parameter,
 )
 from lorakit.errors import MergeError
-from lorakit.methods.layer import AdaptedLayer, Update, adapted_layers, update_of
+from lorakit.methods.layer import AdaptedLayer, Update
 from lorakit.pristine import Checkpoint
 from lorakit.routing import route
 
@@ -94,11 +92,13 @@ def merge(
     probe: Mapping[str, Tensor] | None = None,
     round_to: torch.dtype | None = None,
     pristine: Literal["copy", "checkpoint"] = "copy",
+    measure: bool = True,
 ) -> MergeReport:
     """Write W + scale·B·A into the weights, so that the model runs with no extra latency.
 
     The sum is formed in float32 from the pristine weight and rounded once. The pristine weights are
-    kept, and `unmerge` puts them back. A weight that is tied to another is untied until then.
+    kept, and `unmerge` puts them back. A weight that is tied to another is untied until then. Where
+    another adapter is merged, this one takes its place, with the bits of a merge into the base.
 
     Args:
         model: a model with adapters.
@@ -110,22 +110,28 @@ def merge(
         pristine: where to keep the unmerged weights. copy: in the CPU's memory; checkpoint: in the
             safetensors files that the model was loaded from, where they hold the same bits (they
             must stay as they are until `unmerge`), else in memory.
+        measure: compute what rounding cost, and run the probe; without, the report is empty and
+            the merge several times faster.
 
     Raises:
-        MergeError: no adapter is active, or one is merged already.
+        MergeError: no adapter is active, or this one is merged already.
     """
     state = require_attachment(model)
     name = active_name(model) if name is None else name
     if name is None:
         raise MergeError(f"no adapter is active: name one of {', '.join(state.adapters)}")
     require_name(state, name)
-    if state.route.merged is not None:
-        raise MergeError("an adapter is merged already: lk.unmerge(model) first")
-    probe = default_probe(model) if probe is None else probe
-    with route(model, name):
-        before = _outputs(model, probe)
+    if state.route.merged == name:
+        raise MergeError(f"adapter {name!r} is merged already: lk.unmerge(model) first")
+    probe = (default_probe(model) if probe is None else probe) if measure else None
+    if probe is not None and state.route.merged is not None:
+        restore_pristine(model, state)
+    before = None
+    if probe is not None:
+        with route(model, name):
+            before = _outputs(model, probe)
     try:
-        weights = tuple(_merge_layers(model, state, name, round_to, pristine))
+        weights = tuple(_merge_layers(model, state, name, round_to, pristine, measure))
     except BaseException:
         restore_pristine(model, state)
         raise
@@ -154,28 +160,32 @@ def _merge_layers(
     name: str,
     round_to: torch.dtype | None,
     pristine: str,
+    measure: bool,
 ) -> Iterator[MergedWeight]:
     tied = _tied_parameters(model)
     checkpoint = Checkpoint(model) if pristine == "checkpoint" else None
-    for path, layer in adapted_layers(model):
-        update = update_of(layer, name)
-        if update is None:
-            continue
+    updates = state.updates[name]
+    for path in state.pristine.keys() - {state.paths[number] for number in updates}:
+        restore_module(model, path, state.pristine.pop(path))
+    for number, update in updates.items():
+        layer, path = state.layers[number], state.paths[number]
+        kept = state.pristine.setdefault(path, {})
+        restore_module(model, path, kept)
         for inner, merged in update.merged(layer, exact=torch.float32):
             full_name = f"{path}.{inner}"
             current = layer.get_parameter(inner)
             rounded = merged.to(round_to or current.dtype).to(current.dtype)
-            measured = _measure(full_name, layer, update, inner, rounded)
-            kept = state.pristine.setdefault(path, {})
+            if measure:
+                yield _measure(full_name, layer, update, inner, rounded)
             if id(current) in tied:
                 # The tied parameter itself is the pristine copy; this layer gets one of its own.
                 kept[inner] = current
                 set_parameter(layer, inner, nn.Parameter(rounded, requires_grad=False))
-            else:
+                continue
+            if inner not in kept:
                 on_file = checkpoint.holds(full_name, current) if checkpoint else None
                 kept[inner] = on_file or current.detach().to("cpu", copy=True)
-                current.data.copy_(rounded)
-            yield measured
+            current.data.copy_(rounded)
 
 
 def _measure(

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach import Attachment, require_attachment, require_name
+from lorakit.attachment import Attachment, require_attachment, require_name
 from lorakit.errors import MergeError, RouteError, did_you_mean
-from lorakit.methods.layer import Changes, routed
+from lorakit.methods.layer import Changes
 from lorakit.methods.mixed import Batch, Blend, mixed_changes
 
 Choice = str | Mapping[str, float] | None
@@ -56,8 +56,7 @@ def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
             weights, or (in the forward pass) the batch has another number of rows.
     """
     state = require_attachment(model)
-    single = names is None or isinstance(names, str | Mapping)
-    rows = [_blend(cast(Choice, names))] if single else [_blend(e) for e in cast(Any, names)]
+    rows = blends(names)
     check_names(rows, state.adapters)
     if state.route.merged is not None:
         raise RouteError(
@@ -65,8 +64,19 @@ def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
             "another, or the base: lk.unmerge(model) first"
         )
     changes, active = _changes(state, rows, next(model.parameters()).device)
-    with routed(state.route, changes, active), _checked(model, None if single else len(rows)):
+    length = None if _is_single(names) else len(rows)
+    with state.routed(changes, active), _checked(model, length):
         yield
+
+
+def blends(names: Choice | Sequence[Choice]) -> list[Blend]:
+    """Return what each row uses; one entry where one choice serves all rows."""
+    rows: Any = [names] if _is_single(names) else names
+    return [_blend(each) for each in rows]
+
+
+def _is_single(names: Choice | Sequence[Choice]) -> bool:
+    return names is None or isinstance(names, str | Mapping)
 
 
 def _blend(choice: Choice) -> Blend:

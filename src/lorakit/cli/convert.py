@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from lorakit.adapter import Adapter
-from lorakit.attach import attach, extract, require_attachment
+from lorakit.attach import attach, extract
+from lorakit.attachment import require_attachment
 from lorakit.cli.verbs import Result
 from lorakit.config import LoRAConfig, PositiveInt, Settings
 from lorakit.formats.folder import save_peft

@@ -63,9 +63,12 @@ def conv_update(
     return pointwise(narrow, b, groups=groups) * scale
 
 
-def weight_delta(
-    a: Float[Tensor, "rank *inner"], b: Float[Tensor, "d_out rank *ones"], scale: float
-) -> Float[Tensor, "d_out *inner"]:
-    """Return ΔW = scale·B·A with A seen as a matrix; this is for merging, never for a forward."""
-    product = (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)) * scale
-    return product.reshape(b.shape[0], *a.shape[1:])
+def add_delta(
+    weight: Float[Tensor, "d_out *inner"],
+    a: Float[Tensor, "rank *inner"],
+    b: Float[Tensor, "d_out rank *ones"],
+    scale: float,
+) -> None:
+    """Add ΔW = scale·B·A to a weight in place; this is for merging, never for a forward."""
+    matrix = weight if weight.dim() == 2 else weight.view(weight.shape[0], -1)
+    matrix.addmm_(b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1), alpha=scale)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -48,6 +47,10 @@ class Route:
     """What is done to each layer; None: the base."""
     active: str | None = None
     """The adapter of every row; None: the base, or rows differ."""
+    switched: str | None = None
+    """What answers outside all `with` blocks: an adapter, or None for the base."""
+    depth: int = 0
+    """How many `with` blocks of routes are open."""
     merged: str | None = None
     """The adapter that the base's weights hold at present."""
     layers: int = 0
@@ -180,14 +183,3 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
             yield path, module
-
-
-@contextmanager
-def routed(route: Route, changes: Changes | None, active: str | None) -> Iterator[None]:
-    """Change a route for the time of a block; it is restored also after an error."""
-    before = route.changes, route.active
-    route.changes, route.active = changes, active
-    try:
-        yield
-    finally:
-        route.changes, route.active = before

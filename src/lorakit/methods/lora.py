@@ -143,11 +143,11 @@ class LoRAUpdate(Update):
             matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight
             for part in self.parts.values():
                 assert isinstance(part, LowRank)
-                a, b = part.lora_a.detach().to(exact), part.lora_b.detach().to(exact)
-                delta = plain.weight_delta(a, b, part.site.scale).to(weight.device)
+                a, b = (p.detach().to(weight) for p in (part.lora_a, part.lora_b))
                 start = 0
                 for first, last in part.site.rows or ((0, matrix.shape[0]),):
-                    matrix[first:last] += delta[start : start + last - first]
+                    rows = b[start : start + last - first]
+                    plain.add_delta(matrix[first:last], a, rows, part.site.scale)
                     start += last - first
             yield "weight", weight
         if self.bias is not None:

@@ -252,7 +252,7 @@ class SharedInput:
 
 def _a(piece: Piece, slot: int) -> Tensor:
     """Return A of one slot, (the piece's rank, d_in)."""
-    matrices = [part.lora_a for part, _ in piece.terms[slot]]
+    matrices: list[Tensor] = [part.lora_a for part, _ in piece.terms[slot]]
     joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     missing = piece.rank - joined.shape[0]
     return F.pad(joined, (0, 0, 0, missing)) if missing else joined
@@ -260,7 +260,7 @@ def _a(piece: Piece, slot: int) -> Tensor:
 
 def _b(piece: Piece, slot: int) -> Tensor:
     """Return B of one slot, (d_out, the piece's rank)."""
-    matrices = [part.lora_b for part, _ in piece.terms[slot]]
+    matrices: list[Tensor] = [part.lora_b for part, _ in piece.terms[slot]]
     joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim=1)
     missing = piece.rank - joined.shape[1]
     return F.pad(joined, (0, missing)) if missing else joined

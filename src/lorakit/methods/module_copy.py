@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.methods.layer import Update, adapted_layers, release
+from lorakit.methods.layer import Route, Update, adapted_layers, release
 
 
 class ModuleCopy(Update):
@@ -19,10 +19,15 @@ class ModuleCopy(Update):
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.copy = copy.deepcopy(module).to(dtype).requires_grad_(True)
-        # Other adapters that sit on the module stay with the module.
+        # Other adapters that sit on the module stay with the module, and so does the route.
+        left = [layer for _, layer in adapted_layers(module)]
+        memo: dict[int, Any] = {id(layer.adapter_bank): nn.ModuleDict() for layer in left}
+        memo |= {id(layer.adapter_route): Route() for layer in left}
+        self.copy = copy.deepcopy(module, memo).to(dtype).requires_grad_(True)
         for _, layer in list(adapted_layers(self.copy)):
             release(layer)
+        self.resized = False
+        """Whether it has another number of classes than the base's."""
 
     def change(
         self,
@@ -57,6 +62,10 @@ class ModuleCopy(Update):
 
     def fill(self, tensors: Mapping[str, Tensor], path: str) -> None:
         """Set the copy's parameters from the tensors of the module that lies at a path."""
-        with torch.no_grad():
-            for name, parameter in self.copy.named_parameters():
-                parameter.data = tensors[f"{path}.{name}"].to(parameter.device, copy=True)
+        for name, parameter in self.copy.named_parameters():
+            values = tensors[f"{path}.{name}"]
+            self.resized |= values.shape != parameter.shape
+            parameter.data = values.to(parameter.device, copy=True)
+        for module in self.copy.modules():
+            if isinstance(module, nn.Linear):
+                module.out_features = module.weight.shape[0]

@@ -1,0 +1,332 @@
+"""Many adapters on one base: load, evict, reload, route rows to them, switch, merge."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lorakit.adapter import Adapter
+from lorakit.attach import extract, fit_and_build, install, remove
+from lorakit.attachment import Attachment, attached, require_attachment
+from lorakit.errors import AdapterFileError, BankError, did_you_mean
+from lorakit.merge import MergeReport, merge, unmerge
+from lorakit.methods.layer import Update
+from lorakit.routing import Choice, blends, check_names, route, switch
+
+
+@dataclass
+class Entry:
+    """What a bank knows of one adapter."""
+
+    content_hash: str
+    """`Adapter.content_hash()`."""
+    size_bytes: int
+    """Memory of its tensors."""
+    folder: Path | None
+    """Where it is read again after an eviction; None: it was added from memory, and stays."""
+    resident: bool = True
+    pinned: bool = False
+    routes: int = 0
+    """How many routes use it now."""
+    used: int = 0
+    """When it was last used, counted in uses."""
+
+
+class AdapterBank:
+    """Many verified adapters on one base, chosen for each row of a batch.
+
+    Adapters of any rank, targets, precision and heads live side by side. Loading one never touches
+    the others, and a bad one is an error of its own alone. Adapters may be loaded and unloaded in
+    one thread while another runs forward passes; routes of several threads wait for each other.
+
+    Args:
+        model: the base, plain or with adapters, which the bank then holds too.
+        budget_bytes: the most memory that resident adapters may take. Beyond it those go that were
+            not used for the longest time; they are read again from their folders when a route names
+            them. None: no limit.
+        allow_other_base: accept adapters that were trained on other weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        budget_bytes: int | None = None,
+        allow_other_base: bool = False,
+    ) -> None:
+        self.model = model
+        self.budget_bytes = budget_bytes
+        self._allow_other_base = allow_other_base
+        self._entries: dict[str, Entry] = {}
+        self._uses = 0
+        self._table = threading.RLock()
+        """Held for moments: to read and write the entries."""
+        self._loading = threading.RLock()
+        """Held while adapters come or go."""
+        self._routing = threading.RLock()
+        """Held by the thread whose route is in force."""
+        for name in attached(model).adapters:
+            adapter = extract(model, name)
+            self._entries[name] = Entry(adapter.content_hash(), adapter.size_bytes, None)
+
+    def load(self, name: str, folder: str | Path) -> Adapter:
+        """Read an adapter's folder, verify it, and hold it under a name.
+
+        What the name held before is replaced, unless it is the same content. Nothing changes where
+        anything is wrong. A second thread that loads meanwhile waits.
+
+        Returns:
+            The adapter's settings and origin, without tensors.
+
+        Raises:
+            AdapterFileError: the files are damaged or do not fit; every problem is listed.
+            BankError: there is no room for it, or the name is merged.
+        """
+        with self._loading:
+            return self._hold(name, Adapter.load(folder), Path(folder))
+
+    def add(self, name: str, adapter: Adapter) -> Adapter:
+        """Hold an adapter from memory under a name; as it has no folder, it is never evicted.
+
+        Raises:
+            AdapterFileError: it does not fit; every problem is listed.
+            BankError: there is no room for it, or the name is merged.
+        """
+        with self._loading:
+            return self._hold(name, adapter, None)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. A route that uses it now keeps its weights until it ends.
+
+        Raises:
+            BankError: it is not known, pinned, merged or switched to.
+        """
+        with self._loading, self._table:
+            entry = self._entry(name)
+            if entry.pinned:
+                raise BankError(f"adapter {name!r} is pinned: bank.unpin({name!r}) first")
+            self._refuse_busy(name, "unload it")
+            del self._entries[name]
+            if entry.resident:
+                remove(self._state, name)
+
+    def pin(self, name: str) -> None:
+        """Keep an adapter in memory, whatever the budget needs.
+
+        Raises:
+            BankError: it is not known.
+        """
+        with self._loading:
+            self._ensure_resident([name])
+            self._entry(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter be evicted and unloaded again.
+
+        Raises:
+            BankError: it is not known.
+        """
+        self._entry(name).pinned = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return every adapter that a route may name, resident or not."""
+        return tuple(self._entries)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Return the adapters in memory."""
+        return tuple(name for name, entry in list(self._entries.items()) if entry.resident)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Return the memory of the adapters in it."""
+        return sum(entry.size_bytes for entry in list(self._entries.values()) if entry.resident)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @contextmanager
+    def route(self, names: Choice | Sequence[Choice]) -> Iterator[None]:
+        """Use one adapter, or one for each row of the batch, inside a block (see `lk.route`).
+
+        Evicted adapters are read again first, and none that the route uses is evicted meanwhile.
+
+        Args:
+            names: for all rows or for each: a name, None for the base, or names with strengths, as
+                in {"e2e": 0.7, "style": 0.3}.
+
+        Raises:
+            RouteError: a name is not known, an adapter is merged, or the batch has another number
+                of rows.
+            BankError: the adapters of this route alone are beyond the budget.
+            AdapterFileError: an evicted adapter's folder is not what it was.
+        """
+        rows = blends(names)
+        with self._routing:
+            with self._table:
+                check_names(rows, self._entries)
+                used = list(dict.fromkeys(name for row in rows for name, _ in row))
+                for name in used:
+                    self._entries[name].routes += 1
+                taken = [self._entries[name] for name in used]
+            try:
+                self._ensure_resident(used)
+                with route(self.model, names):
+                    yield
+            finally:
+                with self._table:
+                    for entry in taken:
+                        entry.routes -= 1
+
+    def switch(self, name: str | None) -> None:
+        """Make one adapter, or with None the base, answer for all rows from now on.
+
+        Raises:
+            BankError: it is not known.
+            MergeError: another adapter is merged into the weights.
+        """
+        if name is not None:
+            self._ensure_resident([name])
+        switch(self.model, name)
+
+    def merge(self, name: str, *, measure: bool = False) -> MergeReport:
+        """Merge an adapter into the weights, in place of another if one is merged.
+
+        The bits are those of a fresh merge: each weight is computed from the pristine one.
+
+        Args:
+            name: the adapter.
+            measure: compute what rounding cost, which takes several times longer.
+
+        Raises:
+            BankError: it is not known.
+            MergeError: it is merged already.
+        """
+        with self._routing, self._loading:
+            self._ensure_resident([name])
+            return merge(self.model, name, measure=measure)
+
+    def unmerge(self) -> None:
+        """Put the base's own weights back, bit for bit.
+
+        Raises:
+            MergeError: nothing is merged.
+        """
+        with self._routing, self._loading:
+            unmerge(self.model)
+
+    @property
+    def _state(self) -> Attachment:
+        return require_attachment(self.model)
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise BankError(
+                f"the bank has no adapter {name!r}{did_you_mean(name, self._entries)}; "
+                f"it has: {', '.join(self._entries) or 'none'}"
+            )
+        return self._entries[name]
+
+    def _refuse_busy(self, name: str, purpose: str) -> None:
+        route = self._state.route
+        if route.merged == name:
+            raise BankError(f"adapter {name!r} is merged: bank.unmerge(), then {purpose}")
+        if route.switched == name:
+            raise BankError(f"adapter {name!r} is switched to: bank.switch(None), then {purpose}")
+
+    def _hold(self, name: str, adapter: Adapter, folder: Path | None) -> Adapter:
+        """Verify an adapter and make it resident under a name."""
+        content = adapter.content_hash()
+        known = self._entries.get(name)
+        if known is not None and known.resident and known.content_hash == content:
+            known.folder = folder
+            return self._state.adapters[name]
+        if self._state.route.merged == name:
+            raise BankError(f"adapter {name!r} is merged: bank.unmerge(), then replace it")
+        updates, record = self._verified(adapter)
+        self._make_room(name, adapter.size_bytes)
+        with self._table:
+            install(self.model, updates, name, record, trainable=False)
+            # A running route goes on with what it has; a switch means the name, so the new content.
+            if self._state.route.switched == name and not self._state.route.depth:
+                self._state.activate(name)
+            entry = self._entries.setdefault(name, Entry(content, adapter.size_bytes, folder))
+            entry.content_hash, entry.size_bytes = content, adapter.size_bytes
+            entry.folder, entry.resident = folder, True
+        return record
+
+    def _verified(self, adapter: Adapter) -> tuple[dict[str, Update], Adapter]:
+        _, updates, record = fit_and_build(
+            self.model, adapter, allow_other_base=self._allow_other_base, other_heads=True
+        )
+        return updates, record
+
+    def _ensure_resident(self, names: Sequence[str]) -> None:
+        """Note a use of each adapter, and read again those that were evicted."""
+        with self._table:
+            for name in names:
+                self._uses += 1
+                self._entry(name).used = self._uses
+        if all(self._entry(name).resident for name in names):
+            return
+        with self._loading:
+            for name in names:
+                if not self._entry(name).resident:
+                    self._reload(name, self._entry(name))
+
+    def _reload(self, name: str, entry: Entry) -> None:
+        assert entry.folder is not None, "only adapters with a folder are evicted"
+        adapter = Adapter.load(entry.folder)
+        if adapter.content_hash() != entry.content_hash:
+            raise AdapterFileError(
+                f"{entry.folder} holds another adapter than when {name!r} was loaded from it: "
+                f"bank.load({name!r}, ...) takes the new one"
+            )
+        updates, record = self._verified(adapter)
+        self._make_room(name, entry.size_bytes)
+        with self._table:
+            install(self.model, updates, name, record, trainable=False)
+            entry.resident = True
+
+    def _make_room(self, name: str, size_bytes: int) -> None:
+        """Evict what was not used for the longest time, until an adapter has room.
+
+        Raises:
+            BankError: it has not, whatever may go; nothing is evicted then.
+        """
+        if self.budget_bytes is None:
+            return
+        with self._table:
+            others = {n: e for n, e in self._entries.items() if e.resident and n != name}
+            missing = size_bytes + sum(e.size_bytes for e in others.values()) - self.budget_bytes
+            leaving = []
+            for other in sorted(others, key=lambda n: others[n].used):
+                if missing <= 0:
+                    break
+                if self._may_go(other, others[other]):
+                    leaving.append(other)
+                    missing -= others[other].size_bytes
+            if missing > 0:
+                kept = [n for n in others if n not in leaving]
+                raise BankError(
+                    f"adapter {name!r} takes {size_bytes:,} bytes, and the budget of "
+                    f"{self.budget_bytes:,} is {missing:,} too small for it"
+                    + (f" beside {', '.join(kept)}, which can't go now" if kept else "")
+                )
+            for other in leaving:
+                others[other].resident = False
+                remove(self._state, other)
+
+    def _may_go(self, name: str, entry: Entry) -> bool:
+        route = self._state.route
+        held = entry.pinned or entry.routes or name in (route.merged, route.switched)
+        return entry.folder is not None and not held
