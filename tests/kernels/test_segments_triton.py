@@ -1,3 +1,4 @@
+import importlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from lorakit.kernels.arrangement import arrange
 from lorakit.kernels.grouped import gather, narrow, widen_onto
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+segments_triton = importlib.import_module("lorakit.kernels.segments_triton")
 
 ROOT = Path(__file__).parents[2]
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -24,7 +26,9 @@ def fused(monkeypatch):
 
 
 def run_checks(**environment):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x"]
+    # Shapes are checked in the kernels' modules alone: for all modules it takes ten seconds.
+    options = "--import-mode=importlib --jaxtyping-packages=lorakit.kernels,beartype.beartype"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"addopts={options}"]
     checks = Path(__file__).with_name("triton_checks.py")
     found = subprocess.run(
         [*command, str(checks)],
@@ -49,35 +53,55 @@ def test_the_kernels_keep_their_promises_on_the_device():
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("slot_of_row", USES.values(), ids=USES)
 @pytest.mark.parametrize("length", [1, 100])
-def test_wide_layers_agree_with_plain_torch_on_the_device(slot_of_row, length, x_dtype, dtype):
-    torch.manual_seed(0)
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_wide_layers_agree_with_plain_torch_on_the_device(x_dtype, dtype, length):
+    draw = torch.Generator("cuda").manual_seed(0)
 
     def random(*size, dtype):
-        return torch.randn(size, device="cuda").mul_(0.1).to(dtype).requires_grad_()
+        return torch.randn(size, generator=draw, device="cuda").mul_(0.1).to(dtype).requires_grad_()
 
-    x = random(len(slot_of_row), length, 512, dtype=x_dtype)
-    output = random(len(slot_of_row), length, 384, dtype=x_dtype)
     a, b = random(4, 24, 512, dtype=dtype), random(4, 24, 384, dtype=dtype)
-    results = []
-    for kernels in ("auto", "plain"):
-        arrangement = arrange(slot_of_row, device="cuda", dtype=dtype, kernels=kernels)
-        h = narrow(x, gather(a, arrangement), arrangement)
-        found = widen_onto(output * 1, h, gather(b, arrangement), arrangement)
-        results.append([found, *torch.autograd.grad(found.float().square().sum(), (x, a, b))])
     coarsest = max(torch.finfo(kind).eps for kind in (x_dtype, dtype))
-    for ours, plain in zip(*results, strict=True):
-        assert ours.dtype == plain.dtype
-        scale = plain.abs().max().item() if plain.numel() else 0.0
-        bound = (4 * coarsest if coarsest > 1e-6 else 1e-5) * max(scale, 1e-3)
-        torch.testing.assert_close(ours, plain, rtol=0, atol=bound)
+    for slot_of_row in USES.values():
+        x = random(len(slot_of_row), length, 512, dtype=x_dtype)
+        output = random(len(slot_of_row), length, 384, dtype=x_dtype)
+        results = []
+        for kernels in ("auto", "plain"):
+            arrangement = arrange(slot_of_row, device="cuda", dtype=dtype, kernels=kernels)
+            h = narrow(x, gather(a, arrangement), arrangement)
+            found = widen_onto(output * 1, h, gather(b, arrangement), arrangement)
+            results.append([found, *torch.autograd.grad(found.float().square().sum(), (x, a, b))])
+        for ours, plain in zip(*results, strict=True):
+            assert ours.dtype == plain.dtype
+            largest = max(plain.abs().max().item(), 1e-3)
+            bound = max(4 * coarsest, 1e-5) * largest
+            torch.testing.assert_close(ours, plain, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d_in", "d_out", "widest"),
+    [(16, 16, 4096, 128), (16, 16, 20, 32), (16, 16, 3, 16), (16, 128, 4096, 64), (64, 64, 99, 32)],
+)
+def test_only_tiles_that_fit_are_tried(tokens, d_in, d_out, widest):
+    configs = [triton.Config({"BLOCK_OUT": size}) for size in (32, 16, 64, 128)]
+    constants = {"BLOCK_TOKENS": tokens, "BLOCK_IN": d_in, "ADD": True}
+    found = segments_triton._sensible(configs, {"d_out": d_out}, **constants)
+    assert max(config.kwargs["BLOCK_OUT"] for config in found) == widest
+    assert 16 in [config.kwargs["BLOCK_OUT"] for config in found]
 
 
 COMPILE = """
-import itertools, triton
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lorakit.kernels import segments_triton
@@ -89,17 +113,16 @@ def compile(kernel, types, constants):
     assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
 
 tables = dict.fromkeys(["rows", "slots", "starts", "stops", "bounds"], "*i32")
-for x, w in [("*bf16", "*fp32"), ("*fp16", "*fp16")]:
-    compile(
-        segments_triton._rows_times_matrix,
-        {**tables, "x": x, "w": w, "out": x},
-        {"ADD": True, "PRECISION": "ieee", "BLOCK_TOKENS": 16, "BLOCK_IN": 32, "BLOCK_OUT": 16},
-    )
-    compile(
-        segments_triton._outer_products,
-        {**tables, "h": w, "y": x, "out": w},
-        {"PRECISION": "ieee", "BLOCK_TOKENS": 32, "BLOCK_RANK": 16, "BLOCK_OUT": 32},
-    )
+compile(
+    segments_triton._rows_times_matrix,
+    {**tables, "x": "*bf16", "w": "*fp32", "out": "*bf16"},
+    {"ADD": True, "PRECISION": "ieee", "BLOCK_TOKENS": 16, "BLOCK_IN": 16, "BLOCK_OUT": 16},
+)
+compile(
+    segments_triton._outer_products,
+    {**tables, "h": "*fp16", "y": "*bf16", "out": "*fp16"},
+    {"PRECISION": "ieee", "BLOCK_TOKENS": 32, "BLOCK_RANK": 16, "BLOCK_OUT": 32},
+)
 """
 
 

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,7 +56,7 @@ def test_values_and_gradients_are_those_of_plain_torch(slot_of_row):
     assert all(near(*pair) for pair in zip(ours, plain, strict=True))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(
     slot_of_row=st.lists(st.integers(-1, SLOTS - 1), min_size=1, max_size=8),
     k=st.integers(1, 2),
@@ -114,23 +115,25 @@ def test_a_half_precision_base_with_float32_weights_is_rounded_once(x_dtype):
     found = answer(batch.parts(), BASES)
     assert found.dtype == x_dtype
     wanted = expected(batch, BASES)
-    # Half a unit in the last place, and float32's own error where that decides the rounding.
-    half_a_unit = wanted.abs() * torch.finfo(x_dtype).eps / 2
-    assert ((found.double() - wanted).abs() <= half_a_unit + 1e-5).all()
+    # Half a unit in the last place, and float32's own error where that decides the rounding. The
+    # interpreter cuts bfloat16 off instead of rounding it.
+    cut = x_dtype == torch.bfloat16 and DEVICE == "cpu"
+    bound = wanted.abs() * torch.finfo(x_dtype).eps * (1 if cut else 0.5) + 1e-5
+    assert ((found.double() - wanted).abs() <= bound).all()
     ours, plain = (gradients(batch, BASES, kernels) for kernels in ("triton", "plain"))
     for mine, theirs in zip(ours, plain, strict=True):
         assert mine.dtype == theirs.dtype
         assert near(mine, theirs, torch.finfo(mine.dtype).eps if mine.dtype == x_dtype else 1e-5)
 
 
-def test_weights_of_half_precision():
-    batch = on_device(mixed_batch(len(BASES), x_dtype=torch.bfloat16, dtype=torch.bfloat16))
-    found, plain = (
-        answer(batch.parts(), BASES, kernels=kernels) for kernels in ("triton", "plain")
-    )
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision(dtype):
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("the interpreter multiplies the bits of bfloat16 as integers")
+    batch = on_device(mixed_batch(len(BASES), x_dtype=torch.bfloat16, dtype=dtype))
+    found = answer(batch.parts(), BASES)
     assert found.dtype == torch.bfloat16
     assert near(found, expected(batch, BASES), 0.02)
-    assert near(found, plain, 0.02)
 
 
 def test_base_rows_keep_every_bit():
@@ -178,3 +181,20 @@ def test_layers_of_one_route_share_one_table_of_segments():
     for _ in range(3):
         grouped_update(batch.x, batch.a, batch.b, arrangement)
     assert segments_triton.segments.cache_info().misses == before + 1
+
+
+def test_trying_configurations_adds_the_update_once(monkeypatch):
+    kernel = segments_triton._rows_times_matrix
+    sizes = [triton.Config({"BLOCK_OUT": size}) for size in (16, 32)]
+    tried = []
+
+    def measure(call, quantiles):
+        tried.append(call())
+        return [1.0] * len(quantiles)
+
+    monkeypatch.setattr(kernel, "configs", sizes)
+    monkeypatch.setattr(kernel, "cache", {})
+    monkeypatch.setitem(vars(kernel), "do_bench", measure)
+    batch = on_device(mixed_batch(len(BASES), (3,)))
+    assert near(answer(batch.parts(), BASES), expected(batch, BASES))
+    assert len(tried) == 2  # Only B has more features than the narrower tile.
