@@ -123,7 +123,9 @@ def test_a_bad_row_harms_only_its_own_slots_gradient(slot_of_row):
     batch = mixed_batch(len(slot_of_row), (3,))
     batch.x[-1] = float("nan")
     batch.a.requires_grad_()
-    answer(batch, slot_of_row).sum().backward()
+    found = answer(batch, slot_of_row)
+    assert torch.isnan(found[-1]).any() == (slot_of_row[-1] >= 0)
+    found.sum().backward()
     for slot in set(range(SLOTS)) - {slot_of_row[-1]}:
         assert torch.isfinite(batch.a.grad[slot]).all()
 
