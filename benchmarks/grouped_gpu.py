@@ -1,0 +1,134 @@
+"""Mixed batches on a GPU: plain torch against the Triton kernels, for one layer.
+
+    python benchmarks/grouped_gpu.py [--out FILE]
+
+Times narrow and widen onto an output, forward and with the backward, for decoding (64 rows of one
+token) and for a prefill (16 rows of 512 tokens), d 4096, rank 16, a bfloat16 base, float32 weights.
+Gathering is left out of the forward, as it happens once per route, but not of the backward, which
+is training. Prints a table and JSON; medians, the two paths in turn.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lorakit.kernels.arrangement import Arrangement, arrange
+from lorakit.kernels.grouped import gather, narrow, widen_onto
+from measured import circumstances
+
+D, RANK = 4096, 16
+WORK = {"decode": (64, 1), "prefill": (16, 512)}
+ADAPTERS = (1, 4, 16, 64)
+PATHS = ("plain", "triton")
+WARM_UPS, REPEATS, CALLS = 3, 20, 10
+
+
+class Layer:
+    """Inputs, output and weights of one layer, whose rows use so many adapters in turn."""
+
+    def __init__(self, rows: int, tokens: int, adapters: int) -> None:
+        draw = torch.Generator("cuda").manual_seed(0)
+
+        def random(*size: int, dtype: torch.dtype) -> torch.Tensor:
+            made = torch.randn(size, generator=draw, device="cuda") / 64
+            return made.to(dtype).requires_grad_()
+
+        self.slot_of_row = [row % adapters for row in range(rows)]
+        self.x = random(rows, tokens, D, dtype=torch.bfloat16)
+        self.output = random(rows, tokens, D, dtype=torch.bfloat16)
+        self.a = random(adapters, RANK, D, dtype=torch.float32)
+        self.b = random(adapters, RANK, D, dtype=torch.float32)
+
+    def forward(self, kernels: str) -> Callable[[], None]:
+        """Return a forward without gradients, of gathered weights."""
+        arrangement = self._arranged(kernels)
+        a, b = (gather(stack.detach(), arrangement) for stack in (self.a, self.b))
+        output = self.output.detach().clone()
+
+        @torch.inference_mode()
+        def run() -> None:
+            widen_onto(output, narrow(self.x, a, arrangement), b, arrangement)
+
+        return run
+
+    def backward(self, kernels: str) -> Callable[[], None]:
+        """Return a forward and its backward, from the stacks of weights."""
+        arrangement = self._arranged(kernels)
+        grad = torch.ones_like(self.output)
+
+        def run() -> None:
+            h = narrow(self.x, gather(self.a, arrangement), arrangement)
+            found = widen_onto(self.output.clone(), h, gather(self.b, arrangement), arrangement)
+            torch.autograd.grad(found, (self.x, self.a, self.b), grad)
+
+        return run
+
+    def _arranged(self, kernels: str) -> Arrangement:
+        return arrange(self.slot_of_row, device="cuda", dtype=self.a.dtype, kernels=kernels)
+
+
+def microseconds(call: Callable[[], None]) -> float:
+    """Return the time of one call, from some calls in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(CALLS):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1000 / CALLS
+
+
+def medians(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Return the median time of each call, measured in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(WARM_UPS + REPEATS):
+        for name, call in calls.items():
+            time_us = microseconds(call)
+            if repeat >= WARM_UPS:
+                times[name].append(time_us)
+    return {f"{name}_us": round(statistics.median(found), 1) for name, found in times.items()}
+
+
+def measure() -> list[dict[str, object]]:
+    """Return one row of figures per kind of work, number of adapters and direction."""
+    rows = []
+    for work, (batch, tokens) in WORK.items():
+        for adapters in (count for count in ADAPTERS if count <= batch):
+            layer = Layer(batch, tokens, adapters)
+            for direction in ("forward", "backward"):
+                calls = {path: getattr(layer, direction)(path) for path in PATHS}
+                facts = {"work": work, "adapters": adapters, "direction": direction}
+                rows.append({**facts, **medians(calls)})
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Return the figures as a Markdown table."""
+    heads = list(rows[0])
+    lines = [heads, ["---"] * len(heads), *([str(row[head]) for head in heads] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Measure, print and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="a file for the JSON")
+    out = parser.parse_args().out
+    if not torch.cuda.is_available():
+        print("No CUDA device was found, so there is nothing to measure.")
+        return
+    conditions = circumstances()
+    settings = {"d": D, "rank": RANK, "work": WORK, "base": "bfloat16", "weights": "float32"}
+    rows = measure()
+    result = json.dumps({**conditions, "settings": settings, "rows": rows}, indent=2)
+    print(table(rows), result, sep="\n\n")
+    if out:
+        out.write_text(result + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

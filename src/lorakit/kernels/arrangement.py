@@ -1,0 +1,180 @@
+"""How the rows of a mixed batch are grouped by adapter: decided once per route, not per layer."""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lorakit.errors import ConfigError, RouteError
+
+Kernels = Literal["auto", "plain", "triton"]
+
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CHUNK_COST, _ROW_COST = 1.0, 0.5  # A chunk reads its weights once; a row of it costs half of that.
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """Rows in chunks: each chunk has one slot and the same number of rows; see `arrange`.
+
+    All tensors are int64, on the device of the batch.
+    """
+
+    slot_of_row: tuple[int, ...]
+    """The slot that each row uses; -1: none."""
+    rows_per_chunk: int
+    """Rows of each chunk."""
+    chunks: int
+    """Number of chunks; 0 where no row has a slot."""
+    chunk_slot: Int[Tensor, " chunks"] | None
+    """The slot of each chunk; None: chunk i has slot i."""
+    order: Int[Tensor, " places"] | None
+    """The row at each of the chunks' places; None: the rows' own order. A chunk that is not full
+    repeats a row of its own, so that no row meets another slot's weights."""
+    back: Int[Tensor, " adapted"] | None
+    """The place of each row with a slot; None: the rows' own order."""
+    adapted: Int[Tensor, " adapted"] | None
+    """The rows with a slot, in ascending order; None: all rows."""
+    kernels: Literal["plain", "triton"]
+    """What computes: plain torch, or the Triton kernels."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.slot_of_row)
+
+    def per_row(self, x: Tensor) -> int:
+        """Return the tokens of each row in an input (rows·k, …, d).
+
+        Raises:
+            RouteError: the batch has another number of rows than the route.
+        """
+        if x.shape[0] % self.rows:
+            raise RouteError(f"the route is for {self.rows} rows, but the batch has {x.shape[0]}")
+        return x.shape[:-1].numel() // self.rows
+
+
+def arrange(
+    slot_of_row: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    kernels: Kernels = "auto",
+) -> Arrangement:
+    """Group the rows of a batch.
+
+    Args:
+        slot_of_row: for each of at least one row its place in the stacked weights; -1: none.
+        device: where the batch is.
+        dtype: precision of the stacked weights, which is the precision of the update.
+        kernels: what computes. auto: Triton where it can, which is a CUDA device and weights of at
+            most 32 bits; else plain torch.
+
+    Raises:
+        ConfigError: Triton was asked for by name where it cannot work.
+    """
+    assert slot_of_row, "a batch has at least one row"
+    assert min(slot_of_row) >= -1
+    device = torch.device(device)
+    chunks = _chunked(slot_of_row)
+    chunk_slot = [slot_of_row[chunk[0]] for chunk in chunks]
+    order = [row for chunk in chunks for row in chunk]
+    adapted = [row for row, slot in enumerate(slot_of_row) if slot >= 0]
+    place = {row: place for place, row in enumerate(order)}
+
+    def index(values: list[int], size: int) -> Tensor | None:
+        return None if values == list(range(size)) else torch.tensor(values, device=device).long()
+
+    return Arrangement(
+        slot_of_row=tuple(slot_of_row),
+        rows_per_chunk=len(chunks[0]) if chunks else 1,
+        chunks=len(chunks),
+        chunk_slot=index(chunk_slot, len(chunks)),
+        order=index(order, len(slot_of_row)),
+        back=index([place[row] for row in adapted], len(order)),
+        adapted=index(adapted, len(slot_of_row)),
+        kernels=choose_kernels(kernels, device, dtype),
+    )
+
+
+def _chunked(slot_of_row: Sequence[int]) -> list[list[int]]:
+    """Return the rows of each chunk, in the order of the chunks' first rows.
+
+    This order leaves rows with distinct slots where they are. Ordering chunks by slot would spare
+    the gathering of weights, once per route, and cost a gathering of rows in every layer.
+    """
+    rows_of: dict[int, list[int]] = {}
+    for row, slot in enumerate(slot_of_row):
+        if slot >= 0:
+            rows_of.setdefault(slot, []).append(row)
+    size = _rows_per_chunk([len(rows) for rows in rows_of.values()])
+    chunks = [
+        rows[start : start + size]
+        for rows in rows_of.values()
+        for start in range(0, len(rows), size)
+    ]
+    return sorted(chunk + chunk[-1:] * (size - len(chunk)) for chunk in chunks)
+
+
+def _rows_per_chunk(counts: list[int]) -> int:
+    """Return the cheapest number of rows for slots that are used so many times."""
+    largest = max(counts, default=1)
+    sizes = [2**power for power in range(largest.bit_length()) if 2**power < largest] + [largest]
+
+    def cost(size: int) -> float:
+        chunks = sum(-(-count // size) for count in counts)
+        return chunks * (_CHUNK_COST + _ROW_COST * size)
+
+    return min(sizes, key=cost)
+
+
+def choose_kernels(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype
+) -> Literal["plain", "triton"]:
+    """Return what computes on this device in this precision; see `arrange`.
+
+    Raises:
+        ConfigError: Triton was asked for by name where it cannot work.
+    """
+    if kernels != "triton":
+        usable = kernels == "auto" and _on_gpu(device) and dtype in _TRITON_DTYPES
+        return "triton" if usable and _has_triton() else "plain"
+    if not _has_triton():
+        raise ConfigError("kernels='triton' needs Triton: pip install triton, or use 'auto'")
+    if dtype not in _TRITON_DTYPES:
+        raise ConfigError(
+            f"kernels='triton' has no {dtype}: use float32, bfloat16, float16 or 'auto'"
+        )
+    if not (_on_gpu(device) or _interpreted()):
+        raise ConfigError(
+            f"kernels='triton' needs a CUDA device of compute capability 8 or more, and the batch "
+            f"is on {device}: use 'auto', or set TRITON_INTERPRET=1 before the start to debug"
+        )
+    return "triton"
+
+
+def _on_gpu(device: torch.device) -> bool:
+    # Before capability 8 a GPU has no bfloat16.
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)

@@ -1,0 +1,170 @@
+"""The update of a mixed batch, where each row uses one of many adapters or none (Eq. 3 per row).
+
+The weights of all slots are stacked: `a` (slots, rank, d_in) and `b` (slots, rank, d_out). B is
+stored transposed, because a batched product over it is two to three times faster on CPUs, and the
+scale is folded into it. Slots of a smaller rank are padded with zeros. Both have the same dtype, in
+which the update is computed.
+
+    arrangement = arrange(slot_of_row, device=x.device, dtype=a.dtype)  # once per route
+    a, b = gather(a, arrangement), gather(b, arrangement)               # once per route
+    h = narrow(x, a, arrangement)                                       # per input
+    output = widen_onto(output, h, b, arrangement)                      # per layer
+
+Layers that share an input share one `narrow`: their A's are concatenated along rank, and each layer
+takes its own slice of h's last dimension. All functions can be differentiated by autograd.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorakit.kernels.arrangement import Arrangement
+
+
+def gather(
+    stack: Float[Tensor, "slots *inner"], arrangement: Arrangement
+) -> Float[Tensor, "chosen *inner"]:
+    """Return the weights as `narrow` and `widen` want them: a copy per chunk, or the stack itself.
+
+    The Triton kernels look up each row's slot, so they take the stack.
+    """
+    if arrangement.kernels == "triton":
+        return stack
+    if arrangement.chunk_slot is None:
+        return stack[: arrangement.chunks]
+    return stack.index_select(0, arrangement.chunk_slot)
+
+
+def in_order(x: Tensor, arrangement: Arrangement) -> Tensor:
+    """Return an input (rows·k, …, d) in the order of h, which is private to the arrangement.
+
+    Raises:
+        RouteError: the batch has another number of rows than the route.
+    """
+    per_row = arrangement.per_row(x)
+    if arrangement.kernels == "triton":
+        return x.reshape(-1, x.shape[-1])
+    if arrangement.order is not None:
+        rows = x.reshape(arrangement.rows, per_row, x.shape[-1])
+        x = rows.index_select(0, arrangement.order)
+    return x.reshape(arrangement.chunks, arrangement.rows_per_chunk * per_row, x.shape[-1])
+
+
+def narrow(
+    x: Float[Tensor, "tokens *more d_in"],
+    a: Float[Tensor, "chosen rank d_in"],
+    arrangement: Arrangement,
+) -> Float[Tensor, "*ordered rank"]:
+    """Return h = A·x of each row's own A, in the dtype of A.
+
+    Args:
+        x: (rows·k, …, d_in) for any k; what belongs to one row (tokens, beams) is contiguous.
+        a: gathered.
+        arrangement: of the rows.
+
+    Raises:
+        RouteError: the batch has another number of rows than the route.
+    """
+    if arrangement.kernels == "triton":
+        from lorakit.kernels import segments_triton
+
+        return segments_triton.narrow(x, a, arrangement)
+    return torch.bmm(in_order(x, arrangement).to(a.dtype), a.mT)
+
+
+def widen(
+    h: Float[Tensor, "*ordered rank"],
+    b: Float[Tensor, "chosen rank d_out"],
+    arrangement: Arrangement,
+) -> Float[Tensor, "adapted per_row d_out"]:
+    """Return the update scale·B·h of the rows that have a slot, in ascending order.
+
+    Args:
+        h: from `narrow` or `in_order`, or a slice of its last dimension.
+        b: gathered.
+        arrangement: of the rows.
+    """
+    if arrangement.kernels == "triton":
+        zeros = h.new_zeros(arrangement.rows, len(h) // arrangement.rows, b.shape[-1])
+        update = widen_onto(zeros, h, b, arrangement)
+        return update if arrangement.adapted is None else update[arrangement.adapted]
+    places = arrangement.chunks * arrangement.rows_per_chunk
+    per_row = h.shape[1] // arrangement.rows_per_chunk
+    update = torch.bmm(h, b).view(places, per_row, b.shape[-1])
+    return update if arrangement.back is None else update.index_select(0, arrangement.back)
+
+
+def widen_onto(
+    output: Float[Tensor, "tokens *more d_out"],
+    h: Float[Tensor, "*ordered rank"],
+    b: Float[Tensor, "chosen rank d_out"],
+    arrangement: Arrangement,
+) -> Float[Tensor, "tokens *more d_out"]:
+    """Add the update to a layer's output in place, and return the output.
+
+    The sum is rounded once, to the output's dtype. Rows without a slot keep every bit.
+
+    Args:
+        output: the layer's own result, or some entries of its last dimension.
+        h: from `narrow` or `in_order`, or a slice of its last dimension.
+        b: gathered.
+        arrangement: of the rows.
+    """
+    if arrangement.kernels == "triton":
+        from lorakit.kernels import segments_triton
+
+        return segments_triton.widen_onto(output, h, b, arrangement)
+    if _is_one_product(output, h, b, arrangement):
+        output.view(arrangement.chunks, -1, b.shape[-1]).baddbmm_(h, b)
+        return output
+    return add_update(output, widen(h, b, arrangement), arrangement)
+
+
+def _is_one_product(output: Tensor, h: Tensor, b: Tensor, arrangement: Arrangement) -> bool:
+    """Tell whether product and sum can be one call, which halves the time of a decoding step."""
+    # Autograd would copy the gradient of the view that is needed for it.
+    return (
+        arrangement.order is None
+        and output.dtype == h.dtype == b.dtype
+        and output.is_contiguous()
+        and not torch.is_grad_enabled()
+    )
+
+
+def add_update(
+    output: Float[Tensor, "tokens *more d_out"],
+    update: Float[Tensor, "adapted per_row d_out"],
+    arrangement: Arrangement,
+) -> Float[Tensor, "tokens *more d_out"]:
+    """Add what `widen` returns to a layer's output in place, and return the output.
+
+    The sum is rounded once, to the output's dtype. Rows without a slot keep every bit.
+    """
+    if arrangement.adapted is None:
+        return output.add_(update.view(output.shape))
+    if len(output) == arrangement.rows:
+        rows = output
+    else:
+        rows = output.view(arrangement.rows, -1, output.shape[-1])
+    update = update.view(-1, *rows.shape[1:])
+    if update.dtype == output.dtype:
+        rows.index_add_(0, arrangement.adapted, update)
+    else:
+        changed = rows.index_select(0, arrangement.adapted).add_(update)
+        rows.index_copy_(0, arrangement.adapted, changed)
+    return output
+
+
+def grouped_update(
+    x: Float[Tensor, "tokens *more d_in"],
+    a: Float[Tensor, "slots rank d_in"],
+    b: Float[Tensor, "slots rank d_out"],
+    arrangement: Arrangement,
+) -> Float[Tensor, "adapted per_row d_out"]:
+    """Return scale·B·(A·x) of the rows that have a slot, from the stacks of all slots.
+
+    Raises:
+        RouteError: the batch has another number of rows than the route.
+    """
+    h = narrow(x, gather(a, arrangement), arrangement)
+    return widen(h, gather(b, arrangement), arrangement)

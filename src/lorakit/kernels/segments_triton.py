@@ -1,0 +1,395 @@
+"""The update of a mixed batch in Triton: rows·matrix and outer products over segments of one slot.
+
+A segment is a few tokens that use one slot, so that a program reads that slot's weights once (the
+idea of Punica's SGMV, Chen et al. 2023, section 4). Two kernels do everything: `_rows_times_matrix`
+is narrow, widen, and both gradients of inputs, as a matrix is transposed by its strides;
+`_outer_products` is the gradient of A and of B. All sums are in float32, in an order that does not
+depend on timing. `lorakit.kernels.grouped` calls this module; importing it imports Triton.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int32
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lorakit.kernels.arrangement import Arrangement
+
+# The kernels have no shape checks (`no_type_check`), because Triton reads their source.
+
+
+def _configs(names: Sequence[str], sizes: Sequence[Sequence[int]]) -> list[triton.Config]:
+    """Return what is tried for a shape; one thing in the interpreter, which cannot measure.
+
+    What a sum runs over is never split otherwise, so that the result does not depend on the choice.
+    """
+    if triton.knobs.runtime.interpret:
+        sizes = sizes[:1]
+    return [
+        triton.Config(dict(zip(names, size, strict=True)), num_warps=4, num_stages=stages)
+        for size in sizes
+        for stages in ((3,) if len(sizes) == 1 else (2, 4))
+    ]
+
+
+def _sensible(
+    configs: list[triton.Config], arguments: Mapping[str, Any], **others: Any
+) -> list[triton.Config]:
+    """Return the configurations whose tiles are not mostly empty, and quick to compile.
+
+    Products of float32 are unrolled: more than 2¹⁷ of them took the compiler three to ten seconds.
+    """
+    given = {**arguments, **others}
+    depth = given["BLOCK_TOKENS"] * given.get("BLOCK_IN", given.get("BLOCK_RANK"))
+    narrowest = min(config.kwargs["BLOCK_OUT"] for config in configs)
+    widest = max(narrowest, min(_tile(given["d_out"], 128), 2**17 // depth))
+    return [config for config in configs if config.kwargs["BLOCK_OUT"] <= widest]
+
+
+@triton.autotune(
+    _configs(["BLOCK_OUT"], [(32,), (16,), (64,), (128,)]),
+    key=["d_in", "d_out", "BLOCK_TOKENS"],
+    prune_configs_by={"early_config_prune": _sensible},
+    restore_value=["out"],
+)
+@triton.jit
+@no_type_check
+def _rows_times_matrix(
+    x,
+    w,
+    out,
+    rows,
+    slots,
+    starts,
+    stops,
+    per_row,
+    d_in,
+    d_out,
+    x_token,
+    x_in,
+    w_slot,
+    w_in,
+    w_out,
+    out_token,
+    out_out,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """out[token] (+)= x[token] · w[slot of token], for one segment and one tile of features."""
+    segment = tl.program_id(0)
+    matrix = w + tl.load(slots + segment).to(tl.int64) * w_slot
+    place = tl.load(starts + segment) + tl.arange(0, BLOCK_TOKENS)
+    live = place < tl.load(stops + segment)
+    row = tl.load(rows + place // per_row, mask=live, other=0).to(tl.int64)
+    token = row * per_row + place % per_row
+    column = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    total = tl.zeros((BLOCK_TOKENS, BLOCK_OUT), dtype=tl.float32)
+    for start in range(0, d_in, BLOCK_IN):
+        inner = start + tl.arange(0, BLOCK_IN)
+        x_tile = tl.load(
+            x + token[:, None] * x_token + inner[None, :] * x_in,
+            mask=live[:, None] & (inner[None, :] < d_in),
+            other=0.0,
+        )
+        w_tile = tl.load(
+            matrix + inner[:, None] * w_in + column[None, :] * w_out,
+            mask=(inner[:, None] < d_in) & (column[None, :] < d_out),
+            other=0.0,
+        )
+        total = tl.dot(x_tile.to(w_tile.dtype), w_tile, total, input_precision=PRECISION)
+    target = out + token[:, None] * out_token + column[None, :] * out_out
+    mask = live[:, None] & (column[None, :] < d_out)
+    if ADD:
+        total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.autotune(
+    _configs(["BLOCK_OUT"], [(32,), (64,), (128,)]),
+    key=["rank", "d_out"],
+    prune_configs_by={"early_config_prune": _sensible},
+)
+@triton.jit
+@no_type_check
+def _outer_products(
+    h,
+    y,
+    out,
+    rows,
+    bounds,
+    per_row,
+    rank,
+    d_out,
+    h_token,
+    h_rank,
+    y_token,
+    y_out,
+    PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """out[slot] = Σ h[token]ᵀ · y[token] over the slot's tokens, for one tile of the matrix."""
+    slot = tl.program_id(0)
+    first = tl.load(bounds + slot)
+    stop = tl.load(bounds + slot + 1)
+    line = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    column = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    total = tl.zeros((BLOCK_RANK, BLOCK_OUT), dtype=tl.float32)
+    for start in range(first, stop, BLOCK_TOKENS):
+        place = start + tl.arange(0, BLOCK_TOKENS)
+        live = place < stop
+        row = tl.load(rows + place // per_row, mask=live, other=0).to(tl.int64)
+        token = row * per_row + place % per_row
+        h_tile = tl.load(
+            h + token[None, :] * h_token + line[:, None] * h_rank,
+            mask=live[None, :] & (line[:, None] < rank),
+            other=0.0,
+        ).to(out.dtype.element_ty)
+        y_tile = tl.load(
+            y + token[:, None] * y_token + column[None, :] * y_out,
+            mask=live[:, None] & (column[None, :] < d_out),
+            other=0.0,
+        ).to(out.dtype.element_ty)
+        total = tl.dot(h_tile, y_tile, total, input_precision=PRECISION)
+    target = out + (slot.to(tl.int64) * rank + line[:, None]) * d_out + column[None, :]
+    mask = (line[:, None] < rank) & (column[None, :] < d_out)
+    tl.store(target, total.to(out.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The tokens of each slot, for batches with so many tokens in each row.
+
+    Tokens are counted in the order of `rows`.
+    """
+
+    rows: Int32[Tensor, " adapted"]
+    """The rows that have a slot, slot after slot."""
+    bounds: Int32[Tensor, " ends"]
+    """Slot i has the tokens from bounds[i] to before bounds[i + 1]."""
+    slots: Int32[Tensor, " segments"]
+    """The slot of each segment."""
+    starts: Int32[Tensor, " segments"]
+    """The first token of each segment."""
+    stops: Int32[Tensor, " segments"]
+    """The token after each segment's last."""
+    length: int
+    """The most tokens that a segment has, a power of two."""
+
+
+@functools.lru_cache(maxsize=64)
+def segments(
+    arrangement: Arrangement, *, per_row: int, slots: int, device: torch.device
+) -> Segments:
+    """Return the segments of a batch; they are kept, as every layer asks for the same.
+
+    Args:
+        arrangement: of the rows.
+        per_row: tokens of each row.
+        slots: slots of the stacked weights.
+        device: where the batch is.
+    """
+    rows_of: list[list[int]] = [[] for _ in range(slots)]
+    for row, slot in enumerate(arrangement.slot_of_row):
+        if slot >= 0:
+            rows_of[slot].append(row)
+    bounds = [0]
+    for rows in rows_of:
+        bounds.append(bounds[-1] + len(rows) * per_row)
+    length = _tile(max(len(rows) for rows in rows_of) * per_row, 64)
+    found = [
+        (slot, start, min(start + length, bounds[slot + 1]))
+        for slot in range(slots)
+        for start in range(bounds[slot], bounds[slot + 1], length)
+    ]
+
+    def table(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    return Segments(
+        rows=table([row for rows in rows_of for row in rows]),
+        bounds=table(bounds),
+        slots=table([slot for slot, _, _ in found]),
+        starts=table([start for _, start, _ in found]),
+        stops=table([stop for _, _, stop in found]),
+        length=length,
+    )
+
+
+def _tile(size: int, most: int) -> int:
+    """Return the power of two that covers a size; a GPU's matrix units want 16 or more."""
+    return max(16, min(most, triton.next_power_of_2(size)))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Return how float32 is multiplied: as torch's own products are."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """An arrangement with what the kernels know only from the layer: tokens per row, slots."""
+
+    arrangement: Arrangement
+    per_row: int
+
+    def multiply(
+        self,
+        x: Float[Tensor, "tokens d_in"],
+        w: Float[Tensor, "slots d_in d_out"],
+        *,
+        dtype: torch.dtype | None = None,
+        onto: Float[Tensor, "tokens d_out"] | None = None,
+    ) -> Float[Tensor, "tokens d_out"]:
+        """Return x[token] · w[slot of token], zero without a slot; or add it to a tensor."""
+        out = onto
+        if out is None:
+            new = torch.zeros if self.arrangement.adapted is not None else torch.empty
+            out = new(x.shape[0], w.shape[2], dtype=dtype, device=x.device)
+        found = self._segments(w.shape[0], x.device)
+        if found.slots.numel() == 0:
+            return out
+
+        def grid(chosen: Mapping[str, Any]) -> tuple[int, int]:
+            return found.slots.numel(), triton.cdiv(w.shape[2], chosen["BLOCK_OUT"])
+
+        with torch.cuda.device_of(x):
+            _rows_times_matrix[grid](
+                x,
+                w,
+                out,
+                found.rows,
+                found.slots,
+                found.starts,
+                found.stops,
+                self.per_row,
+                *w.shape[1:],
+                *x.stride(),
+                *w.stride(),
+                *out.stride(),
+                ADD=onto is not None,
+                PRECISION=_precision(w.dtype),
+                BLOCK_TOKENS=found.length,
+                # A short tile of tokens leaves room for a long one of features.
+                BLOCK_IN=_tile(w.shape[1], 128 if found.length == 16 else 32),
+            )
+        return out
+
+    def outer(
+        self, h: Float[Tensor, "tokens rank"], y: Float[Tensor, "tokens d"], like: Tensor
+    ) -> Float[Tensor, "slots rank d"]:
+        """Return Σ h[token]ᵀ · y[token] for each slot of the stack that this is the gradient of."""
+        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        found = self._segments(like.shape[0], h.device)
+        if found.slots.numel() == 0:
+            return out.zero_()
+        block_rank = _tile(h.shape[1], 64)
+
+        def grid(chosen: Mapping[str, Any]) -> tuple[int, int, int]:
+            return (
+                like.shape[0],
+                triton.cdiv(h.shape[1], block_rank),
+                triton.cdiv(y.shape[1], chosen["BLOCK_OUT"]),
+            )
+
+        with torch.cuda.device_of(h):
+            _outer_products[grid](
+                h,
+                y,
+                out,
+                found.rows,
+                found.bounds,
+                self.per_row,
+                h.shape[1],
+                y.shape[1],
+                *h.stride(),
+                *y.stride(),
+                PRECISION=_precision(like.dtype),
+                BLOCK_TOKENS=32,
+                BLOCK_RANK=block_rank,
+            )
+        return out
+
+    def _segments(self, slots: int, device: torch.device) -> Segments:
+        return segments(self.arrangement, per_row=self.per_row, slots=slots, device=device)
+
+
+class _Narrow(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, batch: _Batch) -> Tensor:
+        ctx.save_for_backward(x, a)
+        ctx.batch = batch
+        return batch.multiply(x, a.mT, dtype=a.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a = ctx.saved_tensors
+        for_x, for_a, _ = ctx.needs_input_grad
+        return (
+            ctx.batch.multiply(grad, a, dtype=x.dtype) if for_x else None,
+            ctx.batch.outer(grad, x, a) if for_a else None,
+            None,
+        )
+
+
+class _WidenOnto(Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, h: Tensor, b: Tensor, batch: _Batch) -> Tensor:
+        ctx.save_for_backward(h, b)
+        ctx.batch = batch
+        ctx.mark_dirty(output)
+        batch.multiply(h, b, onto=output.view(-1, output.shape[-1]))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, b = ctx.saved_tensors
+        _, for_h, for_b, _ = ctx.needs_input_grad
+        tokens = grad.reshape(-1, grad.shape[-1])
+        return (
+            grad,
+            ctx.batch.multiply(tokens, b.mT, dtype=h.dtype) if for_h else None,
+            ctx.batch.outer(h, tokens, b) if for_b else None,
+            None,
+        )
+
+
+def narrow(
+    x: Float[Tensor, "tokens *more d_in"],
+    a: Float[Tensor, "slots rank d_in"],
+    arrangement: Arrangement,
+) -> Float[Tensor, "all_tokens rank"]:
+    """Return h = A·x of each token's own A, in the dtype of A; zero for tokens without a slot.
+
+    Raises:
+        RouteError: the batch has another number of rows than the route.
+    """
+    batch = _Batch(arrangement, arrangement.per_row(x))
+    return _Narrow.apply(x.reshape(-1, x.shape[-1]), a, batch)
+
+
+def widen_onto(
+    output: Float[Tensor, "tokens *more d_out"],
+    h: Float[Tensor, "all_tokens rank"],
+    b: Float[Tensor, "slots rank d_out"],
+    arrangement: Arrangement,
+) -> Float[Tensor, "tokens *more d_out"]:
+    """Add the update scale·B·h to a layer's output in place, and return the output.
+
+    The sum is rounded once, to the output's dtype. Tokens without a slot keep every bit.
+    """
+    return _WidenOnto.apply(output, h, b, _Batch(arrangement, len(h) // arrangement.rows))

@@ -1,0 +1,59 @@
+"""Mixed batches for tests, and what each row of one has to give: a loop over rows in float64."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SLOTS = 4
+RANKS = (3, 5, 1, 4)
+RANK, D_IN, D_OUT = max(RANKS), 20, 40
+USES = {
+    "one row": [1],
+    "identical": [2] * 5,
+    "distinct": [2, 0, 3, 1],
+    "uniform": [0, 1, 2, 0, 1, 2],
+    "sorted": [0, 0, 1, 1, 2, 2],
+    "skewed": [3, 3, 1, 3, 3, 0, 3, 3, 3],
+    "some base rows": [1, -1, 1, 3, -1, 0],
+    "base rows only": [-1, -1, -1],
+}
+
+
+@dataclass
+class Batch:
+    """Inputs of one layer, and the stacked weights."""
+
+    x: Tensor
+    output: Tensor
+    a: Tensor
+    b: Tensor
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.x, self.output, self.a, self.b
+
+
+def mixed_batch(rows, shape=(), *, x_dtype=torch.float32, dtype=torch.float32, seed=0) -> Batch:
+    """Return a random batch, x (rows, *shape, d), whose slots have ranks of 1 to 5, padded to 5."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def random(*size):
+        return torch.randn(size, generator=draw, dtype=torch.float64)
+
+    used = (torch.arange(RANK) < torch.tensor(RANKS)[:, None])[..., None]
+    a, b = random(SLOTS, RANK, D_IN) * used, random(SLOTS, RANK, D_OUT) * used
+    x, output = random(rows, *shape, D_IN), random(rows, *shape, D_OUT)
+    return Batch(x.to(x_dtype), output.to(x_dtype), a.to(dtype), b.to(dtype))
+
+
+def expected(batch: Batch, slot_of_row: list[int]) -> Tensor:
+    """Return output + B·A·x in float64, row for row, with each slot's A and B at their own rank."""
+    x, output, a, b = (part.detach().double() for part in batch.parts())
+    each = len(x) // len(slot_of_row)
+    found = output.clone()
+    for row, slot in enumerate(slot_of_row):
+        if slot >= 0:
+            of_row = slice(row * each, (row + 1) * each)
+            rank = RANKS[slot]
+            found[of_row] += x[of_row] @ a[slot, :rank].T @ b[slot, :rank]
+    return found

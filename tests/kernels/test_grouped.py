@@ -1,0 +1,151 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.mixed_batches import D_OUT, RANK, SLOTS, USES, expected, mixed_batch
+from lorakit.errors import RouteError
+from lorakit.kernels.arrangement import arrange
+from lorakit.kernels.grouped import add_update, gather, grouped_update, narrow, widen, widen_onto
+
+SHAPES = {"2-D": (1, ()), "3-D": (1, (3,)), "4-D": (1, (2, 3)), "beams": (2, (3,)), "flat": (3, ())}
+
+
+def answer(batch, slot_of_row, **options):
+    """Return the output with the update added to a copy of it."""
+    arrangement = arrange(slot_of_row, dtype=batch.a.dtype, **options)
+    h = narrow(batch.x, gather(batch.a, arrangement), arrangement)
+    return widen_onto(batch.output.clone(), h, gather(batch.b, arrangement), arrangement)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("k", "shape"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("slot_of_row", USES.values(), ids=USES)
+def test_each_row_gets_the_update_of_its_own_slot(slot_of_row, k, shape, grad):
+    batch = mixed_batch(len(slot_of_row) * k, shape)
+    with torch.set_grad_enabled(grad):
+        found = answer(batch, slot_of_row)
+    torch.testing.assert_close(found.double(), expected(batch, slot_of_row), rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    slot_of_row=st.lists(st.integers(-1, SLOTS - 1), min_size=1, max_size=12),
+    k=st.integers(1, 3),
+    shape=st.lists(st.integers(1, 3), max_size=2),
+    grad=st.booleans(),
+)
+def test_any_route_equals_the_loop_over_rows(slot_of_row, k, shape, grad):
+    batch = mixed_batch(len(slot_of_row) * k, shape, x_dtype=torch.float64, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        found = answer(batch, slot_of_row)
+    torch.testing.assert_close(found, expected(batch, slot_of_row), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("slot_of_row", USES.values(), ids=USES)
+def test_gradients_are_right(slot_of_row):
+    batch = mixed_batch(len(slot_of_row), (2,), x_dtype=torch.float64, dtype=torch.float64)
+    arrangement = arrange(slot_of_row, dtype=torch.float64)
+
+    def function(x, output, a, b):
+        h = narrow(x, gather(a, arrangement), arrangement)
+        return widen_onto(output * 1, h, gather(b, arrangement), arrangement)
+
+    inputs = [part.requires_grad_() for part in batch.parts()]
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+def test_layers_that_share_an_input_share_one_narrow():
+    slot_of_row = USES["some base rows"]
+    first, second = (mixed_batch(len(slot_of_row), (3,), seed=seed) for seed in (0, 1))
+    arrangement = arrange(slot_of_row)
+    h = narrow(first.x, gather(torch.cat([first.a, second.a], 1), arrangement), arrangement)
+    for batch, part in ((first, h[..., :RANK]), (second, h[..., RANK:])):
+        batch.x = first.x
+        found = widen_onto(batch.output.clone(), part, gather(batch.b, arrangement), arrangement)
+        wanted = expected(batch, slot_of_row)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("slot_of_row", [USES["some base rows"], USES["sorted"]])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_slice_of_an_output_is_changed_in_place(slot_of_row, grad):
+    batch = mixed_batch(len(slot_of_row), (3,))
+    wide = torch.cat([batch.output, batch.output], -1)
+    arrangement = arrange(slot_of_row)
+    with torch.set_grad_enabled(grad):
+        h = narrow(batch.x, gather(batch.a, arrangement), arrangement)
+        widen_onto(wide[..., D_OUT:], h, gather(batch.b, arrangement), arrangement)
+    assert torch.equal(wide[..., :D_OUT], batch.output)
+    wanted = expected(batch, slot_of_row)
+    torch.testing.assert_close(wide[..., D_OUT:].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("slot_of_row", [USES["some base rows"], USES["distinct"]])
+def test_a_bfloat16_output_is_rounded_once(slot_of_row):
+    batch = mixed_batch(len(slot_of_row), (3,), x_dtype=torch.bfloat16)
+    found = answer(batch, slot_of_row)
+    assert found.dtype == torch.bfloat16
+    arrangement = arrange(slot_of_row)
+    update = torch.zeros(batch.output.shape)
+    rows = [row for row, slot in enumerate(slot_of_row) if slot >= 0]
+    update[rows] = grouped_update(batch.x, batch.a, batch.b, arrangement)
+    assert torch.equal(found, (batch.output.float() + update).bfloat16())
+    # A sum of rounded updates differs, so this test can tell.
+    assert not torch.equal(found, batch.output + update.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_base_rows_keep_every_bit(dtype):
+    slot_of_row = USES["some base rows"]
+    batch = mixed_batch(len(slot_of_row), (3,), x_dtype=dtype)
+    base = torch.tensor(slot_of_row) < 0
+    batch.output[base] = -0.0  # which 0.0 + -0.0 is not
+    found = answer(batch, slot_of_row)
+    assert torch.signbit(found[base]).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("slot_of_row", USES.values(), ids=USES)
+def test_a_bad_slot_harms_only_its_own_rows(slot_of_row, value):
+    batch = mixed_batch(len(slot_of_row), (3,))
+    clean = answer(batch, slot_of_row)
+    batch.a[3] = value
+    batch.b[3] = value
+    found = answer(batch, slot_of_row)
+    bad = torch.tensor(slot_of_row) == 3
+    assert torch.equal(found[~bad], clean[~bad])
+    assert not torch.isfinite(found[bad]).any()
+
+
+@pytest.mark.parametrize("slot_of_row", USES.values(), ids=USES)
+def test_a_bad_row_harms_only_its_own_slots_gradient(slot_of_row):
+    batch = mixed_batch(len(slot_of_row), (3,))
+    batch.x[-1] = float("nan")
+    batch.a.requires_grad_()
+    found = answer(batch, slot_of_row)
+    assert torch.isnan(found[-1]).any() == (slot_of_row[-1] >= 0)
+    found.sum().backward()
+    for slot in set(range(SLOTS)) - {slot_of_row[-1]}:
+        assert torch.isfinite(batch.a.grad[slot]).all()
+
+
+def test_an_update_can_be_added_later():
+    slot_of_row = USES["skewed"]
+    batch = mixed_batch(len(slot_of_row) * 2, (3,))
+    arrangement = arrange(slot_of_row)
+    h = narrow(batch.x, gather(batch.a, arrangement), arrangement)
+    update = widen(h, gather(batch.b, arrangement), arrangement)
+    found = add_update(batch.output.clone(), update, arrangement)
+    torch.testing.assert_close(found.double(), expected(batch, slot_of_row), rtol=1e-5, atol=1e-5)
+
+
+def test_the_weights_of_slots_in_order_are_not_copied():
+    stack = torch.randn(SLOTS, RANK, 3)
+    assert gather(stack, arrange([0, 0, 1, 1])).data_ptr() == stack.data_ptr()
+
+
+def test_a_route_of_the_wrong_length_is_an_error():
+    batch = mixed_batch(5)
+    with pytest.raises(RouteError, match="for 2 rows, but the batch has 5"):
+        grouped_update(batch.x, batch.a, batch.b, arrange([0, 1]))
