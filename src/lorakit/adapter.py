@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,13 +96,20 @@ class Adapter:
 
     def content_hash(self) -> str:
         """Return the SHA-256 of all that changes the output: tensors, sites and scales."""
+        # Kept until a tensor is written to, because a bank asks for what loading has computed.
+        tensors = list(self.tensors.values())
+        versions = [tensor._version for tensor in tensors]
+        kept = self.__dict__.get("_hashed")
+        if kept is None or kept[1] != versions or any(map(operator.is_not, kept[0], tensors)):
+            kept = self.__dict__["_hashed"] = (tensors, versions, self._compute_hash())
+        return str(kept[2])
+
+    def _compute_hash(self) -> str:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             header = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
             digest.update(header.encode())
-            digest.update(
-                tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
+            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         for site in sorted(self.sites, key=lambda site: site.name):
             meaning = [site.name, site.rank, site.alpha, site.scale, site.rows, site.groups]
             digest.update(json.dumps(meaning).encode())

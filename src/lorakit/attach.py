@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter
+from lorakit.adapter import Adapter, Site
 from lorakit.attachment import (
     Attachment,
     active_name,
@@ -33,6 +33,7 @@ from lorakit.methods.layer import (
 )
 from lorakit.methods.lora import LoRAUpdate, LowRank, fresh_a, parameter_shapes
 from lorakit.methods.module_copy import ModuleCopy
+from lorakit.models.base import base_modules
 from lorakit.models.roles import task_heads
 from lorakit.pristine import Pristine
 
@@ -103,6 +104,7 @@ def fit_and_build(
     *,
     allow_other_base: bool = False,
     other_heads: bool = False,
+    copy: bool = True,
 ) -> tuple[Plan, dict[str, Update], Adapter]:
     """Verify a saved adapter against a model and make its updates; the model is not changed.
 
@@ -111,6 +113,7 @@ def fit_and_build(
         adapter: what to fit.
         allow_other_base: accept one whose base has other weights.
         other_heads: accept full copies of a task's head with another number of classes.
+        copy: leave the adapter's own tensors alone; else the model may keep them.
 
     Returns:
         The match table, the updates by module path, and the adapter without its tensors.
@@ -125,38 +128,49 @@ def fit_and_build(
         allow_other_base=allow_other_base,
         other_heads=task_heads(model) if other_heads else (),
     )
-    updates = _build(model, fitted, adapter.config, adapter.tensors)
+    updates = _build(model, fitted, adapter.config, adapter.tensors, copy=copy)
     # Another tool's file may not say what kind of layer it adapts; the model does.
     return fitted, updates, replace(adapter, tensors={}, sites=fitted.sites)
 
 
 def _build(
-    model: nn.Module, fitted: Plan, config: LoRAConfig, tensors: Mapping[str, Tensor] | None
+    model: nn.Module,
+    fitted: Plan,
+    config: LoRAConfig,
+    tensors: Mapping[str, Tensor] | None,
+    *,
+    copy: bool = True,
 ) -> dict[str, Update]:
     """Return the update of each touched module, by path; the model is not changed."""
     updates: dict[str, Update] = {}
     parts: dict[str, dict[str, LowRank]] = {}
+    modules = dict(base_modules(model))
     for match in fitted.matches:
-        site, layer = match.site, model.get_submodule(match.site.path)
-        device = cast(Tensor, layer.weight).device
-        shape_a, shape_b = parameter_shapes(layer, site)
+        site, layer = match.site, modules[match.site.path]
         if tensors is None:
-            dtype = getattr(torch, config.dtype)
-            a = fresh_a(shape_a, layer, config) if device.type != "meta" else torch.empty(shape_a)
-            a, b = a.to(device, dtype), torch.zeros(shape_b, device=device, dtype=dtype)
+            a, b = _fresh(layer, site, config)
         else:
-            a = tensors[f"{site.name}.lora_a"].to(device, copy=True)
-            b = tensors[f"{site.name}.lora_b"].to(device, copy=True)
+            device = cast(Tensor, layer.weight).device
+            a = tensors[f"{site.name}.lora_a"].to(device, copy=copy)
+            b = tensors[f"{site.name}.lora_b"].to(device, copy=copy)
         parts.setdefault(site.path, {})[site.role or "whole"] = LowRank(site, config, a, b)
     for path in dict.fromkeys([*parts, *fitted.biases]):
         bias = _starting_bias(model, path, config, tensors) if path in fitted.biases else None
         updates[path] = LoRAUpdate(parts.get(path, {}), bias)
     for path in fitted.copies:
-        made = ModuleCopy(model.get_submodule(path), getattr(torch, config.dtype))
+        made = ModuleCopy(modules[path], getattr(torch, config.dtype))
         if tensors is not None:
             made.fill(tensors, path)
         updates[path] = made
     return updates
+
+
+def _fresh(layer: nn.Module, site: Site, config: LoRAConfig) -> tuple[Tensor, Tensor]:
+    """Return a random A and a zero B, so that the update starts at zero (section 4.1)."""
+    device, dtype = cast(Tensor, layer.weight).device, getattr(torch, config.dtype)
+    shape_a, shape_b = parameter_shapes(layer, site)
+    a = fresh_a(shape_a, layer, config) if device.type != "meta" else torch.empty(shape_a)
+    return a.to(device, dtype), torch.zeros(shape_b, device=device, dtype=dtype)
 
 
 def _starting_bias(

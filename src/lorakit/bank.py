@@ -252,7 +252,7 @@ class AdapterBank:
             return self._state.adapters[name]
         if self._state.route.merged == name:
             raise BankError(f"adapter {name!r} is merged: bank.unmerge(), then replace it")
-        updates, record = self._verified(adapter)
+        updates, record = self._verified(adapter, copy=folder is None)
         self._make_room(name, adapter.size_bytes)
         with self._table:
             install(self.model, updates, name, record, trainable=False)
@@ -264,9 +264,13 @@ class AdapterBank:
             entry.folder, entry.resident = folder, True
         return record
 
-    def _verified(self, adapter: Adapter) -> tuple[dict[str, Update], Adapter]:
+    def _verified(self, adapter: Adapter, *, copy: bool) -> tuple[dict[str, Update], Adapter]:
         _, updates, record = fit_and_build(
-            self.model, adapter, allow_other_base=self._allow_other_base, other_heads=True
+            self.model,
+            adapter,
+            allow_other_base=self._allow_other_base,
+            other_heads=True,
+            copy=copy,
         )
         return updates, record
 
@@ -291,7 +295,7 @@ class AdapterBank:
                 f"{entry.folder} holds another adapter than when {name!r} was loaded from it: "
                 f"bank.load({name!r}, ...) takes the new one"
             )
-        updates, record = self._verified(adapter)
+        updates, record = self._verified(adapter, copy=False)
         self._make_room(name, entry.size_bytes)
         with self._table:
             install(self.model, updates, name, record, trainable=False)

@@ -334,11 +334,12 @@ def _missed_by_targets(model: nn.Module, adapter: Adapter) -> list[str]:
     if not adapter.config.targets:
         return []
     try:
-        named = {match.site.name for match in plan(model, adapter.config).matches}
+        config = adapter.config
+        kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
     except TargetError:
         # The words may be those of another tool, or of a family unknown here; the sites decide.
         return []
-    missing = sorted(named - {site.name for site in adapter.sites})
+    missing = sorted({place.name for place in kept} - {site.name for site in adapter.sites})
     return [f"{name}  is among the targets, but the adapter has nothing for it" for name in missing]
 
 

@@ -194,7 +194,7 @@ def _adapter_from(files: Mapping[str, bytes], folder: Path) -> Adapter:
         assert config is not None
         adapter = _foreign(config, tensors, folder)
     notes = () if config is None else unknown_values(config)
-    return replace(adapter, unverified=(*adapter.unverified, *notes))
+    return replace(adapter, unverified=(*adapter.unverified, *notes)) if notes else adapter
 
 
 def _own_form_problems(

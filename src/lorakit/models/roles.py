@@ -86,7 +86,8 @@ def named(
     Raises:
         TargetError: a word names nothing in the model; all such words are listed.
     """
-    found, problems = _look_up(model, words, what)
+    words = tuple(words)
+    found, problems = _look_up(model, words, what, places(model) if words else ())
     _raise_any(model, problems)
     return found
 
@@ -112,8 +113,9 @@ def select(
         TargetError: a word selects nothing, a block does not exist, or a fused layer is selected
             whole while a slice of it is selected or excluded; all problems are listed.
     """
-    found, problems = _look_up(model, words, what)
-    excluded, exclude_problems = _look_up(model, exclude, "exclude")
+    everything = places(model)
+    found, problems = _look_up(model, words, what, everything)
+    excluded, exclude_problems = _look_up(model, exclude, "exclude", everything)
     problems += exclude_problems
     chosen = {word: _without_covered_slices(names) for word, names in found.items()}
     if layers is not None:
@@ -130,7 +132,7 @@ def select(
     problems += _half_chosen(kept, left_out)
     _raise_any(model, problems)
     selected = {place for names in kept.values() for place in names}
-    return tuple(place for place in places(model) if place in selected)
+    return tuple(place for place in everything if place in selected)
 
 
 def shared_inputs(model: nn.Module) -> dict[str, str]:
@@ -218,10 +220,9 @@ def _slices(model: nn.Module, path: str, split: Split) -> Iterator[Place]:
 
 
 def _look_up(
-    model: nn.Module, words: Iterable[str], what: str
+    model: nn.Module, words: Iterable[str], what: str, everything: tuple[Place, ...]
 ) -> tuple[dict[str, tuple[Place, ...]], list[str]]:
     """Return the places of each word that names some, and what is wrong with the other words."""
-    everything = places(model)
     found: dict[str, tuple[Place, ...]] = {}
     unknown: list[str] = []
     problems: list[str] = []
