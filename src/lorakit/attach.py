@@ -26,7 +26,6 @@ from lorakit.methods.checkpointing import adapted_blocks, let_input_require_grad
 from lorakit.methods.layer import (
     Update,
     adapted_layers,
-    adopt,
     bank_key,
     release,
     update_of,
@@ -199,10 +198,8 @@ def install(
     by_number: dict[int, Update] = {}
     for path, update in updates.items():
         update.requires_grad_(trainable).train(model.training)
-        layer = adopt(model.get_submodule(path), state.route, reads=state.inputs.get(path, path))
+        layer = state.adopt(path, model.get_submodule(path))
         layer.adapter_bank[bank_key(name)] = update
-        state.layers[layer.adapter_number] = layer
-        state.paths[layer.adapter_number] = path
         by_number[layer.adapter_number] = update
     for path, block in adapted_blocks(model) if trainable else ():
         if path not in state.hooks:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter import Adapter
 from lorakit.errors import AttachError, did_you_mean
-from lorakit.methods.layer import AdaptedLayer, Changes, Route, Update
+from lorakit.methods.layer import AdaptedLayer, Changes, Route, Update, adopt
 from lorakit.models.base import base_parameters
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
@@ -42,8 +42,17 @@ class Attachment:
     """What each adapter does, by its name and the layer's number."""
     inputs: dict[str, str] = field(default_factory=dict)
     """A word for the input of those layers that read the same as their neighbours, by path."""
+    compiled: bool = False
+    """Whether routes take the one form that torch.compile need not compile again."""
     mixed: tuple[Any, Changes] | None = None
     """The latest mixed batch: what it was made from, and what it does to each layer."""
+
+    def adopt(self, path: str, layer: nn.Module) -> AdaptedLayer:
+        """Turn a layer into an adapted layer, if it is not one yet, and know it by its number."""
+        adapted = adopt(layer, self.route, reads=self.inputs.get(path, path))
+        self.layers[adapted.adapter_number] = adapted
+        self.paths[adapted.adapter_number] = path
+        return adapted
 
     def activate(self, name: str | None) -> None:
         """Make one adapter, or the base, answer for all rows."""
@@ -73,8 +82,14 @@ class Attachment:
 
 def attachment_of(model: nn.Module) -> Attachment | None:
     """Return what is attached to a model, also through torch.compile's or DDP's wrapper."""
-    inner = model.module if hasattr(model, "module") else model
-    return cast("Attachment | None", getattr(inner, "_lorakit", None))
+    return cast("Attachment | None", getattr(unwrapped(model), "_lorakit", None))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile's or DDP's wrapper."""
+    for wrapper in ("module", "_orig_mod"):
+        model = cast(nn.Module, getattr(model, wrapper, model))
+    return model
 
 
 def require_attachment(model: nn.Module) -> Attachment:

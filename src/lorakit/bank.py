@@ -12,10 +12,13 @@ from torch import nn
 
 from lorakit.adapter import Adapter
 from lorakit.attach import extract, fit_and_build, install, remove
-from lorakit.attachment import Attachment, attached, require_attachment
+from lorakit.attachment import Attachment, attached, require_attachment, unwrapped
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
 from lorakit.merge import MergeReport, merge, unmerge
 from lorakit.methods.layer import Update
+from lorakit.methods.lora import is_adaptable
+from lorakit.methods.static import is_linear
+from lorakit.models.base import base_modules
 from lorakit.routing import Choice, blends, check_names, route, switch
 
 
@@ -44,6 +47,10 @@ class AdapterBank:
     the others, and a bad one is an error of its own alone. Adapters may be loaded and unloaded in
     one thread while another runs forward passes; routes of several threads wait for each other.
 
+    Where the model is compiled (`torch.compile(model)` or `model.compile()`) before the bank is
+    made, neither another route nor other resident adapters compile it again: there is one graph for
+    the base, one for a choice for all rows, and one for a choice for each row.
+
     Args:
         model: the base, plain or with adapters, which the bank then holds too.
         budget_bytes: the most memory that resident adapters may take. Beyond it those go that were
@@ -59,7 +66,7 @@ class AdapterBank:
         budget_bytes: int | None = None,
         allow_other_base: bool = False,
     ) -> None:
-        self.model = model
+        self.model = unwrapped(model)
         self.budget_bytes = budget_bytes
         self._allow_other_base = allow_other_base
         self._entries: dict[str, Entry] = {}
@@ -70,8 +77,10 @@ class AdapterBank:
         """Held while adapters come or go."""
         self._routing = threading.RLock()
         """Held by the thread whose route is in force."""
-        for name in attached(model).adapters:
-            adapter = extract(model, name)
+        if is_compiled(model):
+            prepare_for_compile(self.model)
+        for name in attached(self.model).adapters:
+            adapter = extract(self.model, name)
             self._entries[name] = Entry(adapter.content_hash(), adapter.size_bytes, None)
 
     def load(self, name: str, folder: str | Path) -> Adapter:
@@ -334,3 +343,17 @@ class AdapterBank:
         route = self._state.route
         held = entry.pinned or entry.routes or name in (route.merged, route.switched)
         return entry.folder is not None and not held
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Tell whether a model's forward pass goes through torch.compile."""
+    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+
+
+def prepare_for_compile(model: nn.Module) -> None:
+    """Turn all linear layers into adapted layers, so that no adapter that comes changes a class."""
+    state = attached(model)
+    state.compiled = True
+    for path, layer in base_modules(model):
+        if is_linear(layer) and is_adaptable(layer):
+            state.adopt(path, layer)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.attachment import Attachment, require_attachment, require_name
+from lorakit.attachment import Attachment, require_attachment, require_name, unwrapped
 from lorakit.errors import MergeError, RouteError, did_you_mean
 from lorakit.methods.layer import Changes
 from lorakit.methods.mixed import Batch, Blend, mixed_changes
+from lorakit.methods.static import static_changes
 
 Choice = str | Mapping[str, float] | None
 """What a row uses: an adapter, several with their strengths, or None for the base."""
@@ -114,7 +115,7 @@ def _changes(
     if all(blend == rows[0] for blend in rows):
         if not rows[0]:
             return None, None
-        if len(rows[0]) == 1 and rows[0][0][1] == 1:
+        if len(rows[0]) == 1 and rows[0][0][1] == 1 and not state.compiled:
             name = rows[0][0][0]
             return state.updates[name], name
         # Rows that all want the same need no telling apart, however many there are.
@@ -128,7 +129,8 @@ def _mixed(state: Attachment, batch: Batch, device: torch.device) -> Changes:
     used = {name: state.updates[name] for name in names}
     token = (batch, device, tuple(_fingerprint(updates) for updates in used.values()))
     if state.mixed is None or state.mixed[0] != token:
-        state.mixed = (token, mixed_changes(state.layers, used, batch, device))
+        make = static_changes if state.compiled else mixed_changes
+        state.mixed = (token, make(state.layers, used, batch, device))
     return state.mixed[1]
 
 
@@ -157,8 +159,7 @@ def _checked(model: nn.Module, rows: int | None) -> Iterator[None]:
         if found is not None and found != rows and not (repeats and found % rows == 0):
             raise RouteError(f"the route is for {rows} rows, but the batch has {found} rows")
 
-    inner = cast(nn.Module, getattr(model, "module", model))
-    handle = inner.register_forward_pre_hook(check, with_kwargs=True)
+    handle = unwrapped(model).register_forward_pre_hook(check, with_kwargs=True)
     try:
         yield
     finally:
