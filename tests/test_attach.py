@@ -10,8 +10,6 @@ import lorakit as lk
 from lorakit.errors import (
     AdapterFileError,
     AttachError,
-    MergeError,
-    RouteError,
     TargetError,
 )
 from oracles import attach_random, base_hash, outputs, randomise
@@ -177,68 +175,6 @@ def test_one_changed_layer_is_another_base(model):
         other.model.layers[1].mlp.up_proj.weight.mul_(1.02)
     with pytest.raises(AdapterFileError, match="of the sampled weights differ"):
         lk.attach(other, adapter)
-
-
-def test_a_route_gives_each_row_its_adapter_and_restores_what_was(model):
-    inputs = {"input_ids": torch.arange(12).reshape(4, 3) + 3}
-    attach_random(model, "one", rank=2)
-    attach_random(model, "two", seed=1, rank=5, targets=("q", "down"))
-    names = ["two", None, "one", "two"]
-    alone = []
-    for row, name in enumerate(names):
-        lk.switch(model, name)
-        alone.append(outputs(model, {"input_ids": inputs["input_ids"][row : row + 1]}))
-    lk.switch(model, "one")
-    before = outputs(model, inputs)
-    with lk.route(model, names):
-        mixed = outputs(model, inputs)
-        with lk.route(model, None):
-            assert not torch.equal(outputs(model, inputs), mixed)
-        assert torch.equal(outputs(model, inputs), mixed)
-    torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ZeroDivisionError), lk.route(model, names):
-        raise ZeroDivisionError
-    assert torch.equal(outputs(model, inputs), before)
-
-
-def test_gradients_of_a_mixed_batch_are_those_of_its_rows(model):
-    model.double()
-    ids = torch.arange(12).reshape(4, 3) + 3
-    for seed, name in enumerate(("one", "two")):
-        attach_random(model, name, seed=seed, rank=2, dtype="float32")
-    model.double()
-    names = ["two", None, "one", "two"]
-
-    def gradients():
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        return found
-
-    with lk.route(model, names):
-        model(input_ids=ids).logits.square().sum().backward()
-    mixed = gradients()
-    for row, name in enumerate(names):
-        lk.switch(model, name)
-        logits = model(input_ids=ids[row : row + 1]).logits
-        if logits.requires_grad:
-            logits.square().sum().backward()
-    alone = gradients()
-    assert mixed.keys() == alone.keys()
-    for key, gradient in mixed.items():
-        torch.testing.assert_close(gradient, alone[key], rtol=1e-9, atol=1e-12)
-
-
-def test_wrong_routes_are_refused(model, inputs):
-    attach_random(model, "one")
-    with pytest.raises(RouteError, match="'onr'; did you mean 'one'"), lk.route(model, "onr"):
-        pass
-    with lk.route(model, ["one"] * 3), pytest.raises(RouteError, match=r"3 rows.* 2 rows"):
-        outputs(model, inputs)
-    lk.merge(model)
-    with pytest.raises(RouteError, match="merged"), lk.route(model, None):
-        pass
-    with pytest.raises(MergeError, match="merged"):
-        lk.switch(model, None)
 
 
 def test_what_is_not_attached_cannot_be_used(model):

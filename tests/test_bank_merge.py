@@ -21,14 +21,15 @@ def test_a_merge_over_another_has_the_bits_of_a_fresh_one(tied, dtype, inputs):
     def fresh():
         return build("llama", tie_word_embeddings=tied).to(dtype)
 
+    kinds = KINDS | {"other head": {"rank": 1, "targets": ("head",)}}
     bank, fresh_hash = lk.AdapterBank(fresh()), {}
-    for seed, (name, kind) in enumerate(KINDS.items()):
+    for seed, (name, kind) in enumerate(kinds.items()):
         single = fresh()
         attach_random(single, seed=seed, **kind)
         bank.add(name, lk.extract(single))
         lk.merge(single, measure=False)
         fresh_hash[name] = (base_hash(single), outputs(single, inputs))
-    for name in ("head", "all", "head", "down", "head", "qv"):
+    for name in ("head", "other head", "all", "head", "down", "other head", "qv"):
         bank.merge(name)
         assert base_hash(bank.model) == fresh_hash[name][0]
         assert torch.equal(outputs(bank.model, inputs), fresh_hash[name][1])

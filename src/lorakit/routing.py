@@ -140,26 +140,21 @@ def _mixed(state: Attachment, updates: Updates, batch: Batch, device: torch.devi
     """Return a mixed batch's changes: those of the last one, if nothing is new since."""
     names = dict.fromkeys(name for blend in batch.blends for name, _ in blend)
     used = {name: updates[name] for name in names}
-    token = (batch, device, _fingerprint(used))
+    parameters = [p for ups in used.values() for u in ups.values() for p in u.parameters()]
+    token = (batch, device, _fingerprint(parameters))
     if state.mixed is None or state.mixed[0] != token:
-        trains = any(p.requires_grad for p in _parameters(used))
+        trains = any(p.requires_grad for p in parameters)
         # The unchanging form holds copies of A and B, which would get no gradients.
         make = static_changes if state.compiled and not trains else mixed_changes
         changes = make(dict(state.layers), used, batch, device)
         # While the memory is held, nothing else can lie at its address.
-        memory = [p.untyped_storage() for p in _parameters(used)]
+        memory = [p.untyped_storage() for p in parameters]
         state.mixed = (token, changes, memory)
         return changes
     return state.mixed[1]
 
 
-def _parameters(updates: Updates) -> Iterator[nn.Parameter]:
-    for of_adapter in updates.values():
-        for update in of_adapter.values():
-            yield from update.parameters()
-
-
-def _fingerprint(updates: Updates) -> tuple[Any, ...]:
+def _fingerprint(parameters: Sequence[nn.Parameter]) -> tuple[Any, ...]:
     """Return what differs once a parameter was written, replaced, moved, frozen or unfrozen.
 
     What is written through `.data` in place differs in nothing that torch would tell.
@@ -167,5 +162,5 @@ def _fingerprint(updates: Updates) -> tuple[Any, ...]:
     return tuple(
         # Torch counts no writes to what was made in inference mode: that differs each time.
         (p.data_ptr(), object() if p.is_inference() else p._version, p.requires_grad)
-        for p in _parameters(updates)
+        for p in parameters
     )
