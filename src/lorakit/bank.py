@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from lorakit.adapter import Adapter
-from lorakit.attach import extract, fit_and_build, install, remove
+from lorakit.attach import fit_and_build, install, remove
 from lorakit.attachment import Attachment, attached, require_attachment, unwrapped
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
 from lorakit.merge import MergeReport, merge, unmerge
@@ -27,7 +27,7 @@ class Entry:
     """What a bank knows of one adapter."""
 
     content_hash: str
-    """`Adapter.content_hash()`."""
+    """`Adapter.content_hash()`; empty for one that came by lk.attach."""
     size_bytes: int
     """Memory of its tensors."""
     folder: Path | None
@@ -79,9 +79,8 @@ class AdapterBank:
         """Held by the thread whose route is in force."""
         if is_compiled(model):
             prepare_for_compile(self.model)
-        for name in attached(self.model).adapters:
-            adapter = extract(self.model, name)
-            self._entries[name] = Entry(adapter.content_hash(), adapter.size_bytes, None)
+        attached(self.model)
+        self._notice()
 
     def load(self, name: str, folder: str | Path) -> Adapter:
         """Read an adapter's folder, verify it, and hold it under a name.
@@ -145,23 +144,26 @@ class AdapterBank:
     @property
     def names(self) -> tuple[str, ...]:
         """Return every adapter that a route may name, resident or not."""
+        self._notice()
         return tuple(self._entries)
 
     @property
     def resident(self) -> tuple[str, ...]:
         """Return the adapters in memory."""
+        self._notice()
         return tuple(name for name, entry in list(self._entries.items()) if entry.resident)
 
     @property
     def resident_bytes(self) -> int:
         """Return the memory of the adapters in it."""
+        self._notice()
         return sum(entry.size_bytes for entry in list(self._entries.values()) if entry.resident)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self.names
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.names)
 
     @contextmanager
     def route(self, names: Choice | Sequence[Choice]) -> Iterator[None]:
@@ -181,6 +183,7 @@ class AdapterBank:
         """
         rows = blends(names)
         with self._routing:
+            self._notice()
             with self._table:
                 check_names(rows, self._entries)
                 used = list(dict.fromkeys(name for row in rows for name, _ in row))
@@ -237,7 +240,21 @@ class AdapterBank:
     def _state(self) -> Attachment:
         return require_attachment(self.model)
 
+    def _notice(self) -> None:
+        """Take note of adapters that came or went by lk.attach and lk.detach."""
+        with self._table:
+            state = self._state
+            for name, updates in state.updates.items():
+                if name not in self._entries:
+                    size = sum(p.nbytes for u in updates.values() for p in u.parameters())
+                    self._entries[name] = Entry("", size, None)
+            for name, entry in list(self._entries.items()):
+                if entry.resident and name not in state.updates:
+                    del self._entries[name]
+
     def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            self._notice()
         if name not in self._entries:
             raise BankError(
                 f"the bank has no adapter {name!r}{did_you_mean(name, self._entries)}; "

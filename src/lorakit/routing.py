@@ -129,18 +129,20 @@ def _mixed(state: Attachment, batch: Batch, device: torch.device) -> Changes:
     used = {name: state.updates[name] for name in names}
     token = (batch, device, tuple(_fingerprint(updates) for updates in used.values()))
     if state.mixed is None or state.mixed[0] != token:
-        make = static_changes if state.compiled else mixed_changes
+        # The unchanging form holds copies, through which no gradient comes back.
+        trains = any(p.requires_grad for ups in used.values() for p in _parameters(ups))
+        make = static_changes if state.compiled and not trains else mixed_changes
         state.mixed = (token, make(state.layers, used, batch, device))
     return state.mixed[1]
 
 
 def _fingerprint(updates: Mapping[int, nn.Module]) -> tuple[Any, ...]:
     """Return what differs once a parameter was written, replaced, moved, frozen or unfrozen."""
-    return tuple(
-        (p.data_ptr(), p._version, p.requires_grad)
-        for update in updates.values()
-        for p in update.parameters()
-    )
+    return tuple((p.data_ptr(), p._version, p.requires_grad) for p in _parameters(updates))
+
+
+def _parameters(updates: Mapping[int, nn.Module]) -> Iterator[nn.Parameter]:
+    return (p for update in updates.values() for p in update.parameters())
 
 
 @contextmanager
