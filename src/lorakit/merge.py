@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from lorakit.attachment import (
 )
 from lorakit.errors import MergeError
 from lorakit.methods.layer import AdaptedLayer, Update
+from lorakit.models.base import base_modules
 from lorakit.pristine import Checkpoint
 from lorakit.routing import route
 
@@ -206,9 +208,12 @@ def _measure(
 
 def _tied_parameters(model: nn.Module) -> set[int]:
     """Return the ids of the parameters that the model holds under more than one name."""
-    seen: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    seen = Counter(
+        id(parameter)
+        for _, module in base_modules(model)
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
     return {key for key, count in seen.items() if count > 1}
 
 
