@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -116,7 +115,7 @@ def merge(
             the merge several times faster.
 
     Raises:
-        MergeError: no adapter is active, or this one is merged already.
+        MergeError: no adapter is active, this one is merged already, or a route is open.
     """
     state = require_attachment(model)
     name = active_name(model) if name is None else name
@@ -125,6 +124,8 @@ def merge(
     require_name(state, name)
     if state.route.merged == name:
         raise MergeError(f"adapter {name!r} is merged already: lk.unmerge(model) first")
+    if state.route.depth:
+        raise MergeError("a route is open, which would restore another adapter: merge after it")
     probe = (default_probe(model) if probe is None else probe) if measure else None
     if probe is not None and state.route.merged is not None:
         restore_pristine(model, state)
@@ -165,6 +166,9 @@ def _merge_layers(
     measure: bool,
 ) -> Iterator[MergedWeight]:
     tied = _tied_parameters(model)
+    # What the adapter that is merged now has untied.
+    kept_whole = (weight for weights in state.pristine.values() for weight in weights.values())
+    tied |= {id(weight) for weight in kept_whole if isinstance(weight, nn.Parameter)}
     checkpoint = Checkpoint(model) if pristine == "checkpoint" else None
     updates = state.updates[name]
     for path in state.pristine.keys() - {state.paths[number] for number in updates}:
@@ -208,12 +212,11 @@ def _measure(
 
 def _tied_parameters(model: nn.Module) -> set[int]:
     """Return the ids of the parameters that the model holds under more than one name."""
-    seen = Counter(
-        id(parameter)
-        for _, module in base_modules(model)
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
+    seen: dict[int, int] = {}
+    for _, module in base_modules(model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
     return {key for key, count in seen.items() if count > 1}
 
 
