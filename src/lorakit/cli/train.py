@@ -4,7 +4,8 @@ from typing import Any
 
 from lorakit.cli.verbs import Result
 from lorakit.config import Settings, TrainConfig
-from lorakit.train.run import describe, prepare, train
+from lorakit.train.prepare import prepare
+from lorakit.train.run import train
 
 SETTINGS: type[Settings] = TrainConfig
 
@@ -14,7 +15,7 @@ def run(settings: TrainConfig) -> Result:
     if settings.dry_run:
         prepared = prepare(settings)
         return Result(
-            text=describe(prepared),
+            text=str(prepared),
             data={
                 "parameters": prepared.plan.parameters,
                 "sites": [vars(match.site) for match in prepared.plan.matches],
