@@ -71,7 +71,9 @@ def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
     length = max(batch.length for batch in batches)
     special = {"labels", "logits_to_keep"}
     joined = {}
-    for key in dict.fromkeys(key for batch in batches for key in batch.inputs if key not in special):
+    for key in dict.fromkeys(
+        key for batch in batches for key in batch.inputs if key not in special
+    ):
         fill = pad_id if key == "input_ids" else 0
         parts = [
             # Rows without token types are of type 0.
@@ -131,7 +133,7 @@ class MemberTrainer(AdapterTrainer):
         self._hand_in = hand_in
         own = OwnParameters(model, adapter_name)
         super().__init__(model=own, adapter_name=adapter_name, **kwargs)
-        model.to(self.args.device)
+        self.adapted.to(self.args.device)
 
     @property
     def adapted(self) -> nn.Module:
