@@ -140,12 +140,6 @@ class MemberTrainer(AdapterTrainer):
         """Return the model that has the adapter."""
         return self._base
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return what weight decay applies to: by the names and kinds of layers in the base."""
-        decayed = set(super().get_decay_parameter_names(self._base))
-        chosen = {id(p) for name, p in self._base.named_parameters() if name in decayed}
-        return [name for name, p in model.named_parameters() if id(p) in chosen]
-
     def training_step(
         self,
         model: nn.Module,

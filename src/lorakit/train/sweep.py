@@ -19,7 +19,13 @@ from lorakit.train.prepare import Prepared, prepare_all
 from lorakit.train.record import SharedBar
 from lorakit.train.run import Run, TrainResult, check_free, execute
 from lorakit.train.strand import Strand
-from lorakit.train.sweep_record import MemberResult, SweepResult, read_finished, write
+from lorakit.train.sweep_record import (
+    MemberResult,
+    SweepResult,
+    read_finished,
+    write_figures,
+    write_table_and_plot,
+)
 from lorakit.train.trainer import list_checkpoints
 
 MemberStrand = Strand[MicroBatch, Tensor, TrainResult]
@@ -58,12 +64,13 @@ def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -
 
     def record(name: str, ended: MemberStrand) -> None:
         results[name] = MemberResult(results[name].member, ended.made, ended.error)
-        write(_result(config, results, started))
+        write_figures(_result(config, results, started))
 
     config.out.mkdir(parents=True, exist_ok=True)
     _train(runs, record, progress=progress)
     result = _result(config, results, started)
-    write(result)
+    write_figures(result)
+    write_table_and_plot(result)
     return _checked(result)
 
 

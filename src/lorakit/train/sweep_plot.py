@@ -37,12 +37,13 @@ def draw(points: Sequence[Point], file: Path, *, score_name: str, title: str) ->
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
-    axes = figure.subplots()
     lines = lines_of(points)
+    named = len(lines) if 1 < len(lines) <= MOST_LINES_NAMED else 0
+    figure = Figure(figsize=(6.4, 4.4 + 0.2 * named), dpi=150, layout="constrained")
+    axes = figure.subplots()
     for name, line in lines.items():
         x, y = [point.parameters for point in line], [point.score for point in line]
-        axes.plot(x, y, marker="o", markersize=5, linewidth=1.4, label=name)
+        axes.plot(x, y, marker="o", markersize=5, linewidth=1.4, label=_shortened(name))
     if any(RANK in point.settings for point in points):
         _write_ranks(axes, points)
     axes.set_xscale("log")
@@ -54,10 +55,10 @@ def draw(points: Sequence[Point], file: Path, *, score_name: str, title: str) ->
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xticks(sorted({point.parameters for point in points}))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(float(value))))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    if 1 < len(lines) <= MOST_LINES_NAMED:
-        axes.legend(frameon=False, fontsize=8)
+    if named:
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     figure.savefig(file)
 
 
@@ -98,6 +99,11 @@ def _write_ranks(axes: Any, points: Sequence[Point]) -> None:
             fontsize=8,
             color="0.3",
         )
+
+
+def _shortened(name: str) -> str:
+    """Return as much of a line's name as fits below the plot."""
+    return name if len(name) <= 90 else f"{name[:89]}…"
 
 
 def _unit(score_name: str) -> str:

@@ -95,9 +95,13 @@ class SweepResult:
         return "\n\n".join([_headline(self), _table(self), *_notes(self)])
 
 
-def write(result: SweepResult) -> None:
-    """Write the figures, the table and, where matplotlib is installed, the plot."""
+def write_figures(result: SweepResult) -> None:
+    """Write all figures as JSON: what a sweep that is resumed knows of its finished members."""
     _put(result.out / FIGURES, json.dumps(figures(result), indent=1) + "\n")
+
+
+def write_table_and_plot(result: SweepResult) -> None:
+    """Write the table and, where matplotlib is installed, the plot."""
     _put(result.out / TABLE, f"# {result.summary}\n")
     points = [
         sweep_plot.Point(

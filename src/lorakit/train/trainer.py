@@ -99,6 +99,14 @@ class AdapterTrainer(Trainer):
             for name, good in self.last_good.items():
                 self.trained[name].copy_(good)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return what weight decay applies to: matrices, and neither biases nor norms.
+
+        Trainer judges by names, and those of a model's parameters have the adapter's name in them.
+        """
+        decayed = {id(parameter) for parameter in self.trained.values() if parameter.dim() > 1}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation rows, log the scores, and tell the callbacks."""
         assert self.scorer is not None
