@@ -46,7 +46,7 @@ def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -
     Args:
         config: the settings; `sweep` says what varies.
         progress: show a bar on stderr.
-        table: print on stderr, before the first step, what is adapted and what was read.
+        table: print on stderr, before the first step, what each member trains and what was read.
 
     Raises:
         LorakitError: the sweep cannot start, or no member came to its end.
@@ -58,7 +58,7 @@ def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -
     left = {member.name: member for member in members if member.name not in finished}
     runs = [_run(left[name], prepared) for name, prepared in _prepare(left).items()]
     if table:
-        print(describe({run.prepared.name: run.prepared for run in runs}), file=sys.stderr)
+        print("\n".join(_outline(run) for run in runs), file=sys.stderr)
     started = time.perf_counter()
     results = {member.name: MemberResult(member, finished.get(member.name)) for member in members}
 
@@ -86,6 +86,14 @@ def prepare_sweep(config: TrainConfig) -> dict[str, Prepared]:
 def describe(prepared: Mapping[str, Prepared]) -> str:
     """Return each member's match table and what was read for it, as text."""
     return "\n\n".join(f"{name}\n{each}" for name, each in prepared.items())
+
+
+def _outline(run: Run) -> str:
+    prepared, done = run.prepared, run.steps_done
+    return (
+        f"{prepared.name}: {prepared.plan.parameters:,} parameters, {prepared.steps} steps"
+        f"{f', {done} of them done' if done else ''}; {prepared.training.report}"
+    )
 
 
 def _prepare(members: Mapping[str, Member]) -> dict[str, Prepared]:

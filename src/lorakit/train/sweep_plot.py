@@ -54,7 +54,7 @@ def draw(points: Sequence[Point], file: Path, *, score_name: str, title: str) ->
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xticks(sorted({point.parameters for point in points}))
+    axes.set_xticks(_ticks(points))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(float(value))))
     axes.xaxis.set_minor_formatter(NullFormatter())
     if named:
@@ -93,12 +93,22 @@ def _write_ranks(axes: Any, points: Sequence[Point]) -> None:
         axes.annotate(
             f"r = {point.settings[RANK]}",
             (point.parameters, point.score),
-            xytext=(0, 7),
+            xytext=(4, 5),
             textcoords="offset points",
-            ha="center",
             fontsize=8,
             color="0.3",
         )
+
+
+def _ticks(points: Sequence[Point]) -> list[int]:
+    """Return the numbers of parameters, but for those too near to the one before to be read."""
+    counts = sorted({point.parameters for point in points})
+    nearest = (counts[-1] / counts[0]) ** 0.12
+    ticks = counts[:1]
+    for count in counts[1:]:
+        if count >= ticks[-1] * nearest:
+            ticks.append(count)
+    return ticks
 
 
 def _shortened(name: str) -> str:
