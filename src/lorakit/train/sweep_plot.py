@@ -35,7 +35,7 @@ def draw(points: Sequence[Point], file: Path, *, score_name: str, title: str) ->
     # Imported when needed: it is optional, and slow to import. A Figure of its own leaves the
     # user's pyplot alone.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter
 
     lines = lines_of(points)
     named = len(lines) if 1 < len(lines) <= MOST_LINES_NAMED else 0
@@ -45,7 +45,7 @@ def draw(points: Sequence[Point], file: Path, *, score_name: str, title: str) ->
         x, y = [point.parameters for point in line], [point.score for point in line]
         axes.plot(x, y, marker="o", markersize=5, linewidth=1.4, label=_shortened(name))
     if any(RANK in point.settings for point in points):
-        _write_ranks(axes, points)
+        _write_ranks(axes, points, falling=score_name.endswith("loss"))
     axes.set_xscale("log")
     axes.margins(x=0.08, y=0.12)
     axes.set_xlabel("trained parameters (log scale)")
@@ -56,7 +56,7 @@ def draw(points: Sequence[Point], file: Path, *, score_name: str, title: str) ->
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xticks(_ticks(points))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(float(value))))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
     if named:
         figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     figure.savefig(file)
@@ -83,8 +83,11 @@ def _follows_rank(points: Sequence[Point], key: str) -> bool:
     return len(values) > 1 and all(len(found) == 1 for found in values.values())
 
 
-def _write_ranks(axes: Any, points: Sequence[Point]) -> None:
-    """Write each rank once per number of parameters, above the highest point there."""
+def _write_ranks(axes: Any, points: Sequence[Point], *, falling: bool) -> None:
+    """Write each rank once per number of parameters, above the highest point there.
+
+    On the side on which a line that falls, or rises, leaves room.
+    """
     highest: dict[int, Point] = {}
     for point in points:
         if point.score >= highest.setdefault(point.parameters, point).score:
@@ -93,8 +96,9 @@ def _write_ranks(axes: Any, points: Sequence[Point]) -> None:
         axes.annotate(
             f"r = {point.settings[RANK]}",
             (point.parameters, point.score),
-            xytext=(4, 5),
+            xytext=(4 if falling else -4, 5),
             textcoords="offset points",
+            ha="left" if falling else "right",
             fontsize=8,
             color="0.3",
         )
