@@ -21,6 +21,8 @@ from lorakit.train.joint import joint_losses
 from lorakit.train.run import train
 from lorakit.train.sweep import sweep
 
+FIRST = ("red", "green", "blue", "small", "old", "new")
+
 
 @pytest.fixture
 def settings(tiny_llama, prompt_rows, tmp_path):
@@ -95,11 +97,15 @@ def assert_members_equal_separate_runs(config, tmp_path, *, tolerance):
 
 
 def test_members_equal_separate_runs(settings, tmp_path, in_float64):
+    # Texts, unlike answers, have a label on their first token.
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"{w} cat dog big"}) for w in FIRST))
     members = [
         {"lora.rank": 1, "name": "one", "weight_decay": 0.1, "steps": 9, "schedule": "cosine"},
         {"lora.alpha": 32, "seed": 1, "batch_size": 3, "learning_rate": 2e-3},
         {"lora.layers": "1", "seed": 2, "max_grad_norm": 0.05, "label_smoothing": 0.1, "steps": 5},
         {"accumulate": 3, "batch_size": 2, "data.train_rows": 11, "data.max_length": 6},
+        {"data.train": str(texts), "data.validation": str(texts), "batch_size": 4, "steps": 4},
     ]
     assert_members_equal_separate_runs(settings(members), tmp_path, tolerance=1e-6)
 
