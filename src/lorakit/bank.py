@@ -328,9 +328,7 @@ class AdapterBank:
 
     def _reload(self, name: str, entry: Entry) -> None:
         if entry.folder is None:
-            raise BankError(
-                f"adapter {name!r} was detached and has no folder to be read from: bank.add it again"
-            )
+            raise BankError(f"adapter {name!r} was detached and has no folder: bank.add it again")
         adapter = Adapter.load(entry.folder)
         if adapter.content_hash() != entry.content_hash:
             raise AdapterFileError(

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.attach import adapter_parameters, route
+from lorakit.attach import adapter_parameters
+from lorakit.routing import route
 from lorakit.train.loss import Loss
 from lorakit.train.trainer import AdapterTrainer
 

@@ -16,9 +16,10 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from lorakit.attach import extract, route
+from lorakit.attach import extract
 from lorakit.config import TrainConfig
 from lorakit.errors import ConfigError, OutputError, TrainingError
+from lorakit.routing import route
 from lorakit.train.collate import Collator
 from lorakit.train.evaluation import score
 from lorakit.train.guards import Interruption, UntrainedParts
