@@ -290,7 +290,7 @@ def test_a_sweep_that_fails_leaves_no_thread_behind(settings, at_pass):
 def test_a_finished_member_is_not_trained_again(settings):
     config = settings({"lora.rank": [1, 4]})
     sweep(config)
-    file = config.out / "rank=1" / "adapter_model.safetensors"
+    file = config.out / "rank=1" / "last" / "adapter_model.safetensors"
     before = file.stat().st_mtime_ns
     more = settings({"lora.rank": [1, 4, 8]}, resume=True)
     result = sweep(more)
