@@ -19,6 +19,7 @@ from lorakit.bench.interleaved import Contestant, Seconds, interleaved
 from lorakit.bench.peers import require_peft
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, threads
 from lorakit.config import DataConfig, LoRAConfig, PositiveInt
+from lorakit.errors import DataError
 from lorakit.models.load import load_model
 from lorakit.routing import route
 from lorakit.tasks.encode import Example, encode_rows
@@ -133,11 +134,20 @@ def _lora(settings: SweepConfig) -> LoRAConfig:
 
 
 def _examples(settings: SweepConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sequence[Example]]:
-    """Return the rows of each adapter, which no other one has."""
+    """Return the rows of each adapter, which no other one has.
+
+    Raises:
+        DataError: there are too few.
+    """
     data, per_adapter = DataConfig(), settings.rows
-    rows = read_rows(settings.task, data, limit=settings.adapters * per_adapter)
-    examples = encode_rows(rows, tokenizer, data).examples
-    return [examples[start : start + per_adapter] for start in range(0, len(rows), per_adapter)]
+    needed = settings.adapters * per_adapter
+    examples = encode_rows(read_rows(settings.task, data, limit=needed), tokenizer, data).examples
+    if len(examples) < needed:
+        raise DataError(
+            f"{settings.adapters} adapters with {per_adapter} rows each need {needed} rows, but "
+            f"{settings.task} has {len(examples)}: ask for fewer, or give another task"
+        )
+    return [examples[start : start + per_adapter] for start in range(0, needed, per_adapter)]
 
 
 def _optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
