@@ -1,5 +1,7 @@
 """What tests compare with: the hash of a base, random adapters, plain outputs."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -18,14 +20,47 @@ def randomise(model: nn.Module, name: str = "default", *, seed: int = 0, std: fl
 
 
 def attach_random(
-    model: nn.Module, name: str = "default", *, seed: int = 0, **config: object
+    model: nn.Module, name: str = "default", *, seed: int = 0, std: float = 0.2, **config: object
 ) -> None:
     """Attach an adapter with random weights."""
     lk.attach(model, lk.LoRAConfig(**config), name=name)
-    randomise(model, name, seed=seed)
+    randomise(model, name, seed=seed, std=std)
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Return a model's logits without gradients."""
     with torch.no_grad():
         return model(**inputs).logits
+
+
+def alone(model: nn.Module, inputs: dict[str, Tensor], names: list) -> list[Tensor]:
+    """Return each row's logits, computed for that row alone with its own choice."""
+    found = []
+    for row, name in enumerate(names):
+        with lk.route(model, name):
+            found.append(outputs(model, {k: v[row : row + 1] for k, v in inputs.items()})[0])
+    return found
+
+
+def with_updates(base: nn.Module, adapters: dict[str, lk.Adapter], blend: dict) -> nn.Module:
+    """Return a copy of a plain base with strength·scale·B·A and the rest summed into it."""
+    plain, original = copy.deepcopy(base), dict(base.named_parameters())
+    written = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, strength in blend.items():
+            adapter = adapters[name]
+            for site in adapter.sites:
+                layer = plain.get_submodule(site.path)
+                a, b = (adapter.tensors[f"{site.name}.lora_{x}"].flatten(1).double() for x in "ab")
+                delta = strength * site.scale * (b @ a)
+                # A tied weight changes in this layer alone.
+                layer.weight = nn.Parameter(layer.weight.clone())
+                turned = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
+                weight = layer.weight.T if turned else layer.weight
+                ranges = site.rows or ((0, len(weight)),)
+                chosen = [row for start, stop in ranges for row in range(start, stop)]
+                weight[chosen] += delta.reshape(weight[chosen].shape).to(weight.dtype)
+            for key, tensor in adapter.tensors.items():
+                if key in original:
+                    written[key] += strength * (tensor - original[key])
+    return plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -134,7 +135,7 @@ def _is_stackable(layer: nn.Module, terms: Terms) -> bool:
 
 @dataclass(frozen=True)
 class Piece:
-    """Updates of the same rows of one layer, in slots of about the same rank."""
+    """Updates of the same rows of one layer, in slots of one precision and about the same rank."""
 
     number: int
     """The layer's."""
@@ -149,9 +150,18 @@ class Piece:
         """Return the rank to which the slots are padded."""
         return max(map(_rank, self.terms))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the precision in which it is computed."""
+        return _dtype(self.terms[0])
+
 
 def _rank(terms: Sequence[tuple[LowRank, float]]) -> int:
     return sum(part.site.rank for part, _ in terms)
+
+
+def _dtype(terms: Sequence[tuple[LowRank, float]]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (part.lora_a.dtype for part, _ in terms))
 
 
 def _pieces(number: int, terms: LowRankTerms) -> Iterator[Piece]:
@@ -164,17 +174,18 @@ def _pieces(number: int, terms: LowRankTerms) -> Iterator[Piece]:
                 at = by_rows.setdefault(part.site.rows, {})
                 at.setdefault(slot, []).append((part, strength))
     for rows, by_slot in by_rows.items():
-        of_like_rank: dict[int, list[int]] = {}
+        alike: dict[tuple[int, torch.dtype], list[int]] = {}
         for slot, parts in by_slot.items():
-            of_like_rank.setdefault((_rank(parts) - 1).bit_length(), []).append(slot)
-        for slots in of_like_rank.values():
+            # No row is computed in another precision because of its neighbours.
+            alike.setdefault(((_rank(parts) - 1).bit_length(), _dtype(parts)), []).append(slot)
+        for slots in alike.values():
             yield Piece(number, rows, tuple(slots), tuple(tuple(by_slot[s]) for s in slots))
 
 
 def _of_like_slots(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    together: dict[tuple[int, ...], list[Piece]] = {}
+    together: dict[tuple[tuple[int, ...], torch.dtype], list[Piece]] = {}
     for piece in pieces:
-        together.setdefault(piece.slots, []).append(piece)
+        together.setdefault((piece.slots, piece.dtype), []).append(piece)
     return list(together.values())
 
 
@@ -188,9 +199,7 @@ class SharedInput:
     def __init__(self, pieces: Sequence[Piece], arranged: _Arranged) -> None:
         self.pieces = tuple(pieces)
         parts = [part for piece in pieces for terms in piece.terms for part, _ in terms]
-        self._dtype = parts[0].lora_a.dtype
-        for part in parts:
-            self._dtype = torch.promote_types(self._dtype, part.lora_a.dtype)
+        self._dtype = pieces[0].dtype
         self._arrangement = arranged.of(pieces[0].slots, self._dtype)
         self._drops = any(part.dropout for part in parts)
         self._trains = any(p.requires_grad for part in parts for p in part.parameters())
