@@ -28,7 +28,7 @@ class Entry:
     """What a bank knows of one adapter."""
 
     content_hash: str
-    """`Adapter.content_hash()`."""
+    """`Adapter.content_hash()`; empty for one that came by lk.attach."""
     size_bytes: int
     """Memory of its tensors."""
     folder: Path | None
@@ -80,9 +80,7 @@ class AdapterBank:
         if is_compiled(model):
             prepare_for_compile(self.model)
         self._attachment = attached(self.model)
-        for name in self._attachment.adapters:
-            adapter = extract(self.model, name)
-            self._entries[name] = Entry(adapter.content_hash(), adapter.size_bytes, None)
+        self._notice()
 
     def load(self, name: str, folder: str | Path) -> Adapter:
         """Read an adapter's folder, verify it, and hold it under a name.
@@ -148,24 +146,25 @@ class AdapterBank:
     @property
     def names(self) -> tuple[str, ...]:
         """Return every adapter that a route may name, resident or not."""
+        self._notice()
         return tuple(self._entries)
 
     @property
     def resident(self) -> tuple[str, ...]:
         """Return the adapters in memory."""
+        self._notice()
         return tuple(name for name in list(self._entries) if self._is_resident(name))
 
     @property
     def resident_bytes(self) -> int:
         """Return the memory of the adapters in it."""
-        entries = list(self._entries.items())
-        return sum(entry.size_bytes for name, entry in entries if self._is_resident(name))
+        return sum(self._entries[name].size_bytes for name in self.resident)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self.names
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.names)
 
     @contextmanager
     def route(self, names: Choice | Sequence[Choice]) -> Iterator[None]:
@@ -185,6 +184,7 @@ class AdapterBank:
         """
         rows = blends(names)
         with self._routing:
+            self._notice()
             with self._table:
                 check_names(rows, self._entries)
             used = dict.fromkeys(name for row in rows for name, _ in row)
@@ -236,7 +236,17 @@ class AdapterBank:
         # The model knows; it also knows of those that lk.detach took out.
         return name in self._state.adapters
 
+    def _notice(self) -> None:
+        """Take note of adapters that came by lk.attach."""
+        with self._table:
+            for name, updates in self._state.updates.items():
+                if name not in self._entries:
+                    size = sum(p.nbytes for u in updates.values() for p in u.parameters())
+                    self._entries[name] = Entry("", size, None)
+
     def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            self._notice()
         if name not in self._entries:
             raise BankError(
                 f"the bank has no adapter {name!r}{did_you_mean(name, self._entries)}; "
@@ -318,9 +328,7 @@ class AdapterBank:
 
     def _reload(self, name: str, entry: Entry) -> None:
         if entry.folder is None:
-            raise BankError(
-                f"adapter {name!r} was detached and has no folder to be read from: add it again"
-            )
+            raise BankError(f"adapter {name!r} was detached and has no folder: bank.add it again")
         adapter = Adapter.load(entry.folder)
         if adapter.content_hash() != entry.content_hash:
             raise AdapterFileError(

@@ -192,7 +192,7 @@ def test_lorakit_alone_lists_the_verbs(argv, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
     for name, meaning in VERBS.items():
-        assert f"  {name:<10}{meaning}\n" in out
+        assert f"  {name:<14}{meaning}\n" in out
 
 
 @pytest.mark.parametrize("argv", [["echo", "--help"], ["echo", "-h"], ["--help", "echo"]])

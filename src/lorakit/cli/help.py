@@ -25,9 +25,13 @@ SWITCHES = {
 """Flags that every verb has, and what they do."""
 
 
-def overview() -> str:
-    """Return what `lorakit --help` prints."""
-    verbs = "\n".join(f"  {name:<10}{meaning}" for name, meaning in VERBS.items())
+def overview(first: str = "") -> str:
+    """Return what `lorakit --help` prints, or `lorakit FIRST --help` for verbs of two words."""
+    verbs = "\n".join(
+        f"  {name:<14}{meaning}"
+        for name, meaning in VERBS.items()
+        if not first or name.startswith(f"{first} ")
+    )
     return (
         "usage: lorakit VERB [CONFIG.yaml] [--NAME VALUE ...]\n\n"
         "The complete LoRA system: train, verify, switch, merge and use low-rank adapters.\n\n"

@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 from lorakit import __version__
 from lorakit.cli.help import SWITCHES, overview, verb_help
 from lorakit.cli.settings import parse, to_yaml
-from lorakit.cli.verbs import VERBS, Result, load_verb
+from lorakit.cli.verbs import VERBS, Result, load_verb, second_words
 from lorakit.errors import ConfigError, LorakitError, did_you_mean
 
 
@@ -63,10 +63,10 @@ def _result(words: list[str], switches: set[str]) -> Result:
         return Result(text=f"lorakit {__version__}", data={"version": __version__})
     if not words:
         return Result(text=overview(), data={"verbs": VERBS})
-    name, *rest = words
-    if name not in VERBS:
-        hint = did_you_mean(name, VERBS) or f"; its verbs are {', '.join(VERBS)}"
-        raise ConfigError(f"lorakit has no verb {name!r}{hint}")
+    if "--help" in switches and len(words) == 1 and second_words(words[0]):
+        text = overview(words[0])
+        return Result(text=text, data={"help": text})
+    name, rest = _verb_and_rest(words)
     verb = load_verb(name)
     if "--help" in switches:
         text = verb_help(name, verb.SETTINGS)
@@ -75,6 +75,30 @@ def _result(words: list[str], switches: set[str]) -> Result:
     if "--print-config" in switches:
         return Result(text=to_yaml(settings), data=settings.model_dump())
     return verb.run(settings)
+
+
+def _verb_and_rest(words: list[str]) -> tuple[str, list[str]]:
+    """Return the verb, of one word or two, with which a command line starts, and what follows it.
+
+    Raises:
+        ConfigError: there is no such verb.
+    """
+    first, *rest = words
+    if first in VERBS:
+        return first, rest
+    seconds = second_words(first)
+    if not seconds:
+        known = dict.fromkeys(name.partition(" ")[0] for name in VERBS)
+        hint = did_you_mean(first, known) or f"; its verbs are {', '.join(known)}"
+        raise ConfigError(f"lorakit has no verb {first!r}{hint}")
+    second = rest[0] if rest and not rest[0].startswith("-") else None
+    if second in seconds:
+        return f"{first} {second}", rest[1:]
+    named = f"one of {', '.join(seconds)}"
+    if second is None:
+        raise ConfigError(f"lorakit {first} needs a second word: {named}")
+    hint = did_you_mean(second, seconds)
+    raise ConfigError(f"lorakit {first} has no verb {second!r}; it needs {named}{hint}")
 
 
 def _fail(error: BaseException, switches: set[str]) -> int:

@@ -13,8 +13,12 @@ VERBS = {
     "generate": "Complete prompts, with or without an adapter.",
     "merge": "Write a plain model that has the adapter in its weights.",
     "convert": "Read an adapter of one format and write it in another.",
+    "bench load": "Time the loading of adapters, beside PEFT and plain reading.",
+    "bench mixed": "Time batches of many adapters, beside PEFT and the plain model.",
+    "bench switch": "Time switching between adapters, beside PEFT.",
+    "bench sweep": "Time training many adapters at once, beside one by one.",
 }
-"""Each verb's name and meaning, here so that listing them imports none of them."""
+"""Each verb's name, of one word or two, and meaning: listing them here imports none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,8 @@ class Result:
 class Verb(Protocol):
     """What the module `lorakit.cli.NAME` of a verb must have.
 
+    A module whose verbs have two words has a mapping VERBS of the second word to such an object.
+
     While a verb runs it may print to stdout, as `generate` streams its words: with --json, main
     sends all of that to stderr. Progress and messages go to stderr themselves. A mistake of the
     user is a LorakitError. A verb that stops tidily on Ctrl-C raises a KeyboardInterrupt whose
@@ -46,6 +52,13 @@ class Verb(Protocol):
         ...
 
 
+def second_words(first: str) -> list[str]:
+    """Return what can follow the first word of verbs that have two."""
+    return [name.partition(" ")[2] for name in VERBS if name.startswith(f"{first} ")]
+
+
 def load_verb(name: str) -> Verb:
     """Return the module of a verb, importing it now: torch and transformers take seconds."""
-    return cast(Verb, importlib.import_module(f"lorakit.cli.{name}"))
+    first, _, second = name.partition(" ")
+    module = importlib.import_module(f"lorakit.cli.{first}")
+    return cast(Verb, module.VERBS[second] if second else module)

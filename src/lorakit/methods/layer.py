@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import RouteError
+from lorakit.models.base import base_modules
 
 
 def bank_key(name: str) -> str:
@@ -191,6 +192,6 @@ def update_of(layer: AdaptedLayer, name: str) -> Update | None:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """Yield the path and the object of each adapted layer."""
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         if isinstance(module, AdaptedLayer):
             yield path, module

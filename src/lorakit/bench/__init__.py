@@ -1,0 +1,1 @@
+"""Benchmarks: lorakit beside its peers, in one run, in turns."""

@@ -1,0 +1,71 @@
+"""Contestants measured in turns, so that a slow moment of the machine is everybody's."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+def nothing() -> None:
+    """Do nothing: what comes before and after most contestants."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One way to do the work, and what surrounds it untimed."""
+
+    run: Callable[[], object]
+    """What is timed."""
+    before: Callable[[], object] = nothing
+    """Called before each turn."""
+    after: Callable[[], object] = nothing
+    """Called after each turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """What one contestant took."""
+
+    turns: tuple[float, ...]
+    """The time of each turn that counts, in order."""
+
+    @property
+    def median(self) -> float:
+        """Return the middle of the turns."""
+        return statistics.median(self.turns)
+
+    @property
+    def minimum(self) -> float:
+        """Return the fastest turn."""
+        return min(self.turns)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return median, minimum and every turn."""
+        return {"median": self.median, "minimum": self.minimum, "turns": list(self.turns)}
+
+
+def interleaved(
+    contestants: Mapping[str, Contestant],
+    *,
+    repeats: int,
+    warm_ups: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Seconds]:
+    """Return the time of each contestant: all have their first turn, then all their second, …
+
+    Args:
+        contestants: who takes part, in the order of their turns.
+        repeats: turns that count.
+        warm_ups: turns before them, which do not count.
+        clock: tells the seconds.
+    """
+    turns: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(warm_ups + repeats):
+        for name, contestant in contestants.items():
+            contestant.before()
+            begun = clock()
+            contestant.run()
+            turns[name].append(clock() - begun)
+            contestant.after()
+    return {name: Seconds(turns=tuple(each[warm_ups:])) for name, each in turns.items()}

@@ -1,0 +1,104 @@
+"""Loading one adapter: into an empty bank, and into one that has hundreds."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors.torch
+from pydantic import Field
+from torch import Tensor
+
+from lorakit.bank import AdapterBank
+from lorakit.bench.interleaved import Contestant, interleaved
+from lorakit.bench.peers import peft_loading, peft_model, save_random_adapters
+from lorakit.bench.result import OURS, BenchConfig, Findings, Goal
+from lorakit.config import PositiveInt
+from lorakit.formats.folder import WEIGHTS_FILE
+from lorakit.models.load import load_model
+
+NAME = "measured"
+"""What the adapter is called that comes and goes."""
+
+
+class LoadConfig(BenchConfig):
+    """How many adapters there are already."""
+
+    resident: PositiveInt = 500
+    """The last load makes so many adapters resident in the bank (10 MB each for smollm2)."""
+
+    peer_resident: Annotated[int, Field(ge=2)] = 16
+    """The same in PEFT, which takes longer with each."""
+
+
+def measure_load(settings: LoadConfig) -> Findings:
+    """Time the first load and the last, beside reading the same file into tensors."""
+    with tempfile.TemporaryDirectory() as temporary:
+        model, _ = load_model(settings.model, dtype=settings.dtype)
+        (folder,) = save_random_adapters(
+            model, Path(temporary), count=1, rank=settings.rank, dtype=settings.adapter_dtype
+        )
+        read = Contestant(run=lambda: read_tensors(folder / WEIGHTS_FILE))
+        turns = {"read": read, "ours_first": _ours(settings, folder, resident=1)}
+        turns["ours_last"] = _ours(settings, folder, resident=settings.resident)
+        if settings.peer:
+            turns["peft_first"] = _peft_first(settings, folder)
+            turns["peft_last"] = _peft_last(settings, folder)
+        seconds = interleaved(turns, repeats=settings.repeats)
+        size = (folder / WEIGHTS_FILE).stat().st_size
+    timings = {
+        f"load_{place}": {
+            who: seconds[key]
+            for who, key in ((OURS, f"ours_{place}"), ("read", "read"), ("peft", f"peft_{place}"))
+            if key in seconds
+        }
+        for place in ("first", "last")
+    }
+    first, last = (timings[f"load_{place}"][OURS].median for place in ("first", "last"))
+    goals = (
+        Goal(what="first load against reading", got=first / seconds["read"].median, limit=2),
+        Goal(what="last load against reading", got=last / seconds["read"].median, limit=2),
+        Goal(what="last load against the first", got=last / first, limit=1.2),
+    )
+    return Findings(timings=timings, goals=goals, checks={"file_bytes": size})
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return a file's tensors in memory of their own, so that each byte was read."""
+    return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(file).items()}
+
+
+def _ours(settings: LoadConfig, folder: Path, *, resident: int) -> Contestant:
+    """Return a load that makes so many adapters resident, and the unloading after it."""
+    bank = AdapterBank(load_model(settings.model, dtype=settings.dtype)[0])
+    for number in range(resident - 1):
+        bank.load(f"resident-{number}", folder)
+    return Contestant(run=lambda: bank.load(NAME, folder), after=lambda: bank.unload(NAME))
+
+
+def _peft_first(settings: LoadConfig, folder: Path) -> Contestant:
+    base, _ = load_model(settings.model, dtype=settings.dtype)
+    made: list[Any] = []
+
+    def unload() -> None:
+        made.pop().unload()
+        # What PEFT leaves on the base would make it warn at the next turn.
+        del base.peft_config
+
+    return Contestant(
+        run=lambda: made.append(peft_model(base, [folder], adapter_dtype=settings.adapter_dtype)),
+        after=unload,
+    )
+
+
+def _peft_last(settings: LoadConfig, folder: Path) -> Contestant:
+    base, _ = load_model(settings.model, dtype=settings.dtype)
+    how = peft_loading(settings.adapter_dtype)
+    peer = peft_model(base, [folder], adapter_dtype=settings.adapter_dtype)
+    for number in range(settings.peer_resident - 2):
+        peer.load_adapter(folder, adapter_name=f"resident-{number}", **how)
+    return Contestant(
+        run=lambda: peer.load_adapter(folder, adapter_name=NAME, **how),
+        after=lambda: peer.delete_adapter(NAME),
+    )

@@ -1,0 +1,251 @@
+"""A batch whose rows use different adapters, against the plain model: decoding and prefill."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorakit.bank import AdapterBank
+from lorakit.bench.interleaved import Contestant, Seconds, interleaved
+from lorakit.bench.peers import peft_model, save_random_adapters
+from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, Timings
+from lorakit.config import PositiveInt
+from lorakit.models.load import load_model
+
+CHECKED_ROWS = 4
+"""Rows of the batch on which the answers are compared with PEFT's, in float32."""
+TOLERANCE = 1e-4
+"""Largest difference of a logit from PEFT's, as a share of the largest logit."""
+
+
+class MixedConfig(BenchConfig):
+    """The batches, and how many adapters there are."""
+
+    rows: PositiveInt = 16
+    """Rows of the batch that is compared with the plain model and with PEFT."""
+
+    adapters: PositiveInt = 16
+    """Distinct adapters in it."""
+
+    prompt_tokens: PositiveInt = 8
+    """Tokens of each prompt before the decoding."""
+
+    new_tokens: PositiveInt = 32
+    """Tokens that are decoded greedily."""
+
+    prefill_tokens: PositiveInt = 64
+    """Tokens of each row of the prefill."""
+
+    many_rows: PositiveInt = 64
+    """Rows of the batch with more and more distinct adapters."""
+
+    many_prefill_tokens: PositiveInt = 16
+    """Tokens of each of its rows in the prefill."""
+
+    distinct: tuple[PositiveInt, ...] = (1, 4, 16, 64)
+    """How many distinct adapters that batch has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What all contestants do with one batch."""
+
+    name: str
+    """decode or prefill."""
+    ids: Int[Tensor, "rows tokens"]
+    new_tokens: int | None = None
+    """Tokens to decode; None: one forward pass, and the logits of the last position."""
+
+    def do(self, model: Any, **more: Any) -> Tensor:
+        """Return the decoded tokens, or the logits."""
+        if self.new_tokens is None:
+            logits: Tensor = model(input_ids=self.ids, logits_to_keep=1, **more).logits
+            return logits
+        tokens: Tensor = model.generate(
+            input_ids=self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            do_sample=False,
+            max_new_tokens=self.new_tokens,
+            min_new_tokens=self.new_tokens,
+            pad_token_id=0,
+            **more,
+        )
+        return tokens
+
+
+@torch.inference_mode()
+def measure_mixed(settings: MixedConfig) -> Findings:
+    """Time mixed batches beside the plain model and PEFT, after comparing the answers."""
+    checks = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        model, plain = (load_model(settings.model, dtype=settings.dtype)[0] for _ in range(2))
+        folders = save_random_adapters(
+            model,
+            Path(temporary),
+            count=max(settings.adapters, *settings.distinct, 1),
+            rank=settings.rank,
+            dtype=settings.adapter_dtype,
+        )
+        if settings.peer:
+            checks["largest_difference_from_peft"] = _difference(settings, folders)
+        bank = AdapterBank(model)
+        for each in folders:
+            bank.load(each.name, each)
+        peer = _peer(settings, folders[: settings.adapters])
+    names = [each.name for each in folders]
+    timings = _beside_peers(settings, bank, plain, peer, names)
+    # PEFT's 16 adapters would stay in the caches and the memory of what follows.
+    del peer
+    many = _many(settings, bank, plain, names)
+    return Findings(
+        timings={**timings, **many}, goals=_goals(timings, many, settings), checks=checks
+    )
+
+
+def _peer(settings: MixedConfig, folders: list[Path]) -> Any:
+    """Return PEFT's model with some adapters, or None where it is left out."""
+    if not settings.peer:
+        return None
+    base, _ = load_model(settings.model, dtype=settings.dtype)
+    return peft_model(base, folders, adapter_dtype=settings.adapter_dtype)
+
+
+def _difference(settings: MixedConfig, folders: list[Path]) -> float:
+    """Return the largest difference between our logits and PEFT's, over the largest logit.
+
+    Both do the same work only if this is rounding.
+    """
+    folders = folders[:CHECKED_ROWS]
+    model, base = (load_model(settings.model, dtype="float32")[0] for _ in range(2))
+    bank = AdapterBank(model)
+    for each in folders:
+        bank.load(each.name, each)
+    peer = peft_model(base, folders, adapter_dtype="float32")
+    work = Work(name="prefill", ids=_ids(model, CHECKED_ROWS, settings.prompt_tokens))
+    names = _names([each.name for each in folders], CHECKED_ROWS)
+    with bank.route(names):
+        ours = work.do(model)
+    theirs = work.do(peer, adapter_names=names)
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    assert difference < TOLERANCE, f"our answers are {difference:.1e} from PEFT's"
+    return difference
+
+
+def _ids(model: PreTrainedModel, rows: int, tokens: int) -> Int[Tensor, "rows tokens"]:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (rows, tokens), generator=draw)
+
+
+def _names(names: Sequence[str], rows: int) -> list[str]:
+    """Return the adapter of each row: all of them in turn."""
+    return [names[row % len(names)] for row in range(rows)]
+
+
+def _work(
+    settings: MixedConfig, model: PreTrainedModel, rows: int, prefill_tokens: int
+) -> tuple[Work, Work]:
+    """Return the decoding and the prefill of so many rows."""
+    prompts = _ids(model, rows, settings.prompt_tokens)
+    return (
+        Work(name="decode", ids=prompts, new_tokens=settings.new_tokens),
+        Work(name="prefill", ids=_ids(model, rows, prefill_tokens)),
+    )
+
+
+def _ours(bank: AdapterBank, work: Work, names: Any) -> Contestant:
+    """Return the work under a route, made each time."""
+    return Contestant(run=lambda: _routed(bank, work, names))
+
+
+def _routed(bank: AdapterBank, work: Work, names: Any) -> Tensor:
+    with bank.route(names) if names is not None else nullcontext():
+        return work.do(bank.model)
+
+
+def _beside_peers(
+    settings: MixedConfig,
+    bank: AdapterBank,
+    plain: PreTrainedModel,
+    peer: Any,
+    names: list[str],
+) -> dict[str, dict[str, Seconds]]:
+    """Time the mixed batch, one adapter for all rows, and none, beside the plain model."""
+    found: dict[str, dict[str, Seconds]] = {}
+    chosen = _names(names[: settings.adapters], settings.rows)
+    for work in _work(settings, plain, settings.rows, settings.prefill_tokens):
+        turns = {
+            "plain": Contestant(run=_bound(work, plain)),
+            "mixed": _ours(bank, work, chosen),
+            "one": _ours(bank, work, names[0]),
+            "none": _ours(bank, work, None),
+        }
+        if peer is not None:
+            turns["peft"] = Contestant(run=_bound(work, peer, adapter_names=chosen))
+            turns["peft_disabled"] = _disabled(peer, work)
+        seconds = interleaved(turns, repeats=settings.repeats)
+        for what, ours, theirs in (
+            (work.name, "mixed", "peft"),
+            (f"{work.name}_one_adapter", "one", None),
+            (f"{work.name}_no_route", "none", "peft_disabled"),
+        ):
+            found[what] = {OURS: seconds[ours], "plain": seconds["plain"]}
+            if theirs in seconds:
+                found[what]["peft"] = seconds[theirs]
+    return found
+
+
+def _bound(work: Work, model: Any, **more: Any) -> Callable[[], Tensor]:
+    return lambda: work.do(model, **more)
+
+
+def _disabled(peer: Any, work: Work) -> Contestant:
+    def run() -> None:
+        with peer.disable_adapter():
+            work.do(peer)
+
+    return Contestant(run=run)
+
+
+def _many(
+    settings: MixedConfig, bank: AdapterBank, plain: PreTrainedModel, names: list[str]
+) -> dict[str, dict[str, Seconds]]:
+    """Time one batch with more and more distinct adapters."""
+    found: dict[str, dict[str, Seconds]] = {}
+    rows = settings.many_rows
+    for work in _work(settings, plain, rows, settings.many_prefill_tokens):
+        turns = {"plain": Contestant(run=_bound(work, plain))} | {
+            str(count): _ours(bank, work, _names(names[:count], rows))
+            for count in settings.distinct
+        }
+        seconds = interleaved(turns, repeats=settings.repeats)
+        for count in settings.distinct:
+            what = f"{work.name}_{rows}_rows_{count}_adapters"
+            found[what] = {OURS: seconds[str(count)], "plain": seconds["plain"]}
+    return found
+
+
+def _goals(timings: Timings, many: Timings, settings: MixedConfig) -> tuple[Goal, ...]:
+    def slowdown(what: str) -> float:
+        return timings[what][OURS].median / timings[what]["plain"].median
+
+    def spread(work: str) -> float:
+        ours = [each[OURS].median for what, each in many.items() if what.startswith(work)]
+        return max(ours) / min(ours)
+
+    return (
+        Goal(what="decode, mixed against plain", got=slowdown("decode"), limit=1.25),
+        Goal(what="prefill, mixed against plain", got=slowdown("prefill"), limit=1.15),
+        Goal(what="decode, no route against plain", got=slowdown("decode_no_route"), limit=1.02),
+        Goal(what="prefill, no route against plain", got=slowdown("prefill_no_route"), limit=1.02),
+        Goal(what="decode, most against fewest adapters", got=spread("decode"), limit=1.1),
+        Goal(what="prefill, most against fewest adapters", got=spread("prefill"), limit=1.1),
+    )

@@ -1,0 +1,218 @@
+"""Training many adapters in one batch against training them one after the other."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit.attach import adapter_parameters, attach
+from lorakit.bench.interleaved import Contestant, Seconds, interleaved
+from lorakit.bench.peers import require_peft
+from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, threads
+from lorakit.config import DataConfig, LoRAConfig, PositiveInt
+from lorakit.errors import DataError
+from lorakit.models.load import load_model
+from lorakit.routing import route
+from lorakit.tasks.encode import Example, encode_rows
+from lorakit.tasks.rows import read_rows
+from lorakit.train.collate import Collator
+from lorakit.train.loss import IGNORED, labelled_tokens
+
+LEARNING_RATE = 1e-3
+
+
+class SweepConfig(BenchConfig):
+    """How many adapters are trained, and on how much."""
+
+    adapters: PositiveInt = 8
+    """Adapters that are trained."""
+
+    rows: PositiveInt = 2
+    """Rows of each in one step."""
+
+    task: str = "builtin:places"
+    """Where the rows come from: what data.train may be."""
+
+    memory: bool = True
+    """Measure the largest resident set of each way too, in a process of its own (Linux)."""
+
+
+def measure_sweep(settings: SweepConfig) -> Findings:
+    """Time a step of all adapters, and take the memory of it."""
+    ways = [OURS, "separate", *(["peft"] if settings.peer else [])]
+    seconds = interleaved(
+        {way: Contestant(run=WAYS[way](settings)) for way in ways}, repeats=settings.repeats
+    )
+    memory = _memory(settings, ways) if settings.memory else {}
+    return Findings(timings={"step": seconds}, goals=_goals(seconds, memory), memory=memory)
+
+
+def joint(settings: SweepConfig) -> Callable[[], list[float]]:
+    """Return a step of all adapters in one batch; it returns each adapter's loss."""
+    model, tokenizer = load_model(settings.model, dtype=settings.dtype)
+    groups = _examples(settings, tokenizer)
+    names = [f"adapter-{number}" for number in range(len(groups))]
+    for name in names:
+        attach(model, _lora(settings), name=name)
+    model.train()
+    batch = Collator(tokenizer, model, task="generation")([row for rows in groups for row in rows])
+    owners = torch.arange(len(groups)).repeat_interleave(settings.rows)
+    optimizer = _optimizer(p for name in names for _, p in adapter_parameters(model, name))
+
+    def step() -> list[float]:
+        with route(model, [names[owner] for owner in owners]):
+            losses = _losses(model, batch, owners)
+            _update(losses, optimizer)
+        return losses.tolist()
+
+    return step
+
+
+def separate(settings: SweepConfig) -> Callable[[], list[float]]:
+    """Return a step of one adapter after the other, each with its own rows and optimizer state.
+
+    One adapter stands for all: which weights it has does not change the time.
+    """
+    model, tokenizer = load_model(settings.model, dtype=settings.dtype)
+    attach(model, _lora(settings))
+    return _one_by_one(model, model, tokenizer, settings)
+
+
+def peft_separate(settings: SweepConfig) -> Callable[[], list[float]]:
+    """Return the same step with PEFT's adapter, and the same loss."""
+    peft = require_peft()
+    base, tokenizer = load_model(settings.model, dtype=settings.dtype)
+    lora = peft.LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules="all-linear")
+    float32 = settings.adapter_dtype == "float32"
+    model = peft.get_peft_model(base, lora, autocast_adapter_dtype=float32)
+    return _one_by_one(model, base, tokenizer, settings)
+
+
+WAYS: dict[str, Callable[[SweepConfig], Callable[[], list[float]]]] = {
+    OURS: joint,
+    "separate": separate,
+    "peft": peft_separate,
+}
+"""Each way to train, by the contestant's name."""
+
+
+def _one_by_one(
+    model: nn.Module,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SweepConfig,
+) -> Callable[[], list[float]]:
+    """Return a step for each adapter's rows in turn, with the adapter that the model has."""
+    collate = Collator(tokenizer, base, task="generation")
+    batches = [collate(rows) for rows in _examples(settings, tokenizer)]
+    owners = torch.zeros(settings.rows, dtype=torch.int64)
+    optimizer = _optimizer(p for p in model.parameters() if p.requires_grad)
+    model.train()
+
+    def step() -> list[float]:
+        found: list[float] = []
+        for batch in batches:
+            losses = _losses(model, batch, owners)
+            _update(losses, optimizer)
+            found += losses.tolist()
+        return found
+
+    return step
+
+
+def _lora(settings: SweepConfig) -> LoRAConfig:
+    return LoRAConfig(rank=settings.rank, targets=("all-linear",), dtype=settings.adapter_dtype)
+
+
+def _examples(settings: SweepConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sequence[Example]]:
+    """Return the rows of each adapter, which no other one has.
+
+    Raises:
+        DataError: there are too few.
+    """
+    data, per_adapter = DataConfig(), settings.rows
+    needed = settings.adapters * per_adapter
+    examples = encode_rows(read_rows(settings.task, data, limit=needed), tokenizer, data).examples
+    if len(examples) < needed:
+        raise DataError(
+            f"{settings.adapters} adapters with {per_adapter} rows each need {needed} rows, but "
+            f"{settings.task} has {len(examples)}: ask for fewer, or give another task"
+        )
+    return [examples[start : start + per_adapter] for start in range(0, needed, per_adapter)]
+
+
+def _optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(parameters), lr=LEARNING_RATE, weight_decay=0.0)
+
+
+def _losses(
+    model: Any, batch: dict[str, Any], owners: Int[Tensor, " rows"]
+) -> Float[Tensor, " adapters"]:
+    """Return each adapter's mean loss over the labelled tokens of its rows."""
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits, targets = labelled_tokens(model(**inputs, use_cache=False).logits, labels)
+    row_of_token = (labels[:, 1:] != IGNORED).nonzero()[:, 0]
+    owner = owners[row_of_token]
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    sums = losses.new_zeros(int(owners.max()) + 1).index_add(0, owner, losses)
+    return sums / owner.bincount()
+
+
+def _update(losses: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    losses.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _memory(settings: SweepConfig, ways: Sequence[str]) -> dict[str, int]:
+    """Return the largest resident set of a process that trains in each way; {} off Linux."""
+    start_afresh = multiprocessing.get_context("spawn")
+    found = {}
+    for way in ways:
+        with ProcessPoolExecutor(max_workers=1, mp_context=start_afresh) as process:
+            found[way] = process.submit(_peak_bytes_of, way, settings).result()
+    return {way: peak for way, peak in found.items() if peak is not None}
+
+
+def _peak_bytes_of(way: str, settings: SweepConfig) -> int | None:
+    """Take two steps, and return the largest resident set of this process."""
+    with threads(settings.threads):
+        step = WAYS[way](settings)
+        step()
+        step()
+    return peak_bytes()
+
+
+def peak_bytes() -> int | None:
+    """Return the largest resident set of this process so far; None where Linux does not tell.
+
+    Not getrusage's, which a child inherits from the process that started it.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    peaks = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(peaks[0]) * 1024 if peaks else None
+
+
+def _goals(seconds: dict[str, Seconds], memory: dict[str, int]) -> tuple[Goal, ...]:
+    faster = seconds["separate"].median / seconds[OURS].median
+    goals = [
+        Goal(what="joint step, times faster than separate", got=faster, limit=1.5, at_least=True)
+    ]
+    if memory:
+        goals.append(
+            Goal(what="memory against one run", got=memory[OURS] / memory["separate"], limit=1.5)
+        )
+    return tuple(goals)

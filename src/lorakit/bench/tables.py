@@ -1,0 +1,132 @@
+"""Results as tables, and the page that has them: `python -m lorakit.bench.tables`."""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit.bench.result import OURS
+
+PAGE = Path("docs/benchmarks.md")
+"""The page of this repository, from its root; the results are in the folder of the same name."""
+NOT_MEASURED = "Not measured yet."
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a benchmark's result as Markdown: goals, times and checks."""
+    parts = [_goals(result), _seconds(result), _memory(result), _checks(result), _where(result)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def rewritten(page: str, results: Path) -> str:
+    """Return a page with a fresh table between <!-- NAME --> and <!-- end of NAME -->.
+
+    The table of NAME is that of NAME.json in the folder of results.
+    """
+
+    def fresh(found: re.Match[str]) -> str:
+        file = results / f"{found['name']}.json"
+        made = table(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        return f"{found['start']}\n{made or NOT_MEASURED}\n{found['end']}"
+
+    marked = r"(?P<start><!-- (?P<name>\w+) -->)\n.*?(?P<end><!-- end of (?P=name) -->)"
+    return re.sub(marked, fresh, page, flags=re.DOTALL)
+
+
+def duration(seconds: float) -> str:
+    """Return a time with three digits, in the unit that suits it."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def _goals(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            goal["what"],
+            f"at least {_amount(goal['at_least'], goal)}"
+            if "at_least" in goal
+            else f"at most {_amount(goal['at_most'], goal)}",
+            _amount(goal["got"], goal),
+            "yes" if goal["met"] else "no",
+        )
+        for goal in result["goals"]
+    ]
+    return _markdown(("goal", "limit", "got", "reached"), rows)
+
+
+def _amount(value: float, goal: dict[str, Any]) -> str:
+    return f"{value:.3g}x" if goal["unit"] == "x" else f"{value:.3g} {goal['unit']}"
+
+
+def _seconds(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            what.replace("_", " "),
+            who,
+            duration(seconds["median"]),
+            duration(seconds["minimum"]),
+            "" if who == OURS else f"{result['ratios'][who][what]:.3g}x",
+        )
+        for what, each in result["seconds"].items()
+        for who, seconds in each.items()
+    ]
+    return _markdown(("measured", "who", "median", "fastest", "time of ours"), rows)
+
+
+def _memory(result: dict[str, Any]) -> str:
+    rows = [(who, f"{size / 1e6:.0f} MB") for who, size in result["memory_bytes"].items()]
+    return _markdown(("who", "largest resident set"), rows)
+
+
+def _checks(result: dict[str, Any]) -> str:
+    words = (
+        f"{what.replace('_', ' ')}: {_word(value)}" for what, value in result["checks"].items()
+    )
+    return "; ".join(words)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.2g}" if isinstance(value, float) else f"{value:,}"
+
+
+def _where(result: dict[str, Any]) -> str:
+    """Return on what, and in which state of the sources, it was measured."""
+    settings, hardware, versions = (result[key] for key in ("settings", "hardware", "versions"))
+    names = ("lorakit", "torch", "transformers", "peft")
+    libraries = ", ".join(f"{name} {versions[name]}" for name in names if versions[name])
+    return (
+        f"{Path(settings['model']).name} in {settings['dtype']}, adapters of rank "
+        f"{settings['rank']} in {settings['adapter_dtype']}, {settings['repeats']} turns; "
+        f"{hardware['processor']}, {hardware['threads']} threads; {libraries}; "
+        f"commit {result['commit']}."
+    )
+
+
+def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table whose columns stand under each other in plain text too; "" without rows."""
+    rows = [heads, *rows]
+    if len(rows) == 1:
+        return ""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = (" | ".join(map(str.ljust, row, widths)) for row in rows)
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main() -> None:
+    """Rewrite the tables of a page from the results in the folder of the same name."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("page", type=Path, nargs="?", default=PAGE, help="(default: %(default)s)")
+    page = parser.parse_args().page
+    text = rewritten(page.read_text(encoding="utf-8"), page.with_suffix(""))
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

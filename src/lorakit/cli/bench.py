@@ -1,0 +1,38 @@
+"""The verbs bench load, mixed, switch and sweep: lorakit beside PEFT, measured in one run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.bench.load import LoadConfig, measure_load
+from lorakit.bench.mixed import MixedConfig, measure_mixed
+from lorakit.bench.result import BenchConfig, Findings, run_bench
+from lorakit.bench.sweep import SweepConfig, measure_sweep
+from lorakit.bench.switch import SwitchConfig, measure_switch
+from lorakit.bench.tables import table
+from lorakit.cli.verbs import Result, Verb
+from lorakit.config import Settings
+
+
+@dataclass
+class Bench:
+    """One benchmark as a verb."""
+
+    name: str
+    SETTINGS: type[Settings]
+    measure: Callable[[Any], Findings]
+
+    def run(self, settings: BenchConfig) -> Result:
+        """Measure, write the file that was asked for, and return the tables."""
+        result = run_bench(self.name, settings, self.measure)
+        written = f"\n\nwritten to {settings.out}" if settings.out else ""
+        return Result(text=table(result) + written, data=result)
+
+
+VERBS: dict[str, Verb] = {
+    "load": Bench("load", LoadConfig, measure_load),
+    "mixed": Bench("mixed", MixedConfig, measure_mixed),
+    "switch": Bench("switch", SwitchConfig, measure_switch),
+    "sweep": Bench("sweep", SweepConfig, measure_sweep),
+}
+"""Each benchmark by the second word of its verb."""
