@@ -286,3 +286,14 @@ def test_dropout_is_each_rows_own():
     assert not torch.allclose(drawn[0], exact[0])
     torch.testing.assert_close(mean[0], expected[0], rtol=0.1, atol=0.15)
     torch.testing.assert_close(mean[1:], expected[1:])
+
+
+def test_a_float32_copy_of_the_embeddings_serves_a_bfloat16_base():
+    model = build("llama").bfloat16()
+    attach_random(model, modules_to_save=("embed_tokens",))
+    inputs = example_inputs(model, rows=3)
+    names = ["default", None, {"default": 0.5}]
+    with lk.route(model, names):
+        mixed = outputs(model, inputs)
+    for found, expected in zip(mixed, alone(model, inputs, names), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)

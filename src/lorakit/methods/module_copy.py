@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.methods.layer import AdaptedLayer, Route, Update, adapted_layers, release
-from lorakit.models.base import base_modules
+from lorakit.models.base import base_modules, base_parameters
 
 
 class ModuleCopy(Update):
@@ -39,22 +39,23 @@ class ModuleCopy(Update):
         strength: float = 1.0,
         base: Any = None,
     ) -> Any:
-        """Return what the copy computes, in the input's precision.
+        """Return what the copy computes, in the input's precision, or for token ids the layer's.
 
         With a strength, or beside other adapters, the copy counts by its difference from the base's
         output.
         """
-        own = self._run(inputs)
+        own = self._run(layer, inputs)
         if strength == 1 and base is None:
             return own
         return output + strength * (own - (output if base is None else base))
 
-    def _run(self, inputs: tuple[Any, ...]) -> Any:
+    def _run(self, layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
         first = next(self.copy.parameters())
         floating = isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()
         x = inputs[0].to(first.dtype) if floating else inputs[0]
         result = self.copy(x, *inputs[1:])
-        return result.to(inputs[0].dtype) if floating and isinstance(result, Tensor) else result
+        dtype = inputs[0].dtype if floating else next(base_parameters(layer))[1].dtype
+        return result.to(dtype) if isinstance(result, Tensor) else result
 
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter of the copy."""
