@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import lorakit as lk
 from lorakit.cli.main import main
+from oracles import attach_random
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,9 +20,23 @@ def blocks(language):
 
 def test_the_python_of_the_readme_prints_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (program,) = blocks("python")
+    program, _ = blocks("python")
     exec(compile(program, "README.md", "exec"), {})
     assert capsys.readouterr().out == blocks("text")[0]
+
+
+def test_the_bank_of_the_readme_answers_a_mixed_batch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, _ = lk.load_model("smollm2")
+    for seed, name in enumerate(["places", "sql"]):
+        attach_random(model, seed=seed, targets=("q", "v"))
+        lk.extract(model).save(tmp_path / "out" / name)
+        lk.detach(model)
+    _, program = blocks("python")
+    found = {}
+    exec(compile(program, "README.md", "exec"), found)
+    assert found["answers"].shape[0] == 3
+    assert found["bank"].names == ("places", "sql")
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if "lorakit" in line]

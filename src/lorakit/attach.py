@@ -25,10 +25,8 @@ from lorakit.matching import Plan, fit, plan, short_names
 from lorakit.methods.checkpointing import adapted_blocks, let_input_require_grad
 from lorakit.methods.layer import (
     Update,
-    adapted_layers,
     bank_key,
     release,
-    update_of,
 )
 from lorakit.methods.lora import LoRAUpdate, LowRank, fresh_a, parameter_shapes
 from lorakit.methods.module_copy import ModuleCopy
@@ -205,8 +203,7 @@ def install(
         if path not in state.hooks:
             state.hooks[path] = block.register_forward_pre_hook(let_input_require_grad)
     stale = state.updates.get(name, {}).keys() - by_number.keys()
-    state.adapters[name] = record
-    state.updates[name] = by_number
+    state.replace(name, by_number, record)
     for number in stale:
         state.layers[number].adapter_bank.pop(bank_key(name))
 
@@ -226,8 +223,6 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         restore_pristine(model, state)
     for each in list(state.adapters) if name is None else [name]:
         remove(state, each)
-        if state.route.active == each:
-            state.activate(None)
     for number, layer in list(state.layers.items()):
         if not layer.adapter_bank:
             release(state.layers.pop(number))
@@ -241,10 +236,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 def remove(state: Attachment, name: str) -> None:
     """Take one adapter out; its layers stay adapted, and a route that uses it goes on."""
-    for number in state.updates.pop(name):
+    for number in state.forget(name):
         state.layers[number].adapter_bank.pop(bank_key(name))
-    del state.adapters[name]
-    state.mixed = None
 
 
 def restore_pristine(model: nn.Module, state: Attachment) -> None:
@@ -296,8 +289,9 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield one adapter's parameters under their names in an `Adapter`."""
-    for path, layer in adapted_layers(model):
-        update = update_of(layer, name)
+    state = require_attachment(model)
+    for number, update in state.updates.get(name, {}).items():
+        path = state.paths[number]
         if isinstance(update, ModuleCopy):
             for inner, parameter in update.copy.named_parameters():
                 yield f"{path}.{inner}", parameter

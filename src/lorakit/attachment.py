@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter import Adapter
-from lorakit.errors import AttachError, did_you_mean
+from lorakit.errors import AttachError, RouteError, did_you_mean
 from lorakit.methods.layer import AdaptedLayer, Changes, Route, Update, adopt
 from lorakit.models.base import base_parameters
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
 from lorakit.models.roles import shared_inputs, task_heads
 from lorakit.pristine import Pristine
+
+FORGOTTEN: Changes = {}
+"""Takes the place of changes whose memory may go; nothing that comes is this object."""
+
+
+class Lock:
+    """A re-entrant lock; a copy or a pickle of it is a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lock, ()
 
 
 @dataclass
@@ -33,7 +54,8 @@ class Attachment:
     pristine: dict[str, dict[str, Pristine]] = field(default_factory=dict)
     """Unmerged weights by module path and parameter name, while an adapter is merged."""
     hooks: dict[str, RemovableHandle] = field(default_factory=dict)
-    """What keeps gradients alive under reentrant checkpointing, by the path of the block."""
+    """By path: on the model what counts a batch's rows, on blocks what keeps gradients alive under
+    reentrant checkpointing."""
     layers: dict[int, AdaptedLayer] = field(default_factory=dict)
     """The adapted layers by their numbers."""
     paths: dict[int, str] = field(default_factory=dict)
@@ -44,8 +66,16 @@ class Attachment:
     """A word for the input of those layers that read the same as their neighbours, by path."""
     compiled: bool = False
     """Whether routes take the one form that torch.compile need not compile again."""
-    mixed: tuple[Any, Changes] | None = None
-    """The latest mixed batch: what it was made from, and what it does to each layer."""
+    mixed: tuple[Any, Changes, Any] | None = None
+    """The latest mixed batch: what it was made from, what it does to each layer, and the memory
+    that it was made from."""
+    lock: Lock = field(default_factory=Lock)
+    """Held for moments, where the route changes, or what an adapter does."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy or a pickle."""
+        # A copy's parameters lie elsewhere, so it makes its mixed batches anew.
+        return vars(self) | {"mixed": None}
 
     def adopt(self, path: str, layer: nn.Module) -> AdaptedLayer:
         """Turn a layer into an adapted layer, if it is not one yet, and know it by its number."""
@@ -55,29 +85,63 @@ class Attachment:
         return adapted
 
     def activate(self, name: str | None) -> None:
-        """Make one adapter, or the base, answer for all rows."""
-        plain = name is None or name == self.route.merged
-        self.route.changes = None if plain else self.updates[cast(str, name)]
-        self.route.active = name
-        if not self.route.depth:
-            self.route.switched = name
+        """Make one adapter, or the base, answer for all rows: inside a block, until its end."""
+        route = self.route
+        with self.lock:
+            plain = name is None or name == route.merged
+            route.changes = None if plain else self.updates[cast(str, name)]
+            route.active = name
+            if not route.depth:
+                route.switched, route.outside = name, route.changes
+
+    def replace(self, name: str, updates: dict[int, Update], record: Adapter) -> None:
+        """Let a name mean other updates from now on; a block that is open keeps what it has."""
+        route = self.route
+        with self.lock:
+            if name in self.updates:
+                self.mixed = None
+            self.adapters[name], self.updates[name] = record, updates
+            if route.switched == name and route.merged != name:
+                route.outside = updates
+                if not route.depth:
+                    route.changes = updates
+
+    def forget(self, name: str) -> dict[int, Update]:
+        """Return a name's updates, and know it no more; a block that is open keeps what it has."""
+        route = self.route
+        with self.lock:
+            del self.adapters[name]
+            self.mixed = None
+            if route.recorded is self.updates[name]:
+                route.recorded = FORGOTTEN
+            if route.switched == name:
+                route.switched = route.outside = None
+                if not route.depth:
+                    route.changes = route.active = None
+            return self.updates.pop(name)
 
     @contextmanager
-    def routed(self, changes: Changes | None, active: str | None) -> Iterator[None]:
+    def routed(
+        self, changes: Changes | None, active: str | None, rows: int | None
+    ) -> Iterator[None]:
         """Change the route for the time of a block; it is restored also after an error."""
         route = self.route
-        before = route.changes, route.active
-        route.depth += 1
-        route.changes, route.active = changes, active
+        with self.lock:
+            before = route.changes, route.active, route.rows
+            route.depth += 1
+            route.changes, route.active, route.rows = changes, active, rows
         try:
             yield
         finally:
-            route.depth -= 1
-            if route.depth:
-                route.changes, route.active = before
-            else:
-                # By name, because its content may have been replaced or taken out meanwhile.
-                self.activate(route.switched if route.switched in self.updates else None)
+            with self.lock:
+                route.depth -= 1
+                if route.recorded is changes is not before[0]:
+                    route.recorded = FORGOTTEN
+                # Outside, what answered before may have been replaced or taken out meanwhile.
+                route.changes, route.active, route.rows = (
+                    before if route.depth else (route.outside, route.switched, None)
+                )
+                route.repeats = 1
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -119,6 +183,7 @@ def attached(model: nn.Module) -> Attachment:
         frozen = {path: p.requires_grad for path, p in base_parameters(model)}
         state = Attachment(route=Route(), identity=identity_of(model), frozen=frozen)
         state.inputs = shared_inputs(model)
+        state.hooks[""] = model.register_forward_pre_hook(check_rows, with_kwargs=True)
         model.requires_grad_(False)
         model._lorakit = state  # type: ignore[assignment]
     return state
@@ -147,3 +212,56 @@ def active_name(model: nn.Module) -> str | None:
     """Return the name of the adapter in use, or None for the base."""
     state = attachment_of(model)
     return None if state is None else state.route.active
+
+
+def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Compare a batch with the route: a forward pre-hook, without state of its own.
+
+    Raises:
+        RouteError: the batch has another number of rows than the route.
+    """
+    if torch.compiler.is_compiling():
+        return
+    state = attachment_of(model)
+    if state is None or state.route.rows is None:
+        return
+    rows, found = state.route.rows, _batch_size(args, kwargs)
+    if found in (None, rows) or (found % rows == 0 and _is_repeated(state.route, found, kwargs)):
+        return
+    raise RouteError(
+        f"the route is for {rows} rows, but the batch has {found} rows; beams and several answers "
+        "to a row are known only where generate uses its cache"
+    )
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Return the rows of a model's first tensor."""
+    named = (kwargs.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids"))
+    tensors = (x for x in (*args, *named, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
+    return next((x.shape[0] for x in tensors), None)
+
+
+def _is_repeated(route: Route, found: int, kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether `generate` made several rows of each, and not a caller who gave too many.
+
+    Its first pass, where its cache is empty, has the same prompt in each of them.
+    """
+    encoded, cache = kwargs.get("encoder_outputs"), kwargs.get("past_key_values")
+    if encoded is not None:
+        return _has_equal_rows(encoded[0], cast(int, route.rows))
+    if cache is None:
+        return False
+    if cache.get_seq_length() == 0:
+        ids = kwargs.get("input_ids")
+        prompts = kwargs["inputs_embeds"] if ids is None else ids
+        route.repeats = found // cast(int, route.rows)
+        if not _has_equal_rows(prompts, cast(int, route.rows)):
+            route.repeats = 1
+    return found == cast(int, route.rows) * route.repeats
+
+
+def _has_equal_rows(x: Tensor, groups: int) -> bool:
+    """Tell whether each of so many groups of neighbours is one row several times, NaN included."""
+    grouped = x.unflatten(0, (groups, -1))
+    first = grouped[:, :1]
+    return bool(((grouped == first) | ((grouped != grouped) & (first != first))).all())

@@ -12,8 +12,9 @@ from torch import nn
 
 from lorakit.adapter import Adapter
 from lorakit.attach import extract, fit_and_build, install, remove
-from lorakit.attachment import Attachment, attached, require_attachment, unwrapped
+from lorakit.attachment import Attachment, attached, attachment_of, unwrapped
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
+from lorakit.formats.weights import value_problems
 from lorakit.merge import MergeReport, merge, unmerge
 from lorakit.methods.layer import Update
 from lorakit.methods.lora import is_adaptable
@@ -27,12 +28,11 @@ class Entry:
     """What a bank knows of one adapter."""
 
     content_hash: str
-    """`Adapter.content_hash()`."""
+    """`Adapter.content_hash()`; empty for one that came by lk.attach."""
     size_bytes: int
     """Memory of its tensors."""
     folder: Path | None
     """Where it is read again after an eviction; None: it was added from memory, and stays."""
-    resident: bool = True
     pinned: bool = False
     routes: int = 0
     """How many routes use it now."""
@@ -79,9 +79,8 @@ class AdapterBank:
         """Held by the thread whose route is in force."""
         if is_compiled(model):
             prepare_for_compile(self.model)
-        for name in attached(self.model).adapters:
-            adapter = extract(self.model, name)
-            self._entries[name] = Entry(adapter.content_hash(), adapter.size_bytes, None)
+        self._attachment = attached(self.model)
+        self._notice()
 
     def load(self, name: str, folder: str | Path) -> Adapter:
         """Read an adapter's folder, verify it, and hold it under a name.
@@ -97,7 +96,7 @@ class AdapterBank:
             BankError: there is no room for it, or the name is merged.
         """
         with self._loading:
-            return self._hold(name, Adapter.load(folder), Path(folder))
+            return self._hold(name, Adapter.load(folder), Path(folder).absolute())
 
     def add(self, name: str, adapter: Adapter) -> Adapter:
         """Hold an adapter from memory under a name; as it has no folder, it is never evicted.
@@ -106,6 +105,9 @@ class AdapterBank:
             AdapterFileError: it does not fit; every problem is listed.
             BankError: there is no room for it, or the name is merged.
         """
+        problems = value_problems(adapter.tensors)
+        if problems:
+            raise AdapterFileError.listing(f"adapter {name!r} can't be used", problems)
         with self._loading:
             return self._hold(name, adapter, None)
 
@@ -121,7 +123,7 @@ class AdapterBank:
                 raise BankError(f"adapter {name!r} is pinned: bank.unpin({name!r}) first")
             self._refuse_busy(name, "unload it")
             del self._entries[name]
-            if entry.resident:
+            if self._is_resident(name):
                 remove(self._state, name)
 
     def pin(self, name: str) -> None:
@@ -130,8 +132,7 @@ class AdapterBank:
         Raises:
             BankError: it is not known.
         """
-        with self._loading:
-            self._ensure_resident([name])
+        with self._kept([name]):
             self._entry(name).pinned = True
 
     def unpin(self, name: str) -> None:
@@ -145,23 +146,25 @@ class AdapterBank:
     @property
     def names(self) -> tuple[str, ...]:
         """Return every adapter that a route may name, resident or not."""
+        self._notice()
         return tuple(self._entries)
 
     @property
     def resident(self) -> tuple[str, ...]:
         """Return the adapters in memory."""
-        return tuple(name for name, entry in list(self._entries.items()) if entry.resident)
+        self._notice()
+        return tuple(name for name in list(self._entries) if self._is_resident(name))
 
     @property
     def resident_bytes(self) -> int:
         """Return the memory of the adapters in it."""
-        return sum(entry.size_bytes for entry in list(self._entries.values()) if entry.resident)
+        return sum(self._entries[name].size_bytes for name in self.resident)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self.names
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.names)
 
     @contextmanager
     def route(self, names: Choice | Sequence[Choice]) -> Iterator[None]:
@@ -181,31 +184,22 @@ class AdapterBank:
         """
         rows = blends(names)
         with self._routing:
+            self._notice()
             with self._table:
                 check_names(rows, self._entries)
-                used = list(dict.fromkeys(name for row in rows for name, _ in row))
-                for name in used:
-                    self._entries[name].routes += 1
-                taken = [self._entries[name] for name in used]
-            try:
-                self._ensure_resident(used)
-                with route(self.model, names):
-                    yield
-            finally:
-                with self._table:
-                    for entry in taken:
-                        entry.routes -= 1
+            used = dict.fromkeys(name for row in rows for name, _ in row)
+            with self._kept(list(used)), route(self.model, names):
+                yield
 
     def switch(self, name: str | None) -> None:
         """Make one adapter, or with None the base, answer for all rows from now on.
 
         Raises:
-            BankError: it is not known.
+            BankError: it is not known, or there is no room for it.
             MergeError: another adapter is merged into the weights.
         """
-        if name is not None:
-            self._ensure_resident([name])
-        switch(self.model, name)
+        with self._routing, self._kept([] if name is None else [name]):
+            switch(self.model, name)
 
     def merge(self, name: str, *, measure: bool = False) -> MergeReport:
         """Merge an adapter into the weights, in place of another if one is merged.
@@ -220,8 +214,7 @@ class AdapterBank:
             BankError: it is not known.
             MergeError: it is merged already.
         """
-        with self._routing, self._loading:
-            self._ensure_resident([name])
+        with self._routing, self._loading, self._kept([name]):
             return merge(self.model, name, measure=measure)
 
     def unmerge(self) -> None:
@@ -235,9 +228,25 @@ class AdapterBank:
 
     @property
     def _state(self) -> Attachment:
-        return require_attachment(self.model)
+        if attachment_of(self.model) is not self._attachment:
+            raise BankError("the model was detached from this bank's adapters: make a new bank")
+        return self._attachment
+
+    def _is_resident(self, name: str) -> bool:
+        # The model knows; it also knows of those that lk.detach took out.
+        return name in self._state.adapters
+
+    def _notice(self) -> None:
+        """Take note of adapters that came by lk.attach."""
+        with self._table:
+            for name, updates in self._state.updates.items():
+                if name not in self._entries:
+                    size = sum(p.nbytes for u in updates.values() for p in u.parameters())
+                    self._entries[name] = Entry("", size, None)
 
     def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            self._notice()
         if name not in self._entries:
             raise BankError(
                 f"the bank has no adapter {name!r}{did_you_mean(name, self._entries)}; "
@@ -256,7 +265,7 @@ class AdapterBank:
         """Verify an adapter and make it resident under a name."""
         content = adapter.content_hash()
         known = self._entries.get(name)
-        if known is not None and known.resident and known.content_hash == content:
+        if known is not None and self._content(name) == content:
             known.folder = folder
             return self._state.adapters[name]
         if self._state.route.merged == name:
@@ -265,13 +274,15 @@ class AdapterBank:
         self._make_room(name, adapter.size_bytes)
         with self._table:
             install(self.model, updates, name, record, trainable=False)
-            # A running route goes on with what it has; a switch means the name, so the new content.
-            if self._state.route.switched == name and not self._state.route.depth:
-                self._state.activate(name)
             entry = self._entries.setdefault(name, Entry(content, adapter.size_bytes, folder))
             entry.content_hash, entry.size_bytes = content, adapter.size_bytes
-            entry.folder, entry.resident = folder, True
+            entry.folder = folder
+            self._note_use(entry)
         return record
+
+    def _content(self, name: str) -> str | None:
+        """Return the content hash of an adapter in memory, which training may have changed."""
+        return extract(self.model, name).content_hash() if self._is_resident(name) else None
 
     def _verified(self, adapter: Adapter, *, copy: bool) -> tuple[dict[str, Update], Adapter]:
         _, updates, record = fit_and_build(
@@ -283,21 +294,41 @@ class AdapterBank:
         )
         return updates, record
 
-    def _ensure_resident(self, names: Sequence[str]) -> None:
-        """Note a use of each adapter, and read again those that were evicted."""
+    @contextmanager
+    def _kept(self, names: Sequence[str]) -> Iterator[None]:
+        """Read again those adapters that were evicted, and evict none of them inside a block.
+
+        Raises:
+            BankError: one is not known, or there is no room for them.
+        """
         with self._table:
-            for name in names:
-                self._uses += 1
-                self._entry(name).used = self._uses
-        if all(self._entry(name).resident for name in names):
+            entries = [self._entry(name) for name in names]
+            for entry in entries:
+                entry.routes += 1
+                self._note_use(entry)
+        try:
+            self._ensure_resident(names)
+            yield
+        finally:
+            with self._table:
+                for entry in entries:
+                    entry.routes -= 1
+
+    def _note_use(self, entry: Entry) -> None:
+        self._uses += 1
+        entry.used = self._uses
+
+    def _ensure_resident(self, names: Sequence[str]) -> None:
+        if all(map(self._is_resident, names)):
             return
         with self._loading:
             for name in names:
-                if not self._entry(name).resident:
+                if not self._is_resident(name):
                     self._reload(name, self._entry(name))
 
     def _reload(self, name: str, entry: Entry) -> None:
-        assert entry.folder is not None, "only adapters with a folder are evicted"
+        if entry.folder is None:
+            raise BankError(f"adapter {name!r} was detached and has no folder: bank.add it again")
         adapter = Adapter.load(entry.folder)
         if adapter.content_hash() != entry.content_hash:
             raise AdapterFileError(
@@ -308,7 +339,6 @@ class AdapterBank:
         self._make_room(name, entry.size_bytes)
         with self._table:
             install(self.model, updates, name, record, trainable=False)
-            entry.resident = True
 
     def _make_room(self, name: str, size_bytes: int) -> None:
         """Evict what was not used for the longest time, until an adapter has room.
@@ -319,7 +349,7 @@ class AdapterBank:
         if self.budget_bytes is None:
             return
         with self._table:
-            others = {n: e for n, e in self._entries.items() if e.resident and n != name}
+            others = {n: self._entries[n] for n in self.resident if n != name}
             missing = size_bytes + sum(e.size_bytes for e in others.values()) - self.budget_bytes
             leaving = []
             for other in sorted(others, key=lambda n: others[n].used):
@@ -336,7 +366,6 @@ class AdapterBank:
                     + (f" beside {', '.join(kept)}, which can't go now" if kept else "")
                 )
             for other in leaving:
-                others[other].resident = False
                 remove(self._state, other)
 
     def _may_go(self, name: str, entry: Entry) -> bool:

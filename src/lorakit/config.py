@@ -56,6 +56,13 @@ class Settings(BaseModel):
 
 def config_error(settings: type[BaseModel], error: ValidationError) -> ConfigError:
     """Return one ConfigError with a line for each of pydantic's problems."""
+    return ConfigError.listing(
+        f"{settings.__name__} has settings that cannot be used", problem_lines(settings, error)
+    )
+
+
+def problem_lines(settings: type[BaseModel], error: ValidationError) -> list[str]:
+    """Return a line for each of pydantic's problems: the setting, and what is wrong with it."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
@@ -68,7 +75,7 @@ def config_error(settings: type[BaseModel], error: ValidationError) -> ConfigErr
         else:
             found = repr(problem["input"])
             lines.append(f"{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, found {found}")
-    return ConfigError.listing(f"{settings.__name__} has settings that cannot be used", lines)
+    return lines
 
 
 def _nearest(settings: type[BaseModel], location: tuple[int | str, ...]) -> str:
@@ -272,6 +279,12 @@ class TrainConfig(Settings):
 
     init_from: Path | None = None
     """Adapter folder to go on from, in place of a fresh start."""
+
+    sweep: dict[str, Any] | list[Any] | None = None
+    """Train several adapters on one base in one batch, each as if alone, in folders of their own in
+    `out`. A mapping from settings to lists of values makes all combinations: {lora.rank: [1, 8],
+    seed: [0, 1]}. A list of mappings has one adapter each: [{lora.rank: 1}, {lora.rank: 8, seed: 1,
+    name: second}]."""
 
     resume: bool = False
     """Go on from the last checkpoint in `out`."""

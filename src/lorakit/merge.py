@@ -19,6 +19,7 @@ from lorakit.attachment import (
 )
 from lorakit.errors import MergeError
 from lorakit.methods.layer import AdaptedLayer, Update
+from lorakit.models.base import base_modules
 from lorakit.pristine import Checkpoint
 from lorakit.routing import route
 
@@ -114,7 +115,7 @@ def merge(
             the merge several times faster.
 
     Raises:
-        MergeError: no adapter is active, or this one is merged already.
+        MergeError: no adapter is active, this one is merged already, or a route is open.
     """
     state = require_attachment(model)
     name = active_name(model) if name is None else name
@@ -123,6 +124,8 @@ def merge(
     require_name(state, name)
     if state.route.merged == name:
         raise MergeError(f"adapter {name!r} is merged already: lk.unmerge(model) first")
+    if state.route.depth:
+        raise MergeError("a route is open, which would restore another adapter: merge after it")
     probe = (default_probe(model) if probe is None else probe) if measure else None
     if probe is not None and state.route.merged is not None:
         restore_pristine(model, state)
@@ -163,6 +166,9 @@ def _merge_layers(
     measure: bool,
 ) -> Iterator[MergedWeight]:
     tied = _tied_parameters(model)
+    # What the adapter that is merged now has untied.
+    kept_whole = (weight for weights in state.pristine.values() for weight in weights.values())
+    tied |= {id(weight) for weight in kept_whole if isinstance(weight, nn.Parameter)}
     checkpoint = Checkpoint(model) if pristine == "checkpoint" else None
     updates = state.updates[name]
     for path in state.pristine.keys() - {state.paths[number] for number in updates}:
@@ -207,8 +213,10 @@ def _measure(
 def _tied_parameters(model: nn.Module) -> set[int]:
     """Return the ids of the parameters that the model holds under more than one name."""
     seen: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    for _, module in base_modules(model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
     return {key for key, count in seen.items() if count > 1}
 
 

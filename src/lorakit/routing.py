@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorakit.attachment import Attachment, require_attachment, require_name, unwrapped
+from lorakit.attachment import Attachment, require_attachment, require_name
 from lorakit.errors import MergeError, RouteError, did_you_mean
 from lorakit.methods.layer import Changes
-from lorakit.methods.mixed import Batch, Blend, mixed_changes
+from lorakit.methods.mixed import Batch, Blend, Updates, mixed_changes
 from lorakit.methods.static import static_changes
 
 Choice = str | Mapping[str, float] | None
@@ -58,34 +58,47 @@ def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
     """
     state = require_attachment(model)
     rows = blends(names)
-    check_names(rows, state.adapters)
+    with state.lock:
+        check_names(rows, state.adapters)
+        updates = {name: state.updates[name] for row in rows for name, _ in row}
+    rows = [tuple(term for term in row if term[1]) for row in rows]
     if state.route.merged is not None:
         raise RouteError(
             f"adapter {state.route.merged!r} is merged into the weights, so no row can have "
             "another, or the base: lk.unmerge(model) first"
         )
-    changes, active = _changes(state, rows, next(model.parameters()).device)
+    changes, active = _changes(state, updates, rows, next(model.parameters()).device)
     length = None if _is_single(names) else len(rows)
-    with state.routed(changes, active), _checked(model, length):
+    with state.routed(changes, active, length):
         yield
 
 
 def blends(names: Choice | Sequence[Choice]) -> list[Blend]:
-    """Return what each row uses; one entry where one choice serves all rows."""
+    """Return what each row uses; one entry where one choice serves all rows.
+
+    Raises:
+        RouteError: a choice is neither a name, None, nor names with numbers.
+    """
     rows: Any = [names] if _is_single(names) else names
-    return [_blend(each) for each in rows]
+    return [_blend(each, row) for row, each in enumerate(rows)]
 
 
 def _is_single(names: Choice | Sequence[Choice]) -> bool:
     return names is None or isinstance(names, str | Mapping)
 
 
-def _blend(choice: Choice) -> Blend:
+def _blend(choice: Choice, row: int) -> Blend:
     if choice is None:
         return ()
     if isinstance(choice, str):
         return ((choice, 1.0),)
-    return tuple(sorted((name, float(strength)) for name, strength in choice.items() if strength))
+    try:
+        return tuple(sorted((name, float(strength)) for name, strength in choice.items()))
+    except (AttributeError, TypeError, ValueError):
+        raise RouteError(
+            f"row {row} asks for {choice!r}: give a name, None for the base, or a dictionary of "
+            "names and strengths"
+        ) from None
 
 
 def check_names(rows: Sequence[Blend], known: Mapping[str, Any]) -> None:
@@ -109,7 +122,7 @@ def check_names(rows: Sequence[Blend], known: Mapping[str, Any]) -> None:
 
 
 def _changes(
-    state: Attachment, rows: Sequence[Blend], device: torch.device
+    state: Attachment, updates: Updates, rows: Sequence[Blend], device: torch.device
 ) -> tuple[Changes | None, str | None]:
     """Return what is done to each layer, and the adapter's name where one serves all rows."""
     if all(blend == rows[0] for blend in rows):
@@ -117,57 +130,42 @@ def _changes(
             return None, None
         if len(rows[0]) == 1 and rows[0][0][1] == 1 and not state.compiled:
             name = rows[0][0][0]
-            return state.updates[name], name
+            return updates[name], name
         # Rows that all want the same need no telling apart, however many there are.
         rows = rows[:1]
-    return _mixed(state, Batch.of(rows), device), None
+    return _mixed(state, updates, Batch.of(rows), device), None
 
 
-def _mixed(state: Attachment, batch: Batch, device: torch.device) -> Changes:
+def _mixed(state: Attachment, updates: Updates, batch: Batch, device: torch.device) -> Changes:
     """Return a mixed batch's changes: those of the last one, if nothing is new since."""
     names = dict.fromkeys(name for blend in batch.blends for name, _ in blend)
-    used = {name: state.updates[name] for name in names}
-    token = (batch, device, tuple(_fingerprint(updates) for updates in used.values()))
+    used = {name: updates[name] for name in names}
+    token = (batch, device, _fingerprint(used))
     if state.mixed is None or state.mixed[0] != token:
-        make = static_changes if state.compiled else mixed_changes
-        state.mixed = (token, make(state.layers, used, batch, device))
+        trains = any(p.requires_grad for p in _parameters(used))
+        # The unchanging form holds copies of A and B, which would get no gradients.
+        make = static_changes if state.compiled and not trains else mixed_changes
+        changes = make(dict(state.layers), used, batch, device)
+        # While the memory is held, nothing else can lie at its address.
+        memory = [p.untyped_storage() for p in _parameters(used)]
+        state.mixed = (token, changes, memory)
+        return changes
     return state.mixed[1]
 
 
-def _fingerprint(updates: Mapping[int, nn.Module]) -> tuple[Any, ...]:
-    """Return what differs once a parameter was written, replaced, moved, frozen or unfrozen."""
+def _parameters(updates: Updates) -> Iterator[nn.Parameter]:
+    for of_adapter in updates.values():
+        for update in of_adapter.values():
+            yield from update.parameters()
+
+
+def _fingerprint(updates: Updates) -> tuple[Any, ...]:
+    """Return what differs once a parameter was written, replaced, moved, frozen or unfrozen.
+
+    What is written through `.data` in place differs in nothing that torch would tell.
+    """
     return tuple(
-        (p.data_ptr(), p._version, p.requires_grad)
-        for update in updates.values()
-        for p in update.parameters()
+        # Torch counts no writes to what was made in inference mode: that differs each time.
+        (p.data_ptr(), object() if p.is_inference() else p._version, p.requires_grad)
+        for p in _parameters(updates)
     )
-
-
-@contextmanager
-def _checked(model: nn.Module, rows: int | None) -> Iterator[None]:
-    """Compare each batch with the route's length, inside a block."""
-    if rows is None:
-        yield
-        return
-
-    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        found = _batch_size(args, kwargs)
-        # generate repeats rows, and can be told by the cache that it brings.
-        repeats = kwargs.get("past_key_values") is not None or "encoder_outputs" in kwargs
-        if found is not None and found != rows and not (repeats and found % rows == 0):
-            raise RouteError(f"the route is for {rows} rows, but the batch has {found} rows")
-
-    handle = unwrapped(model).register_forward_pre_hook(check, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Return the rows of a model's first tensor."""
-    named = (kwargs.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids"))
-    tensors = (x for x in (*args, *named, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
-    return next((x.shape[0] for x in tensors), None)

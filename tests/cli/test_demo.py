@@ -16,6 +16,9 @@ def test_the_demo_trains_switches_merges_and_leaves_the_base_unchanged(
     assert result["base_unchanged"] is True
     assert [task["task"] for task in result["tasks"]] == ["places", "sql"]
     assert all(0 < task["adapter_bytes"] < result["model_bytes"] for task in result["tasks"])
+    assert set(result["mixed"]["adapters"]) == {"places", "sql", None}
+    assert result["mixed"]["same_answers"] is True
+    assert [f"rank={rank}" for rank in (1, 2, 4, 8)] == list(result["sweep"])
     assert result["largest_logit_change_of_merging"] < 1e-4
     for task in ("places", "sql"):
         assert (tmp_path / "demo" / task / "lorakit.json").exists()

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from lorakit.errors import MissingExtraError, ModelError
 from lorakit.models import packaged
-from lorakit.models.load import load_model, model_name
+from lorakit.models.load import load_model, model_name, redraw_fresh_head
 from tiny_models import VOCABULARY, build
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, VOCABULARY))]
@@ -88,6 +88,30 @@ def test_a_classifier_has_its_labels_in_order(llama_folder):
     assert model.score.weight.shape == (3, 32)
     assert model(torch.tensor([[5, 6]]), labels=torch.tensor([2])).loss > 0
     assert not model.training
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "gpt2"])
+def test_a_redrawn_head_is_that_of_another_load(family, tmp_path):
+    build(family, head="Model").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, pad_token="<pad>")
+    loaded = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        loaded.append(load_model(tmp_path, task="classification", labels=("a", "b", "c"))[0])
+    torch.manual_seed(2)
+    redraw_fresh_head(loaded[0])
+    expected = loaded[1].state_dict()
+    for name, tensor in loaded[0].state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_head_of_the_checkpoint_is_not_redrawn(tmp_path):
+    build("bert").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, pad_token="<pad>")
+    model, _ = load_model(tmp_path, task="classification")
+    before = model.classifier.weight.clone()
+    redraw_fresh_head(model)
+    assert torch.equal(model.classifier.weight, before)
 
 
 def test_a_regressor_has_one_output(llama_folder):

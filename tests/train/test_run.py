@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import lorakit as lk
+import lorakit.train.prepare as preparation
 import lorakit.train.run as training
 from lorakit.config import DataConfig, LoRAConfig, TrainConfig
 from lorakit.errors import ConfigError, DataError, OutputError, TrainingError
@@ -200,7 +201,7 @@ def test_a_layer_without_gradient_is_named_and_stops_the_run(settings, monkeypat
         model.model.layers[1].idle = torch.nn.Linear(32, 32)
         return model, tokenizer
 
-    monkeypatch.setattr(training, "load_model", load_with_idle_layer)
+    monkeypatch.setattr(preparation, "load_model", load_with_idle_layer)
     config = settings(lora=LoRAConfig(targets=("q", "idle")))
     with pytest.raises(TrainingError, match=r"layers\.1\.idle\.lora_b  has had no gradient"):
         train(config)

@@ -1,9 +1,10 @@
-"""The verb demo: two tasks learned, switched, merged and undone on a real model, in minutes."""
+"""The verb demo: two tasks learned, mixed, switched, merged and undone on a real model."""
 
+import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.adapter import Adapter
-from lorakit.attach import attach, detach
+from lorakit.attach import detach
+from lorakit.bank import AdapterBank
 from lorakit.cli.verbs import Result
 from lorakit.config import DataConfig, LoRAConfig, PositiveInt, Settings, TrainConfig
 from lorakit.errors import OutputError
@@ -26,10 +27,15 @@ from lorakit.tasks.metrics import exact_match
 from lorakit.tasks.rows import read_rows
 from lorakit.train.evaluation import answer
 from lorakit.train.run import train
+from lorakit.train.sweep import sweep
 
 TASKS = {"places": 70, "sql": 30}
 """The tasks, and the steps after which each is learned."""
 MODEL = "smollm2"
+SWEEP_RANKS = (1, 2, 4, 8)
+SWEEP_STEPS = 12
+MIXED_ROWS = 8
+"""Rows of the mixed batch, in turns of the tasks and the base."""
 
 
 class DemoConfig(Settings):
@@ -69,6 +75,18 @@ class TaskResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """One batch in which each row has the adapter of its own task, or none."""
+
+    adapters: tuple[str | None, ...]
+    same_answers: bool
+    """Whether every row was answered as in a batch of its own adapter's rows alone."""
+    seconds: float
+    base_seconds: float
+    """Time of the base for the same rows and as many tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """One forward pass of a held-out batch, median of several."""
 
@@ -80,7 +98,7 @@ class Timing:
 
 
 def run(settings: DemoConfig) -> Result:
-    """Train, reload, switch, merge and unmerge, and prove that the base is unchanged."""
+    """Train, reload, mix, switch, merge and unmerge, and prove that the base is unchanged."""
     started = time.perf_counter()
     out = _folder(settings.out)
     model, tokenizer = load_model(MODEL, dtype="float32")
@@ -93,12 +111,14 @@ def run(settings: DemoConfig) -> Result:
     for task in TASKS:
         _say(f"training {task}")
         trained[task] = train(_training(task, settings, out), progress=True)
-    _say("reloading both adapters into the base, scoring, merging, unmerging")
-    for task in TASKS:
-        attach(model, Adapter.load(out / task), name=task)
+    _say(f"training {len(SWEEP_RANKS)} ranks of sql in one batch")
+    swept = sweep(_sweep(settings, out), progress=True)
+    _say("reloading the adapters into the base, scoring, mixing, merging, unmerging")
+    bank = AdapterBank(model)
     results = []
     for task in TASKS:
-        switch(model, task)
+        bank.load(task, out / task)
+        bank.switch(task)
         after, example = _score(model, tokenizer, held_out[task])
         results.append(
             TaskResult(
@@ -111,6 +131,7 @@ def run(settings: DemoConfig) -> Result:
                 example=example,
             )
         )
+    mixed = _mix(bank, model, tokenizer, held_out)
     batch = _batch(tokenizer, held_out[next(iter(TASKS))])
     timing, logit_change = _merge_and_undo(model, batch)
     detach(model)
@@ -118,6 +139,12 @@ def run(settings: DemoConfig) -> Result:
     data = {
         "tasks": [asdict(result) for result in results],
         "model_bytes": size,
+        "mixed": asdict(mixed),
+        "sweep": {
+            name: {"parameters": run.parameters, "validation_loss": run.scores["loss"]}
+            for name, run in swept.finished.items()
+        },
+        "sweep_seconds": swept.seconds,
         "timing": asdict(timing),
         "largest_logit_change_of_merging": logit_change,
         "base_unchanged": unchanged,
@@ -125,7 +152,7 @@ def run(settings: DemoConfig) -> Result:
         "out": str(out),
     }
     assert unchanged, "the base has changed"
-    return Result(text=_report(results, size, data, timing), data=data)
+    return Result(text=_report(results, data, timing, mixed), data=data)
 
 
 def _folder(asked: Path | None) -> Path:
@@ -150,6 +177,26 @@ def _training(task: str, settings: DemoConfig, out: Path) -> TrainConfig:
     )
 
 
+def _sweep(settings: DemoConfig, out: Path) -> TrainConfig:
+    """Return a sweep with as many rows in a step as one training has."""
+    steps = min(SWEEP_STEPS, settings.steps or SWEEP_STEPS)
+    return TrainConfig(
+        model=MODEL,
+        out=out / "ranks",
+        lora=LoRAConfig(targets=("q", "v")),
+        data=DataConfig(
+            train="builtin:sql", validation="builtin:sql:validation", validation_rows=16
+        ),
+        sweep={"lora.rank": list(SWEEP_RANKS)},
+        steps=steps,
+        batch_size=max(1, settings.batch_size // len(SWEEP_RANKS)),
+        learning_rate=3e-3,
+        warmup_steps=min(3, steps // 2),
+        eval_every=steps,
+        check_after=3,
+    )
+
+
 def _held_out(task: str, count: int) -> Sequence[PromptRow]:
     rows = read_rows(f"builtin:{task}", DataConfig(), limit=count, split="test").rows
     return [row for row in rows if isinstance(row, PromptRow)]
@@ -163,6 +210,39 @@ def _score(
     answers = answer(model, tokenizer, prompts, max_new_tokens=48, batch_size=32)
     example = f"{rows[0].prompt}\n  -> {answers[0].splitlines()[0] if answers[0] else ''}"
     return exact_match(answers, [references_of(row) for row in rows]), example
+
+
+def _mix(
+    bank: AdapterBank,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Mapping[str, Sequence[PromptRow]],
+) -> Mixed:
+    """Answer one batch whose rows use the adapters in turns, and each adapter's rows alone."""
+    turns = [task for _, task in zip(range(MIXED_ROWS), itertools.cycle([*TASKS, None]))]
+    source = {task: itertools.cycle(held_out[task or "places"]) for task in turns}
+    rows = [next(source[task]) for task in turns]
+    prompts = [encode_prompt(row, tokenizer, DataConfig()) for row in rows]
+    # `answer` sorts its rows by length, and the route must name them in that order.
+    order = sorted(range(len(rows)), key=lambda row: len(prompts[row]))
+    prompts, turns = [prompts[row] for row in order], [turns[row] for row in order]
+
+    def ask(route: Any, asked: Sequence[Sequence[int]]) -> tuple[list[str], float]:
+        begun = time.perf_counter()
+        with bank.route(route):
+            answers = answer(model, tokenizer, asked, max_new_tokens=24, min_new_tokens=24)
+        return answers, time.perf_counter() - begun
+
+    together, seconds = ask(turns, prompts)
+    base_seconds = ask(None, prompts)[1]
+    same = True
+    for task in dict.fromkeys(turns):
+        mine = [row for row, chosen in enumerate(turns) if chosen == task]
+        alone, _ = ask(task, [prompts[row] for row in mine])
+        same &= alone == [together[row] for row in mine]
+    return Mixed(
+        adapters=tuple(turns), same_answers=same, seconds=seconds, base_seconds=base_seconds
+    )
 
 
 def _batch(
@@ -218,13 +298,17 @@ def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix == ".safetensors")
 
 
-def _report(results: Sequence[TaskResult], size: int, data: dict[str, Any], timing: Timing) -> str:
+def _report(
+    results: Sequence[TaskResult], data: dict[str, Any], timing: Timing, mixed: Mixed
+) -> str:
+    size = data["model_bytes"]
     lines = ["task      before   after   adapter        model     training"]
     lines += [
         f"{r.task:8}  {r.before:6.0%}  {r.after:6.0%}  {r.adapter_bytes / 1e6:6.1f} MB"
         f"  {size / 1e6:8.0f} MB  {r.seconds:7.0f} s"
         for r in results
     ]
+    ranks = ", ".join(f"{n} {m['validation_loss']:.2f}" for n, m in data["sweep"].items())
     examples = [line for r in results for line in r.example.splitlines()]
     out = data["out"]
     return "\n".join(
@@ -233,6 +317,11 @@ def _report(results: Sequence[TaskResult], size: int, data: dict[str, Any], timi
             "",
             *lines,
             "",
+            f"{len(data['sweep'])} ranks trained in one batch ({data['sweep_seconds']:.0f} s), "
+            f"validation loss: {ranks}",
+            f"one batch of {len(mixed.adapters)} rows with {len(TASKS)} adapters and the base: "
+            f"{mixed.seconds:.1f} s (the base alone {mixed.base_seconds:.1f} s), each row "
+            + ("answered as alone" if mixed.same_answers else "NOT ANSWERED AS ALONE"),
             f"one prompt: base {timing.base_ms:.1f} ms, unmerged {timing.unmerged_ms:.1f} ms, "
             f"merged {timing.merged_ms:.1f} ms; a switch takes {timing.switch_us:.1f} us",
             f"largest change of a logit by merging: {data['largest_logit_change_of_merging']:.2g}",

@@ -66,7 +66,7 @@ class Flag:
             return None
         origins = {get_origin(each) for each in types if each is not NoneType}
         if dict in origins:
-            return _mapping(text)
+            return _from_yaml(text, dict | list if list in origins else dict)
         if origins <= {list, tuple}:
             return [part.strip() for part in text.split(",") if part.strip()]
         return text
@@ -169,15 +169,17 @@ def _kind(type_: Any) -> str:
         return "|".join(map(str, get_args(type_)))
     if origin is dict:
         return "'{NAME: VALUE}'"
+    if origin is list and get_args(type_)[0] is Any:
+        return "'[{NAME: VALUE}, …]'"
     if origin in (list, tuple):
         return f"{_KINDS.get(get_args(type_)[0], 'TEXT')},…"
     return _KINDS.get(type_, "TEXT")
 
 
-def _mapping(text: str) -> Any:
-    """Return the mapping that a text is in YAML, or the text where it is none."""
+def _from_yaml(text: str, kind: Any) -> Any:
+    """Return what a text is in YAML, or the text where that is of another kind."""
     try:
         value = strict_yaml.load(text)
     except (yaml.YAMLError, ValueError):
         return text
-    return value if isinstance(value, dict) else text
+    return value if isinstance(value, kind) else text

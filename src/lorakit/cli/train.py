@@ -1,26 +1,24 @@
-"""The verb train: an adapter from your model and your data."""
+"""The verb train: an adapter, or with sweep several, from your model and your data."""
 
 from typing import Any
 
 from lorakit.cli.verbs import Result
 from lorakit.config import Settings, TrainConfig
-from lorakit.train.run import describe, prepare, train
+from lorakit.train.prepare import Prepared, prepare
+from lorakit.train.run import train
+from lorakit.train.sweep import describe, prepare_sweep, sweep
+from lorakit.train.sweep_record import figures
 
 SETTINGS: type[Settings] = TrainConfig
 
 
 def run(settings: TrainConfig) -> Result:
     """Train, or with dry_run only show what would be adapted and read."""
+    if settings.sweep is not None:
+        return _dry_sweep(settings) if settings.dry_run else _sweep(settings)
     if settings.dry_run:
         prepared = prepare(settings)
-        return Result(
-            text=describe(prepared),
-            data={
-                "parameters": prepared.plan.parameters,
-                "sites": [vars(match.site) for match in prepared.plan.matches],
-                "rows": len(prepared.training),
-            },
-        )
+        return Result(text=str(prepared), data=_data(prepared))
     result = train(settings, progress=True, table=True)
     lines = [
         f"trained {result.parameters:,} parameters in {result.steps} steps, {result.seconds:.0f} s",
@@ -30,3 +28,23 @@ def run(settings: TrainConfig) -> Result:
     lines.append(f"adapter in {result.out}")
     data: dict[str, Any] = {**vars(result), "out": str(result.out)}
     return Result(text="\n".join(lines), data=data)
+
+
+def _data(prepared: Prepared) -> dict[str, Any]:
+    return {
+        "parameters": prepared.plan.parameters,
+        "sites": [vars(match.site) for match in prepared.plan.matches],
+        "rows": len(prepared.training),
+    }
+
+
+def _dry_sweep(settings: TrainConfig) -> Result:
+    prepared = prepare_sweep(settings)
+    data = {name: _data(each) for name, each in prepared.items()}
+    return Result(text=describe(prepared), data={"members": data})
+
+
+def _sweep(settings: TrainConfig) -> Result:
+    result = sweep(settings, progress=True, table=True)
+    text = f"{result.summary}\nadapters, figures and plot in {result.out}"
+    return Result(text=text, data={**figures(result), "out": str(result.out)})

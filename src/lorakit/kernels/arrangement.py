@@ -55,7 +55,11 @@ class Arrangement:
             RouteError: the batch has another number of rows than the route.
         """
         if x.shape[0] % self.rows:
-            raise RouteError(f"the route is for {self.rows} rows, but the batch has {x.shape[0]}")
+            shared = "; a layer whose input all rows share can't answer them differently"
+            raise RouteError(
+                f"the route is for {self.rows} rows, but the batch has {x.shape[0]}"
+                + (shared if x.shape[0] == 1 else "")
+            )
         return x.shape[:-1].numel() // self.rows
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.methods.layer import AdaptedLayer
+from lorakit.models.base import base_modules
 
 
 def adapted_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -21,9 +22,9 @@ def adapted_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     # Imported late: it sets up loggers, which importing lorakit must not.
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for path, block in model.named_modules():
+    for path, block in base_modules(model):
         if isinstance(block, GradientCheckpointingLayer) and any(
-            isinstance(inner, AdaptedLayer) for inner in block.modules()
+            isinstance(inner, AdaptedLayer) for _, inner in base_modules(block)
         ):
             yield path, block
 

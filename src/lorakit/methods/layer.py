@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import RouteError
+from lorakit.models.base import base_modules
 
 
 def bank_key(name: str) -> str:
@@ -49,14 +50,25 @@ class Route:
     """The adapter of every row; None: the base, or rows differ."""
     switched: str | None = None
     """What answers outside all `with` blocks: an adapter, or None for the base."""
+    outside: Changes | None = None
+    """What is done outside all `with` blocks."""
     depth: int = 0
     """How many `with` blocks of routes are open."""
+    rows: int | None = None
+    """How many rows the batch must have; None: any number."""
+    repeats: int = 1
+    """How many rows `generate` makes of each at present: beams, or several answers."""
     merged: str | None = None
     """The adapter that the base's weights hold at present."""
     layers: int = 0
     """How many layers were adopted so far; the next one gets this number."""
     recorded: Changes | None = None
     """What the latest forward pass did that was made for training."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy or a pickle, which is outside of all blocks."""
+        closed = {"changes": self.outside, "active": self.switched, "recorded": None}
+        return vars(self) | closed | {"depth": 0, "rows": None, "repeats": 1}
 
     def check_recomputation(self) -> None:
         """Note what a forward pass does, and compare it where a backward pass repeats one.
@@ -180,6 +192,6 @@ def update_of(layer: AdaptedLayer, name: str) -> Update | None:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """Yield the path and the object of each adapted layer."""
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         if isinstance(module, AdaptedLayer):
             yield path, module

@@ -198,7 +198,7 @@ class SharedInput:
         self._columns = [slice(end - p.rank, end) for end, p in zip(stops, pieces, strict=True)]
         self._a = None if self._trains else self._stacked_a()
         self._b = None if self._trains else [self._stacked_b(at) for at in range(len(pieces))]
-        self._kept: tuple[Tensor, int, Tensor] | None = None
+        self._kept: tuple[Tensor, Any, Tensor] | None = None
         self._waiting = 0
 
     def add(self, at: int, x: Tensor, output: Tensor) -> Tensor:
@@ -209,7 +209,8 @@ class SharedInput:
     def _narrow(self, at: int, x: Tensor) -> Tensor:
         """Return A·x of one piece, (chunks, tokens, rank)."""
         columns = self._columns[at]
-        if self._drops and any(part.training for part, _ in self.pieces[at].terms[0]):
+        terms = self.pieces[at].terms
+        if self._drops and any(part.training for of_slot in terms for part, _ in of_slot):
             # Every layer drops other elements, so that nothing can be shared.
             a = self._stacked_a() if self._a is None else self._a
             return grouped.narrow(self._dropped(at, x), a[:, columns], self._arrangement)
@@ -217,9 +218,11 @@ class SharedInput:
             a = self._stacked_a() if self._a is None else self._a
             return grouped.narrow(x, a[:, columns], self._arrangement)
         kept = self._kept
-        if kept is None or kept[0] is not x or kept[1] != x._version:
+        # Torch counts no writes in inference mode.
+        same = torch.is_grad_enabled(), None if x.is_inference() else x._version
+        if kept is None or kept[0] is not x or kept[1] != same:
             a = self._stacked_a() if self._a is None else self._a
-            kept = (x, x._version, grouped.narrow(x, a, self._arrangement))
+            kept = (x, same, grouped.narrow(x, a, self._arrangement))
             self._waiting = len(self.pieces)
         self._waiting -= 1
         self._kept = kept if self._waiting else None
@@ -358,6 +361,10 @@ class ByRows(Change):
 
     def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Return the output with each row's own update."""
+        if inputs[0].shape[0] == 1 < self._rows:
+            # All rows share one input, such as positions; their outputs differ all the same.
+            inputs = (inputs[0].expand(self._rows, *inputs[0].shape[1:]), *inputs[1:])
+            output = output.expand(self._rows, *output.shape[1:])
         results: list[tuple[Tensor, Tensor]] = []
         for group in self._groups:
             index = _positions(group.index, inputs[0].shape[0], self._rows)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.methods.layer import Route, Update, adapted_layers, release
+from lorakit.methods.layer import AdaptedLayer, Route, Update, adapted_layers, release
+from lorakit.models.base import base_modules
 
 
 class ModuleCopy(Update):
@@ -20,7 +21,7 @@ class ModuleCopy(Update):
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         # Other adapters that sit on the module stay with the module, and so does the route.
-        left = [layer for _, layer in adapted_layers(module)]
+        left = [m for _, m in base_modules(module) if isinstance(m, AdaptedLayer)]
         memo: dict[int, Any] = {id(layer.adapter_bank): nn.ModuleDict() for layer in left}
         memo |= {id(layer.adapter_route): Route() for layer in left}
         self.copy = copy.deepcopy(module, memo).to(dtype).requires_grad_(True)

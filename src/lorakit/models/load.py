@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import huggingface_hub
 import torch
@@ -65,11 +65,22 @@ def load_model(
                 **_head_settings(task, labels),
             )
     _check_complete(model, info, asked, task)
+    fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    model._lorakit_fresh = [path for path, _ in model.named_modules() if path in fresh]
     _give_padding_token(tokenizer, asked)
     if task != "generation":
         # A decoder scores the last token that is not padding, which it looks up by this id.
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def redraw_fresh_head(model: nn.Module) -> None:
+    """Draw a task's head once more, from torch's random state, if `load_model` made it afresh.
+
+    After the same `torch.manual_seed` it is the head that loading the model again would give.
+    """
+    for path in getattr(model, "_lorakit_fresh", ()):
+        cast(Any, model)._init_weights(model.get_submodule(path))
 
 
 def model_name(model: nn.Module) -> str:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorakit.attach import adapter_parameters
 from lorakit.errors import TrainingError
 
 
 class UntrainedParts(TrainerCallback):
     """Stops a run in which some part of the adapter never gets a gradient, or B stays zero."""
 
-    def __init__(self, adapter_name: str, *, check_after: int) -> None:
-        self._adapter_name = adapter_name
+    def __init__(self, trained: Mapping[str, nn.Parameter], *, check_after: int) -> None:
+        self._trained = trained
         self._check_after = check_after
         self._alive: set[str] = set()
         self._steps = 0
@@ -28,7 +28,7 @@ class UntrainedParts(TrainerCallback):
         """Note which parameters have a gradient; gradients are gone after the step."""
         if self._steps > self._check_after:
             return
-        for name, parameter in adapter_parameters(kwargs["model"], self._adapter_name):
+        for name, parameter in self._trained.items():
             if name not in self._alive and _moves(parameter.grad):
                 self._alive.add(name)
 
@@ -38,7 +38,7 @@ class UntrainedParts(TrainerCallback):
         """Check once, after enough steps for A to have got a gradient through B."""
         self._steps += 1
         if self._steps == self._check_after:
-            dead = self._dead(kwargs["model"])
+            dead = self._dead()
             if dead:
                 raise TrainingError.listing(
                     f"after {self._steps} steps some parts have not trained: are they used by the "
@@ -46,9 +46,9 @@ class UntrainedParts(TrainerCallback):
                     dead,
                 )
 
-    def _dead(self, model: nn.Module) -> list[str]:
+    def _dead(self) -> list[str]:
         found = []
-        for name, parameter in adapter_parameters(model, self._adapter_name):
+        for name, parameter in self._trained.items():
             if name not in self._alive:
                 found.append(f"{name}  has had no gradient")
             elif name.endswith(".lora_b") and not parameter.detach().any():

@@ -98,3 +98,30 @@ class ProgressBar(TrainerCallback):
         """Close the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+class SharedBar(TrainerCallback):
+    """Shows the steps of several runs, which go on together, as one bar on stderr."""
+
+    def __init__(self, *, runs: int, steps: int, done: int, show: bool) -> None:
+        self._bar = tqdm(
+            total=steps,
+            initial=done,
+            desc=f"training {runs} adapters",
+            unit="step",
+            file=sys.stderr,
+            disable=not show,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> SharedBar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance by one step of one run."""
+        self._bar.update()

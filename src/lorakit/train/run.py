@@ -6,34 +6,34 @@ import math
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from lorakit.adapter import Adapter
-from lorakit.attach import attach, extract
+from lorakit.attach import extract
 from lorakit.config import TrainConfig
-from lorakit.errors import ConfigError, DataError, OutputError, TrainingError
-from lorakit.matching import Plan
-from lorakit.models.load import load_model
-from lorakit.tasks.encode import Encoded, encode_rows
-from lorakit.tasks.kinds import Rows
-from lorakit.tasks.rows import read_rows
+from lorakit.errors import ConfigError, OutputError, TrainingError
+from lorakit.routing import route
 from lorakit.train.collate import Collator
 from lorakit.train.evaluation import score
 from lorakit.train.guards import Interruption, UntrainedParts
 from lorakit.train.loss import Loss
+from lorakit.train.prepare import Prepared, prepare
 from lorakit.train.record import JsonLines, ProgressBar, tensorboard
-from lorakit.train.trainer import AdapterTrainer, KeepBest, list_checkpoints, make_arguments
+from lorakit.train.trainer import (
+    AdapterTrainer,
+    KeepBest,
+    list_checkpoints,
+    make_arguments,
+    step_of,
+)
 
-NAME = "default"
-"""What the trained adapter is called inside the model."""
 BEST_BY = {"generation": "loss", "classification": "accuracy", "regression": "pearson"}
 """The score that decides which adapter is the best, by task."""
 
@@ -58,75 +58,18 @@ class TrainResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """Everything that a run needs, checked before its first step."""
+class Run:
+    """A run that can start: its settings, what they led to, and where it goes on from."""
 
-    task: str
-    kind: str
-    """What a row is: prompt, messages, text or classification."""
-    labels: tuple[str, ...] | None
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    plan: Plan
-    training: Encoded
-    validation: Encoded | None
+    config: TrainConfig
+    prepared: Prepared
+    checkpoint: Path | None
+    """The checkpoint to resume from."""
 
-
-def prepare(config: TrainConfig) -> Prepared:
-    """Read the rows, load the base and attach the adapter; nothing is written.
-
-    Raises:
-        LorakitError: whatever stands in the way of the run.
-    """
-    if config.data.train is None:
-        raise ConfigError("data.train must say which rows to train on")
-    data = config.data
-    regression = config.task == "regression"
-    rows = read_rows(config.data.train, data, limit=data.train_rows, regression=regression)
-    held_out = None
-    if data.validation is not None:
-        held_out = read_rows(
-            data.validation,
-            data,
-            limit=data.validation_rows,
-            split="validation",
-            labels=rows.labels,
-            regression=regression,
-        )
-    task = _task(config, rows)
-    set_seed(config.seed)
-    model, tokenizer = load_model(config.model, dtype=config.dtype, task=task, labels=rows.labels)
-    training = encode_rows(rows, tokenizer, data)
-    validation = None if held_out is None else encode_rows(held_out, tokenizer, data)
-    # Seeded once more, so that the start of A does not hang on how the model was loaded.
-    set_seed(config.seed)
-    plan = _attach(model, config)
-    return Prepared(
-        task=task,
-        kind=rows.kind,
-        labels=rows.labels,
-        model=model,
-        tokenizer=tokenizer,
-        plan=plan,
-        training=training,
-        validation=validation,
-    )
-
-
-def _task(config: TrainConfig, rows: Rows) -> str:
-    found = "classification" if rows.kind == "classification" else "generation"
-    if config.task == "auto":
-        return found
-    if (config.task == "generation") != (found == "generation"):
-        raise DataError(f"task is {config.task}, but {rows.source} has {rows.kind} rows")
-    return config.task
-
-
-def _attach(model: PreTrainedModel, config: TrainConfig) -> Plan:
-    if config.init_from is None:
-        return attach(model, config.lora, name=NAME)
-    start = Adapter.load(config.init_from)
-    return attach(model, start, name=NAME, trainable=True, allow_other_base=config.allow_other_base)
+    @property
+    def steps_done(self) -> int:
+        """Return the steps behind the checkpoint."""
+        return step_of(self.checkpoint) if self.checkpoint else 0
 
 
 def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -> TrainResult:
@@ -146,72 +89,90 @@ def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -
         LorakitError: the run cannot start, or a guardrail stopped it.
         KeyboardInterrupt: it was interrupted; a checkpoint is saved, the text says how to go on.
     """
-    checkpoint = _open_folder(config)
+    if config.sweep is not None:
+        raise ConfigError("sweep asks for several adapters: call lorakit.train.sweep.sweep(config)")
+    checkpoint = find_checkpoint(config)
     prepared = prepare(config)
     if table:
-        print(describe(prepared), file=sys.stderr)
-    steps = _steps(config, len(prepared.training.examples))
-    config.out.mkdir(parents=True, exist_ok=True)
-    trainer = _trainer(config, prepared, steps, progress=progress)
-    try:
-        with Interruption() as interruption:
-            trainer.add_callback(interruption)
-            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except TrainingError as error:
-        raise _stopped(error, trainer, config, prepared) from None
-    if interruption.happened and trainer.state.global_step < steps:
-        raise KeyboardInterrupt(
-            f"stopped after step {trainer.state.global_step} of {steps}, which is saved: "
-            "give --resume to go on"
-        )
-    return _finish(config, prepared, trainer, outcome.metrics["train_runtime"])
+        print(prepared, file=sys.stderr)
+    run = Run(config=config, prepared=prepared, checkpoint=checkpoint)
+    with Interruption() as interruption:
+        return execute(run, interruption, bar=ProgressBar(show=progress))
 
 
-def describe(prepared: Prepared) -> str:
-    """Return the match table and what was read, as text."""
-    parts = [str(prepared.plan), f"training rows: {prepared.training.report}"]
-    if prepared.validation is not None:
-        parts.append(f"validation rows: {prepared.validation.report}")
-    return "\n".join(parts)
-
-
-def _open_folder(config: TrainConfig) -> Path | None:
+def find_checkpoint(config: TrainConfig) -> Path | None:
     """Return the checkpoint to resume from, or make sure that the folder is free.
 
     Raises:
         OutputError: the folder is in use.
         TrainingError: there is nothing to resume.
     """
+    if not config.resume:
+        check_free(config)
+        return None
     checkpoints = list_checkpoints(config.out / "checkpoints")
-    if config.resume:
-        if not checkpoints:
-            raise TrainingError(f"{config.out} has no checkpoint to resume: leave out --resume")
-        return checkpoints[-1]
-    if config.out.exists() and any(config.out.iterdir()):
-        if not config.overwrite:
-            raise OutputError(
-                f"{config.out} exists and is not empty: choose another folder, or give --resume to "
-                "go on with its run or --overwrite to replace it"
-            )
-        for left in ("checkpoints", "last", "tensorboard"):
-            shutil.rmtree(config.out / left, ignore_errors=True)
-    return None
+    if not checkpoints:
+        raise TrainingError(f"{config.out} has no checkpoint to resume: leave out --resume")
+    return checkpoints[-1]
 
 
-def _steps(config: TrainConfig, rows: int) -> int:
-    per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.accumulate)
-    steps = config.steps or math.ceil(per_epoch * config.epochs)
-    if config.warmup_steps >= steps:
-        raise ConfigError(
-            f"warmup_steps {config.warmup_steps} leaves nothing of the run's {steps} steps: "
-            "lower it, or train for longer"
+def check_free(config: TrainConfig) -> None:
+    """Make sure that a new run may write its folder.
+
+    Raises:
+        OutputError: something is there already, and `overwrite` is not set.
+    """
+    if not config.overwrite and config.out.exists() and any(config.out.iterdir()):
+        raise OutputError(
+            f"{config.out} exists and is not empty: choose another folder, or give --resume to "
+            "go on with its run or --overwrite to replace it"
         )
-    return steps
 
 
-def _trainer(
-    config: TrainConfig, prepared: Prepared, steps: int, *, progress: bool
-) -> AdapterTrainer:
+def execute(
+    run: Run,
+    interruption: Interruption,
+    *,
+    bar: TrainerCallback,
+    make_trainer: Callable[..., AdapterTrainer] = AdapterTrainer,
+) -> TrainResult:
+    """Train from the first step, or from the checkpoint, to the finished folder.
+
+    Raises:
+        TrainingError: a guardrail stopped the run; the last good adapter is kept.
+        KeyboardInterrupt: it was interrupted; a checkpoint is saved, the text says how to go on.
+    """
+    _open_folder(run)
+    trainer = _trainer(run, make_trainer)
+    trainer.add_callback(bar)
+    trainer.add_callback(interruption)
+    steps = run.prepared.steps
+    try:
+        seconds = 0.0
+        if run.checkpoint and run.steps_done >= steps:
+            trainer.restore(run.checkpoint)
+        else:
+            seconds = trainer.train_from(run.checkpoint)
+    except TrainingError as error:
+        raise _stopped(error, trainer, run) from None
+    if interruption.happened and trainer.state.global_step < steps:
+        raise KeyboardInterrupt(
+            f"stopped after step {trainer.state.global_step} of {steps}, which is saved: "
+            "give --resume to go on"
+        )
+    return _finish(run, trainer, seconds)
+
+
+def _open_folder(run: Run) -> None:
+    """Make the folder, without what an earlier run left in it that this one would mix with."""
+    if run.checkpoint is None:
+        for left in ("checkpoints", "last", "tensorboard"):
+            shutil.rmtree(run.config.out / left, ignore_errors=True)
+    run.config.out.mkdir(parents=True, exist_ok=True)
+
+
+def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTrainer:
+    config, prepared = run.config, run.prepared
     loss = Loss(prepared.task, label_smoothing=config.label_smoothing)
     plain_loss = Loss(prepared.task)
     collate = Collator(prepared.tokenizer, prepared.model, task=prepared.task)
@@ -219,22 +180,23 @@ def _trainer(
 
     def scorer(model: torch.nn.Module) -> dict[str, float]:
         assert validation is not None
-        return score(
-            model,
-            validation.examples,
-            loss=plain_loss,
-            collate=collate,
-            batch_size=4 * config.batch_size,
-        )
+        with route(model, prepared.name):
+            return score(
+                model,
+                validation.examples,
+                loss=plain_loss,
+                collate=collate,
+                batch_size=4 * config.batch_size,
+            )
 
     if config.gradient_checkpointing:
         _checkpoint_activations(prepared.model)
-    trainer = AdapterTrainer(
-        adapter_name=NAME,
+    trainer = make_trainer(
+        adapter_name=prepared.name,
         checkpoints=config.out / "checkpoints",
         scorer=scorer if validation else None,
         model=prepared.model,
-        args=make_arguments(config, steps),
+        args=make_arguments(config, prepared.steps),
         train_dataset=prepared.training,
         eval_dataset=validation,
         data_collator=collate,
@@ -242,15 +204,14 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(JsonLines(config.out / "log.jsonl"))
-    trainer.add_callback(ProgressBar(show=progress))
     trainer.add_callback(tensorboard(config.out / "tensorboard"))
     if not config.allow_untrained:
-        trainer.add_callback(UntrainedParts(NAME, check_after=config.check_after))
+        trainer.add_callback(UntrainedParts(trainer.trained, check_after=config.check_after))
     if validation:
         best = BEST_BY[prepared.task]
         trainer.add_callback(
             KeepBest(
-                lambda: _save(config, prepared, trainer, config.out),
+                lambda: _save(run, trainer, config.out),
                 metric=best,
                 greater=best != "loss",
                 patience=config.patience,
@@ -266,9 +227,11 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     model.config.use_cache = False
 
 
-def _save(config: TrainConfig, prepared: Prepared, trainer: AdapterTrainer, folder: Path) -> None:
-    card = training_card(config, prepared, trainer.state.global_step, trainer.state.log_history)
-    adapter = extract(prepared.model, NAME)
+def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:
+    card = training_card(
+        run.config, run.prepared, trainer.state.global_step, trainer.state.log_history
+    )
+    adapter = extract(run.prepared.model, run.prepared.name)
     replace(adapter, card=card).save(folder, overwrite=True)
 
 
@@ -278,7 +241,7 @@ def training_card(
     """Return how an adapter came to be; the same for identical runs, so no dates and no times."""
     settings = config.model_dump(
         mode="json",
-        exclude={"out", "resume", "overwrite", "dry_run", "lora", "data", "model", "task"},
+        exclude={"out", "resume", "overwrite", "dry_run", "lora", "data", "model", "task", "sweep"},
     )
     scores = [e for e in history if any(key.startswith("eval_") for key in e)]
     return {
@@ -305,25 +268,23 @@ def training_card(
     }
 
 
-def _stopped(
-    error: TrainingError, trainer: AdapterTrainer, config: TrainConfig, prepared: Prepared
-) -> TrainingError:
+def _stopped(error: TrainingError, trainer: AdapterTrainer, run: Run) -> TrainingError:
     """Keep the last good adapter of a run that a guardrail stopped, and say where it is."""
     if not trainer.last_good:
         return error
     trainer.restore_last_good()
-    _save(config, prepared, trainer, config.out / "last")
-    return TrainingError(f"{error}\nThe adapter as it last was good is in {config.out / 'last'}")
+    last = run.config.out / "last"
+    _save(run, trainer, last)
+    return TrainingError(f"{error}\nThe adapter as it last was good is in {last}")
 
 
-def _finish(
-    config: TrainConfig, prepared: Prepared, trainer: AdapterTrainer, seconds: float
-) -> TrainResult:
-    _save(config, prepared, trainer, config.out / "last")
+def _finish(run: Run, trainer: AdapterTrainer, seconds: float) -> TrainResult:
+    out = run.config.out
+    _save(run, trainer, out / "last")
     history = trainer.state.log_history
     best_step = trainer.state.best_global_step
-    if prepared.validation is None:
-        _save(config, prepared, trainer, config.out)
+    if run.prepared.validation is None:
+        _save(run, trainer, out)
     scores = {
         key.removeprefix("eval_"): value
         for entry in history
@@ -333,9 +294,9 @@ def _finish(
     }
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return TrainResult(
-        out=config.out,
+        out=out,
         steps=trainer.state.global_step,
-        parameters=prepared.plan.parameters,
+        parameters=run.prepared.plan.parameters,
         first_loss=losses[0],
         last_loss=losses[-1],
         scores=scores,

@@ -17,6 +17,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from lorakit.adapter import Adapter
@@ -46,13 +47,24 @@ class AdapterTrainer(Trainer):
         self.adapter_name = adapter_name
         self.checkpoints = checkpoints
         self.scorer = scorer
+        self.trained = dict(adapter_parameters(self.adapted, adapter_name))
         self.last_good: dict[str, Tensor] = {}
 
     @property
     def adapted(self) -> nn.Module:
-        """Return the model under training."""
+        """Return the model that has the adapter."""
         assert isinstance(self.model, nn.Module)
         return self.model
+
+    def train_from(self, checkpoint: Path | None) -> float:
+        """Train to the end, from a checkpoint if there is one, and return the seconds it took."""
+        outcome = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return outcome.metrics["train_runtime"]
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over the weights and the record of a checkpoint without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -63,24 +75,37 @@ class AdapterTrainer(Trainer):
             TrainingError: the loss is not a number.
         """
         result = super().compute_loss(model, inputs, *args, **kwargs)
-        loss = result[0] if isinstance(result, tuple) else result
+        self.check_loss(result[0] if isinstance(result, tuple) else result)
+        return result
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Remember the weights that gave a loss, if it is finite.
+
+        Raises:
+            TrainingError: it is not.
+        """
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}: "
                 "try a smaller learning_rate or more warmup_steps"
             )
         self.last_good = {
-            name: parameter.detach().clone()
-            for name, parameter in adapter_parameters(self.adapted, self.adapter_name)
+            name: parameter.detach().clone() for name, parameter in self.trained.items()
         }
-        return result
 
     def restore_last_good(self) -> None:
         """Put back the weights that last gave a finite loss."""
         with torch.no_grad():
-            for name, parameter in adapter_parameters(self.adapted, self.adapter_name):
-                if name in self.last_good:
-                    parameter.copy_(self.last_good[name])
+            for name, good in self.last_good.items():
+                self.trained[name].copy_(good)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return what weight decay applies to: matrices, and neither biases nor norms.
+
+        Trainer judges by names, and those of a model's parameters have the adapter's name in them.
+        """
+        decayed = {id(parameter) for parameter in self.trained.values() if parameter.dim() > 1}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation rows, log the scores, and tell the callbacks."""
@@ -125,14 +150,18 @@ class AdapterTrainer(Trainer):
     ) -> None:
         saved = Adapter.load(resume_from_checkpoint)
         with torch.no_grad():
-            for name, parameter in adapter_parameters(self.adapted, self.adapter_name):
+            for name, parameter in self.trained.items():
                 parameter.copy_(saved.tensors[name])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    found = folder.glob("checkpoint-*") if folder.is_dir() else ()
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(folder.glob("checkpoint-*") if folder.is_dir() else (), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was saved."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def make_arguments(config: TrainConfig, steps: int) -> TrainingArguments:

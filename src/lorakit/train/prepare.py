@@ -1,0 +1,213 @@
+"""What runs need before their first step, all of it checked: rows, a base, and an adapter each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from lorakit.adapter import Adapter
+from lorakit.attach import attach
+from lorakit.config import TrainConfig
+from lorakit.errors import ConfigError, DataError, LorakitError
+from lorakit.matching import Plan
+from lorakit.models.load import load_model, redraw_fresh_head
+from lorakit.tasks.encode import Encoded, encode_rows
+from lorakit.tasks.kinds import Rows
+from lorakit.tasks.rows import read_rows
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+NAME = "default"
+"""What the adapter of a run alone is called inside the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything that a run needs, checked before its first step."""
+
+    name: str
+    """What the adapter is called inside the model."""
+    task: str
+    kind: str
+    """What a row is: prompt, messages, text or classification."""
+    labels: tuple[str, ...] | None
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    training: Encoded
+    validation: Encoded | None
+    steps: int
+    """Optimizer steps of the whole run."""
+
+    def __str__(self) -> str:
+        """Return the match table and what was read, as text."""
+        parts = [str(self.plan), f"training rows: {self.training.report}"]
+        if self.validation is not None:
+            parts.append(f"validation rows: {self.validation.report}")
+        return "\n".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """The rows of a run, and the task that follows from them."""
+
+    task: str
+    training: Rows
+    validation: Rows | None
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read the rows, load the base and attach the adapter; nothing is written.
+
+    Raises:
+        LorakitError: whatever stands in the way of the run.
+    """
+    return prepare_all({NAME: config})[NAME]
+
+
+def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
+    """Read the rows of several runs, load their one base, and attach an adapter for each.
+
+    Rows that runs share are read and encoded once. Each adapter starts as if its run were alone.
+
+    Args:
+        configs: the settings of each run, by the adapter's name; model and dtype are the same.
+
+    Raises:
+        LorakitError: whatever stands in the way of the runs.
+    """
+    source_of = _sources(configs)
+    sources = {name: configs[name] for name in source_of.values()}
+    read = _for_each(sources, _read)
+    task, labels = _shared(read)
+    first = next(iter(configs.values()))
+    model, tokenizer = load_model(first.model, dtype=first.dtype, task=task, labels=labels)
+    encoded = _for_each(sources, lambda config, name: _encode(read[name], tokenizer, config))
+    runs = {name: (config, encoded[source_of[name]]) for name, config in configs.items()}
+    steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
+    plans = _for_each(configs, lambda config, name: _attach(model, config, name))
+    return {
+        name: Prepared(
+            name=name,
+            task=task,
+            kind=read[source_of[name]].training.kind,
+            labels=labels,
+            model=model,
+            tokenizer=tokenizer,
+            plan=plans[name],
+            training=training,
+            validation=validation,
+            steps=steps[name],
+        )
+        for name, (_, (training, validation)) in runs.items()
+    }
+
+
+def _sources(configs: Mapping[str, TrainConfig]) -> dict[str, str]:
+    """Return, for each run, the first run that has the same settings of data."""
+    first: dict[str, str] = {}
+    return {
+        name: first.setdefault(config.data.model_dump_json(), name)
+        for name, config in configs.items()
+    }
+
+
+def _for_each(given: Mapping[str, T], work: Callable[[T, str], U]) -> dict[str, U]:
+    """Return what some work makes of each value, of which it also gets the name.
+
+    Raises:
+        LorakitError: it failed; if for several, one error tells of each.
+    """
+    made: dict[str, U] = {}
+    errors: dict[str, LorakitError] = {}
+    for name, value in given.items():
+        try:
+            made[name] = work(value, name)
+        except LorakitError as error:
+            errors[name] = error
+    if len(errors) == 1 and len(given) == 1:
+        raise next(iter(errors.values()))
+    if errors:
+        lines = [f"{name}: {error}" for name, error in errors.items()]
+        raise type(next(iter(errors.values()))).listing("some members cannot be trained", lines)
+    return made
+
+
+def _read(config: TrainConfig, name: str) -> _Rows:
+    data = config.data
+    if data.train is None:
+        raise ConfigError("data.train must say which rows to train on")
+    regression = config.task == "regression"
+    rows = read_rows(data.train, data, limit=data.train_rows, regression=regression)
+    held_out = None
+    if data.validation is not None:
+        held_out = read_rows(
+            data.validation,
+            data,
+            limit=data.validation_rows,
+            split="validation",
+            labels=rows.labels,
+            regression=regression,
+        )
+    return _Rows(task=_task(config, rows), training=rows, validation=held_out)
+
+
+def _task(config: TrainConfig, rows: Rows) -> str:
+    found = "classification" if rows.kind == "classification" else "generation"
+    if config.task == "auto":
+        return found
+    if (config.task == "generation") != (found == "generation"):
+        raise DataError(f"task is {config.task}, but {rows.source} has {rows.kind} rows")
+    return config.task
+
+
+def _shared(read: Mapping[str, _Rows]) -> tuple[str, tuple[str, ...] | None]:
+    """Return the task and the classes, which the model's one head needs to be the same for all.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    found = {name: (rows.task, rows.training.labels) for name, rows in read.items()}
+    if len(set(found.values())) > 1:
+        lines = [
+            f"{name}: {task}" + (f" into {', '.join(labels)}" if labels else "")
+            for name, (task, labels) in found.items()
+        ]
+        raise ConfigError.listing("members share one task with the same classes", lines)
+    return next(iter(found.values()))
+
+
+def _encode(
+    rows: _Rows, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> tuple[Encoded, Encoded | None]:
+    training = encode_rows(rows.training, tokenizer, config.data)
+    if rows.validation is None:
+        return training, None
+    return training, encode_rows(rows.validation, tokenizer, config.data)
+
+
+def _steps(config: TrainConfig, rows: int) -> int:
+    per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.accumulate)
+    steps = config.steps or math.ceil(per_epoch * config.epochs)
+    if config.warmup_steps >= steps:
+        raise ConfigError(
+            f"warmup_steps {config.warmup_steps} leaves nothing of the run's {steps} steps: "
+            "lower it, or train for longer"
+        )
+    return steps
+
+
+def _attach(model: PreTrainedModel, config: TrainConfig, name: str) -> Plan:
+    """Attach an adapter whose start depends on the seed alone, and not on what was drawn before."""
+    set_seed(config.seed)
+    redraw_fresh_head(model)
+    set_seed(config.seed)
+    if config.init_from is None:
+        return attach(model, config.lora, name=name)
+    start = Adapter.load(config.init_from)
+    return attach(model, start, name=name, trainable=True, allow_other_base=config.allow_other_base)

@@ -1,0 +1,98 @@
+"""Compiled models: another route, or another resident adapter, compiles nothing again."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.bank import is_compiled
+from lorakit.methods.static import StaticLinear
+from oracles import attach_random
+from tiny_models import build
+
+PROGRAM = """
+import torch
+import torch._dynamo as dynamo
+import lorakit as lk
+from oracles import attach_random
+from tiny_models import build, example_inputs
+
+def made(seed, **settings):
+    model = build({family!r})
+    torch.manual_seed(seed)
+    attach_random(model, modules_to_save=(), **settings)
+    return lk.extract(model)
+
+adapters = {{
+    "small": made(0, rank=2, alpha=3, targets=("q", "v")),
+    "wide": made(1, rank=5, alpha=20, targets=("attention",)),
+    "late": made(2, rank=9, targets=("all-linear",)),
+}}
+plain, inner = build({family!r}).eval(), build({family!r}).eval()
+model = torch.compile(inner, backend="eager")
+inputs = {{name: torch.cat([x, x]) for name, x in example_inputs(plain).items()}}
+expected, bank = lk.AdapterBank(plain), lk.AdapterBank(model)
+for each in (expected, bank):
+    each.add("small", adapters["small"])
+    each.add("wide", adapters["wide"])
+
+@torch.no_grad()
+def check(route):
+    with expected.route(route):
+        wanted = plain(**inputs).logits
+    with bank.route(route):
+        torch.testing.assert_close(model(**inputs).logits, wanted, rtol=0, atol=1e-5)
+    return wanted
+
+half = len(next(iter(inputs.values()))) // 2
+check(["small"] * half + ["wide"] * half)
+base, other = check(None), check("small")
+assert (base - other).abs().max() > 1e-3
+dynamo.config.error_on_recompile = True
+check(["wide", *["small"] * (2 * half - 2), None])
+check("wide")
+for each in (expected, bank):
+    each.add("late", adapters["late"])
+    each.unload("small")
+check(["late"] * half + [{{"wide": 0.5, "late": 2.0}}] * half)
+check({{"late": 0.5}})
+check("late")
+check(None)
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_a_new_route_and_a_new_resident_compile_nothing(family):
+    # Apart, because the compiler can't trace through the shape checks that tests run with.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM.format(family=family)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_bank_knows_a_compiled_model():
+    model = build("llama")
+    assert not is_compiled(model)
+    assert is_compiled(torch.compile(model, backend="eager"))
+    model.compile(backend="eager")
+    assert is_compiled(model)
+
+
+def test_trained_adapters_of_a_compiled_model_keep_their_gradients():
+    model = build("llama")
+    bank = lk.AdapterBank(torch.compile(model, backend="eager"))
+    attach_random(model, targets=("q",))
+    with bank.route(["default", None]):
+        changes = bank._state.route.changes
+        assert not any(isinstance(change, StaticLinear) for change in changes.values())
+        inputs = torch.ones(2, 3, dtype=torch.long)
+        model(input_ids=inputs).logits.sum().backward()
+    trained = [p for name, p in model.named_parameters() if "lora_b" in name]
+    assert all(p.grad is not None and p.grad.any() for p in trained)
