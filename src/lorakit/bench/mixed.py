@@ -65,7 +65,7 @@ class Work:
     new_tokens: int | None = None
     """Tokens to decode; None: one forward pass, and the logits of the last position."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def do(self, model: Any, **more: Any) -> Tensor:
         """Return the decoded tokens, or the logits."""
         if self.new_tokens is None:
