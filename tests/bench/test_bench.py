@@ -19,7 +19,6 @@ from tiny_models import build
 pytestmark = [
     # PEFT asks transformers in words that it is giving up.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Merging .* is not supported:UserWarning"),
 ]
 SMALL = {
     "load": ["--resident", 3, "--peer-resident", 2],
@@ -178,9 +177,6 @@ def test_random_adapters_differ_and_leave_the_model_as_it_was(tmp_path):
 
 
 def test_a_difference_from_peft_stops_the_measurement(bench, monkeypatch):
-    monkeypatch.setattr(
-        mixed, "_names", lambda names, rows: [names[0], *names[1:], names[0]][:rows]
-    )
     honest = mixed.Work.do
 
     def wrong(self, model, **more):
