@@ -244,3 +244,27 @@ def test_listing_the_verbs_imports_none_of_them(monkeypatch):
 def test_project_file_names_this_entry_point():
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
     assert project["scripts"] == {"lorakit": f"{main.__module__}:{main.__name__}"}
+
+
+def test_the_verb_of_two_words_needs_both(capsys):
+    assert main(["bench"]) == 2
+    asked = "error: lorakit bench needs a second word: one of load, mixed, switch, sweep\n"
+    assert capsys.readouterr().err == asked
+    assert main(["bench", "--repeats", "3"]) == 2
+    assert capsys.readouterr().err == asked
+    assert main(["bench", "swich"]) == 2
+    assert capsys.readouterr().err == (
+        "error: lorakit bench has no verb 'swich'; it needs one of load, mixed, switch, sweep; "
+        "did you mean 'switch'?\n"
+    )
+
+
+def test_the_verb_of_two_words_has_settings_and_help(capsys):
+    assert main(["bench", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "  bench switch  Time switching" in out
+    assert "  train" not in out
+    assert main(["bench", "switch", "--help"]) == 0
+    assert "usage: lorakit bench switch [CONFIG.yaml]" in capsys.readouterr().out
+    assert main(["bench", "switch", "--rank", "4", "--print-config"]) == 0
+    assert "rank: 4\n" in capsys.readouterr().out

@@ -65,6 +65,7 @@ class Work:
     new_tokens: int | None = None
     """Tokens to decode; None: one forward pass, and the logits of the last position."""
 
+    @torch.inference_mode()
     def do(self, model: Any, **more: Any) -> Tensor:
         """Return the decoded tokens, or the logits."""
         if self.new_tokens is None:
@@ -82,7 +83,6 @@ class Work:
         return tokens
 
 
-@torch.inference_mode()
 def measure_mixed(settings: MixedConfig) -> Findings:
     """Time mixed batches beside the plain model and PEFT, after comparing the answers."""
     checks = {}

@@ -149,12 +149,12 @@ def _goals(unmerged: dict[str, Seconds], merged: dict[str, Seconds]) -> tuple[Go
         Goal(
             what="unmerged switch",
             got=unmerged[OURS].median * 1e6,
-            limit=50,
+            limit=50.0,
             unit="us",
         ),
         Goal(
             what="merged switch against one forward pass",
             got=merged[OURS].median / merged["forward"].median,
-            limit=1,
+            limit=1.0,
         ),
     )

@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from lorakit.config import Settings
 
 VERBS = {
-    "demo": "Train, switch, merge and unmerge two adapters on a real model, in minutes.",
+    "demo": "Train, switch, mix and merge adapters on a real model, in minutes.",
     "train": "Train an adapter on your model and your data.",
     "evaluate": "Score a model, with or without an adapter, on held-out rows.",
     "generate": "Complete prompts, with or without an adapter.",

@@ -1,0 +1,90 @@
+"""Results as tables, and the page of this repository that has them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit.bench import tables
+from lorakit.bench.tables import duration, rewritten, table
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+RESULT = {
+    "settings": {
+        "model": "/somewhere/smollm2",
+        "dtype": "bfloat16",
+        "rank": 8,
+        "adapter_dtype": "float32",
+        "repeats": 7,
+    },
+    "hardware": {"processor": "a processor", "threads": 2},
+    "versions": {"lorakit": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "peft": None},
+    "commit": "abc",
+    "seconds": {
+        "merged_switch": {
+            "ours": {"median": 0.05, "minimum": 0.04},
+            "peft": {"median": 1.5, "minimum": 1.25},
+        }
+    },
+    "memory_bytes": {"ours": 12_000_000},
+    "ratios": {"peft": {"merged_switch": 30.0}},
+    "goals": [{"what": "a switch", "at_most": 50.0, "unit": "us", "got": 2.5, "met": True}],
+    "checks": {"base_restored": True, "peft_changed_share": 0.0244},
+}
+TABLE = """\
+| goal     | limit         | got    | reached |
+| -------- | ------------- | ------ | ------- |
+| a switch | at most 50 us | 2.5 us | yes     |
+
+| measured      | who  | median | fastest | time of ours |
+| ------------- | ---- | ------ | ------- | ------------ |
+| merged switch | ours | 50 ms  | 40 ms   |              |
+| merged switch | peft | 1.5 s  | 1.25 s  | 30x          |
+
+| who  | largest resident set |
+| ---- | -------------------- |
+| ours | 12 MB                |
+
+base restored: yes; peft changed share: 0.024
+
+smollm2 in bfloat16, adapters of rank 8 in float32, 7 turns; a processor, 2 threads; \
+lorakit 0.1.0, torch 2.13.0, transformers 5.23.0; commit abc."""
+
+
+def test_the_page_has_the_tables_of_the_committed_results():
+    page = PAGE.read_text(encoding="utf-8")
+    written = rewritten(page, PAGE.with_suffix(""))
+    assert page == written, "run `python -m lorakit.bench.tables`"
+
+
+@pytest.mark.parametrize("name", ["switch", "load", "mixed", "sweep"])
+def test_the_page_has_a_place_for_each_benchmark_and_its_command(name):
+    page = PAGE.read_text(encoding="utf-8")
+    assert f"<!-- {name} -->\n" in page
+    assert f"\n<!-- end of {name} -->" in page
+    assert f"\nlorakit bench {name} --out docs/benchmarks/{name}.json\n" in page
+
+
+def test_a_table_says_goals_times_and_circumstances():
+    assert table(RESULT) == TABLE
+
+
+def test_only_what_is_between_the_marks_is_rewritten(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n<!-- y -->\n<!-- end of y -->\nc\n")
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "x.json").write_text(json.dumps(RESULT))
+    monkeypatch.setattr(sys, "argv", ["tables", str(page)])
+    tables.main()
+    assert page.read_text() == (
+        f"a\n<!-- x -->\n{TABLE}\n<!-- end of x -->\n"
+        "b\n<!-- y -->\nNot measured yet.\n<!-- end of y -->\nc\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12.345, "12.3 s"), (0.0123, "12.3 ms"), (1.69e-6, "1.69 us")]
+)
+def test_a_time_is_written_in_the_unit_that_suits_it(seconds, text):
+    assert duration(seconds) == text
