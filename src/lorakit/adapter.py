@@ -98,7 +98,8 @@ class Adapter:
         """Return the SHA-256 of all that changes the output: tensors, sites and scales."""
         # Kept until a tensor is written to, because a bank asks for what loading has computed.
         tensors = list(self.tensors.values())
-        versions = [tensor._version for tensor in tensors]
+        # Torch counts no writes to what was made in inference mode: NaN differs from itself.
+        versions = [math.nan if t.is_inference() else t._version for t in tensors]
         kept = self.__dict__.get("_hashed")
         if kept is None or kept[1] != versions or any(map(operator.is_not, kept[0], tensors)):
             kept = self.__dict__["_hashed"] = (tensors, versions, self._compute_hash())

@@ -18,7 +18,7 @@ from lorakit.methods.layer import AdaptedLayer, Changes, Route, Update, adopt
 from lorakit.models.base import base_parameters
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
-from lorakit.models.roles import shared_inputs, task_heads
+from lorakit.models.roles import output_head, shared_inputs, task_heads
 from lorakit.pristine import Pristine
 
 FORGOTTEN: Changes = {}
@@ -54,8 +54,8 @@ class Attachment:
     pristine: dict[str, dict[str, Pristine]] = field(default_factory=dict)
     """Unmerged weights by module path and parameter name, while an adapter is merged."""
     hooks: dict[str, RemovableHandle] = field(default_factory=dict)
-    """By path: on the model what counts a batch's rows, on blocks what keeps gradients alive under
-    reentrant checkpointing."""
+    """By path: on the model what counts a batch's rows, on its output head what keeps a frozen one
+    fast, on blocks what keeps gradients alive under reentrant checkpointing."""
     layers: dict[int, AdaptedLayer] = field(default_factory=dict)
     """The adapted layers by their numbers."""
     paths: dict[int, str] = field(default_factory=dict)
@@ -184,6 +184,9 @@ def attached(model: nn.Module) -> Attachment:
         state = Attachment(route=Route(), identity=identity_of(model), frozen=frozen)
         state.inputs = shared_inputs(model)
         state.hooks[""] = model.register_forward_pre_hook(check_rows, with_kwargs=True)
+        head = output_head(model)
+        if head is not None:
+            state.hooks["head"] = head.register_forward_pre_hook(make_contiguous)
         model.requires_grad_(False)
         model._lorakit = state  # type: ignore[assignment]
     return state
@@ -212,6 +215,15 @@ def active_name(model: nn.Module) -> str | None:
     """Return the name of the adapter in use, or None for the base."""
     state = attachment_of(model)
     return None if state is None else state.route.active
+
+
+def make_contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return an output head's input in one piece: a forward pre-hook.
+
+    transformers gives it the last positions of each row, which do not lie together, and then torch
+    copies the weight once per row, if it is frozen (aten's matmul folds rows otherwise).
+    """
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
 def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 
 from lorakit.attachment import Attachment, require_attachment, require_name
 from lorakit.errors import MergeError, RouteError, did_you_mean
+from lorakit.methods.batch import Batch, Blend, Updates
 from lorakit.methods.layer import Changes
-from lorakit.methods.mixed import Batch, Blend, Updates, mixed_changes
+from lorakit.methods.mixed import mixed_changes
 from lorakit.methods.static import static_changes
 
 Choice = str | Mapping[str, float] | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -13,41 +14,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Rows
-from lorakit.errors import RouteError
 from lorakit.kernels import grouped
 from lorakit.kernels.arrangement import Arrangement, arrange
-from lorakit.methods.layer import AdaptedLayer, Change, Update
+from lorakit.methods.batch import Batch, Terms, Updates
+from lorakit.methods.by_rows import ByRows
+from lorakit.methods.layer import AdaptedLayer, Change
 from lorakit.methods.lora import LoRAUpdate, LowRank, positions
-from lorakit.methods.module_copy import ModuleCopy
-
-Blend = tuple[tuple[str, float], ...]
-"""The adapters that one row uses, each with its strength; empty: the base."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Which blend each row of a batch uses."""
-
-    blends: tuple[Blend, ...]
-    """The distinct ones that are not empty, called slots below."""
-    slot_of_row: tuple[int, ...]
-    """A place in `blends`; -1: the base."""
-
-    @staticmethod
-    def of(rows: Sequence[Blend]) -> Batch:
-        """Return the batch with these rows."""
-        blends = tuple(dict.fromkeys(blend for blend in rows if blend))
-        place = {blend: slot for slot, blend in enumerate(blends)}
-        return Batch(blends, tuple(place.get(blend, -1) for blend in rows))
-
-    def only(self, slots: Sequence[int]) -> tuple[int, ...]:
-        """Return each row's place among some of the slots; -1 where it is not among them."""
-        place = {slot: at for at, slot in enumerate(slots)}
-        return tuple(place.get(slot, -1) for slot in self.slot_of_row)
-
-
-Updates = Mapping[str, Mapping[int, Update]]
-"""The updates of each adapter, by its name and the layer's number."""
 
 
 def mixed_changes(
@@ -88,6 +60,10 @@ def mixed_changes(
     return changes
 
 
+LowRankTerms = dict[int, list[tuple[LoRAUpdate, float]]]
+"""The same of a layer whose updates are all low-rank."""
+
+
 class _Arranged:
     """The arrangements of a batch for some of its slots; layers with like slots share one."""
 
@@ -101,11 +77,6 @@ class _Arranged:
             rows = self._batch.only(slots)
             self._made[slots, dtype] = arrange(rows, device=self._device, dtype=dtype)
         return self._made[slots, dtype]
-
-
-Terms = dict[int, list[tuple[Update, float]]]
-"""Of one layer: for each slot that touches it, the updates and their strengths."""
-LowRankTerms = dict[int, list[tuple[LoRAUpdate, float]]]
 
 
 def _by_input(
@@ -145,7 +116,7 @@ class Piece:
     terms: tuple[tuple[tuple[LowRank, float], ...], ...]
     """For each slot, A and B, and the strengths."""
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """Return the rank to which the slots are padded."""
         return max(map(_rank, self.terms))
@@ -338,91 +309,3 @@ class MixedLinear(Change):
                 part = shared.add(at, x, output.index_select(-1, index))
                 output = output.index_copy(-1, index, part)
         return output if self._bias is None else self._bias.add(layer, output)
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """The rows that use one blend."""
-
-    index: Tensor
-    """Row numbers, int64."""
-    terms: tuple[tuple[Update, float], ...]
-
-
-class ByRows(Change):
-    """Any updates of any layer, one blend after the other: convolutions, embeddings, full copies.
-
-    Copies of a head may differ in width: then the output is as wide as the widest, and the places
-    that a row's own head does not have are minus infinity, so that no class beyond it is likely.
-    """
-
-    def __init__(
-        self, layer: AdaptedLayer, terms: Terms, batch: Batch, device: torch.device
-    ) -> None:
-        rows = {slot: [r for r, s in enumerate(batch.slot_of_row) if s == slot] for slot in terms}
-        self._rows = len(batch.slot_of_row)
-        self._groups = [
-            RowGroup(torch.tensor(rows[slot], device=device), tuple(of_slot))
-            for slot, of_slot in terms.items()
-        ]
-        for of_slot in terms.values():
-            _check_addable(layer, of_slot)
-
-    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Return the output with each row's own update."""
-        if inputs[0].shape[0] == 1 < self._rows:
-            # All rows share one input, such as positions; their outputs differ all the same.
-            inputs = (inputs[0].expand(self._rows, *inputs[0].shape[1:]), *inputs[1:])
-            output = output.expand(self._rows, *output.shape[1:])
-        results: list[tuple[Tensor, Tensor]] = []
-        for group in self._groups:
-            index = _positions(group.index, inputs[0].shape[0], self._rows)
-            results.append((index, self._changed(group, layer, inputs, output, index)))
-        widest = max(output.shape[-1], *(changed.shape[-1] for _, changed in results))
-        output = _widened(output, widest)
-        for index, changed in results:
-            output = output.index_copy(0, index, _widened(changed, widest).to(output.dtype))
-        return output
-
-    @staticmethod
-    def _changed(
-        group: RowGroup, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, index: Tensor
-    ) -> Tensor:
-        base = output[index]
-        mine = (inputs[0][index], *inputs[1:])
-        if len(group.terms) == 1:
-            update, strength = group.terms[0]
-            return update.change(layer, mine, base, strength=strength)
-        changed = base.clone()
-        for update, strength in group.terms:
-            changed = update.change(layer, mine, changed, strength=strength, base=base)
-        return changed
-
-
-def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -> None:
-    """Refuse to add up copies of a head that have other widths than the base's.
-
-    Raises:
-        RouteError: there are such.
-    """
-    plain = len(terms) == 1 and terms[0][1] == 1
-    if not plain and any(isinstance(u, ModuleCopy) and u.resized for u, _ in terms):
-        raise RouteError(
-            f"a row can't mix or weaken adapters whose head ({type(layer).__name__}) has another "
-            "number of classes than the base's: use such an adapter alone, at strength 1"
-        )
-
-
-def _widened(output: Tensor, width: int) -> Tensor:
-    missing = width - output.shape[-1]
-    return F.pad(output, (0, missing), value=float("-inf")) if missing else output
-
-
-def _positions(index: Tensor, found: int, rows: int) -> Tensor:
-    """Return the places of batch rows in an input that holds several entries for each row."""
-    each = found // rows
-    if found % rows:
-        raise RouteError(f"the route is for {rows} rows, but a layer was given {found}")
-    if each == 1:
-        return index
-    return (index[:, None] * each + torch.arange(each, device=index.device)).flatten()

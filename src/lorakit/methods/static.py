@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.methods.batch import Batch, Blend, Updates
 from lorakit.methods.layer import AdaptedLayer, Change, Update
 from lorakit.methods.lora import LoRAUpdate, LowRank, matrix_shape, positions
-from lorakit.methods.mixed import Batch, Blend, Updates, mixed_changes
+from lorakit.methods.mixed import mixed_changes
 
 LEAST_RANK = 2
 """torch.compile makes another graph for a size of 0 or 1."""

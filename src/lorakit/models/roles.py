@@ -148,6 +148,11 @@ def shared_inputs(model: nn.Module) -> dict[str, str]:
     }
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return the layer that makes logits of a language model, or None where there is none."""
+    return _embedding(model, "get_output_embeddings")
+
+
 def layer_number(path: str) -> int | None:
     """Return the number of the block that a path lies in: its first numeric component."""
     return next((int(part) for part in path.split(".") if part.isdecimal()), None)
@@ -160,7 +165,7 @@ def task_heads(model: nn.Module) -> tuple[str, ...]:
     pooler made for it. A language model has none: what is beside its backbone was pre-trained too.
     """
     backbone = _backbone(model)
-    if not backbone or _embedding(model, "get_output_embeddings") is not None:
+    if not backbone or output_head(model) is not None:
         return ()
     return tuple(
         name
@@ -189,7 +194,7 @@ def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
 
 def _embedding_roles(model: nn.Module, family: Family) -> dict[str, str]:
     """Return the paths of the embedding and the output head, which the model hands out itself."""
-    output = _embedding(model, "get_output_embeddings")
+    output = output_head(model)
     inputs = None
     if "embed" not in family.roles.values():
         inputs = _embedding(model, "get_input_embeddings")
@@ -266,7 +271,7 @@ def _named_by(word: str, model: nn.Module, everything: tuple[Place, ...]) -> tup
 def _linear_paths(model: nn.Module) -> set[str]:
     """Return the paths of the layers that `all-linear` names."""
     heads = task_heads(model)
-    output = _embedding(model, "get_output_embeddings")
+    output = output_head(model)
     return {
         path
         for path, module in base_modules(model)
