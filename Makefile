@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test check docs clean
+.PHONY: setup demo test check docs gpu clean
 
 demo: setup
 	@$(BIN)/lorakit demo
@@ -17,6 +17,11 @@ check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# Sets nothing up: for a machine that has torch with CUDA, Triton, transformers and pytest already.
+gpu:
+	@PYTHONPATH=src:benchmarks timeout 240 $(PYTHON) -m pytest -o addopts= --import-mode=importlib -q -m gpu tests
+	@PYTHONPATH=src:benchmarks timeout 240 $(PYTHON) benchmarks/grouped_gpu.py
 
 docs: setup
 	@mkdir -p build

@@ -146,7 +146,10 @@ class Attachment:
 
 def attachment_of(model: nn.Module) -> Attachment | None:
     """Return what is attached to a model, also through torch.compile's or DDP's wrapper."""
-    return cast("Attachment | None", getattr(unwrapped(model), "_lorakit", None))
+    found = vars(model).get("_lorakit")
+    if found is None:
+        found = vars(unwrapped(model)).get("_lorakit")
+    return cast("Attachment | None", found)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

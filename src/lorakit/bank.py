@@ -198,8 +198,14 @@ class AdapterBank:
             BankError: it is not known, or there is no room for it.
             MergeError: another adapter is merged into the weights.
         """
-        with self._routing, self._kept([] if name is None else [name]):
-            switch(self.model, name)
+        with self._routing:
+            with self._table:
+                if name is None or name in self._state.updates:
+                    if name is not None:
+                        self._note_use(self._entry(name))
+                    return switch(self.model, name)
+            with self._kept([name]):
+                return switch(self.model, name)
 
     def merge(self, name: str, *, measure: bool = False) -> MergeReport:
         """Merge an adapter into the weights, in place of another if one is merged.

@@ -6,12 +6,9 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.attach import adapter_parameters, attach
@@ -21,11 +18,12 @@ from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, threads
 from lorakit.config import DataConfig, LoRAConfig, PositiveInt
 from lorakit.errors import DataError
 from lorakit.models.load import load_model
-from lorakit.routing import route
+from lorakit.tasks.batches import pad_token
 from lorakit.tasks.encode import Example, encode_rows
 from lorakit.tasks.rows import read_rows
 from lorakit.train.collate import Collator
-from lorakit.train.loss import IGNORED, labelled_tokens
+from lorakit.train.joint import MicroBatch, joint_losses
+from lorakit.train.loss import Loss
 
 LEARNING_RATE = 1e-3
 
@@ -64,15 +62,18 @@ def joint(settings: SweepConfig) -> Callable[[], list[float]]:
     for name in names:
         attach(model, _lora(settings), name=name)
     model.train()
-    batch = Collator(tokenizer, model, task="generation")([row for rows in groups for row in rows])
-    owners = torch.arange(len(groups)).repeat_interleave(settings.rows)
+    collate, loss = Collator(tokenizer, model, task="generation"), Loss("generation")
+    batches = [
+        MicroBatch(name=name, inputs=collate(rows), loss=loss, items=None)
+        for name, rows in zip(names, groups, strict=True)
+    ]
     optimizer = _optimizer(p for name in names for _, p in adapter_parameters(model, name))
 
     def step() -> list[float]:
-        with route(model, [names[owner] for owner in owners]):
-            losses = _losses(model, batch, owners)
-            _update(losses, optimizer)
-        return losses.tolist()
+        losses = joint_losses(model, batches, pad_id=pad_token(tokenizer))
+        optimizer.step()
+        optimizer.zero_grad()
+        return [loss.item() for loss in losses]
 
     return step
 
@@ -114,16 +115,19 @@ def _one_by_one(
     """Return a step for each adapter's rows in turn, with the adapter that the model has."""
     collate = Collator(tokenizer, base, task="generation")
     batches = [collate(rows) for rows in _examples(settings, tokenizer)]
-    owners = torch.zeros(settings.rows, dtype=torch.int64)
+    loss = Loss("generation")
     optimizer = _optimizer(p for p in model.parameters() if p.requires_grad)
     model.train()
 
     def step() -> list[float]:
         found: list[float] = []
         for batch in batches:
-            losses = _losses(model, batch, owners)
-            _update(losses, optimizer)
-            found += losses.tolist()
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            value = loss(model(**inputs, use_cache=False), batch["labels"])
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(value.item())
         return found
 
     return step
@@ -152,26 +156,6 @@ def _examples(settings: SweepConfig, tokenizer: PreTrainedTokenizerBase) -> list
 
 def _optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(list(parameters), lr=LEARNING_RATE, weight_decay=0.0)
-
-
-def _losses(
-    model: Any, batch: dict[str, Any], owners: Int[Tensor, " rows"]
-) -> Float[Tensor, " adapters"]:
-    """Return each adapter's mean loss over the labelled tokens of its rows."""
-    labels = batch["labels"]
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits, targets = labelled_tokens(model(**inputs, use_cache=False).logits, labels)
-    row_of_token = (labels[:, 1:] != IGNORED).nonzero()[:, 0]
-    owner = owners[row_of_token]
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    sums = losses.new_zeros(int(owners.max()) + 1).index_add(0, owner, losses)
-    return sums / owner.bincount()
-
-
-def _update(losses: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    losses.sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def _memory(settings: SweepConfig, ways: Sequence[str]) -> dict[str, int]:

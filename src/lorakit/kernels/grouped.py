@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorakit.kernels import plain
 from lorakit.kernels.arrangement import Arrangement
 
 
@@ -55,7 +56,7 @@ def narrow(
     a: Float[Tensor, "chosen rank d_in"],
     arrangement: Arrangement,
 ) -> Float[Tensor, "*ordered rank"]:
-    """Return h = A·x of each row's own A, in the dtype of A.
+    """Return h = A·x of each row's own A, in the dtype of A (see also `plain.working_dtype`).
 
     Args:
         x: (rows·k, …, d_in) for any k; what belongs to one row (tokens, beams) is contiguous.
@@ -69,7 +70,9 @@ def narrow(
         from lorakit.kernels import segments_triton
 
         return segments_triton.narrow(x, a, arrangement)
-    return torch.bmm(in_order(x, arrangement).to(a.dtype), a.mT)
+    ordered = in_order(x, arrangement)
+    dtype = plain.working_dtype(x, a, tokens=ordered.shape[1])
+    return torch.bmm(ordered.to(dtype), a.to(dtype).mT)
 
 
 def widen(
@@ -90,7 +93,7 @@ def widen(
         return update if arrangement.adapted is None else update[arrangement.adapted]
     places = arrangement.chunks * arrangement.rows_per_chunk
     per_row = h.shape[1] // arrangement.rows_per_chunk
-    update = torch.bmm(h, b).view(places, per_row, b.shape[-1])
+    update = torch.bmm(h, b.to(h.dtype)).view(places, per_row, b.shape[-1])
     return update if arrangement.back is None else update.index_select(0, arrangement.back)
 
 
@@ -114,26 +117,11 @@ def widen_onto(
         from lorakit.kernels import segments_triton
 
         return segments_triton.widen_onto(output, h, b, arrangement)
-    if _rounds_early(output, h):
-        h, b = h.to(output.dtype), b.to(output.dtype)
+    b = b.to(h.dtype)
     if _is_one_product(output, h, b, arrangement):
         output.view(arrangement.chunks, -1, b.shape[-1]).baddbmm_(h, b)
         return output
     return add_update(output, widen(h, b, arrangement), arrangement)
-
-
-MANY_TOKENS = 16
-"""Tokens of a chunk from which a product in half precision pays on a CPU."""
-
-
-def _rounds_early(output: Tensor, h: Tensor) -> bool:
-    """Tell whether h and B are rounded to a half-precision output before they are multiplied.
-
-    The update is rounded to that precision anyway; sums are in float32 either way. A prefill is
-    limited by this product, which then takes less than half of the time. Training keeps float32.
-    """
-    half = output.dtype in (torch.bfloat16, torch.float16)
-    return half and h.shape[1] >= MANY_TOKENS and not torch.is_grad_enabled()
 
 
 def _is_one_product(output: Tensor, h: Tensor, b: Tensor, arrangement: Arrangement) -> bool:

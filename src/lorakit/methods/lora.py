@@ -157,7 +157,7 @@ class LoRAUpdate(Update):
 def _add(output: Tensor, update: Tensor, rows: Rows | None) -> Tensor:
     """Return the output with an update added, at some of its last dimension's entries only."""
     if rows is None:
-        return output + update
+        return output + update if torch.is_grad_enabled() else output.add_(update)
     if len(rows) == 1:
         output[..., rows[0][0] : rows[0][1]] += update
         return output

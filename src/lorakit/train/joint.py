@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.attach import adapter_parameters
+from lorakit.methods.layer import AdaptedLayer
+from lorakit.models.roles import output_head
 from lorakit.routing import route
-from lorakit.train.loss import Loss
+from lorakit.train.loss import IGNORED, Loss
 from lorakit.train.trainer import AdapterTrainer
 
 
@@ -61,10 +63,52 @@ def joint_losses(
     names = [batch.name for batch in batches for _ in range(batch.rows)]
     # Gradient checkpointing runs layers again in the backward pass, which needs the route too.
     with route(model, names if len(batches) > 1 else batches[0].name):
-        logits = model(**inputs).logits
-        losses = _losses(logits, batches, inputs.get("logits_to_keep"))
+        head = _frozen_head(model, batches)
+        if head is not None:
+            losses = _losses_of_labelled_tokens(model, head, inputs, batches)
+        else:
+            losses = _losses(model(**inputs).logits, batches, inputs.get("logits_to_keep"))
         torch.stack(losses).sum().backward()
     return [loss.detach() for loss in losses]
+
+
+def _frozen_head(model: PreTrainedModel, batches: Sequence[MicroBatch]) -> nn.Module | None:
+    """Return the output head of a language model, unless it is adapted: then it goes by rows."""
+    head = output_head(model)
+    texts = all(batch.loss.task == "generation" for batch in batches)
+    plain = isinstance(head, nn.Linear) and not isinstance(head, AdaptedLayer)
+    return head if texts and plain else None
+
+
+def _losses_of_labelled_tokens(
+    model: PreTrainedModel,
+    head: nn.Module,
+    inputs: dict[str, Tensor],
+    batches: Sequence[MicroBatch],
+) -> list[Tensor]:
+    """Return the loss of each batch; the output head sees only what predicts a labelled token.
+
+    The positions that any row needs are many when rows of many batches meet, and most of them are
+    of no use to the other rows.
+    """
+    length = inputs["input_ids"].shape[1]
+    labels = [
+        F.pad(b.inputs["labels"], (0, length - b.length), value=IGNORED).to(model.device)
+        for b in batches
+    ]
+    targets = [rows[:, 1:][rows[:, 1:] != IGNORED] for rows in labels]
+    predicts = F.pad(torch.cat(labels)[:, 1:] != IGNORED, (0, 1), value=False)
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][predicts][None],))
+    try:
+        inputs = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
+        logits = model(**inputs, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    parts = logits.split([len(each) for each in targets])
+    return [
+        batch.loss.of_tokens(own, wanted, num_items_in_batch=batch.items)
+        for batch, own, wanted in zip(batches, parts, targets, strict=True)
+    ]
 
 
 def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:

@@ -28,6 +28,17 @@ class Loss:
         summed, count = self.summed(logits, labels)
         return summed / (count if num_items_in_batch is None else num_items_in_batch)
 
+    def of_tokens(
+        self,
+        logits: Float[Tensor, "tokens vocabulary"],
+        targets: Int[Tensor, " tokens"],
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the same for logits that each predict one labelled token."""
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        return self._cross_entropy(logits, targets) / count
+
     def summed(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         """Return the sum of the loss over the labelled items, and how many there are."""
         if self.task == "regression":
