@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import lorakit as lk
 from lorakit import routing
@@ -190,25 +191,62 @@ def test_gradients_of_a_mixed_batch_are_right_under_checkpointing(inputs, reentr
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputation_runs_under_the_route_of_its_forward_pass(inputs, reentrant):
+    """Two passes under different routes, one without gradients between, then one backward pass."""
+
+    def gradients(model):
+        with lk.route(model, NAMES):
+            loss = model(**inputs).logits.square().sum()
+        lk.switch(model, "one")
+        loss = loss + model(**inputs).logits.square().sum()
+        lk.switch(model, "two")
+        with torch.no_grad():
+            model(**inputs)
+        loss.backward()
+        assert lk.active_name(model) == "two"
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    model = adapted(dtype="float32").double().train()
+    twin = copy.deepcopy(model)
+    expected = gradients(model)
+    settings = {"use_reentrant": reentrant}
+    twin.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    found = gradients(twin)
+    assert found.keys() == expected.keys() > set()
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize("names", [NAMES, "one"], ids=["mixed", "single"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_recomputation_under_another_route_is_refused(model, inputs, reentrant, names):
-    settings = {"use_reentrant": reentrant}
-    model.train().activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+def test_a_checkpoint_of_ones_own_is_not_recomputed_under_another_route(
+    model, inputs, reentrant, names
+):
+    model.train().requires_grad_(True)
+
+    def run(embedded):
+        return model(inputs_embeds=embedded).logits.sum()
+
+    def loss():
+        embedded = model.get_input_embeddings()(inputs["input_ids"])
+        return checkpoint(run, embedded, use_reentrant=reentrant)
+
     with lk.route(model, names):
-        loss = model(**inputs).logits.sum()
+        found = loss()
     with pytest.raises(RouteError, match="inside its `with` block"):
-        loss.backward()
+        found.backward()
     with lk.route(model, ["one", None, None, None]):
         with lk.route(model, names):
-            loss = model(**inputs).logits.sum()
+            found = loss()
         with pytest.raises(RouteError):
-            loss.backward()
+            found.backward()
     lk.switch(model, "one")
-    loss = model(**inputs).logits.sum()
+    found = loss()
     lk.switch(model, "two")
     with pytest.raises(RouteError, match="the route of the forward pass is over"):
-        loss.backward()
+        found.backward()
 
 
 def test_backward_after_the_block_is_right_without_checkpointing(model, inputs):

@@ -22,7 +22,7 @@ from lorakit.attachment import (
 from lorakit.config import LoRAConfig
 from lorakit.errors import AttachError
 from lorakit.matching import Plan, fit, plan, short_names
-from lorakit.methods.checkpointing import adapted_blocks, let_input_require_grad
+from lorakit.methods.checkpointing import forget_routes, stacks_of_blocks
 from lorakit.methods.layer import (
     Update,
     bank_key,
@@ -199,9 +199,6 @@ def install(
         layer = state.adopt(path, model.get_submodule(path))
         layer.adapter_bank[bank_key(name)] = update
         by_number[layer.adapter_number] = update
-    for path, block in adapted_blocks(model) if trainable else ():
-        if path not in state.hooks:
-            state.hooks[path] = block.register_forward_pre_hook(let_input_require_grad)
     stale = state.updates.get(name, {}).keys() - by_number.keys()
     state.replace(name, by_number, record)
     for number in stale:
@@ -231,6 +228,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             parameter.requires_grad_(state.frozen.get(path, parameter.requires_grad))
         for hook in state.hooks.values():
             hook.remove()
+        for _, stack in stacks_of_blocks(model):
+            forget_routes(stack)
         del model._lorakit
 
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter import Adapter
 from lorakit.errors import AttachError, RouteError, did_you_mean
+from lorakit.methods.checkpointing import keep_routes, stacks_of_blocks
 from lorakit.methods.layer import AdaptedLayer, Changes, Route, Update, adopt
 from lorakit.models.base import base_parameters
 from lorakit.models.identity import BaseIdentity, identify
@@ -54,8 +55,8 @@ class Attachment:
     pristine: dict[str, dict[str, Pristine]] = field(default_factory=dict)
     """Unmerged weights by module path and parameter name, while an adapter is merged."""
     hooks: dict[str, RemovableHandle] = field(default_factory=dict)
-    """By path: on the model what counts a batch's rows, on its output head what keeps a frozen one
-    fast, on blocks what keeps gradients alive under reentrant checkpointing."""
+    """On the model what counts a batch's rows, on its output head what keeps a frozen one fast, on
+    stacks of blocks what makes checkpointing right."""
     layers: dict[int, AdaptedLayer] = field(default_factory=dict)
     """The adapted layers by their numbers."""
     paths: dict[int, str] = field(default_factory=dict)
@@ -187,6 +188,8 @@ def attached(model: nn.Module) -> Attachment:
         state = Attachment(route=Route(), identity=identity_of(model), frozen=frozen)
         state.inputs = shared_inputs(model)
         state.hooks[""] = model.register_forward_pre_hook(check_rows, with_kwargs=True)
+        for path, stack in stacks_of_blocks(model):
+            state.hooks[f"blocks of {path}"] = stack.register_forward_pre_hook(keep_routes)
         head = output_head(model)
         if head is not None:
             state.hooks["head"] = head.register_forward_pre_hook(make_contiguous)

@@ -13,13 +13,11 @@ from torch import nn
 from lorakit.adapter import Adapter
 from lorakit.attach import extract, fit_and_build, install, remove
 from lorakit.attachment import Attachment, attached, attachment_of, unwrapped
+from lorakit.compiled import is_compiled, prepare_for_compile
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
 from lorakit.formats.weights import value_problems
 from lorakit.merge import MergeReport, merge, unmerge
 from lorakit.methods.layer import Update
-from lorakit.methods.lora import is_adaptable
-from lorakit.methods.static import is_linear
-from lorakit.models.base import base_modules
 from lorakit.routing import Choice, blends, check_names, route, switch
 
 
@@ -78,7 +76,7 @@ class AdapterBank:
         self._routing = threading.RLock()
         """Held by the thread whose route is in force."""
         if is_compiled(model):
-            prepare_for_compile(self.model)
+            prepare_for_compile(model)
         self._attachment = attached(self.model)
         self._notice()
 
@@ -378,17 +376,3 @@ class AdapterBank:
         route = self._state.route
         held = entry.pinned or entry.routes or name in (route.merged, route.switched)
         return entry.folder is not None and not held
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Tell whether a model's forward pass goes through torch.compile."""
-    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
-
-
-def prepare_for_compile(model: nn.Module) -> None:
-    """Turn all linear layers into adapted layers, so that no adapter that comes changes a class."""
-    state = attached(model)
-    state.compiled = True
-    for path, layer in base_modules(model):
-        if is_linear(layer) and is_adaptable(layer):
-            state.adopt(path, layer)

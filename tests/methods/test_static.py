@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.bank import is_compiled
+from lorakit.compiled import is_compiled
 from lorakit.methods.static import StaticLinear
 from oracles import attach_random
 from tiny_models import build
@@ -64,17 +64,68 @@ check(None)
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_a_new_route_and_a_new_resident_compile_nothing(family):
-    # Apart, because the compiler can't trace through the shape checks that tests run with.
+ROWS = """
+import pytest
+import torch
+import lorakit as lk
+from lorakit.errors import RouteError
+from oracles import attach_random
+from tiny_models import build
+
+def made(in_place):
+    model = build("llama").eval()
+    if in_place:
+        model.compile(backend="eager")
+    compiled = model if in_place else torch.compile(model, backend="eager")
+    bank = lk.AdapterBank(compiled)
+    torch.manual_seed(3)
+    attach_random(model, targets=("q",))
+    return bank, compiled
+
+ids = torch.tensor([[5, 6, 7], [8, 9, 10], [5, 6, 7], [8, 9, 10]])
+for in_place in (True, False):
+    bank, model = made(in_place)
+    with bank.route(["default", None]):
+        with pytest.raises(RouteError, match="the route is for 2 rows, but the batch has 4"):
+            model(input_ids=ids)
+        with pytest.raises(RouteError, match="has 3 rows"):
+            model(ids[:3])
+        assert model(input_ids=ids[:2]).logits.shape[0] == 2
+    assert model(input_ids=ids).logits.shape[0] == 4
+    lk.detach(bank.model)
+    assert model(input_ids=ids[:3]).logits.shape[0] == 3
+
+plain = build("llama").eval()
+torch.manual_seed(3)
+attach_random(plain, targets=("q",))
+texts = []
+for bank in (made(in_place=True)[0], lk.AdapterBank(plain)):
+    with bank.route(["default", None]):
+        texts.append(bank.model.generate(ids[:2], max_new_tokens=3, num_beams=2, pad_token_id=0))
+assert torch.equal(*texts)
+"""
+
+
+def run_apart(program):
+    """Run a program in a process of its own, since the compiler can't trace through the checks of
+    shapes that tests run with."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM.format(family=family)],
+        [sys.executable, "-W", "ignore", "-c", program],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_a_new_route_and_a_new_resident_compile_nothing(family):
+    run_apart(PROGRAM.format(family=family))
+
+
+def test_rows_are_counted_in_front_of_the_compiled_code_and_beams_are_known():
+    run_apart(ROWS)
 
 
 def test_a_bank_knows_a_compiled_model():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -64,10 +65,13 @@ class Route:
     """How many layers were adopted so far; the next one gets this number."""
     recorded: Changes | None = None
     """What the latest forward pass did that was made for training."""
+    replayed: tuple[Changes | None] | None = None
+    """What a backward pass repeats at the moment; None: it repeats nothing."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which is outside of all blocks."""
-        closed = {"changes": self.outside, "active": self.switched, "recorded": None}
+        closed = {"changes": self.outside, "active": self.switched}
+        closed |= {"recorded": None, "replayed": None}
         return vars(self) | closed | {"depth": 0, "rows": None, "repeats": 1}
 
     def check_recomputation(self) -> None:
@@ -77,13 +81,28 @@ class Route:
             RouteError: activations are recomputed (gradient checkpointing) under another route
                 than the one of the forward pass, which would give the gradients of another model.
         """
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             self.recorded = self.changes
-        elif self.recorded is not self.changes:
+        elif self.replayed is None and self.recorded is not self.changes:
             raise RouteError(
                 "the backward pass recomputes activations (gradient checkpointing), but the route "
                 "of the forward pass is over: call backward() inside its `with` block"
             )
+
+    @contextmanager
+    def replaying(self, changes: Changes | None) -> Iterator[None]:
+        """Do what an earlier forward pass did, inside a block, whatever the route is by now."""
+        before = self.replayed
+        self.replayed = (changes,)
+        try:
+            yield
+        finally:
+            self.replayed = before
+
+
+def in_backward() -> bool:
+    """Tell whether this is called by autograd, in a backward pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class Update(nn.Module, Change):
@@ -129,7 +148,7 @@ class AdaptedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output, changed as the route says."""
         route = self.adapter_route
-        changes = route.changes
+        changes = route.changes if route.replayed is None else route.replayed[0]
         # Reentrant checkpointing runs its forward pass without gradients, but in training.
         if (torch.is_grad_enabled() or self.training) and not torch.compiler.is_compiling():
             route.check_recomputation()
