@@ -207,19 +207,17 @@ def test_a_trained_head_that_stepped_is_not_served_old():
 
 def test_dropout_in_a_head_is_each_rows_own():
     model = adapted("roberta")
-    x = torch.randn(1, 4, 32).expand(6, -1, -1)
-    with torch.no_grad(), lk.route(model, ["a", "a", "a", "b", None, "b"]):
+    for (_, a), (_, b) in zip(*(adapter_parameters(model, name) for name in "ab"), strict=True):
+        b.copy_(a)
+    x = torch.randn(1, 4, 32).expand(4, -1, -1)
+    with torch.no_grad(), lk.route(model, ["a", "b", None, "a"]):
         exact = model.classifier(x)
         model.classifier.train()
-        for layer in model.classifier.adapter_bank.values():
-            layer.copy.dropout.p = 0.3
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model.classifier.dropout, "p", 0.3)
-            drawn = torch.stack([model.classifier(x) for _ in range(400)])
+        drawn = torch.stack([model.classifier(x) for _ in range(400)])
         assert stacks(model)
-    assert not torch.isclose(drawn[0, 0], drawn[0, 1]).all()
-    assert not torch.isclose(drawn[0], exact).all(-1).any()
-    torch.testing.assert_close(drawn.mean(0), exact, rtol=0.2, atol=0.1)
+    for first, second in ((0, 1), (0, 3), (1, 3)):
+        assert not torch.isclose(drawn[0, first], drawn[0, second]).all()
+    torch.testing.assert_close(drawn.mean(0), exact, rtol=0.2, atol=0.05)
 
 
 def test_heads_answer_in_inference_mode_and_beside_a_forward_pass_with_gradients():
