@@ -55,9 +55,9 @@ class ByRows(Change):
             index = _positions(group.index, inputs[0].shape[0], self._rows)
             results.append((index, self._changed(group, layer, inputs, output, index)))
         widest = max(output.shape[-1], *(changed.shape[-1] for _, changed in results))
-        output = _widened(output, widest)
+        output = widened(output, widest)
         for index, changed in results:
-            output = output.index_copy(0, index, _widened(changed, widest).to(output.dtype))
+            output = output.index_copy(0, index, widened(changed, widest).to(output.dtype))
         return output
 
     @staticmethod
@@ -89,7 +89,8 @@ def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -
         )
 
 
-def _widened(output: Tensor, width: int) -> Tensor:
+def widened(output: Tensor, width: int) -> Tensor:
+    """Return an output of at least so many entries; those added are minus infinity."""
     missing = width - output.shape[-1]
     return F.pad(output, (0, missing), value=float("-inf")) if missing else output
 

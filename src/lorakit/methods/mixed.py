@@ -18,6 +18,7 @@ from lorakit.kernels import grouped
 from lorakit.kernels.arrangement import Arrangement, arrange
 from lorakit.methods.batch import Batch, Terms, Updates
 from lorakit.methods.by_rows import ByRows
+from lorakit.methods.heads import Heads, are_heads
 from lorakit.methods.layer import AdaptedLayer, Change
 from lorakit.methods.lora import LoRAUpdate, LowRank, positions
 
@@ -47,7 +48,8 @@ def mixed_changes(
         inputs = [SharedInput(same, arranged) for same in _of_like_slots(pieces)]
         for number in numbers:
             if number not in stacked:
-                changes[number] = ByRows(layers[number], terms[number], batch, device)
+                kind = Heads if are_heads(terms[number]) else ByRows
+                changes[number] = kind(layers[number], terms[number], batch, device)
                 continue
             parts = tuple(
                 (shared, at)
