@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,15 @@ class Site:
     def name(self) -> str:
         """Return the path, with the role in brackets for a slice."""
         return self.path if self.rows is None else f"{self.path}[{self.role}]"
+
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes: what any value's bits can be read as; numpy has no bfloat16."""
+
+
+def _bits(tensor: Tensor) -> memoryview:
+    """Return a tensor's bits in one piece, in the tensor's own memory where that is possible."""
+    return np.ascontiguousarray(tensor.detach().view(INTEGERS[tensor.itemsize]).numpy()).data
 
 
 def scale_of(rank: int, alpha: float, *, use_rslora: bool) -> float:
@@ -108,9 +118,9 @@ class Adapter:
     def _compute_hash(self) -> str:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
-            header = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
-            digest.update(header.encode())
-            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            # As json.dumps writes the three in a list, in half the time.
+            digest.update(f'[{json.dumps(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode())
+            digest.update(_bits(tensor))
         for site in sorted(self.sites, key=lambda site: site.name):
             meaning = [site.name, site.rank, site.alpha, site.scale, site.rows, site.groups]
             digest.update(json.dumps(meaning).encode())
