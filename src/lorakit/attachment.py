@@ -162,6 +162,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Tell whether a model's forward pass goes through torch.compile."""
+    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+
+
 def require_attachment(model: nn.Module) -> Attachment:
     """Return what is attached to a model.
 
