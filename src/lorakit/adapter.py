@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,30 @@ class Site:
     def name(self) -> str:
         """Return the path, with the role in brackets for a slice."""
         return self.path if self.rows is None else f"{self.path}[{self.role}]"
+
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes: what any value's bits can be read as; numpy has no bfloat16."""
+LUMP_BYTES = 16 * 2**20
+"""Other threads go on while hashlib reads, so it is given a lot at once."""
+
+
+def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    """Yield the same bytes in lumps of `LUMP_BYTES` or a little more, the last one shorter."""
+    lump: list[bytes | memoryview] = []
+    size_bytes = 0
+    for piece in pieces:
+        lump.append(piece)
+        size_bytes += memoryview(piece).nbytes
+        if size_bytes >= LUMP_BYTES:
+            yield b"".join(lump)
+            lump, size_bytes = [], 0
+    yield b"".join(lump)
+
+
+def _bits(tensor: Tensor) -> memoryview:
+    """Return a tensor's bits in one piece, in the tensor's own memory where that is possible."""
+    return np.ascontiguousarray(tensor.detach().view(INTEGERS[tensor.itemsize]).numpy()).data
 
 
 def scale_of(rank: int, alpha: float, *, use_rslora: bool) -> float:
@@ -107,15 +132,19 @@ class Adapter:
 
     def _compute_hash(self) -> str:
         digest = hashlib.sha256()
+        for lump in _joined(self._hashed_bytes()):
+            digest.update(lump)
+        return digest.hexdigest()
+
+    def _hashed_bytes(self) -> Iterator[bytes | memoryview]:
         for name, tensor in sorted(self.tensors.items()):
-            header = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
-            digest.update(header.encode())
-            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            # As json.dumps writes the three in a list, in half the time.
+            yield f'[{json.dumps(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode()
+            yield _bits(tensor)
         for site in sorted(self.sites, key=lambda site: site.name):
             meaning = [site.name, site.rank, site.alpha, site.scale, site.rows, site.groups]
-            digest.update(json.dumps(meaning).encode())
-        digest.update(json.dumps(sorted(self.copied_modules)).encode())
-        return digest.hexdigest()
+            yield json.dumps(meaning).encode()
+        yield json.dumps(sorted(self.copied_modules)).encode()
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the adapter as a folder (docs/adapter-format.md) and return the folder.

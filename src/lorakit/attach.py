@@ -16,6 +16,7 @@ from lorakit.attachment import (
     attached,
     attachment_of,
     identity_of,
+    layout_of,
     require_attachment,
     require_name,
 )
@@ -30,7 +31,6 @@ from lorakit.methods.layer import (
 )
 from lorakit.methods.lora import LoRAUpdate, LowRank, fresh_a, parameter_shapes
 from lorakit.methods.module_copy import ModuleCopy
-from lorakit.models.base import base_modules
 from lorakit.models.roles import task_heads
 from lorakit.pristine import Pristine
 
@@ -71,7 +71,7 @@ def attach(
         fitted, updates, record = fit_and_build(model, what, allow_other_base=allow_other_base)
     else:
         fitted = plan(model, what)
-        updates = _build(model, fitted, what, None)
+        updates = _build(layout_of(model).modules, fitted, what, None)
         record = Adapter(
             config=what,
             sites=fitted.sites,
@@ -118,30 +118,30 @@ def fit_and_build(
     Raises:
         AdapterFileError: it does not fit; every problem is listed.
     """
+    layout = layout_of(model)
     fitted = fit(
-        model,
+        layout,
         adapter,
         identity_of(model),
         allow_other_base=allow_other_base,
         other_heads=task_heads(model) if other_heads else (),
     )
-    updates = _build(model, fitted, adapter.config, adapter.tensors, copy=copy)
+    updates = _build(layout.modules, fitted, adapter.config, adapter.tensors, copy=copy)
     # Another tool's file may not say what kind of layer it adapts; the model does.
     return fitted, updates, replace(adapter, tensors={}, sites=fitted.sites)
 
 
 def _build(
-    model: nn.Module,
+    modules: Mapping[str, nn.Module],
     fitted: Plan,
     config: LoRAConfig,
     tensors: Mapping[str, Tensor] | None,
     *,
     copy: bool = True,
 ) -> dict[str, Update]:
-    """Return the update of each touched module, by path; the model is not changed."""
+    """Return the update of each touched module, by path; the modules are not changed."""
     updates: dict[str, Update] = {}
     parts: dict[str, dict[str, LowRank]] = {}
-    modules = dict(base_modules(model))
     for match in fitted.matches:
         site, layer = match.site, modules[match.site.path]
         if tensors is None:
@@ -151,9 +151,9 @@ def _build(
             a = tensors[f"{site.name}.lora_a"].to(device, copy=copy)
             b = tensors[f"{site.name}.lora_b"].to(device, copy=copy)
         parts.setdefault(site.path, {})[site.role or "whole"] = LowRank(site, config, a, b)
-    for path in dict.fromkeys([*parts, *fitted.biases]):
-        bias = _starting_bias(model, path, config, tensors) if path in fitted.biases else None
-        updates[path] = LoRAUpdate(parts.get(path, {}), bias)
+    biases = {path: _starting_bias(modules, path, config, tensors) for path in fitted.biases}
+    for path in dict.fromkeys([*parts, *biases]):
+        updates[path] = LoRAUpdate(parts.get(path, {}), biases.get(path))
     for path in fitted.copies:
         made = ModuleCopy(modules[path], getattr(torch, config.dtype))
         if tensors is not None:
@@ -171,9 +171,12 @@ def _fresh(layer: nn.Module, site: Site, config: LoRAConfig) -> tuple[Tensor, Te
 
 
 def _starting_bias(
-    model: nn.Module, path: str, config: LoRAConfig, tensors: Mapping[str, Tensor] | None
+    modules: Mapping[str, nn.Module],
+    path: str,
+    config: LoRAConfig,
+    tensors: Mapping[str, Tensor] | None,
 ) -> Tensor:
-    base = cast(Tensor, model.get_submodule(path).bias).detach()
+    base = cast(Tensor, modules[path].bias).detach()
     if tensors is None:
         return base.to(getattr(torch, config.dtype), copy=True)
     return tensors[f"{path}.bias"].to(base.device, copy=True)
@@ -193,16 +196,20 @@ def install(
     run in another thread see all of it or nothing.
     """
     state = attached(model)
+    modules, key = layout_of(model).modules, bank_key(name)
     by_number: dict[int, Update] = {}
     for path, update in updates.items():
-        update.requires_grad_(trainable).train(model.training)
-        layer = state.adopt(path, model.get_submodule(path))
-        layer.adapter_bank[bank_key(name)] = update
+        if trainable:
+            update.requires_grad_()
+        if model.training:
+            update.train()
+        layer = state.adopt(path, modules[path])
+        layer.adapter_bank[key] = update
         by_number[layer.adapter_number] = update
     stale = state.updates.get(name, {}).keys() - by_number.keys()
     state.replace(name, by_number, record)
     for number in stale:
-        state.layers[number].adapter_bank.pop(bank_key(name))
+        state.layers[number].adapter_bank.pop(key)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

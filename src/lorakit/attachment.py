@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter import Adapter
 from lorakit.errors import AttachError, RouteError, did_you_mean
+from lorakit.matching import Layout
 from lorakit.methods.checkpointing import keep_routes, stacks_of_blocks
 from lorakit.methods.layer import AdaptedLayer, Changes, Route, Update, adopt
-from lorakit.models.base import base_parameters
+from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
 from lorakit.models.roles import output_head, shared_inputs, task_heads
@@ -70,13 +71,15 @@ class Attachment:
     mixed: tuple[Any, Changes, Any] | None = None
     """The latest mixed batch: what it was made from, what it does to each layer, and the memory
     that it was made from."""
+    layout: Layout | None = None
+    """What adapters are compared with, as long as the base has these modules."""
     lock: Lock = field(default_factory=Lock)
     """Held for moments, where the route changes, or what an adapter does."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle."""
         # A copy's parameters lie elsewhere, so it makes its mixed batches anew.
-        return vars(self) | {"mixed": None}
+        return vars(self) | {"mixed": None, "layout": None}
 
     def adopt(self, path: str, layer: nn.Module) -> AdaptedLayer:
         """Turn a layer into an adapted layer, if it is not one yet, and know it by its number."""
@@ -160,6 +163,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Tell whether a model's forward pass goes through torch.compile."""
+    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+
+
 def require_attachment(model: nn.Module) -> Attachment:
     """Return what is attached to a model.
 
@@ -178,6 +186,16 @@ def identity_of(model: nn.Module) -> BaseIdentity | None:
     if state is not None:
         return state.identity
     return identify(model, name=model_name(model), skip=task_heads(model))
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Return a base's modules by path, and what is remembered of them while they stay the same."""
+    layout, state = Layout(dict(base_modules(model))), attachment_of(model)
+    if state is None:
+        return layout
+    if state.layout is None or state.layout.modules != layout.modules:
+        state.layout = layout
+    return state.layout
 
 
 def attached(model: nn.Module) -> Attachment:

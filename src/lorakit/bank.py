@@ -12,13 +12,17 @@ from torch import nn
 
 from lorakit.adapter import Adapter
 from lorakit.attach import extract, fit_and_build, install, remove
-from lorakit.attachment import Attachment, attached, attachment_of, unwrapped
-from lorakit.compiled import is_compiled, prepare_for_compile
+from lorakit.attachment import Attachment, attached, attachment_of, is_compiled, unwrapped
+from lorakit.compiled import prepare_for_compile
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
+from lorakit.formats.folder import reading
 from lorakit.formats.weights import value_problems
 from lorakit.merge import MergeReport, merge, unmerge
 from lorakit.methods.layer import Update
 from lorakit.routing import Choice, blends, check_names, route, switch
+
+Ready = tuple[dict[str, Update], Adapter]
+"""An adapter's updates by module path, verified, and the adapter without its tensors."""
 
 
 @dataclass
@@ -94,7 +98,9 @@ class AdapterBank:
             BankError: there is no room for it, or the name is merged.
         """
         with self._loading:
-            return self._hold(name, Adapter.load(folder), Path(folder).absolute())
+            with reading(Path(folder)) as adapter:
+                ready = self._ready(name, adapter, copy=False)
+            return self._hold(name, adapter, ready, Path(folder).absolute())
 
     def add(self, name: str, adapter: Adapter) -> Adapter:
         """Hold an adapter from memory under a name; as it has no folder, it is never evicted.
@@ -107,7 +113,7 @@ class AdapterBank:
         if problems:
             raise AdapterFileError.listing(f"adapter {name!r} can't be used", problems)
         with self._loading:
-            return self._hold(name, adapter, None)
+            return self._hold(name, adapter, self._ready(name, adapter, copy=True), None)
 
     def unload(self, name: str) -> None:
         """Forget an adapter. A route that uses it now keeps its weights until it ends.
@@ -265,30 +271,34 @@ class AdapterBank:
         if route.switched == name:
             raise BankError(f"adapter {name!r} is switched to: bank.switch(None), then {purpose}")
 
-    def _hold(self, name: str, adapter: Adapter, folder: Path | None) -> Adapter:
-        """Verify an adapter and make it resident under a name."""
-        content = adapter.content_hash()
-        known = self._entries.get(name)
-        if known is not None and self._content(name) == content:
-            known.folder = folder
-            return self._state.adapters[name]
+    def _ready(self, name: str, adapter: Adapter, *, copy: bool) -> Ready | None:
+        """Verify an adapter and make its updates; None if the name holds this content already."""
+        held = name in self._entries and self._is_resident(name)
+        # Training may have changed it since it was loaded.
+        if held and extract(self.model, name).content_hash() == adapter.content_hash():
+            return None
         if self._state.route.merged == name:
             raise BankError(f"adapter {name!r} is merged: bank.unmerge(), then replace it")
-        updates, record = self._verified(adapter, copy=folder is None)
+        return self._verified(adapter, copy=copy)
+
+    def _hold(
+        self, name: str, adapter: Adapter, ready: Ready | None, folder: Path | None
+    ) -> Adapter:
+        """Make an adapter resident under a name."""
+        if ready is None:
+            self._entries[name].folder = folder
+            return self._state.adapters[name]
+        updates, record = ready
         self._make_room(name, adapter.size_bytes)
         with self._table:
             install(self.model, updates, name, record, trainable=False)
-            entry = self._entries.setdefault(name, Entry(content, adapter.size_bytes, folder))
-            entry.content_hash, entry.size_bytes = content, adapter.size_bytes
+            entry = self._entries.setdefault(name, Entry("", 0, None))
+            entry.content_hash, entry.size_bytes = adapter.content_hash(), adapter.size_bytes
             entry.folder = folder
             self._note_use(entry)
         return record
 
-    def _content(self, name: str) -> str | None:
-        """Return the content hash of an adapter in memory, which training may have changed."""
-        return extract(self.model, name).content_hash() if self._is_resident(name) else None
-
-    def _verified(self, adapter: Adapter, *, copy: bool) -> tuple[dict[str, Update], Adapter]:
+    def _verified(self, adapter: Adapter, *, copy: bool) -> Ready:
         _, updates, record = fit_and_build(
             self.model,
             adapter,

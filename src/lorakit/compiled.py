@@ -13,11 +13,6 @@ from lorakit.methods.static import is_linear
 from lorakit.models.base import base_modules
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Tell whether a model's forward pass goes through torch.compile."""
-    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
-
-
 def prepare_for_compile(model: nn.Module) -> None:
     """Turn all linear layers into adapted layers, so that no adapter that comes changes a class.
 

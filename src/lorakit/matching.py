@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.adapter import Adapter, Site, scale_of
@@ -165,7 +165,7 @@ def _match(layer: nn.Module, place: Place | None, site: Site) -> Match:
     if site.rows is not None:
         d_out = sum(stop - start for start, stop in site.rows)
     a, b = parameter_shapes(layer, site)
-    count = torch.Size(a).numel() + torch.Size(b).numel()
+    count = math.prod(a) + math.prod(b)
     return Match(site, place.role if place else site.role, (d_out, d_in), count)
 
 
@@ -212,8 +212,33 @@ def _copy_paths(model: nn.Module, config: LoRAConfig, kept: Sequence[Place]) -> 
     return paths
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The modules of a base, and what words select there: looked up once for all adapters."""
+
+    modules: Mapping[str, nn.Module]
+    """Every module by its path."""
+    _selected: dict[tuple[object, ...], frozenset[str]] = field(default_factory=dict)
+
+    def names(self, config: LoRAConfig) -> frozenset[str]:
+        """Return the names of the layers and slices that a configuration's targets select."""
+        words = config.targets, config.layers, config.exclude
+        if words not in self._selected:
+            self._selected[words] = self._select(config)
+        return self._selected[words]
+
+    def _select(self, config: LoRAConfig) -> frozenset[str]:
+        model = self.modules[""]
+        try:
+            kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
+        except TargetError:
+            # The words may be those of another tool, or of a family unknown here.
+            return frozenset()
+        return frozenset(place.name for place in kept)
+
+
 def fit(
-    model: nn.Module,
+    layout: Layout,
     adapter: Adapter,
     identity: BaseIdentity | None,
     *,
@@ -223,7 +248,7 @@ def fit(
     """Return how a saved adapter lies on a model.
 
     Args:
-        model: the base.
+        layout: of the base.
         adapter: what to fit.
         identity: of the base.
         allow_other_base: accept an adapter whose base has other weights.
@@ -232,7 +257,7 @@ def fit(
     Raises:
         AdapterFileError: every way in which it does not fit.
     """
-    modules = dict(base_modules(model))
+    modules = layout.modules
     problems, expected = _misfits(modules, adapter, other_heads)
     problems += [
         f"{name}  missing from the adapter" for name in sorted(expected - set(adapter.tensors))
@@ -241,7 +266,7 @@ def fit(
         f"{name}  in the adapter, but it has no place in this model"
         for name in sorted(set(adapter.tensors) - expected)
     ]
-    problems += _missed_by_targets(model, adapter)
+    problems += _missed_by_targets(layout, adapter)
     if not allow_other_base and adapter.base is not None and identity is not None:
         other = adapter.base.difference(identity)
         if other:
@@ -255,18 +280,22 @@ def fit(
     matched = tuple(
         _match(modules[site.path], None, _as_on(modules[site.path], site)) for site in adapter.sites
     )
-    return _complete(model, matched, biases, adapter.copied_modules)
+    return _complete(modules[""], matched, biases, adapter.copied_modules)
 
 
 def _as_on(layer: nn.Module, site: Site) -> Site:
     """Return a site with the facts about its layer that the layer itself shows."""
     rows = None if site.rows is None else matrix_shape(layer)[0]
-    return replace(site, kind=kind_of(layer), layer_rows=rows)
+    kind = kind_of(layer)
+    if (site.kind, site.layer_rows) == (kind, rows):
+        return site
+    return replace(site, kind=kind, layer_rows=rows)
 
 
 def _is_bias(name: str, adapter: Adapter) -> bool:
-    copied = any(name.startswith(f"{path}.") for path in adapter.copied_modules)
-    return name.endswith(".bias") and not copied
+    return name.endswith(".bias") and not any(
+        name.startswith(f"{path}.") for path in adapter.copied_modules
+    )
 
 
 def _misfits(
@@ -329,17 +358,11 @@ def _shape_problem(name: str, tensor: Tensor | None, expected: tuple[int, ...]) 
     return [f"{name}  shape {tuple(tensor.shape)} in the adapter, {expected} expected{hint}"]
 
 
-def _missed_by_targets(model: nn.Module, adapter: Adapter) -> list[str]:
+def _missed_by_targets(layout: Layout, adapter: Adapter) -> list[str]:
     """Return the layers that the adapter's targets name in this model and its sites leave out."""
     if not adapter.config.targets:
         return []
-    try:
-        config = adapter.config
-        kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
-    except TargetError:
-        # The words may be those of another tool, or of a family unknown here; the sites decide.
-        return []
-    missing = sorted({place.name for place in kept} - {site.name for site in adapter.sites})
+    missing = sorted(layout.names(adapter.config) - {site.name for site in adapter.sites})
     return [f"{name}  is among the targets, but the adapter has nothing for it" for name in missing]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.compiled import is_compiled
+from lorakit.attachment import is_compiled
 from lorakit.methods.static import StaticLinear
 from oracles import attach_random
 from tiny_models import build

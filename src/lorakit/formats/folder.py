@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,7 @@ def save_folder(adapter: Adapter, folder: Path, *, overwrite: bool = False) -> P
     if problems:
         raise AdapterFileError.listing(f"the adapter was not written to {folder}", problems)
     files = _files(adapter)
-    again = _adapter_from(files, folder)
+    again, _ = _adapter_from(files, folder)
     assert again.content_hash() == adapter.content_hash(), "the folder would hold another adapter"
     write_files(folder, files, overwrite=overwrite)
     return folder
@@ -75,7 +77,8 @@ def _files(adapter: Adapter) -> dict[str, bytes]:
     if reasons:
         config, tensors = _own_form(adapter, reasons), dict(adapter.tensors)
     else:
-        config, tensors = peft_config(adapter), encode(layers_of(adapter), adapter.tensors)
+        layers = layers_of(adapter)
+        config, tensors = peft_config(adapter, layers), encode(layers, adapter.tensors)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
         texts = {CONFIG_FILE: to_json(config), RECORD_FILE: Record.of(adapter).text()}
@@ -110,6 +113,28 @@ def _own_form(adapter: Adapter, reasons: list[str]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[Adapter]:
+    """Give the adapter of a folder for a block of work, while another thread computes its hash.
+
+    The hash is checked at the end of the block: until then nothing may count that the block makes.
+
+    Raises:
+        AdapterFileError: every problem of the files in one message; of the hash after the block,
+            also if that ended with an error.
+    """
+    if not folder.is_dir():
+        load_path(folder)  # says what is wrong with it
+    adapter, content_hash = _adapter_from(_read(folder), folder)
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(adapter.content_hash)
+        try:
+            yield adapter
+        finally:
+            hashing.result()
+            _check_content(adapter, content_hash, folder)
+
+
 def load_path(
     path: Path,
     *,
@@ -136,7 +161,24 @@ def load_path(
         raise AdapterFileError(
             f"{path} is a folder, which holds its kernels' shapes: leave kernel_sizes out"
         )
-    return _adapter_from(_read(path), path)
+    adapter, content_hash = _adapter_from(_read(path), path)
+    _check_content(adapter, content_hash, path)
+    return adapter
+
+
+def _check_content(adapter: Adapter, content_hash: str | None, folder: Path) -> None:
+    """Compare an adapter with the hash that its folder holds, if it holds one."""
+    if content_hash not in (None, adapter.content_hash()):
+        problem = "the content hash is another: weights were changed or damaged after saving"
+        raise _not_as_saved(folder, [problem])
+
+
+def _not_as_saved(folder: Path, problems: Sequence[str]) -> AdapterFileError:
+    headline = (
+        f"{folder} is not as lorakit saved it (if another tool changed it on purpose, delete "
+        f"{RECORD_FILE} to load it without these checks)"
+    )
+    return AdapterFileError.listing(headline, problems)
 
 
 def _read(folder: Path) -> dict[str, bytes]:
@@ -174,8 +216,8 @@ def _neighbours(path: Path) -> str:
     return near or (f"; beside it are {', '.join(adapters)}" if adapters else "")
 
 
-def _adapter_from(files: Mapping[str, bytes], folder: Path) -> Adapter:
-    """Return the adapter that a folder's files hold."""
+def _adapter_from(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, str | None]:
+    """Return the adapter that a folder's files hold, and the hash of what was saved, if known."""
     _check_present(files, folder)
     problems: list[str] = []
     raw = _json(files, CONFIG_FILE, problems)
@@ -194,7 +236,8 @@ def _adapter_from(files: Mapping[str, bytes], folder: Path) -> Adapter:
         assert config is not None
         adapter = _foreign(config, tensors, folder)
     notes = () if config is None else unknown_values(config)
-    return replace(adapter, unverified=(*adapter.unverified, *notes)) if notes else adapter
+    adapter = replace(adapter, unverified=(*adapter.unverified, *notes)) if notes else adapter
+    return adapter, None if record is None else record.content_hash
 
 
 def _own_form_problems(
@@ -292,7 +335,7 @@ def _tensors(files: Mapping[str, bytes], problems: list[str]) -> dict[str, Tenso
 def _recorded(
     record: Record, config: PeftConfig | None, found: Mapping[str, Tensor], folder: Path
 ) -> Adapter:
-    """Return the adapter that lorakit.json describes.
+    """Return the adapter that lorakit.json describes; its hash is not computed yet.
 
     Raises:
         AdapterFileError: the other two files are not those that were saved with it.
@@ -301,7 +344,7 @@ def _recorded(
         outline = record.adapter(record.empty_tensors())
         layers = layers_of(outline)
         expected = outline.tensors if config is None else encode(layers, outline.tensors)
-        problems = [] if config is None else list(disagreements(config, outline))
+        problems = [] if config is None else list(disagreements(config, outline, layers))
     # Only a hand that also made a new checksum gets here.
     except (IndexError, KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
         raise AdapterFileError(f"{folder}: {RECORD_FILE} contradicts itself: {error}") from error
@@ -309,13 +352,6 @@ def _recorded(
     tensors = dict(found)
     if config is not None and not problems:
         tensors, problems = decode(layers, outline.tensors, found)
-    adapter = replace(outline, tensors=tensors)
-    if not problems and adapter.content_hash() != record.content_hash:
-        problems = ["the content hash is another: weights were changed or damaged after saving"]
     if problems:
-        headline = (
-            f"{folder} is not as lorakit saved it (if another tool changed it on purpose, delete "
-            f"{RECORD_FILE} to load it without these checks)"
-        )
-        raise AdapterFileError.listing(headline, problems)
-    return adapter
+        raise _not_as_saved(folder, problems)
+    return replace(outline, tensors=tensors)

@@ -89,7 +89,7 @@ def reasons_against(adapter: Adapter) -> list[str]:
         return ["nothing but biases and full copies is trained"]
     layers = layers_of(adapter)
     reasons = [reason for layer in layers for reason in obstacles(layer, adapter.tensors)]
-    config = parse_config(peft_config(adapter))
+    config = parse_config(peft_config(adapter, layers))
     return reasons + [
         f"{layer.path}: PEFT would read rank and alpha of another layer for it"
         for layer in layers
@@ -107,9 +107,8 @@ def _reads(config: PeftConfig, layer: WholeLayer) -> bool:
         return False
 
 
-def peft_config(adapter: Adapter) -> dict[str, Any]:
+def peft_config(adapter: Adapter, layers: Sequence[WholeLayer]) -> dict[str, Any]:
     """Return adapter_config.json of an adapter: fields that PEFT knows since 0.14, in order."""
-    layers = layers_of(adapter)
     ranks = {layer.path: layer.rank for layer in layers}
     alphas = {layer.path: _short(layer.alpha) for layer in layers}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
@@ -149,9 +148,11 @@ def _commonest(values: Iterable[V]) -> V:
     return Counter(values).most_common(1)[0][0]
 
 
-def disagreements(config: PeftConfig, adapter: Adapter) -> Iterator[str]:
+def disagreements(
+    config: PeftConfig, adapter: Adapter, layers: Sequence[WholeLayer]
+) -> Iterator[str]:
     """Yield a line for each field of a configuration that is not what lorakit.json asks for."""
-    for layer in layers_of(adapter):
+    for layer in layers:
         found = config.scale_of(layer.path)
         if config.rank_of(layer.path) != layer.rank:
             yield (
@@ -163,7 +164,7 @@ def disagreements(config: PeftConfig, adapter: Adapter) -> Iterator[str]:
                 f"{CONFIG_FILE}  gives {layer.path} the scale {found:g}, but it was trained with "
                 f"{layer.scale:g}: was lora_alpha, a pattern or use_rslora edited?"
             )
-    expected = peft_config(adapter)
+    expected = peft_config(adapter, layers)
     for key in ("target_modules", "modules_to_save", "bias"):
         value = getattr(config, key)
         if _as_set(value) != _as_set(expected[key]):

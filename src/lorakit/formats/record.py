@@ -45,7 +45,7 @@ class SiteRecord(BaseModel):
 
     def site(self) -> Site:
         """Return the site."""
-        return Site(**{**dict(self), "rows": None if self.rows is None else _rows(self.rows)})
+        return Site(**{**vars(self), "rows": None if self.rows is None else _rows(self.rows)})
 
 
 class Record(BaseModel):
@@ -99,7 +99,8 @@ class Record(BaseModel):
 
     def empty_tensors(self) -> dict[str, Tensor]:
         """Return tensors of the recorded shapes on the meta device."""
-        return {name: _empty(text) for name, text in self.tensors.items()}
+        empty = {text: _empty(text) for text in set(self.tensors.values())}
+        return {name: empty[text] for name, text in self.tensors.items()}
 
     def text(self) -> str:
         """Return the file: JSON with sorted keys and a checksum over all of them."""

@@ -106,7 +106,11 @@ def in_backward() -> bool:
 
 
 class Update(nn.Module, Change):
-    """What one adapter does to one layer."""
+    """What one adapter does to one layer; made frozen and in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self)["training"] = False
 
     @abstractmethod
     def change(

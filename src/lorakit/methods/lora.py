@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -37,10 +37,10 @@ def parameter_shapes(layer: nn.Module, site: Site) -> tuple[tuple[int, ...], tup
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """Return (d_out, d_in) of a layer's weight seen as a matrix."""
-    weight = cast(Tensor, layer.weight)
+    first, *others = cast(Tensor, layer.weight).shape
     if isinstance(layer, Conv1D | nn.Embedding):
-        return weight.shape[1], weight.shape[0]
-    return weight.shape[0], weight[0].numel()
+        return others[0], first
+    return first, math.prod(others)
 
 
 def kind_of(layer: nn.Module) -> Kind:
@@ -81,12 +81,16 @@ def _is_product(layer: nn.Linear, own: type[nn.Module]) -> bool:
 class LowRank(nn.Module):
     """A and B of one site."""
 
+    site: Site
+    dropout: float
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+
     def __init__(self, site: Site, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
         super().__init__()
-        self.site = site
-        self.dropout = config.dropout
-        self.lora_a = nn.Parameter(a)
-        self.lora_b = nn.Parameter(b)
+        # Past nn.Module.__setattr__, whose checks take as long as all the rest of making these.
+        vars(self).update(site=site, dropout=config.dropout, training=False)
+        self._parameters.update(lora_a=_frozen(a), lora_b=_frozen(b))
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Return the update of the layer's output, (…, rows of the site)."""
@@ -104,15 +108,24 @@ class LowRank(nn.Module):
         return plain.linear_update(x, a, b, scale)
 
 
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
 class LoRAUpdate(Update):
     """All that one adapter does to one layer: updates of it or of its slices, and its bias."""
 
     bias: nn.Parameter | None
 
-    def __init__(self, parts: dict[str, LowRank], bias: Tensor | None = None) -> None:
+    def __init__(self, parts: Mapping[str, LowRank], bias: Tensor | None = None) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict(parts)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self._modules.update(parts)
+        self.bias = None if bias is None else _frozen(bias)
+
+    @property
+    def parts(self) -> Mapping[str, LowRank]:
+        """Return the updates by role, or by "whole" for the layer: the children of this module."""
+        return cast(Mapping[str, LowRank], self._modules)
 
     def change(
         self,

@@ -24,7 +24,7 @@ class ModuleCopy(Update):
         left = [m for _, m in base_modules(module) if isinstance(m, AdaptedLayer)]
         memo: dict[int, Any] = {id(layer.adapter_bank): nn.ModuleDict() for layer in left}
         memo |= {id(layer.adapter_route): Route() for layer in left}
-        self.copy = copy.deepcopy(module, memo).to(dtype).requires_grad_(True)
+        self.copy = copy.deepcopy(module, memo).to(dtype).eval().requires_grad_(False)
         for _, layer in list(adapted_layers(self.copy)):
             release(layer)
         self.resized = False

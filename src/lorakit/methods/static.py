@@ -94,7 +94,7 @@ class StaticLinear(Change):
 
 def _terms(blend: Blend, updates: Mapping[str, LoRAUpdate]) -> list[tuple[LowRank, float]]:
     return [
-        (cast(LowRank, part), strength)
+        (part, strength)
         for name, strength in blend
         if name in updates
         for part in updates[name].parts.values()
