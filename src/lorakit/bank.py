@@ -17,8 +17,7 @@ from lorakit.errors import AdapterFileError, BankError, did_you_mean
 from lorakit.formats.weights import value_problems
 from lorakit.merge import MergeReport, merge, unmerge
 from lorakit.methods.layer import Update
-from lorakit.methods.lora import is_adaptable
-from lorakit.methods.static import is_linear
+from lorakit.methods.lora import is_adaptable, is_linear
 from lorakit.models.base import base_modules
 from lorakit.routing import Choice, blends, check_names, route, switch
 
