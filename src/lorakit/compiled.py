@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.attachment import attached, check_rows, unwrapped
-from lorakit.methods.lora import is_adaptable
-from lorakit.methods.static import is_linear
+from lorakit.methods.lora import is_adaptable, is_linear
 from lorakit.models.base import base_modules
 
 

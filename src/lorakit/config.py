@@ -268,6 +268,9 @@ class TrainConfig(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
+    kernels: Literal["auto", "plain"] = "auto"
+    """What computes. auto: the fast paths wherever they can; plain: plain torch, their oracle."""
+
     check_after: Annotated[int, Field(ge=3)] = 5
     """Steps after which every adapted layer must have moved."""
 

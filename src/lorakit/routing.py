@@ -12,6 +12,7 @@ from torch import nn
 
 from lorakit.attachment import Attachment, require_attachment, require_name
 from lorakit.errors import MergeError, RouteError, did_you_mean
+from lorakit.kernels import choice
 from lorakit.methods.batch import Batch, Blend, Updates
 from lorakit.methods.layer import Changes
 from lorakit.methods.mixed import mixed_changes
@@ -142,7 +143,7 @@ def _mixed(state: Attachment, updates: Updates, batch: Batch, device: torch.devi
     names = dict.fromkeys(name for blend in batch.blends for name, _ in blend)
     used = {name: updates[name] for name in names}
     parameters = [p for ups in used.values() for u in ups.values() for p in u.parameters()]
-    token = (batch, device, _fingerprint(parameters))
+    token = (batch, device, choice.fast(), _fingerprint(parameters))
     if state.mixed is None or state.mixed[0] != token:
         trains = any(p.requires_grad for p in parameters)
         # The unchanging form holds copies of A and B, which would get no gradients.

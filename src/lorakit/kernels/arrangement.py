@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lorakit.errors import ConfigError, RouteError
+from lorakit.kernels import choice
 
 Kernels = Literal["auto", "plain", "triton"]
 
@@ -77,7 +78,7 @@ def arrange(
         device: where the batch is.
         dtype: precision of the stacked weights, which is the precision of the update.
         kernels: what computes. auto: Triton where it can, which is a CUDA device and weights of at
-            most 32 bits; else plain torch.
+            most 32 bits, unless `choice.use` says plain; else plain torch.
 
     Raises:
         ConfigError: Triton was asked for by name where it cannot work.
@@ -146,7 +147,7 @@ def choose_kernels(
         ConfigError: Triton was asked for by name where it cannot work.
     """
     if kernels != "triton":
-        usable = kernels == "auto" and _on_gpu(device) and dtype in _TRITON_DTYPES
+        usable = kernels == "auto" and choice.fast() and _on_gpu(device) and dtype in _TRITON_DTYPES
         return "triton" if usable and _has_triton() else "plain"
     if not _has_triton():
         raise ConfigError("kernels='triton' needs Triton: pip install triton, or use 'auto'")

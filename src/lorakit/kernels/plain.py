@@ -11,16 +11,21 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lorakit.kernels.dropout import Dropout
+
 
 def linear_update(
     x: Float[Tensor, "*rows d_in"],
     a: Float[Tensor, "rank d_in"],
     b: Float[Tensor, "d_out rank"],
     scale: float,
+    *,
+    dropout: Dropout | None = None,
 ) -> Float[Tensor, "*rows d_out"]:
-    """Return scale·B·(A·x) (Eq. 3)."""
+    """Return scale·B·(A·x) (Eq. 3), with elements of x dropped."""
     dtype = working_dtype(x, a, tokens=x.shape[:-1].numel())
-    narrow = F.linear(x.to(dtype), a.to(dtype))
+    x = x.to(dtype)
+    narrow = F.linear(x if dropout is None else dropout.of(x), a.to(dtype))
     if dtype != a.dtype:
         return F.linear(narrow * scale, b.to(dtype))
     # The scale comes last, as in PEFT, so that both round alike: logits of 30 agree in every bit.

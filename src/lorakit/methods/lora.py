@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Kind, Rows, Site
 from lorakit.config import LoRAConfig
-from lorakit.kernels import plain
+from lorakit.kernels import fused, plain
+from lorakit.kernels.dropout import Dropout
 from lorakit.methods.layer import AdaptedLayer, Update
 
 ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -50,6 +51,11 @@ def kind_of(layer: nn.Module) -> Kind:
     if isinstance(layer, ConvNd):
         return "conv"
     return "transposed" if isinstance(layer, Conv1D) else "linear"
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Tell whether a layer is a product with a matrix."""
+    return isinstance(layer, nn.Linear | Conv1D)
 
 
 def is_adaptable(layer: nn.Module) -> bool:
@@ -100,12 +106,24 @@ class LowRank(nn.Module):
             change = plain.embedding_update(x, a, b, scale, dropout=dropout)
             # Gemma's embedding multiplies what it looks up.
             return change * getattr(layer, "embed_scale", 1.0)
-        if dropout:
-            x = F.dropout(x, dropout)
         if isinstance(layer, ConvNd):
+            x = F.dropout(x, dropout) if dropout else x
             convolve = cast(Any, layer)._conv_forward
             return plain.conv_update(convolve, x, a, b, scale, layer.groups)
-        return plain.linear_update(x, a, b, scale)
+        if torch.compiler.is_compiling():
+            # A generator of our own can't be compiled.
+            x = F.dropout(x, dropout) if dropout else x
+            return plain.linear_update(x, a, b, scale)
+        return plain.linear_update(x, a, b, scale, dropout=Dropout.drawn(dropout))
+
+    def factors(self, strength: float) -> fused.Factors:
+        """Return the update of a linear layer's output in one forward pass."""
+        use = fused.Use(
+            scale=self.site.scale * strength,
+            entries=_entries(self.site.rows, self.lora_a.device),
+            dropout=Dropout.drawn(self.dropout if self.training else 0.0),
+        )
+        return fused.Factors(self.lora_a, self.lora_b, use)
 
 
 def _frozen(values: Tensor) -> nn.Parameter:
@@ -137,11 +155,16 @@ class LoRAUpdate(Update):
         base: Tensor | None = None,
     ) -> Tensor:
         """Return output + strength·scale·B·A·x, and the trained bias in place of the base's."""
-        for part in self.parts.values():
-            assert isinstance(part, LowRank)
-            update = part(layer, inputs[0])
-            update = update if strength == 1 else update * strength
-            output = _add(output, update.to(output.dtype), part.site.rows)
+        x = inputs[0]
+        if self.parts and is_linear(layer) and fused.available(x, training=self.training):
+            factors = self.factors(strength)
+            everywhere = fused.Span(0, x.shape[:-1].numel(), tuple(range(len(factors))))
+            output = fused.add_updates(output, x, factors, [everywhere])
+        else:
+            for part in self.low_ranks():
+                update = part(layer, x)
+                update = update if strength == 1 else update * strength
+                output = _add(output, update.to(output.dtype), part.site.rows)
         if self.bias is not None:
             shift = (self.bias - cast(Tensor, layer.bias)).to(output.dtype) * strength
             if isinstance(layer, ConvNd):
@@ -149,13 +172,20 @@ class LoRAUpdate(Update):
             output = output + shift
         return output
 
+    def low_ranks(self) -> Iterator[LowRank]:
+        """Yield A and B of the layer, or of each of its slices."""
+        return iter(self.parts.values())
+
+    def factors(self, strength: float) -> list[fused.Factors]:
+        """Return the updates of a linear layer's output in one forward pass."""
+        return [part.factors(strength) for part in self.low_ranks()]
+
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the weight plus ΔW, and the trained bias."""
         if self.parts:
             weight = cast(Tensor, layer.weight).detach().to(exact, copy=True)
             matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight
-            for part in self.parts.values():
-                assert isinstance(part, LowRank)
+            for part in self.low_ranks():
                 a, b = (p.detach().to(weight) for p in (part.lora_a, part.lora_b))
                 start = 0
                 for first, last in part.site.rows or ((0, matrix.shape[0]),):
@@ -177,10 +207,19 @@ def _add(output: Tensor, update: Tensor, rows: Rows | None) -> Tensor:
     return output.index_add(-1, positions(rows, output.device), update)
 
 
+def _entries(rows: Rows | None, device: torch.device) -> slice | Tensor:
+    """Return the entries of an output's last dimension that a site changes."""
+    if rows is None:
+        return slice(None)
+    return slice(*rows[0]) if len(rows) == 1 else positions(rows, device)
+
+
 @cache
 def positions(rows: Rows, device: torch.device) -> Tensor:
     """Return the output rows of an interleaved slice, int64."""
-    return torch.cat([torch.arange(start, stop, device=device) for start, stop in rows])
+    # What is made in inference mode could not be kept for a backward pass later.
+    with torch.inference_mode(False):
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in rows])
 
 
 def fresh_a(shape: tuple[int, ...], layer: nn.Module, config: LoRAConfig) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,16 +12,15 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Rows
-from lorakit.kernels import grouped
+from lorakit.kernels import choice, fused, grouped
 from lorakit.kernels.arrangement import Arrangement, arrange
 from lorakit.methods.batch import Batch, Terms, Updates
 from lorakit.methods.by_rows import ByRows
 from lorakit.methods.heads import Heads, are_heads
 from lorakit.methods.layer import AdaptedLayer, Change
-from lorakit.methods.lora import LoRAUpdate, LowRank, positions
+from lorakit.methods.lora import LoRAUpdate, LowRank, is_linear, positions
 
 
 def mixed_changes(
@@ -57,8 +57,7 @@ def mixed_changes(
                 for at, piece in enumerate(shared.pieces)
                 if piece.number == number
             )
-            bias = _bias(cast(LowRankTerms, terms[number]), batch, device)
-            changes[number] = MixedLinear(parts, bias)
+            changes[number] = MixedLinear(parts, cast(LowRankTerms, terms[number]), batch, device)
     return changes
 
 
@@ -101,9 +100,9 @@ def _terms(number: int, updates: Updates, batch: Batch) -> Terms:
 
 
 def _is_stackable(layer: nn.Module, terms: Terms) -> bool:
-    """Tell whether all rows can be computed at once, by products of stacked matrices."""
+    """Tell whether all rows can be computed at once, and not one group after the other."""
     every = (update for of_slot in terms.values() for update, _ in of_slot)
-    return isinstance(layer, nn.Linear | Conv1D) and all(isinstance(u, LoRAUpdate) for u in every)
+    return choice.fast() and is_linear(layer) and all(isinstance(u, LoRAUpdate) for u in every)
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class SharedInput:
         self.pieces = tuple(pieces)
         parts = [part for piece in pieces for terms in piece.terms for part, _ in terms]
         self._dtype = pieces[0].dtype
-        self._arrangement = arranged.of(pieces[0].slots, self._dtype)
+        self.arrangement = arranged.of(pieces[0].slots, self._dtype)
         self._drops = any(part.dropout for part in parts)
         self._trains = any(p.requires_grad for part in parts for p in part.parameters())
         stops = torch.tensor([piece.rank for piece in pieces]).cumsum(0).tolist()
@@ -183,10 +182,15 @@ class SharedInput:
         self._kept: tuple[Tensor, Any, Tensor] | None = None
         self._waiting = 0
 
+    @property
+    def is_fixed(self) -> bool:
+        """Tell whether nothing of it is trained or dropped."""
+        return not (self._trains or self._drops)
+
     def add(self, at: int, x: Tensor, output: Tensor) -> Tensor:
         """Add the update of one piece to a layer's output, or to the piece's entries of it."""
         b = self._stacked_b(at) if self._b is None else self._b[at]
-        return grouped.widen_onto(output, self._narrow(at, x), b, self._arrangement)
+        return grouped.widen_onto(output, self._narrow(at, x), b, self.arrangement)
 
     def _narrow(self, at: int, x: Tensor) -> Tensor:
         """Return A·x of one piece, (chunks, tokens, rank)."""
@@ -195,16 +199,16 @@ class SharedInput:
         if self._drops and any(part.training for of_slot in terms for part, _ in of_slot):
             # Every layer drops other elements, so that nothing can be shared.
             a = self._stacked_a() if self._a is None else self._a
-            return grouped.narrow(self._dropped(at, x), a[:, columns], self._arrangement)
+            return grouped.narrow(self._dropped(at, x), a[:, columns], self.arrangement)
         if len(self.pieces) == 1 or torch.compiler.is_compiling():
             a = self._stacked_a() if self._a is None else self._a
-            return grouped.narrow(x, a[:, columns], self._arrangement)
+            return grouped.narrow(x, a[:, columns], self.arrangement)
         kept = self._kept
         # Torch counts no writes in inference mode.
         same = torch.is_grad_enabled(), None if x.is_inference() else x._version
         if kept is None or kept[0] is not x or kept[1] != same:
             a = self._stacked_a() if self._a is None else self._a
-            kept = (x, same, grouped.narrow(x, a, self._arrangement))
+            kept = (x, same, grouped.narrow(x, a, self.arrangement))
             self._waiting = len(self.pieces)
         self._waiting -= 1
         self._kept = kept if self._waiting else None
@@ -213,7 +217,7 @@ class SharedInput:
     def _dropped(self, at: int, x: Tensor) -> Tensor:
         """Return x with elements dropped, in each row with its own adapter's probability."""
         by_slot = [max(part.dropout for part, _ in terms) for terms in self.pieces[at].terms]
-        by_row = [1 - by_slot[slot] if slot >= 0 else 1.0 for slot in self._arrangement.slot_of_row]
+        by_row = [1 - by_slot[slot] if slot >= 0 else 1.0 for slot in self.arrangement.slot_of_row]
         keep = torch.tensor(by_row, device=x.device).repeat_interleave(x.shape[0] // len(by_row))
         keep = keep.reshape(-1, *[1] * (x.dim() - 1))
         kept = torch.rand(x.shape, device=x.device) < keep
@@ -223,7 +227,7 @@ class SharedInput:
         """Return A, (chunks, ranks of all pieces, d_in)."""
         slots = range(len(self.pieces[0].slots))
         stack = torch.stack([torch.cat([_a(p, slot) for p in self.pieces]) for slot in slots])
-        return grouped.gather(stack.to(self._dtype), self._arrangement)
+        return grouped.gather(stack.to(self._dtype), self.arrangement)
 
     def _stacked_b(self, at: int) -> Tensor:
         """Return scale·Bᵀ of one piece, (chunks, rank, d_out)."""
@@ -232,7 +236,7 @@ class SharedInput:
         scales = [_scales(piece, slot) for slot in range(len(piece.slots))]
         factors = torch.tensor(scales, dtype=self._dtype, device=stack.device)
         scaled = stack.to(self._dtype) * factors[:, None]
-        return grouped.gather(scaled.mT.contiguous(), self._arrangement)
+        return grouped.gather(scaled.mT.contiguous(), self.arrangement)
 
 
 def _a(piece: Piece, slot: int) -> Tensor:
@@ -288,18 +292,62 @@ def _bias(terms: LowRankTerms, batch: Batch, device: torch.device) -> BiasShift 
     return BiasShift(slots, tuple(found.values()))
 
 
+class Unstacked:
+    """The updates of a linear layer for the fused kernel: each A and B where it is, not copied.
+
+    So training keeps no copies of the weights for the backward pass; and drops elements of the
+    input as a run alone does.
+    """
+
+    def __init__(self, terms: LowRankTerms, batch: Batch) -> None:
+        self._terms = [term for of_slot in terms.values() for term in of_slot]
+        self._runs: list[tuple[int, int, tuple[int, ...]]] = []
+        numbers = iter(range(sum(len(update.parts) for update, _ in self._terms)))
+        of_slot = {
+            slot: tuple(next(numbers) for update, _ in found for _ in update.parts)
+            for slot, found in terms.items()
+        }
+        start = 0
+        for slot, rows in itertools.groupby(batch.slot_of_row):
+            stop = start + len(list(rows))
+            if of_slot.get(slot):
+                self._runs.append((start, stop, of_slot[slot]))
+            start = stop
+
+    def add(self, x: Tensor, output: Tensor, *, per_row: int) -> Tensor:
+        """Return the output with each row's own update added; a row has so many tokens."""
+        factors = [each for update, strength in self._terms for each in update.factors(strength)]
+        spans = [fused.Span(i * per_row, j * per_row, numbers) for i, j, numbers in self._runs]
+        return fused.add_updates(output, x, factors, spans)
+
+
 class MixedLinear(Change):
     """Low-rank updates of a Linear or Conv1D, all rows at once."""
 
     def __init__(
-        self, parts: Sequence[tuple[SharedInput, int]], bias: BiasShift | None = None
+        self,
+        parts: Sequence[tuple[SharedInput, int]],
+        terms: LowRankTerms,
+        batch: Batch,
+        device: torch.device,
     ) -> None:
         self._parts = tuple(parts)
-        self._bias = bias
+        self._bias = _bias(terms, batch, device)
+        triton = any(shared.arrangement.kernels == "triton" for shared, _ in parts)
+        fixed = all(shared.is_fixed for shared, _ in parts)
+        self._unstacked = None if triton or fixed else Unstacked(terms, batch)
 
     def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Return the output with each row's own update added."""
         x = inputs[0]
+        if self._unstacked is not None and fused.available(x, training=layer.training):
+            per_row = self._parts[0][0].arrangement.per_row(x)
+            output = self._unstacked.add(x, output, per_row=per_row)
+        else:
+            output = self._add_stacked(x, output)
+        return output if self._bias is None else self._bias.add(layer, output)
+
+    def _add_stacked(self, x: Tensor, output: Tensor) -> Tensor:
         for shared, at in self._parts:
             rows = shared.pieces[at].rows
             if rows is None:
@@ -310,4 +358,4 @@ class MixedLinear(Change):
                 index = positions(rows, output.device)
                 part = shared.add(at, x, output.index_select(-1, index))
                 output = output.index_copy(-1, index, part)
-        return output if self._bias is None else self._bias.add(layer, output)
+        return output

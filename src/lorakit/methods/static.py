@@ -12,11 +12,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lorakit.methods.batch import Batch, Blend, Updates
 from lorakit.methods.layer import AdaptedLayer, Change, Update
-from lorakit.methods.lora import LoRAUpdate, LowRank, matrix_shape, positions
+from lorakit.methods.lora import LoRAUpdate, LowRank, is_linear, matrix_shape, positions
 from lorakit.methods.mixed import mixed_changes
 
 LEAST_RANK = 2
@@ -47,11 +46,6 @@ def static_changes(
             for name, update in mine.items():
                 others[name][number] = update
     return changes | mixed_changes(layers, others, batch, device)
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Tell whether a layer's updates have the unchanging form."""
-    return isinstance(layer, nn.Linear | Conv1D)
 
 
 class StaticLinear(Change):

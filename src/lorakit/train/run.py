@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from lorakit.attach import extract
 from lorakit.config import TrainConfig
 from lorakit.errors import ConfigError, OutputError, TrainingError
+from lorakit.kernels.choice import use
 from lorakit.routing import route
 from lorakit.train.collate import Collator
 from lorakit.train.evaluation import score
@@ -96,7 +97,7 @@ def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -
     if table:
         print(prepared, file=sys.stderr)
     run = Run(config=config, prepared=prepared, checkpoint=checkpoint)
-    with Interruption() as interruption:
+    with Interruption() as interruption, use(config.kernels):
         return execute(run, interruption, bar=ProgressBar(show=progress))
 
 

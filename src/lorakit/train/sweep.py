@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorakit.config import TrainConfig
 from lorakit.errors import LorakitError, TrainingError
+from lorakit.kernels.choice import use
 from lorakit.tasks.batches import pad_token
 from lorakit.train.guards import Interruption
 from lorakit.train.joint import MemberTrainer, MicroBatch, joint_losses
@@ -67,7 +68,8 @@ def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -
         write_figures(_result(config, results, started))
 
     config.out.mkdir(parents=True, exist_ok=True)
-    _train(runs, record, progress=progress)
+    with use(config.kernels):
+        _train(runs, record, progress=progress)
     result = _result(config, results, started)
     write_figures(result)
     write_table_and_plot(result)

@@ -1,0 +1,264 @@
+"""output += scale·B·A·x in place, with gradients that need only x itself and A·x to be kept.
+
+Autograd by itself would keep a copy of x in the precision of A and B for each adapted layer, and
+masks of dropout. Here x is the very tensor that the layer was given, converted in pieces that stay
+in the processor's cache; nothing of B·A's size is formed, and A·x has rank columns:
+
+    h = A·drop(x)           output += scale·B·h
+    ∂h = scale·Bᵀ·∂output   ∂B = scale·∂output·hᵀ   ∂A = ∂h·drop(x)ᵀ   ∂x = drop(Aᵀ·∂h)
+
+Several A and B can change one output: slices of a fused layer, adapters that add up, adapters that
+have their own tokens. `lorakit.kernels.plain` is the oracle; `available` says when to take this.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lorakit.kernels import choice
+from lorakit.kernels.dropout import Dropout
+
+_PIECE = 256
+"""Tokens that are converted at once on CPUs: 1.5 MB of float32 at 1536 features, and large buffers
+are slow there, as each of their pages is mapped anew (2 to 4 times at 2048 tokens)."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one A and one B do, apart from their values."""
+
+    scale: float
+    entries: slice | Tensor
+    """Output rows that B has: a range of them, or their numbers (int64)."""
+    dropout: Dropout | None = None
+
+    @property
+    def factor(self) -> float:
+        """Return the factor on B·A·x, where dropped elements of x are 0 and the others as is."""
+        return self.scale * (self.dropout.factor if self.dropout else 1)
+
+    def add(self, onto: Tensor, h: Tensor, b: Tensor) -> None:
+        """Add factor·B·h to some tokens of an output, (tokens, d_out); h is (rank, tokens)."""
+        if isinstance(self.entries, slice) and onto.dtype == b.dtype:
+            onto[:, self.entries].addmm_(h.T, b.T, alpha=self.factor)
+            return
+        update = h.T @ b.T
+        update = (update if self.factor == 1 else update.mul_(self.factor)).to(onto.dtype)
+        if isinstance(self.entries, slice):
+            onto[:, self.entries].add_(update)
+        else:
+            onto.index_add_(1, self.entries, update)
+
+    def of_output(self, grad: Tensor) -> Tensor:
+        """Return those entries of an output's gradient, (tokens, d_out), that B has rows for."""
+        if isinstance(self.entries, slice):
+            return grad[:, self.entries]
+        return grad.index_select(1, self.entries)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A and B of one adapter for one layer or a slice of it."""
+
+    a: Float[Tensor, "rank d_in"]
+    b: Float[Tensor, "d_out rank"]
+    use: Use
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens, all rows of a batch counted through, and what changes them."""
+
+    start: int
+    stop: int
+    factors: tuple[int, ...]
+    """Places in the list of factors."""
+
+
+def available(x: Tensor, *, training: bool) -> bool:
+    """Tell whether a layer with this input is to be computed here.
+
+    Args:
+        x: the input.
+        training: whether the layer is in training mode: then without gradients, too, because
+            reentrant checkpointing must compute the same both times.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and (training or torch.is_grad_enabled())
+        and choice.fast()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def add_updates(
+    output: Float[Tensor, "*tokens d_out"],
+    x: Float[Tensor, "*tokens d_in"],
+    factors: Sequence[Factors],
+    spans: Sequence[Span],
+) -> Float[Tensor, "*tokens d_out"]:
+    """Add scale·B·A·x to a layer's output, in the precision of A and B, and return the output.
+
+    Args:
+        output: the layer's own result, which is overwritten where autograd has no view of it.
+        x: the layer's input. It is kept for the backward pass, as is A·x.
+        factors: for any part of the output; they may overlap.
+        spans: which factors change which tokens, in ascending order and without overlap. Other
+            tokens keep every bit.
+    """
+    if output._is_view() or not output.is_contiguous():
+        # Writing into a view would make autograd copy the gradient of what it is a view of.
+        output = output.clone(memory_format=torch.contiguous_format)
+    weights = (weight for each in factors for weight in (each.a, each.b))
+    return _AddUpdates.apply(output, x, _Plan.of(x, factors, spans), *weights)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some tokens of a span."""
+
+    tokens: slice
+    factors: tuple[tuple[int, slice], ...]
+    """The factors, and where the tokens are among all those that the factor changes."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is computed, apart from all values."""
+
+    uses: tuple[Use, ...]
+    pieces: tuple[_Piece, ...]
+    tokens_of: tuple[int, ...]
+    """How many tokens each factor changes."""
+    widest: torch.dtype
+    """A precision that holds that of every A."""
+
+    @staticmethod
+    def of(x: Tensor, factors: Sequence[Factors], spans: Sequence[Span]) -> _Plan:
+        uses = tuple(each.use for each in factors)
+        widest = functools.reduce(torch.promote_types, (each.a.dtype for each in factors))
+        copies = x.dtype != widest or any(use.dropout for use in uses)
+        size = _PIECE if copies and x.device.type == "cpu" else x.shape[:-1].numel()
+        pieces, done = [], [0] * len(uses)
+        for span in spans:
+            for start in range(span.start, span.stop, size):
+                tokens = slice(start, min(start + size, span.stop))
+                taken = tokens.stop - start
+                pieces.append(
+                    _Piece(
+                        tokens, tuple((n, slice(done[n], done[n] + taken)) for n in span.factors)
+                    )
+                )
+                for number in span.factors:
+                    done[number] += taken
+        return _Plan(uses, tuple(pieces), tuple(done), widest)
+
+    def masks(self, width: int, device: torch.device) -> list[Tensor | None]:
+        """Return what each factor keeps of the inputs of its tokens."""
+        return [
+            use.dropout.mask(tokens, width, device) if use.dropout else None
+            for use, tokens in zip(self.uses, self.tokens_of, strict=True)
+        ]
+
+
+class _AddUpdates(Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, plan: _Plan, *weights: Tensor) -> Tensor:
+        ctx.mark_dirty(output)
+        a, b = weights[::2], weights[1::2]
+        tokens, into = _flat(x), output.view(-1, output.shape[-1])
+        masks = plan.masks(x.shape[-1], x.device)
+        kept = [w.new_empty(len(w), size) for w, size in zip(a, plan.tokens_of, strict=True)]
+        for piece in plan.pieces:
+            wide = tokens[piece.tokens].to(plan.widest)
+            for n, own in piece.factors:
+                h = a[n] @ _masked(wide.to(a[n].dtype), masks[n], own).T
+                kept[n][:, own] = h
+                plan.uses[n].add(into[piece.tokens], h, b[n])
+        _, _, _, *for_weights = ctx.needs_input_grad
+        ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
+        ctx.save_for_backward(x if any(for_weights[::2]) else None, *weights, *kept)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan, (x, *saved) = ctx.plan, ctx.saved_tensors
+        _, for_x, _, *for_weights = ctx.needs_input_grad
+        weights, kept = saved[: len(for_weights)], saved[len(for_weights) :]
+        sums = _Sums(plan, weights, for_weights)
+        masks = plan.masks(ctx.shape[-1], grad.device)
+        tokens, of_output = None if x is None else _flat(x), _flat(grad)
+        of_x = _flat(grad.new_zeros(ctx.shape, dtype=ctx.dtype)) if for_x else None
+        for piece in plan.pieces:
+            wide = None if tokens is None else tokens[piece.tokens].to(plan.widest)
+            parts = []
+            for n, own in piece.factors:
+                of_h = sums.of_h(n, of_output[piece.tokens], kept[n][:, own])
+                if wide is not None:
+                    sums.add_to_a(n, of_h, _masked(wide.to(of_h.dtype), masks[n], own))
+                if of_x is not None:
+                    parts.append(_masked(of_h.T @ weights[2 * n], masks[n], own))
+            if of_x is not None:
+                of_x[piece.tokens] = functools.reduce(torch.add, parts)
+        return grad, None if of_x is None else of_x.view(ctx.shape), None, *sums.gradients()
+
+
+class _Sums:
+    """The gradients of all A and B, which grow piece by piece, in float32 at least."""
+
+    def __init__(self, plan: _Plan, weights: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+        self._uses = plan.uses
+        self._weights = weights
+        # B's is transposed, as the product is quicker so.
+        shapes = (w.T.shape if number % 2 else w.shape for number, w in enumerate(weights))
+        self._sums = [
+            w.new_zeros(shape, dtype=torch.promote_types(w.dtype, torch.float32)) if want else None
+            for w, shape, want in zip(weights, shapes, wanted, strict=True)
+        ]
+
+    def of_h(self, n: int, of_output: Tensor, h: Tensor) -> Tensor:
+        """Return the gradient of one factor's A·x, (rank, tokens), and add what is B's."""
+        use, b, total = self._uses[n], self._weights[2 * n + 1], self._sums[2 * n + 1]
+        own = use.of_output(of_output).to(b.dtype)
+        if total is not None:
+            total += h @ own
+        return (b.T @ own.T).mul_(use.factor)
+
+    def add_to_a(self, n: int, of_h: Tensor, x: Tensor) -> None:
+        """Add to the gradient of one factor's A."""
+        total = self._sums[2 * n]
+        if total is not None:
+            total += of_h @ x
+
+    def gradients(self) -> list[Tensor | None]:
+        """Return the gradients of all A and B, in their order."""
+        found: list[Tensor | None] = []
+        for use, (a, b), (of_a, of_b) in zip(
+            self._uses, _pairs(self._weights), _pairs(self._sums), strict=True
+        ):
+            found.append(None if of_a is None else of_a.to(a.dtype))
+            found.append(None if of_b is None else of_b.mul_(use.factor).T.to(b.dtype))
+        return found
+
+
+def _pairs(values: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(values[::2], values[1::2], strict=True)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _masked(x: Tensor, mask: Tensor | None, own: slice) -> Tensor:
+    return x if mask is None else x * mask[own]
