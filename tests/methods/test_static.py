@@ -10,8 +10,8 @@ import torch
 import lorakit as lk
 from lorakit.attachment import is_compiled
 from lorakit.methods.static import StaticLinear
-from oracles import attach_random
-from tiny_models import build
+from oracles import alone, attach_random, outputs
+from tiny_models import build, example_inputs
 
 PROGRAM = """
 import torch
@@ -147,3 +147,21 @@ def test_trained_adapters_of_a_compiled_model_keep_their_gradients():
         model(input_ids=inputs).logits.sum().backward()
     trained = [p for name, p in model.named_parameters() if "lora_b" in name]
     assert all(p.grad is not None and p.grad.any() for p in trained)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_the_unchanging_form_holds_slices_ranks_and_trained_biases(family):
+    model = build(family)
+    attach_random(model, "one", rank=2, targets=("q", "v"), bias="all", modules_to_save=())
+    attach_random(model, "two", seed=1, rank=5, bias="lora", modules_to_save=())
+    attach_random(model, "three", seed=2, targets=("k",), modules_to_save=())
+    model.requires_grad_(False)
+    inputs = example_inputs(model, rows=5)
+    names = ["two", None, {"one": 0.5, "two": -1.5}, "three", "one"]
+    expected = alone(model, inputs, names)
+    model._lorakit.compiled = True
+    with lk.route(model, names):
+        changes = model._lorakit.route.changes
+        assert any(isinstance(change, StaticLinear) for change in changes.values())
+        found = outputs(model, inputs)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)

@@ -271,13 +271,24 @@ class BiasShift:
 
     def add(self, layer: nn.Module, output: Tensor) -> Tensor:
         """Return the output, (rows·k, …, d_out), with each row's shift added."""
-        base = cast(Tensor, layer.bias)
-        by_slot = [torch.zeros_like(base, dtype=self.terms[0][0][0].dtype)]
-        for terms in self.terms:
-            by_slot.append(torch.stack([(bias - base) * w for bias, w in terms]).sum(0))
-        shift = torch.stack(by_slot)[self.slot_of_row].to(output.dtype)
+        shifts = bias_shifts(cast(Tensor, layer.bias), self.terms, self.terms[0][0][0].dtype)
+        shift = shifts[self.slot_of_row].to(output.dtype)
         rows = output.unflatten(0, (len(shift), -1))
         return (rows + shift.reshape(len(shift), *[1] * (rows.dim() - 2), -1)).flatten(0, 1)
+
+
+def bias_shifts(
+    base: Tensor, terms: Sequence[Sequence[tuple[Tensor, float]]], dtype: torch.dtype
+) -> Tensor:
+    """Return what trained biases add to the base's own, (1 + slots, d_out): first nothing.
+
+    Args:
+        base: the layer's own bias.
+        terms: for each slot, biases and their strengths.
+        dtype: the least precision of the result.
+    """
+    nothing = torch.zeros_like(base, dtype=dtype)
+    return torch.stack([nothing, *(sum(((b - base) * w for b, w in t), nothing) for t in terms)])
 
 
 def _bias(terms: LowRankTerms, batch: Batch, device: torch.device) -> BiasShift | None:

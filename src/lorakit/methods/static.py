@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.methods.batch import Batch, Blend, Updates
 from lorakit.methods.layer import AdaptedLayer, Change, Update
 from lorakit.methods.lora import LoRAUpdate, LowRank, is_linear, matrix_shape, positions
-from lorakit.methods.mixed import mixed_changes
+from lorakit.methods.mixed import bias_shifts, mixed_changes
 
 LEAST_RANK = 2
 """torch.compile makes another graph for a size of 0 or 1."""
@@ -115,10 +115,5 @@ def _shifts(
     bias: Tensor, updates: Mapping[str, LoRAUpdate], batch: Batch, dtype: torch.dtype
 ) -> Tensor:
     """Return what trained biases add to the base's own, for the base and each blend."""
-    shifts = torch.zeros(len(batch.blends) + 1, bias.shape[0], dtype=dtype, device=bias.device)
-    for slot, blend in enumerate(batch.blends, 1):
-        for name, strength in blend:
-            own = updates[name].bias if name in updates else None
-            if own is not None:
-                shifts[slot] += (own - bias) * strength
-    return shifts
+    own = [[(updates[n].bias, w) for n, w in blend if n in updates] for blend in batch.blends]
+    return bias_shifts(bias, [[(b, w) for b, w in of if b is not None] for of in own], dtype)
