@@ -161,12 +161,9 @@ def _site(
 
 
 def _match(layer: nn.Module, place: Place | None, site: Site) -> Match:
-    d_out, d_in = matrix_shape(layer)
-    if site.rows is not None:
-        d_out = sum(stop - start for start, stop in site.rows)
     a, b = parameter_shapes(layer, site)
-    count = math.prod(a) + math.prod(b)
-    return Match(site, place.role if place else site.role, (d_out, d_in), count)
+    role, shape = place.role if place else site.role, (b[0], math.prod(a[1:]))
+    return Match(site, role, shape, math.prod(a) + math.prod(b))
 
 
 def _bias_paths(model: nn.Module, config: LoRAConfig, adapted: set[str]) -> list[str]:

@@ -39,7 +39,7 @@ def parameter_shapes(layer: nn.Module, site: Site) -> tuple[tuple[int, ...], tup
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """Return (d_out, d_in) of a layer's weight seen as a matrix."""
     first, *others = cast(Tensor, layer.weight).shape
-    if isinstance(layer, Conv1D | nn.Embedding):
+    if isinstance(layer, (Conv1D, nn.Embedding)):
         return others[0], first
     return first, math.prod(others)
 
