@@ -81,7 +81,7 @@ class Span:
     start: int
     stop: int
     factors: tuple[int, ...]
-    """Places in the list of factors."""
+    """Places in the list of factors; at least one."""
 
 
 def available(x: Tensor, *, training: bool) -> bool:
