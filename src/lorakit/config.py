@@ -265,6 +265,11 @@ class TrainConfig(Settings):
     patience: PositiveInt | None = None
     """Stop after so many evaluations without a better score. None: never."""
 
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Join the rows of a batch without padding. auto: where the model can do that, exactly; else
+    batches are of rows of like length. off: padded rows in random order. on: an error where the
+    model cannot."""
+
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 

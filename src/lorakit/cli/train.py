@@ -24,6 +24,8 @@ def run(settings: TrainConfig) -> Result:
         f"trained {result.parameters:,} parameters in {result.steps} steps, {result.seconds:.0f} s",
         f"training loss {result.first_loss:.3f} at the start, {result.last_loss:.3f} at the end",
     ]
+    if result.padding:
+        lines.append(f"{result.padding:.0%} of the tokens in training batches were padding")
     lines += [f"validation {name} {value:.4f}" for name, value in result.scores.items()]
     lines.append(f"adapter in {result.out}")
     data: dict[str, Any] = {**vars(result), "out": str(result.out)}

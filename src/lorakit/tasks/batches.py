@@ -1,4 +1,4 @@
-"""Pads examples into batches: on the right to train, on the left to generate."""
+"""Makes batches of examples: padded on the right or joined to train, on the left to generate."""
 
 from collections.abc import Sequence
 
@@ -41,6 +41,26 @@ def training_batch(examples: Sequence[Example], *, pad_id: int) -> dict[str, Ten
     if types:
         batch["token_type_ids"] = _rectangle(types, length, 0)
     return batch
+
+
+def joined_batch(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Return examples with a label per token, joined to one row without padding.
+
+    Returns:
+        input_ids; position_ids, which start at 0 for each example; labels, IGNORED on each
+        example's first token, which nothing predicts: (1, tokens).
+    """
+    row = {
+        "input_ids": [token for each in examples for token in each.input_ids],
+        "position_ids": [at for each in examples for at in range(len(each.input_ids))],
+        "labels": [label for each in examples for label in _predicted(each)],
+    }
+    return {name: torch.tensor([values]) for name, values in row.items()}
+
+
+def _predicted(example: Example) -> list[int]:
+    assert isinstance(example.labels, list)
+    return [IGNORED, *example.labels[1:]]
 
 
 def generation_batch(prompts: Sequence[Sequence[int]], *, pad_id: int) -> dict[str, Tensor]:

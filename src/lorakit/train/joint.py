@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.attach import adapter_parameters
+from lorakit.kernels.packed_rows import Segments
 from lorakit.methods.layer import AdaptedLayer
+from lorakit.models.attention import attention_within
 from lorakit.models.roles import output_head
 from lorakit.routing import route
+from lorakit.train.collate import SEGMENTS
 from lorakit.train.loss import IGNORED, Loss
 from lorakit.train.trainer import AdapterTrainer
 
@@ -62,7 +65,8 @@ def joint_losses(
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     names = [batch.name for batch in batches for _ in range(batch.rows)]
     # Gradient checkpointing runs layers again in the backward pass, which needs the route too.
-    with route(model, names if len(batches) > 1 else batches[0].name):
+    choice = names if len(batches) > 1 else batches[0].name
+    with route(model, choice), attention_within(model, _segments(batches)):
         head = _frozen_head(model, batches)
         if head is not None:
             losses = _losses_of_labelled_tokens(model, head, inputs, batches)
@@ -114,7 +118,7 @@ def _losses_of_labelled_tokens(
 def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
     """Return the inputs of all rows, padded on the right to the longest, without labels."""
     length = max(batch.length for batch in batches)
-    special = {"labels", "logits_to_keep"}
+    special = {"labels", "logits_to_keep", SEGMENTS}
     joined = {}
     for key in dict.fromkeys(
         key for batch in batches for key in batch.inputs if key not in special
@@ -130,6 +134,12 @@ def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
     if kept:
         joined["logits_to_keep"] = torch.cat(kept).unique()
     return joined
+
+
+def _segments(batches: Sequence[MicroBatch]) -> Segments | None:
+    """Return the segments of the joined rows, if they come with segments."""
+    parts = [batch.inputs[SEGMENTS] for batch in batches if SEGMENTS in batch.inputs]
+    return Segments.stacked(parts) if parts else None
 
 
 def _losses(logits: Tensor, batches: Sequence[MicroBatch], kept: Tensor | None) -> list[Tensor]:
@@ -196,6 +206,7 @@ class MemberTrainer(AdapterTrainer):
         Raises:
             TrainingError: the loss is not a number.
         """
+        self.count(inputs)
         gradient_state = self.accelerator.gradient_state
         at_step_end = gradient_state.sync_gradients
         assert isinstance(self.compute_loss_func, Loss)

@@ -18,6 +18,7 @@ from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.tasks.encode import Encoded, encode_rows
 from lorakit.tasks.kinds import Rows
 from lorakit.tasks.rows import read_rows
+from lorakit.train.layout import PLAIN, Layout, choose_layout
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -43,13 +44,15 @@ class Prepared:
     validation: Encoded | None
     steps: int
     """Optimizer steps of the whole run."""
+    layout: Layout = PLAIN
+    """How rows become batches."""
 
     def __str__(self) -> str:
         """Return the match table and what was read, as text."""
         parts = [str(self.plan), f"training rows: {self.training.report}"]
         if self.validation is not None:
             parts.append(f"validation rows: {self.validation.report}")
-        return "\n".join(parts)
+        return "\n".join([*parts, f"batches: {self.layout}"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,7 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     task, labels = _shared(read)
     first = next(iter(configs.values()))
     model, tokenizer = load_model(first.model, dtype=first.dtype, task=task, labels=labels)
+    layout = choose_layout(model, task=task, packing=first.packing)
     encoded = _for_each(sources, lambda config, name: _encode(read[name], tokenizer, config))
     runs = {name: (config, encoded[source_of[name]]) for name, config in configs.items()}
     steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
@@ -103,6 +107,7 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
             training=training,
             validation=validation,
             steps=steps[name],
+            layout=layout,
         )
         for name, (_, (training, validation)) in runs.items()
     }

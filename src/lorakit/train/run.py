@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class TrainResult:
     best_step: int | None = None
     seconds: float = 0.0
     """Time in the training loop, evaluation included."""
+    padding: float = 0.0
+    """Share of the tokens in training batches that only pad rows to one length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +179,8 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     config, prepared = run.config, run.prepared
     loss = Loss(prepared.task, label_smoothing=config.label_smoothing)
     plain_loss = Loss(prepared.task)
-    collate = Collator(prepared.tokenizer, prepared.model, task=prepared.task)
+    collate = partial(Collator, prepared.tokenizer, prepared.model, task=prepared.task)
+    score_batch = collate()
     validation = prepared.validation
 
     def scorer(model: torch.nn.Module) -> dict[str, float]:
@@ -186,7 +190,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
                 model,
                 validation.examples,
                 loss=plain_loss,
-                collate=collate,
+                collate=score_batch,
                 batch_size=4 * config.batch_size,
             )
 
@@ -196,11 +200,12 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
         adapter_name=prepared.name,
         checkpoints=config.out / "checkpoints",
         scorer=scorer if validation else None,
+        by_length=prepared.layout.by_length,
         model=prepared.model,
         args=make_arguments(config, prepared.steps),
         train_dataset=prepared.training,
         eval_dataset=validation,
-        data_collator=collate,
+        data_collator=collate(layout=prepared.layout),
         compute_loss_func=loss,
     )
     trainer.remove_callback(PrinterCallback)
@@ -303,4 +308,11 @@ def _finish(run: Run, trainer: AdapterTrainer, seconds: float) -> TrainResult:
         scores=scores,
         best_step=best_step,
         seconds=seconds,
+        padding=_padding(history),
     )
+
+
+def _padding(history: Sequence[Mapping[str, Any]]) -> float:
+    """Return the share of padding over all that was logged."""
+    logged = [(entry["tokens"], entry["padding"]) for entry in history if "padding" in entry]
+    return sum(n * share for n, share in logged) / max(sum(n for n, _ in logged), 1)

@@ -24,6 +24,9 @@ from lorakit.adapter import Adapter
 from lorakit.attach import adapter_parameters, extract
 from lorakit.config import TrainConfig
 from lorakit.errors import TrainingError
+from lorakit.models.attention import attention_within
+from lorakit.train.collate import SEGMENTS
+from lorakit.train.row_order import ByLength
 
 KEPT_CHECKPOINTS = 2
 """How many checkpoints stay in a run's folder."""
@@ -41,9 +44,12 @@ class AdapterTrainer(Trainer):
         adapter_name: str,
         checkpoints: Path,
         scorer: Scorer | None,
+        by_length: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.by_length = by_length
+        self._tokens, self._padding = 0, 0
         self.adapter_name = adapter_name
         self.checkpoints = checkpoints
         self.scorer = scorer
@@ -65,6 +71,38 @@ class AdapterTrainer(Trainer):
         """Take over the weights and the record of a checkpoint without training on."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        if not self.by_length:
+            return super()._get_train_sampler(*args)
+        lengths = [len(example.input_ids) for example in self.train_dataset]  # type: ignore
+        return ByLength(lengths, batch_size=self.args.train_batch_size, seed=self.args.seed)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the loss of one batch, and add its gradients to `.grad`."""
+        self.count(inputs)
+        # Gradient checkpointing runs layers again in the backward pass, which needs this too.
+        with attention_within(self.adapted, inputs.pop(SEGMENTS, None)):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def count(self, inputs: dict[str, Any]) -> None:
+        """Take note of a batch's tokens, and of those that only pad."""
+        segments, tokens = inputs.get(SEGMENTS), inputs["input_ids"].numel()
+        real = int(inputs["attention_mask"].sum()) if segments is None else segments.tokens
+        self._tokens += tokens
+        self._padding += tokens - real
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log figures, and beside a loss the tokens since the last and the share of padding."""
+        if "loss" in logs and self._tokens:
+            logs |= {"tokens": self._tokens, "padding": round(self._padding / self._tokens, 4)}
+            self._tokens, self._padding = 0, 0
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any

@@ -1,0 +1,134 @@
+"""transformers' models with attention within segments, for as long as a block lasts.
+
+transformers looks the attention function up by a name in the model's config, in each layer and each
+forward pass. So a function of our own takes the place of the model's with one assignment, and
+gives it back with another. Like flash attention, it gets no mask: what a layer asks for must be in
+its keywords, and which token sees which is said by the segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakit.errors import ModelError
+from lorakit.kernels.attention import Rule, segment_attention
+from lorakit.kernels.packed_rows import Segments
+from lorakit.models.base import base_modules
+
+NAME = "lorakit_segments"
+"""What the function is called in transformers' registry."""
+
+UNKNOWN = ("s_aux", "position_bias", "head_mask")
+"""Keywords of attention functions that this one has no answer to: sinks, biases, switched heads."""
+
+_in_force: dict[int, Segments] = {}
+"""The segments, by the identity of the config that the layers look at.
+
+Layers are run again in the backward pass, on CUDA in other threads: neither keywords that all
+families would have to hand on nor variables of a thread would reach them.
+"""
+
+
+def takes_attention_functions(model: nn.Module) -> bool:
+    """Tell whether a model's layers look their attention up, and say all in keywords."""
+    # transformers' own flags, for serving engines and for flash attention.
+    flags = ("_supports_attention_backend", "_supports_flash_attn")
+    return all(getattr(model, flag, False) for flag in flags)
+
+
+@contextmanager
+def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[None]:
+    """Let tokens see their own segment alone, in forward and backward passes inside a block.
+
+    What the model had before is restored, also after an error and when nested. Other models are not
+    concerned, but for those that share this one's config object.
+
+    Args:
+        model: a model that `takes_attention_functions`.
+        segments: of the batch that it will be given, without cache; None: nothing is changed.
+    """
+    if segments is None:
+        yield
+        return
+    _register()
+    configs = list(_configs(model))
+    before = [(c, c._attn_implementation_internal, _in_force.get(id(c))) for c in configs]
+    try:
+        for config in configs:
+            _put(config, NAME, segments)
+        yield
+    finally:
+        for config, name, outer in before:
+            _put(config, name, outer)
+
+
+def _put(config: Any, name: str | None, segments: Segments | None) -> None:
+    # The attribute behind `_attn_implementation`, which would also write to the configs inside.
+    config._attn_implementation_internal = name
+    if segments is None:
+        _in_force.pop(id(config), None)
+    else:
+        _in_force[id(config)] = segments
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """Yield each config that the model's layers look at, once."""
+    seen: set[int] = set()
+    for _, module in base_modules(model):
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal") and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+
+
+def _register() -> None:
+    # Imported late: importing lorakit must not import transformers' models.
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **asked: Any,
+) -> tuple[Tensor, None]:
+    """Return attention (rows, length, heads, d) as transformers' attention functions do.
+
+    Raises:
+        ModelError: the layer asks for something that this function does not do.
+    """
+    segments = _in_force[id(module.config)]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    problems = [f"{name} is asked for" for name in UNKNOWN if asked.get(name) is not None]
+    if attention_mask is not None:
+        problems.append("it has a mask of its own")
+    if sliding_window is not None and not causal:
+        problems.append("it has a window to both sides")
+    expected = (len(segments.lengths), segments.width)
+    for name, each in (("queries", query), ("keys", key)):
+        if (each.shape[0], each.shape[2]) != expected:
+            problems.append(f"{name} of {each.shape[0]}×{each.shape[2]} tokens, not {expected}")
+    if problems:
+        raise ModelError.listing(f"{type(module).__name__} cannot keep segments apart", problems)
+    rule = Rule(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=causal,
+        window=sliding_window,
+        softcap=softcap,
+        dropout=dropout,
+    )
+    return segment_attention(query, key, value, segments, rule), None

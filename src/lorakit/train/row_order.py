@@ -1,0 +1,44 @@
+"""The order of rows in which those of like length share a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+BATCHES_TO_SORT = 50
+"""Batches' worth of rows that are drawn at random and then sorted: enough for little padding, few
+enough that an epoch stays well mixed."""
+
+
+class ByLength(Sampler[int]):
+    """Draws every row once in an epoch; the order follows from seed and epoch alone.
+
+    So a run that is resumed within an epoch goes on with the rows that it would have had.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        dice = torch.Generator().manual_seed(self._seed + self._epoch)
+        rows = torch.randperm(len(self._lengths), generator=dice).tolist()
+        pool = BATCHES_TO_SORT * self._batch_size
+        for start in range(0, len(rows), pool):
+            # Stable, so that rows of equal length stay in random order.
+            drawn = sorted(rows[start : start + pool], key=self._lengths.__getitem__)
+            full = len(drawn) // self._batch_size
+            # A batch that is not full can only be the last one of the epoch.
+            for batch in [*torch.randperm(full, generator=dice).tolist(), full]:
+                yield from drawn[batch * self._batch_size : (batch + 1) * self._batch_size]
