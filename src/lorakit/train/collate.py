@@ -1,36 +1,22 @@
-"""Batches as a model takes them, without the logits that no label asks for."""
+"""Batches as a model takes them."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.tasks.batches import pad_token, training_batch
 from lorakit.tasks.encode import Example
-from lorakit.train.loss import positions_to_keep
 
 
 class Collator:
     """Turns examples into one padded batch."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, *, task: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._pad_id = pad_token(tokenizer)
-        accepted = inspect.signature(model.forward).parameters
-        # The output head is most of a small model's work, and prompts need none of it.
-        self._trims = task == "generation" and "logits_to_keep" in accepted
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return the batch; `logits_to_keep` lists the last positions that are needed."""
-        batch: dict[str, Any] = training_batch(examples, pad_id=self._pad_id)
-        if self._trims:
-            length = batch["labels"].shape[1]
-            kept = positions_to_keep(batch["labels"])
-            # As a tensor, because a slice of hidden states is not contiguous, and then torch copies
-            # the whole output head once per row.
-            batch["logits_to_keep"] = torch.arange(length - kept, length)
-        return batch
+        """Return the batch, labels included."""
+        return training_batch(examples, pad_id=self._pad_id)

@@ -173,9 +173,9 @@ def _open_folder(run: Run) -> None:
 
 def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTrainer:
     config, prepared = run.config, run.prepared
-    loss = Loss(prepared.task, label_smoothing=config.label_smoothing)
+    loss = Loss(prepared.task, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
     plain_loss = Loss(prepared.task)
-    collate = Collator(prepared.tokenizer, prepared.model, task=prepared.task)
+    collate = Collator(prepared.tokenizer)
     validation = prepared.validation
 
     def scorer(model: torch.nn.Module) -> dict[str, float]:
