@@ -73,7 +73,7 @@ def full(config: lk.DataConfig, rate: float, steps: int) -> dict[str, Any]:
     set_seed(0)
     model, tokenizer = lk.load_model("minilm", task="classification", labels=rows.labels)
     training, validation = (encode_rows(each, tokenizer, config) for each in (rows, held_out))
-    collate = Collator(tokenizer, model, task="classification")
+    collate = Collator(tokenizer)
     begun = time.perf_counter()
     _loop(model, training, collate, rate, steps)
     seconds = time.perf_counter() - begun

@@ -253,6 +253,9 @@ class TrainConfig(Settings):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target probability spread over all classes or tokens."""
 
+    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Factor on (log Σ exp(logits))², added to each loss to keep logits small (PaLM has 1e-4)."""
+
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the adapter's start, the row order and dropout."""
 

@@ -2,21 +2,17 @@ import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from kernels.mixed_batches import USES
+from kernels.triton_process import ROOT, needs_gpu, run_checks
 from lorakit.kernels.arrangement import arrange
 from lorakit.kernels.grouped import gather, narrow, widen_onto
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 segments_triton = importlib.import_module("lorakit.kernels.segments_triton")
-
-ROOT = Path(__file__).parents[2]
-GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device of compute capability 8")
 
 
 @pytest.fixture(autouse=True)
@@ -25,30 +21,14 @@ def fused(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-def run_checks(**environment):
-    # Shapes are checked in the kernels' modules alone: for all modules it takes ten seconds.
-    options = "--import-mode=importlib --jaxtyping-packages=lorakit.kernels,beartype.beartype"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"addopts={options}"]
-    checks = Path(__file__).with_name("triton_checks.py")
-    found = subprocess.run(
-        [*command, str(checks)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert " passed" in found.stdout
-
-
 def test_the_kernels_keep_their_promises_in_the_interpreter():
-    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_checks("segments_checks.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_the_kernels_keep_their_promises_on_the_device():
-    run_checks(TRITON_INTERPRET="0")
+    run_checks("segments_checks.py", TRITON_INTERPRET="0")
 
 
 @pytest.mark.gpu

@@ -60,7 +60,7 @@ def tokenizer(tiny_llama):
 
 
 def batches(model, tokenizer, names, layout):
-    collate = Collator(tokenizer, model, task="generation", layout=layout)
+    collate = Collator(tokenizer, layout)
     rows = {"one": examples(7, 2, 9, 1, seed=1), "two": examples(4, 8, seed=2)}
     return [
         MicroBatch(name=name, inputs=collate(rows[name]), loss=Loss("generation"), items=None)
@@ -117,7 +117,7 @@ def test_padded_rows_of_classifiers_keep_their_loss_and_gradients(tokenizer, fam
     ]
     found = []
     for each in (PLAIN, layout):
-        collate = Collator(tokenizer, model, task="classification", layout=each)
+        collate = Collator(tokenizer, each)
         batch = MicroBatch(
             name="one", inputs=collate(rows), loss=Loss("classification"), items=None
         )
@@ -129,7 +129,7 @@ def test_padded_rows_of_classifiers_keep_their_loss_and_gradients(tokenizer, fam
 
 def test_a_joined_batch_holds_the_same_rows_in_the_same_order(tokenizer):
     rows = examples(5, 1, 3)
-    collate = Collator(tokenizer, build("llama"), task="other", layout=Layout(joined=True))
+    collate = Collator(tokenizer, Layout(joined=True))
     batch, padded = collate(rows), training_batch(rows, pad_id=0)
     real = padded["attention_mask"].bool()
     assert batch["input_ids"][0].tolist() == padded["input_ids"][real].tolist()

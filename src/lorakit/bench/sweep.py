@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lorakit.attach import adapter_parameters, attach
 from lorakit.bench.interleaved import Contestant, Seconds, interleaved
@@ -24,6 +24,7 @@ from lorakit.tasks.rows import read_rows
 from lorakit.train.collate import Collator
 from lorakit.train.joint import MicroBatch, joint_losses
 from lorakit.train.loss import Loss
+from lorakit.train.objective import text_loss
 
 LEARNING_RATE = 1e-3
 
@@ -62,7 +63,7 @@ def joint(settings: SweepConfig) -> Callable[[], list[float]]:
     for name in names:
         attach(model, _lora(settings), name=name)
     model.train()
-    collate, loss = Collator(tokenizer, model, task="generation"), Loss("generation")
+    collate, loss = Collator(tokenizer), Loss("generation")
     batches = [
         MicroBatch(name=name, inputs=collate(rows), loss=loss, items=None)
         for name, rows in zip(names, groups, strict=True)
@@ -85,7 +86,7 @@ def separate(settings: SweepConfig) -> Callable[[], list[float]]:
     """
     model, tokenizer = load_model(settings.model, dtype=settings.dtype)
     attach(model, _lora(settings))
-    return _one_by_one(model, model, tokenizer, settings)
+    return _one_by_one(model, tokenizer, settings)
 
 
 def peft_separate(settings: SweepConfig) -> Callable[[], list[float]]:
@@ -95,7 +96,7 @@ def peft_separate(settings: SweepConfig) -> Callable[[], list[float]]:
     lora = peft.LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules="all-linear")
     float32 = settings.adapter_dtype == "float32"
     model = peft.get_peft_model(base, lora, autocast_adapter_dtype=float32)
-    return _one_by_one(model, base, tokenizer, settings)
+    return _one_by_one(model, tokenizer, settings)
 
 
 WAYS: dict[str, Callable[[SweepConfig], Callable[[], list[float]]]] = {
@@ -107,13 +108,10 @@ WAYS: dict[str, Callable[[SweepConfig], Callable[[], list[float]]]] = {
 
 
 def _one_by_one(
-    model: nn.Module,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: SweepConfig,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: SweepConfig
 ) -> Callable[[], list[float]]:
     """Return a step for each adapter's rows in turn, with the adapter that the model has."""
-    collate = Collator(tokenizer, base, task="generation")
+    collate = Collator(tokenizer)
     batches = [collate(rows) for rows in _examples(settings, tokenizer)]
     loss = Loss("generation")
     optimizer = _optimizer(p for p in model.parameters() if p.requires_grad)
@@ -123,7 +121,7 @@ def _one_by_one(
         found: list[float] = []
         for batch in batches:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
-            value = loss(model(**inputs, use_cache=False), batch["labels"])
+            value = text_loss(model, inputs, batch["labels"], loss=loss)
             value.backward()
             optimizer.step()
             optimizer.zero_grad()

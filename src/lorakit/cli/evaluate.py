@@ -104,7 +104,7 @@ def _scores(settings: EvaluateConfig, opened: Opened, rows: Rows) -> dict[str, f
             opened.model,
             encode_rows(rows, opened.tokenizer, opened.data).examples,
             loss=Loss(opened.task),
-            collate=Collator(opened.tokenizer, opened.model, task=opened.task),
+            collate=Collator(opened.tokenizer),
             batch_size=settings.batch_size,
             progress=True,
         )

@@ -153,7 +153,7 @@ def add_update(
         rows = output
     else:
         rows = output.view(arrangement.rows, -1, output.shape[-1])
-    rows.index_add_(0, arrangement.adapted, update.view(-1, *rows.shape[1:]))
+    rows.index_add_(0, arrangement.adapted, update.view(len(update), *rows.shape[1:]))
     return output
 
 

@@ -16,6 +16,7 @@ from lorakit.tasks.encode import Example
 from lorakit.tasks.metrics import accuracy, pearson
 from lorakit.train.collate import Collator
 from lorakit.train.loss import Loss, perplexity
+from lorakit.train.objective import labelled, text_losses
 
 
 @torch.no_grad()
@@ -45,12 +46,16 @@ def score(
         batch = collate(ordered[start : start + batch_size])
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         labels = batch.pop("labels")
+        if loss.task == "generation":
+            _, losses = text_losses(
+                model, batch, labels, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
+            )
+            summed, count = summed + float(losses.sum()), count + int(labelled(labels).sum())
+            continue
         logits = model(**batch).logits
-        batch_sum, batch_count = loss.summed(logits, labels)
-        summed, count = summed + float(batch_sum), count + batch_count
-        if loss.task != "generation":
-            predicted.append(logits.float().cpu())
-            expected.append(labels.cpu())
+        summed, count = summed + float(loss.summed(logits, labels)), count + len(labels)
+        predicted.append(logits.float().cpu())
+        expected.append(labels.cpu())
     mean = summed / max(count, 1)
     return {"loss": mean, **_task_scores(loss.task, mean, predicted, expected)}
 

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from lorakit.attach import adapter_parameters
 from lorakit.kernels.packed_rows import Segments
-from lorakit.methods.layer import AdaptedLayer
 from lorakit.models.attention import attention_within
-from lorakit.models.roles import output_head
 from lorakit.routing import route
+from lorakit.tasks.chat import IGNORED
 from lorakit.train.collate import SEGMENTS
-from lorakit.train.loss import IGNORED, Loss
+from lorakit.train.loss import Loss
+from lorakit.train.objective import item_weight, text_losses
 from lorakit.train.trainer import AdapterTrainer
 
 
@@ -64,61 +64,19 @@ def joint_losses(
     inputs = _joined(batches, pad_id=pad_id)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     names = [batch.name for batch in batches for _ in range(batch.rows)]
+    losses = _losses_of_texts if batches[0].loss.task == "generation" else _losses
     # Gradient checkpointing runs layers again in the backward pass, which needs the route too.
     choice = names if len(batches) > 1 else batches[0].name
     with route(model, choice), attention_within(model, _segments(batches)):
-        head = _frozen_head(model, batches)
-        if head is not None:
-            losses = _losses_of_labelled_tokens(model, head, inputs, batches)
-        else:
-            losses = _losses(model(**inputs).logits, batches, inputs.get("logits_to_keep"))
-        torch.stack(losses).sum().backward()
-    return [loss.detach() for loss in losses]
-
-
-def _frozen_head(model: PreTrainedModel, batches: Sequence[MicroBatch]) -> nn.Module | None:
-    """Return the output head of a language model, unless it is adapted: then it goes by rows."""
-    head = output_head(model)
-    texts = all(batch.loss.task == "generation" for batch in batches)
-    plain = isinstance(head, nn.Linear) and not isinstance(head, AdaptedLayer)
-    return head if texts and plain else None
-
-
-def _losses_of_labelled_tokens(
-    model: PreTrainedModel,
-    head: nn.Module,
-    inputs: dict[str, Tensor],
-    batches: Sequence[MicroBatch],
-) -> list[Tensor]:
-    """Return the loss of each batch; the output head sees only what predicts a labelled token.
-
-    The positions that any row needs are many when rows of many batches meet, and most of them are
-    of no use to the other rows.
-    """
-    length = inputs["input_ids"].shape[1]
-    labels = [
-        F.pad(b.inputs["labels"], (0, length - b.length), value=IGNORED).to(model.device)
-        for b in batches
-    ]
-    targets = [rows[:, 1:][rows[:, 1:] != IGNORED] for rows in labels]
-    predicts = F.pad(torch.cat(labels)[:, 1:] != IGNORED, (0, 1), value=False)
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][predicts][None],))
-    try:
-        inputs = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
-        logits = model(**inputs, use_cache=False).logits[0]
-    finally:
-        hook.remove()
-    parts = logits.split([len(each) for each in targets])
-    return [
-        batch.loss.of_tokens(own, wanted, num_items_in_batch=batch.items)
-        for batch, own, wanted in zip(batches, parts, targets, strict=True)
-    ]
+        total, found = losses(model, inputs, batches)
+        total.backward()
+    return found
 
 
 def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
     """Return the inputs of all rows, padded on the right to the longest, without labels."""
     length = max(batch.length for batch in batches)
-    special = {"labels", "logits_to_keep", SEGMENTS}
+    special = {"labels", SEGMENTS}
     joined = {}
     for key in dict.fromkeys(
         key for batch in batches for key in batch.inputs if key not in special
@@ -130,9 +88,6 @@ def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
             for batch in batches
         ]
         joined[key] = torch.cat([F.pad(p, (0, length - p.shape[1]), value=fill) for p in parts])
-    kept = [batch.inputs["logits_to_keep"] for batch in batches if "logits_to_keep" in batch.inputs]
-    if kept:
-        joined["logits_to_keep"] = torch.cat(kept).unique()
     return joined
 
 
@@ -142,20 +97,43 @@ def _segments(batches: Sequence[MicroBatch]) -> Segments | None:
     return Segments.stacked(parts) if parts else None
 
 
-def _losses(logits: Tensor, batches: Sequence[MicroBatch], kept: Tensor | None) -> list[Tensor]:
-    """Return the loss of each batch's own rows, from its own positions alone."""
-    losses, start = [], 0
-    for batch in batches:
-        own = logits[start : start + batch.rows]
-        start += batch.rows
-        labels = batch.inputs["labels"].to(logits.device)
-        if kept is not None:
-            places = torch.searchsorted(kept, batch.inputs["logits_to_keep"].to(kept.device))
-            own = own if len(places) == len(kept) else own[:, places]
-        elif labels.dim() == 2:
-            own = own[:, : batch.length]
-        losses.append(batch.loss({"logits": own}, labels, num_items_in_batch=batch.items))
-    return losses
+def _losses_of_texts(
+    model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the sum of the losses, and the loss of each batch."""
+    length = inputs["input_ids"].shape[1]
+    labels = [F.pad(b.inputs["labels"], (0, length - b.length), value=IGNORED) for b in batches]
+    weights = [item_weight(own, batch.items) for own, batch in zip(labels, batches, strict=True)]
+    total, losses = text_losses(
+        model,
+        inputs,
+        torch.cat(labels).to(model.device),
+        weights=_of_rows(weights, batches),
+        label_smoothing=_of_rows([batch.loss.label_smoothing for batch in batches], batches),
+        z_loss=_of_rows([batch.loss.z_loss for batch in batches], batches),
+    )
+    parts = losses.split([batch.rows for batch in batches])
+    return total, [part.sum() * weight for part, weight in zip(parts, weights, strict=True)]
+
+
+def _of_rows(values: Sequence[float], batches: Sequence[MicroBatch]) -> float | Tensor:
+    """Return each row's value, or the one value that all batches have."""
+    if len(set(values)) == 1:
+        return values[0]
+    rows = torch.tensor([batch.rows for batch in batches])
+    return torch.tensor(values, dtype=torch.float64).repeat_interleave(rows)
+
+
+def _losses(
+    model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the same for rows that each have a class, or a number."""
+    logits = model(**inputs).logits
+    losses = [
+        batch.loss({"logits": own}, batch.inputs["labels"].to(logits.device), batch.items)
+        for batch, own in zip(batches, logits.split([b.rows for b in batches]), strict=True)
+    ]
+    return torch.stack(losses).sum(), [loss.detach() for loss in losses]
 
 
 class OwnParameters(nn.Module):

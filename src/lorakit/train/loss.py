@@ -1,4 +1,4 @@
-"""The loss: cross-entropy of the labelled tokens only, of classes, or a squared error."""
+"""How outputs are judged: cross-entropy of tokens or classes, or a squared error."""
 
 from __future__ import annotations
 
@@ -6,75 +6,40 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
-
-IGNORED = -100
-"""Label of a token that is not trained on: prompt and padding."""
 
 
 class Loss:
-    """Computes the loss that transformers' Trainer asks for (its `compute_loss_func`)."""
+    """The loss of a task, and what transformers' Trainer calls for it (`compute_loss_func`).
 
-    def __init__(self, task: str, *, label_smoothing: float = 0.0) -> None:
+    Of texts it holds the settings alone: `lorakit.train.objective` computes their loss.
+    """
+
+    def __init__(self, task: str, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
         self.task = task
         self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
 
     def __call__(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Return the summed loss over `num_items_in_batch`, or over the items of this batch."""
         logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        summed, count = self.summed(logits, labels)
-        return summed / (count if num_items_in_batch is None else num_items_in_batch)
+        count = len(labels) if num_items_in_batch is None else num_items_in_batch
+        return self.summed(logits, labels) / count
 
-    def of_tokens(
-        self,
-        logits: Float[Tensor, "tokens vocabulary"],
-        targets: Int[Tensor, " tokens"],
-        *,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Return the same for logits that each predict one labelled token."""
-        count = len(targets) if num_items_in_batch is None else num_items_in_batch
-        return self._cross_entropy(logits, targets) / count
-
-    def summed(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        """Return the sum of the loss over the labelled items, and how many there are."""
+    def summed(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the loss over rows that each have a class, or a number."""
+        assert self.task != "generation", "the loss of texts is computed by train/objective.py"
         if self.task == "regression":
-            return F.mse_loss(logits.float().squeeze(-1), labels.float(), reduction="sum"), len(
-                labels
-            )
-        if self.task == "classification":
-            return self._cross_entropy(logits, labels), len(labels)
-        kept, targets = labelled_tokens(logits, labels)
-        return self._cross_entropy(kept, targets), len(targets)
-
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(
-            logits.float(), targets, reduction="sum", label_smoothing=self.label_smoothing
+            return F.mse_loss(logits.float().squeeze(-1), labels.float(), reduction="sum")
+        wide = logits.float()
+        summed = F.cross_entropy(
+            wide, labels, reduction="sum", label_smoothing=self.label_smoothing
         )
-
-
-def labelled_tokens(
-    logits: Float[Tensor, "batch last vocabulary"], labels: Int[Tensor, "batch length"]
-) -> tuple[Float[Tensor, "tokens vocabulary"], Int[Tensor, " tokens"]]:
-    """Return the logits that predict a labelled token, and those tokens.
-
-    The logits may cover only the last positions of the rows (`logits_to_keep`). Position t predicts
-    the token at t+1.
-    """
-    targets = labels[:, labels.shape[1] - logits.shape[1] + 1 :]
-    chosen = targets != IGNORED
-    return logits[:, :-1][chosen], targets[chosen]
-
-
-def positions_to_keep(labels: Int[Tensor, "batch length"]) -> int:
-    """Return how many last positions of the batch hold all that predict a labelled token."""
-    labelled = (labels != IGNORED).any(dim=0).nonzero()
-    first = int(labelled[0]) if len(labelled) else labels.shape[1] - 1
-    # The token before the first labelled one predicts it.
-    return labels.shape[1] - max(first - 1, 0)
+        if self.z_loss:
+            summed = summed + self.z_loss * wide.logsumexp(-1).square().sum()
+        return summed
 
 
 def perplexity(loss: float) -> float:

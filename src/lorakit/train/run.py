@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -177,10 +176,9 @@ def _open_folder(run: Run) -> None:
 
 def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTrainer:
     config, prepared = run.config, run.prepared
-    loss = Loss(prepared.task, label_smoothing=config.label_smoothing)
+    loss = Loss(prepared.task, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
     plain_loss = Loss(prepared.task)
-    collate = partial(Collator, prepared.tokenizer, prepared.model, task=prepared.task)
-    score_batch = collate()
+    collate = Collator(prepared.tokenizer)
     validation = prepared.validation
 
     def scorer(model: torch.nn.Module) -> dict[str, float]:
@@ -190,7 +188,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
                 model,
                 validation.examples,
                 loss=plain_loss,
-                collate=score_batch,
+                collate=collate,
                 batch_size=4 * config.batch_size,
             )
 
@@ -205,7 +203,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
         args=make_arguments(config, prepared.steps),
         train_dataset=prepared.training,
         eval_dataset=validation,
-        data_collator=collate(layout=prepared.layout),
+        data_collator=Collator(prepared.tokenizer, prepared.layout),
         compute_loss_func=loss,
     )
     trainer.remove_callback(PrinterCallback)

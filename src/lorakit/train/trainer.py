@@ -26,6 +26,8 @@ from lorakit.config import TrainConfig
 from lorakit.errors import TrainingError
 from lorakit.models.attention import attention_within
 from lorakit.train.collate import SEGMENTS
+from lorakit.train.loss import Loss
+from lorakit.train.objective import text_loss
 from lorakit.train.row_order import ByLength
 
 KEPT_CHECKPOINTS = 2
@@ -105,16 +107,35 @@ class AdapterTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the loss, and remember the weights that gave a finite one.
 
         Raises:
             TrainingError: the loss is not a number.
         """
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+        how = self.compute_loss_func
+        if isinstance(how, Loss) and how.task == "generation":
+            assert not return_outputs, "only Trainer's own evaluation asks for outputs"
+            result: Any = self._loss_of_texts(model, inputs, how, num_items_in_batch)
+        else:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_loss(result[0] if isinstance(result, tuple) else result)
         return result
+
+    def _loss_of_texts(
+        self, model: nn.Module, inputs: dict[str, Any], how: Loss, items: Tensor | int | None
+    ) -> Tensor:
+        others = {name: value for name, value in inputs.items() if name != "labels"}
+        loss = text_loss(model, others, inputs["labels"], loss=how, items=items)
+        if items is not None and self.args.average_tokens_across_devices:
+            # The items are those of all processes, and their gradients are averaged.
+            loss = loss * self.accelerator.num_processes
+        return loss
 
     def check_loss(self, loss: Tensor) -> None:
         """Remember the weights that gave a loss, if it is finite.

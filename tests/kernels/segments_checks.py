@@ -1,7 +1,6 @@
 """What the Triton kernels promise, on a GPU, or in Triton's interpreter where TRITON_INTERPRET=1.
 
-`test_segments_triton.py` runs this file in a process of its own, because the interpreter is chosen
-when Triton is imported, which other tests do too.
+`test_segments_triton.py` runs this file in a process of its own.
 """
 
 import os

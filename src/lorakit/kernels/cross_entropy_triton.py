@@ -1,0 +1,129 @@
+"""Losses of a chunk of logits in Triton, with the gradient written over them: one program a token.
+
+A program reads its row twice: for the sum of exponents, kept relative to the largest logit so far
+(online softmax, Milakov and Gimelshein 2018), and for the gradient. `lorakit.kernels.cross_entropy`
+calls this module; importing it imports Triton.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+LARGEST_BLOCK = 4096
+
+# No shape checks (`no_type_check`), because Triton reads the kernel's source.
+
+
+@triton.jit
+@no_type_check
+def _cross_entropy(
+    logits,
+    gradient,
+    losses,
+    targets,
+    weights,
+    smoothings,
+    z_losses,
+    vocabulary,
+    logits_token,
+    gradient_token,
+    SMOOTHS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    WANTS_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """losses[token] = loss of logits[token]; gradient[token] = weight · its derivative."""
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + token * logits_token
+    target = tl.load(targets + token)
+    # Before the loop, whose sums make all threads wait: later some may have written over it.
+    chosen = tl.load(row + tl.maximum(target, 0)).to(tl.float32)
+    top = -3.4028234663852886e38
+    total = 0.0
+    plain_sum = 0.0
+    for start in range(0, vocabulary, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < vocabulary
+        x = tl.load(row + column, mask=inside, other=float("-inf")).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(x, 0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top), 0)
+        top = new_top
+        if SMOOTHS:
+            plain_sum += tl.sum(tl.where(inside, x, 0.0), 0)
+    log_total = tl.log(total)
+    share = 1.0
+    slope = 1.0
+    smoothing = 0.0
+    loss = log_total
+    if SMOOTHS:
+        smoothing = tl.load(smoothings + token)
+        share = 1.0 - smoothing
+        loss -= smoothing * (plain_sum / vocabulary - top)
+    if HAS_Z:
+        z = tl.load(z_losses + token)
+        normalizer = top + log_total
+        loss += z * normalizer * normalizer
+        slope = 1.0 + 2.0 * z * normalizer
+    loss -= share * (chosen - top)
+    tl.store(losses + token, tl.where(target >= 0, loss, 0.0))
+    if WANTS_GRADIENT:
+        weight = tl.load(weights + token)
+        for start in range(0, vocabulary, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < vocabulary
+            x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
+            wanted = tl.where(column == target, share, 0.0) + smoothing / vocabulary
+            slant = weight * (tl.exp(x - top) * (slope / total) - wanted)
+            slant = tl.where(target >= 0, slant, 0.0)
+            place = gradient + token * gradient_token + column
+            tl.store(place, slant.to(gradient.dtype.element_ty), mask=inside)
+
+
+def token_losses(
+    logits: Float[Tensor, "tokens vocabulary"],
+    gradient: Float[Tensor, "tokens vocabulary"] | None,
+    *,
+    targets: Int[Tensor, " tokens"],
+    weights: Float[Tensor, " tokens"],
+    label_smoothing: Float[Tensor, " tokens"] | None,
+    z_loss: Float[Tensor, " tokens"] | None,
+) -> Float[Tensor, " tokens"]:
+    """Return each token's loss in float32; see `lorakit.kernels.cross_entropy.token_losses`.
+
+    Args:
+        logits: of at most 32 bits.
+        gradient: where to write it, which may be over the logits; None: nowhere.
+        targets: a negative number: none.
+        weights: the factor on each token's loss, which only the gradient has in it.
+        label_smoothing: None: none.
+        z_loss: None: none.
+    """
+    tokens, vocabulary = logits.shape
+    losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
+    if not tokens:
+        return losses
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    block = min(LARGEST_BLOCK, triton.next_power_of_2(vocabulary))
+    with torch.cuda.device_of(logits):
+        _cross_entropy[(tokens,)](
+            logits,
+            logits if gradient is None else gradient,
+            losses,
+            targets.contiguous(),
+            weights.contiguous(),
+            losses if label_smoothing is None else label_smoothing.contiguous(),
+            losses if z_loss is None else z_loss.contiguous(),
+            vocabulary,
+            logits.stride(0),
+            logits.stride(0) if gradient is None else gradient.stride(0),
+            SMOOTHS=label_smoothing is not None,
+            HAS_Z=z_loss is not None,
+            WANTS_GRADIENT=gradient is not None,
+            BLOCK=block,
+            num_warps=8 if block >= 2048 else 4,
+        )
+    return losses

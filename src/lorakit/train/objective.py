@@ -1,0 +1,244 @@
+"""The loss of a batch of texts, whose output head sees nothing but what predicts a labelled token.
+
+Prompts and padding are most of a batch, and the head is most of a small model's work. So the model
+runs with a hook that keeps what its head would read, and gives the head nothing; the loss is then
+computed from what predicts a label, chunk by chunk (`lorakit.kernels.cross_entropy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lorakit.attachment import attachment_of, unwrapped
+from lorakit.kernels.cross_entropy import head_cross_entropy
+from lorakit.methods.layer import AdaptedLayer
+from lorakit.models.roles import output_head
+from lorakit.tasks.chat import IGNORED
+from lorakit.train.loss import Loss
+
+PerRow = float | Float[Tensor, " rows"]
+"""One value for all rows, or one for each."""
+
+
+def text_loss(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Int[Tensor, "rows length"],
+    *,
+    loss: Loss,
+    items: Tensor | int | None = None,
+) -> Float[Tensor, ""]:
+    """Return the summed loss of a batch over so many items; see `text_losses`.
+
+    Args:
+        model: a language model.
+        inputs: what it is called with.
+        labels: the tokens to learn, IGNORED elsewhere.
+        loss: how to weigh a token's logits.
+        items: labelled tokens of the whole optimizer step. None: those of this batch.
+    """
+    total, _ = text_losses(
+        model,
+        inputs,
+        labels,
+        weights=item_weight(labels, items),
+        label_smoothing=loss.label_smoothing,
+        z_loss=loss.z_loss,
+    )
+    return total
+
+
+def item_weight(labels: Int[Tensor, "rows length"], items: Tensor | int | None) -> float:
+    """Return the weight of one item in a mean over so many, or over those of this batch."""
+    count = labelled(labels).sum() if items is None else items
+    return 1 / max(float(count), 1.0)
+
+
+def labelled(labels: Int[Tensor, "rows length"]) -> Tensor:
+    """Return which tokens are learnt, (rows, length - 1): nothing predicts the first of a row."""
+    return labels[:, 1:] != IGNORED
+
+
+def text_losses(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Int[Tensor, "rows length"],
+    *,
+    weights: PerRow = 1.0,
+    label_smoothing: PerRow = 0.0,
+    z_loss: PerRow = 0.0,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "rows length"]]:
+    """Return Σ weight·loss, and the loss of what each position predicts, without a gradient.
+
+    Position t predicts the token at t+1; where that has no label, the loss is 0. The sum can be
+    differentiated, once.
+
+    Args:
+        model: a language model, also in a wrapper.
+        inputs: what it is called with.
+        labels: the tokens to learn, IGNORED elsewhere.
+        weights: factor on the losses of a row.
+        label_smoothing: of a row; see `head_cross_entropy`.
+        z_loss: of a row; see `head_cross_entropy`.
+    """
+    head = _hooked_head(model)
+    chosen = _Chosen.of(labels, keep_rows=_tells_rows_apart(model, head))
+    read, head = _run(model, inputs, chosen, head)
+    total, losses = head_cross_entropy(
+        read,
+        head,
+        chosen.targets.to(read.device),
+        chosen.spread(weights).to(read.device),
+        label_smoothing=_for_tokens(label_smoothing, chosen),
+        z_loss=_for_tokens(z_loss, chosen),
+    )
+    return total, chosen.put_back(losses)
+
+
+def _for_tokens(value: PerRow, chosen: _Chosen) -> float | Tensor:
+    return chosen.spread(value) if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The positions that predict a labelled token, (groups, tokens).
+
+    One group of all, or one of each row: these hold equally many, and some of them without a label.
+    """
+
+    index: Int[Tensor, "groups tokens"]
+    """Of positions in the flattened batch."""
+    targets: Int[Tensor, "groups tokens"]
+    shape: torch.Size
+    """Of the batch: rows, length."""
+
+    @staticmethod
+    def of(labels: Int[Tensor, "rows length"], *, keep_rows: bool) -> _Chosen:
+        """Return what the labels ask for."""
+        rows, length = labels.shape
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        asked = following != IGNORED
+        if keep_rows:
+            most = int(asked.sum(1).max())
+            columns = asked.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+            index = columns + torch.arange(rows, device=labels.device)[:, None] * length
+        else:
+            index = asked.flatten().nonzero().T
+        return _Chosen(index, following.flatten()[index], labels.shape)
+
+    def take(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "groups tokens d"]:
+        """Return what lies at the chosen positions of a batch."""
+        flat = x.reshape(-1, x.shape[-1])
+        taken = flat.index_select(0, self.index.flatten().to(x.device))
+        return taken.view(*self.index.shape, x.shape[-1])
+
+    def spread(self, value: PerRow) -> Float[Tensor, "groups tokens"]:
+        """Return a row's value for each of its chosen positions, in float64."""
+        if not isinstance(value, Tensor):
+            return torch.full(self.index.shape, value, dtype=torch.float64)
+        return value.double()[(self.index // self.shape[1]).to(value.device)]
+
+    def put_back(self, values: Float[Tensor, "groups tokens"]) -> Float[Tensor, "rows length"]:
+        """Return values at their positions in the batch, and 0 elsewhere."""
+        found = values.new_zeros(self.shape.numel())
+        found[self.index.to(values.device)] = values
+        return found.view(self.shape)
+
+
+def _hooked_head(model: nn.Module) -> nn.Module | None:
+    """Return a language model's output head, or None where hooks on it cannot be relied on.
+
+    DataParallel runs copies of it in several threads, and a compiled model has no regard for hooks
+    that come later. There the model computes all logits.
+    """
+    if isinstance(model, nn.DataParallel) or hasattr(model, "_orig_mod"):
+        return None
+    return output_head(unwrapped(model))
+
+
+def _tells_rows_apart(model: nn.Module, head: nn.Module | None) -> bool:
+    """Tell whether rows use adapters of their own in the output head."""
+    state = attachment_of(model)
+    if head is None or state is None or state.route.rows is None:
+        return False
+    return any(isinstance(module, AdaptedLayer) for module in head.modules())
+
+
+def _run(
+    model: nn.Module, inputs: Mapping[str, Any], chosen: _Chosen, head: nn.Module | None
+) -> tuple[Tensor, nn.Module]:
+    """Return what a head reads at the chosen positions, and the head: Identity for logits."""
+    if head is None:
+        return chosen.take(model(**inputs, use_cache=False).logits), nn.Identity()
+    if _shows_its_head(unwrapped(model), head, rows=chosen.shape[0]):
+        with _given_to(head, lambda states: states[..., :0, :]) as read:
+            model(**inputs, use_cache=False)
+        return chosen.take(read[0]), head
+    with _given_to(head, chosen.take) as read:
+        logits = model(**inputs, use_cache=False).logits
+    return (logits if read else chosen.take(logits)), nn.Identity()
+
+
+@contextmanager
+def _given_to(head: nn.Module, given: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Give a head something made from what it would read, inside a block; yield what that was."""
+    read: list[Tensor] = []
+
+    def replace(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        read.append(args[0])
+        return (given(args[0]), *args[1:])
+
+    hook = head.register_forward_pre_hook(replace)
+    try:
+        yield read
+    finally:
+        hook.remove()
+
+
+_SHOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _shows_its_head(base: nn.Module, head: nn.Module, *, rows: int) -> bool:
+    """Tell, by one trial for each model, whether its logits are what its head computes.
+
+    Gemma caps them and Cohere and Granite scale them: there the model must compute them itself.
+    """
+    if base not in _SHOWN:
+        _SHOWN[base] = _tried(base, head, rows)
+    return _SHOWN[base]
+
+
+@torch.no_grad()
+def _tried(base: nn.Module, head: nn.Module, rows: int) -> bool:
+    """Let a head answer with numbers of all sizes, and tell whether the model returns these."""
+    written: list[Tensor] = []
+
+    def write(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        numbers = torch.linspace(-1000, 1000, output.numel(), device=output.device)
+        written.append(numbers.to(output.dtype).view(output.shape))
+        return written[-1].clone()
+
+    ids = torch.zeros(rows, 1, dtype=torch.long, device=next(base.parameters()).device)
+    names = ["input_ids"]
+    if getattr(base.config, "is_encoder_decoder", False):
+        names.append("decoder_input_ids")
+    training = [module for module in base.modules() if module.training]
+    hook = head.register_forward_hook(write)
+    # Dropout draws nothing then, so that a run goes on as one that was not tried.
+    base.eval()
+    try:
+        logits = base(**dict.fromkeys(names, ids), use_cache=False).logits
+    finally:
+        hook.remove()
+        for module in training:
+            module.training = True
+    return len(written) == 1 and torch.equal(logits.to(written[0].dtype), written[0])

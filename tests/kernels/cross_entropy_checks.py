@@ -1,0 +1,118 @@
+"""What the Triton kernel of the loss promises, on a GPU, or in Triton's interpreter.
+
+`test_cross_entropy_triton.py` runs this file in a process of its own.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit.kernels import cross_entropy_triton
+from lorakit.kernels.cross_entropy import head_cross_entropy
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+TOKENS, D = 5, 8
+OPTIONS = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "z": {"z_loss": 0.02},
+    "all": {"label_smoothing": 0.1, "z_loss": 0.02},
+    "each its own": {
+        "label_smoothing": torch.linspace(0, 0.5, TOKENS),
+        "z_loss": torch.linspace(0.1, 0, TOKENS),
+    },
+}
+
+
+@pytest.fixture(params=[3, 64, 100], ids="vocabulary={}".format)
+def vocabulary(request, monkeypatch):
+    """Return sizes that are less than a block of the kernel, one, and several and a part."""
+    monkeypatch.setattr(cross_entropy_triton, "LARGEST_BLOCK", 32)
+    return request.param
+
+
+def answer(hidden, head, kernels, **options):
+    """Return total, losses, and the gradient of the hidden states."""
+    torch.manual_seed(1)
+    targets = torch.randint(head.out_features, (TOKENS,))
+    targets[1] = -100
+    weights = torch.rand(TOKENS, device=DEVICE)
+    leaf = hidden.detach().requires_grad_()
+    total, losses = head_cross_entropy(
+        leaf, head, targets.to(DEVICE), weights, chunk_tokens=2, kernels=kernels, **options
+    )
+    total.backward()
+    return total.detach(), losses, leaf.grad
+
+
+def made(vocabulary, *, dtype=torch.float32):
+    torch.manual_seed(0)
+    head = nn.Linear(D, vocabulary).requires_grad_(False)
+    return torch.randn(TOKENS, D).mul(3).to(DEVICE, dtype), head.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_loss_and_gradient_equal_plain_torch(vocabulary, options):
+    for dtype in (torch.float32, torch.float16):
+        hidden, head = made(vocabulary, dtype=dtype)
+        found, plain = (
+            answer(hidden, head, kernels, **OPTIONS[options]) for kernels in ("triton", "plain")
+        )
+        for ours, theirs in zip(found[:2], plain[:2], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        bound = 4 * torch.finfo(dtype).eps * plain[2].abs().max().item()
+        torch.testing.assert_close(found[2], plain[2], rtol=0, atol=bound)
+
+
+def test_a_head_with_trained_parameters_has_the_gradients_of_plain_torch(vocabulary):
+    hidden, head = made(vocabulary)
+    head.requires_grad_(True)
+    gradients = []
+    for kernels in ("triton", "plain"):
+        answer(hidden, head, kernels, **OPTIONS["all"])
+        gradients.append([parameter.grad.clone() for parameter in head.parameters()])
+        head.zero_grad()
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_of_minus_infinity_have_no_share(vocabulary):
+    logits = torch.randn(2, vocabulary, device=DEVICE)
+    logits[0, :-1] = -torch.inf
+    targets = torch.tensor([vocabulary - 1, 0], device=DEVICE)
+    results = []
+    for kernels in ("triton", "plain"):
+        leaf = logits.clone().requires_grad_()
+        weights = torch.ones(2, device=DEVICE)
+        total, _ = head_cross_entropy(leaf, nn.Identity(), targets, weights, kernels=kernels)
+        total.backward()
+        results.append((total.detach(), leaf.grad))
+    assert torch.isfinite(results[0][0])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_only_a_token_with_a_target_sees_what_is_not_a_number(vocabulary):
+    logits = torch.randn(3, vocabulary, device=DEVICE)
+    logits[:2, 1] = torch.nan
+    targets = torch.tensor([0, -100, 2], device=DEVICE)
+    leaf = logits.requires_grad_()
+    weights = torch.ones(3, device=DEVICE)
+    _, losses = head_cross_entropy(leaf, nn.Identity(), targets, weights, kernels="triton")
+    assert losses.isnan().tolist() == [True, False, False]
+    total, _ = head_cross_entropy(
+        leaf[1:], nn.Identity(), targets[1:], weights[1:], kernels="triton"
+    )
+    total.backward()
+    assert torch.isfinite(leaf.grad).all()
+    assert not leaf.grad[1].any()
+
+
+def test_without_a_gradient_logits_stay_as_they_are(vocabulary):
+    logits = torch.randn(2, vocabulary, device=DEVICE)
+    before = logits.clone()
+    targets, weights = torch.tensor([0, 1], device=DEVICE), torch.ones(2, device=DEVICE)
+    head_cross_entropy(logits, nn.Identity(), targets, weights, kernels="triton")
+    assert torch.equal(logits, before)
