@@ -265,8 +265,13 @@ class TrainConfig(Settings):
     patience: PositiveInt | None = None
     """Stop after so many evaluations without a better score. None: never."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    memory: Literal["low", "balanced", "fast"] = "fast"
+    """What is kept for the backward pass. fast: all that it needs; balanced: the results of
+    products, and the rest is computed again; low: the input of each block and A·x, and all else is
+    computed again."""
+
+    offload: bool = False
+    """Keep in the CPU's memory what low or balanced keep of a GPU's."""
 
     check_after: Annotated[int, Field(ge=3)] = 5
     """Steps after which every adapted layer must have moved."""
@@ -294,3 +299,9 @@ class TrainConfig(Settings):
 
     dry_run: bool = False
     """Print what would be adapted and read, and stop before training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.offload and self.memory == "fast":
+            raise ValueError("offload goes with memory: low or balanced, and memory is fast")
+        return self

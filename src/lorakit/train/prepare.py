@@ -18,6 +18,7 @@ from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.tasks.encode import Encoded, encode_rows
 from lorakit.tasks.kinds import Rows
 from lorakit.tasks.rows import read_rows
+from lorakit.train.memory import check_memory
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -87,6 +88,7 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     task, labels = _shared(read)
     first = next(iter(configs.values()))
     model, tokenizer = load_model(first.model, dtype=first.dtype, task=task, labels=labels)
+    check_memory(model, first)
     encoded = _for_each(sources, lambda config, name: _encode(read[name], tokenizer, config))
     runs = {name: (config, encoded[source_of[name]]) for name, config in configs.items()}
     steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))

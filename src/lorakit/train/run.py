@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from lorakit.attach import extract
@@ -24,6 +24,7 @@ from lorakit.train.collate import Collator
 from lorakit.train.evaluation import score
 from lorakit.train.guards import Interruption, UntrainedParts
 from lorakit.train.loss import Loss
+from lorakit.train.memory import training_memory
 from lorakit.train.prepare import Prepared, prepare
 from lorakit.train.record import JsonLines, ProgressBar, tensorboard
 from lorakit.train.trainer import (
@@ -96,7 +97,7 @@ def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -
     if table:
         print(prepared, file=sys.stderr)
     run = Run(config=config, prepared=prepared, checkpoint=checkpoint)
-    with Interruption() as interruption:
+    with Interruption() as interruption, training_memory(prepared.model, config):
         return execute(run, interruption, bar=ProgressBar(show=progress))
 
 
@@ -189,8 +190,6 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
                 batch_size=4 * config.batch_size,
             )
 
-    if config.gradient_checkpointing:
-        _checkpoint_activations(prepared.model)
     trainer = make_trainer(
         adapter_name=prepared.name,
         checkpoints=config.out / "checkpoints",
@@ -218,13 +217,6 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
             )
         )
     return trainer
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # transformers 5.23 gave the method a new name and warns about the old one.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)()
-    model.config.use_cache = False
 
 
 def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:
