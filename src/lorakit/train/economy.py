@@ -145,11 +145,15 @@ def _activation_of(module: nn.Module) -> Activation | None:
 
     The module's own lines run with simple functions in the place of its projections.
     """
+    act_fn = cast(nn.Module, module.act_fn)
+    if act_fn._forward_hooks or act_fn._forward_pre_hooks or act_fn._backward_hooks:
+        # Whoever put them there expects to be called.
+        return None
     stand_in = SimpleNamespace(
-        gate_proj=lambda x: 1.5 * x, up_proj=_reversed, down_proj=_reversed, act_fn=module.act_fn
+        gate_proj=lambda x: 1.5 * x, up_proj=_reversed, down_proj=_reversed, act_fn=act_fn.forward
     )
     own: Any = type(module).forward
-    x = _sample(64, next(module.parameters()))
+    x = _sample(64, cast(Any, module).gate_proj.weight)
 
     def ours(x: Tensor, *, activation: Activation) -> Tensor:
         return _reversed(gated(1.5 * x, _reversed(x), activation))
