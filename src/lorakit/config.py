@@ -273,8 +273,13 @@ class TrainConfig(Settings):
     batches are of rows of like length. off: padded rows in random order. on: an error where the
     model cannot."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    memory: Literal["low", "balanced", "fast"] = "fast"
+    """What is kept for the backward pass. fast: all that it needs; balanced: the results of
+    products, and the rest is computed again; low: the input of each block and A·x, and all else is
+    computed again."""
+
+    offload: bool = False
+    """Keep in the CPU's memory what low or balanced keep of a GPU's."""
 
     kernels: Literal["auto", "plain"] = "auto"
     """What computes. auto: the fast paths wherever they can; plain: plain torch, their oracle."""
@@ -305,3 +310,9 @@ class TrainConfig(Settings):
 
     dry_run: bool = False
     """Print what would be adapted and read, and stop before training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.offload and self.memory == "fast":
+            raise ValueError("offload goes with memory: low or balanced, and memory is fast")
+        return self

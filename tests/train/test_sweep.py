@@ -145,8 +145,8 @@ def tiny_bert_without_dropout(tiny_bert, tmp_path):
     return folder
 
 
-def test_gradient_checkpointing_changes_nothing(settings, tmp_path, in_float64):
-    config = settings({"lora.rank": [1, 4]}, gradient_checkpointing=True, steps=5, eval_every=5)
+def test_recomputation_changes_nothing(settings, tmp_path, in_float64):
+    config = settings({"lora.rank": [1, 4]}, memory="low", steps=5, eval_every=5)
     assert_members_equal_separate_runs(config, tmp_path, tolerance=1e-6)
 
 

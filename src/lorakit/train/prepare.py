@@ -19,6 +19,7 @@ from lorakit.tasks.encode import Encoded, encode_rows
 from lorakit.tasks.kinds import Rows
 from lorakit.tasks.rows import read_rows
 from lorakit.train.layout import PLAIN, Layout, choose_layout
+from lorakit.train.memory import check_memory
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -91,6 +92,7 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     first = next(iter(configs.values()))
     model, tokenizer = load_model(first.model, dtype=first.dtype, task=task, labels=labels)
     layout = choose_layout(model, task=task, packing=first.packing)
+    check_memory(model, first)
     encoded = _for_each(sources, lambda config, name: _encode(read[name], tokenizer, config))
     runs = {name: (config, encoded[source_of[name]]) for name, config in configs.items()}
     steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from lorakit.attach import extract
@@ -25,6 +25,7 @@ from lorakit.train.collate import Collator
 from lorakit.train.evaluation import score
 from lorakit.train.guards import Interruption, UntrainedParts
 from lorakit.train.loss import Loss
+from lorakit.train.memory import training_memory
 from lorakit.train.prepare import Prepared, prepare
 from lorakit.train.record import JsonLines, ProgressBar, tensorboard
 from lorakit.train.trainer import (
@@ -99,7 +100,8 @@ def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -
     if table:
         print(prepared, file=sys.stderr)
     run = Run(config=config, prepared=prepared, checkpoint=checkpoint)
-    with Interruption() as interruption, use(config.kernels):
+    economy = training_memory(prepared.model, config)
+    with Interruption() as interruption, use(config.kernels), economy:
         return execute(run, interruption, bar=ProgressBar(show=progress))
 
 
@@ -192,8 +194,6 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
                 batch_size=4 * config.batch_size,
             )
 
-    if config.gradient_checkpointing:
-        _checkpoint_activations(prepared.model)
     trainer = make_trainer(
         adapter_name=prepared.name,
         checkpoints=config.out / "checkpoints",
@@ -222,13 +222,6 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
             )
         )
     return trainer
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # transformers 5.23 gave the method a new name and warns about the old one.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)()
-    model.config.use_cache = False
 
 
 def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:

@@ -16,6 +16,7 @@ from lorakit.tasks.batches import pad_token
 from lorakit.train.guards import Interruption
 from lorakit.train.joint import MemberTrainer, MicroBatch, joint_losses
 from lorakit.train.members import Member, members_of
+from lorakit.train.memory import training_memory
 from lorakit.train.prepare import Prepared, prepare_all
 from lorakit.train.record import SharedBar
 from lorakit.train.run import Run, TrainResult, check_free, execute
@@ -142,6 +143,7 @@ def _train(
     with (
         Interruption() as interruption,
         SharedBar(runs=len(runs), steps=steps, done=done, show=progress) as bar,
+        training_memory(runs[0].prepared.model, runs[0].config),
     ):
         strands = {
             run.prepared.name: MemberStrand(

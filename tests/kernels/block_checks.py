@@ -1,0 +1,72 @@
+"""The Triton kernels of blocks against plain torch, on a GPU or where TRITON_INTERPRET=1.
+
+`test_blocks.py` runs this file in a process of its own, because the interpreter is chosen when
+Triton is imported, which other tests do too.
+"""
+
+import os
+
+import pytest
+import torch
+
+from lorakit.kernels import blocks, blocks_triton
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+# The interpreter cuts bfloat16 off instead of rounding it.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+
+
+def random(*shape, dtype, seed=0):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(DEVICE, dtype)
+
+
+def assert_near(found, wanted, *, units=2):
+    assert found.dtype == wanted.dtype
+    unit = max(torch.finfo(wanted.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=units * unit * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 24), (5, 300)])
+def test_a_norm_and_its_gradient(shape, dtype):
+    x, grad = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+    weight = random(shape[-1], dtype=dtype, seed=2)
+    y, inverse = blocks_triton.rms_norm(x, weight, 1e-5)
+    plain_y, plain_inverse = blocks._rms_norm(x, weight, 1e-5)
+    assert_near(y, plain_y)
+    assert_near(inverse, plain_inverse)
+    found = blocks_triton.rms_norm_gradient(grad, x, weight, inverse)
+    assert_near(found, blocks._rms_norm_gradient(grad, x, weight, plain_inverse))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_a_gated_activation_and_its_gradients(activation, dtype):
+    gate, up, grad = (3 * random(7, 300, dtype=dtype, seed=seed) for seed in range(3))
+    function, _, options = blocks._ACTIVATIONS[activation]
+    wanted = function(gate, **options).mul_(up)
+    assert_near(blocks_triton.gated(gate, up, activation), wanted)
+    ours = blocks_triton.gated_gradients(grad, gate, up, activation)
+    plain = blocks._gated_gradients(grad, gate, up, activation)
+    for found, own in zip(ours, plain, strict=True):
+        assert_near(found, own)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_large_values_stay_finite(activation):
+    gate = torch.tensor([[-3e4, -100.0, 0.0, 100.0, 3e4]], device=DEVICE)
+    ones = torch.ones_like(gate)
+    found = blocks_triton.gated_gradients(ones, gate, ones, activation)
+    for ours, plain in zip(
+        found, blocks._gated_gradients(ones, gate, ones, activation), strict=True
+    ):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_inputs_need_not_lie_together():
+    gate = random(2, 40, 3, dtype=torch.float32).transpose(1, 2)
+    up = random(2, 3, 40, dtype=torch.float32, seed=1)
+    assert_near(blocks_triton.gated(gate, up, "silu"), torch.nn.functional.silu(gate) * up)
+    y, _ = blocks_triton.rms_norm(gate, up[0, 0], 1e-5)
+    assert_near(y, blocks._rms_norm(gate, up[0, 0], 1e-5)[0])
