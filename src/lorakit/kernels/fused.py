@@ -148,7 +148,7 @@ class _Plan:
         uses = tuple(each.use for each in factors)
         widest = functools.reduce(torch.promote_types, (each.a.dtype for each in factors))
         copies = x.dtype != widest or any(use.dropout for use in uses)
-        size = _PIECE if copies and x.device.type == "cpu" else x.shape[:-1].numel()
+        size = _PIECE if copies and x.device.type == "cpu" else max(x.shape[:-1].numel(), 1)
         pieces, done = [], [0] * len(uses)
         for span in spans:
             for start in range(span.start, span.stop, size):

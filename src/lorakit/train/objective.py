@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from lorakit.attachment import attachment_of, unwrapped
 from lorakit.kernels.cross_entropy import head_cross_entropy
+from lorakit.kernels.packed_rows import Segments
 from lorakit.methods.layer import AdaptedLayer
+from lorakit.models.attention import attention_within, takes_attention_functions
 from lorakit.models.roles import output_head
 from lorakit.tasks.chat import IGNORED
 from lorakit.train.loss import Loss
@@ -233,10 +235,13 @@ def _tried(base: nn.Module, head: nn.Module, rows: int) -> bool:
         names.append("decoder_input_ids")
     training = [module for module in base.modules() if module.training]
     hook = head.register_forward_hook(write)
+    # The batch at hand may have segments in force, which these tokens do not have.
+    segments = Segments(((1,),) * rows, 1) if takes_attention_functions(base) else None
     # Dropout draws nothing then, so that a run goes on as one that was not tried.
     base.eval()
     try:
-        logits = base(**dict.fromkeys(names, ids), use_cache=False).logits
+        with attention_within(base, segments):
+            logits = base(**dict.fromkeys(names, ids), use_cache=False).logits
     finally:
         hook.remove()
         for module in training:
