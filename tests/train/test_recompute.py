@@ -276,9 +276,26 @@ def test_a_graph_that_is_kept_gives_its_gradients_twice():
 def test_results_that_no_recomputation_reaches_are_not_kept():
     weight, x = torch.randn(6, 6) / 4, torch.randn(5, 6, requires_grad=True)
     memory = keep_all()
+
+    def block(x):
+        return (x @ weight).exp() @ weight @ weight
+
     for _ in range(2):
-        recomputed(lambda x: (x @ weight).exp() @ weight @ weight, x, memory).sum().backward()
-    assert memory.spare == 1  # The last product; what it saves is there before it runs.
+        recomputed(block, x, memory).sum().backward()
+    keep, _ = memory()
+    with keep:
+        block(x)
+    # What the last product needs is there before it runs.
+    assert [result.made is None for result in keep.results] == [False, False, True]
+
+
+def test_attention_with_dropout_is_not_kept():
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    q = torch.zeros(1, 2, 3, 8)
+    assert products(attention, q, q, q)
+    assert products(attention, q, q, q, 0.0, True)
+    assert not products(attention, q, q, q, 0.1)
+    assert not products(attention, q, q, q, dropout_p=0.1)
 
 
 def test_another_operation_than_in_the_forward_pass_takes_nothing_that_was_kept():
