@@ -238,6 +238,19 @@ def test_a_loss_near_zero_keeps_its_digits():
     torch.testing.assert_close(found.double(), wide, rtol=1e-2, atol=0)
 
 
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return made
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 5, 100])
 def test_rows_stay_together_for_heads_that_tell_them_apart(chunk_tokens):
     class ByRow(nn.Linear):
@@ -245,10 +258,13 @@ def test_rows_stay_together_for_heads_that_tell_them_apart(chunk_tokens):
             assert x.shape[0] == 2
             return super().forward(x) * torch.tensor([1.0, -1.0])[:, None, None]
 
-    head = ByRow(D, VOCABULARY)
+    head = ByRow(D, VOCABULARY).requires_grad_(False)
     hidden, targets, weights = asked(torch.float32, tokens=10)
     rows = hidden.view(2, 5, D), head, targets.view(2, 5), weights.view(2, 5)
-    found = head_cross_entropy(*rows, chunk_tokens=chunk_tokens)
+    with Largest() as largest:
+        found = head_cross_entropy(*rows, chunk_tokens=chunk_tokens)
+    # Nothing but views of the weight is larger.
+    assert largest.elements <= max(min(chunk_tokens, 10), D) * VOCABULARY
     found[0].backward()
     ours = gradients(head, hidden)
     logits = head(rows[0]).flatten(0, 1)
@@ -268,19 +284,6 @@ def test_a_head_with_a_forward_of_its_own_is_called():
     head.forward = lambda x: nn.Linear.forward(head, x) * 2
     total, _ = head_cross_entropy(hidden, head, targets, weights)
     torch.testing.assert_close(total, expected(hidden, head, targets, weights.double())[0])
-
-
-class Largest(TorchDispatchMode):
-    """Notes how many elements the largest tensor has that an operation made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for each in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(each, torch.Tensor):
-                self.elements = max(self.elements, each.numel())
-        return made
 
 
 @pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)

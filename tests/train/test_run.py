@@ -17,6 +17,8 @@ import lorakit.train.prepare as preparation
 import lorakit.train.run as training
 from lorakit.config import DataConfig, LoRAConfig, TrainConfig
 from lorakit.errors import ConfigError, DataError, OutputError, TrainingError
+from lorakit.train import trainer
+from lorakit.train.objective import text_loss
 from lorakit.train.run import train
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
@@ -80,6 +82,32 @@ def test_identical_settings_give_identical_bytes(settings, tmp_path):
     second = train(settings(out=tmp_path / "second"))
     assert contents(first.out) == contents(second.out)
     assert contents(first.out / "last") == contents(second.out / "last")
+
+
+def losses_of_all_logits(model, inputs, labels, *, loss, items):
+    """Return the loss of a batch as plain torch finds it."""
+    logits, targets = model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    smoothing = loss.label_smoothing
+    summed = cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    return (summed + loss.z_loss * logits[targets != -100].logsumexp(-1).square().sum()) / items
+
+
+def test_every_step_has_the_loss_of_plain_torch(settings, tmp_path, monkeypatch):
+    found = {}
+    for name in ("ours", "plain"):
+        compute = {"ours": text_loss, "plain": losses_of_all_logits}[name]
+
+        def noted(*args, compute=compute, name=name, **options):
+            loss = compute(*args, **options)
+            found.setdefault(name, []).append(loss.item())
+            return loss
+
+        monkeypatch.setattr(trainer, "text_loss", noted)
+        lora = LoRAConfig(rank=4, targets=("all-linear", "head"))
+        train(settings(out=tmp_path / name, lora=lora, label_smoothing=0.1, z_loss=0.02))
+    assert len(found["ours"]) == 12
+    assert found["ours"] == pytest.approx(found["plain"], rel=1e-5)
+    assert found["ours"][-1] < 0.9 * found["ours"][0]
 
 
 def test_another_seed_gives_another_adapter(settings, tmp_path):

@@ -167,7 +167,8 @@ class _Work:
         losses = torch.zeros(hidden.shape[:-1], dtype=self.dtype, device=hidden.device)
         for start in range(0, hidden.shape[-2], self.step):
             tokens = slice(start, min(start + self.step, hidden.shape[-2]))
-            chunk, asked = hidden[..., tokens, :], self.asked.part(tokens)
+            # In one piece: else torch copies a frozen head's weight once per row.
+            chunk, asked = hidden[..., tokens, :].contiguous(), self.asked.part(tokens)
             if gradients is None:
                 logits = self.head(chunk).flatten(0, -2)
                 of_chunk = token_losses(logits, asked, kernels=self.kernels)
@@ -190,7 +191,7 @@ class _Work:
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Return losses and gradients of a frozen linear head; they overwrite the logits."""
         assert isinstance(self.head, nn.Linear)
-        x = chunk.reshape(-1, chunk.shape[-1])
+        x = chunk.flatten(0, -2)
         logits = F.linear(x, self.head.weight, self.head.bias)
         losses = token_losses(logits, asked, gradient=logits, kernels=self.kernels)
         return losses, [(logits @ self.head.weight).view(chunk.shape)]
