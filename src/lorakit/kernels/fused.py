@@ -14,9 +14,8 @@ have their own tokens. `lorakit.kernels.plain` is the oracle; `available` says w
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -32,41 +31,41 @@ _PIECE = 256
 are slow there, as each of their pages is mapped anew (2 to 4 times at 2048 tokens)."""
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """What one A and one B do, apart from their values."""
 
     scale: float
-    entries: slice | Tensor
-    """Output rows that B has: a range of them, or their numbers (int64)."""
+    entries: slice | Tensor | None = None
+    """Output rows that B has: a range of them, or their numbers (int64). None: all."""
     dropout: Dropout | None = None
 
     @property
     def factor(self) -> float:
         """Return the factor on B·A·x, where dropped elements of x are 0 and the others as is."""
-        return self.scale * (self.dropout.factor if self.dropout else 1)
+        return self.scale * self.dropout.factor if self.dropout else self.scale
 
     def add(self, onto: Tensor, h: Tensor, b: Tensor) -> None:
         """Add factor·B·h to some tokens of an output, (tokens, d_out); h is (rank, tokens)."""
-        if isinstance(self.entries, slice) and onto.dtype == b.dtype:
-            onto[:, self.entries].addmm_(h.T, b.T, alpha=self.factor)
+        if isinstance(self.entries, slice):
+            onto = onto[:, self.entries]
+        if onto.dtype == b.dtype and not isinstance(self.entries, Tensor):
+            onto.addmm_(h.T, b.T, alpha=self.factor)
             return
         update = h.T @ b.T
         update = (update if self.factor == 1 else update.mul_(self.factor)).to(onto.dtype)
-        if isinstance(self.entries, slice):
-            onto[:, self.entries].add_(update)
-        else:
+        if isinstance(self.entries, Tensor):
             onto.index_add_(1, self.entries, update)
+        else:
+            onto.add_(update)
 
     def of_output(self, grad: Tensor) -> Tensor:
         """Return those entries of an output's gradient, (tokens, d_out), that B has rows for."""
-        if isinstance(self.entries, slice):
-            return grad[:, self.entries]
-        return grad.index_select(1, self.entries)
+        if isinstance(self.entries, Tensor):
+            return grad.index_select(1, self.entries)
+        return grad if self.entries is None else grad[:, self.entries]
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """A and B of one adapter for one layer or a slice of it."""
 
     a: Float[Tensor, "rank d_in"]
@@ -74,8 +73,7 @@ class Factors:
     use: Use
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Neighbouring tokens, all rows of a batch counted through, and what changes them."""
 
     start: int
@@ -123,8 +121,7 @@ def add_updates(
     return _AddUpdates.apply(output, x, _Plan.of(x, factors, spans), *weights)
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Some tokens of a span."""
 
     tokens: slice
@@ -132,14 +129,25 @@ class _Piece:
     """The factors, and where the tokens are among all those that the factor changes."""
 
 
-@dataclass(frozen=True)
-class _Plan:
+@functools.lru_cache(maxsize=64)
+def _pieces(spans: tuple[Span, ...], factors: int, size: int) -> tuple[_Piece, ...]:
+    """Return the spans in pieces of at most so many tokens; all layers ask for the same."""
+    pieces, done = [], [0] * factors
+    for span in spans:
+        for start in range(span.start, span.stop, size):
+            tokens = slice(start, min(start + size, span.stop))
+            before = {n: done[n] for n in span.factors}
+            for n in span.factors:
+                done[n] += tokens.stop - start
+            pieces.append(_Piece(tokens, tuple((n, slice(before[n], done[n])) for n in before)))
+    return tuple(pieces)
+
+
+class _Plan(NamedTuple):
     """What is computed, apart from all values."""
 
     uses: tuple[Use, ...]
     pieces: tuple[_Piece, ...]
-    tokens_of: tuple[int, ...]
-    """How many tokens each factor changes."""
     widest: torch.dtype
     """A precision that holds that of every A."""
 
@@ -148,26 +156,18 @@ class _Plan:
         uses = tuple(each.use for each in factors)
         widest = functools.reduce(torch.promote_types, (each.a.dtype for each in factors))
         copies = x.dtype != widest or any(use.dropout for use in uses)
-        size = _PIECE if copies and x.device.type == "cpu" else max(x.shape[:-1].numel(), 1)
-        pieces, done = [], [0] * len(uses)
-        for span in spans:
-            for start in range(span.start, span.stop, size):
-                tokens = slice(start, min(start + size, span.stop))
-                taken = tokens.stop - start
-                pieces.append(
-                    _Piece(
-                        tokens, tuple((n, slice(done[n], done[n] + taken)) for n in span.factors)
-                    )
-                )
-                for number in span.factors:
-                    done[number] += taken
-        return _Plan(uses, tuple(pieces), tuple(done), widest)
+        size = _PIECE if copies and x.device.type == "cpu" else max(1, x.shape[:-1].numel())
+        return _Plan(uses, _pieces(tuple(spans), len(uses), size), widest)
 
     def masks(self, width: int, device: torch.device) -> list[Tensor | None]:
         """Return what each factor keeps of the inputs of its tokens."""
+        if not any(use.dropout for use in self.uses):
+            return [None] * len(self.uses)
+        # The last piece of a factor ends where its tokens end.
+        tokens = {n: own.stop for piece in self.pieces for n, own in piece.factors}
         return [
-            use.dropout.mask(tokens, width, device) if use.dropout else None
-            for use, tokens in zip(self.uses, self.tokens_of, strict=True)
+            use.dropout.mask(tokens.get(n, 0), width, device) if use.dropout else None
+            for n, use in enumerate(self.uses)
         ]
 
 
@@ -178,16 +178,17 @@ class _AddUpdates(Function):
         a, b = weights[::2], weights[1::2]
         tokens, into = _flat(x), output.view(-1, output.shape[-1])
         masks = plan.masks(x.shape[-1], x.device)
-        kept = [w.new_empty(len(w), size) for w, size in zip(a, plan.tokens_of, strict=True)]
+        kept: list[list[Tensor]] = [[] for _ in a]
         for piece in plan.pieces:
             wide = tokens[piece.tokens].to(plan.widest)
             for n, own in piece.factors:
                 h = a[n] @ _masked(wide.to(a[n].dtype), masks[n], own).T
-                kept[n][:, own] = h
+                kept[n].append(h)
                 plan.uses[n].add(into[piece.tokens], h, b[n])
         _, _, _, *for_weights = ctx.needs_input_grad
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
-        ctx.save_for_backward(x if any(for_weights[::2]) else None, *weights, *kept)
+        all_of_h = [torch.cat(of_n, dim=1) if of_n else None for of_n in kept]
+        ctx.save_for_backward(x if any(for_weights[::2]) else None, *weights, *all_of_h)
         return output
 
     @staticmethod
@@ -196,10 +197,10 @@ class _AddUpdates(Function):
         plan, (x, *saved) = ctx.plan, ctx.saved_tensors
         _, for_x, _, *for_weights = ctx.needs_input_grad
         weights, kept = saved[: len(for_weights)], saved[len(for_weights) :]
-        sums = _Sums(plan, weights, for_weights)
+        sums = _Sums(plan.uses, weights, for_weights)
         masks = plan.masks(ctx.shape[-1], grad.device)
         tokens, of_output = None if x is None else _flat(x), _flat(grad)
-        of_x = _flat(grad.new_zeros(ctx.shape, dtype=ctx.dtype)) if for_x else None
+        of_x: list[Tensor] = []
         for piece in plan.pieces:
             wide = None if tokens is None else tokens[piece.tokens].to(plan.widest)
             parts = []
@@ -207,53 +208,70 @@ class _AddUpdates(Function):
                 of_h = sums.of_h(n, of_output[piece.tokens], kept[n][:, own])
                 if wide is not None:
                     sums.add_to_a(n, of_h, _masked(wide.to(of_h.dtype), masks[n], own))
-                if of_x is not None:
+                if for_x:
                     parts.append(_masked(of_h.T @ weights[2 * n], masks[n], own))
-            if of_x is not None:
-                of_x[piece.tokens] = functools.reduce(torch.add, parts)
-        return grad, None if of_x is None else of_x.view(ctx.shape), None, *sums.gradients()
+            if for_x:
+                of_x.append(functools.reduce(torch.add, parts).to(ctx.dtype))
+        whole = _joined(plan.pieces, of_x, ctx.shape) if for_x else None
+        return grad, whole, None, *sums.gradients()
 
 
 class _Sums:
     """The gradients of all A and B, which grow piece by piece, in float32 at least."""
 
-    def __init__(self, plan: _Plan, weights: Sequence[Tensor], wanted: Sequence[bool]) -> None:
-        self._uses = plan.uses
+    def __init__(
+        self, uses: Sequence[Use], weights: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> None:
+        self._uses = uses
         self._weights = weights
-        # B's is transposed, as the product is quicker so.
-        shapes = (w.T.shape if number % 2 else w.shape for number, w in enumerate(weights))
-        self._sums = [
-            w.new_zeros(shape, dtype=torch.promote_types(w.dtype, torch.float32)) if want else None
-            for w, shape, want in zip(weights, shapes, wanted, strict=True)
-        ]
+        self._wanted = wanted
+        self._sums: list[Tensor | None] = [None] * len(weights)
 
     def of_h(self, n: int, of_output: Tensor, h: Tensor) -> Tensor:
         """Return the gradient of one factor's A·x, (rank, tokens), and add what is B's."""
-        use, b, total = self._uses[n], self._weights[2 * n + 1], self._sums[2 * n + 1]
+        use, b = self._uses[n], self._weights[2 * n + 1]
         own = use.of_output(of_output).to(b.dtype)
-        if total is not None:
-            total += h @ own
-        return (b.T @ own.T).mul_(use.factor)
+        # Transposed, as the product is quicker so.
+        self._add(2 * n + 1, h, own)
+        of_h = b.T @ own.T
+        return of_h if use.factor == 1 else of_h.mul_(use.factor)
 
     def add_to_a(self, n: int, of_h: Tensor, x: Tensor) -> None:
         """Add to the gradient of one factor's A."""
-        total = self._sums[2 * n]
-        if total is not None:
-            total += of_h @ x
+        self._add(2 * n, of_h, x)
 
     def gradients(self) -> list[Tensor | None]:
         """Return the gradients of all A and B, in their order."""
         found: list[Tensor | None] = []
-        for use, (a, b), (of_a, of_b) in zip(
-            self._uses, _pairs(self._weights), _pairs(self._sums), strict=True
-        ):
-            found.append(None if of_a is None else of_a.to(a.dtype))
-            found.append(None if of_b is None else of_b.mul_(use.factor).T.to(b.dtype))
+        for number, (total, weight) in enumerate(zip(self._sums, self._weights, strict=True)):
+            if total is None:
+                # No token uses it.
+                found.append(torch.zeros_like(weight) if self._wanted[number] else None)
+            elif number % 2:
+                found.append(total.mul_(self._uses[number // 2].factor).T.to(weight.dtype))
+            else:
+                found.append(total.to(weight.dtype))
         return found
 
+    def _add(self, number: int, left: Tensor, right: Tensor) -> None:
+        if not self._wanted[number]:
+            return
+        total, product = self._sums[number], left @ right
+        if total is None:
+            exact = torch.promote_types(product.dtype, torch.float32)
+            self._sums[number] = product.to(exact)
+        else:
+            total += product
 
-def _pairs(values: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(values[::2], values[1::2], strict=True)
+
+def _joined(pieces: Sequence[_Piece], parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """Return the gradient of x from that of each piece; it is zero at other tokens."""
+    if sum(map(len, parts)) == shape[:-1].numel():
+        return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).view(shape)
+    joined = parts[0].new_zeros(shape)
+    for piece, part in zip(pieces, parts, strict=True):
+        _flat(joined)[piece.tokens] = part
+    return joined
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -207,10 +207,10 @@ def _add(output: Tensor, update: Tensor, rows: Rows | None) -> Tensor:
     return output.index_add(-1, positions(rows, output.device), update)
 
 
-def _entries(rows: Rows | None, device: torch.device) -> slice | Tensor:
-    """Return the entries of an output's last dimension that a site changes."""
+def _entries(rows: Rows | None, device: torch.device) -> slice | Tensor | None:
+    """Return the entries of an output's last dimension that a site changes; None: all."""
     if rows is None:
-        return slice(None)
+        return None
     return slice(*rows[0]) if len(rows) == 1 else positions(rows, device)
 
 
