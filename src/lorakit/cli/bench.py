@@ -1,4 +1,4 @@
-"""The verbs bench load, mixed, switch and sweep: lorakit beside PEFT, measured in one run."""
+"""The verbs bench load, mixed, switch, sweep, train: lorakit beside PEFT, measured in one run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from lorakit.bench.result import BenchConfig, Findings, run_bench
 from lorakit.bench.sweep import SweepConfig, measure_sweep
 from lorakit.bench.switch import SwitchConfig, measure_switch
 from lorakit.bench.tables import table
+from lorakit.bench.train import TrainBenchConfig, measure_train
 from lorakit.cli.verbs import Result, Verb
 from lorakit.config import Settings
 
@@ -34,5 +35,6 @@ VERBS: dict[str, Verb] = {
     "mixed": Bench("mixed", MixedConfig, measure_mixed),
     "switch": Bench("switch", SwitchConfig, measure_switch),
     "sweep": Bench("sweep", SweepConfig, measure_sweep),
+    "train": Bench("train", TrainBenchConfig, measure_train),
 }
 """Each benchmark by the second word of its verb."""

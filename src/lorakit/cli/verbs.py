@@ -17,6 +17,7 @@ VERBS = {
     "bench mixed": "Time batches of many adapters, beside PEFT and the plain model.",
     "bench switch": "Time switching between adapters, beside PEFT.",
     "bench sweep": "Time training many adapters at once, beside one by one.",
+    "bench train": "Time training, beside PEFT and full fine-tuning.",
 }
 """Each verb's name, of one word or two, and meaning: listing them here imports none of them."""
 

@@ -1,0 +1,256 @@
+"""Training beside full fine-tuning and PEFT: speed, memory and loss on the same rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from lorakit.bench.interleaved import Seconds
+from lorakit.bench.result import OURS, BenchConfig, Findings, Goal
+from lorakit.bench.train_contestants import Task
+from lorakit.bench.train_race import Plan, Record, race
+from lorakit.bench.train_turns import PARTS
+from lorakit.config import DataConfig, LoRAConfig, Names, PositiveFloat, PositiveInt, TrainConfig
+from lorakit.errors import ConfigError, DataError
+from lorakit.tasks.kinds import PromptRow
+from lorakit.tasks.rows import read_rows
+
+WARM_UPS = 1
+"""Turns that do not count: the first steps compile, allocate and fill caches."""
+FULL_LEARNING_RATE = 5e-5
+"""Peak rate of full fine-tuning: that of an adapter would ruin a model's own weights."""
+
+
+class TrainBenchConfig(BenchConfig):
+    """What is trained, and on what."""
+
+    rank: PositiveInt = 8
+    """Rank of the adapters."""
+
+    targets: Names = ("q", "v")
+    """Layers to adapt, in the words of lora.targets of `lorakit train`."""
+
+    data: DataConfig = DataConfig(train="builtin:places", max_length=256)
+    """Where the rows come from; they must have a prompt and a completion."""
+
+    batch_size: PositiveInt = 8
+    """Rows per step."""
+
+    steps: PositiveInt = 4
+    """Steps of one turn."""
+
+    held_out: PositiveInt = 64
+    """Rows that are not trained on, and scored after the last step."""
+
+    learning_rate: PositiveFloat = 2e-3
+    """Peak learning rate of AdamW for the adapters."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the choice of rows, of their order and of A."""
+
+    full: bool = True
+    """Measure full fine-tuning too."""
+
+    compiled: bool = False
+    """Measure PEFT with torch.compile too, which takes minutes to compile on a CPU."""
+
+    ours: dict[str, Any] | None = None
+    """Other settings of `lorakit train` for ours, such as {gradient_checkpointing: true}."""
+
+    @property
+    def all_steps(self) -> int:
+        """Return the steps of each contestant, those of the warm-up among them."""
+        return self.steps * (WARM_UPS + self.repeats)
+
+
+def measure_train(settings: TrainBenchConfig) -> Findings:
+    """Let the contestants train in turns, and compare what they took and what came out.
+
+    Raises:
+        DataError: there are too few rows, or they have no prompts.
+        ConfigError: `ours` has settings that all contestants share, or that do not exist.
+        TrainingError: a contestant could not train.
+    """
+    plan = Plan(
+        warm_ups=WARM_UPS,
+        turns=settings.repeats,
+        steps=settings.steps,
+        threads=settings.threads,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        records = race(_tasks(settings, Path(folder)), plan)
+    return Findings(
+        timings=_timings(records, settings.steps),
+        goals=_goals(records, settings),
+        memory={way: most for way, each in records.items() if (most := each.most_bytes)},
+        checks=_checks(records),
+        tables={"contestants": [_row(way, record) for way, record in records.items()]},
+        curves={way: record.losses for way, record in records.items()},
+    )
+
+
+def _ways(settings: TrainBenchConfig) -> list[str]:
+    """Return the names of the contestants in the order of their turns."""
+    asked = {
+        OURS: True,
+        "peft": settings.peer,
+        "peft_compiled": settings.peer and settings.compiled,
+        "full": settings.full,
+    }
+    return [way for way, takes_part in asked.items() if takes_part]
+
+
+def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, Task]:
+    """Write the chosen rows, and return what each contestant is given."""
+    training, held_out = folder / "training.jsonl", folder / "held_out.jsonl"
+    tasks = {
+        way: Task(
+            config=_run_settings(settings, training, folder / way, way),
+            held_out=held_out,
+            full_learning_rate=FULL_LEARNING_RATE,
+        )
+        for way in _ways(settings)
+    }
+    for file, rows in zip((training, held_out), _chosen_rows(settings), strict=True):
+        lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows)
+        file.write_text("\n".join(lines), encoding="utf-8")
+    return tasks
+
+
+def _chosen_rows(settings: TrainBenchConfig) -> tuple[list[PromptRow], list[PromptRow]]:
+    """Return rows for every step, and others to score, drawn from all that there are.
+
+    Raises:
+        DataError: there are too few, or they have no prompts.
+    """
+    source = settings.data.train
+    if source is None:
+        raise DataError("data.train must say which rows to train on")
+    found = read_rows(source, settings.data, limit=settings.data.train_rows).rows
+    rows = [row for row in found if isinstance(row, PromptRow)]
+    if len(rows) < len(found):
+        raise DataError(f"{source} has no prompts: rows with a prompt and a completion are needed")
+    to_train = settings.all_steps * settings.batch_size
+    needed = to_train + settings.held_out
+    if len(rows) < needed:
+        raise DataError(
+            f"{settings.all_steps} steps of {settings.batch_size} rows, and {settings.held_out} "
+            f"rows to score, need {needed} rows, but {source} has {len(rows)}: ask for fewer "
+            "steps or repeats, or give another file"
+        )
+    drawn = random.Random(settings.seed).sample(rows, needed)
+    return drawn[:to_train], drawn[to_train:]
+
+
+def _run_settings(settings: TrainBenchConfig, rows: Path, out: Path, way: str) -> TrainConfig:
+    """Return the settings with which `lorakit train` would do the same.
+
+    Raises:
+        ConfigError: `settings.ours` would change what all contestants share, or is unknown.
+    """
+    read: dict[str, Any] = {
+        "train": str(rows),
+        "train_rows": None,
+        "validation": None,
+        "fields": {},
+    }
+    shared: dict[str, Any] = {
+        "model": settings.model,
+        "out": out,
+        "lora": LoRAConfig(
+            rank=settings.rank, targets=settings.targets, dtype=settings.adapter_dtype
+        ),
+        "data": settings.data.model_copy(update=read),
+        "dtype": settings.dtype,
+        "steps": settings.all_steps,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "warmup_steps": min(20, settings.all_steps // 2),
+        "seed": settings.seed,
+    }
+    own = (settings.ours or {}) if way == OURS else {}
+    twice = sorted(own.keys() & shared)
+    if twice:
+        raise ConfigError(f"all contestants share {', '.join(twice)}: `ours` cannot set them")
+    return TrainConfig(**own, **shared)
+
+
+def _timings(records: Mapping[str, Record], steps: int) -> dict[str, dict[str, Seconds]]:
+    """Return the seconds of a step, and of each of its parts, by contestant."""
+
+    def per_step(part: str, record: Record) -> Seconds:
+        turns = (t.seconds if part == "step" else t.parts[part] for t in record.turns)
+        return Seconds(turns=tuple(seconds / steps for seconds in turns))
+
+    return {
+        part: {way: per_step(part, record) for way, record in records.items()}
+        for part in ("step", *PARTS)
+    }
+
+
+def _row(way: str, record: Record) -> dict[str, Any]:
+    """Return a contestant's line in the table."""
+    return {
+        "who": way,
+        "useful tokens per second": record.tokens_per_s,
+        "loaded_bytes": record.ready.used_bytes,
+        "above that_bytes": record.above_bytes,
+        "first loss": record.losses[0],
+        "last loss": record.losses[-1],
+        "held-out loss": record.ended.evaluation_loss,
+    }
+
+
+def _checks(records: Mapping[str, Record]) -> dict[str, Any]:
+    """Tell whether all saw the same rows, and how far the losses of ours are from PEFT's."""
+    ours, peft = records[OURS], records.get("peft")
+    checks: dict[str, Any] = {
+        "same_rows_in_each_step": len({record.rows for record in records.values()}) == 1
+    }
+    if peft is not None:
+        pairs = zip(ours.losses, peft.losses, strict=True)
+        checks["largest_loss_difference_from_peft"] = max(abs(a - b) for a, b in pairs)
+    return checks
+
+
+def _goals(records: Mapping[str, Record], settings: TrainBenchConfig) -> tuple[Goal, ...]:
+    ours = records[OURS]
+    goals = []
+    if "peft" in records:
+        goals += _goals_beside_peft(ours, records["peft"], settings)
+    if "full" in records:
+        goals += _goals_beside_full(ours, records["full"])
+    return tuple(goals)
+
+
+def _goals_beside_peft(ours: Record, peft: Record, settings: TrainBenchConfig) -> list[Goal]:
+    few_layers = settings.dtype == "bfloat16" and set(settings.targets) == {"q", "v"}
+    goals = [
+        Goal(
+            what="useful tokens per second against peft",
+            got=ours.tokens_per_s / peft.tokens_per_s,
+            limit=2.0 if few_layers else 1.6,
+            at_least=True,
+        )
+    ]
+    if ours.most_bytes and peft.most_bytes:
+        got = ours.most_bytes / peft.most_bytes
+        goals.append(Goal(what="memory against peft", got=got, limit=0.6))
+    apart = ours.ended.evaluation_loss / peft.ended.evaluation_loss - 1
+    what = "held-out loss, difference from peft"
+    return [*goals, Goal(what=what, got=100 * abs(apart), limit=1.0, unit="%")]
+
+
+def _goals_beside_full(ours: Record, full: Record) -> list[Goal]:
+    got = ours.tokens_per_s / full.tokens_per_s
+    goals = [Goal(what="useful tokens per second against full", got=got, limit=1.4, at_least=True)]
+    if ours.above_bytes is not None and full.above_bytes:
+        got = ours.above_bytes / full.above_bytes
+        goals.append(Goal(what="memory above the weights against full", got=got, limit=1 / 3))
+    return goals
