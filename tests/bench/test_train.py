@@ -24,7 +24,10 @@ pytestmark = [
     # PEFT asks transformers in words that it is giving up.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
-SMALL = ["--repeats", 2, "--steps", 2, "--batch-size", 3, "--held-out", 4, "--data.max-length", 16]
+SMALL = [
+    *("--repeats", 2, "--steps", 2, "--batch-size", 3, "--held-out", 4),
+    *("--starts", 0, "--data.max-length", 16),
+]
 
 
 def start_thread(way, task, plan, connection):

@@ -120,7 +120,7 @@ def run_bench(name: str, settings: C, measure: Callable[[C], Findings]) -> dict[
         OutputError: `settings.out` cannot be written; said before anything is measured.
         MissingExtraError: PEFT is to be measured and is not installed.
     """
-    _check_writable(settings.out)
+    check_writable(settings.out)
     if settings.peer:
         require_peft()
     with threads(settings.threads):
@@ -146,7 +146,12 @@ def run_bench(name: str, settings: C, measure: Callable[[C], Findings]) -> dict[
     return result
 
 
-def _check_writable(out: Path | None) -> None:
+def check_writable(out: Path | None) -> None:
+    """Make sure that a file can be written, if there is one.
+
+    Raises:
+        OutputError: it is a folder, or in a folder that does not exist.
+    """
     if out is None:
         return
     if out.is_dir():

@@ -13,6 +13,8 @@ from pydantic import Field
 
 from lorakit.bench.interleaved import Seconds
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal
+from lorakit.bench.startup import first_step
+from lorakit.bench.train_chart import check_chart, draw
 from lorakit.bench.train_contestants import Task
 from lorakit.bench.train_race import Plan, Record, race
 from lorakit.bench.train_turns import PARTS
@@ -63,6 +65,12 @@ class TrainBenchConfig(BenchConfig):
     ours: dict[str, Any] | None = None
     """Other settings of `lorakit train` for ours, such as {gradient_checkpointing: true}."""
 
+    starts: Annotated[int, Field(ge=0)] = 3
+    """Starts of `lorakit train` on all rows that are timed until the first step; 0: none."""
+
+    plot: Path | None = None
+    """PNG file for a bar chart, which is replaced. None: none."""
+
     @property
     def all_steps(self) -> int:
         """Return the steps of each contestant, those of the warm-up among them."""
@@ -76,7 +84,10 @@ def measure_train(settings: TrainBenchConfig) -> Findings:
         DataError: there are too few rows, or they have no prompts.
         ConfigError: `ours` has settings that all contestants share, or that do not exist.
         TrainingError: a contestant could not train.
+        MissingExtraError: a chart is asked for, and matplotlib is not installed.
+        OutputError: the chart cannot be written.
     """
+    check_chart(settings.plot)
     plan = Plan(
         warm_ups=WARM_UPS,
         turns=settings.repeats,
@@ -84,14 +95,27 @@ def measure_train(settings: TrainBenchConfig) -> Findings:
         threads=settings.threads,
     )
     with tempfile.TemporaryDirectory() as folder:
-        records = race(_tasks(settings, Path(folder)), plan)
+        tasks = _tasks(settings, Path(folder))
+        records = race(tasks, plan)
+        started = _started(settings, tasks[OURS].config)
+    rows = [_row(way, record) for way, record in records.items()]
+    curves = {way: record.losses for way, record in records.items()}
+    if settings.plot is not None:
+        draw(rows, curves, settings.plot, title=_title(settings))
     return Findings(
-        timings=_timings(records, settings.steps),
-        goals=_goals(records, settings),
+        timings={**_timings(records, settings.steps), **started},
+        goals=(*_goals(records, settings), *_goals_of_starts(started)),
         memory={way: most for way, each in records.items() if (most := each.most_bytes)},
         checks=_checks(records),
-        tables={"contestants": [_row(way, record) for way, record in records.items()]},
-        curves={way: record.losses for way, record in records.items()},
+        tables={"contestants": rows},
+        curves=curves,
+    )
+
+
+def _title(settings: TrainBenchConfig) -> str:
+    return (
+        f"{Path(settings.model).name} in {settings.dtype}, rank {settings.rank} on "
+        f"{', '.join(settings.targets)}, {settings.batch_size} rows in a step"
     )
 
 
@@ -179,6 +203,23 @@ def _run_settings(settings: TrainBenchConfig, rows: Path, out: Path, way: str) -
     if twice:
         raise ConfigError(f"all contestants share {', '.join(twice)}: `ours` cannot set them")
     return TrainConfig(**own, **shared)
+
+
+def _started(settings: TrainBenchConfig, run: TrainConfig) -> dict[str, dict[str, Seconds]]:
+    """Return the time to the first step of `lorakit train` on all rows, where it is asked for."""
+    if not settings.starts:
+        return {}
+    out = run.out.with_name("first_step")
+    config = run.model_copy(update={"out": out, "data": settings.data})
+    seconds = first_step(config, repeats=settings.starts, threads=settings.threads)
+    return {"first_step": {OURS: seconds}}
+
+
+def _goals_of_starts(started: Mapping[str, Mapping[str, Seconds]]) -> list[Goal]:
+    return [
+        Goal(what="start to first step", got=each[OURS].median, limit=10.0, unit="s")
+        for each in started.values()
+    ]
 
 
 def _timings(records: Mapping[str, Record], steps: int) -> dict[str, dict[str, Seconds]]:
