@@ -67,11 +67,13 @@ def test_the_page_has_a_place_for_each_benchmark_and_its_command(name):
     assert f"\nlorakit bench {name} --out docs/benchmarks/{name}.json\n" in page
 
 
-@pytest.mark.parametrize("name", ["train", "train_float32", "train_all_linear"])
+@pytest.mark.parametrize("name", ["train", "train_float32", "train_all_linear", "roofline"])
 def test_the_page_has_a_place_for_each_measurement_of_training(name):
     page = PAGE.read_text(encoding="utf-8")
     assert f"<!-- {name} -->\n" in page
-    assert re.search(rf"\nlorakit bench train .*--out docs/benchmarks/{name}.json\n", page)
+    assert re.search(
+        rf"\nlorakit bench \w+ benchmarks/\S+ .*--out docs/benchmarks/{name}.json\n", page
+    )
 
 
 def test_a_table_says_goals_times_and_circumstances():

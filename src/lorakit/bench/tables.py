@@ -122,6 +122,8 @@ def _checks(result: dict[str, Any]) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
     return f"{value:.2g}" if isinstance(value, float) else f"{value:,}"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +10,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from lorakit.bench.interleaved import Seconds
-from lorakit.bench.result import OURS, BenchConfig, Findings, Goal
+from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.startup import first_step
 from lorakit.bench.train_chart import check_chart, draw
 from lorakit.bench.train_contestants import Task
 from lorakit.bench.train_race import Plan, Record, race
+from lorakit.bench.train_settings import RunSettings, draw_rows, run_settings, write_rows
 from lorakit.bench.train_turns import PARTS
-from lorakit.config import DataConfig, LoRAConfig, Names, PositiveFloat, PositiveInt, TrainConfig
-from lorakit.errors import ConfigError, DataError
-from lorakit.tasks.kinds import PromptRow
-from lorakit.tasks.rows import read_rows
+from lorakit.config import PositiveInt, TrainConfig
 
 WARM_UPS = 1
 """Turns that do not count: the first steps compile, allocate and fill caches."""
@@ -29,20 +25,8 @@ FULL_LEARNING_RATE = 5e-5
 """Peak rate of full fine-tuning: that of an adapter would ruin a model's own weights."""
 
 
-class TrainBenchConfig(BenchConfig):
-    """What is trained, and on what."""
-
-    rank: PositiveInt = 8
-    """Rank of the adapters."""
-
-    targets: Names = ("q", "v")
-    """Layers to adapt, in the words of lora.targets of `lorakit train`."""
-
-    data: DataConfig = DataConfig(train="builtin:places", max_length=256)
-    """Where the rows come from; they must have a prompt and a completion."""
-
-    batch_size: PositiveInt = 8
-    """Rows per step."""
+class TrainBenchConfig(RunSettings):
+    """What is trained, and who takes part."""
 
     steps: PositiveInt = 4
     """Steps of one turn."""
@@ -50,20 +34,11 @@ class TrainBenchConfig(BenchConfig):
     held_out: PositiveInt = 64
     """Rows that are not trained on, and scored after the last step."""
 
-    learning_rate: PositiveFloat = 2e-3
-    """Peak learning rate of AdamW for the adapters."""
-
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the choice of rows, of their order and of A."""
-
     full: bool = True
     """Measure full fine-tuning too."""
 
     compiled: bool = False
     """Measure PEFT with torch.compile too, which takes minutes to compile on a CPU."""
-
-    ours: dict[str, Any] | None = None
-    """Other settings of `lorakit train` for ours, such as {gradient_checkpointing: true}."""
 
     starts: Annotated[int, Field(ge=0)] = 3
     """Starts of `lorakit train` on all rows that are timed until the first step; 0: none."""
@@ -131,78 +106,36 @@ def _ways(settings: TrainBenchConfig) -> list[str]:
 
 
 def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, Task]:
-    """Write the chosen rows, and return what each contestant is given."""
+    """Write the rows, and return what each contestant is given.
+
+    Raises:
+        DataError: there are too few, or they have no prompts.
+        ConfigError: `ours` has settings that cannot be used.
+    """
     training, held_out = folder / "training.jsonl", folder / "held_out.jsonl"
     tasks = {
         way: Task(
-            config=_run_settings(settings, training, folder / way, way),
+            config=run_settings(
+                settings,
+                rows=training,
+                out=folder / way,
+                steps=settings.all_steps,
+                own=settings.ours if way == OURS else None,
+            ),
             held_out=held_out,
             full_learning_rate=FULL_LEARNING_RATE,
         )
         for way in _ways(settings)
     }
-    for file, rows in zip((training, held_out), _chosen_rows(settings), strict=True):
-        lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows)
-        file.write_text("\n".join(lines), encoding="utf-8")
-    return tasks
-
-
-def _chosen_rows(settings: TrainBenchConfig) -> tuple[list[PromptRow], list[PromptRow]]:
-    """Return rows for every step, and others to score, drawn from all that there are.
-
-    Raises:
-        DataError: there are too few, or they have no prompts.
-    """
-    source = settings.data.train
-    if source is None:
-        raise DataError("data.train must say which rows to train on")
-    found = read_rows(source, settings.data, limit=settings.data.train_rows).rows
-    rows = [row for row in found if isinstance(row, PromptRow)]
-    if len(rows) < len(found):
-        raise DataError(f"{source} has no prompts: rows with a prompt and a completion are needed")
     to_train = settings.all_steps * settings.batch_size
-    needed = to_train + settings.held_out
-    if len(rows) < needed:
-        raise DataError(
-            f"{settings.all_steps} steps of {settings.batch_size} rows, and {settings.held_out} "
-            f"rows to score, need {needed} rows, but {source} has {len(rows)}: ask for fewer "
-            "steps or repeats, or give another file"
-        )
-    drawn = random.Random(settings.seed).sample(rows, needed)
-    return drawn[:to_train], drawn[to_train:]
-
-
-def _run_settings(settings: TrainBenchConfig, rows: Path, out: Path, way: str) -> TrainConfig:
-    """Return the settings with which `lorakit train` would do the same.
-
-    Raises:
-        ConfigError: `settings.ours` would change what all contestants share, or is unknown.
-    """
-    read: dict[str, Any] = {
-        "train": str(rows),
-        "train_rows": None,
-        "validation": None,
-        "fields": {},
-    }
-    shared: dict[str, Any] = {
-        "model": settings.model,
-        "out": out,
-        "lora": LoRAConfig(
-            rank=settings.rank, targets=settings.targets, dtype=settings.adapter_dtype
-        ),
-        "data": settings.data.model_copy(update=read),
-        "dtype": settings.dtype,
-        "steps": settings.all_steps,
-        "batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate,
-        "warmup_steps": min(20, settings.all_steps // 2),
-        "seed": settings.seed,
-    }
-    own = (settings.ours or {}) if way == OURS else {}
-    twice = sorted(own.keys() & shared)
-    if twice:
-        raise ConfigError(f"all contestants share {', '.join(twice)}: `ours` cannot set them")
-    return TrainConfig(**own, **shared)
+    rows = draw_rows(
+        settings,
+        to_train + settings.held_out,
+        what_for=f"{settings.all_steps} steps and {settings.held_out} rows to score",
+    )
+    write_rows(rows[:to_train], training)
+    write_rows(rows[to_train:], held_out)
+    return tasks
 
 
 def _started(settings: TrainBenchConfig, run: TrainConfig) -> dict[str, dict[str, Seconds]]:
