@@ -1,6 +1,7 @@
 """Results as tables, and the page of this repository that has them."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -66,8 +67,30 @@ def test_the_page_has_a_place_for_each_benchmark_and_its_command(name):
     assert f"\nlorakit bench {name} --out docs/benchmarks/{name}.json\n" in page
 
 
+@pytest.mark.parametrize("name", ["train", "train_float32", "train_all_linear", "roofline"])
+def test_the_page_has_a_place_for_each_measurement_of_training(name):
+    page = PAGE.read_text(encoding="utf-8")
+    assert f"<!-- {name} -->\n" in page
+    assert re.search(
+        rf"\nlorakit bench \w+ benchmarks/\S+ .*--out docs/benchmarks/{name}.json\n", page
+    )
+
+
 def test_a_table_says_goals_times_and_circumstances():
     assert table(RESULT) == TABLE
+
+
+def test_more_figures_are_written_in_the_units_of_their_columns():
+    rows = [
+        {"who": "ours", "speed": 1234.5, "step_s": 0.25, "held_bytes": 2_000_000, "rows": 12_345},
+        {"who": "peft", "speed": 99.5, "step_s": 1.5, "held_bytes": None, "rows": 1},
+    ]
+    assert (
+        "| who  | speed | step   | held | rows   |\n"
+        "| ---- | ----- | ------ | ---- | ------ |\n"
+        "| ours | 1234  | 250 ms | 2 MB | 12,345 |\n"
+        "| peft | 99.5  | 1.5 s  |      | 1      |\n"
+    ) in table({**RESULT, "tables": {"more": rows}})
 
 
 def test_only_what_is_between_the_marks_is_rewritten(tmp_path, monkeypatch):

@@ -57,6 +57,18 @@ def test_only_the_completion_and_its_end_are_learnt(tokenizer: Tokenizer) -> Non
     assert learnt(tokenizer, encoded[0]) == "cd</s>"
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_rows_encoded_together_are_as_if_one_by_one(
+    ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = build_tokenizer(ends=ends)
+    rows = [prompt_row("a", "b"), prompt_row("ab", "b"), prompt_row("a", "c"), prompt_row("b", "")]
+    alone = [encode(tokenizer, row)[0] for row in rows]
+    assert list(encode(tokenizer, *rows).examples) == alone
+    monkeypatch.setattr("lorakit.tasks.encode.TOGETHER", 3)
+    assert list(encode(tokenizer, *rows).examples) == alone
+
+
 def test_a_completion_never_merges_with_its_prompt() -> None:
     tokenizer = build_tokenizer(merges=("==", "ab"))
     encoded = encode(tokenizer, prompt_row("ab", "=ab"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +62,7 @@ class Goal:
     got: float
     limit: float
     unit: str = "x"
-    """x for a ratio of times, us for microseconds."""
+    """x for a ratio, else the unit of `got`: us, s, %."""
     at_least: bool = False
     """Whether the limit is the least that is good, and not the most."""
 
@@ -87,9 +87,14 @@ class Findings:
     timings: Timings
     goals: tuple[Goal, ...] = ()
     memory: Mapping[str, int] = field(default_factory=dict)
-    """Contestant: largest resident set in bytes."""
+    """Contestant: largest resident set in bytes, or the most memory of the GPU."""
     checks: Mapping[str, Any] = field(default_factory=dict)
     """What was checked besides, and what came out."""
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """More figures: rows that map a column to a value. A column's name ends with its unit, `_s`,
+    `_bytes` or `_percent`, where it has one of these."""
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Contestant: the loss of each step."""
 
     def ratios(self) -> dict[str, dict[str, float]]:
         """Return each peer's time (or memory) over ours, by peer and measurement.
@@ -115,7 +120,7 @@ def run_bench(name: str, settings: C, measure: Callable[[C], Findings]) -> dict[
         OutputError: `settings.out` cannot be written; said before anything is measured.
         MissingExtraError: PEFT is to be measured and is not installed.
     """
-    _check_writable(settings.out)
+    check_writable(settings.out)
     if settings.peer:
         require_peft()
     with threads(settings.threads):
@@ -123,7 +128,7 @@ def run_bench(name: str, settings: C, measure: Callable[[C], Findings]) -> dict[
         findings = measure(settings)
     result = {
         "bench": name,
-        "settings": settings.model_dump(mode="json", exclude={"out"}),
+        "settings": settings.model_dump(mode="json", exclude={"out", "plot"}),
         **start,
         "seconds": {
             what: {who: seconds.to_json() for who, seconds in each.items()}
@@ -133,13 +138,20 @@ def run_bench(name: str, settings: C, measure: Callable[[C], Findings]) -> dict[
         "ratios": findings.ratios(),
         "goals": [goal.to_json() for goal in findings.goals],
         "checks": dict(findings.checks),
+        "tables": {name: [dict(row) for row in rows] for name, rows in findings.tables.items()},
+        "curves": {name: list(losses) for name, losses in findings.curves.items()},
     }
     if settings.out is not None:
         settings.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
-def _check_writable(out: Path | None) -> None:
+def check_writable(out: Path | None) -> None:
+    """Make sure that a file can be written, if there is one.
+
+    Raises:
+        OutputError: it is a folder, or in a folder that does not exist.
+    """
     if out is None:
         return
     if out.is_dir():

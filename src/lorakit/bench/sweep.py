@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.attach import adapter_parameters, attach
 from lorakit.bench.interleaved import Contestant, Seconds, interleaved
+from lorakit.bench.memory import peak_bytes
 from lorakit.bench.peers import require_peft
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, threads
 from lorakit.config import DataConfig, LoRAConfig, PositiveInt
@@ -173,19 +173,6 @@ def _peak_bytes_of(way: str, settings: SweepConfig) -> int | None:
         step()
         step()
     return peak_bytes()
-
-
-def peak_bytes() -> int | None:
-    """Return the largest resident set of this process so far; None where Linux does not tell.
-
-    Not getrusage's, which a child inherits from the process that started it.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    peaks = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-    return int(peaks[0]) * 1024 if peaks else None
 
 
 def _goals(seconds: dict[str, Seconds], memory: dict[str, int]) -> tuple[Goal, ...]:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ NOT_MEASURED = "Not measured yet."
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a benchmark's result as Markdown: goals, times and checks."""
-    parts = [_goals(result), _seconds(result), _memory(result), _checks(result), _where(result)]
+    """Return a benchmark's result as Markdown: goals, times, memory, more figures and checks."""
+    more = map(_more, result.get("tables", {}).values())
+    parts = [_goals(result), _seconds(result), _memory(result), *more, _checks(result)]
+    parts.append(_where(result))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -79,7 +81,35 @@ def _seconds(result: dict[str, Any]) -> str:
 
 def _memory(result: dict[str, Any]) -> str:
     rows = [(who, f"{size / 1e6:.0f} MB") for who, size in result["memory_bytes"].items()]
-    return _markdown(("who", "largest resident set"), rows)
+    kind = "most GPU memory" if result["hardware"].get("gpu") else "largest resident set"
+    return _markdown(("who", kind), rows)
+
+
+UNITS: dict[str, Callable[[float], str]] = {
+    "_s": lambda seconds: duration(seconds),
+    "_bytes": lambda size: f"{size / 1e6:.0f} MB",
+    "_percent": lambda share: f"{share:.3g} %",
+}
+"""How the values of a column are written, by the end of its name, which its head leaves out."""
+
+
+def _more(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of figures as a table."""
+    heads = [_head(column) for column in rows[0]]
+    return _markdown(heads, [[_cell(column, row[column]) for column in row] for row in rows])
+
+
+def _head(column: str) -> str:
+    return next((column.removesuffix(u) for u in UNITS if column.endswith(u)), column)
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    write = next((write for unit, write in UNITS.items() if column.endswith(unit)), None)
+    if write is not None:
+        return write(value)
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _checks(result: dict[str, Any]) -> str:
@@ -92,6 +122,8 @@ def _checks(result: dict[str, Any]) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
     return f"{value:.2g}" if isinstance(value, float) else f"{value:,}"
 
 
@@ -102,9 +134,21 @@ def _where(result: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {versions[name]}" for name in names if versions[name])
     return (
         f"{Path(settings['model']).name} in {settings['dtype']}, adapters of rank "
-        f"{settings['rank']} in {settings['adapter_dtype']}, {settings['repeats']} turns; "
+        f"{settings['rank']} in {settings['adapter_dtype']}{_trained_on(settings)}, "
+        f"{settings['repeats']} turns; "
         f"{hardware['processor']}, {hardware['threads']} threads; {libraries}; "
         f"commit {result['commit']}."
+    )
+
+
+def _trained_on(settings: dict[str, Any]) -> str:
+    """Return which layers and rows, where the settings say so."""
+    if "targets" not in settings or "data" not in settings:
+        return ""
+    rows = Path(settings["data"]["train"])
+    source = "/".join(rows.parts[-2:])
+    return (
+        f" on {', '.join(settings['targets'])}, {settings['batch_size']} rows of {source} in a step"
     )
 
 

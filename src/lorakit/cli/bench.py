@@ -1,4 +1,4 @@
-"""The verbs bench load, mixed, switch and sweep: lorakit beside PEFT, measured in one run."""
+"""The verbs of `lorakit bench`: lorakit beside its peers and its limits, measured in one run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,9 +7,11 @@ from typing import Any
 from lorakit.bench.load import LoadConfig, measure_load
 from lorakit.bench.mixed import MixedConfig, measure_mixed
 from lorakit.bench.result import BenchConfig, Findings, run_bench
+from lorakit.bench.roofline import RooflineConfig, measure_roofline
 from lorakit.bench.sweep import SweepConfig, measure_sweep
 from lorakit.bench.switch import SwitchConfig, measure_switch
 from lorakit.bench.tables import table
+from lorakit.bench.train import TrainBenchConfig, measure_train
 from lorakit.cli.verbs import Result, Verb
 from lorakit.config import Settings
 
@@ -32,7 +34,9 @@ class Bench:
 VERBS: dict[str, Verb] = {
     "load": Bench("load", LoadConfig, measure_load),
     "mixed": Bench("mixed", MixedConfig, measure_mixed),
+    "roofline": Bench("roofline", RooflineConfig, measure_roofline),
     "switch": Bench("switch", SwitchConfig, measure_switch),
     "sweep": Bench("sweep", SweepConfig, measure_sweep),
+    "train": Bench("train", TrainBenchConfig, measure_train),
 }
 """Each benchmark by the second word of its verb."""

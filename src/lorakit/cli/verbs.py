@@ -15,8 +15,10 @@ VERBS = {
     "convert": "Read an adapter of one format and write it in another.",
     "bench load": "Time the loading of adapters, beside PEFT and plain reading.",
     "bench mixed": "Time batches of many adapters, beside PEFT and the plain model.",
+    "bench roofline": "Tell how far each part of a training step is from the machine's limit.",
     "bench switch": "Time switching between adapters, beside PEFT.",
     "bench sweep": "Time training many adapters at once, beside one by one.",
+    "bench train": "Time training, beside PEFT and full fine-tuning.",
 }
 """Each verb's name, of one word or two, and meaning: listing them here imports none of them."""
 

@@ -13,6 +13,9 @@ from lorakit.tasks.kinds import ClassificationRow, MessagesRow, PromptRow, Row, 
 from lorakit.tasks.problems import Problems, UnusableRowError
 from lorakit.tasks.report import EncodingReport
 
+TOGETHER = 10_000
+"""Rows whose texts are turned into tokens at once: the tokenizer then uses all cores, and equal
+texts of them cost once."""
 NOTHING_TO_LEARN = "no token to learn within the limit"
 NO_ANSWER = "no turn of the assistant that answers something"
 
@@ -69,11 +72,13 @@ def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataConfig
     encoder = _Encoder(rows, tokenizer, data)
     problems = Problems(rows.source)
     drafts = []
-    for number, row in enumerate(rows.rows, start=1):
+    for number, row in enumerate(rows.rows):
+        if number % TOGETHER == 0:
+            encoder.look_ahead(rows.rows[number : number + TOGETHER])
         try:
             drafts.append(encoder.draft(row))
         except UnusableRowError as error:
-            problems.add(f"row {number}", str(error))
+            problems.add(f"row {number + 1}", str(error))
     problems.raise_if_any()
     report = _report(rows, drafts, limit=encoder.limit)
     if not report.kept:
@@ -93,9 +98,10 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig
     """
     match row:
         case PromptRow():
-            return _opening(tokenizer, row.prompt + data.separator)
+            text = row.prompt + data.separator
+            return _openings(tokenizer, [text])[text]
         case TextRow():
-            return _opening(tokenizer, row.text)
+            return _openings(tokenizer, [row.text])[row.text]
         case MessagesRow():
             try:
                 return ChatTemplate(tokenizer).prompt(row.messages)
@@ -121,12 +127,20 @@ class _Encoder:
                 " that frame it."
             )
 
+    def look_ahead(self, rows: Sequence[Row]) -> None:
+        """Turn the texts of rows into tokens, for the drafts that will be asked for."""
+        prompts = [row for row in rows if isinstance(row, PromptRow)]
+        texts = [row.text for row in rows if isinstance(row, TextRow)]
+        openings = [*(row.prompt + self._separator for row in prompts), *texts]
+        self._openings = _openings(self._tokenizer, openings)
+        self._completions = _plain(self._tokenizer, [row.completion for row in prompts])
+
     def draft(self, row: Row) -> _Draft:
         match row:
             case PromptRow():
                 return self._prompt(row)
             case TextRow():
-                ids = [*_opening(self._tokenizer, row.text), end_token(self._tokenizer)]
+                ids = [*self._openings[row.text], end_token(self._tokenizer)]
                 return self._continuous(ids, list(ids))
             case MessagesRow():
                 assert self._chat is not None, "rows of one kind"
@@ -136,8 +150,8 @@ class _Encoder:
                 return self._classification(row)
 
     def _prompt(self, row: PromptRow) -> _Draft:
-        prompt = _opening(self._tokenizer, row.prompt + self._separator)
-        completion = [*_plain(self._tokenizer, row.completion), end_token(self._tokenizer)]
+        prompt = self._openings[row.prompt + self._separator]
+        completion = [*self._completions[row.completion], end_token(self._tokenizer)]
         # At least one token of the prompt stays: the first token to learn must follow something.
         fits = len(completion) < self.limit
         room = self.limit - len(completion) if fits else self.limit // 2
@@ -174,16 +188,37 @@ class _Encoder:
         return _Draft(example=example, cut_prompt=cut)
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return tokens with what the tokenizer puts before a text, without what it puts after."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+def _openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
+    """Return each text's tokens with what the tokenizer puts before it, but not what it puts after.
+
+    Lists are shared between equal texts.
+    """
+    found = _tokens(tokenizer, texts, add_special_tokens=True)
     end = tokenizer.eos_token_id
-    adds_end = ids[-1:] == [end] and _plain(tokenizer, text)[-1:] != [end]
-    return ids[:-1] if adds_end else ids
+    ended = _plain(tokenizer, [text for text, ids in found.items() if ids[-1:] == [end]])
+    added = {text for text, ids in ended.items() if ids[-1:] != [end]}
+    return {text: ids[:-1] if text in added else ids for text, ids in found.items()}
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
+    """Return each text's own tokens."""
+    return _tokens(tokenizer, texts, add_special_tokens=False)
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool
+) -> dict[str, list[int]]:
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
+    found = tokenizer(
+        distinct,
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return dict(zip(distinct, found["input_ids"], strict=True))
 
 
 def _last(ids: list[int], room: int, *, start: int | None) -> list[int]:

@@ -1,0 +1,230 @@
+"""Training beside full fine-tuning and PEFT: speed, memory and loss on the same rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from lorakit.bench.interleaved import Seconds
+from lorakit.bench.result import OURS, Findings, Goal
+from lorakit.bench.startup import first_step
+from lorakit.bench.train_chart import check_chart, draw
+from lorakit.bench.train_contestants import Task
+from lorakit.bench.train_race import Plan, Record, race
+from lorakit.bench.train_settings import RunSettings, draw_rows, run_settings, write_rows
+from lorakit.bench.train_turns import PARTS
+from lorakit.config import PositiveInt, TrainConfig
+
+WARM_UPS = 1
+"""Turns that do not count: the first steps compile, allocate and fill caches."""
+FULL_LEARNING_RATE = 5e-5
+"""Peak rate of full fine-tuning: that of an adapter would ruin a model's own weights."""
+
+
+class TrainBenchConfig(RunSettings):
+    """What is trained, and who takes part."""
+
+    steps: PositiveInt = 4
+    """Steps of one turn."""
+
+    held_out: PositiveInt = 64
+    """Rows that are not trained on, and scored after the last step."""
+
+    full: bool = True
+    """Measure full fine-tuning too."""
+
+    compiled: bool = False
+    """Measure PEFT with torch.compile too, which takes minutes to compile on a CPU."""
+
+    starts: Annotated[int, Field(ge=0)] = 3
+    """Starts of `lorakit train` on all rows that are timed until the first step; 0: none."""
+
+    plot: Path | None = None
+    """PNG file for a bar chart, which is replaced. None: none."""
+
+    @property
+    def all_steps(self) -> int:
+        """Return the steps of each contestant, those of the warm-up among them."""
+        return self.steps * (WARM_UPS + self.repeats)
+
+
+def measure_train(settings: TrainBenchConfig) -> Findings:
+    """Let the contestants train in turns, and compare what they took and what came out.
+
+    Raises:
+        DataError: there are too few rows, or they have no prompts.
+        ConfigError: `ours` has settings that all contestants share, or that do not exist.
+        TrainingError: a contestant could not train.
+        MissingExtraError: a chart is asked for, and matplotlib is not installed.
+        OutputError: the chart cannot be written.
+    """
+    check_chart(settings.plot)
+    plan = Plan(
+        warm_ups=WARM_UPS,
+        turns=settings.repeats,
+        steps=settings.steps,
+        threads=settings.threads,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = _tasks(settings, Path(folder))
+        records = race(tasks, plan)
+        started = _started(settings, tasks[OURS].config)
+    rows = [_row(way, record) for way, record in records.items()]
+    curves = {way: record.losses for way, record in records.items()}
+    if settings.plot is not None:
+        draw(rows, curves, settings.plot, title=_title(settings))
+    return Findings(
+        timings={**_timings(records, settings.steps), **started},
+        goals=(*_goals(records, settings), *_goals_of_starts(started)),
+        memory={way: most for way, each in records.items() if (most := each.most_bytes)},
+        checks=_checks(records),
+        tables={"contestants": rows},
+        curves=curves,
+    )
+
+
+def _title(settings: TrainBenchConfig) -> str:
+    return (
+        f"{Path(settings.model).name} in {settings.dtype}, rank {settings.rank} on "
+        f"{', '.join(settings.targets)}, {settings.batch_size} rows in a step"
+    )
+
+
+def _ways(settings: TrainBenchConfig) -> list[str]:
+    """Return the names of the contestants in the order of their turns."""
+    asked = {
+        OURS: True,
+        "peft": settings.peer,
+        "peft_compiled": settings.peer and settings.compiled,
+        "full": settings.full,
+    }
+    return [way for way, takes_part in asked.items() if takes_part]
+
+
+def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, Task]:
+    """Write the rows, and return what each contestant is given.
+
+    Raises:
+        DataError: there are too few, or they have no prompts.
+        ConfigError: `ours` has settings that cannot be used.
+    """
+    training, held_out = folder / "training.jsonl", folder / "held_out.jsonl"
+    tasks = {
+        way: Task(
+            config=run_settings(
+                settings,
+                rows=training,
+                out=folder / way,
+                steps=settings.all_steps,
+                own=settings.ours if way == OURS else None,
+            ),
+            held_out=held_out,
+            full_learning_rate=FULL_LEARNING_RATE,
+        )
+        for way in _ways(settings)
+    }
+    to_train = settings.all_steps * settings.batch_size
+    rows = draw_rows(
+        settings,
+        to_train + settings.held_out,
+        what_for=f"{settings.all_steps} steps and {settings.held_out} rows to score",
+    )
+    write_rows(rows[:to_train], training)
+    write_rows(rows[to_train:], held_out)
+    return tasks
+
+
+def _started(settings: TrainBenchConfig, run: TrainConfig) -> dict[str, dict[str, Seconds]]:
+    """Return the time to the first step of `lorakit train` on all rows, where it is asked for."""
+    if not settings.starts:
+        return {}
+    out = run.out.with_name("first_step")
+    config = run.model_copy(update={"out": out, "data": settings.data})
+    seconds = first_step(config, repeats=settings.starts, threads=settings.threads)
+    return {"first_step": {OURS: seconds}}
+
+
+def _goals_of_starts(started: Mapping[str, Mapping[str, Seconds]]) -> list[Goal]:
+    return [
+        Goal(what="start to first step", got=each[OURS].median, limit=10.0, unit="s")
+        for each in started.values()
+    ]
+
+
+def _timings(records: Mapping[str, Record], steps: int) -> dict[str, dict[str, Seconds]]:
+    """Return the seconds of a step, and of each of its parts, by contestant."""
+
+    def per_step(part: str, record: Record) -> Seconds:
+        turns = (t.seconds if part == "step" else t.parts[part] for t in record.turns)
+        return Seconds(turns=tuple(seconds / steps for seconds in turns))
+
+    return {
+        part: {way: per_step(part, record) for way, record in records.items()}
+        for part in ("step", *PARTS)
+    }
+
+
+def _row(way: str, record: Record) -> dict[str, Any]:
+    """Return a contestant's line in the table."""
+    return {
+        "who": way,
+        "useful tokens per second": record.tokens_per_s,
+        "loaded_bytes": record.ready.used_bytes,
+        "above that_bytes": record.above_bytes,
+        "first loss": record.losses[0],
+        "last loss": record.losses[-1],
+        "held-out loss": record.ended.evaluation_loss,
+    }
+
+
+def _checks(records: Mapping[str, Record]) -> dict[str, Any]:
+    """Tell whether all saw the same rows, and how far the losses of ours are from PEFT's."""
+    ours, peft = records[OURS], records.get("peft")
+    checks: dict[str, Any] = {
+        "same_rows_in_each_step": len({record.rows for record in records.values()}) == 1
+    }
+    if peft is not None:
+        pairs = zip(ours.losses, peft.losses, strict=True)
+        checks["largest_loss_difference_from_peft"] = max(abs(a - b) for a, b in pairs)
+    return checks
+
+
+def _goals(records: Mapping[str, Record], settings: TrainBenchConfig) -> tuple[Goal, ...]:
+    ours = records[OURS]
+    goals = []
+    if "peft" in records:
+        goals += _goals_beside_peft(ours, records["peft"], settings)
+    if "full" in records:
+        goals += _goals_beside_full(ours, records["full"])
+    return tuple(goals)
+
+
+def _goals_beside_peft(ours: Record, peft: Record, settings: TrainBenchConfig) -> list[Goal]:
+    few_layers = settings.dtype == "bfloat16" and set(settings.targets) == {"q", "v"}
+    goals = [
+        Goal(
+            what="useful tokens per second against peft",
+            got=ours.tokens_per_s / peft.tokens_per_s,
+            limit=2.0 if few_layers else 1.6,
+            at_least=True,
+        )
+    ]
+    if ours.most_bytes and peft.most_bytes:
+        got = ours.most_bytes / peft.most_bytes
+        goals.append(Goal(what="memory against peft", got=got, limit=0.6))
+    apart = ours.ended.evaluation_loss / peft.ended.evaluation_loss - 1
+    what = "held-out loss, difference from peft"
+    return [*goals, Goal(what=what, got=100 * abs(apart), limit=1.0, unit="%")]
+
+
+def _goals_beside_full(ours: Record, full: Record) -> list[Goal]:
+    got = ours.tokens_per_s / full.tokens_per_s
+    goals = [Goal(what="useful tokens per second against full", got=got, limit=1.4, at_least=True)]
+    if ours.above_bytes is not None and full.above_bytes:
+        got = ours.above_bytes / full.above_bytes
+        goals.append(Goal(what="memory above the weights against full", got=got, limit=1 / 3))
+    return goals

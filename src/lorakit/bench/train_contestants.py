@@ -1,0 +1,148 @@
+"""Who takes part in the benchmark of training: each trains the same rows in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SaveStrategy
+
+from lorakit.attach import detach, extract
+from lorakit.bench.peers import peft_loading, require_peft
+from lorakit.bench.result import OURS
+from lorakit.bench.train_turns import ClockedAdapterTrainer, ClockedTrainer, Gate
+from lorakit.config import DataConfig, TrainConfig
+from lorakit.routing import route
+from lorakit.tasks.encode import Example, encode_rows
+from lorakit.tasks.rows import read_rows
+from lorakit.train.collate import Collator
+from lorakit.train.evaluation import score
+from lorakit.train.guards import Interruption
+from lorakit.train.loss import Loss
+from lorakit.train.prepare import Prepared, prepare
+from lorakit.train.run import Run, execute
+from lorakit.train.trainer import make_arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What every contestant is given."""
+
+    config: TrainConfig
+    """The run, as `lorakit train` would be told; `out` is a folder to work in."""
+    held_out: Path
+    """Rows to score after the last step, in the form of the training rows."""
+    full_learning_rate: float
+    """Peak learning rate of full fine-tuning."""
+
+
+def ours(task: Task, gate: Gate) -> float:
+    """Train as `lorakit train` does, and return the loss of the held-out rows."""
+    prepared = prepare(task.config)
+    run = Run(config=task.config, prepared=prepared, checkpoint=None)
+    make_trainer = partial(ClockedAdapterTrainer, gate=gate)
+    with Interruption() as interruption:
+        execute(run, interruption, bar=TrainerCallback(), make_trainer=make_trainer)
+    with route(prepared.model, prepared.name):
+        return _held_out_loss(prepared.model, prepared, task)
+
+
+def full(task: Task, gate: Gate) -> float:
+    """Train every weight of the base, in its precision, with our batches and our loss."""
+    prepared = prepare(task.config)
+    model = prepared.model
+    detach(model)
+    model.requires_grad_(True)
+    config = task.config.model_copy(update={"learning_rate": task.full_learning_rate})
+    trainer = ClockedTrainer(
+        gate=gate,
+        model=model,
+        args=_peers_arguments(config, prepared.steps),
+        train_dataset=prepared.training,
+        data_collator=Collator(prepared.tokenizer, model, task=prepared.task),
+        compute_loss_func=Loss(prepared.task),
+    )
+    return _trained(trainer, model, prepared, task)
+
+
+def peft(task: Task, gate: Gate, *, compiled: bool = False) -> float:
+    """Train with PEFT and transformers' Trainer, from our start of A, padded to the longest row."""
+    prepared = prepare(task.config)
+    model = _peft_model(prepared, task.config)
+    if compiled:
+        model.compile()
+    trainer = ClockedTrainer(
+        gate=gate,
+        model=model,
+        args=_peers_arguments(task.config, prepared.steps),
+        train_dataset=prepared.training,
+        data_collator=_peers_collator(prepared),
+    )
+    return _trained(trainer, model, prepared, task)
+
+
+CONTESTANTS: dict[str, Callable[[Task, Gate], float]] = {
+    OURS: ours,
+    "peft": peft,
+    "peft_compiled": partial(peft, compiled=True),
+    "full": full,
+}
+"""Each contestant by its name: trains through the gate, and returns the held-out rows' loss."""
+
+
+def _peft_model(prepared: Prepared, config: TrainConfig) -> Any:
+    """Return PEFT's model, whose adapter has the A of ours, in the place of ours."""
+    start = extract(prepared.model, prepared.name).save(config.out / "start")
+    detach(prepared.model)
+    how = peft_loading(config.lora.dtype)
+    return require_peft().PeftModel.from_pretrained(prepared.model, start, is_trainable=True, **how)
+
+
+def _peers_collator(prepared: Prepared) -> Callable[[list[Example]], Any]:
+    pad = DataCollatorForSeq2Seq(prepared.tokenizer)
+
+    def collate(examples: list[Example]) -> Any:
+        return pad(
+            [
+                {
+                    "input_ids": example.input_ids,
+                    "attention_mask": [1] * len(example.input_ids),
+                    "labels": example.labels,
+                }
+                for example in examples
+            ]
+        )
+
+    return collate
+
+
+def _peers_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
+    """Return the arguments that ours has, without the checkpoints: of a full model they are big."""
+    arguments = make_arguments(config, steps)
+    arguments.save_strategy = SaveStrategy.NO
+    return arguments
+
+
+def _trained(trainer: Trainer, model: nn.Module, prepared: Prepared, task: Task) -> float:
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return _held_out_loss(model, prepared, task)
+
+
+def _held_out_loss(model: nn.Module, prepared: Prepared, task: Task) -> float:
+    data: DataConfig = task.config.data
+    rows = encode_rows(read_rows(str(task.held_out), data), prepared.tokenizer, data)
+    scores = score(
+        model,
+        rows.examples,
+        loss=Loss(prepared.task),
+        collate=Collator(prepared.tokenizer, prepared.model, task=prepared.task),
+        batch_size=task.config.batch_size,
+    )
+    return scores["loss"]

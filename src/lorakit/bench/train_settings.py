@@ -1,0 +1,108 @@
+"""What the benchmarks of training are told, and the rows and the run that follow from it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from lorakit.bench.result import BenchConfig
+from lorakit.config import DataConfig, LoRAConfig, Names, PositiveFloat, PositiveInt, TrainConfig
+from lorakit.errors import ConfigError, DataError
+from lorakit.tasks.kinds import PromptRow
+from lorakit.tasks.rows import read_rows
+
+WARM_UP_STEPS = 20
+"""Steps over which the learning rate rises, where the run is at least twice as long."""
+
+
+class RunSettings(BenchConfig):
+    """Which adapter is trained, and on what."""
+
+    rank: PositiveInt = 8
+    """Rank of the adapters."""
+
+    targets: Names = ("q", "v")
+    """Layers to adapt, in the words of lora.targets of `lorakit train`."""
+
+    data: DataConfig = DataConfig(train="builtin:places", max_length=256)
+    """Where the rows come from; they must have a prompt and a completion."""
+
+    batch_size: PositiveInt = 8
+    """Rows per step."""
+
+    learning_rate: PositiveFloat = 2e-3
+    """Peak learning rate of AdamW for the adapters."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the choice of rows, of their order and of A."""
+
+    ours: dict[str, Any] | None = None
+    """Other settings of `lorakit train` for ours, such as {gradient_checkpointing: true}."""
+
+
+def draw_rows(settings: RunSettings, count: int, *, what_for: str) -> list[PromptRow]:
+    """Return so many of all the rows that there are, in the order in which they were drawn.
+
+    Raises:
+        DataError: there are too few, or they have no prompts.
+    """
+    source = settings.data.train
+    if source is None:
+        raise DataError("data.train must say which rows to train on")
+    found = read_rows(source, settings.data, limit=settings.data.train_rows).rows
+    rows = [row for row in found if isinstance(row, PromptRow)]
+    if len(rows) < len(found):
+        raise DataError(f"{source} has no prompts: rows with a prompt and a completion are needed")
+    if len(rows) < count:
+        raise DataError(
+            f"{what_for} need {count} rows, but {source} has {len(rows)}: "
+            "ask for less, or give another file"
+        )
+    return random.Random(settings.seed).sample(rows, count)
+
+
+def write_rows(rows: Iterable[PromptRow], file: Path) -> None:
+    """Write rows as JSON lines that `lorakit train` reads."""
+    lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows)
+    file.write_text("\n".join(lines), encoding="utf-8")
+
+
+def run_settings(
+    settings: RunSettings, *, rows: Path, out: Path, steps: int, own: Mapping[str, Any] | None
+) -> TrainConfig:
+    """Return the settings with which `lorakit train` trains on written rows.
+
+    Args:
+        settings: what all contestants share.
+        rows: a file that `write_rows` made.
+        out: the folder of the run.
+        steps: optimizer steps.
+        own: other settings of `lorakit train`.
+
+    Raises:
+        ConfigError: `own` would change what all contestants share, or is unknown.
+    """
+    read: dict[str, Any] = {"train": str(rows), "train_rows": None, "validation": None}
+    shared: dict[str, Any] = {
+        "model": settings.model,
+        "out": out,
+        "lora": LoRAConfig(
+            rank=settings.rank, targets=settings.targets, dtype=settings.adapter_dtype
+        ),
+        "data": settings.data.model_copy(update={**read, "fields": {}}),
+        "dtype": settings.dtype,
+        "steps": steps,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "warmup_steps": min(WARM_UP_STEPS, steps // 2),
+        "seed": settings.seed,
+    }
+    twice = sorted((own or {}).keys() & shared)
+    if twice:
+        raise ConfigError(f"all contestants share {', '.join(twice)}: `ours` cannot set them")
+    return TrainConfig(**(own or {}), **shared)

@@ -1,0 +1,261 @@
+"""The benchmark of training: contestants in turns, on the same rows, with the same losses."""
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from lorakit.bench import train, train_race
+from lorakit.bench.tables import table
+from lorakit.bench.train import TrainBenchConfig
+from lorakit.bench.train_race import Plan, Record, race
+from lorakit.bench.train_turns import PARTS, Clock, Ended, Ready, Turn
+from lorakit.cli.main import main
+from lorakit.config import DataConfig
+from lorakit.errors import TrainingError
+from lorakit.models.load import load_model
+from lorakit.tasks.encode import encode_rows
+from lorakit.tasks.rows import read_rows
+
+pytestmark = [
+    # PEFT asks transformers in words that it is giving up.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+]
+SMALL = [
+    *("--repeats", 2, "--steps", 2, "--batch-size", 3, "--held-out", 4),
+    *("--starts", 0, "--data.max-length", 16),
+]
+
+
+def start_thread(way, task, plan, connection):
+    """Start a contestant as a thread: a process takes seconds to start."""
+    thread = Thread(target=train_race.serve, args=(way, task, plan, connection))
+    thread.start()
+    return thread
+
+
+@pytest.fixture
+def bench(tiny_llama, prompt_rows, capsys, monkeypatch):
+    """Return a function that runs the benchmark on the tiny model and gives back code and JSON."""
+    monkeypatch.setattr(train_race, "_start", start_thread)
+
+    def run(*words):
+        words = ["--model", tiny_llama, "--data.train", prompt_rows, *SMALL, *words, "--json"]
+        code = main(["bench", "train", *map(str, words)])
+        return code, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_llama, prompt_rows):
+    """Return settings for a tiny model in float32."""
+    return TrainBenchConfig(
+        model=str(tiny_llama),
+        dtype="float32",
+        data=DataConfig(train=str(prompt_rows), max_length=16),
+        repeats=2,
+        steps=2,
+        batch_size=3,
+        held_out=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def tasks(settings, tmp_path_factory):
+    return train._tasks(settings, tmp_path_factory.mktemp("race"))
+
+
+@pytest.fixture(scope="module")
+def records(tasks):
+    """Return what three contestants did: a warm-up and two turns of two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_race, "_start", start_thread)
+        return race(tasks, Plan(warm_ups=1, turns=2, steps=2, threads=None))
+
+
+def test_contestants_see_the_same_rows_in_the_same_order(records):
+    assert list(records) == ["ours", "peft", "full"]
+    ours = records["ours"].rows
+    assert len(ours) == 6
+    assert len(set(ours)) == 6
+    assert all(record.rows == ours for record in records.values())
+
+
+def test_losses_equal_those_of_peft_and_start_where_full_fine_tuning_does(records):
+    ours, peft, full = (records[way].losses for way in ("ours", "peft", "full"))
+    assert ours == pytest.approx(peft, rel=1e-4)
+    assert ours[0] == pytest.approx(full[0], rel=1e-5)
+    assert ours[-1] < ours[0]
+    assert records["ours"].ended.evaluation_loss == pytest.approx(
+        records["peft"].ended.evaluation_loss, rel=1e-4
+    )
+
+
+def test_useful_tokens_are_those_of_the_rows_and_each_counts_once(records, tasks, settings):
+    model_rows = read_rows(tasks["ours"].config.data.train, tasks["ours"].config.data)
+    _, tokenizer = load_model(settings.model)
+    examples = encode_rows(model_rows, tokenizer, settings.data).examples
+    tokens = sum(len(example.input_ids) for example in examples)
+    for record in records.values():
+        assert sum(turn.tokens for turn in (*record.warm_ups, *record.turns)) == tokens
+
+
+def test_every_part_of_a_step_takes_time(records):
+    for record in records.values():
+        for turn in record.turns:
+            assert set(turn.parts) == set(PARTS)
+            assert all(seconds > 0 for seconds in turn.parts.values())
+            assert turn.seconds == pytest.approx(sum(turn.parts.values()))
+
+
+def test_a_clock_charges_all_time_to_one_part_each():
+    ticks = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0])
+    clock = Clock(lambda: next(ticks))
+    with clock.part("backward"), clock.part("forward"):
+        pass
+    clock.switch("optimizer")
+    clock.switch("rest")
+    assert clock.seconds == {
+        "data": 0.0,
+        "forward": 4.0,
+        "backward": 2.0 + 8.0,
+        "optimizer": 32.0,
+        "rest": 1.0 + 16.0,
+    }
+    assert sum(clock.seconds.values()) == 63.0
+
+
+def test_the_result_has_speed_memory_losses_and_goals(bench, tmp_path):
+    code, result = bench("--out", tmp_path / "train.json", "--no-full")
+    assert code == 0, result
+    assert set(result["seconds"]) == {"step", *PARTS}
+    assert all(set(each) == {"ours", "peft"} for each in result["seconds"].values())
+    assert set(result["ratios"]["peft"]) >= {"step", "forward", "backward", "memory"}
+    assert {way: len(losses) for way, losses in result["curves"].items()} == {"ours": 6, "peft": 6}
+    assert result["checks"]["same_rows_in_each_step"] is True
+    assert 0 <= result["checks"]["largest_loss_difference_from_peft"] < 0.1
+    assert [goal["what"] for goal in result["goals"]] == [
+        "useful tokens per second against peft",
+        "memory against peft",
+        "held-out loss, difference from peft",
+    ]
+    ours, peft = result["tables"]["contestants"]
+    assert ours["who"] == "ours"
+    speed = ours["useful tokens per second"] / peft["useful tokens per second"]
+    assert result["goals"][0]["got"] == pytest.approx(speed)
+    assert json.loads((tmp_path / "train.json").read_text()) == result
+    assert "| useful tokens per second |" in table(result)
+
+
+def test_contestants_can_be_left_out_and_ours_can_have_settings_of_its_own(bench):
+    code, result = bench("--no-peer", "--no-full", "--ours", "{gradient_checkpointing: true}")
+    assert code == 0, result
+    assert set(result["curves"]) == {"ours"}
+    assert (result["goals"], result["ratios"]) == ([], {})
+
+
+def record(*, tokens_per_s=100.0, used=1000, most=2000, loss=2.0):
+    """Return the record of a contestant that took one turn of a second."""
+    parts = dict.fromkeys(PARTS, 0.2)
+    turn = Turn(parts=parts, losses=(3.0,), tokens=int(tokens_per_s), rows=(1,), most_bytes=most)
+    return Record(
+        ready=Ready(used_bytes=used), warm_ups=(), turns=(turn,), ended=Ended(evaluation_loss=loss)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"),
+    [
+        ({}, 2.0),
+        ({"dtype": "float32"}, 1.6),
+        ({"targets": "all-linear"}, 1.6),
+        ({"targets": "v, q"}, 2.0),
+    ],
+)
+def test_the_goal_beside_peft_depends_on_precision_and_targets(given, limit):
+    records = {"ours": record(), "peft": record()}
+    first, *_ = train._goals(records, TrainBenchConfig(**given))
+    assert (first.limit, first.at_least) == (limit, True)
+
+
+def test_goals_are_ratios_of_the_records():
+    records = {
+        "ours": record(tokens_per_s=300, used=1000, most=1600, loss=2.01),
+        "peft": record(tokens_per_s=100, used=1100, most=2000, loss=2.0),
+        "full": record(tokens_per_s=200, used=1000, most=4000),
+    }
+    goals = {goal.what: goal for goal in train._goals(records, TrainBenchConfig())}
+    assert {what: goal.got for what, goal in goals.items()} == pytest.approx(
+        {
+            "useful tokens per second against peft": 3.0,
+            "memory against peft": 0.8,
+            "held-out loss, difference from peft": 0.5,
+            "useful tokens per second against full": 1.5,
+            "memory above the weights against full": 0.2,
+        }
+    )
+    assert [goal.met for goal in goals.values()] == [True, False, True, True, True]
+
+
+def test_a_system_that_does_not_tell_memory_has_no_goals_of_it():
+    records = {way: record(used=None, most=None) for way in ("ours", "peft", "full")}
+    goals = train._goals(records, TrainBenchConfig())
+    assert not any("memory" in goal.what for goal in goals)
+
+
+def test_different_rows_do_not_go_unseen():
+    other = record()
+    other = replace(other, turns=(replace(other.turns[0], rows=(2,)),))
+    assert train._checks({"ours": record(), "full": other})["same_rows_in_each_step"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "message"),
+    [
+        (["--held-out", 60], "DataError", "need 78 rows, but"),
+        (["--data.train", "no/such.jsonl"], "DataError", "does not exist"),
+        (["--ours", "{batch_size: 2}"], "ConfigError", "all contestants share batch_size"),
+        (["--ours", "{learning_rat: 2}"], "ConfigError", "did you mean 'learning_rate'?"),
+        (["--targets", "elbow"], "TrainingError", "ours could not be measured"),
+    ],
+)
+def test_wrong_input_is_told_in_one_message(bench, words, kind, message):
+    code, result = bench(*words)
+    assert (code, result["error"]["type"]) == (2, kind)
+    assert message in result["error"]["message"]
+
+
+def test_rows_without_prompts_are_refused(bench, label_rows):
+    code, result = bench("--data.train", label_rows)
+    assert (code, result["error"]["type"]) == (2, "DataError")
+    assert "a prompt and a completion are needed" in result["error"]["message"]
+
+
+def test_a_contestant_whose_process_ends_is_told(tasks, monkeypatch):
+    def start(way, task, plan, connection):
+        connection.close()
+        return Thread()
+
+    monkeypatch.setattr(train_race, "_start", start)
+    monkeypatch.setattr(Thread, "join", lambda self: None)
+    with pytest.raises(TrainingError, match="ours could not be measured: its process has ended"):
+        race(tasks, Plan(warm_ups=0, turns=1, steps=1, threads=None))
+
+
+def test_a_contestant_ends_when_the_other_end_of_its_pipe_has_gone(tasks):
+    own, others = multiprocessing.Pipe()
+    plan = Plan(warm_ups=0, turns=1, steps=1, threads=None)
+    thread = start_thread("full", tasks["full"], plan, others)
+    assert isinstance(own.recv(), Ready)
+    own.close()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+def test_the_settings_of_the_page_are_valid(capsys):
+    file = Path(__file__).parents[2] / "benchmarks" / "train_e2e.yaml"
+    assert main(["bench", "train", str(file), "--print-config"]) == 0, capsys.readouterr().err
