@@ -16,17 +16,22 @@ from transformers.trainer_utils import SaveStrategy
 from lorakit.attach import detach, extract
 from lorakit.bench.peers import peft_loading, require_peft
 from lorakit.bench.result import OURS
-from lorakit.bench.train_turns import ClockedAdapterTrainer, ClockedTrainer, Gate
+from lorakit.bench.train_turns import (
+    ClockedAdapterTrainer,
+    ClockedBatchTrainer,
+    ClockedTrainer,
+    Gate,
+)
 from lorakit.config import DataConfig, TrainConfig
 from lorakit.routing import route
 from lorakit.tasks.encode import Example, encode_rows
 from lorakit.tasks.rows import read_rows
 from lorakit.train.collate import Collator
 from lorakit.train.evaluation import score
-from lorakit.train.guards import Interruption
 from lorakit.train.loss import Loss
+from lorakit.train.memory import training_memory
 from lorakit.train.prepare import Prepared, prepare
-from lorakit.train.run import Run, execute
+from lorakit.train.run import Run, run_alone
 from lorakit.train.trainer import make_arguments
 
 
@@ -47,28 +52,29 @@ def ours(task: Task, gate: Gate) -> float:
     prepared = prepare(task.config)
     run = Run(config=task.config, prepared=prepared, checkpoint=None)
     make_trainer = partial(ClockedAdapterTrainer, gate=gate)
-    with Interruption() as interruption:
-        execute(run, interruption, bar=TrainerCallback(), make_trainer=make_trainer)
+    run_alone(run, bar=TrainerCallback(), make_trainer=make_trainer)
     with route(prepared.model, prepared.name):
         return _held_out_loss(prepared.model, prepared, task)
 
 
 def full(task: Task, gate: Gate) -> float:
-    """Train every weight of the base, in its precision, with our batches and our loss."""
+    """Train every weight of the base, in its precision, with our batches, attention and loss."""
     prepared = prepare(task.config)
     model = prepared.model
     detach(model)
     model.requires_grad_(True)
     config = task.config.model_copy(update={"learning_rate": task.full_learning_rate})
-    trainer = ClockedTrainer(
+    trainer = ClockedBatchTrainer(
         gate=gate,
         model=model,
+        by_length=prepared.layout.by_length,
         args=_peers_arguments(config, prepared.steps),
         train_dataset=prepared.training,
-        data_collator=Collator(prepared.tokenizer, model, task=prepared.task),
+        data_collator=Collator(prepared.tokenizer, prepared.layout),
         compute_loss_func=Loss(prepared.task),
     )
-    return _trained(trainer, model, prepared, task)
+    with training_memory(model, config):
+        return _trained(trainer, model, prepared, task)
 
 
 def peft(task: Task, gate: Gate, *, compiled: bool = False) -> float:
@@ -142,7 +148,7 @@ def _held_out_loss(model: nn.Module, prepared: Prepared, task: Task) -> float:
         model,
         rows.examples,
         loss=Loss(prepared.task),
-        collate=Collator(prepared.tokenizer, prepared.model, task=prepared.task),
+        collate=Collator(prepared.tokenizer),
         batch_size=task.config.batch_size,
     )
     return scores["loss"]

@@ -22,6 +22,7 @@ from transformers import (
 
 from lorakit.bench.memory import forget_peak, most_bytes, used_bytes
 from lorakit.tasks.encode import Example
+from lorakit.train.batch_trainer import BatchTrainer
 from lorakit.train.trainer import AdapterTrainer
 
 PARTS = ("data", "forward", "backward", "optimizer", "rest")
@@ -199,6 +200,10 @@ class _Clocked:
 
 class ClockedTrainer(_Clocked, Trainer):
     """transformers' Trainer, in turns."""
+
+
+class ClockedBatchTrainer(_Clocked, BatchTrainer):
+    """transformers' Trainer on our batches, in turns."""
 
 
 class ClockedAdapterTrainer(_Clocked, AdapterTrainer):

@@ -100,9 +100,19 @@ def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -
     if table:
         print(prepared, file=sys.stderr)
     run = Run(config=config, prepared=prepared, checkpoint=checkpoint)
-    economy = training_memory(prepared.model, config)
-    with Interruption() as interruption, use(config.kernels), economy:
-        return execute(run, interruption, bar=ProgressBar(show=progress))
+    return run_alone(run, bar=ProgressBar(show=progress))
+
+
+def run_alone(
+    run: Run,
+    *,
+    bar: TrainerCallback,
+    make_trainer: Callable[..., AdapterTrainer] = AdapterTrainer,
+) -> TrainResult:
+    """Train as `execute` does, with the kernels and the memory that the settings ask for."""
+    economy = training_memory(run.prepared.model, run.config)
+    with Interruption() as interruption, use(run.config.kernels), economy:
+        return execute(run, interruption, bar=bar, make_trainer=make_trainer)
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -24,11 +23,7 @@ from lorakit.adapter import Adapter
 from lorakit.attach import adapter_parameters, extract
 from lorakit.config import TrainConfig
 from lorakit.errors import TrainingError
-from lorakit.models.attention import attention_within
-from lorakit.train.collate import SEGMENTS
-from lorakit.train.loss import Loss
-from lorakit.train.objective import text_loss
-from lorakit.train.row_order import ByLength
+from lorakit.train.batch_trainer import BatchTrainer
 
 KEPT_CHECKPOINTS = 2
 """How many checkpoints stay in a run's folder."""
@@ -37,7 +32,7 @@ Scorer = Callable[[nn.Module], dict[str, float]]
 """Scores the model as it is now."""
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(BatchTrainer):
     """Trains one adapter of a model; a checkpoint holds the adapter, and is whole or not there."""
 
     def __init__(
@@ -46,23 +41,14 @@ class AdapterTrainer(Trainer):
         adapter_name: str,
         checkpoints: Path,
         scorer: Scorer | None,
-        by_length: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.by_length = by_length
-        self._tokens, self._padding = 0, 0
         self.adapter_name = adapter_name
         self.checkpoints = checkpoints
         self.scorer = scorer
         self.trained = dict(adapter_parameters(self.adapted, adapter_name))
         self.last_good: dict[str, Tensor] = {}
-
-    @property
-    def adapted(self) -> nn.Module:
-        """Return the model that has the adapter."""
-        assert isinstance(self.model, nn.Module)
-        return self.model
 
     def train_from(self, checkpoint: Path | None) -> float:
         """Train to the end, from a checkpoint if there is one, and return the seconds it took."""
@@ -74,68 +60,15 @@ class AdapterTrainer(Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
-    def _get_train_sampler(self, *args: Any) -> Any:
-        if not self.by_length:
-            return super()._get_train_sampler(*args)
-        lengths = [len(example.input_ids) for example in self.train_dataset]  # type: ignore
-        return ByLength(lengths, batch_size=self.args.train_batch_size, seed=self.args.seed)
-
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Return the loss of one batch, and add its gradients to `.grad`."""
-        self.count(inputs)
-        # Gradient checkpointing runs layers again in the backward pass, which needs this too.
-        with attention_within(self.adapted, inputs.pop(SEGMENTS, None)):
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    def count(self, inputs: dict[str, Any]) -> None:
-        """Take note of a batch's tokens, and of those that only pad."""
-        segments, tokens = inputs.get(SEGMENTS), inputs["input_ids"].numel()
-        real = int(inputs["attention_mask"].sum()) if segments is None else segments.tokens
-        self._tokens += tokens
-        self._padding += tokens - real
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log figures, and beside a loss the tokens since the last and the share of padding."""
-        if "loss" in logs and self._tokens:
-            logs |= {"tokens": self._tokens, "padding": round(self._padding / self._tokens, 4)}
-            self._tokens, self._padding = 0, 0
-        super().log(logs, *args, **kwargs)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loss, and remember the weights that gave a finite one.
 
         Raises:
             TrainingError: the loss is not a number.
         """
-        how = self.compute_loss_func
-        if isinstance(how, Loss) and how.task == "generation":
-            assert not return_outputs, "only Trainer's own evaluation asks for outputs"
-            result: Any = self._loss_of_texts(model, inputs, how, num_items_in_batch)
-        else:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(*args, **kwargs)
         self.check_loss(result[0] if isinstance(result, tuple) else result)
         return result
-
-    def _loss_of_texts(
-        self, model: nn.Module, inputs: dict[str, Any], how: Loss, items: Tensor | int | None
-    ) -> Tensor:
-        others = {name: value for name, value in inputs.items() if name != "labels"}
-        loss = text_loss(model, others, inputs["labels"], loss=how, items=items)
-        if items is not None and self.args.average_tokens_across_devices:
-            # The items are those of all processes, and their gradients are averaged.
-            loss = loss * self.accelerator.num_processes
-        return loss
 
     def check_loss(self, loss: Tensor) -> None:
         """Remember the weights that gave a loss, if it is finite.
