@@ -61,11 +61,12 @@ def products(operation: Any, *arguments: Any, **options: Any) -> bool:
 
 
 def narrow_products(operation: Any, *arguments: Any, **options: Any) -> bool:
-    """Tell what `low` keeps: A·x, which is as narrow as the rank."""
+    """Tell what `low` keeps: A·x, which is as narrow as the rank, lying or standing."""
     if operation not in _PRODUCTS:
         return False
     inner, columns = _sizes(operation, arguments)
-    return columns * NARROW <= inner
+    rows = arguments[_PRODUCTS[operation]].shape[-2]
+    return min(rows, columns) * NARROW <= inner
 
 
 def _sizes(operation: Any, arguments: tuple[Any, ...]) -> tuple[int, int]:
@@ -101,18 +102,32 @@ class KeptResults:
 
 
 class _Result:
-    """What an operation gave, as long as it is kept and nobody writes into it."""
+    """What an operation gave, as long as it is worth its memory.
+
+    Others may write into it before anything reads it, as an adapter adds its update to a layer's
+    output: then what came of it is kept, and not written once more in the recomputation.
+    """
 
     def __init__(self, operation: Any, arguments: tuple[Any, ...], made: Any) -> None:
         self.asked = _question(operation, arguments)
         self.made = made
-        self.versions = _versions(made)
+        self.read = False
+        self.written = False
+        self.versions: list[int] = []
+
+    def note_read(self) -> None:
+        """Note that another operation needs the value as it is."""
+        self.read = True
+
+    def note_write(self) -> None:
+        """Note that an operation changes the value, which is of no use if both were needed."""
+        self.written = True
+        if self.read:
+            self.made = None
 
     def settle(self, *, keep: bool, offload: bool) -> None:
         """Let go of the graph behind the result, or of the result; move it if asked."""
-        if not keep or self.versions != _versions(self.made):
-            self.made = None
-        self.made = tree_map(_to_cpu if offload else _detached, self.made)
+        self.made = tree_map(_to_cpu if offload else _detached, self.made) if keep else None
         self.versions = _versions(self.made)
 
     def take(self, operation: Any, arguments: tuple[Any, ...]) -> Any:
@@ -122,6 +137,26 @@ class _Result:
             return None
         device = arguments[0].device
         return tree_map(lambda value: _to(value, device), made)
+
+
+def _touched(operation: Any, arguments: tuple[Any, ...]) -> Iterator[tuple[int, bool]]:
+    """Yield what an operation reads or writes: the memory, and whether it is written.
+
+    Another view of the memory is neither.
+    """
+    if operation is _ATEN._unsafe_view.default:
+        return
+    for argument, value in zip(operation._schema.arguments, arguments, strict=False):
+        alias = argument.alias_info
+        if alias is None or alias.is_write:
+            for memory in _memories(value):
+                yield memory, alias is not None
+
+
+def _memories(value: Any) -> list[int]:
+    """Return numbers of the memory behind all tensors in a value."""
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return [tensor.untyped_storage()._cdata for tensor in tensors]
 
 
 def _question(operation: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -154,18 +189,26 @@ class _Keep(TorchDispatchMode):
         super().__init__()
         self.memory = memory
         self.results = results
+        self.owners: dict[int, _Result] = {}
+        """The results by their memory."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
+        for memory, is_written in _touched(func, args):
+            if memory in self.owners:
+                owner = self.owners[memory]
+                owner.note_write() if is_written else owner.note_read()
         if func in _OPERATIONS:
             worth = self.memory.worth(func, *args, **(kwargs or {}))
             self.results.append(_Result(func, args, made if worth else None))
+            self.owners.update(dict.fromkeys(_memories(made), self.results[-1]))
         return made
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self.owners.clear()
         needed = len(self.results) - self.memory.spare
         for place, result in enumerate(self.results):
             result.settle(keep=place < needed, offload=self.memory.offload)
@@ -179,6 +222,8 @@ class _Reuse(TorchDispatchMode):
         self.memory = memory
         self.results = results
         self.reached = 0
+        self.final: dict[int, Any] = {}
+        """Results that were given with all that was written into them, by their memory."""
 
     def __enter__(self) -> Any:
         self.reached = 0
@@ -187,14 +232,25 @@ class _Reuse(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        made = None
-        if func in _OPERATIONS and self.reached < len(self.results):
-            made = self.results[self.reached].take(func, args)
-            self.reached += 1
+        if any(memory in self.final for memory, written in _touched(func, args) if written):
+            return args[0]
+        made = self._kept(func, args) if func in _OPERATIONS else None
         return func(*args, **(kwargs or {})) if made is None else made
+
+    def _kept(self, func: Any, args: tuple[Any, ...]) -> Any:
+        if self.reached >= len(self.results):
+            return None
+        result = self.results[self.reached]
+        self.reached += 1
+        made = result.take(func, args)
+        if made is not None and result.written:
+            # Held, so that nothing else comes to lie in this memory.
+            self.final.update(dict.fromkeys(_memories(made), made))
+        return made
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self.final.clear()
         self.memory.spare = len(self.results) - self.reached
 
 
