@@ -165,14 +165,17 @@ def test_tokens_outside_of_the_spans_keep_every_bit():
     assert not (output[1:3] == before[1:3]).all()
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, False])  # With a bias the result is a view.
 def test_a_frozen_layers_output_is_overwritten_only_where_autograd_has_no_view_of_it(bias):
     draw = torch.Generator().manual_seed(0)
     layer = nn.Linear(D_IN, D_OUT, bias=bias, dtype=torch.float64).requires_grad_(False)
     x = torch.randn(2, 3, D_IN, dtype=torch.float64, requires_grad=True)
     factors, spans = [random_factors(draw, Use(1.0, None))], [Span(0, 6, (0,))]
     output = layer(x)
-    add_updates(output, x, factors, spans).square().sum().backward()
+    before, is_view = output.detach().clone(), output._is_view()
+    changed = add_updates(output, x, factors, spans)
+    assert torch.equal(output.detach(), before) == is_view
+    changed.square().sum().backward()
     found, x.grad = x.grad, None
     oracle(layer(x), x, factors, spans).square().sum().backward()
     torch.testing.assert_close(found, x.grad)
