@@ -49,7 +49,8 @@ def gradients(model):
 
 
 def check(model, inputs, labels, *, called=None):
-    """Compare loss, losses and gradients with plain torch."""
+    """Compare loss, losses and gradients with plain torch, in float64."""
+    model.double()
     loss = text_loss(called or model, inputs, labels, loss=Loss("generation", **OPTIONS))
     loss.backward()
     found = gradients(model)
