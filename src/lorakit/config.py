@@ -282,7 +282,8 @@ class TrainConfig(Settings):
     """Keep in the CPU's memory what low or balanced keep of a GPU's."""
 
     kernels: Literal["auto", "plain"] = "auto"
-    """What computes. auto: the fast paths wherever they can; plain: plain torch, their oracle."""
+    """What computes. auto: the fast paths wherever they can; plain: plain torch, their oracle, with
+    padded rows."""
 
     check_after: Annotated[int, Field(ge=3)] = 5
     """Steps after which every adapted layer must have moved."""

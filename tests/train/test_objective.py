@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lorakit as lk
+from lorakit.kernels.choice import use
 from lorakit.train import objective
 from lorakit.train.loss import Loss
 from lorakit.train.objective import text_loss, text_losses
@@ -242,3 +243,23 @@ def test_a_forward_pass_that_fails_leaves_no_hook_behind():
     assert not model.lm_head._forward_pre_hooks
     assert torch.equal(text_losses(model, inputs, labels)[1], expected)
     assert model(**inputs).logits.shape[:2] == labels.shape
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_plain_kernels_give_the_same_loss_and_gradients_from_all_logits(per_row):
+    model = build("llama").double()
+    attach_random(model)
+    model.double()
+    inputs, labels = batch(model)
+    options = {"weights": 0.25, **OPTIONS}
+    if per_row:
+        rows = len(labels)
+        options = {name: torch.linspace(v, v / 2, rows).double() for name, v in options.items()}
+    found = []
+    for kind in ("auto", "plain"):
+        with use(kind):
+            total, losses = text_losses(model, inputs, labels, **options)
+        total.backward()
+        found.append((total.detach(), losses, gradients(model)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+    assert found[0][2]

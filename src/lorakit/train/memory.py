@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lorakit.config import TrainConfig
 from lorakit.errors import ConfigError
+from lorakit.kernels.choice import fast
 from lorakit.train.economy import economical
 from lorakit.train.recompute import has_blocks, narrow_products, products, recomputing
 
@@ -23,7 +24,7 @@ def training_memory(model: PreTrainedModel, config: TrainConfig) -> Iterator[Non
     worth = WORTH.get(config.memory)
     with (
         _without_cache(model),
-        economical(model),
+        economical(model) if fast() else nullcontext(),
         recomputing(model, worth, offload=config.offload) if worth else nullcontext(),
     ):
         yield

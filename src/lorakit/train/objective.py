@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorakit.attachment import attachment_of, unwrapped
+from lorakit.kernels.choice import fast
 from lorakit.kernels.cross_entropy import head_cross_entropy
 from lorakit.kernels.packed_rows import Segments
 from lorakit.methods.layer import AdaptedLayer
@@ -92,6 +93,10 @@ def text_losses(
         label_smoothing: of a row; see `head_cross_entropy`.
         z_loss: of a row; see `head_cross_entropy`.
     """
+    if not fast():
+        logits = model(**inputs, use_cache=False).logits
+        losses = plain_losses(logits, labels, _per_row(label_smoothing), _per_row(z_loss))
+        return (losses * _per_row(weights).to(losses)).sum(), losses.detach()
     head = _hooked_head(model)
     chosen = _Chosen.of(labels, keep_rows=_tells_rows_apart(model, head))
     read, head = _run(model, inputs, chosen, head)
@@ -104,6 +109,27 @@ def text_losses(
         z_loss=_for_tokens(z_loss, chosen),
     )
     return total, chosen.put_back(losses)
+
+
+def _per_row(value: PerRow) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64).reshape(-1, 1)
+
+
+def plain_losses(
+    logits: Float[Tensor, "rows length vocabulary"],
+    labels: Int[Tensor, "rows length"],
+    label_smoothing: Float[Tensor, "#rows 1"],
+    z_loss: Float[Tensor, "#rows 1"],
+) -> Float[Tensor, "rows length"]:
+    """Return the loss of what each position predicts, from all logits; 0 without a label."""
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(logits.device)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    likely = logits.log_softmax(-1)
+    targets = following.clamp(min=0)[..., None]
+    smoothing = label_smoothing.to(likely)
+    losses = -(1 - smoothing) * likely.gather(-1, targets)[..., 0] - smoothing * likely.mean(-1)
+    losses = losses + z_loss.to(likely) * logits.logsumexp(-1).square()
+    return losses.masked_fill(following == IGNORED, 0.0)
 
 
 def _for_tokens(value: PerRow, chosen: _Chosen) -> float | Tensor:

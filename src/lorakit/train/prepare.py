@@ -91,7 +91,9 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     task, labels = _shared(read)
     first = next(iter(configs.values()))
     model, tokenizer = load_model(first.model, dtype=first.dtype, task=task, labels=labels)
-    layout = choose_layout(model, task=task, packing=first.packing)
+    # Joined rows need attention of ours, which plain torch does not have.
+    packing = "off" if first.kernels == "plain" else first.packing
+    layout = choose_layout(model, task=task, packing=packing)
     check_memory(model, first)
     encoded = _for_each(sources, lambda config, name: _encode(read[name], tokenizer, config))
     runs = {name: (config, encoded[source_of[name]]) for name, config in configs.items()}
