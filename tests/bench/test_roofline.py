@@ -47,22 +47,24 @@ def test_sizes_are_those_of_the_model(shape):
 
 
 def test_operations_are_those_that_torch_counts(shape):
-    """torch's own counter sees one row's forward pass, in which nothing is masked or left out."""
-    model = build("llama")
+    """Of frozen weights, above outputs of q, k, v in the first block that ask for gradients."""
+    model = build("llama").requires_grad_(False)
+    model.set_attn_implementation("eager")
+    attention = model.model.layers[0].self_attn
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+        layer.register_forward_hook(lambda layer, inputs, output: output.requires_grad_())
     row = Example(input_ids=list(range(1, 8)), labels=list(range(1, 8)))
-    batch = Batch.of([row])
     with FlopCounterMode(display=False) as counter:
-        model.set_attn_implementation("eager")
-        model(input_ids=torch.tensor([row.input_ids]))
-    work = count(shape, batch)
-    head = work["head"].operations / 2 / batch.labelled * batch.tokens
-    # A third of the attention is forward, and torch counts the pairs that the mask hides: 7 · 7.
-    attention = work["attention"].operations / 3 / batch.pairs * 49
-    counted = counter.get_total_flops()
+        # All positions but the last are asked for, and predict a labelled token.
+        kept = torch.arange(6)
+        model(input_ids=torch.tensor([row.input_ids]), logits_to_keep=kept).logits.sum().backward()
+    batch = Batch.of([row])
+    work = {part: each.operations for part, each in count(shape, batch).items()}
+    # torch counts the pairs that the mask hides, too: 7 · 7.
+    attended = work["attention"] / batch.pairs * 49
+    expected = work["blocks forward"] + work["blocks backward"] + work["head"] + attended
     rotary = 2 * 4 * batch.tokens
-    assert counted - (work["blocks forward"].operations + head + attention) == pytest.approx(
-        0, abs=rotary
-    )
+    assert counter.get_total_flops() == pytest.approx(expected, abs=rotary)
 
 
 def test_the_adapters_cost_three_times_their_forward_pass(shape):

@@ -23,7 +23,10 @@ def test_a_run_is_timed_until_it_has_logged_a_step_and_is_ended_then(
     assert not (config.out / "adapter_model.safetensors").exists()
 
 
-def test_a_run_that_cannot_start_is_told_with_its_own_words(tiny_llama, tmp_path):
-    config = run(tiny_llama, tmp_path / "none.jsonl", tmp_path / "run")
-    with pytest.raises(TrainingError, match=r"(?s)ended before its first step.*does not exist"):
-        first_step(config, repeats=1, threads=1)
+def test_a_run_that_ends_too_early_is_told_with_its_own_words(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho error: no such rows\nexit 2\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    with pytest.raises(TrainingError, match=r"ended before its first step:\nerror: no such rows"):
+        first_step(run("m", "rows", tmp_path / "run"), repeats=1, threads=1)

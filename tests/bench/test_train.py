@@ -8,11 +8,11 @@ from threading import Thread
 
 import pytest
 
-from lorakit.bench import train, train_race
+from lorakit.bench import train, train_contestants, train_race
 from lorakit.bench.tables import table
-from lorakit.bench.train import TrainBenchConfig
+from lorakit.bench.train import FULL_LEARNING_RATE, TrainBenchConfig
 from lorakit.bench.train_race import Plan, Record, race
-from lorakit.bench.train_turns import PARTS, Clock, Ended, Ready, Turn
+from lorakit.bench.train_turns import PARTS, Clock, Ended, Gate, Ready, Turn
 from lorakit.cli.main import main
 from lorakit.config import DataConfig
 from lorakit.errors import TrainingError
@@ -37,6 +37,19 @@ def start_thread(way, task, plan, connection):
     return thread
 
 
+@pytest.fixture(scope="module")
+def uneven_rows(tmp_path_factory):
+    """Return a file of rows of two to nine words."""
+    words = ["red", "cat", "old", "dog", "new", "bird", "big"]
+    rows = [
+        {"prompt": " ".join(words[: 1 + number % 7]), "completion": words[number % 5]}
+        for number in range(40)
+    ]
+    file = tmp_path_factory.mktemp("rows") / "uneven.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
 @pytest.fixture
 def bench(tiny_llama, prompt_rows, capsys, monkeypatch):
     """Return a function that runs the benchmark on the tiny model and gives back code and JSON."""
@@ -51,12 +64,12 @@ def bench(tiny_llama, prompt_rows, capsys, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_llama, prompt_rows):
+def settings(tiny_llama, uneven_rows):
     """Return settings for a tiny model in float32."""
     return TrainBenchConfig(
         model=str(tiny_llama),
         dtype="float32",
-        data=DataConfig(train=str(prompt_rows), max_length=16),
+        data=DataConfig(train=str(uneven_rows), max_length=16),
         repeats=2,
         steps=2,
         batch_size=3,
@@ -110,6 +123,20 @@ def test_every_part_of_a_step_takes_time(records):
             assert set(turn.parts) == set(PARTS)
             assert all(seconds > 0 for seconds in turn.parts.values())
             assert turn.seconds == pytest.approx(sum(turn.parts.values()))
+
+
+def test_full_fine_tuning_trains_every_weight_of_the_bare_base(tasks, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train_contestants, "_trained", lambda trainer, *others: seen.append(trainer) or 0.0
+    )
+    own, _ = multiprocessing.Pipe()
+    train_contestants.full(tasks["full"], Gate(own, steps=1))
+    (trainer,) = seen
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    assert not any("lora" in name for name, _ in trainer.model.named_parameters())
+    assert trainer.args.learning_rate == FULL_LEARNING_RATE
+    assert trainer.args.seed == tasks["ours"].config.seed
 
 
 def test_a_clock_charges_all_time_to_one_part_each():
@@ -244,6 +271,21 @@ def test_a_contestant_whose_process_ends_is_told(tasks, monkeypatch):
     monkeypatch.setattr(Thread, "join", lambda self: None)
     with pytest.raises(TrainingError, match="ours could not be measured: its process has ended"):
         race(tasks, Plan(warm_ups=0, turns=1, steps=1, threads=None))
+
+
+def test_those_who_have_begun_are_ended_where_another_cannot_begin(tasks, monkeypatch):
+    started = []
+
+    def start(*args):
+        started.append(start_thread(*args))
+        return started[-1]
+
+    monkeypatch.setattr(train_race, "_start", start)
+    lost = replace(tasks["full"], config=tasks["full"].config.model_copy(update={"model": "./no"}))
+    with pytest.raises(TrainingError, match=r"full could not be measured: there is no folder"):
+        race({"ours": tasks["ours"], "full": lost}, Plan(warm_ups=0, turns=1, steps=1, threads=1))
+    assert len(started) == 2
+    assert not any(thread.is_alive() for thread in started)
 
 
 def test_a_contestant_ends_when_the_other_end_of_its_pipe_has_gone(tasks):

@@ -1,0 +1,248 @@
+"""Training on a GPU: ours beside PEFT, eager and compiled, on random Llamas of 1B and 8B.
+
+    python benchmarks/train_gpu.py [--out FILE] [--tiny]
+
+Rows of 2,048 tokens, all labelled; rank 16 on all linear layers, float32, on a bfloat16 base. Ours
+is the code of `lorakit train`; PEFT is in transformers' Trainer, compiled block by block. They
+train one after the other on one base: a GPU's times do not drift as a shared processor's do.
+Medians of steps. The operations of a step are those that it cannot do without
+(`lorakit.bench.roofline_counts`), and their rate stands beside that of a product of large matrices
+on the same card. Takes about four minutes; what would begin after BUDGET_S is left out. --tiny
+checks the program on a CPU.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+import lorakit as lk
+from lorakit.bench.memory import forget_peak, most_bytes
+from lorakit.bench.roofline_counts import Batch, Shape, count
+from lorakit.tasks.batches import training_batch
+from lorakit.tasks.encode import Encoded, Example
+from lorakit.train.guards import Interruption
+from lorakit.train.prepare import NAME, Prepared
+from lorakit.train.run import Run, execute
+from lorakit.train.trainer import make_arguments
+from measured import circumstances
+
+RANK = 16
+WARM_UPS, STEPS = 3, 8
+BUDGET_S = 170
+SIDE = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A model's shape, and the rows of a step."""
+
+    config: LlamaConfig
+    rows: int
+    tokens: int
+
+
+def llama(width: int, inner: int, layers: int, heads: int, keys: int, **more: Any) -> LlamaConfig:
+    """Return the shape of a Llama."""
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        use_cache=False,
+        **{"vocab_size": 128_256, "max_position_embeddings": 4096, **more},
+    )
+
+
+WORK = {
+    "1B": Work(config=llama(2048, 8192, 16, 32, 8, tie_word_embeddings=True), rows=4, tokens=2048),
+    "8B": Work(config=llama(4096, 14336, 32, 32, 8), rows=1, tokens=2048),
+}
+TINY = {"tiny": Work(config=llama(64, 96, 2, 4, 2, vocab_size=256), rows=2, tokens=32)}
+
+
+class Stopwatch(TrainerCallback):
+    """Takes the time between the ends of steps."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note the moment at which the step's work is done."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Return the median time of a step."""
+        counted = self.ends[WARM_UPS - 1 :]
+        return statistics.median(b - a for a, b in itertools.pairwise(counted))
+
+
+class Race:
+    """One base, and the contestants that train an adapter on it."""
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with torch.device(device):
+            self.model = AutoModelForCausalLM.from_config(work.config, dtype=torch.bfloat16)
+        self.config = lk.TrainConfig(
+            out=folder / "run",
+            lora=lk.LoRAConfig(rank=RANK, targets=("all-linear",)),
+            steps=WARM_UPS + STEPS,
+            batch_size=work.rows,
+            warmup_steps=1,
+            learning_rate=1e-4,
+        )
+        draw = torch.Generator().manual_seed(0)
+        size = (work.rows * self.config.steps, work.tokens)
+        ids = torch.randint(work.config.vocab_size, size, generator=draw).tolist()
+        self.examples = tuple(Example(input_ids=row, labels=list(row)) for row in ids)
+        self.batch = Batch.of(self.examples[: work.rows])
+        self.operations = 0
+
+    def ours(self) -> Stopwatch:
+        """Train as `lorakit train` does."""
+        watch = Stopwatch()
+        plan = lk.attach(self.model, self.config.lora, name=NAME)
+        shape = Shape.of(self.model, NAME)
+        self.operations = sum(part.operations for part in count(shape, self.batch).values())
+        prepared = Prepared(
+            name=NAME,
+            task="generation",
+            kind="text",
+            labels=None,
+            model=self.model,
+            tokenizer=SimpleNamespace(pad_token_id=0, eos_token_id=0),
+            plan=plan,
+            training=Encoded(examples=self.examples, report=None),
+            validation=None,
+            steps=self.config.steps,
+        )
+        forget_peak()
+        with Interruption() as interruption:
+            run = Run(config=self.config, prepared=prepared, checkpoint=None)
+            execute(run, interruption, bar=watch)
+        lk.detach(self.model)
+        return watch
+
+    def peft(self, *, compiled: bool = False) -> Stopwatch:
+        """Train with PEFT and transformers' Trainer."""
+        watch = Stopwatch()
+        lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+        model = peft.get_peft_model(self.model, lora)
+        if compiled:
+            for block in self.model.model.layers:
+                block.compile()
+        arguments = make_arguments(self.config, self.config.steps)
+        arguments.save_strategy = "no"
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=self.examples,
+            data_collator=lambda examples: training_batch(examples, pad_id=0),
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        forget_peak()
+        trainer.train()
+        self.model = model.unload()
+        return watch
+
+    def peft_compiled(self) -> Stopwatch:
+        """Train with PEFT, each block compiled; the model is of no use afterwards."""
+        return self.peft(compiled=True)
+
+
+def ceiling(side: int) -> float:
+    """Return the operations per second of a product of large matrices."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.ones(side, side, device=device, dtype=torch.bfloat16)
+    best = float("inf")
+    for _ in range(10):
+        begun = time.perf_counter()
+        matrix @ matrix
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * side**3 / best
+
+
+def measure(name: str, work: Work, until: float, most: float) -> list[dict[str, Any]]:
+    """Return a line for each contestant that there is time for."""
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        race = Race(work, Path(folder))
+        ways: dict[str, Callable[[], Stopwatch]] = {
+            "ours": race.ours,
+            "peft": race.peft,
+            "peft compiled": race.peft_compiled,
+        }
+        for way, train in ways.items():
+            if lines and time.perf_counter() > until:
+                print(f"{name}, {way}: left out, for want of time")
+                continue
+            gc.collect()
+            seconds = train().seconds
+            lines.append(
+                {
+                    "model": name,
+                    "who": way,
+                    "tokens/s": round(race.batch.tokens / seconds),
+                    "step ms": round(seconds * 1000, 1),
+                    "memory GB": round((most_bytes() or 0) / 1e9, 2),
+                    "TFLOP/s": round(race.operations / seconds / 1e12, 1),
+                    "% of a large product": round(100 * race.operations / seconds / most, 1),
+                }
+            )
+            print(lines[-1], flush=True)
+    return lines
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the figures as a Markdown table."""
+    heads = list(rows[0])
+    lines = [heads, ["---"] * len(heads), *([str(row[head]) for head in heads] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Measure, write what was asked for, and print the table last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="a file for the JSON")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, also without a GPU")
+    arguments = parser.parse_args()
+    if not (torch.cuda.is_available() or arguments.tiny):
+        print("No CUDA device was found, so there is nothing to measure.")
+        return
+    conditions, until = circumstances(), time.perf_counter() + BUDGET_S
+    most = ceiling(256 if arguments.tiny else SIDE)
+    rows = []
+    for name, work in (TINY if arguments.tiny else WORK).items():
+        rows += measure(name, work, until, most)
+        gc.collect()
+        torch.cuda.empty_cache()
+    settings = {"rank": RANK, "targets": "all-linear", "base": "bfloat16", "weights": "float32"}
+    result = {**conditions, "settings": settings, "large_product_per_s": most, "rows": rows}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"a product of large matrices: {most / 1e12:.0f} TFLOP/s", table(rows), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
