@@ -285,6 +285,10 @@ class TrainConfig(Settings):
     """What computes. auto: the fast paths wherever they can; plain: plain torch, their oracle, with
     padded rows."""
 
+    compile: bool = False
+    """Train through torch.compile, with padded rows. Compiling takes minutes on a CPU
+    (docs/benchmarks.md says when that pays)."""
+
     check_after: Annotated[int, Field(ge=3)] = 5
     """Steps after which every adapted layer must have moved."""
 

@@ -1,5 +1,6 @@
 """Makes batches of examples: padded on the right or joined to train, on the left to generate."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,8 +23,10 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def training_batch(examples: Sequence[Example], *, pad_id: int) -> dict[str, Tensor]:
-    """Return examples padded on the right to the longest of them.
+def training_batch(
+    examples: Sequence[Example], *, pad_id: int, multiple: int = 1
+) -> dict[str, Tensor]:
+    """Return examples padded on the right to the longest of them, up to a multiple of tokens.
 
     Returns:
         input_ids, attention_mask and, if the examples have them, token_type_ids: (batch, length);
@@ -31,7 +34,7 @@ def training_batch(examples: Sequence[Example], *, pad_id: int) -> dict[str, Ten
         classes, (batch,) in float32 for a regression.
     """
     ids = [example.input_ids for example in examples]
-    length = max(map(len, ids))
+    length = math.ceil(max(map(len, ids)) / multiple) * multiple
     batch = {
         "input_ids": _rectangle(ids, length, pad_id),
         "attention_mask": _rectangle([[1] * len(row) for row in ids], length, 0),

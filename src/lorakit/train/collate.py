@@ -29,7 +29,9 @@ class Collator:
         if self._layout.joined:
             segments = Segments((lengths,), sum(lengths))
             return {**joined_batch(examples), SEGMENTS: segments}
-        batch: dict[str, Any] = training_batch(examples, pad_id=self._pad_id)
+        batch: dict[str, Any] = training_batch(
+            examples, pad_id=self._pad_id, multiple=self._layout.multiple
+        )
         if self._layout.segmented:
             batch[SEGMENTS] = Segments(tuple((n,) for n in lengths), max(lengths))
         return batch

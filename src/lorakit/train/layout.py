@@ -37,6 +37,8 @@ class Layout:
     """Attention is computed for each row by itself, by `attention_within`."""
     by_length: bool = False
     """Rows of like length share a batch."""
+    multiple: int = 1
+    """Padded rows are so many tokens long, or a multiple of it."""
     reason: str = ""
     """Why rows are not joined."""
 

@@ -22,9 +22,11 @@ WORTH = {"balanced": products, "low": narrow_products}
 def training_memory(model: PreTrainedModel, config: TrainConfig) -> Iterator[None]:
     """Let a model keep what `config.memory` says, for as long as the context lasts."""
     worth = WORTH.get(config.memory)
+    # What a compiler fuses keeps no more than ours.
+    is_ours = fast() and not config.compile
     with (
         _without_cache(model),
-        economical(model) if fast() else nullcontext(),
+        economical(model) if is_ours else nullcontext(),
         recomputing(model, worth, offload=config.offload) if worth else nullcontext(),
     ):
         yield

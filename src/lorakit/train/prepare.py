@@ -18,6 +18,7 @@ from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.tasks.encode import Encoded, encode_rows
 from lorakit.tasks.kinds import Rows
 from lorakit.tasks.rows import read_rows
+from lorakit.train.compiling import LENGTHS, check_compile
 from lorakit.train.layout import PLAIN, Layout, choose_layout
 from lorakit.train.memory import check_memory
 
@@ -85,15 +86,15 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     Raises:
         LorakitError: whatever stands in the way of the runs.
     """
+    for config in configs.values():
+        check_compile(config)
     source_of = _sources(configs)
     sources = {name: configs[name] for name in source_of.values()}
     read = _for_each(sources, _read)
     task, labels = _shared(read)
     first = next(iter(configs.values()))
     model, tokenizer = load_model(first.model, dtype=first.dtype, task=task, labels=labels)
-    # Joined rows need attention of ours, which plain torch does not have.
-    packing = "off" if first.kernels == "plain" else first.packing
-    layout = choose_layout(model, task=task, packing=packing)
+    layout = _layout(model, task, first)
     check_memory(model, first)
     encoded = _for_each(sources, lambda config, name: _encode(read[name], tokenizer, config))
     runs = {name: (config, encoded[source_of[name]]) for name, config in configs.items()}
@@ -115,6 +116,14 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
         )
         for name, (_, (training, validation)) in runs.items()
     }
+
+
+def _layout(model: PreTrainedModel, task: str, config: TrainConfig) -> Layout:
+    if config.compile:
+        return Layout(multiple=LENGTHS)
+    # Joined rows need attention of ours, which plain torch does not have.
+    packing = "off" if config.kernels == "plain" else config.packing
+    return choose_layout(model, task=task, packing=packing)
 
 
 def _sources(configs: Mapping[str, TrainConfig]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from lorakit.errors import ConfigError, OutputError, TrainingError
 from lorakit.kernels.choice import use
 from lorakit.routing import route
 from lorakit.train.collate import Collator
+from lorakit.train.compiling import compiled_body
 from lorakit.train.evaluation import score
 from lorakit.train.guards import Interruption, UntrainedParts
 from lorakit.train.loss import Loss
@@ -110,8 +112,13 @@ def run_alone(
     make_trainer: Callable[..., AdapterTrainer] = AdapterTrainer,
 ) -> TrainResult:
     """Train as `execute` does, with the kernels and the memory that the settings ask for."""
-    economy = training_memory(run.prepared.model, run.config)
-    with Interruption() as interruption, use(run.config.kernels), economy:
+    model, config = run.prepared.model, run.config
+    with (
+        Interruption() as interruption,
+        use(config.kernels),
+        training_memory(model, config),
+        compiled_body(model) if config.compile else nullcontext(),
+    ):
         return execute(run, interruption, bar=bar, make_trainer=make_trainer)
 
 
