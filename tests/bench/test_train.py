@@ -179,7 +179,7 @@ def test_the_result_has_speed_memory_losses_and_goals(bench, tmp_path):
 
 
 def test_contestants_can_be_left_out_and_ours_can_have_settings_of_its_own(bench):
-    code, result = bench("--no-peer", "--no-full", "--ours", "{gradient_checkpointing: true}")
+    code, result = bench("--no-peer", "--no-full", "--ours", "{memory: low}")
     assert code == 0, result
     assert set(result["curves"]) == {"ours"}
     assert (result["goals"], result["ratios"]) == ([], {})

@@ -17,7 +17,7 @@ import lorakit.train.prepare as preparation
 import lorakit.train.run as training
 from lorakit.config import DataConfig, LoRAConfig, TrainConfig
 from lorakit.errors import ConfigError, DataError, OutputError, TrainingError
-from lorakit.train import trainer
+from lorakit.train import batch_trainer
 from lorakit.train.objective import text_loss
 from lorakit.train.run import train
 
@@ -102,7 +102,7 @@ def test_every_step_has_the_loss_of_plain_torch(settings, tmp_path, monkeypatch)
             found.setdefault(name, []).append(loss.item())
             return loss
 
-        monkeypatch.setattr(trainer, "text_loss", noted)
+        monkeypatch.setattr(batch_trainer, "text_loss", noted)
         lora = LoRAConfig(rank=4, targets=("all-linear", "head"))
         train(settings(out=tmp_path / name, lora=lora, label_smoothing=0.1, z_loss=0.02))
     assert len(found["ours"]) == 12
