@@ -34,9 +34,9 @@ from lorakit.bench.memory import forget_peak, most_bytes
 from lorakit.bench.roofline_counts import Batch, Shape, count
 from lorakit.tasks.batches import training_batch
 from lorakit.tasks.encode import Encoded, Example
-from lorakit.train.guards import Interruption
+from lorakit.train.layout import choose_layout
 from lorakit.train.prepare import NAME, Prepared
-from lorakit.train.run import Run, execute
+from lorakit.train.run import Run, run_alone
 from lorakit.train.trainer import make_arguments
 from measured import circumstances
 
@@ -133,11 +133,10 @@ class Race:
             training=Encoded(examples=self.examples, report=None),
             validation=None,
             steps=self.config.steps,
+            layout=choose_layout(self.model, task="generation", packing="auto"),
         )
         forget_peak()
-        with Interruption() as interruption:
-            run = Run(config=self.config, prepared=prepared, checkpoint=None)
-            execute(run, interruption, bar=watch)
+        run_alone(Run(config=self.config, prepared=prepared, checkpoint=None), bar=watch)
         lk.detach(self.model)
         return watch
 

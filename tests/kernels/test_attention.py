@@ -14,7 +14,7 @@ from lorakit.kernels.attention import (
     fused_attention,
     segment_attention,
 )
-from lorakit.kernels.packed_rows import LIKE, Segments
+from lorakit.kernels.packed_rows import FEW_SIZES, LIKE, Segments
 
 RULES = {
     "causal": Rule(scale=0.4),
@@ -181,7 +181,10 @@ def test_groups_hold_every_segment_once_and_only_those_of_like_length(rows):
     expected = [r * segments.width + t for r, row in enumerate(rows) for t in range(sum(row))]
     assert sorted(tokens.tolist()) == expected
     for group in groups:
-        assert group.longest <= LIKE * int(group.real.sum(1).min())
+        lengths = group.real.sum(1)
+        assert int(lengths.max()) <= LIKE * int(lengths.min())
+        assert group.longest % FEW_SIZES == 0
+        assert group.longest < int(lengths.max()) + FEW_SIZES
 
 
 @pytest.mark.gpu

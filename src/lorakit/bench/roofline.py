@@ -13,9 +13,8 @@ from lorakit.bench.roofline_ceilings import Ceilings, ceilings
 from lorakit.bench.roofline_counts import PARTS, Batch, Shape, Work, count
 from lorakit.bench.roofline_profile import REST, ProfiledTrainer, Profiles, Sorter, medians
 from lorakit.bench.train_settings import RunSettings, draw_rows, run_settings, write_rows
-from lorakit.train.guards import Interruption
 from lorakit.train.prepare import Prepared, prepare
-from lorakit.train.run import Run, execute
+from lorakit.train.run import Run, run_alone
 
 WARM_UPS = 2
 """Steps before the first profile."""
@@ -70,8 +69,7 @@ def _profiled(settings: RooflineConfig, folder: Path) -> tuple[Prepared, Profile
     Shape.of(prepared.model, prepared.name)
     profiles = Profiles(warm_ups=WARM_UPS, repeats=settings.repeats)
     run = Run(config=config, prepared=prepared, checkpoint=None)
-    with Interruption() as interruption:
-        execute(run, interruption, bar=profiles, make_trainer=ProfiledTrainer)
+    run_alone(run, bar=profiles, make_trainer=ProfiledTrainer)
     return prepared, profiles
 
 

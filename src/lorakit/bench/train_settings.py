@@ -42,7 +42,7 @@ class RunSettings(BenchConfig):
     """Seed of the choice of rows, of their order and of A."""
 
     ours: dict[str, Any] | None = None
-    """Other settings of `lorakit train` for ours, such as {gradient_checkpointing: true}."""
+    """Other settings of `lorakit train` for ours, such as {memory: low}."""
 
 
 def draw_rows(settings: RunSettings, count: int, *, what_for: str) -> list[PromptRow]:

@@ -46,8 +46,10 @@ def training_batch(
     return batch
 
 
-def joined_batch(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Return examples with a label per token, joined to one row without padding.
+def joined_batch(
+    examples: Sequence[Example], *, pad_id: int = 0, multiple: int = 1
+) -> dict[str, Tensor]:
+    """Return examples with a label per token, joined to one row, padded up to a multiple of tokens.
 
     Returns:
         input_ids; position_ids, which start at 0 for each example; labels, IGNORED on each
@@ -58,7 +60,9 @@ def joined_batch(examples: Sequence[Example]) -> dict[str, Tensor]:
         "position_ids": [at for each in examples for at in range(len(each.input_ids))],
         "labels": [label for each in examples for label in _predicted(each)],
     }
-    return {name: torch.tensor([values]) for name, values in row.items()}
+    missing = -len(row["input_ids"]) % multiple
+    fill = {"input_ids": pad_id, "position_ids": 0, "labels": IGNORED}
+    return {n: torch.tensor([values + [fill[n]] * missing]) for n, values in row.items()}
 
 
 def _predicted(example: Example) -> list[int]:

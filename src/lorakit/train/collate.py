@@ -27,8 +27,9 @@ class Collator:
         """Return the batch, labels included; the layout says in what form."""
         lengths = tuple(len(example.input_ids) for example in examples)
         if self._layout.joined:
-            segments = Segments((lengths,), sum(lengths))
-            return {**joined_batch(examples), SEGMENTS: segments}
+            joined = joined_batch(examples, pad_id=self._pad_id, multiple=self._layout.multiple)
+            segments = Segments((lengths,), joined["input_ids"].shape[1])
+            return {**joined, SEGMENTS: segments}
         batch: dict[str, Any] = training_batch(
             examples, pad_id=self._pad_id, multiple=self._layout.multiple
         )

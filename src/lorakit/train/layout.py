@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.errors import ConfigError
-from lorakit.kernels.packed_rows import Segments
+from lorakit.kernels.packed_rows import FEW_SIZES, Segments
 from lorakit.models.attention import attention_within, takes_attention_functions
 from lorakit.tasks.batches import joined_batch, training_batch
 from lorakit.tasks.encode import Example
@@ -32,13 +32,13 @@ class Layout:
     """How rows become batches."""
 
     joined: bool = False
-    """One row without padding, in place of a rectangle."""
+    """One row, without padding but at its end, in place of a rectangle."""
     segmented: bool = False
     """Attention is computed for each row by itself, by `attention_within`."""
     by_length: bool = False
     """Rows of like length share a batch."""
     multiple: int = 1
-    """Padded rows are so many tokens long, or a multiple of it."""
+    """Rows of a batch are so many tokens long, or a multiple of it."""
     reason: str = ""
     """Why rows are not joined."""
 
@@ -73,7 +73,7 @@ def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> Layout:
     if not reason:
         reason = _difference(model, joined=True)
     if not reason:
-        return Layout(joined=True, segmented=True)
+        return Layout(joined=True, segmented=True, multiple=FEW_SIZES)
     if packing == "on":
         raise ConfigError(f"packing is on, but {reason}: leave it at auto, or turn it off")
     segmented = takes_attention_functions(model) and not _difference(model, joined=False)

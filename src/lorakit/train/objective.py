@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorakit.attachment import attachment_of, unwrapped
 from lorakit.kernels.choice import fast
 from lorakit.kernels.cross_entropy import head_cross_entropy
-from lorakit.kernels.packed_rows import Segments
+from lorakit.kernels.packed_rows import FEW_SIZES, Segments
 from lorakit.methods.layer import AdaptedLayer
 from lorakit.models.attention import attention_within, takes_attention_functions
 from lorakit.models.roles import output_head
@@ -161,7 +161,17 @@ class _Chosen:
             index = columns + torch.arange(rows, device=labels.device)[:, None] * length
         else:
             index = asked.flatten().nonzero().T
+            return _Chosen(index, following.flatten()[index], labels.shape).rounded()
         return _Chosen(index, following.flatten()[index], labels.shape)
+
+    def rounded(self) -> _Chosen:
+        """Return the same and some positions without a label, so that few numbers of them occur."""
+        missing = -self.index.shape[1] % FEW_SIZES
+        return _Chosen(
+            F.pad(self.index, (0, missing)),
+            F.pad(self.targets, (0, missing), value=IGNORED),
+            self.shape,
+        )
 
     def take(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "groups tokens d"]:
         """Return what lies at the chosen positions of a batch."""
@@ -178,7 +188,8 @@ class _Chosen:
     def put_back(self, values: Float[Tensor, "groups tokens"]) -> Float[Tensor, "rows length"]:
         """Return values at their positions in the batch, and 0 elsewhere."""
         found = values.new_zeros(self.shape.numel())
-        found[self.index.to(values.device)] = values
+        # What has no label has no loss, so that positions may be here twice.
+        found.index_add_(0, self.index.flatten().to(values.device), values.flatten())
         return found.view(self.shape)
 
 
