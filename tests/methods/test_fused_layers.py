@@ -119,8 +119,12 @@ def test_the_numbers_of_interleaved_rows_serve_training_after_inference():
     with torch.inference_mode():
         model(**inputs)
     for kernels in ("auto", "plain"):
+        model.zero_grad()
         with use(kernels):
-            model(**inputs).logits.sum().backward()
+            model(**inputs).logits.square().sum().backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert trained
+        assert all(p.grad is not None and p.grad.any() for p in trained)
 
 
 def test_a_compiled_model_trains_as_an_eager_one():
