@@ -3,8 +3,8 @@
 import pytest
 
 import lorakit as lk
-from lorakit.config import layer_numbers
 from lorakit.errors import ConfigError, LorakitError
+from lorakit.method_config import layer_numbers
 
 
 @pytest.mark.parametrize(

@@ -11,21 +11,32 @@ from lorakit.adapter import Adapter, Site
 from lorakit.attach import attach, detach, extract
 from lorakit.attachment import active_name, adapter_names
 from lorakit.bank import AdapterBank
-from lorakit.config import DataConfig, LoRAConfig, TrainConfig
+from lorakit.config import DataConfig, TrainConfig
 from lorakit.errors import LorakitError
-from lorakit.matching import plan
 from lorakit.merge import MergeReport, merge, unmerge
+from lorakit.method_config import (
+    BitFitConfig,
+    BottleneckConfig,
+    FullConfig,
+    LoRAConfig,
+    PrefixConfig,
+)
 from lorakit.models.load import load_model
+from lorakit.planning import plan
 from lorakit.routing import route, switch
 
 __all__ = [
     "Adapter",
     "AdapterBank",
+    "BitFitConfig",
+    "BottleneckConfig",
     "DataConfig",
+    "FullConfig",
     "LoRAConfig",
     "LorakitError",
     "MergeReport",
     "Opened",
+    "PrefixConfig",
     "Site",
     "TrainConfig",
     "active_name",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.config import LoRAConfig
+from lorakit.method_config import LoRAConfig, MethodConfig
 from lorakit.models.identity import BaseIdentity
 
 Rows = tuple[tuple[int, int], ...]
@@ -53,6 +53,8 @@ class Site:
         return self.path if self.rows is None else f"{self.path}[{self.role}]"
 
 
+WORDS = {"lora": ".lora_", "prefix-": ".prompt", "adapter-": ".bottleneck."}
+"""How methods' names start, and what is in the names of their tensors."""
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size in bytes: what any value's bits can be read as; numpy has no bfloat16."""
 LUMP_BYTES = 16 * 2**20
@@ -90,8 +92,8 @@ class Adapter:
     one of the base's own parameter names replaces that parameter (docs/design.md has all shapes).
     """
 
-    config: LoRAConfig
-    """The settings it was made with."""
+    configs: tuple[MethodConfig, ...]
+    """The settings of each method that it was made with."""
     sites: tuple[Site, ...]
     """Every low-rank update, in the model's order."""
     tensors: Mapping[str, Tensor]
@@ -107,7 +109,24 @@ class Adapter:
     unverified: tuple[str, ...] = ()
     """What its files could not prove, in words; empty if lorakit trained it."""
 
-    method = "lora"
+    @property
+    def method(self) -> str:
+        """Return the names of its methods, with a plus between them."""
+        return "+".join(config.method for config in self.configs)
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """Return the settings of its low-rank updates, if LoRA is among its methods."""
+        return next((each for each in self.configs if isinstance(each, LoRAConfig)), None)
+
+    def method_of(self, tensor: str) -> str:
+        """Return the method that trains a tensor; copies of a task's head go with the first."""
+        named = [config.method for config in self.configs]
+        for start, word in WORDS.items():
+            if word in tensor:
+                return next(method for method in named if method.startswith(start))
+        whole = (method for method in named if method in ("full", "top-k", "bitfit"))
+        return next(whole, named[0])
 
     @property
     def size_bytes(self) -> int:
@@ -145,6 +164,9 @@ class Adapter:
             meaning = [site.name, site.rank, site.alpha, site.scale, site.rows, site.groups]
             yield json.dumps(meaning).encode()
         yield json.dumps(sorted(self.copied_modules)).encode()
+        for config in self.configs:
+            if not isinstance(config, LoRAConfig):
+                yield json.dumps([config.method, config.model_dump(mode="json")]).encode()
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the adapter as a folder (docs/adapter-format.md) and return the folder.

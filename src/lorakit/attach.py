@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -20,9 +20,10 @@ from lorakit.attachment import (
     require_attachment,
     require_name,
 )
-from lorakit.config import LoRAConfig
 from lorakit.errors import AttachError
-from lorakit.matching import Plan, fit, plan, short_names
+from lorakit.matching import fit
+from lorakit.method_config import LoRAConfig, MethodConfig
+from lorakit.methods.chain import Chain
 from lorakit.methods.checkpointing import forget_routes, stacks_of_blocks
 from lorakit.methods.layer import (
     Update,
@@ -32,12 +33,13 @@ from lorakit.methods.layer import (
 from lorakit.methods.lora import LoRAUpdate, LowRank, fresh_a, parameter_shapes
 from lorakit.methods.module_copy import ModuleCopy
 from lorakit.models.roles import task_heads
+from lorakit.planning import Plan, as_configs, plan, short_names
 from lorakit.pristine import Pristine
 
 
 def attach(
     model: nn.Module,
-    what: LoRAConfig | Adapter,
+    what: MethodConfig | Sequence[MethodConfig] | Adapter,
     *,
     name: str = "default",
     trainable: bool | None = None,
@@ -50,8 +52,8 @@ def attach(
 
     Args:
         model: a plain module; one that has adapters already gets one more.
-        what: settings for a fresh adapter (A random, B zero: the model answers as before), or an
-            `Adapter`.
+        what: settings of a method for a fresh adapter (LoRA's has A random and B zero: the model
+            answers as before), those of several methods, or an `Adapter`.
         name: what to call it in this model.
         trainable: whether A, B, biases and copies take gradients. None: a fresh one does.
         allow_other_base: accept an adapter whose base has other weights.
@@ -70,10 +72,11 @@ def attach(
     if isinstance(what, Adapter):
         fitted, updates, record = fit_and_build(model, what, allow_other_base=allow_other_base)
     else:
-        fitted = plan(model, what)
-        updates = _build(layout_of(model).modules, fitted, what, None)
+        configs = as_configs(what)
+        fitted = plan(model, configs)
+        updates = _build(layout_of(model).modules, fitted, configs, None)
         record = Adapter(
-            config=what,
+            configs=configs,
             sites=fitted.sites,
             tensors={},
             copied_modules=fitted.copies,
@@ -126,7 +129,7 @@ def fit_and_build(
         allow_other_base=allow_other_base,
         other_heads=task_heads(model) if other_heads else (),
     )
-    updates = _build(layout.modules, fitted, adapter.config, adapter.tensors, copy=copy)
+    updates = _build(layout.modules, fitted, adapter.configs, adapter.tensors, copy=copy)
     # Another tool's file may not say what kind of layer it adapts; the model does.
     return fitted, updates, replace(adapter, tensors={}, sites=fitted.sites)
 
@@ -134,7 +137,7 @@ def fit_and_build(
 def _build(
     modules: Mapping[str, nn.Module],
     fitted: Plan,
-    config: LoRAConfig,
+    configs: Sequence[MethodConfig],
     tensors: Mapping[str, Tensor] | None,
     *,
     copy: bool = True,
@@ -142,6 +145,8 @@ def _build(
     """Return the update of each touched module, by path; the modules are not changed."""
     updates: dict[str, Update] = {}
     parts: dict[str, dict[str, LowRank]] = {}
+    dtype = getattr(torch, configs[0].dtype)
+    config = next((each for each in configs if isinstance(each, LoRAConfig)), LoRAConfig())
     for match in fitted.matches:
         site, layer = match.site, modules[match.site.path]
         if tensors is None:
@@ -151,14 +156,17 @@ def _build(
             a = tensors[f"{site.name}.lora_a"].to(device, copy=copy)
             b = tensors[f"{site.name}.lora_b"].to(device, copy=copy)
         parts.setdefault(site.path, {})[site.role or "whole"] = LowRank(site, config, a, b)
-    biases = {path: _starting_bias(modules, path, config, tensors) for path in fitted.biases}
+    biases = {path: _starting_bias(modules, path, dtype, tensors) for path in fitted.biases}
     for path in dict.fromkeys([*parts, *biases]):
         updates[path] = LoRAUpdate(parts.get(path, {}), biases.get(path))
     for path in fitted.copies:
-        made = ModuleCopy(modules[path], getattr(torch, config.dtype))
+        made = ModuleCopy(modules[path], dtype)
         if tensors is not None:
             made.fill(tensors, path)
         updates[path] = made
+    for part in fitted.parts:
+        first, own = updates.get(part.path), part.update(modules, tensors)
+        updates[part.path] = own if first is None else Chain([first, own])
     return updates
 
 
@@ -173,12 +181,12 @@ def _fresh(layer: nn.Module, site: Site, config: LoRAConfig) -> tuple[Tensor, Te
 def _starting_bias(
     modules: Mapping[str, nn.Module],
     path: str,
-    config: LoRAConfig,
+    dtype: torch.dtype,
     tensors: Mapping[str, Tensor] | None,
 ) -> Tensor:
     base = cast(Tensor, modules[path].bias).detach()
     if tensors is None:
-        return base.to(getattr(torch, config.dtype), copy=True)
+        return base.to(dtype, copy=True)
     return tensors[f"{path}.bias"].to(base.device, copy=True)
 
 
@@ -297,14 +305,4 @@ def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Pa
     """Yield one adapter's parameters under their names in an `Adapter`."""
     state = require_attachment(model)
     for number, update in state.updates.get(name, {}).items():
-        path = state.paths[number]
-        if isinstance(update, ModuleCopy):
-            for inner, parameter in update.copy.named_parameters():
-                yield f"{path}.{inner}", parameter
-        elif isinstance(update, LoRAUpdate):
-            for part in update.parts.values():
-                assert isinstance(part, LowRank)
-                yield f"{part.site.name}.lora_a", part.lora_a
-                yield f"{part.site.name}.lora_b", part.lora_b
-            if update.bias is not None:
-                yield f"{path}.bias", update.bias
+        yield from update.named_tensors(state.paths[number])

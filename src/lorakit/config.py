@@ -1,166 +1,26 @@
-"""Settings: one frozen class is the Python argument, the YAML file and the CLI flags at once."""
+"""Settings of runs: one class is the Python argument, the YAML file and the flags at once."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-from lorakit.errors import ConfigError, did_you_mean
+from lorakit.method_config import (
+    DEFAULTS,
+    METHODS,
+    BitFitConfig,
+    BottleneckSettings,
+    FullSettings,
+    LoRAConfig,
+    MethodConfig,
+    PrefixSettings,
+    combination_problems,
+    config_of,
+)
+from lorakit.settings import DType, Names, PositiveFloat, PositiveInt, Settings
 
 Format = Literal["auto", "prompt", "messages", "text", "classification"]
 RowField = Literal["prompt", "completion", "references", "messages", "text", "text_pair", "label"]
-DType = Literal["float32", "bfloat16", "float16"]
-
-
-def _comma_list(value: Any) -> Any:
-    """Split "q, v" into its names, so that a flag or a YAML line needs no brackets."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(ge=1)]
-
-
-class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys refused, every problem reported at once."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        coerce_numbers_to_str=True,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        validate_default=True,
-    )
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise config_error(type(self), error) from None
-
-    # Pydantic then builds nested settings without this constructor, so that the outermost
-    # one collects the problems of all of them.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-
-def config_error(settings: type[BaseModel], error: ValidationError) -> ConfigError:
-    """Return one ConfigError with a line for each of pydantic's problems."""
-    return ConfigError.listing(
-        f"{settings.__name__} has settings that cannot be used", problem_lines(settings, error)
-    )
-
-
-def problem_lines(settings: type[BaseModel], error: ValidationError) -> list[str]:
-    """Return a line for each of pydantic's problems: the setting, and what is wrong with it."""
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown setting{_nearest(settings, problem['loc'])}")
-        elif problem["type"] == "missing":
-            lines.append(f"{key}: must be given")
-        elif problem["type"] == "value_error":
-            lines.append(f"{key}: {problem['ctx']['error']}")
-        else:
-            found = repr(problem["input"])
-            lines.append(f"{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, found {found}")
-    return lines
-
-
-def _nearest(settings: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    """Return "; did you mean 'x'?" for the nearest known key beside an unknown one."""
-    for part in location[:-1]:
-        field = settings.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return ""
-        settings = inner
-    known = settings.model_fields
-    hint = did_you_mean(str(location[-1]), known)
-    return hint or f"; the known ones are {', '.join(known)}"
-
-
-class LoRAConfig(Settings):
-    """How to adapt a model with LoRA (Hu et al. 2021, section 4.1)."""
-
-    rank: PositiveInt = 8
-    """Inner width r of the update B·A. The paper tries 1 to 64 (Table 6)."""
-
-    alpha: PositiveFloat | None = None
-    """Numerator of the scale α/r (section 4.1). None: equal to the rank, so the scale is 1."""
-
-    targets: Names = ("q", "v")
-    """Layers to adapt: roles (q k v o gate up down embed head attention mlp all-linear), the end of
-    a module's dotted path, a glob such as model.layers.*.mlp.*, or re:REGEX over the whole path."""
-
-    exclude: Names = ()
-    """Layers to leave alone, in the same words as targets."""
-
-    layers: str | None = None
-    """Blocks to adapt, counted from 0, such as "0-5,11". None: every block."""
-
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Chance that an input element of A·x is dropped in training."""
-
-    bias: Literal["none", "lora", "all"] = "none"
-    """Bias vectors to train as well: none, those of the adapted layers, or all in the model."""
-
-    rank_pattern: dict[str, PositiveInt] = {}
-    """Other ranks for some layers, in the words of targets; the last match counts."""
-
-    alpha_pattern: dict[str, PositiveFloat] = {}
-    """Other alphas for some layers, in the words of targets; the last match counts."""
-
-    use_rslora: bool = False
-    """Scale by α/√r in place of α/r (Kalajdzievski 2023)."""
-
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """How A starts; B starts at zero. kaiming: uniform, as the authors' code and PEFT do, so that
-    learning rates carry over; gaussian: normal with variance 1/d_in, as the paper's text says."""
-
-    modules_to_save: Names = ("auto",)
-    """Modules trained as full copies, by the end of their path. auto: a freshly made task head (a
-    classifier), nothing else."""
-
-    dtype: DType = "float32"
-    """Precision of A and B, whatever the base's. float32 keeps small steps from being lost."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "LoRAConfig":
-        if not self.targets and self.bias == "none" and not self.modules_to_save:
-            raise ValueError("targets is empty, so nothing would be trained")
-        if self.layers is not None:
-            layer_numbers(self.layers)
-        return self
-
-
-def layer_numbers(text: str) -> frozenset[int]:
-    """Return the block numbers that a range such as "0-5,11" names.
-
-    Raises:
-        ValueError: the text is not a list of numbers and ranges.
-    """
-    numbers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"layers {text!r} is not a list of blocks such as '0-5,11'")
-        stop = int(last) if dash else int(first)
-        if stop < int(first):
-            raise ValueError(f"layers {text!r} has a range that ends before it starts")
-        numbers.update(range(int(first), stop + 1))
-    return frozenset(numbers)
 
 
 class DataConfig(Settings):
@@ -211,8 +71,24 @@ class TrainConfig(Settings):
     out: Path
     """Folder for the adapter (best by validation, else last), last/, checkpoints/ and the log."""
 
+    method: Names = ("lora",)
+    """What is trained: lora full top-k bitfit prefix-embedding prefix-layer adapter-h adapter-l
+    adapter-p adapter-d, or several of them, such as lora,prefix-layer."""
+
     lora: LoRAConfig = LoRAConfig()
-    """What is adapted, and how."""
+    """What lora adapts, and how."""
+
+    full: FullSettings = FullSettings()
+    """What full and top-k train."""
+
+    bitfit: BitFitConfig = BitFitConfig()
+    """What bitfit trains."""
+
+    prefix: PrefixSettings = PrefixSettings()
+    """The trained tokens of prefix-embedding and prefix-layer."""
+
+    bottleneck: BottleneckSettings = BottleneckSettings()
+    """The bottlenecks of adapter-h, adapter-l, adapter-p and adapter-d."""
 
     data: DataConfig = DataConfig()
     """What it is trained on."""
@@ -235,11 +111,11 @@ class TrainConfig(Settings):
     accumulate: PositiveInt = 1
     """Forward passes per optimizer step."""
 
-    learning_rate: PositiveFloat = 2e-3
-    """Peak learning rate of AdamW."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate of AdamW. None: each method's own, found by trial (docs/methods.md)."""
 
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
-    """Steps over which the learning rate rises from zero."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which the learning rate rises from zero. None: the method's own."""
 
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after the warm-up."""
@@ -315,6 +191,38 @@ class TrainConfig(Settings):
 
     dry_run: bool = False
     """Print what would be adapted and read, and stop before training."""
+
+    def methods(self) -> tuple[MethodConfig, ...]:
+        """Return the settings of each method that is trained."""
+        sections = {"lora": self.lora, "full": self.full, "top-k": self.full, "bitfit": self.bitfit}
+        return tuple(
+            config_of(name, (sections.get(name) or self._section(name)).model_dump())
+            for name in self.method
+        )
+
+    def _section(self, method: str) -> MethodConfig:
+        return self.prefix if method.startswith("prefix-") else self.bottleneck
+
+    def rate_of(self, method: str) -> float:
+        """Return the peak learning rate of a method's weights."""
+        return self.learning_rate or DEFAULTS[method].learning_rate
+
+    @property
+    def warmup(self) -> int:
+        """Return the steps over which learning rates rise from zero."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return max(DEFAULTS[name].warmup_steps for name in self.method)
+
+    @model_validator(mode="after")
+    def _check_methods(self) -> "TrainConfig":
+        unknown = [name for name in self.method if name not in METHODS]
+        if unknown:
+            raise ValueError(f"method: unknown {', '.join(unknown)}; known: {', '.join(METHODS)}")
+        problems = combination_problems(self.method)
+        if problems:
+            raise ValueError(f"method: {'; '.join(problems)}")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

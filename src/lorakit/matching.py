@@ -1,212 +1,23 @@
-"""What a configuration or a saved adapter means for one model: match table and misfits."""
+"""Whether a saved adapter fits one model, and every way in which it does not."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, Site, scale_of
-from lorakit.config import LoRAConfig
-from lorakit.errors import AdapterFileError, TargetError, did_you_mean
-from lorakit.methods.lora import (
-    ConvNd,
-    is_adaptable,
-    kind_of,
-    matrix_shape,
-    parameter_shapes,
-)
+from lorakit.adapter import Adapter, Site
+from lorakit.errors import AdapterFileError, LorakitError, TargetError
+from lorakit.method_config import LoRAConfig
+from lorakit.methods.bitfit import adds_bias
+from lorakit.methods.claims import match_of
+from lorakit.methods.lora import is_adaptable, kind_of, matrix_shape, parameter_shapes
+from lorakit.methods.part import Part
 from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.identity import BaseIdentity
-from lorakit.models.roles import Place, named, select, task_heads
-
-BIASED = (nn.Linear, nn.LayerNorm, *ConvNd)
-V = TypeVar("V")
-
-
-@dataclass(frozen=True)
-class Match:
-    """One row of the match table: a site, and the layer it found."""
-
-    site: Site
-    role: str | None
-    """What the layer is called in its family, where that is known."""
-    shape: tuple[int, int]
-    """(d_out, d_in) of the adapted matrix."""
-    parameters: int
-    """Trained values in A and B."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a configuration means for one model, before anything is changed."""
-
-    matches: tuple[Match, ...]
-    biases: tuple[str, ...] = ()
-    """Modules whose bias is trained."""
-    copies: tuple[str, ...] = ()
-    """Modules trained as full copies."""
-    extra_parameters: int = 0
-    """Trained values in biases and copies."""
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Return every low-rank update."""
-        return tuple(match.site for match in self.matches)
-
-    @property
-    def parameters(self) -> int:
-        """Return the number of values that are trained."""
-        return sum(match.parameters for match in self.matches) + self.extra_parameters
-
-    def __str__(self) -> str:
-        """Return the match table as text."""
-        head = ("module", "role", "shape", "rank", "scale", "parameters")
-        rows = [head, *(_table_row(match) for match in self.matches)]
-        rows += [(path, "bias", "", "", "", "") for path in self.biases]
-        rows += [(path, "full copy", "", "", "", "") for path in self.copies]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, f"{self.parameters:,} parameters are trained"])
-
-
-def _table_row(match: Match) -> tuple[str, ...]:
-    site, shape = match.site, match.shape
-    size = f"{shape[0]}x{shape[1]}"
-    role, rank = match.role or "", str(site.rank)
-    return site.name, role, size, rank, f"{site.scale:g}", f"{match.parameters:,}"
-
-
-def plan(model: nn.Module, config: LoRAConfig) -> Plan:
-    """Return what `attach(model, config)` would adapt; nothing is changed.
-
-    Raises:
-        TargetError: a name in the configuration matches nothing, or a layer twice.
-    """
-    kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
-    _check_adaptable(model, kept)
-    ranks = _by_place(model, kept, config.rank_pattern, "rank_pattern")
-    alphas = _by_place(model, kept, config.alpha_pattern, "alpha_pattern")
-    sites = [(place, _site(model, place, config, ranks, alphas)) for place in kept]
-    found = tuple(_match(model.get_submodule(place.path), place, site) for place, site in sites)
-    biases = _bias_paths(model, config, {place.path for place in kept})
-    return _complete(model, found, biases, _copy_paths(model, config, kept))
-
-
-def _complete(
-    model: nn.Module,
-    found: tuple[Match, ...],
-    biases: Sequence[str],
-    copies: Sequence[str],
-) -> Plan:
-    extra = sum(cast(Tensor, model.get_submodule(path).bias).numel() for path in biases)
-    extra += sum(p.numel() for c in copies for _, p in base_parameters(model.get_submodule(c)))
-    return Plan(found, tuple(biases), tuple(copies), extra)
-
-
-def _check_adaptable(model: nn.Module, kept: Sequence[Place]) -> None:
-    problems = [
-        f"{place.path} is a {type(model.get_submodule(place.path)).__name__}"
-        for place in kept
-        if not is_adaptable(model.get_submodule(place.path))
-    ]
-    if problems:
-        raise TargetError.listing("LoRA has no update for some targets; exclude them", problems)
-
-
-def _by_place(
-    model: nn.Module, kept: Sequence[Place], pattern: Mapping[str, V], setting: str
-) -> dict[Place, V]:
-    """Return the value that a pattern gives to each place; the last word that names it counts.
-
-    Raises:
-        TargetError: a word names none of the adapted places.
-    """
-    found = named(model, pattern, what=setting)
-    idle = [
-        f"{word!r} names none of the adapted layers"
-        for word, its_places in found.items()
-        if not set(its_places) & set(kept)
-    ]
-    if idle:
-        raise TargetError.listing(f"{setting} says something of layers that are not adapted", idle)
-    return {place: pattern[word] for word, its_places in found.items() for place in its_places}
-
-
-def _site(
-    model: nn.Module,
-    place: Place,
-    config: LoRAConfig,
-    ranks: Mapping[Place, int],
-    alphas: Mapping[Place, float],
-) -> Site:
-    rank = ranks.get(place, config.rank)
-    alpha = alphas.get(place, config.alpha)
-    numerator = float(rank if alpha is None else alpha)
-    layer = model.get_submodule(place.path)
-    return Site(
-        path=place.path,
-        role=place.role if place.rows is not None else None,
-        rows=place.rows,
-        rank=rank,
-        alpha=numerator,
-        scale=scale_of(rank, numerator, use_rslora=config.use_rslora),
-        groups=getattr(layer, "groups", 1),
-        kind=kind_of(layer),
-        layer_rows=None if place.rows is None else matrix_shape(layer)[0],
-    )
-
-
-def _match(layer: nn.Module, place: Place | None, site: Site) -> Match:
-    a, b = parameter_shapes(layer, site)
-    role, shape = place.role if place else site.role, (b[0], math.prod(a[1:]))
-    return Match(site, role, shape, math.prod(a) + math.prod(b))
-
-
-def _bias_paths(model: nn.Module, config: LoRAConfig, adapted: set[str]) -> list[str]:
-    if config.bias == "none":
-        return []
-    named = {
-        path: module
-        for path, module in base_modules(model)
-        if isinstance(getattr(module, "bias", None), nn.Parameter)
-        and (config.bias == "all" or path in adapted)
-    }
-    odd = [f"{path} ({type(m).__name__})" for path, m in named.items() if not _adds_bias(m)]
-    if odd:
-        raise TargetError.listing(f"bias={config.bias!r} meets biases it can't train", odd)
-    if not named:
-        raise TargetError(
-            f"bias={config.bias!r} asks for biases, but none of the layers has one: use bias='none'"
-        )
-    return list(named)
-
-
-def _adds_bias(module: nn.Module) -> bool:
-    """Tell whether a module's output is its product plus its bias."""
-    return isinstance(module, BIASED) or type(module).__name__ in ("Conv1D", "AdaptedConv1D")
-
-
-def _copy_paths(model: nn.Module, config: LoRAConfig, kept: Sequence[Place]) -> list[str]:
-    names = [path for path, _ in base_modules(model)]
-    paths: list[str] = []
-    for word in config.modules_to_save:
-        if word == "auto":
-            paths += task_heads(model)
-            continue
-        found = [path for path in names if path == word or path.endswith(f".{word}")]
-        if not found:
-            leaves = sorted({path.rpartition(".")[2] for path in names if path})
-            hint = did_you_mean(word, leaves)
-            raise TargetError(f"modules_to_save: no module is called {word!r}{hint}")
-        paths += [path for path in found if path not in paths]
-    clash = [p for p in paths for k in kept if k.path == p or k.path.startswith(f"{p}.")]
-    if clash:
-        raise TargetError(f"{clash[0]} would be copied in full and adapted too: leave one out")
-    return paths
+from lorakit.models.roles import select
+from lorakit.planning import Plan, completed, parts_of
 
 
 @dataclass(frozen=True)
@@ -256,6 +67,7 @@ def fit(
     """
     modules = layout.modules
     problems, expected = _misfits(modules, adapter, other_heads)
+    parts = _parts(modules[""], adapter, problems, expected)
     problems += [
         f"{name}  missing from the adapter" for name in sorted(expected - set(adapter.tensors))
     ]
@@ -274,10 +86,25 @@ def fit(
     if problems:
         raise AdapterFileError.listing("the adapter does not fit this model", problems)
     biases = [n.removesuffix(".bias") for n in adapter.tensors if _is_bias(n, adapter)]
-    matched = tuple(
-        _match(modules[site.path], None, _as_on(modules[site.path], site)) for site in adapter.sites
-    )
-    return _complete(modules[""], matched, biases, adapter.copied_modules)
+    layers = [(modules[site.path], site) for site in adapter.sites]
+    matched = tuple(match_of(layer, None, _as_on(layer, site)) for layer, site in layers)
+    return completed(modules[""], matched, biases, adapter.copied_modules, parts)
+
+
+def _parts(
+    model: nn.Module, adapter: Adapter, problems: list[str], expected: set[str]
+) -> tuple[Part, ...]:
+    """Return what methods other than LoRA have in a model; note their tensors and problems."""
+    try:
+        parts = parts_of(model, adapter.configs)
+    except LorakitError as error:
+        problems.append(str(error))
+        return ()
+    for part in parts:
+        expected.update(part.shapes)
+        for name, shape in part.shapes.items():
+            problems += _shape_problem(name, adapter.tensors.get(name), shape)
+    return parts
 
 
 def _as_on(layer: nn.Module, site: Site) -> Site:
@@ -290,9 +117,8 @@ def _as_on(layer: nn.Module, site: Site) -> Site:
 
 
 def _is_bias(name: str, adapter: Adapter) -> bool:
-    return name.endswith(".bias") and not any(
-        name.startswith(f"{path}.") for path in adapter.copied_modules
-    )
+    own = any(name.startswith(f"{path}.") for path in adapter.copied_modules)
+    return name.endswith(".bias") and ".bottleneck." not in name and not own
 
 
 def _misfits(
@@ -328,7 +154,7 @@ def _misfits(
         if name not in expected and _is_bias(name, adapter):
             layer = modules.get(name.removesuffix(".bias"))
             bias = getattr(layer, "bias", None)
-            if layer is not None and isinstance(bias, nn.Parameter) and _adds_bias(layer):
+            if layer is not None and isinstance(bias, nn.Parameter) and adds_bias(layer):
                 expected.add(name)
                 problems += _shape_problem(name, adapter.tensors[name], tuple(bias.shape))
     return problems, expected
@@ -357,15 +183,7 @@ def _shape_problem(name: str, tensor: Tensor | None, expected: tuple[int, ...]) 
 
 def _missed_by_targets(layout: Layout, adapter: Adapter) -> list[str]:
     """Return the layers that the adapter's targets name in this model and its sites leave out."""
-    if not adapter.config.targets:
+    if adapter.lora is None or not adapter.lora.targets:
         return []
-    missing = sorted(layout.names(adapter.config) - {site.name for site in adapter.sites})
+    missing = sorted(layout.names(adapter.lora) - {site.name for site in adapter.sites})
     return [f"{name}  is among the targets, but the adapter has nothing for it" for name in missing]
-
-
-def short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
-    """Return the paths' last parts if they name exactly the adapted layers, else the paths."""
-    chosen = {site.path for site in sites}
-    leaves = {path.rpartition(".")[2] for path in chosen}
-    named = {path for path, _ in base_modules(model) if path.rpartition(".")[2] in leaves}
-    return tuple(sorted(leaves if named == chosen else chosen))

@@ -115,7 +115,8 @@ def merge(
             the merge several times faster.
 
     Raises:
-        MergeError: no adapter is active, this one is merged already, or a route is open.
+        MergeError: no adapter is active, this one cannot be merged (bottlenecks, trained tokens),
+            is merged already, or a route is open.
     """
     state = require_attachment(model)
     name = active_name(model) if name is None else name
@@ -126,6 +127,7 @@ def merge(
         raise MergeError(f"adapter {name!r} is merged already: lk.unmerge(model) first")
     if state.route.depth:
         raise MergeError("a route is open, which would restore another adapter: merge after it")
+    _check_mergeable(state, name)
     probe = (default_probe(model) if probe is None else probe) if measure else None
     if probe is not None and state.route.merged is not None:
         restore_pristine(model, state)
@@ -155,6 +157,24 @@ def unmerge(model: nn.Module) -> None:
     if state is None or state.route.merged is None:
         raise MergeError("no adapter is merged into this model")
     restore_pristine(model, state)
+
+
+def _check_mergeable(state: Attachment, name: str) -> None:
+    """Refuse an adapter that adds something which no weights can hold.
+
+    Raises:
+        MergeError: with each reason once, and where it holds.
+    """
+    reasons: dict[str, str] = {}
+    for number, update in state.updates[name].items():
+        if update.unmergeable is not None:
+            reasons.setdefault(update.unmergeable, state.paths[number])
+    if reasons:
+        lines = [f"{reason} (first at {path or 'the model'})" for reason, path in reasons.items()]
+        method = state.adapters[name].method
+        raise MergeError.listing(
+            f"adapter {name!r} ({method}) cannot be merged, so it keeps its extra latency", lines
+        )
 
 
 def _merge_layers(

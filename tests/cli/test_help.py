@@ -7,7 +7,8 @@ from pydantic import Field
 
 from lorakit.cli.flags import flags_of
 from lorakit.cli.help import WIDTH, overview, verb_help
-from lorakit.config import Names, Settings, TrainConfig
+from lorakit.config import TrainConfig
+from lorakit.settings import Names, Settings
 
 
 def test_help_has_every_setting_of_training_with_its_meaning():

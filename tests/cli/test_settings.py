@@ -8,8 +8,10 @@ import yaml
 
 from lorakit.cli.flags import flags_of
 from lorakit.cli.settings import parse, to_yaml
-from lorakit.config import LoRAConfig, Settings, TrainConfig
+from lorakit.config import TrainConfig
 from lorakit.errors import ConfigError
+from lorakit.method_config import LoRAConfig
+from lorakit.settings import Settings
 
 FILE = """\
 out: runs/e2e
@@ -198,7 +200,7 @@ def test_all_problems_of_file_and_flags_are_in_one_message(tmp_path):
         ("-steps=3", "-steps: unknown setting; did you mean 'steps'?"),
         ("--no-ovewrite", "no-ovewrite: unknown setting; did you mean 'overwrite'?"),
         ("--no-steps", "no-steps: unknown setting; did you mean 'steps'?"),
-        ("--frobnicate=1", "frobnicate: unknown setting; the known ones are model, out, lora"),
+        ("--frobnicate=1", "frobnicate: unknown setting; the known ones are model, out, method"),
         ("--lora=3", "lora: input should be a valid dictionary"),
         ("--overwrite=maybe", "overwrite: input should be a valid boolean"),
         ("--lora.rank-pattern=[k]", "lora.rank_pattern: input should be a valid dictionary"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter import Adapter, Site, scale_of
-from lorakit.config import LoRAConfig
+from lorakit.method_config import LoRAConfig
 from lorakit.models.identity import BaseIdentity
 
 BASE = BaseIdentity(
@@ -64,7 +64,7 @@ def adapter(
     for name, shape in (extra or {}).items():
         tensors[name] = torch.randn(shape, generator=generator).to(dtype)
     config = config or LoRAConfig(rank=4, alpha=8)
-    return Adapter(config=config, sites=sites, tensors=tensors, base=BASE, card=CARD, **facts)
+    return Adapter(configs=(config,), sites=sites, tensors=tensors, base=BASE, card=CARD, **facts)
 
 
 def linear() -> Adapter:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from formats.handmade import IN_OWN_FORM, MAKERS, adapter, linear, site, slices
 from lorakit.adapter import Adapter
-from lorakit.config import LoRAConfig
 from lorakit.errors import AdapterFileError, OutputError
+from lorakit.method_config import METHODS, LoRAConfig
 
 Maker = Callable[[], Adapter]
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
@@ -58,7 +58,7 @@ def test_a_folder_gives_back_every_fact_and_every_bit(make: Maker, tmp_path: Pat
     loaded = Adapter.load(original.save(tmp_path / "a"))
     assert loaded.content_hash() == original.content_hash()
     assert loaded.sites == original.sites
-    assert loaded.config == original.config
+    assert loaded.configs == original.configs
     assert loaded.base == original.base
     assert loaded.card == original.card
     assert loaded.copied_modules == original.copied_modules
@@ -290,8 +290,8 @@ def test_json_that_is_no_object_is_refused(saved: Path, content: str) -> None:
 
 
 def test_a_newer_format_is_refused(saved: Path) -> None:
-    edit_json(saved / RECORD, version=2)
-    assert "is of format version 2; this lorakit reads 1" in refusal(saved)
+    edit_json(saved / RECORD, version=3)
+    assert "is of format version 3; this lorakit reads 2" in refusal(saved)
 
 
 def test_any_edit_of_the_record_is_noticed(saved: Path) -> None:
@@ -305,8 +305,8 @@ def test_any_edit_of_the_record_is_noticed(saved: Path) -> None:
 
 def test_an_unknown_method_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = linear().save(tmp_path / "a")
-    monkeypatch.setattr("lorakit.formats.folder.METHODS", ("bitfit",))
-    assert "has method 'lora'; this lorakit knows bitfit" in refusal(folder)
+    monkeypatch.delitem(METHODS, "lora")
+    assert "there is no method 'lora'" in refusal(folder)
 
 
 def test_values_outside_a_slices_block_are_noticed(tmp_path: Path) -> None:
@@ -386,5 +386,5 @@ def test_the_documentation_names_every_key(tmp_path: Path) -> None:
         folder = make().save(tmp_path / make.__name__)
         record = json.loads((folder / RECORD).read_text())
         keys = {*record, *json.loads((folder / CONFIG).read_text())}
-        keys.update(key for site in record["sites"] for key in site)
+        keys.update(key for each in (*record["sites"], *record["configs"]) for key in each)
         assert [key for key in sorted(keys) if f"`{key}`" not in text] == []

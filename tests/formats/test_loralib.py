@@ -103,8 +103,8 @@ def test_biases_and_heads_replace_the_base_s_own(tmp_path: Path) -> None:
     config = lk.LoRAConfig(rank=4, targets="q", layers="0")
     adapter = Adapter.load(saved(tmp_path / "a.bin", tensors), config=config)
     assert adapter.copied_modules == ("classifier",)
-    assert adapter.config.bias == "lora"
-    assert adapter.config.modules_to_save == ("classifier",)
+    assert adapter.lora.bias == "lora"
+    assert adapter.lora.modules_to_save == ("classifier",)
     ours, theirs = build("bert"), build("bert")
     lk.attach(ours, adapter)
     with torch.no_grad():

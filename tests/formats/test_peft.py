@@ -331,8 +331,8 @@ def test_words_that_are_roles_here_keep_peft_s_meaning(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "a")
     adapter = Adapter.load(tmp_path / "a")
     assert adapter.target_modules == ("q", "wi_0")
-    assert adapter.config.targets == (r"re:(.*\.)?q", "wi_0")
-    chosen = {site.path for site in lk.plan(make("t5"), adapter.config).sites}
+    assert adapter.lora.targets == (r"re:(.*\.)?q", "wi_0")
+    chosen = {site.path for site in lk.plan(make("t5"), adapter.lora).sites}
     assert chosen == {site.path for site in adapter.sites}
 
 

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from lorakit.config import DataConfig, LoRAConfig, TrainConfig
+from lorakit.config import DataConfig, TrainConfig
 from lorakit.errors import ConfigError
+from lorakit.method_config import LoRAConfig
 from lorakit.tasks.batches import training_batch
 from lorakit.tasks.encode import Example
 from lorakit.train.compiling import LENGTHS

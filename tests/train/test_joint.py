@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 import lorakit as lk
 from lorakit.attach import adapter_parameters
-from lorakit.config import LoRAConfig
+from lorakit.method_config import LoRAConfig
 from lorakit.tasks.batches import training_batch
 from lorakit.tasks.encode import Example
 from lorakit.train.collate import Collator

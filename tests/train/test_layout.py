@@ -12,8 +12,9 @@ import lorakit as lk
 import lorakit.train.layout as layouts
 import lorakit.train.prepare as preparation
 from lorakit.attach import adapter_parameters
-from lorakit.config import DataConfig, LoRAConfig, TrainConfig
+from lorakit.config import DataConfig, TrainConfig
 from lorakit.errors import ConfigError
+from lorakit.method_config import LoRAConfig
 from lorakit.tasks.batches import training_batch
 from lorakit.tasks.encode import Example
 from lorakit.train.collate import SEGMENTS, Collator

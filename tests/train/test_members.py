@@ -2,8 +2,9 @@
 
 import pytest
 
-from lorakit.config import LoRAConfig, TrainConfig
+from lorakit.config import TrainConfig
 from lorakit.errors import ConfigError
+from lorakit.method_config import LoRAConfig
 from lorakit.train.members import members_of
 
 

@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 import lorakit as lk
 import lorakit.train.prepare as preparation
 import lorakit.train.run as training
-from lorakit.config import DataConfig, LoRAConfig, TrainConfig
+from lorakit.config import DataConfig, TrainConfig
 from lorakit.errors import ConfigError, DataError, OutputError, TrainingError
+from lorakit.method_config import LoRAConfig
 from lorakit.train import batch_trainer
 from lorakit.train.objective import text_loss
 from lorakit.train.run import train

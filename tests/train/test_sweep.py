@@ -14,8 +14,9 @@ import lorakit.train.run as training
 import lorakit.train.sweep as sweeping
 from lorakit.adapter import Adapter
 from lorakit.cli.main import main
-from lorakit.config import DataConfig, LoRAConfig, TrainConfig
+from lorakit.config import DataConfig, TrainConfig
 from lorakit.errors import ConfigError, OutputError, TrainingError
+from lorakit.method_config import LoRAConfig
 from lorakit.train import sweep_plot
 from lorakit.train.joint import joint_losses
 from lorakit.train.run import train

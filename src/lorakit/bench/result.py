@@ -14,8 +14,8 @@ import torch
 from lorakit.bench.circumstances import circumstances
 from lorakit.bench.interleaved import Seconds
 from lorakit.bench.peers import require_peft
-from lorakit.config import DType, PositiveInt, Settings
 from lorakit.errors import OutputError
+from lorakit.settings import DType, PositiveInt, Settings
 
 OURS = "ours"
 """The contestant with which every other one of a measurement is compared."""

@@ -15,9 +15,11 @@ from lorakit.bench.interleaved import Contestant, Seconds, interleaved
 from lorakit.bench.memory import peak_bytes
 from lorakit.bench.peers import require_peft
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, threads
-from lorakit.config import DataConfig, LoRAConfig, PositiveInt
+from lorakit.config import DataConfig
 from lorakit.errors import DataError
+from lorakit.method_config import LoRAConfig
 from lorakit.models.load import load_model
+from lorakit.settings import PositiveInt
 from lorakit.tasks.batches import pad_token
 from lorakit.tasks.encode import Example, encode_rows
 from lorakit.tasks.rows import read_rows

@@ -17,7 +17,8 @@ from lorakit.bench.train_contestants import Task
 from lorakit.bench.train_race import Plan, Record, race
 from lorakit.bench.train_settings import RunSettings, draw_rows, run_settings, write_rows
 from lorakit.bench.train_turns import PARTS
-from lorakit.config import PositiveInt, TrainConfig
+from lorakit.config import TrainConfig
+from lorakit.settings import PositiveInt
 
 WARM_UPS = 1
 """Turns that do not count: the first steps compile, allocate and fill caches."""

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from lorakit.bench.result import BenchConfig
-from lorakit.config import DataConfig, LoRAConfig, Names, PositiveFloat, PositiveInt, TrainConfig
+from lorakit.config import DataConfig, TrainConfig
 from lorakit.errors import ConfigError, DataError
+from lorakit.method_config import LoRAConfig
+from lorakit.settings import Names, PositiveFloat, PositiveInt
 from lorakit.tasks.kinds import PromptRow
 from lorakit.tasks.rows import read_rows
 

@@ -13,7 +13,7 @@ from lorakit.bench.switch import SwitchConfig, measure_switch
 from lorakit.bench.tables import table
 from lorakit.bench.train import TrainBenchConfig, measure_train
 from lorakit.cli.verbs import Result, Verb
-from lorakit.config import Settings
+from lorakit.settings import Settings
 
 
 @dataclass

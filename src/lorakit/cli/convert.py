@@ -8,9 +8,10 @@ from lorakit.adapter import Adapter
 from lorakit.attach import attach, extract
 from lorakit.attachment import require_attachment
 from lorakit.cli.verbs import Result
-from lorakit.config import LoRAConfig, PositiveInt, Settings
 from lorakit.formats.folder import save_peft
+from lorakit.method_config import LoRAConfig
 from lorakit.models.load import load_model
+from lorakit.settings import PositiveInt, Settings
 
 
 class ConvertConfig(Settings):

@@ -15,12 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.attach import detach
 from lorakit.bank import AdapterBank
 from lorakit.cli.verbs import Result
-from lorakit.config import DataConfig, LoRAConfig, PositiveInt, Settings, TrainConfig
+from lorakit.config import DataConfig, TrainConfig
 from lorakit.errors import OutputError
 from lorakit.merge import merge, unmerge
+from lorakit.method_config import LoRAConfig
 from lorakit.models.identity import weights_hash
 from lorakit.models.load import load_model
 from lorakit.routing import switch
+from lorakit.settings import PositiveInt, Settings
 from lorakit.tasks.encode import encode_prompt
 from lorakit.tasks.kinds import PromptRow, references_of
 from lorakit.tasks.metrics import exact_match

@@ -7,9 +7,10 @@ from typing import Literal
 
 from lorakit.adapted import Opened, open_model
 from lorakit.cli.verbs import Result
-from lorakit.config import DataConfig, DType, Names, PositiveInt, Settings
+from lorakit.config import DataConfig
 from lorakit.errors import ConfigError, OutputError
 from lorakit.formats.storage import write_new_file
+from lorakit.settings import DType, Names, PositiveInt, Settings
 from lorakit.tasks.encode import encode_prompt, encode_rows
 from lorakit.tasks.kinds import Rows, references_of
 from lorakit.tasks.metrics import bleu, exact_match

@@ -11,8 +11,8 @@ from transformers import TextStreamer, set_seed
 
 from lorakit.adapted import Opened, open_model
 from lorakit.cli.verbs import Result
-from lorakit.config import DType, PositiveInt, Settings
 from lorakit.errors import ConfigError, DataError
+from lorakit.settings import DType, PositiveInt, Settings
 from lorakit.tasks.encode import encode_prompt
 from lorakit.tasks.kinds import Message, MessagesRow, PromptRow, Row
 from lorakit.train.evaluation import answer, generation_settings

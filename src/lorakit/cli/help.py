@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from lorakit.cli.flags import Flag, Key, section_of
 from lorakit.cli.verbs import VERBS
-from lorakit.config import Settings
+from lorakit.settings import Settings
 
 WIDTH = 88
 """Columns of the help."""

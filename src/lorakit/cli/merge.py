@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lorakit.adapted import Opened, open_model
 from lorakit.cli.verbs import Result
-from lorakit.config import DType, Settings
 from lorakit.errors import ModelError, OutputError
 from lorakit.formats.storage import write_new_folder
 from lorakit.merge import finalize, merge
 from lorakit.models.load import load_model
+from lorakit.settings import DType, Settings
 
 
 class MergeConfig(Settings):

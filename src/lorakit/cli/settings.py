@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 
 from lorakit.cli import strict_yaml
 from lorakit.cli.flags import Key, read_flags, section_of
-from lorakit.config import Settings, config_error
 from lorakit.errors import ConfigError
+from lorakit.settings import Settings, config_error
 
 S = TypeVar("S", bound=Settings)
 

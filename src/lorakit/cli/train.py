@@ -3,7 +3,8 @@
 from typing import Any
 
 from lorakit.cli.verbs import Result
-from lorakit.config import Settings, TrainConfig
+from lorakit.config import TrainConfig
+from lorakit.settings import Settings
 from lorakit.train.prepare import Prepared, prepare
 from lorakit.train.run import train
 from lorakit.train.sweep import describe, prepare_sweep, sweep

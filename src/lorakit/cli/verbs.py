@@ -4,7 +4,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
-from lorakit.config import Settings
+from lorakit.settings import Settings
 
 VERBS = {
     "demo": "Train, switch, mix and merge adapters on a real model, in minutes.",

@@ -15,8 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lorakit.adapter import Adapter
-from lorakit.config import LoRAConfig
-from lorakit.errors import AdapterFileError, OutputError, did_you_mean
+from lorakit.errors import AdapterFileError, ConfigError, OutputError, did_you_mean
 from lorakit.formats.loralib import read_loralib
 from lorakit.formats.peft import (
     decode,
@@ -39,10 +38,10 @@ from lorakit.formats.peft_read import read_peft
 from lorakit.formats.record import RECORD_FILE, VERSION, Record, checksum, to_json
 from lorakit.formats.storage import read_file, write_files
 from lorakit.formats.weights import read_pickle, read_safetensors, value_problems
+from lorakit.method_config import LoRAConfig, combination_problems
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-METHODS = ("lora",)
 
 
 def save_folder(adapter: Adapter, folder: Path, *, overwrite: bool = False) -> Path:
@@ -312,11 +311,21 @@ def _record(files: Mapping[str, bytes], problems: list[str]) -> Record | None:
     except ValidationError as error:
         problems += problem_lines(RECORD_FILE, error)
         return None
-    if record.method not in METHODS:
-        problems.append(
-            f"{RECORD_FILE}  has method {record.method!r}; this lorakit knows {', '.join(METHODS)}"
-        )
+    problems += _method_problems(record)
     return record
+
+
+def _method_problems(record: Record) -> list[str]:
+    """Return what is wrong with the settings of a record's methods."""
+    try:
+        configs = [each.settings() for each in record.configs]
+    except ConfigError as error:
+        return [f"{RECORD_FILE}  {error}"]
+    methods = [config.method for config in configs]
+    problems = combination_problems(methods)
+    if not problems and record.method != "+".join(methods):
+        problems = [f"it has method {record.method!r}, but the settings of {'+'.join(methods)}"]
+    return [f"{RECORD_FILE}  {problem}" for problem in problems]
 
 
 def _tensors(files: Mapping[str, bytes], problems: list[str]) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter import Adapter, Site, scale_of
-from lorakit.config import LoRAConfig
 from lorakit.errors import AdapterFileError
 from lorakit.formats.peft_read import EMBEDDINGS
 from lorakit.formats.weights import read_pickle, value_problems
+from lorakit.method_config import LoRAConfig
 
 PARTS = ("q", "k", "v")
 """Slices of a MergedLinear, which divide its rows equally."""
@@ -99,7 +99,7 @@ def read_loralib(
     if problems:
         raise AdapterFileError.listing(f"{path} cannot be used", problems)
     return Adapter(
-        config=_with_extras(config, others, adapted, copied),
+        configs=(_with_extras(config, others, adapted, copied),),
         sites=tuple(sites),
         tensors=named | others,
         copied_modules=copied,

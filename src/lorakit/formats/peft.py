@@ -13,6 +13,7 @@ from torch import Tensor
 from lorakit.adapter import Adapter
 from lorakit.formats.blocks import WholeLayer, obstacles, stack, unstack, whole_layers
 from lorakit.formats.peft_config import CONFIG_FILE, PeftConfig, parse_config
+from lorakit.method_config import LoRAConfig
 
 V = TypeVar("V")
 PREFIX = "base_model.model."
@@ -80,11 +81,18 @@ def decode(
 
 def layers_of(adapter: Adapter) -> tuple[WholeLayer, ...]:
     """Return an adapter's sites by layer."""
-    return whole_layers(adapter.sites, use_rslora=adapter.config.use_rslora)
+    return whole_layers(adapter.sites, use_rslora=_settings(adapter).use_rslora)
+
+
+def _settings(adapter: Adapter) -> LoRAConfig:
+    """Return the settings of an adapter's low-rank updates."""
+    return adapter.lora or LoRAConfig()
 
 
 def reasons_against(adapter: Adapter) -> list[str]:
     """Return why PEFT has no exact form of an adapter; empty where it has one."""
+    if adapter.method != "lora":
+        return [f"it was made by {adapter.method}"]
     if not adapter.sites:
         return ["nothing but biases and full copies is trained"]
     layers = layers_of(adapter)
@@ -117,12 +125,12 @@ def peft_config(adapter: Adapter, layers: Sequence[WholeLayer]) -> dict[str, Any
     return {
         "alpha_pattern": {path: own for path, own in sorted(alphas.items()) if own != alpha},
         "base_model_name_or_path": base_name(adapter),
-        "bias": BIAS_WORDS[adapter.config.bias],
+        "bias": BIAS_WORDS[_settings(adapter).bias],
         "fan_in_fan_out": any(site.kind == "transposed" for site in adapter.sites),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
-        "lora_dropout": adapter.config.dropout,
+        "lora_dropout": _settings(adapter).dropout,
         "modules_to_save": sorted(adapter.copied_modules) or None,
         "peft_type": "LORA",
         "r": rank,
@@ -130,7 +138,7 @@ def peft_config(adapter: Adapter, layers: Sequence[WholeLayer]) -> dict[str, Any
         "revision": None,
         "target_modules": sorted(adapter.target_modules or ranks),
         "task_type": None if needs_head else task,
-        "use_rslora": adapter.config.use_rslora,
+        "use_rslora": _settings(adapter).use_rslora,
     }
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter import Adapter, Kind, Site
-from lorakit.config import LoRAConfig
 from lorakit.formats.blocks import WholeLayer, unstack
 from lorakit.formats.peft import PREFIX, hint
 from lorakit.formats.peft_config import CONFIG_FILE, PeftConfig
+from lorakit.method_config import LoRAConfig
 from lorakit.models.roles import GROUPS, ROLES
 
 LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?:(?P<end>[AB])\.weight|embedding_(?P<embedding>[AB]))")
@@ -70,7 +70,7 @@ def read_peft(
     if problems:
         return None, problems
     adapter = Adapter(
-        config=_lora_config(config, sites, named, tuple(sorted(found.copied))),
+        configs=(_lora_config(config, sites, named, tuple(sorted(found.copied))),),
         sites=tuple(sites),
         tensors=named,
         copied_modules=tuple(sorted(found.copied)),

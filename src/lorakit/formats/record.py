@@ -13,13 +13,37 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from lorakit.adapter import Adapter, Kind, Rows, Site
-from lorakit.config import LoRAConfig
+from lorakit.method_config import METHODS, MethodConfig, config_of
 from lorakit.models.identity import BaseIdentity
 
 RECORD_FILE = "lorakit.json"
-VERSION = 1
+VERSION = 2
 RowsText = Annotated[str, Field(pattern=r"^\d+:\d+(,\d+:\d+)*$")]
 TensorText = Annotated[str, Field(pattern=r"^(float32|bfloat16|float16|float64)( \d+(x\d+)*)?$")]
+
+
+class MethodRecord(BaseModel):
+    """The settings of one method."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    method: str
+    own: dict[str, Any]
+    """Its settings, but for those that the method's name implies."""
+
+    @classmethod
+    def of(cls, config: MethodConfig) -> MethodRecord:
+        """Return the record of a method's settings."""
+        _, implied = METHODS[config.method]
+        return cls(method=config.method, own=config.model_dump(mode="json", exclude=set(implied)))
+
+    def settings(self) -> MethodConfig:
+        """Return the settings.
+
+        Raises:
+            ConfigError: there is no such method, or the settings are wrong.
+        """
+        return config_of(self.method, self.own)
 
 
 class SiteRecord(BaseModel):
@@ -58,7 +82,7 @@ class Record(BaseModel):
     method: str
     content_hash: str
     """`Adapter.content_hash()`."""
-    config: LoRAConfig
+    configs: tuple[MethodRecord, ...]
     sites: tuple[SiteRecord, ...]
     tensors: dict[str, TensorText]
     """Precision and shape of each tensor, under its name in lorakit."""
@@ -74,7 +98,7 @@ class Record(BaseModel):
         return cls(
             method=adapter.method,
             content_hash=adapter.content_hash(),
-            config=adapter.config,
+            configs=tuple(MethodRecord.of(config) for config in adapter.configs),
             sites=tuple(SiteRecord.of(site) for site in adapter.sites),
             tensors={name: _describe(tensor) for name, tensor in sorted(adapter.tensors.items())},
             copied_modules=adapter.copied_modules,
@@ -87,7 +111,7 @@ class Record(BaseModel):
     def adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
         """Return the adapter with its tensors."""
         return Adapter(
-            config=self.config,
+            configs=tuple(config.settings() for config in self.configs),
             sites=tuple(site.site() for site in self.sites),
             tensors=tensors,
             copied_modules=self.copied_modules,

@@ -133,9 +133,22 @@ class Update(nn.Module, Change):
             base: the layer's own output, where `output` is not that.
         """
 
+    @property
+    def unmergeable(self) -> str | None:
+        """Return why no weights of the base can hold this update, or None where they can."""
+        return None
+
     @abstractmethod
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the merged value, in precision `exact`, of each changed parameter."""
+
+    @abstractmethod
+    def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield its trained tensors under their names in an `Adapter`.
+
+        Args:
+            path: of the layer.
+        """
 
 
 class AdaptedLayer(nn.Module):
@@ -160,6 +173,9 @@ class AdaptedLayer(nn.Module):
         if change is None:
             return super().forward(*args, **kwargs)
         output = None if change.replaces_output else super().forward(*args, **kwargs)
+        if isinstance(output, tuple):
+            # Blocks of some families return more than the hidden states.
+            return (change.change(self, args, output[0]), *output[1:])
         return change.change(self, args, output)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -14,9 +14,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter import Kind, Rows, Site
-from lorakit.config import LoRAConfig
 from lorakit.kernels import fused, plain
 from lorakit.kernels.dropout import Dropout
+from lorakit.method_config import LoRAConfig
 from lorakit.methods.layer import AdaptedLayer, Update
 
 ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -195,6 +195,14 @@ class LoRAUpdate(Update):
             yield "weight", weight
         if self.bias is not None:
             yield "bias", self.bias.detach().to(exact)
+
+    def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield A and B of each site, and the bias."""
+        for part in self.low_ranks():
+            yield f"{part.site.name}.lora_a", part.lora_a
+            yield f"{part.site.name}.lora_b", part.lora_b
+        if self.bias is not None:
+            yield f"{path}.bias", self.bias
 
 
 def _add(output: Tensor, update: Tensor, rows: Rows | None) -> Tensor:

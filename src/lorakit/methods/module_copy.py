@@ -62,6 +62,11 @@ class ModuleCopy(Update):
         for name, parameter in self.copy.named_parameters():
             yield name, parameter.detach().to(exact)
 
+    def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every parameter of the copy."""
+        for name, parameter in self.copy.named_parameters():
+            yield f"{path}.{name}", parameter
+
     def fill(self, tensors: Mapping[str, Tensor], path: str) -> None:
         """Set the copy's parameters from the tensors of the module that lies at a path."""
         for name, parameter in self.copy.named_parameters():

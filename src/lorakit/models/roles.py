@@ -9,8 +9,8 @@ from typing import TypeVar
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.config import layer_numbers
 from lorakit.errors import TargetError, did_you_mean
+from lorakit.method_config import layer_numbers
 from lorakit.models.base import base_modules
 from lorakit.models.families import FAMILIES, Family, Split
 

@@ -12,12 +12,26 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorakit.config import DataConfig, LoRAConfig, TrainConfig, problem_lines
+from lorakit.config import DataConfig, TrainConfig
 from lorakit.errors import ConfigError
+from lorakit.method_config import (
+    BitFitConfig,
+    BottleneckSettings,
+    FullSettings,
+    LoRAConfig,
+    MethodConfig,
+    PrefixSettings,
+)
+from lorakit.settings import problem_lines
 
 VARYING = (
     *(f"lora.{name}" for name in LoRAConfig.model_fields),
+    *(f"full.{name}" for name in FullSettings.model_fields),
+    *(f"bitfit.{name}" for name in BitFitConfig.model_fields),
+    *(f"prefix.{name}" for name in PrefixSettings.model_fields),
+    *(f"bottleneck.{name}" for name in BottleneckSettings.model_fields),
     *(f"data.{name}" for name in DataConfig.model_fields),
+    "method",
     "steps",
     "epochs",
     "batch_size",
@@ -33,6 +47,9 @@ VARYING = (
     "patience",
 )
 """Settings that may differ between members; they share all others, the base first of all."""
+
+SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in VARYING if "." in key))
+"""Settings that hold settings."""
 
 LONGEST_NAME = 100
 """Most characters of a member's name, which is the name of a folder too."""
@@ -94,7 +111,7 @@ def _refusal(key: str) -> str | None:
     """Return why a setting may not vary, or None."""
     if key in VARYING:
         return None
-    if key in ("lora", "data"):
+    if key in SECTIONS:
         return f"{key}: is a section: name its settings, such as {key}.{_first_of(key)}"
     if key in TrainConfig.model_fields:
         return f"{key}: cannot vary, because the members of a sweep share it"
@@ -102,7 +119,8 @@ def _refusal(key: str) -> str | None:
 
 
 def _first_of(section: str) -> str:
-    return next(key for key in VARYING if key.startswith(f"{section}.")).partition(".")[2]
+    own = (key.partition(".")[2] for key in VARYING if key.startswith(f"{section}."))
+    return next(name for name in own if name not in MethodConfig.model_fields)
 
 
 def _nearest(key: str) -> str:

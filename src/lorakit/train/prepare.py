@@ -13,8 +13,8 @@ from lorakit.adapter import Adapter
 from lorakit.attach import attach
 from lorakit.config import TrainConfig
 from lorakit.errors import ConfigError, DataError, LorakitError
-from lorakit.matching import Plan
 from lorakit.models.load import load_model, redraw_fresh_head
+from lorakit.planning import Plan
 from lorakit.tasks.encode import Encoded, encode_rows
 from lorakit.tasks.kinds import Rows
 from lorakit.tasks.rows import read_rows
@@ -212,9 +212,9 @@ def _encode(
 def _steps(config: TrainConfig, rows: int) -> int:
     per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.accumulate)
     steps = config.steps or math.ceil(per_epoch * config.epochs)
-    if config.warmup_steps >= steps:
+    if config.warmup >= steps:
         raise ConfigError(
-            f"warmup_steps {config.warmup_steps} leaves nothing of the run's {steps} steps: "
+            f"warmup_steps {config.warmup} leaves nothing of the run's {steps} steps: "
             "lower it, or train for longer"
         )
     return steps
@@ -226,6 +226,6 @@ def _attach(model: PreTrainedModel, config: TrainConfig, name: str) -> Plan:
     redraw_fresh_head(model)
     set_seed(config.seed)
     if config.init_from is None:
-        return attach(model, config.lora, name=name)
+        return attach(model, config.methods(), name=name)
     start = Adapter.load(config.init_from)
     return attach(model, start, name=name, trainable=True, allow_other_base=config.allow_other_base)

@@ -29,6 +29,7 @@ from lorakit.train.guards import Interruption, UntrainedParts
 from lorakit.train.loss import Loss
 from lorakit.train.memory import training_memory
 from lorakit.train.prepare import Prepared, prepare
+from lorakit.train.rates import learning_rates
 from lorakit.train.record import JsonLines, ProgressBar, tensorboard
 from lorakit.train.trainer import (
     AdapterTrainer,
@@ -40,6 +41,16 @@ from lorakit.train.trainer import (
 
 BEST_BY = {"generation": "loss", "classification": "accuracy", "regression": "pearson"}
 """The score that decides which adapter is the best, by task."""
+
+NOT_ON_CARD = {"out", "resume", "overwrite", "dry_run", "data", "model", "task", "sweep"} | {
+    "method",
+    "lora",
+    "full",
+    "bitfit",
+    "prefix",
+    "bottleneck",
+}
+"""Settings that the adapter itself holds, or that say nothing of how it came to be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +225,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     trainer = make_trainer(
         adapter_name=prepared.name,
         checkpoints=config.out / "checkpoints",
+        rates=_rates(run),
         scorer=scorer if validation else None,
         by_length=prepared.layout.by_length,
         model=prepared.model,
@@ -241,6 +253,11 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     return trainer
 
 
+def _rates(run: Run) -> dict[str, float]:
+    adapter = extract(run.prepared.model, run.prepared.name)
+    return learning_rates(run.config, adapter, adapter.tensors)
+
+
 def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:
     card = training_card(
         run.config, run.prepared, trainer.state.global_step, trainer.state.log_history
@@ -255,7 +272,7 @@ def training_card(
     """Return how an adapter came to be; the same for identical runs, so no dates and no times."""
     settings = config.model_dump(
         mode="json",
-        exclude={"out", "resume", "overwrite", "dry_run", "lora", "data", "model", "task", "sweep"},
+        exclude=NOT_ON_CARD,
     )
     scores = [e for e in history if any(key.startswith("eval_") for key in e)]
     return {

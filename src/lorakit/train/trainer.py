@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lorakit.attach import adapter_parameters, extract
 from lorakit.config import TrainConfig
 from lorakit.errors import TrainingError
 from lorakit.train.batch_trainer import BatchTrainer
+from lorakit.train.rates import split_by_rate
 
 KEPT_CHECKPOINTS = 2
 """How many checkpoints stay in a run's folder."""
@@ -41,9 +42,12 @@ class AdapterTrainer(BatchTrainer):
         adapter_name: str,
         checkpoints: Path,
         scorer: Scorer | None,
+        rates: Mapping[str, float],
         **kwargs: Any,
     ) -> None:
+        """Prepare training; `rates` has the peak learning rate of each tensor of the adapter."""
         super().__init__(**kwargs)
+        self.rates = rates
         self.adapter_name = adapter_name
         self.checkpoints = checkpoints
         self.scorer = scorer
@@ -90,6 +94,14 @@ class AdapterTrainer(BatchTrainer):
         with torch.no_grad():
             for name, good in self.last_good.items():
                 self.trained[name].copy_(good)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer, in which each tensor has its own rate."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            split_by_rate(optimizer, self.trained, self.rates)
+        return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return what weight decay applies to: matrices, and neither biases nor norms.
@@ -164,9 +176,9 @@ def make_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.learning_rate,
+        learning_rate=max(map(config.rate_of, config.method)),
         lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",

@@ -1,0 +1,47 @@
+"""What a method wants to train of a model, before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorakit.adapter import Site
+from lorakit.methods.lora import parameter_shapes
+from lorakit.methods.part import Part
+from lorakit.models.roles import Place
+
+
+@dataclass(frozen=True)
+class Match:
+    """One row of the match table: a site, and the layer it found."""
+
+    site: Site
+    role: str | None
+    """What the layer is called in its family, where that is known."""
+    shape: tuple[int, int]
+    """(d_out, d_in) of the adapted matrix."""
+    parameters: int
+    """Trained values in A and B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    """What one method trains."""
+
+    matches: tuple[Match, ...] = ()
+    """Low-rank updates."""
+    biases: tuple[str, ...] = ()
+    """Modules whose bias is trained."""
+    copies: tuple[str, ...] = ()
+    """Modules trained as full copies."""
+    parts: tuple[Part, ...] = ()
+    """Everything else."""
+
+
+def match_of(layer: nn.Module, place: Place | None, site: Site) -> Match:
+    """Return the row of the match table for a site on a layer."""
+    a, b = parameter_shapes(layer, site)
+    role, shape = place.role if place else site.role, (b[0], math.prod(a[1:]))
+    return Match(site, role, shape, math.prod(a) + math.prod(b))

@@ -1,0 +1,89 @@
+"""Which layers LoRA adapts: the places that its settings select, with their ranks and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from lorakit.adapter import Site, scale_of
+from lorakit.errors import TargetError
+from lorakit.method_config import LoRAConfig
+from lorakit.methods.bitfit import bias_paths
+from lorakit.methods.claims import Claims, match_of
+from lorakit.methods.lora import is_adaptable, kind_of, matrix_shape
+from lorakit.models.roles import Place, named, select
+
+V = TypeVar("V")
+
+
+def claim(model: nn.Module, config: LoRAConfig) -> Claims:
+    """Return what LoRA trains of a model.
+
+    Raises:
+        TargetError: a name in the settings matches nothing, or a layer twice.
+    """
+    kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
+    _check_adaptable(model, kept)
+    ranks = _by_place(model, kept, config.rank_pattern, "rank_pattern")
+    alphas = _by_place(model, kept, config.alpha_pattern, "alpha_pattern")
+    sites = [(place, _site(model, place, config, ranks, alphas)) for place in kept]
+    adapted = {place.path for place in kept} if config.bias == "lora" else None
+    return Claims(
+        matches=tuple(match_of(model.get_submodule(p.path), p, site) for p, site in sites),
+        biases=() if config.bias == "none" else bias_paths(model, only=adapted),
+    )
+
+
+def _check_adaptable(model: nn.Module, kept: Sequence[Place]) -> None:
+    problems = [
+        f"{place.path} is a {type(model.get_submodule(place.path)).__name__}"
+        for place in kept
+        if not is_adaptable(model.get_submodule(place.path))
+    ]
+    if problems:
+        raise TargetError.listing("LoRA has no update for some targets; exclude them", problems)
+
+
+def _by_place(
+    model: nn.Module, kept: Sequence[Place], pattern: Mapping[str, V], setting: str
+) -> dict[Place, V]:
+    """Return the value that a pattern gives to each place; the last word that names it counts.
+
+    Raises:
+        TargetError: a word names none of the adapted places.
+    """
+    found = named(model, pattern, what=setting)
+    idle = [
+        f"{word!r} names none of the adapted layers"
+        for word, its_places in found.items()
+        if not set(its_places) & set(kept)
+    ]
+    if idle:
+        raise TargetError.listing(f"{setting} says something of layers that are not adapted", idle)
+    return {place: pattern[word] for word, its_places in found.items() for place in its_places}
+
+
+def _site(
+    model: nn.Module,
+    place: Place,
+    config: LoRAConfig,
+    ranks: Mapping[Place, int],
+    alphas: Mapping[Place, float],
+) -> Site:
+    rank = ranks.get(place, config.rank)
+    alpha = alphas.get(place, config.alpha)
+    numerator = float(rank if alpha is None else alpha)
+    layer = model.get_submodule(place.path)
+    return Site(
+        path=place.path,
+        role=place.role if place.rows is not None else None,
+        rows=place.rows,
+        rank=rank,
+        alpha=numerator,
+        scale=scale_of(rank, numerator, use_rslora=config.use_rslora),
+        groups=getattr(layer, "groups", 1),
+        kind=kind_of(layer),
+        layer_rows=None if place.rows is None else matrix_shape(layer)[0],
+    )
