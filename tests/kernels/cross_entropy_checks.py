@@ -7,10 +7,13 @@ import os
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import nn
 
 from lorakit.kernels import cross_entropy_triton
 from lorakit.kernels.cross_entropy import head_cross_entropy
+from lorakit.kernels.logit_change import LogitChange
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TOKENS, D = 5, 8
@@ -23,6 +26,12 @@ OPTIONS = {
         "label_smoothing": torch.linspace(0, 0.5, TOKENS),
         "z_loss": torch.linspace(0.1, 0, TOKENS),
     },
+}
+
+CHANGES = {
+    "multiplied": LogitChange(scale=0.25),
+    "capped": LogitChange(cap=1.5),
+    "both": LogitChange(scale=-0.5, cap=30.0),
 }
 
 
@@ -64,6 +73,33 @@ def test_loss_and_gradient_equal_plain_torch(vocabulary, options):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         bound = 4 * torch.finfo(dtype).eps * plain[2].abs().max().item()
         torch.testing.assert_close(found[2], plain[2], rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_logits_have_the_loss_and_gradient_of_plain_torch(vocabulary, change):
+    for dtype in (torch.float32, torch.float16):
+        hidden, head = made(vocabulary, dtype=dtype)
+        options = {**OPTIONS["all"], "change": CHANGES[change]}
+        found, plain = (answer(hidden, head, kernels, **options) for kernels in ("triton", "plain"))
+        for ours, theirs in zip(found[:2], plain[:2], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        bound = 4 * torch.finfo(dtype).eps * plain[2].abs().max().item()
+        torch.testing.assert_close(found[2], plain[2], rtol=0, atol=bound)
+
+
+@triton.jit
+def change_all(x, y, SCALE: tl.constexpr, CAP: tl.constexpr, COUNT: tl.constexpr):
+    place = tl.arange(0, COUNT)
+    tl.store(y + place, cross_entropy_triton._changed(tl.load(x + place), SCALE, CAP))
+
+
+def test_capped_logits_have_all_their_digits_small_and_large():
+    sizes = torch.cat([torch.logspace(-20, 4, 63), torch.tensor([1e30])])
+    x = torch.cat([sizes, -sizes]).to(DEVICE)
+    y = torch.empty_like(x)
+    change_all[(1,)](x, y, 0.5, 30.0, len(x))
+    exact = 30 * torch.tanh(x.double() / 60)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_a_head_with_trained_parameters_has_the_gradients_of_plain_torch(vocabulary):
