@@ -14,8 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lorakit.kernels.logit_change import UNCHANGED, LogitChange
-
-LARGEST_BLOCK = 4096
+from lorakit.kernels.tuning_triton import autotuned, is_many
 
 # No shape checks (`no_type_check`), because Triton reads the kernel's source.
 
@@ -54,6 +53,15 @@ def _through_change(slant, y, SCALE: tl.constexpr, CAP: tl.constexpr):
     return slant * SCALE * (1.0 - share * share)
 
 
+@autotuned(
+    [
+        triton.Config({"BLOCK": block}, num_warps=warps)
+        for block, warps in ((4096, 8), (2048, 8), (4096, 16), (8192, 16))
+    ],
+    key=["vocabulary", "WANTS_GRADIENT"],
+    # It may be the head's answer itself.
+    overwrites=["gradient"],
+)
 @triton.jit
 @no_type_check
 def _cross_entropy(
@@ -72,6 +80,7 @@ def _cross_entropy(
     SMOOTHS: tl.constexpr,
     HAS_Z: tl.constexpr,
     WANTS_GRADIENT: tl.constexpr,
+    MANY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """losses[token] = loss of answer[token]; gradient[token] = weight · its derivative."""
@@ -149,7 +158,6 @@ def token_losses(
     if not tokens:
         return losses
     answer = answer if answer.stride(1) == 1 else answer.contiguous()
-    block = min(LARGEST_BLOCK, triton.next_power_of_2(vocabulary))
     with torch.cuda.device_of(answer):
         _cross_entropy[(tokens,)](
             answer,
@@ -167,7 +175,6 @@ def token_losses(
             SMOOTHS=label_smoothing is not None,
             HAS_Z=z_loss is not None,
             WANTS_GRADIENT=gradient is not None,
-            BLOCK=block,
-            num_warps=8 if block >= 2048 else 4,
+            MANY=is_many(answer),
         )
     return losses
