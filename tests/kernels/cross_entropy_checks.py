@@ -7,12 +7,16 @@ import os
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import nn
 
 from lorakit.kernels import cross_entropy_triton
 from lorakit.kernels.cross_entropy import head_cross_entropy
+from lorakit.kernels.logit_change import UNCHANGED, LogitChange
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+KERNEL = cross_entropy_triton._cross_entropy
 TOKENS, D = 5, 8
 OPTIONS = {
     "plain": {},
@@ -25,11 +29,17 @@ OPTIONS = {
     },
 }
 
+CHANGES = {
+    "multiplied": LogitChange(scale=0.25),
+    "capped": LogitChange(cap=1.5),
+    "both": LogitChange(scale=-0.5, cap=30.0),
+}
+
 
 @pytest.fixture(params=[3, 64, 100], ids="vocabulary={}".format)
 def vocabulary(request, monkeypatch):
     """Return sizes that are less than a block of the kernel, one, and several and a part."""
-    monkeypatch.setattr(cross_entropy_triton, "LARGEST_BLOCK", 32)
+    monkeypatch.setattr(KERNEL, "configs", [triton.Config({"BLOCK": 32}, num_warps=4)])
     return request.param
 
 
@@ -64,6 +74,33 @@ def test_loss_and_gradient_equal_plain_torch(vocabulary, options):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         bound = 4 * torch.finfo(dtype).eps * plain[2].abs().max().item()
         torch.testing.assert_close(found[2], plain[2], rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_logits_have_the_loss_and_gradient_of_plain_torch(vocabulary, change):
+    for dtype in (torch.float32, torch.float16):
+        hidden, head = made(vocabulary, dtype=dtype)
+        options = {**OPTIONS["all"], "change": CHANGES[change]}
+        found, plain = (answer(hidden, head, kernels, **options) for kernels in ("triton", "plain"))
+        for ours, theirs in zip(found[:2], plain[:2], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        bound = 4 * torch.finfo(dtype).eps * plain[2].abs().max().item()
+        torch.testing.assert_close(found[2], plain[2], rtol=0, atol=bound)
+
+
+@triton.jit
+def change_all(x, y, SCALE: tl.constexpr, CAP: tl.constexpr, COUNT: tl.constexpr):
+    place = tl.arange(0, COUNT)
+    tl.store(y + place, cross_entropy_triton._changed(tl.load(x + place), SCALE, CAP))
+
+
+def test_capped_logits_have_all_their_digits_small_and_large():
+    sizes = torch.cat([torch.logspace(-20, 4, 63), torch.tensor([1e30])])
+    x = torch.cat([sizes, -sizes]).to(DEVICE)
+    y = torch.empty_like(x)
+    change_all[(1,)](x, y, 0.5, 30.0, len(x))
+    exact = 30 * torch.tanh(x.double() / 60)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_a_head_with_trained_parameters_has_the_gradients_of_plain_torch(vocabulary):
@@ -116,3 +153,59 @@ def test_without_a_gradient_logits_stay_as_they_are(vocabulary):
     targets, weights = torch.tensor([0, 1], device=DEVICE), torch.ones(2, device=DEVICE)
     head_cross_entropy(logits, nn.Identity(), targets, weights, kernels="triton")
     assert torch.equal(logits, before)
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """Let small calls be measured; return the configurations and the number of runs of each."""
+    made = [triton.Config({"BLOCK": block}, num_warps=4) for block in (16, 32, 128)]
+    runs = []
+
+    def measure(call, quantiles):
+        runs.append([call() for _ in range(3)])
+        return [float(len(runs))] * len(quantiles)
+
+    monkeypatch.setattr(KERNEL, "configs", made)
+    monkeypatch.setattr(KERNEL, "cache", {})
+    monkeypatch.setattr(KERNEL, "cache_results", False)
+    monkeypatch.setitem(vars(KERNEL), "do_bench", measure)
+    monkeypatch.setattr(cross_entropy_triton, "is_many", lambda _: True)
+    return made, runs
+
+
+@pytest.mark.parametrize("change", [UNCHANGED, *CHANGES.values()])
+def test_trying_configurations_leaves_the_gradient_over_the_logits_right(tuned, change):
+    hidden, head = made(100)
+    options = {**OPTIONS["all"], "change": change}
+    found, plain = (answer(hidden, head, kernels, **options) for kernels in ("triton", "plain"))
+    assert [len(each) for each in tuned[1]] == [3, 3, 3]
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_configurations_are_tried_anew_for_another_vocabulary_and_without_a_gradient(tuned):
+    for vocabulary in (100, 100, 50):
+        answer(*made(vocabulary), "triton")
+    assert len(tuned[1]) == 6
+    test_without_a_gradient_logits_stay_as_they_are(100)
+    assert len(tuned[1]) == 9
+
+
+def test_every_configuration_gives_the_loss_and_gradient_of_plain_torch(tuned, monkeypatch):
+    hidden, head = made(100)
+    plain = answer(hidden, head, "plain", **OPTIONS["all"])
+    for config in tuned[0]:
+        monkeypatch.setattr(KERNEL, "configs", [config])
+        for ours, theirs in zip(
+            answer(hidden, head, "triton", **OPTIONS["all"]), plain, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_call_of_few_elements_is_not_measured(tuned, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(KERNEL, "configs", tuned[0])
+    monkeypatch.setattr(KERNEL, "cache", {})
+    monkeypatch.setitem(vars(KERNEL), "do_bench", lambda *_, **__: pytest.fail("measured"))
+    answer(*made(100), "triton")
+    assert KERNEL.best_config is tuned[0][0]

@@ -114,7 +114,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lorakit.kernels import blocks_triton as blocks
 
-def compile(kernel, **constants):
+def compile(tuned, **constants):
+    kernel = tuned.fn
+    constants["MANY"] = True
     names = kernel.arg_names
     other = {"d": "i32", "count": "i32", "eps": "fp32", "inverse": "*fp32"}
     signature = {n: other.get(n, "constexpr" if n in constants else "*bf16") for n in names}

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorakit as lk
 from lorakit.kernels.cross_entropy import CHUNK_BYTES, head_cross_entropy
+from lorakit.kernels.logit_change import UNCHANGED, LogitChange
 
 TOKENS, D, VOCABULARY = 7, 6, 37
 
@@ -68,6 +69,12 @@ OPTIONS = {
     },
 }
 
+CHANGES = {
+    "multiplied": LogitChange(scale=0.25),
+    "capped": LogitChange(cap=1.5),
+    "both": LogitChange(scale=-0.5, cap=2.0),
+}
+
 
 def asked(dtype, *, tokens=TOKENS, scale=2.0):
     """Return hidden states, targets of which some are to be ignored, and weights."""
@@ -78,9 +85,10 @@ def asked(dtype, *, tokens=TOKENS, scale=2.0):
     return hidden, targets, torch.rand(tokens)
 
 
-def expected(hidden, head, targets, weights, *, label_smoothing=0.0, z_loss=0.0):
+def expected(hidden, head, targets, weights, *, label_smoothing=0.0, z_loss=0.0, change=UNCHANGED):
     """Return the same as plain torch computes it, all at once."""
-    logits = head(hidden)
+    logits = head(hidden) * change.scale
+    logits = logits if change.cap is None else change.cap * torch.tanh(logits / change.cap)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     smoothing = torch.as_tensor(label_smoothing, dtype=logits.dtype)
     sharp, flat = (
@@ -137,6 +145,29 @@ def test_loss_and_gradients_equal_plain_torch_in_float32(make):
     for options in OPTIONS.values():
         found, plain = both(make, torch.float32, options)
         assert_equal(found, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
+def test_changed_logits_have_the_loss_and_gradients_of_plain_torch(make, change):
+    for dtype, rtol, atol in ((torch.float64, 1e-12, 1e-13), (torch.float32, 1e-5, 1e-6)):
+        for options in OPTIONS.values():
+            found, plain = both(make, dtype, options | {"change": CHANGES[change]})
+            assert_equal(found, plain, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_logits_without_a_target_leave_no_trace(change):
+    answer = torch.randn(2, 5)
+    answer[1] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0, 0])
+    answer.requires_grad_()
+    total, losses = head_cross_entropy(
+        answer, nn.Identity(), torch.tensor([1, -100]), torch.ones(2), change=CHANGES[change]
+    )
+    total.backward()
+    assert torch.isfinite(losses).all()
+    assert answer.grad[0].any()
+    assert not answer.grad[1].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -287,13 +318,13 @@ def test_a_head_with_a_forward_of_its_own_is_called():
 
 
 @pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
-def test_no_tensor_is_larger_than_the_logits_of_a_chunk(make):
+@pytest.mark.parametrize("change", [UNCHANGED, CHANGES["both"]])
+def test_no_tensor_is_larger_than_the_logits_of_a_chunk(make, change):
     model, chunk = make(), 2 * D
     hidden, targets, weights = asked(torch.float32, tokens=70)
+    options = {**OPTIONS["all"], "chunk_tokens": chunk, "change": change}
     with Largest() as largest:
-        total, _ = head_cross_entropy(
-            hidden, model.lm_head, targets, weights, chunk_tokens=chunk, **OPTIONS["all"]
-        )
+        total, _ = head_cross_entropy(hidden, model.lm_head, targets, weights, **options)
         total.backward()
     assert largest.elements == chunk * VOCABULARY
 

@@ -54,13 +54,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lorakit.kernels.cross_entropy_triton import _cross_entropy
 
-names = _cross_entropy.arg_names
+kernel = _cross_entropy.fn
+names = kernel.arg_names
 pointers = dict.fromkeys(["losses", "weights", "smoothings", "z_losses"], "*fp32")
-pointers |= {"logits": "*bf16", "gradient": "*bf16", "targets": "*i64"}
+pointers |= {"answer": "*bf16", "gradient": "*bf16", "targets": "*i64"}
 for choice in (True, False):
-    constants = {"SMOOTHS": choice, "HAS_Z": choice, "WANTS_GRADIENT": True, "BLOCK": 4096}
+    constants = {"SMOOTHS": choice, "HAS_Z": choice, "WANTS_GRADIENT": True, "BLOCK": 8192}
+    constants |= {"SCALE": 0.5, "CAP": 30.0 if choice else 0.0, "MANY": choice}
     signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in names}
-    source = ASTSource(_cross_entropy, signature, constexprs=constants)
+    source = ASTSource(kernel, signature, constexprs=constants)
     assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
 """
 

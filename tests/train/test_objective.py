@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lorakit as lk
 from lorakit.kernels.choice import use
+from lorakit.kernels.cross_entropy import CHUNK_BYTES
 from lorakit.kernels.packed_rows import FEW_SIZES
 from lorakit.train import objective
 from lorakit.train.loss import Loss
 from lorakit.train.objective import text_loss, text_losses
 from oracles import attach_random
+from shaped_models import SHAPED, with_shaped_logits
 from tiny_models import FAMILIES, VOCABULARY, build, example_inputs
 
 LANGUAGE = [
@@ -81,13 +82,6 @@ def hand_over(model):
     return seen, labelled + -labelled % FEW_SIZES
 
 
-SHAPED = {
-    "gemma2": {"final_logit_softcapping": 0.1},
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 8.0},
-}
-
-
 @pytest.mark.parametrize("family", LANGUAGE)
 def test_every_family_has_the_loss_of_plain_torch(family):
     model = build(family).double()
@@ -95,7 +89,7 @@ def test_every_family_has_the_loss_of_plain_torch(family):
     check(model, *batch(model))
 
 
-@pytest.mark.parametrize("family", [family for family in LANGUAGE if family != "gemma2"])
+@pytest.mark.parametrize("family", LANGUAGE)
 def test_the_head_sees_only_what_predicts_a_label(family):
     model = build(family)
     seen, labelled = hand_over(model)
@@ -104,37 +98,29 @@ def test_the_head_sees_only_what_predicts_a_label(family):
     assert hand_over(model)[0] == [0, 0, labelled]
 
 
-def with_shaped_logits(family):
-    if family in FAMILIES:
-        return build(family, **SHAPED[family])
-    name = family.capitalize()
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=2,
-        **SHAPED[family],
-    )
-    torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+@pytest.mark.parametrize("family", SHAPED)
+def test_logits_that_the_model_changes_are_made_in_chunks_too(family, monkeypatch):
+    model = with_shaped_logits(family).double()
+    seen, labelled = hand_over(model)
+    assert seen == [3, 0, 0, labelled]
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * VOCABULARY * 8)
+    assert hand_over(model)[0] == [0, 0] + [5] * (labelled // 5) + [labelled % 5]
 
 
 @pytest.mark.parametrize("family", SHAPED)
-def test_logits_that_the_model_shapes_are_its_own_and_of_labelled_tokens_alone(family):
+def test_a_change_that_no_config_names_is_the_models_own(family, monkeypatch):
+    monkeypatch.setattr(objective, "logit_change", lambda *_, **__: None)
     model = with_shaped_logits(family).double()
     seen, labelled = hand_over(model)
-    assert seen == [3, labelled]
+    assert seen == [labelled]
     attach_random(model, targets=("q_proj", "head"), rank=2)
     check(model, *batch(model))
 
 
 ADAPTED = {
     "trained with its embedding": None,
-    "adapted": {"targets": ("q", "head"), "rank": 3},
-    "copied": {"targets": ("q",), "modules_to_save": ("lm_head",)},
+    "adapted": {"targets": ("q_proj", "head"), "rank": 3},
+    "copied": {"targets": ("q_proj",), "modules_to_save": ("lm_head",)},
 }
 
 
@@ -144,6 +130,18 @@ def test_trained_heads_have_the_gradients_of_plain_torch(adapted, ties):
     model = build("llama", tie_word_embeddings=ties).double()
     if ADAPTED[adapted] is not None:
         attach_random(model, **ADAPTED[adapted])
+    check(model, *batch(model))
+
+
+@pytest.mark.parametrize("adapted", [*ADAPTED, "frozen"])
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("family", SHAPED)
+def test_changed_logits_have_the_gradients_of_plain_torch(family, ties, adapted, monkeypatch):
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * VOCABULARY * 8)
+    model = with_shaped_logits(family, tie_word_embeddings=ties).double()
+    options = {"targets": ("q_proj",)} if adapted == "frozen" else ADAPTED[adapted]
+    if options is not None:
+        attach_random(model, **options)
     check(model, *batch(model))
 
 
@@ -223,16 +221,6 @@ def test_rows_have_their_own_options():
         torch.testing.assert_close(losses[row : row + 1, :-1], each, rtol=1e-6, atol=1e-6)
         expected += weights[row] * each.sum()
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
-
-
-def test_the_trial_leaves_modes_and_random_numbers_alone():
-    model = build("gpt2", attn_pdrop=0.5).train()
-    model.transformer.h[0].eval()
-    modes = [module.training for module in model.modules()]
-    before = torch.get_rng_state()
-    assert objective._shows_its_head(model, model.lm_head, rows=2)
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_forward_pass_that_fails_leaves_no_hook_behind():

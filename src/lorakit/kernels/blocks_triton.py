@@ -4,6 +4,7 @@ Rounded where plain torch rounds. `lorakit.kernels.blocks` calls this module; im
 Triton.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, no_type_check
 
 import torch
@@ -11,15 +12,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorakit.kernels.tuning_triton import autotuned, is_many
+
 # The kernels have no shape checks (`no_type_check`), because Triton reads their source.
 
-_ELEMENTS = 1024
-"""Elements that a program of the gated kernels takes."""
+
+def _usual_warps(
+    configs: list[triton.Config], arguments: Mapping[str, Any], **others: Any
+) -> list[triton.Config]:
+    """Return what is tried for norms: a warp for each 256 features, or half or twice as many."""
+    usual = min(16, max(1, others["BLOCK"] // 256))
+    factor = 2 if others["MANY"] else 1
+    return [c for c in configs if usual <= c.num_warps * factor <= usual * factor**2]
 
 
+_tuned_norm = autotuned(
+    [triton.Config({}, num_warps=warps) for warps in (4, 1, 2, 8, 16, 32)],
+    key=["BLOCK"],
+    prune=_usual_warps,
+)
+_tuned_gate = autotuned(
+    [
+        triton.Config({"BLOCK": elements}, num_warps=warps)
+        for elements, warps in ((1024, 4), (2048, 8), (4096, 8))
+    ],
+    key=["KIND"],
+)
+
+
+@_tuned_norm
 @triton.jit
 @no_type_check
-def _norm(x, weight, y, inverse, eps, d, BLOCK: tl.constexpr):
+def _norm(x, weight, y, inverse, eps, d, MANY: tl.constexpr, BLOCK: tl.constexpr):
     """One token: y = weight·x/√(mean(x²) + eps), and what x was multiplied with."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -32,9 +56,10 @@ def _norm(x, weight, y, inverse, eps, d, BLOCK: tl.constexpr):
     tl.store(inverse + token, root)
 
 
+@_tuned_norm
 @triton.jit
 @no_type_check
-def _norm_gradient(grad, x, weight, inverse, out, d, BLOCK: tl.constexpr):
+def _norm_gradient(grad, x, weight, inverse, out, d, MANY: tl.constexpr, BLOCK: tl.constexpr):
     """One token: out = (g − n·mean(g·n))·inverse, for n = x·inverse and g = grad·weight."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -74,9 +99,10 @@ def _activation(x, KIND: tl.constexpr):
     return x * share, share + x * share * (1.0 - share) * slope
 
 
+@_tuned_gate
 @triton.jit
 @no_type_check
-def _gated(gate, up, out, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(gate, up, out, count, KIND: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = place < count
     x = tl.load(gate + place, mask=live, other=0.0).to(tl.float32)
@@ -86,10 +112,19 @@ def _gated(gate, up, out, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + place, product.to(out.dtype.element_ty), mask=live)
 
 
+@_tuned_gate
 @triton.jit
 @no_type_check
 def _gated_gradients(
-    grad, gate, up, for_gate, for_up, count, KIND: tl.constexpr, BLOCK: tl.constexpr
+    grad,
+    gate,
+    up,
+    for_gate,
+    for_up,
+    count,
+    KIND: tl.constexpr,
+    MANY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = place < count
@@ -124,8 +159,7 @@ def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) 
 
 def _line(x: Tensor) -> dict[str, int]:
     """Return how a program holds one token: all its features at once."""
-    block = triton.next_power_of_2(x.shape[-1])
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+    return {"BLOCK": triton.next_power_of_2(x.shape[-1]), "MANY": is_many(x)}
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -133,7 +167,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     with torch.cuda.device_of(gate):
-        _gated[_programs(gate)](gate, up, out, gate.numel(), KIND=activation, BLOCK=_ELEMENTS)
+        _gated[_programs(gate)](gate, up, out, gate.numel(), KIND=activation, MANY=is_many(gate))
     return out
 
 
@@ -145,10 +179,19 @@ def gated_gradients(
     for_gate, for_up = torch.empty_like(gate), torch.empty_like(up)
     with torch.cuda.device_of(gate):
         _gated_gradients[_programs(gate)](
-            grad, gate, up, for_gate, for_up, gate.numel(), KIND=activation, BLOCK=_ELEMENTS
+            grad,
+            gate,
+            up,
+            for_gate,
+            for_up,
+            gate.numel(),
+            KIND=activation,
+            MANY=is_many(gate),
         )
     return for_gate, for_up
 
 
-def _programs(x: Tensor) -> tuple[Any, ...]:
-    return (triton.cdiv(x.numel(), _ELEMENTS),)
+def _programs(x: Tensor) -> Callable[[Mapping[str, Any]], tuple[int]]:
+    """Return how many programs a configuration needs."""
+    count = x.numel()
+    return lambda chosen: (triton.cdiv(count, chosen["BLOCK"]),)

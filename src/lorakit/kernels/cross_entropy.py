@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorakit.kernels.arrangement import Kernels, choose_kernels
+from lorakit.kernels.logit_change import UNCHANGED, LogitChange
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 """Size of a chunk's logits, by the kind of device. Each chunk reads the head's weight twice, and a
@@ -61,6 +62,7 @@ def head_cross_entropy(
     *,
     label_smoothing: PerToken = 0.0,
     z_loss: PerToken = 0.0,
+    change: LogitChange = UNCHANGED,
     chunk_tokens: int | None = None,
     kernels: Kernels = "auto",
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "*rows tokens"]]:
@@ -83,6 +85,7 @@ def head_cross_entropy(
         label_smoothing: share of the target probability that is spread over all tokens.
         z_loss: factor on the square of log Σ exp(x), which keeps it near 0 (PaLM, Chowdhery et al.
             2022, section 5).
+        change: what makes the logits x of the head's answer.
         chunk_tokens: tokens whose logits exist at once, of all rows together; at least one of each
             row. None: as many as `CHUNK_BYTES` has room for.
         kernels: what computes losses from logits. auto: Triton where it can, else plain torch.
@@ -107,6 +110,7 @@ def head_cross_entropy(
         ),
         step=_step(logits, targets, chunk_tokens),
         dtype=dtype,
+        change=change,
         kernels=kernels,
     )
     trained = [p for p in head.parameters() if p.requires_grad]
@@ -160,6 +164,8 @@ class _Work:
     """Tokens of each row in a chunk."""
     dtype: torch.dtype
     """The loss's precision."""
+    change: LogitChange
+    """What makes logits of the head's answer."""
     kernels: Kernels
 
     def run(self, hidden: Tensor, gradients: _Gradients | None) -> tuple[Tensor, Tensor]:
@@ -171,13 +177,18 @@ class _Work:
             chunk, asked = hidden[..., tokens, :].contiguous(), self.asked.part(tokens)
             if gradients is None:
                 logits = self.head(chunk).flatten(0, -2)
-                of_chunk = token_losses(logits, asked, kernels=self.kernels)
+                of_chunk = self._losses(logits, asked)
             else:
                 differentiate = self._by_hand if self._is_plain() else self._by_autograd
                 of_chunk, found = differentiate(chunk, asked, gradients)
                 gradients.add(tokens, found)
             losses[..., tokens] = of_chunk.view(chunk.shape[:-1])
         return (self.asked.weights * losses).sum(), losses
+
+    def _losses(self, answer: Tensor, asked: Asked, gradient: Tensor | None = None) -> Tensor:
+        return token_losses(
+            answer, asked, change=self.change, gradient=gradient, kernels=self.kernels
+        )
 
     def _is_plain(self) -> bool:
         """Tell whether the head is W·x + b with nothing to train."""
@@ -193,7 +204,7 @@ class _Work:
         assert isinstance(self.head, nn.Linear)
         x = chunk.flatten(0, -2)
         logits = F.linear(x, self.head.weight, self.head.bias)
-        losses = token_losses(logits, asked, gradient=logits, kernels=self.kernels)
+        losses = self._losses(logits, asked, gradient=logits)
         return losses, [(logits @ self.head.weight).view(chunk.shape)]
 
     def _by_autograd(
@@ -205,11 +216,8 @@ class _Work:
             logits = self.head(leaf)
         # Not over the logits: a head may have kept them for its backward pass.
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        losses = token_losses(
-            logits.detach().flatten(0, -2),
-            asked,
-            gradient=gradient.view(-1, gradient.shape[-1]),
-            kernels=self.kernels,
+        losses = self._losses(
+            logits.detach().flatten(0, -2), asked, gradient.view(-1, gradient.shape[-1])
         )
         wanted = [leaf] * (gradients.hidden is not None) + list(gradients.trained)
         if not logits.requires_grad:
@@ -236,36 +244,39 @@ class _HeadCrossEntropy(Function):
 
 
 def token_losses(
-    logits: Float[Tensor, "tokens vocabulary"],
+    answer: Float[Tensor, "tokens vocabulary"],
     asked: Asked,
     *,
+    change: LogitChange = UNCHANGED,
     gradient: Float[Tensor, "tokens vocabulary"] | None = None,
     kernels: Kernels = "auto",
 ) -> Float[Tensor, " tokens"]:
-    """Return each token's loss, and write the gradient of Σ weight·loss with regard to the logits.
+    """Return each token's loss, and write the gradient of Σ weight·loss with regard to the answer.
 
     Args:
-        logits: of the tokens.
+        answer: the head's, for the tokens.
         asked: of the tokens, (tokens,).
-        gradient: where to write it, which may be over the logits; None: nowhere.
+        change: what makes logits of the answer.
+        gradient: where to write it, which may be over the answer; None: nowhere.
         kernels: see `head_cross_entropy`.
     """
-    if choose_kernels(kernels, logits.device, logits.dtype) == "triton":
+    if choose_kernels(kernels, answer.device, answer.dtype) == "triton":
         from lorakit.kernels import cross_entropy_triton
 
         return cross_entropy_triton.token_losses(
-            logits,
+            answer,
             gradient,
             targets=asked.targets,
             weights=asked.weights,
             label_smoothing=asked.label_smoothing,
             z_loss=asked.z_loss,
+            change=change,
         )
     losses = torch.empty_like(asked.weights)
-    for rows in _blocks(logits):
+    for rows in _blocks(answer):
         part = asked.part(rows)
-        block = logits[rows].to(losses.dtype, copy=True)
-        losses[rows] = _losses_of_block(block, part, wants_gradient=gradient is not None)
+        block = answer[rows].to(losses.dtype, copy=True)
+        losses[rows] = _losses_of_block(block, part, change, wants_gradient=gradient is not None)
         if gradient is not None:
             gradient[rows] = block
     return losses
@@ -278,8 +289,13 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, logits.shape[0]))
 
 
-def _losses_of_block(x: Tensor, asked: Asked, *, wants_gradient: bool) -> Tensor:
-    """Return losses for logits in the loss's precision; the gradient takes the logits' place."""
+def _losses_of_block(
+    x: Tensor, asked: Asked, change: LogitChange, *, wants_gradient: bool
+) -> Tensor:
+    """Return losses for an answer in the loss's precision; the gradient takes its place."""
+    change.apply_(x)
+    # Now, since nothing is left of the logits when their gradient is there.
+    derivative = change.derivative(x) if wants_gradient else 1.0
     smoothing, z = (
         None if v is None else v[:, None] for v in (asked.label_smoothing, asked.z_loss)
     )
@@ -305,5 +321,7 @@ def _losses_of_block(x: Tensor, asked: Asked, *, wants_gradient: bool) -> Tensor
         if smoothing is not None:
             x.sub_(weight * smoothing / x.shape[-1])
         x.scatter_add_(-1, target, -weight * share)
+        if not change.is_none:
+            x.mul_(derivative)
         x[none] = 0.0
     return loss[:, 0].masked_fill(none, 0.0)

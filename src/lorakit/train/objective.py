@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from lorakit.attachment import attachment_of, unwrapped
 from lorakit.kernels.choice import fast
 from lorakit.kernels.cross_entropy import head_cross_entropy
-from lorakit.kernels.packed_rows import FEW_SIZES, Segments
+from lorakit.kernels.logit_change import UNCHANGED, LogitChange
+from lorakit.kernels.packed_rows import FEW_SIZES
 from lorakit.methods.layer import AdaptedLayer
-from lorakit.models.attention import attention_within, takes_attention_functions
+from lorakit.models.logits import logit_change
 from lorakit.models.roles import output_head
 from lorakit.tasks.chat import IGNORED
 from lorakit.train.loss import Loss
@@ -99,7 +99,7 @@ def text_losses(
         return (losses * _per_row(weights).to(losses)).sum(), losses.detach()
     head = _hooked_head(model)
     chosen = _Chosen.of(labels, keep_rows=_tells_rows_apart(model, head))
-    read, head = _run(model, inputs, chosen, head)
+    read, head, change = _run(model, inputs, chosen, head)
     total, losses = head_cross_entropy(
         read,
         head,
@@ -107,6 +107,7 @@ def text_losses(
         chosen.spread(weights).to(read.device),
         label_smoothing=_for_tokens(label_smoothing, chosen),
         z_loss=_for_tokens(z_loss, chosen),
+        change=change,
     )
     return total, chosen.put_back(losses)
 
@@ -214,17 +215,22 @@ def _tells_rows_apart(model: nn.Module, head: nn.Module | None) -> bool:
 
 def _run(
     model: nn.Module, inputs: Mapping[str, Any], chosen: _Chosen, head: nn.Module | None
-) -> tuple[Tensor, nn.Module]:
-    """Return what a head reads at the chosen positions, and the head: Identity for logits."""
+) -> tuple[Tensor, nn.Module, LogitChange]:
+    """Return what a head reads at the chosen positions, the head, and what follows it.
+
+    Where the model must make its logits, they are returned, and Identity as their head.
+    """
     if head is None:
-        return chosen.take(model(**inputs, use_cache=False).logits), nn.Identity()
-    if _shows_its_head(unwrapped(model), head, rows=chosen.shape[0]):
+        logits = chosen.take(model(**inputs, use_cache=False).logits)
+        return logits, nn.Identity(), UNCHANGED
+    change = logit_change(unwrapped(model), head, rows=chosen.shape[0])
+    if change is not None:
         with _given_to(head, lambda states: states[..., :0, :]) as read:
             model(**inputs, use_cache=False)
-        return chosen.take(read[0]), head
+        return chosen.take(read[0]), head, change
     with _given_to(head, chosen.take) as read:
         logits = model(**inputs, use_cache=False).logits
-    return (logits if read else chosen.take(logits)), nn.Identity()
+    return (logits if read else chosen.take(logits)), nn.Identity(), UNCHANGED
 
 
 @contextmanager
@@ -241,46 +247,3 @@ def _given_to(head: nn.Module, given: Callable[[Tensor], Tensor]) -> Iterator[li
         yield read
     finally:
         hook.remove()
-
-
-_SHOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-def _shows_its_head(base: nn.Module, head: nn.Module, *, rows: int) -> bool:
-    """Tell, by one trial for each model, whether its logits are what its head computes.
-
-    Gemma caps them and Cohere and Granite scale them: there the model must compute them itself.
-    """
-    if base not in _SHOWN:
-        _SHOWN[base] = _tried(base, head, rows)
-    return _SHOWN[base]
-
-
-@torch.no_grad()
-def _tried(base: nn.Module, head: nn.Module, rows: int) -> bool:
-    """Let a head answer with numbers of all sizes, and tell whether the model returns these."""
-    written: list[Tensor] = []
-
-    def write(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-        numbers = torch.linspace(-1000, 1000, output.numel(), device=output.device)
-        written.append(numbers.to(output.dtype).view(output.shape))
-        return written[-1].clone()
-
-    ids = torch.zeros(rows, 1, dtype=torch.long, device=next(base.parameters()).device)
-    names = ["input_ids"]
-    if getattr(base.config, "is_encoder_decoder", False):
-        names.append("decoder_input_ids")
-    training = [module for module in base.modules() if module.training]
-    hook = head.register_forward_hook(write)
-    # The batch at hand may have segments in force, which these tokens do not have.
-    segments = Segments(((1,),) * rows, 1) if takes_attention_functions(base) else None
-    # Dropout draws nothing then, so that a run goes on as one that was not tried.
-    base.eval()
-    try:
-        with attention_within(base, segments):
-            logits = base(**dict.fromkeys(names, ids), use_cache=False).logits
-    finally:
-        hook.remove()
-        for module in training:
-            module.training = True
-    return len(written) == 1 and torch.equal(logits.to(written[0].dtype), written[0])
