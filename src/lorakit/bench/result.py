@@ -23,7 +23,7 @@ Timings = Mapping[str, Mapping[str, Seconds]]
 """Measurement, contestant: what it took."""
 
 
-class BenchConfig(Settings):
+class Measured(Settings):
     """What every benchmark is told."""
 
     model: str = "smollm2"
@@ -31,6 +31,16 @@ class BenchConfig(Settings):
 
     dtype: DType = "bfloat16"
     """Precision of the base."""
+
+    threads: PositiveInt | None = None
+    """Threads of torch. None: as many as torch takes by itself."""
+
+    out: Path | None = None
+    """JSON file for the result, which is replaced. None: none."""
+
+
+class BenchConfig(Measured):
+    """What benchmarks are told in which contestants take turns."""
 
     rank: PositiveInt = 8
     """Rank of the adapters, which sit on all linear layers."""
@@ -41,17 +51,11 @@ class BenchConfig(Settings):
     repeats: PositiveInt = 7
     """Turns that each contestant has; medians are compared."""
 
-    threads: PositiveInt | None = None
-    """Threads of torch. None: as many as torch takes by itself."""
-
     peer: bool = True
     """Measure PEFT too, which the extra `bench` installs."""
 
-    out: Path | None = None
-    """JSON file for the result, which is replaced. None: none."""
 
-
-C = TypeVar("C", bound=BenchConfig)
+C = TypeVar("C", bound=Measured)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +125,7 @@ def run_bench(name: str, settings: C, measure: Callable[[C], Findings]) -> dict[
         MissingExtraError: PEFT is to be measured and is not installed.
     """
     check_writable(settings.out)
-    if settings.peer:
+    if isinstance(settings, BenchConfig) and settings.peer:
         require_peft()
     with threads(settings.threads):
         start = circumstances()

@@ -1,4 +1,4 @@
-"""Results as tables, and the page that has them: `python -m lorakit.bench.tables`."""
+"""Results as tables, and the pages that have them: `python -m lorakit.bench.tables`."""
 
 import argparse
 import json
@@ -9,8 +9,10 @@ from typing import Any
 
 from lorakit.bench.result import OURS
 
-PAGE = Path("docs/benchmarks.md")
-"""The page of this repository, from its root; the results are in the folder of the same name."""
+PAGES = (Path("docs/benchmarks.md"), Path("docs/methods.md"))
+"""The pages of this repository, from its root."""
+RESULTS = Path("docs/benchmarks")
+"""The folder of the results."""
 NOT_MEASURED = "Not measured yet."
 
 
@@ -133,11 +135,22 @@ def _where(result: dict[str, Any]) -> str:
     names = ("lorakit", "torch", "transformers", "peft")
     libraries = ", ".join(f"{name} {versions[name]}" for name in names if versions[name])
     return (
-        f"{Path(settings['model']).name} in {settings['dtype']}, adapters of rank "
-        f"{settings['rank']} in {settings['adapter_dtype']}{_trained_on(settings)}, "
-        f"{settings['repeats']} turns; "
+        f"{Path(settings['model']).name} in {settings['dtype']}, {_how(settings)}; "
         f"{hardware['processor']}, {hardware['threads']} threads; {libraries}; "
         f"commit {result['commit']}."
+    )
+
+
+def _how(settings: dict[str, Any]) -> str:
+    """Return what was measured, in a few words."""
+    if "methods" in settings:
+        return (
+            f"{settings['steps']} steps of {_rows(settings)}, seed {settings['seed']}, "
+            f"{settings['parallel']} at a time"
+        )
+    return (
+        f"adapters of rank {settings['rank']} in {settings['adapter_dtype']}"
+        f"{_trained_on(settings)}, {settings['repeats']} turns"
     )
 
 
@@ -145,11 +158,13 @@ def _trained_on(settings: dict[str, Any]) -> str:
     """Return which layers and rows, where the settings say so."""
     if "targets" not in settings or "data" not in settings:
         return ""
-    rows = Path(settings["data"]["train"])
-    source = "/".join(rows.parts[-2:])
-    return (
-        f" on {', '.join(settings['targets'])}, {settings['batch_size']} rows of {source} in a step"
-    )
+    return f" on {', '.join(settings['targets'])}, {_rows(settings)} in a step"
+
+
+def _rows(settings: dict[str, Any]) -> str:
+    """Return how many rows a step has, and of which file."""
+    source = "/".join(Path(settings["data"]["train"]).parts[-2:])
+    return f"{settings['batch_size']} rows of {source}"
 
 
 def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -164,12 +179,14 @@ def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    """Rewrite the tables of a page from the results in the folder of the same name."""
+    """Rewrite the tables of the pages from the folder of the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("page", type=Path, nargs="?", default=PAGE, help="(default: %(default)s)")
-    page = parser.parse_args().page
-    text = rewritten(page.read_text(encoding="utf-8"), page.with_suffix(""))
-    page.write_text(text, encoding="utf-8")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="(default: %(default)s)")
+    parser.add_argument("pages", type=Path, nargs="*", default=PAGES, help="(default: both)")
+    given = parser.parse_args()
+    for page in given.pages:
+        text = rewritten(page.read_text(encoding="utf-8"), given.results)
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

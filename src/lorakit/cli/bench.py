@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.bench.load import LoadConfig, measure_load
+from lorakit.bench.methods import MethodsConfig, measure_methods
 from lorakit.bench.mixed import MixedConfig, measure_mixed
-from lorakit.bench.result import BenchConfig, Findings, run_bench
+from lorakit.bench.result import Findings, Measured, run_bench
 from lorakit.bench.roofline import RooflineConfig, measure_roofline
 from lorakit.bench.sweep import SweepConfig, measure_sweep
 from lorakit.bench.switch import SwitchConfig, measure_switch
@@ -24,7 +25,7 @@ class Bench:
     SETTINGS: type[Settings]
     measure: Callable[[Any], Findings]
 
-    def run(self, settings: BenchConfig) -> Result:
+    def run(self, settings: Measured) -> Result:
         """Measure, write the file that was asked for, and return the tables."""
         result = run_bench(self.name, settings, self.measure)
         written = f"\n\nwritten to {settings.out}" if settings.out else ""
@@ -33,6 +34,7 @@ class Bench:
 
 VERBS: dict[str, Verb] = {
     "load": Bench("load", LoadConfig, measure_load),
+    "methods": Bench("methods", MethodsConfig, measure_methods),
     "mixed": Bench("mixed", MixedConfig, measure_mixed),
     "roofline": Bench("roofline", RooflineConfig, measure_roofline),
     "switch": Bench("switch", SwitchConfig, measure_switch),

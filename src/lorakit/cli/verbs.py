@@ -14,6 +14,7 @@ VERBS = {
     "merge": "Write a plain model that has the adapter in its weights.",
     "convert": "Read an adapter of one format and write it in another.",
     "bench load": "Time the loading of adapters, beside PEFT and plain reading.",
+    "bench methods": "Train every method of the paper on the same rows, and score each.",
     "bench mixed": "Time batches of many adapters, beside PEFT and the plain model.",
     "bench roofline": "Tell how far each part of a training step is from the machine's limit.",
     "bench switch": "Time switching between adapters, beside PEFT.",

@@ -1,0 +1,258 @@
+"""The methods of the paper beside each other: trained on the same rows, scored on the same rows."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from lorakit.bench.memory import forget_peak, most_bytes, used_bytes
+from lorakit.bench.result import Findings, Measured
+from lorakit.config import DataConfig, TrainConfig
+from lorakit.errors import ConfigError, DataError, LorakitError
+from lorakit.method_config import METHODS
+from lorakit.models.load import load_model
+from lorakit.routing import route
+from lorakit.settings import PositiveFloat, PositiveInt
+from lorakit.tasks.encode import encode_prompt, encode_rows
+from lorakit.tasks.kinds import Rows, references_of
+from lorakit.tasks.metrics import bleu
+from lorakit.tasks.rows import read_rows
+from lorakit.train.collate import Collator
+from lorakit.train.evaluation import answer, score
+from lorakit.train.loss import Loss
+from lorakit.train.prepare import prepare
+from lorakit.train.run import Run, run_alone
+
+BASE = "base"
+"""What stands in the table for the model without any training."""
+
+
+class MethodsConfig(Measured):
+    """Which methods are compared, and on what."""
+
+    methods: dict[str, dict[str, Any]] = {}
+    """What is trained: a name, and what `lorakit train` is told beside what all share. A name that
+    is no method says the method too: {dora: {method: lora, lora: {use_dora: true}}}. Empty: every
+    method with its defaults."""
+
+    rates: tuple[PositiveFloat, ...] = ()
+    """Peak learning rates that each method is tried with. Empty: the method's own alone."""
+
+    data: DataConfig = DataConfig()
+    """Rows to train on, and `data.validation` with those to score, which are not trained on."""
+
+    task: Literal["auto", "generation", "classification", "regression"] = "auto"
+    """What the model does. auto: classification where rows have labels, else generation."""
+
+    steps: PositiveInt = 300
+    """Optimizer steps of each run."""
+
+    batch_size: PositiveInt = 8
+    """Rows per step."""
+
+    answers: Annotated[int, Field(ge=0)] = 100
+    """Held-out rows that are answered in words and scored with BLEU; 0: none."""
+
+    max_new_tokens: PositiveInt = 96
+    """Longest answer, in tokens."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the start, the order of rows, and dropout."""
+
+    parallel: PositiveInt = 1
+    """Runs at the same time, each in a process of its own with as many `threads`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """One run."""
+
+    name: str
+    config: TrainConfig | None
+    """None: the base is scored as it is."""
+
+
+def measure_methods(settings: MethodsConfig) -> Findings:
+    """Train every method, and score each on the held-out rows.
+
+    Raises:
+        ConfigError: a method's settings cannot be used; every problem is listed.
+        DataError: no rows to train on or to score are named.
+        TrainingError: a run was stopped.
+    """
+    if settings.data.train is None or settings.data.validation is None:
+        raise DataError("data.train and data.validation must name rows to train on and to score")
+    with tempfile.TemporaryDirectory() as folder:
+        entries = [_Entry(name=BASE, config=None), *_entries(settings, Path(folder))]
+        with _workers(settings.parallel) as pool:
+            running = [pool.submit(_measured, settings, each) for each in entries]
+            rows = [each.result() for each in running]
+    tables = {"methods": rows}
+    if settings.rates:
+        tables["best"] = _best(rows)
+    return Findings(timings={}, tables=tables)
+
+
+def _workers(count: int) -> Executor:
+    """Return what runs so many at a time, each in a fresh process: its memory is then its own."""
+    afresh = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, mp_context=afresh, max_tasks_per_child=1)
+
+
+def _entries(settings: MethodsConfig, folder: Path) -> list[_Entry]:
+    asked = settings.methods or {name: {} for name in METHODS}
+    problems: list[str] = []
+    entries: list[_Entry] = []
+    for name, own in asked.items():
+        for rate in settings.rates or (None,):
+            out = folder / f"{len(entries)}"
+            try:
+                entries.append(_Entry(name=name, config=_config(settings, name, own, rate, out)))
+            except LorakitError as error:
+                problems.append(f"{name}: {error}")
+    if problems:
+        raise ConfigError.listing("some methods cannot be compared", problems)
+    return entries
+
+
+def _config(
+    settings: MethodsConfig, name: str, own: Mapping[str, Any], rate: float | None, out: Path
+) -> TrainConfig:
+    shared: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "out": out,
+        "data": settings.data.model_copy(update={"validation": None}),
+        "task": settings.task,
+        "steps": settings.steps,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "save_every": settings.steps,
+    }
+    tried = {} if rate is None else {"learning_rate": rate}
+    return TrainConfig(**{"method": name, **own, **tried, **shared})
+
+
+class Peak(TrainerCallback):
+    """Notes what a run holds before its first step, and the most that it holds until its last."""
+
+    def __init__(self) -> None:
+        self.before_bytes: int | None = None
+        self.most_bytes: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget what loading took."""
+        forget_peak()
+        self.before_bytes = used_bytes()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the peak, before the scores are computed."""
+        self.most_bytes = most_bytes()
+
+
+def _measured(settings: MethodsConfig, entry: _Entry) -> dict[str, Any]:
+    """Train and score one method, in this process; return its row of the table."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if entry.config is None:
+        return _row_of_base(settings)
+    prepared = prepare(entry.config)
+    peak = Peak()
+    run = Run(config=entry.config, prepared=prepared, checkpoint=None)
+    result = run_alone(run, bar=peak)
+    with route(prepared.model, prepared.name):
+        scores = _scores(settings, prepared.model, prepared.tokenizer, prepared.labels)
+    rate = max(map(entry.config.rate_of, entry.config.method))
+    return {
+        "method": entry.name,
+        "learning rate": rate,
+        "trained": prepared.plan.parameters,
+        "loss in training": result.last_loss,
+        **scores,
+        "time_s": result.seconds,
+        "memory_bytes": peak.most_bytes,
+    }
+
+
+def _row_of_base(settings: MethodsConfig) -> dict[str, Any]:
+    rows = read_rows(str(settings.data.train), settings.data, limit=settings.data.train_rows)
+    task = "classification" if rows.labels else "generation"
+    model, tokenizer = load_model(
+        settings.model, dtype=settings.dtype, task=task, labels=rows.labels
+    )
+    scores = _scores(settings, model, tokenizer, rows.labels)
+    nothing = {"learning rate": None, "trained": 0, "loss in training": None}
+    return {"method": BASE, **nothing, **scores, "time_s": None, "memory_bytes": None}
+
+
+def _scores(
+    settings: MethodsConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: tuple[str, ...] | None,
+) -> dict[str, float]:
+    data = settings.data
+    source, regression = str(data.validation), settings.task == "regression"
+    rows = read_rows(
+        source,
+        data,
+        limit=data.validation_rows,
+        split="validation",
+        labels=labels,
+        regression=regression,
+    )
+    task = settings.task
+    if task == "auto":
+        task = "classification" if rows.kind == "classification" else "generation"
+    found = score(
+        model,
+        encode_rows(rows, tokenizer, data).examples,
+        loss=Loss(task),
+        collate=Collator(tokenizer),
+        batch_size=4 * settings.batch_size,
+    )
+    scores = {"held-out loss": found.pop("loss")}
+    if task != "generation":
+        return scores | {name: 100 * value for name, value in found.items()}
+    if settings.answers:
+        scores["BLEU"] = _bleu(settings, model, tokenizer, rows)
+    return scores
+
+
+def _bleu(
+    settings: MethodsConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+) -> float:
+    asked = rows.rows[: settings.answers]
+    prompts = [encode_prompt(row, tokenizer, settings.data) for row in asked]
+    written = answer(
+        model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=25
+    )
+    return bleu(written, [references_of(row) for row in asked])
+
+
+def _best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return each method's row with the lowest held-out loss."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        name = row["method"]
+        if name not in best or row["held-out loss"] < best[name]["held-out loss"]:
+            best[name] = row
+    return [row for name, row in best.items() if name != BASE]

@@ -1,0 +1,57 @@
+"""The comparison of methods: each is trained, scored on held-out rows, and named in one table."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from lorakit.bench import methods
+from lorakit.bench.tables import table
+from lorakit.cli.main import main
+
+SMALL = ("--steps", "25", "--batch-size", "2", "--data.max-length", "16", "--dtype", "float32")
+
+
+@pytest.fixture
+def compare(tiny_llama, prompt_rows, capsys, monkeypatch):
+    """Return a function that compares methods on a tiny model, and gives back code and output."""
+    monkeypatch.setattr(methods, "_workers", ThreadPoolExecutor)  # a process takes seconds to start
+
+    def run(*words):
+        given = ["--model", tiny_llama, "--data.train", prompt_rows, "--data.validation"]
+        words = [*given, prompt_rows, *SMALL, *words, "--json"]
+        code = main(["bench", "methods", *map(str, words)])
+        return code, capsys.readouterr()
+
+    return run
+
+
+def test_each_run_has_a_row_with_its_scores_beside_the_base_s(compare):
+    asked = {"lora": {}, "wide": {"method": "lora", "lora": {"rank": 4}}}
+    code, printed = compare(
+        *("--methods", json.dumps(asked), "--rates", "1e-3,1e-1", "--answers", 2),
+        *("--max-new-tokens", 3),
+    )
+    assert code == 0
+    result = json.loads(printed.out)
+    rows = result["tables"]["methods"]
+    assert [(row["method"], row["learning rate"]) for row in rows] == [
+        ("base", None),
+        *[(name, rate) for name in asked for rate in (1e-3, 1e-1)],
+    ]
+    base, slow, fast, *_ = rows
+    assert slow["held-out loss"] != fast["held-out loss"] != base["held-out loss"]
+    assert {"BLEU", "time_s", "memory_bytes"} <= slow.keys()
+    assert rows[3]["trained"] != slow["trained"]
+    lowest = {name: min(r["held-out loss"] for r in rows if r["method"] == name) for name in asked}
+    assert {row["method"]: row["held-out loss"] for row in result["tables"]["best"]} == lowest
+    assert "2 rows of" in table(result)
+
+
+def test_every_wrong_setting_is_told_before_anything_is_trained(compare):
+    asked = {"lora": {"lora": {"rank": 0}}, "lorra": {}, "mine": {"method": "lora"}}
+    code, printed = compare("--methods", json.dumps(asked))
+    assert code == 2
+    assert "lora: " in printed.err
+    assert "lorra: " in printed.err
+    assert "mine: " not in printed.err
