@@ -1,5 +1,6 @@
 """The entry point: what goes to stdout and stderr, and the exit codes."""
 
+import gc
 import json
 import os
 import subprocess
@@ -103,6 +104,29 @@ def test_without_json_a_verb_streams_to_stdout(verb, capfd):
     out, err = capfd.readouterr()
     assert {"from C", "from a child", "from python", "hi"} == set(out.splitlines())
     assert err == ""
+
+
+@pytest.mark.parametrize("error", [None, DataError("no rows")])
+def test_the_collector_passes_by_what_was_imported_until_the_verb_ends(verb, error):
+    seen = []
+
+    def run(settings: EchoSettings) -> Result:
+        seen.append((gc.isenabled(), gc.get_freeze_count() > 0))
+        if error:
+            raise error
+        return say(settings)
+
+    verb(run)
+    main(["echo", "--word", "hi"])
+    assert seen == [(True, True)]
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
+
+
+def test_the_collector_goes_on_after_a_verb_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(VERBS, "absent", "Do nothing.")
+    with pytest.raises(ModuleNotFoundError):
+        main(["absent"])
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
 
 
 def test_stdout_is_whole_again_after_an_error_in_json_mode(verb, capfd):

@@ -1,5 +1,10 @@
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from lorakit.config import DataConfig
 from lorakit.errors import DataError
@@ -67,6 +72,25 @@ def test_rows_encoded_together_are_as_if_one_by_one(
     assert list(encode(tokenizer, *rows).examples) == alone
     monkeypatch.setattr("lorakit.tasks.encode.TOGETHER", 3)
     assert list(encode(tokenizer, *rows).examples) == alone
+
+
+def test_prompts_that_come_again_much_later_are_encoded_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    class Counting(PreTrainedTokenizerFast):
+        def __call__(self, text: list[str], **kwargs: object) -> BatchEncoding:
+            asked.extend(text)
+            return super().__call__(text, **kwargs)
+
+    tokenizer = build_tokenizer()
+    tokenizer.__class__ = Counting
+    monkeypatch.setattr("lorakit.tasks.encode.TOGETHER", 1)
+    rows = [prompt_row(prompt, "x") for prompt in ("a", "bbbbbb", "a", "bbbbbb")]
+    encode(tokenizer, *rows, max_length=4)
+    assert asked.count("a=") == 1
+    assert asked.count("bbbbbb=") == 2, "what is longer than the limit is not kept"
 
 
 def test_a_completion_never_merges_with_its_prompt() -> None:

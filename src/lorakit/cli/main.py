@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 from lorakit import __version__
 from lorakit.cli.help import SWITCHES, overview, verb_help
 from lorakit.cli.settings import parse, to_yaml
-from lorakit.cli.verbs import VERBS, Result, load_verb, second_words
+from lorakit.cli.verbs import VERBS, Result, loaded_verb, second_words
 from lorakit.errors import ConfigError, LorakitError, did_you_mean
 
 
@@ -67,14 +67,14 @@ def _result(words: list[str], switches: set[str]) -> Result:
         text = overview(words[0])
         return Result(text=text, data={"help": text})
     name, rest = _verb_and_rest(words)
-    verb = load_verb(name)
-    if "--help" in switches:
-        text = verb_help(name, verb.SETTINGS)
-        return Result(text=text, data={"help": text})
-    settings = parse(verb.SETTINGS, rest)
-    if "--print-config" in switches:
-        return Result(text=to_yaml(settings), data=settings.model_dump())
-    return verb.run(settings)
+    with loaded_verb(name) as verb:
+        if "--help" in switches:
+            text = verb_help(name, verb.SETTINGS)
+            return Result(text=text, data={"help": text})
+        settings = parse(verb.SETTINGS, rest)
+        if "--print-config" in switches:
+            return Result(text=to_yaml(settings), data=settings.model_dump())
+        return verb.run(settings)
 
 
 def _verb_and_rest(words: list[str]) -> tuple[str, list[str]]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,8 +15,7 @@ from lorakit.tasks.problems import Problems, UnusableRowError
 from lorakit.tasks.report import EncodingReport
 
 TOGETHER = 10_000
-"""Rows whose texts are turned into tokens at once: the tokenizer then uses all cores, and equal
-texts of them cost once."""
+"""Rows whose texts are turned into tokens at once: the tokenizer then uses all cores."""
 NOTHING_TO_LEARN = "no token to learn within the limit"
 NO_ANSWER = "no turn of the assistant that answers something"
 
@@ -118,6 +118,8 @@ class _Encoder:
         self.limit = min(data.max_length, tokenizer.model_max_length)
         self._tokenizer = tokenizer
         self._separator = data.separator
+        self._start = tokenizer.bos_token_id
+        self._openings: dict[str, list[int]] = {}
         self._numbers = {name: number for number, name in enumerate(rows.labels or ())}
         self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
         frame = tokenizer.num_special_tokens_to_add(pair=True)
@@ -132,15 +134,23 @@ class _Encoder:
         prompts = [row for row in rows if isinstance(row, PromptRow)]
         texts = [row.text for row in rows if isinstance(row, TextRow)]
         openings = [*(row.prompt + self._separator for row in prompts), *texts]
-        self._openings = _openings(self._tokenizer, openings)
+        # Later rows may ask the same (E2E: 9 answers to a prompt). What will be cut may be long.
+        known = {text: ids for text, ids in self._openings.items() if len(ids) <= self.limit}
+        new = [text for text in openings if text not in known]
+        self._openings = known | _openings(self._tokenizer, new)
         self._completions = _plain(self._tokenizer, [row.completion for row in prompts])
+
+    @cached_property
+    def _end(self) -> int:
+        """The token that ends an answer; tokenizers look it up by its text, which takes a while."""
+        return end_token(self._tokenizer)
 
     def draft(self, row: Row) -> _Draft:
         match row:
             case PromptRow():
                 return self._prompt(row)
             case TextRow():
-                ids = [*self._openings[row.text], end_token(self._tokenizer)]
+                ids = [*self._openings[row.text], self._end]
                 return self._continuous(ids, list(ids))
             case MessagesRow():
                 assert self._chat is not None, "rows of one kind"
@@ -151,11 +161,11 @@ class _Encoder:
 
     def _prompt(self, row: PromptRow) -> _Draft:
         prompt = self._openings[row.prompt + self._separator]
-        completion = [*self._completions[row.completion], end_token(self._tokenizer)]
+        completion = [*self._completions[row.completion], self._end]
         # At least one token of the prompt stays: the first token to learn must follow something.
         fits = len(completion) < self.limit
         room = self.limit - len(completion) if fits else self.limit // 2
-        kept = _last(prompt, room, start=self._tokenizer.bos_token_id)
+        kept = _last(prompt, room, start=self._start)
         learnt = completion[: self.limit - len(kept)]
         if not kept or not learnt:
             return _Draft(dropped=NOTHING_TO_LEARN)
