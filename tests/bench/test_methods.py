@@ -29,7 +29,14 @@ def compare(tiny_llama, prompt_rows, capsys, monkeypatch):
 def test_each_run_has_a_row_with_its_scores_beside_the_base_s(compare):
     asked = {"lora": {}, "wide": {"method": "lora", "lora": {"rank": 4}}}
     code, printed = compare(
-        *("--methods", json.dumps(asked), "--rates", "1e-3,1e-1", "--answers", 2),
+        *(
+            "--methods",
+            json.dumps(asked),
+            "--rates",
+            json.dumps(dict.fromkeys(asked, [1e-3, 1e-1])),
+            "--answers",
+            2,
+        ),
         *("--max-new-tokens", 3),
     )
     assert code == 0
@@ -50,8 +57,9 @@ def test_each_run_has_a_row_with_its_scores_beside_the_base_s(compare):
 
 def test_every_wrong_setting_is_told_before_anything_is_trained(compare):
     asked = {"lora": {"lora": {"rank": 0}}, "lorra": {}, "mine": {"method": "lora"}}
-    code, printed = compare("--methods", json.dumps(asked))
+    code, printed = compare("--methods", json.dumps(asked), "--rates", '{"dora": [1.0]}')
     assert code == 2
     assert "lora: " in printed.err
     assert "lorra: " in printed.err
     assert "mine: " not in printed.err
+    assert "rates: dora is not among the methods" in printed.err

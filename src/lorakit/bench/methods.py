@@ -46,8 +46,8 @@ class MethodsConfig(Measured):
     is no method says the method too: {dora: {method: lora, lora: {use_dora: true}}}. Empty: every
     method with its defaults."""
 
-    rates: tuple[PositiveFloat, ...] = ()
-    """Peak learning rates that each method is tried with. Empty: the method's own alone."""
+    rates: dict[str, tuple[PositiveFloat, ...]] = {}
+    """Peak learning rates to try, by the name in `methods`; the others run at their own rate."""
 
     data: DataConfig = DataConfig()
     """Rows to train on, and `data.validation` with those to score, which are not trained on."""
@@ -112,10 +112,11 @@ def _workers(count: int) -> Executor:
 
 def _entries(settings: MethodsConfig, folder: Path) -> list[_Entry]:
     asked = settings.methods or {name: {} for name in METHODS}
-    problems: list[str] = []
+    unknown = [name for name in settings.rates if name not in asked]
+    problems = [f"rates: {name} is not among the methods" for name in unknown]
     entries: list[_Entry] = []
     for name, own in asked.items():
-        for rate in settings.rates or (None,):
+        for rate in settings.rates.get(name) or (None,):
             out = folder / f"{len(entries)}"
             try:
                 entries.append(_Entry(name=name, config=_config(settings, name, own, rate, out)))
