@@ -33,7 +33,7 @@ def test_each_run_has_a_row_with_its_scores_beside_the_base_s(compare):
             "--methods",
             json.dumps(asked),
             "--rates",
-            json.dumps(dict.fromkeys(asked, [1e-3, 1e-1])),
+            json.dumps({name: [1e-3, 1e-1] for name in asked}),
             "--answers",
             2,
         ),
