@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -122,7 +122,9 @@ def _check_widths(widths: Mapping[str, int | None], size: int | None) -> None:
     Raises:
         TargetError: there are such; the first module of each width is named.
     """
-    first = {width: path for path, width in reversed(widths.items())}
+    first: dict[int | None, str] = {}
+    for path, width in widths.items():
+        first.setdefault(width, path)
     problems = [
         f"how wide the output of {path} is cannot be told: name a linear layer"
         for width, path in first.items()
@@ -216,7 +218,12 @@ class BottleneckPart(Part):
         return values.to(device, getattr(torch, self.dtype))
 
 
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 class Bottleneck(Update):
