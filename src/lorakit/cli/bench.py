@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.bench.latency import LatencyConfig, measure_latency
 from lorakit.bench.load import LoadConfig, measure_load
 from lorakit.bench.mixed import MixedConfig, measure_mixed
 from lorakit.bench.result import BenchConfig, Findings, run_bench
@@ -32,6 +33,7 @@ class Bench:
 
 
 VERBS: dict[str, Verb] = {
+    "latency": Bench("latency", LatencyConfig, measure_latency),
     "load": Bench("load", LoadConfig, measure_load),
     "mixed": Bench("mixed", MixedConfig, measure_mixed),
     "roofline": Bench("roofline", RooflineConfig, measure_roofline),

@@ -13,6 +13,7 @@ VERBS = {
     "generate": "Complete prompts, with or without an adapter.",
     "merge": "Write a plain model that has the adapter in its weights.",
     "convert": "Read an adapter of one format and write it in another.",
+    "bench latency": "Time a forward pass with each method: Table 1 of the paper.",
     "bench load": "Time the loading of adapters, beside PEFT and plain reading.",
     "bench mixed": "Time batches of many adapters, beside PEFT and the plain model.",
     "bench roofline": "Tell how far each part of a training step is from the machine's limit.",
