@@ -487,6 +487,20 @@ def test_at_names_the_places_of_an_unknown_architecture():
     torch.testing.assert_close(model(x.double()), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_at_a_module_without_parameters_what_it_hands_on_is_not_written_to():
+    model = build("bert")
+    inputs = example_inputs(model)
+    where = ("bert.encoder.layer.0.output.dropout", "bert.embeddings.dropout")
+    lk.attach(model, lk.BottleneckConfig(at=where, size=4, modules_to_save=()))
+    randomise(model)
+    seen = []
+    for path in where:
+        model.get_submodule(path).register_forward_hook(lambda m, i, o: seen.append((i[0], o)))
+    outputs(model, inputs)
+    assert len(seen) == 2
+    assert all(given.ne(made).all() for given, made in seen)
+
+
 @pytest.mark.parametrize(
     ("make", "settings", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -197,7 +198,9 @@ class BottleneckPart(Part):
         self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
     ) -> Bottleneck:
         """Return the bottleneck; a fresh one changes nothing."""
-        device = next(base_parameters(modules[self.path]))[1].device
+        # A dropout, say, has no parameters; its model has.
+        near = itertools.chain(*(base_parameters(modules[path]) for path in (self.path, "")))
+        device = next(near)[1].device
         if tensors is None:
             own = {name: self._fresh(name, device) for name in self._shapes_inside}
         else:
