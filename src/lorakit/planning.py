@@ -113,10 +113,12 @@ def plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) -> Plan:
     for config in configs:
         copies |= dict.fromkeys(_modules_to_save(model, config.modules_to_save))
     matches = tuple(match for claim in claims for match in claim.matches)
-    _check_apart(copies, [match.site.path for match in matches])
+    parts = tuple(part for claim in claims for part in claim.parts)
+    # What changes the output of a copy as a whole comes after it; inside it would be lost.
+    inside = [part.path for part in parts if part.path not in copies]
+    _check_apart(copies, [*(match.site.path for match in matches), *inside])
     biases = dict.fromkeys(path for claim in claims for path in claim.biases)
     own = tuple(path for path in biases if not any(_is_in(path, copy) for copy in copies))
-    parts = tuple(part for claim in claims for part in claim.parts)
     return completed(model, matches, own, tuple(copies), parts)
 
 
@@ -156,7 +158,7 @@ def _modules_to_save(model: nn.Module, words: Sequence[str]) -> list[str]:
 
 
 def _check_apart(copies: Iterable[str], adapted: Sequence[str]) -> None:
-    """Refuse low-rank updates of what is copied in full.
+    """Refuse updates inside of what is copied in full.
 
     Raises:
         TargetError: there are such.

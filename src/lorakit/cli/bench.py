@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.bench.latency import LatencyConfig, measure_latency
 from lorakit.bench.load import LoadConfig, measure_load
 from lorakit.bench.methods import MethodsConfig, measure_methods
 from lorakit.bench.mixed import MixedConfig, measure_mixed
@@ -33,6 +34,7 @@ class Bench:
 
 
 VERBS: dict[str, Verb] = {
+    "latency": Bench("latency", LatencyConfig, measure_latency),
     "load": Bench("load", LoadConfig, measure_load),
     "methods": Bench("methods", MethodsConfig, measure_methods),
     "mixed": Bench("mixed", MixedConfig, measure_mixed),

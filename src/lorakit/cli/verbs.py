@@ -16,6 +16,7 @@ VERBS = {
     "generate": "Complete prompts, with or without an adapter.",
     "merge": "Write a plain model that has the adapter in its weights.",
     "convert": "Read an adapter of one format and write it in another.",
+    "bench latency": "Time a forward pass with each method: Table 1 of the paper.",
     "bench load": "Time the loading of adapters, beside PEFT and plain reading.",
     "bench methods": "Train every method of the paper on the same rows, and score each.",
     "bench mixed": "Time batches of many adapters, beside PEFT and the plain model.",
