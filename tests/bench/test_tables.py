@@ -61,7 +61,7 @@ def test_the_page_has_the_tables_of_the_committed_results(name):
     assert page == written, "run `python -m lorakit.bench.tables`"
 
 
-@pytest.mark.parametrize("name", ["switch", "load", "mixed", "sweep"])
+@pytest.mark.parametrize("name", ["switch", "load", "mixed", "sweep", "latency"])
 def test_the_page_has_a_place_for_each_benchmark_and_its_command(name):
     page = PAGE.read_text(encoding="utf-8")
     assert f"<!-- {name} -->\n" in page
