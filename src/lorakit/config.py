@@ -162,8 +162,8 @@ class TrainConfig(Settings):
     padded rows."""
 
     compile: bool = False
-    """Train through torch.compile, with padded rows. Compiling takes minutes on a CPU
-    (docs/benchmarks.md says when that pays)."""
+    """Train the model's blocks through torch.compile. One is compiled for all, which takes half a
+    minute on a CPU (docs/benchmarks.md says when that pays)."""
 
     check_after: Annotated[int, Field(ge=3)] = 5
     """Steps after which every adapted layer must have moved."""

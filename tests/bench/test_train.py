@@ -174,8 +174,21 @@ def test_the_result_has_speed_memory_losses_and_goals(bench, tmp_path):
     assert ours["who"] == "ours"
     speed = ours["useful tokens per second"] / peft["useful tokens per second"]
     assert result["goals"][0]["got"] == pytest.approx(speed)
+    assert [row["who"] for row in result["tables"]["start_up"]] == ["ours", "peft"]
     assert json.loads((tmp_path / "train.json").read_text()) == result
     assert "| useful tokens per second |" in table(result)
+
+
+def test_compiled_adds_ours_and_peft_compiled_unless_ours_is_so_already(settings, tmp_path):
+    asked = settings.model_copy(update={"compiled": True, "ours": {"z_loss": 0.1}})
+    tasks = train._tasks(asked, tmp_path)
+    assert list(tasks) == ["ours", "compiled", "peft", "peft_compiled", "full"]
+    assert {way for way, task in tasks.items() if task.config.compile} == {"compiled"}
+    assert {way for way, task in tasks.items() if task.config.z_loss} == {"ours", "compiled"}
+    asked = settings.model_copy(update={"compiled": True, "ours": {"compile": True}})
+    tasks = train._tasks(asked, tmp_path)
+    assert list(tasks) == ["ours", "peft", "peft_compiled", "full"]
+    assert tasks["ours"].config.compile
 
 
 def test_contestants_can_be_left_out_and_ours_can_have_settings_of_its_own(bench):

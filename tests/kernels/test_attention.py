@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorakit.errors import ModelError
 from lorakit.kernels.attention import (
     LONGEST,
     ProductAttention,
@@ -14,6 +15,7 @@ from lorakit.kernels.attention import (
     fused_attention,
     segment_attention,
 )
+from lorakit.kernels.opaque_attention import in_force, opaque_attention
 from lorakit.kernels.packed_rows import FEW_SIZES, LIKE, Segments
 
 RULES = {
@@ -195,3 +197,43 @@ def test_attention_on_a_gpu_equals_naive_attention(rule):
     tensors = inputs(segments)
     found = segment_attention(*(t.cuda() for t in tensors), segments, RULES[rule])
     torch.testing.assert_close(found.cpu(), naive(*tensors, segments, RULES[rule]))
+
+
+@pytest.fixture
+def opaque():
+    """Return attention through the operation that a compiler does not look into."""
+
+    def attend(q, k, v, segments, rule):
+        in_force[-1] = segments
+        return opaque_attention(q, k, v, -1, rule)
+
+    yield attend
+    in_force.pop(-1, None)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_opaque_operation_gives_the_same_and_its_gradients(opaque, rule):
+    check(opaque, segments_of([[5, 1, 3], [7]], padding=2), RULES[rule])
+
+
+def test_the_opaque_operation_drops_the_same_forwards_and_backwards(opaque):
+    segments = segments_of([[4, 3]])
+    q, k, v = inputs(segments, heads=(2, 2))
+    rule = Rule(scale=0.4, dropout=0.5)
+
+    def drop(v):
+        torch.manual_seed(3)
+        return opaque(q, k, v, segments, rule)
+
+    outer = torch.randn(drop(v).shape, dtype=v.dtype)
+    (slope,) = torch.autograd.grad(drop(v), v, outer)
+    # What comes out is linear in v, if the same probabilities are dropped.
+    torch.testing.assert_close((slope * v).sum(), (drop(v) * outer).sum())
+    torch.manual_seed(4)
+    assert not torch.equal(opaque(q, k, v, segments, rule), drop(v))
+
+
+def test_the_opaque_operation_refuses_a_batch_of_another_size(opaque):
+    tensors = inputs(segments_of([[4, 3]]))
+    with pytest.raises(ModelError, match=r"1×7 tokens and keys of 7 .* of 1×9"):
+        opaque(*tensors, segments_of([[4, 5]]), RULES["causal"])

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from lorakit.bench.break_even import start_ups
 from lorakit.bench.interleaved import Seconds
 from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.startup import first_step
@@ -39,7 +40,7 @@ class TrainBenchConfig(RunSettings):
     """Measure full fine-tuning too."""
 
     compiled: bool = False
-    """Measure PEFT with torch.compile too, which takes minutes to compile on a CPU."""
+    """Measure ours and PEFT with torch.compile too, which takes minutes to compile on a CPU."""
 
     starts: Annotated[int, Field(ge=0)] = 3
     """Starts of `lorakit train` on all rows that are timed until the first step; 0: none."""
@@ -83,7 +84,7 @@ def measure_train(settings: TrainBenchConfig) -> Findings:
         goals=(*_goals(records, settings), *_goals_of_starts(started)),
         memory={way: most for way, each in records.items() if (most := each.most_bytes)},
         checks=_checks(records),
-        tables={"contestants": rows},
+        tables={"contestants": rows, "start_up": start_ups(records)},
         curves=curves,
     )
 
@@ -99,6 +100,7 @@ def _ways(settings: TrainBenchConfig) -> list[str]:
     """Return the names of the contestants in the order of their turns."""
     asked = {
         OURS: True,
+        "compiled": settings.compiled and not (settings.ours or {}).get("compile"),
         "peft": settings.peer,
         "peft_compiled": settings.peer and settings.compiled,
         "full": settings.full,
@@ -121,7 +123,7 @@ def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, Task]:
                 rows=training,
                 out=folder / way,
                 steps=settings.all_steps,
-                own=settings.ours if way == OURS else None,
+                own=_own_settings(way, settings),
             ),
             held_out=held_out,
             full_learning_rate=FULL_LEARNING_RATE,
@@ -137,6 +139,12 @@ def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, Task]:
     write_rows(rows[:to_train], training)
     write_rows(rows[to_train:], held_out)
     return tasks
+
+
+def _own_settings(way: str, settings: TrainBenchConfig) -> dict[str, Any]:
+    """Return the settings of `lorakit train` that not all contestants share."""
+    ours = settings.ours or {}
+    return {OURS: ours, "compiled": {**ours, "compile": True}}.get(way, {})
 
 
 def _started(settings: TrainBenchConfig, run: TrainConfig) -> dict[str, dict[str, Seconds]]:

@@ -10,7 +10,13 @@ from typing import Any
 from lorakit.bench.result import OURS, check_writable
 from lorakit.errors import MissingExtraError
 
-COLOURS = {OURS: "#1d63c1", "peft": "#d9822b", "peft_compiled": "#ecb77a", "full": "#7a828c"}
+COLOURS = {
+    OURS: "#1d63c1",
+    "compiled": "#8fb4e3",
+    "peft": "#d9822b",
+    "peft_compiled": "#ecb77a",
+    "full": "#7a828c",
+}
 """Of each contestant, in every panel."""
 DASHES = {OURS: "-", "full": ":"}
 """Other contestants' losses are dashed, so that equal curves are both seen."""
@@ -124,4 +130,5 @@ def _draw_losses(axes: Any, curves: Mapping[str, Sequence[float]]) -> None:
 
 
 def _name(way: str) -> str:
-    return {"peft_compiled": "PEFT compiled", "peft": "PEFT", "full": "full"}.get(way, way)
+    names = {"compiled": "ours compiled", "peft": "PEFT", "peft_compiled": "PEFT compiled"}
+    return names.get(way, way)

@@ -99,36 +99,64 @@ class ProductAttention(torch.autograd.Function):
     ) -> Tensor:
         """Return attention within each segment, as `segment_attention`."""
         ctx.save_for_backward(q, k, v)
-        ctx.segments, ctx.rule, ctx.seed = segments, rule, seed
-        tables = [_table(x) for x in (q, k, v)]
-        out = _room(tables[0], v.shape[-1], segments)
-        dice = torch.Generator(q.device).manual_seed(seed)
-        for step in _steps(tables, (q.shape[1], k.shape[1]), segments, rule):
-            probabilities, _ = step.probabilities()
-            if rule.dropout:
-                probabilities.mul_(_kept(probabilities, rule.dropout, dice))
-            step.queries.scatter(torch.bmm(probabilities, step.v), out)
-        return out[:-1].view(q.shape[0], q.shape[2], q.shape[1], -1)
+        ctx.how = (segments, rule, seed)
+        return product_attention(q, k, v, *ctx.how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k and v."""
-        q, k, v = ctx.saved_tensors
-        tables = [_table(x) for x in (q, k, v)]
-        outer = gradient.reshape(-1, v.shape[-1])
-        found = [_room(table, table.shape[-1], ctx.segments) for table in tables]
-        dice = torch.Generator(q.device).manual_seed(ctx.seed)
-        for step in _steps(tables, (q.shape[1], k.shape[1]), ctx.segments, ctx.rule):
-            of_q, of_k, of_v = step.gradients(step.queries.gather_or_zero(outer), dice)
-            step.queries.scatter(of_q, found[0])
-            step.keys.scatter(of_k, found[1])
-            step.keys.scatter(of_v, found[2])
-        shaped = (
-            into[:-1].view(x.transpose(1, 2).shape).transpose(1, 2)
-            for into, x in zip(found, (q, k, v), strict=True)
-        )
-        return (*shaped, None, None, None)
+        found = product_gradients(gradient, *ctx.saved_tensors, *ctx.how)
+        return (*(x.transpose(1, 2) for x in found), None, None, None)
+
+
+def product_attention(
+    q: Float[Tensor, "rows heads width d"],
+    k: Float[Tensor, "rows kv_heads width d"],
+    v: Float[Tensor, "rows kv_heads width d_v"],
+    segments: Segments,
+    rule: Rule,
+    seed: int,
+) -> Float[Tensor, "rows width heads d_v"]:
+    """Return attention within each segment by batched products; dropout comes from the seed."""
+    tables = [_table(x) for x in (q, k, v)]
+    out = _room(tables[0], v.shape[-1], segments)
+    dice = torch.Generator(q.device).manual_seed(seed)
+    for step in _steps(tables, (q.shape[1], k.shape[1]), segments, rule):
+        probabilities, _ = step.probabilities()
+        if rule.dropout:
+            probabilities.mul_(_kept(probabilities, rule.dropout, dice))
+        step.queries.scatter(torch.bmm(probabilities, step.v), out)
+    return out[:-1].view(q.shape[0], q.shape[2], q.shape[1], -1)
+
+
+def product_gradients(
+    gradient: Float[Tensor, "rows width heads d_v"],
+    q: Float[Tensor, "rows heads width d"],
+    k: Float[Tensor, "rows kv_heads width d"],
+    v: Float[Tensor, "rows kv_heads width d_v"],
+    segments: Segments,
+    rule: Rule,
+    seed: int,
+) -> tuple[
+    Float[Tensor, "rows width heads d"],
+    Float[Tensor, "rows width kv_heads d"],
+    Float[Tensor, "rows width kv_heads d_v"],
+]:
+    """Return the gradients of q, k and v, token by token, given that of `product_attention`."""
+    tables = [_table(x) for x in (q, k, v)]
+    outer = gradient.reshape(-1, v.shape[-1])
+    found = [_room(table, table.shape[-1], segments) for table in tables]
+    dice = torch.Generator(q.device).manual_seed(seed)
+    for step in _steps(tables, (q.shape[1], k.shape[1]), segments, rule):
+        of_q, of_k, of_v = step.gradients(step.queries.gather_or_zero(outer), dice)
+        step.queries.scatter(of_q, found[0])
+        step.keys.scatter(of_k, found[1])
+        step.keys.scatter(of_v, found[2])
+    of_q, of_k, of_v = (
+        into[:-1].view(x.transpose(1, 2).shape) for into, x in zip(found, (q, k, v), strict=True)
+    )
+    return of_q, of_k, of_v
 
 
 @dataclass(frozen=True)

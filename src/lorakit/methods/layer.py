@@ -159,17 +159,17 @@ class AdaptedLayer(nn.Module):
     adapter_route: Route
     adapter_number: int
     """The key of this layer in `Route.changes`."""
+    adapter_pinned: tuple[Change | None] | None = None
+    """What compiled code does in place of what the route says, if it is pinned.
+
+    Layers whose blocks share compiled code must not be told apart by their numbers in it.
+    """
     adapter_input: str
     """Layers with the same word here read one input: q, k and v of one attention, for example."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output, changed as the route says."""
-        route = self.adapter_route
-        changes = route.changes if route.replayed is None else route.replayed[0]
-        # Reentrant checkpointing runs its forward pass without gradients, but in training.
-        if (torch.is_grad_enabled() or self.training) and not torch.compiler.is_compiling():
-            route.check_recomputation()
-        change = None if changes is None else changes.get(self.adapter_number)
+        change = self._change()
         if change is None:
             return super().forward(*args, **kwargs)
         output = None if change.replaces_output else super().forward(*args, **kwargs)
@@ -177,6 +177,18 @@ class AdaptedLayer(nn.Module):
             # Blocks of some families return more than the hidden states.
             return (change.change(self, args, output[0]), *output[1:])
         return change.change(self, args, output)
+
+    def _change(self) -> Change | None:
+        """Return what is to be done to this layer."""
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling and self.adapter_pinned is not None:
+            return self.adapter_pinned[0]
+        route = self.adapter_route
+        changes = route.changes if route.replayed is None else route.replayed[0]
+        # Reentrant checkpointing runs its forward pass without gradients, but in training.
+        if (torch.is_grad_enabled() or self.training) and not is_compiling:
+            route.check_recomputation()
+        return None if changes is None else changes.get(self.adapter_number)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists only in this process; a copy or a pickle makes it anew.

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ModelError
 from lorakit.kernels.attention import Rule, segment_attention
+from lorakit.kernels.opaque_attention import in_force, opaque_attention
 from lorakit.kernels.packed_rows import Segments
 from lorakit.models.base import base_modules
 
@@ -24,13 +26,6 @@ NAME = "lorakit_segments"
 
 UNKNOWN = ("s_aux", "position_bias", "head_mask")
 """Keywords of attention functions that this one has no answer to: sinks, biases, switched heads."""
-
-_in_force: dict[int, Segments] = {}
-"""The segments, by the identity of the config that the layers look at.
-
-Layers are run again in the backward pass, on CUDA in other threads: neither keywords that all
-families would have to hand on nor variables of a thread would reach them.
-"""
 
 
 def takes_attention_functions(model: nn.Module) -> bool:
@@ -56,7 +51,7 @@ def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[No
         return
     _register()
     configs = list(_configs(model))
-    before = [(c, c._attn_implementation_internal, _in_force.get(id(c))) for c in configs]
+    before = [(c, c._attn_implementation_internal, in_force.get(id(c))) for c in configs]
     try:
         for config in configs:
             _put(config, NAME, segments)
@@ -69,10 +64,13 @@ def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[No
 def _put(config: Any, name: str | None, segments: Segments | None) -> None:
     # The attribute behind `_attn_implementation`, which would also write to the configs inside.
     config._attn_implementation_internal = name
+    # By the identity of the config that layers look at. They run again in the backward pass, on
+    # CUDA in other threads: neither keywords that all families would have to hand on nor variables
+    # of a thread would reach them.
     if segments is None:
-        _in_force.pop(id(config), None)
+        in_force.pop(id(config), None)
     else:
-        _in_force[id(config)] = segments
+        in_force[id(config)] = segments
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
@@ -111,19 +109,7 @@ def _attend(
     Raises:
         ModelError: the layer asks for something that this function does not do.
     """
-    segments = _in_force[id(module.config)]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    problems = [f"{name} is asked for" for name in UNKNOWN if asked.get(name) is not None]
-    if attention_mask is not None:
-        problems.append("it has a mask of its own")
-    if sliding_window is not None and not causal:
-        problems.append("it has a window to both sides")
-    expected = (len(segments.lengths), segments.width)
-    for name, each in (("queries", query), ("keys", key)):
-        if (each.shape[0], each.shape[2]) != expected:
-            problems.append(f"{name} of {each.shape[0]}×{each.shape[2]} tokens, not {expected}")
-    if problems:
-        raise ModelError.listing(f"{type(module).__name__} cannot keep segments apart", problems)
     rule = Rule(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=causal,
@@ -131,4 +117,26 @@ def _attend(
         softcap=softcap,
         dropout=dropout,
     )
-    return segment_attention(query, key, value, segments, rule), None
+    problems = [f"{name} is asked for" for name in UNKNOWN if asked.get(name) is not None]
+    if attention_mask is not None:
+        problems.append("it has a mask of its own")
+    if sliding_window is not None and not causal:
+        problems.append("it has a window to both sides")
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling:
+        problems += _wrong_sizes(query, key, in_force[id(module.config)])
+    if problems:
+        raise ModelError.listing(f"{type(module).__name__} cannot keep segments apart", problems)
+    if is_compiling:
+        return opaque_attention(query, key, value, id(module.config), rule), None
+    return segment_attention(query, key, value, in_force[id(module.config)], rule), None
+
+
+def _wrong_sizes(query: Tensor, key: Tensor, segments: Segments) -> list[str]:
+    """Return which of them is not of the batch that the segments are of."""
+    expected = (len(segments.lengths), segments.width)
+    return [
+        f"{name} of {each.shape[0]}×{each.shape[2]} tokens, not {expected}"
+        for name, each in (("queries", query), ("keys", key))
+        if (each.shape[0], each.shape[2]) != expected
+    ]

@@ -1,35 +1,108 @@
-"""The setting `compile`: the body of a model goes through torch.compile while it is trained.
+"""The setting `compile`: the blocks of a model go through torch.compile while they are trained.
 
-The body is all but the output head, whose loss is computed in chunks outside. Batches are padded to
-few lengths, and lengths are dynamic, so that it is compiled once for the forward and once for the
-backward pass. Inside, plain torch is what the compiler can fuse: our own kernels stand aside.
+Blocks are equal but for their weights, so that one compiled forward and one backward pass serve
+them all: a model of thirty blocks is compiled in the time of one. For that, compiled code must not
+know which block it is in: what the route says is looked up before. Lengths are dynamic. Inside,
+plain torch is what the compiler can fuse, and our own kernels stand aside, but for attention within
+segments, which is one operation to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorakit.attachment import attached
 from lorakit.config import TrainConfig
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, TrainingError
+from lorakit.methods.layer import Changes, Route, adapted_layers
+from lorakit.train.recompute import blocks_with_gradients
 
 LENGTHS = 16
-"""Rows of a compiled model are padded to a multiple of so many tokens."""
+"""Padded rows of a compiled model are as long as a multiple of so many tokens."""
 
 
 @contextmanager
-def compiled_body(model: PreTrainedModel) -> Iterator[None]:
-    """Compile a model's body at its next forward pass; after the block it is as it was."""
-    body: nn.Module = model.base_model
-    before = body._compiled_call_impl
-    body.compile(dynamic=True)
+def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Compile a model's blocks when they are first trained; after the block it is as it was.
+
+    Compiled code does what the route says at the beginning.
+    """
+    route = attached(model).route
+    changes = route.changes
+    layers = [layer for _, layer in adapted_layers(model)]
+    run = _compiled_anew()
+    chosen = [block for _, block in blocks_with_gradients(model)]
+    before = [block._compiled_call_impl for block in chosen]
+    for layer in layers:
+        layer.adapter_pinned = (None if changes is None else changes.get(layer.adapter_number),)
+    for block in chosen:
+        block._compiled_call_impl = _CompiledBlock(block, run, route, changes)
     try:
         yield
     finally:
-        body._compiled_call_impl = before
+        for block, own in zip(chosen, before, strict=True):
+            block._compiled_call_impl = own
+        for layer in layers:
+            del layer.adapter_pinned
+
+
+def _compiled_anew() -> Callable[..., Any]:
+    """Return a function that runs a block in compiled code, which goes when the function does."""
+    # The compiler keeps what it made beside a function's code, and at most eight of it: other runs
+    # of the same process have code of their own.
+    fresh = FunctionType(_run.__code__.replace(), _run.__globals__)
+    return torch.compile(fresh, dynamic=True, fullgraph=True)
+
+
+def _run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return block._call_impl(*args, **kwargs)
+
+
+class _CompiledBlock:
+    """Calls compiled code where that has been made for it, and the block itself elsewhere.
+
+    Evaluation, what is below the lowest adapter, and the block that holds it would each be compiled
+    for itself, which takes longer than it can ever save.
+    """
+
+    def __init__(
+        self, block: nn.Module, run: Callable[..., Any], route: Route, changes: Changes | None
+    ) -> None:
+        self.block = block
+        self.run = run
+        self.route = route
+        self.changes = changes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output.
+
+        Raises:
+            TrainingError: the compiler cannot compile it.
+        """
+        if not self._is_for(*args, *kwargs.values()):
+            return self.block._call_impl(*args, **kwargs)
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        try:
+            return self.run(self.block, *args, **kwargs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise TrainingError(
+                f"torch.compile cannot compile {type(self.block).__name__}: {first}\n"
+                "Train without compile"
+            ) from error
+
+    def _is_for(self, *inputs: Any) -> bool:
+        trains = self.block.training and torch.is_grad_enabled()
+        receives = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        return trains and receives and self.route.changes is self.changes
 
 
 def check_compile(config: TrainConfig) -> None:
@@ -45,11 +118,6 @@ def check_compile(config: TrainConfig) -> None:
         problems.append(
             f"memory: {config.memory} watches single operations, which a compiled model has not: "
             "use memory: fast"
-        )
-    if config.packing == "on":
-        problems.append(
-            "packing: on gives every batch other segments, each of which would be compiled: leave "
-            "it at auto"
         )
     if config.sweep is not None:
         problems.append(

@@ -44,6 +44,11 @@ def check_memory(model: PreTrainedModel, config: TrainConfig) -> None:
             f"memory: {config.memory} recomputes blocks, and {type(model).__name__} has none that "
             "transformers can checkpoint: use memory: fast"
         )
+    if config.compile and not has_blocks(model):
+        problems.append(
+            f"compile compiles one block for all, and {type(model).__name__} has none that "
+            "transformers could checkpoint: leave it out"
+        )
     if config.offload and not torch.cuda.is_available():
         problems.append(
             "offload: moves activations from a GPU to the CPU's memory, and there is no GPU here: "

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorakit.attachment import attachment_of, unwrapped
+from lorakit.attachment import attachment_of, is_compiled, unwrapped
 from lorakit.kernels.choice import fast
 from lorakit.kernels.cross_entropy import head_cross_entropy
 from lorakit.kernels.logit_change import UNCHANGED, LogitChange
@@ -200,7 +200,7 @@ def _hooked_head(model: nn.Module) -> nn.Module | None:
     DataParallel runs copies of it in several threads, and a compiled model has no regard for hooks
     that come later. There the model computes all logits.
     """
-    if isinstance(model, nn.DataParallel) or hasattr(model, "_orig_mod"):
+    if isinstance(model, nn.DataParallel) or is_compiled(model):
         return None
     return output_head(unwrapped(model))
 

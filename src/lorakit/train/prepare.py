@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lorakit.adapter import Adapter
@@ -119,11 +120,14 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
 
 
 def _layout(model: PreTrainedModel, task: str, config: TrainConfig) -> Layout:
-    if config.compile:
-        return Layout(multiple=LENGTHS)
     # Joined rows need attention of ours, which plain torch does not have.
     packing = "off" if config.kernels == "plain" else config.packing
-    return choose_layout(model, task=task, packing=packing)
+    if config.compile and torch.cuda.is_available() and packing == "auto":
+        # Attention within segments is made of products then, which suits short rows on a CPU.
+        return Layout(multiple=LENGTHS, by_length=True, reason="compile has the model's attention")
+    layout = choose_layout(model, task=task, packing=packing)
+    own_attention = not (layout.joined or layout.segmented)
+    return replace(layout, multiple=LENGTHS) if config.compile and own_attention else layout
 
 
 def _sources(configs: Mapping[str, TrainConfig]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from lorakit.errors import ConfigError, OutputError, TrainingError
 from lorakit.kernels.choice import use
 from lorakit.routing import route
 from lorakit.train.collate import Collator
-from lorakit.train.compiling import compiled_body
+from lorakit.train.compiling import compiled_blocks
 from lorakit.train.evaluation import score
 from lorakit.train.guards import Interruption, UntrainedParts
 from lorakit.train.loss import Loss
@@ -128,7 +128,7 @@ def run_alone(
         Interruption() as interruption,
         use(config.kernels),
         training_memory(model, config),
-        compiled_body(model) if config.compile else nullcontext(),
+        compiled_blocks(model) if config.compile else nullcontext(),
     ):
         return execute(run, interruption, bar=bar, make_trainer=make_trainer)
 
