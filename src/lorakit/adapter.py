@@ -123,10 +123,12 @@ class Adapter:
         """Return the method that trains a tensor; copies of a task's head go with the first."""
         named = [config.method for config in self.configs]
         for start, word in WORDS.items():
-            if word in tensor:
-                return next(method for method in named if method.startswith(start))
-        whole = (method for method in named if method in ("full", "top-k", "bitfit"))
-        return next(whole, named[0])
+            own = [method for method in named if method.startswith(start)]
+            if own and word in tensor:
+                return own[0]
+        copied = any(tensor.startswith(f"{path}.") for path in self.copied_modules)
+        whole = ("full", "top-k") if copied else ("full", "top-k", "bitfit")
+        return next((method for method in named if method in whole), named[0])
 
     @property
     def size_bytes(self) -> int:

@@ -32,8 +32,9 @@ from lorakit.methods.layer import (
 )
 from lorakit.methods.lora import LoRAUpdate, LowRank, fresh_a, parameter_shapes
 from lorakit.methods.module_copy import ModuleCopy
+from lorakit.models.base import base_parameter
 from lorakit.models.roles import task_heads
-from lorakit.planning import Plan, as_configs, plan, short_names
+from lorakit.planning import Plan, as_configs, keeps_ties, plan, short_names
 from lorakit.pristine import Pristine
 
 
@@ -159,8 +160,9 @@ def _build(
     biases = {path: _starting_bias(modules, path, dtype, tensors) for path in fitted.biases}
     for path in dict.fromkeys([*parts, *biases]):
         updates[path] = LoRAUpdate(parts.get(path, {}), biases.get(path))
+    shared: dict[int, nn.Parameter] | None = {} if keeps_ties(configs) else None
     for path in fitted.copies:
-        made = ModuleCopy(modules[path], dtype)
+        made = ModuleCopy(modules[path], dtype, shared=shared)
         if tensors is not None:
             made.fill(tensors, path)
         updates[path] = made
@@ -271,7 +273,7 @@ def restore_module(model: nn.Module, path: str, weights: Mapping[str, Pristine])
             set_parameter(module, name, pristine)
         else:
             weight = pristine if isinstance(pristine, Tensor) else pristine.read()
-            module.get_parameter(name).data.copy_(weight)
+            base_parameter(module, name).data.copy_(weight)
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

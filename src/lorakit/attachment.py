@@ -20,6 +20,7 @@ from lorakit.methods.layer import AdaptedLayer, Changes, Route, Update, adopt
 from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
+from lorakit.models.peculiar import direct_reads, rowless_layers
 from lorakit.models.roles import output_head, shared_inputs, task_heads
 from lorakit.pristine import Pristine
 
@@ -66,6 +67,10 @@ class Attachment:
     """What each adapter does, by its name and the layer's number."""
     inputs: dict[str, str] = field(default_factory=dict)
     """A word for the input of those layers that read the same as their neighbours, by path."""
+    direct: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """The parameters that are read outside of any layer's call, by their module's path."""
+    rowless: frozenset[str] = frozenset()
+    """The paths of the layers whose input all rows share."""
     compiled: bool = False
     """Whether routes take the one form that torch.compile need not compile again."""
     mixed: tuple[Any, Changes, Any] | None = None
@@ -83,7 +88,8 @@ class Attachment:
 
     def adopt(self, path: str, layer: nn.Module) -> AdaptedLayer:
         """Turn a layer into an adapted layer, if it is not one yet, and know it by its number."""
-        adapted = adopt(layer, self.route, reads=self.inputs.get(path, path))
+        reads, direct = self.inputs.get(path, path), self.direct.get(path, ())
+        adapted = adopt(layer, self.route, reads=reads, direct=direct)
         self.layers[adapted.adapter_number] = adapted
         self.paths[adapted.adapter_number] = path
         return adapted
@@ -204,7 +210,8 @@ def attached(model: nn.Module) -> Attachment:
     if state is None:
         frozen = {path: p.requires_grad for path, p in base_parameters(model)}
         state = Attachment(route=Route(), identity=identity_of(model), frozen=frozen)
-        state.inputs = shared_inputs(model)
+        state.inputs, state.direct = shared_inputs(model), direct_reads(model)
+        state.rowless = rowless_layers(model)
         state.hooks[""] = model.register_forward_pre_hook(check_rows, with_kwargs=True)
         for path, stack in stacks_of_blocks(model):
             state.hooks[f"blocks of {path}"] = stack.register_forward_pre_hook(keep_routes)

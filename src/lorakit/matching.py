@@ -14,10 +14,17 @@ from lorakit.methods.bitfit import adds_bias
 from lorakit.methods.claims import match_of
 from lorakit.methods.lora import is_adaptable, kind_of, matrix_shape, parameter_shapes
 from lorakit.methods.part import Part
-from lorakit.models.base import base_modules, base_parameters
+from lorakit.models.base import base_modules, lies_in
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.roles import select
-from lorakit.planning import Plan, completed, parts_of
+from lorakit.planning import (
+    Plan,
+    claims_beside_lora,
+    completed,
+    copied_parameters,
+    copies_of,
+    keeps_ties,
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,8 @@ def fit(
     biases = [n.removesuffix(".bias") for n in adapter.tensors if _is_bias(n, adapter)]
     layers = [(modules[site.path], site) for site in adapter.sites]
     matched = tuple(match_of(layer, None, _as_on(layer, site)) for layer, site in layers)
-    return completed(modules[""], matched, biases, adapter.copied_modules, parts)
+    tied = keeps_ties(adapter.configs)
+    return completed(modules[""], matched, biases, adapter.copied_modules, parts, tied=tied)
 
 
 def _parts(
@@ -96,15 +104,38 @@ def _parts(
 ) -> tuple[Part, ...]:
     """Return what methods other than LoRA have in a model; note their tensors and problems."""
     try:
-        parts = parts_of(model, adapter.configs)
+        claims = claims_beside_lora(model, adapter.configs)
+        copies = copies_of(model, adapter.configs, claims)
     except LorakitError as error:
         problems.append(str(error))
         return ()
+    if keeps_ties(adapter.configs):
+        problems += _other_copies(adapter, copies)
+    biases = (path for claim in claims for path in claim.biases if not lies_in(path, copies))
+    expected.update(f"{path}.bias" for path in biases)
+    parts = tuple(part for claim in claims for part in claim.parts)
     for part in parts:
         expected.update(part.shapes)
         for name, shape in part.shapes.items():
             problems += _shape_problem(name, adapter.tensors.get(name), shape)
     return parts
+
+
+def _other_copies(adapter: Adapter, copies: Sequence[str]) -> list[str]:
+    """Return how an adapter's full copies differ from those that its settings ask for."""
+    method, found = adapter.method, adapter.copied_modules
+    return [
+        *(
+            f"{p}  {method} trains it here, the adapter has no copy"
+            for p in copies
+            if p not in found
+        ),
+        *(
+            f"{p}  the adapter has a copy, {method} trains none here"
+            for p in found
+            if p not in copies
+        ),
+    ]
 
 
 def _as_on(layer: nn.Module, site: Site) -> Site:
@@ -143,13 +174,15 @@ def _misfits(
     for path in adapter.copied_modules:
         if path not in modules:
             problems.append(f"{path}  is not a module of this model")
-            continue
-        classes = _classes(modules[path], path, adapter) if path in other_heads else {}
-        for name, parameter in base_parameters(modules[path]):
-            name = f"{path}.{name}"
-            expected.add(name)
-            shape = (classes.get(name, parameter.shape[0]), *parameter.shape[1:])
-            problems += _shape_problem(name, adapter.tensors.get(name), shape)
+    present = [path for path in adapter.copied_modules if path in modules]
+    heads = [_classes(modules[path], path, adapter) for path in present if path in other_heads]
+    classes = {name: count for head in heads for name, count in head.items()}
+    tied = keeps_ties(adapter.configs)
+    for name, parameter in copied_parameters(modules[""], present, tied=tied):
+        expected.add(name)
+        shape = tuple(parameter.shape)
+        shape = (classes[name], *shape[1:]) if name in classes else shape
+        problems += _shape_problem(name, adapter.tensors.get(name), shape)
     for name in adapter.tensors:
         if name not in expected and _is_bias(name, adapter):
             layer = modules.get(name.removesuffix(".bias"))

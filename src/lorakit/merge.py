@@ -19,7 +19,7 @@ from lorakit.attachment import (
 )
 from lorakit.errors import MergeError
 from lorakit.methods.layer import AdaptedLayer, Update
-from lorakit.models.base import base_modules
+from lorakit.models.base import base_modules, base_parameter, base_parameters
 from lorakit.pristine import Checkpoint
 from lorakit.routing import route
 
@@ -191,6 +191,7 @@ def _merge_layers(
     tied |= {id(weight) for weight in kept_whole if isinstance(weight, nn.Parameter)}
     checkpoint = Checkpoint(model) if pristine == "checkpoint" else None
     updates = state.updates[name]
+    untied: dict[int, nn.Parameter] = {}
     for path in state.pristine.keys() - {state.paths[number] for number in updates}:
         restore_module(model, path, state.pristine.pop(path))
     for number, update in updates.items():
@@ -199,14 +200,18 @@ def _merge_layers(
         restore_module(model, path, kept)
         for inner, merged in update.merged(layer, exact=torch.float32):
             full_name = f"{path}.{inner}"
-            current = layer.get_parameter(inner)
+            current = base_parameter(layer, inner)
             rounded = merged.to(round_to or current.dtype).to(current.dtype)
             if measure:
                 yield _measure(full_name, layer, update, inner, rounded)
             if id(current) in tied:
-                # The tied parameter itself is the pristine copy; this layer gets one of its own.
+                # The tied parameter itself is the pristine copy; this layer gets one of its own,
+                # or, if both change alike, that of the layer it is tied to.
                 kept[inner] = current
-                set_parameter(layer, inner, nn.Parameter(rounded, requires_grad=False))
+                twin = untied.get(id(current))
+                if twin is None or not torch.equal(twin, rounded):
+                    twin = untied[id(current)] = nn.Parameter(rounded, requires_grad=False)
+                set_parameter(layer, inner, twin)
                 continue
             if inner not in kept:
                 on_file = checkpoint.holds(full_name, current) if checkpoint else None
@@ -218,7 +223,7 @@ def _measure(
     name: str, layer: AdaptedLayer, update: Update, inner: str, rounded: Tensor
 ) -> MergedWeight:
     """Compare a rounded sum with the sum in float64."""
-    base = layer.get_parameter(inner).detach().double()
+    base = base_parameter(layer, inner).detach().double()
     exact = next(t for n, t in update.merged(layer, exact=torch.float64) if n == inner)
     delta = (exact - base).norm().item()
     lost = (rounded.double() - exact).norm().item()
@@ -275,8 +280,7 @@ def finalize(model: nn.Module) -> None:
     state = attachment_of(model)
     if state is None or state.route.merged is None:
         raise MergeError("no adapter is merged into this model")
-    kept = [weight for weights in state.pristine.values() for weight in weights.values()]
-    untied = any(isinstance(weight, nn.Parameter) for weight in kept)
+    untied = _came_apart(model, state)
     state.pristine.clear()
     state.route.merged = None
     detach(model)
@@ -284,3 +288,15 @@ def finalize(model: nn.Module) -> None:
     if untied and config is not None:
         # Otherwise transformers would tie the two again when the checkpoint is loaded.
         config.tie_word_embeddings = False
+
+
+def _came_apart(model: nn.Module, state: Attachment) -> bool:
+    """Tell whether weights that were one are several by a merge."""
+    now: dict[int, set[int]] = {}
+    for path, weights in state.pristine.items():
+        for name, weight in weights.items():
+            if isinstance(weight, nn.Parameter):
+                merged = base_parameter(model.get_submodule(path), name)
+                now.setdefault(id(weight), set()).add(id(merged))
+    left = {id(parameter) for _, parameter in base_parameters(model)}
+    return any(len(merged) > 1 or old in left for old, merged in now.items())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from lorakit.method_config import (
 from lorakit.methods import bitfit, bottleneck, full, lora_places, prefix
 from lorakit.methods.claims import Claims, Match
 from lorakit.methods.part import Part
-from lorakit.models.base import base_modules, base_parameters
+from lorakit.models.base import base_modules, base_parameters, lies_in, outermost
 from lorakit.models.roles import task_heads
 
 CLAIMS: Mapping[type[MethodConfig], Callable[[nn.Module, Any], Claims]] = {
@@ -65,9 +66,9 @@ class Plan:
         """Return the match table as text."""
         head = ("module", "role", "shape", "rank", "scale", "parameters")
         rows = [head, *(_table_row(match) for match in self.matches)]
-        rows += [(path, "bias", "", "", "", "") for path in self.biases]
-        rows += [(path, "full copy", "", "", "", "") for path in self.copies]
-        rows += [_part_row(part) for part in self.parts]
+        rows += _alike((path, "bias", "") for path in self.biases)
+        rows += _alike((path, "full copy", "") for path in self.copies)
+        rows += _alike(map(_part_row, self.parts))
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         return "\n".join([*lines, f"{self.parameters:,} parameters are trained"])
@@ -80,10 +81,19 @@ def _table_row(match: Match) -> tuple[str, ...]:
     return site.name, role, size, rank, f"{site.scale:g}", f"{match.parameters:,}"
 
 
-def _part_row(part: Part) -> tuple[str, ...]:
+def _part_row(part: Part) -> tuple[str, str, str]:
     size = "+".join("x".join(map(str, shape)) for shape in part.shapes.values())
-    number = sum(math.prod(shape) for shape in part.shapes.values())
-    return part.path, part.what, size, "", "", f"{number:,}"
+    return part.path, part.what, size
+
+
+def _alike(rows: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, ...]]:
+    """Yield one row of the table for those that differ in a number in their path alone."""
+    together: dict[tuple[str, str, str], list[str]] = {}
+    for path, what, size in rows:
+        together.setdefault((re.sub(r"\b\d+\b", "*", path), what, size), []).append(path)
+    for (pattern, what, size), paths in together.items():
+        name = paths[0] if len(paths) == 1 else f"{pattern} ({len(paths)} times)"
+        yield name, what, size, "", "", ""
 
 
 def as_configs(what: MethodConfig | Sequence[MethodConfig]) -> tuple[MethodConfig, ...]:
@@ -109,23 +119,61 @@ def plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) -> Plan:
     """
     configs = as_configs(what)
     claims = [CLAIMS[type(config)](model, config) for config in configs]
-    copies = dict.fromkeys(path for claim in claims for path in claim.copies)
-    for config in configs:
-        copies |= dict.fromkeys(_modules_to_save(model, config.modules_to_save))
+    copies = copies_of(model, configs, claims)
     matches = tuple(match for claim in claims for match in claim.matches)
     parts = tuple(part for claim in claims for part in claim.parts)
     # What changes the output of a copy as a whole comes after it; inside it would be lost.
     inside = [part.path for part in parts if part.path not in copies]
     _check_apart(copies, [*(match.site.path for match in matches), *inside])
     biases = dict.fromkeys(path for claim in claims for path in claim.biases)
-    own = tuple(path for path in biases if not any(_is_in(path, copy) for copy in copies))
-    return completed(model, matches, own, tuple(copies), parts)
+    own = tuple(path for path in biases if not lies_in(path, copies))
+    tied = keeps_ties(configs)
+    return completed(model, matches, own, copies, parts, tied=tied)
 
 
-def parts_of(model: nn.Module, configs: Iterable[MethodConfig]) -> tuple[Part, ...]:
-    """Return what methods other than LoRA add to a model."""
+def copies_of(
+    model: nn.Module, configs: Sequence[MethodConfig], claims: Sequence[Claims]
+) -> tuple[str, ...]:
+    """Return the modules that are trained as full copies, none of which lies in another."""
+    paths = [path for claim in claims for path in claim.copies]
+    saved = [path for each in configs for path in _modules_to_save(model, each.modules_to_save)]
+    return outermost(paths + saved)
+
+
+def keeps_ties(configs: Iterable[MethodConfig]) -> bool:
+    """Tell whether copies of tied weights are tied again, as full fine-tuning has them.
+
+    LoRA's modules_to_save are copies apart, as they are in PEFT.
+    """
+    return any(isinstance(config, FullConfig) for config in configs)
+
+
+def copied_parameters(
+    model: nn.Module, copies: Iterable[str], *, tied: bool
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the name of each tensor of full copies, and the base's parameter.
+
+    Args:
+        model: the base.
+        copies: paths of modules.
+        tied: a parameter that several of them have counts once, under its first name.
+    """
+    seen: set[int] = set()
+    for path in copies:
+        for name, parameter in base_parameters(model.get_submodule(path)):
+            if not tied or id(parameter) not in seen:
+                yield f"{path}.{name}", parameter
+            seen.add(id(parameter))
+
+
+def claims_beside_lora(model: nn.Module, configs: Iterable[MethodConfig]) -> list[Claims]:
+    """Return what methods other than LoRA train of a model.
+
+    Raises:
+        TargetError: the model lacks what one of them needs.
+    """
     others = (config for config in configs if not isinstance(config, LoRAConfig))
-    return tuple(part for config in others for part in CLAIMS[type(config)](model, config).parts)
+    return [CLAIMS[type(config)](model, config) for config in others]
 
 
 def completed(
@@ -134,10 +182,12 @@ def completed(
     biases: Sequence[str],
     copies: Sequence[str],
     parts: tuple[Part, ...],
+    *,
+    tied: bool = False,
 ) -> Plan:
     """Return a plan with the number of values in its biases and copies."""
     extra = sum(cast(Tensor, model.get_submodule(path).bias).numel() for path in biases)
-    extra += sum(p.numel() for c in copies for _, p in base_parameters(model.get_submodule(c)))
+    extra += sum(p.numel() for _, p in copied_parameters(model, copies, tied=tied))
     return Plan(found, tuple(biases), tuple(copies), extra, parts)
 
 
@@ -163,13 +213,9 @@ def _check_apart(copies: Iterable[str], adapted: Sequence[str]) -> None:
     Raises:
         TargetError: there are such.
     """
-    clash = [copy for copy in copies if any(_is_in(path, copy) for path in adapted)]
+    clash = [copy for copy in copies if any(lies_in(path, (copy,)) for path in adapted)]
     if clash:
         raise TargetError(f"{clash[0]} would be copied in full and adapted too: leave one out")
-
-
-def _is_in(path: str, module: str) -> bool:
-    return path == module or path.startswith(f"{module}.")
 
 
 def short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:

@@ -135,7 +135,24 @@ def _changes(
             return updates[name], name
         # Rows that all want the same need no telling apart, however many there are.
         rows = rows[:1]
+    else:
+        _check_rows_apart(state, updates)
     return _mixed(state, updates, Batch.of(rows), device), None
+
+
+def _check_rows_apart(state: Attachment, updates: Updates) -> None:
+    """Refuse rows of their own where an adapter changes what is computed once for all of them.
+
+    Raises:
+        RouteError: with the first such layer.
+    """
+    numbers = {number for of_name in updates.values() for number in of_name}
+    found = sorted(path for n in numbers if (path := state.paths[n]) in state.rowless)
+    if found:
+        raise RouteError(
+            f"the rows cannot differ: {len(found)} adapted layers, such as {found[0]}, have an "
+            "input all rows share; route the whole batch to one adapter, or leave them out"
+        )
 
 
 def _mixed(state: Attachment, updates: Updates, batch: Batch, device: torch.device) -> Changes:

@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorakit.errors import TargetError
 from lorakit.method_config import BitFitConfig
 from lorakit.methods.claims import Claims
-from lorakit.methods.lora import ConvNd
+from lorakit.methods.direct import direct_part
+from lorakit.methods.layer import AdaptedLayer, Update
+from lorakit.methods.lora import ConvNd, is_linear, matrix_shape
+from lorakit.methods.part import Part, Shape
 from lorakit.models.base import base_modules
+from lorakit.models.peculiar import direct_reads
+from lorakit.models.roles import layer_number, task_heads
 
 BIASED = (nn.Linear, nn.LayerNorm, *ConvNd)
+BIASED_BY_NAME = ("Conv1D", "DebertaLayerNorm")
+"""Classes of transformers, where importing them would load a model's code."""
 
 
 def claim(model: nn.Module, config: BitFitConfig) -> Claims:
-    """Return what BitFit trains of a model.
+    """Return what BitFit trains of a model: all biases, and by `add_missing` new ones.
 
     Raises:
-        TargetError: the model has no biases.
+        TargetError: the model has no biases, or one of another kind than is known.
     """
-    return Claims(biases=bias_paths(model))
+    parts: list[Part] = []
+    for path, names in direct_reads(model).items():
+        biases = tuple(name for name in names if name.endswith("bias"))
+        if biases:
+            module = model.get_submodule(path)
+            parts.append(direct_part(module, path, biases, dtype=config.dtype))
+    if config.add_missing:
+        parts += [
+            AddedBias(path=path, what="added bias", size=size, dtype=config.dtype)
+            for path, size in _without_bias(model).items()
+        ]
+    paths = _biased(model)
+    if not paths and not parts:
+        name = getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
+        raise TargetError(
+            f"BitFit trains biases, and {name} has none: bitfit.add_missing gives the linear "
+            "layers of its blocks one that starts at zero"
+        )
+    return Claims(biases=paths, parts=tuple(parts))
 
 
 def bias_paths(model: nn.Module, *, only: Collection[str] | None = None) -> tuple[str, ...]:
-    """Return the paths of the modules whose bias can be trained.
+    """Return the paths of the modules whose bias LoRA can train as well.
 
     Args:
         model: the base.
@@ -34,22 +62,111 @@ def bias_paths(model: nn.Module, *, only: Collection[str] | None = None) -> tupl
     Raises:
         TargetError: there is none, or one of another kind than is known.
     """
-    named = {
-        path: module
-        for path, module in base_modules(model)
-        if isinstance(getattr(module, "bias", None), nn.Parameter)
-        and (only is None or path in only)
-    }
-    odd = [f"{path} ({type(m).__name__})" for path, m in named.items() if not adds_bias(m)]
-    if odd:
-        raise TargetError.listing("some biases are of layers where they can't be trained", odd)
-    if not named:
+    paths = _biased(model, only=only)
+    if not paths:
         raise TargetError(
             "biases are to be trained, but none of the layers has one: use bias='none'"
         )
-    return tuple(named)
+    return paths
+
+
+def _biased(model: nn.Module, *, only: Collection[str] | None = None) -> tuple[str, ...]:
+    named = {
+        path: module
+        for path, module in base_modules(model)
+        if isinstance(module._parameters.get("bias"), nn.Parameter)
+        and (only is None or path in only)
+    }
+    known = {id(module.bias) for module in named.values() if adds_bias(module)}
+    # BERT's head for words holds the bias of its last layer once more.
+    odd = {
+        path: module
+        for path, module in named.items()
+        if not adds_bias(module) and id(module.bias) not in known
+    }
+    if odd:
+        lines = [f"{path} ({type(module).__name__})" for path, module in odd.items()]
+        raise TargetError.listing("some biases are of layers where they can't be trained", lines)
+    return tuple(path for path, module in named.items() if adds_bias(module))
 
 
 def adds_bias(module: nn.Module) -> bool:
     """Tell whether a module's output is its product plus its bias."""
-    return isinstance(module, BIASED) or type(module).__name__ in ("Conv1D", "AdaptedConv1D")
+    own = module.base_class if isinstance(module, AdaptedLayer) else type(module)
+    return isinstance(module, BIASED) or own.__name__ in BIASED_BY_NAME
+
+
+def _without_bias(model: nn.Module) -> dict[str, int]:
+    """Return the linear layers inside blocks that have no bias, with their output widths.
+
+    Embeddings and output heads lie outside of all blocks.
+    """
+    heads = task_heads(model)
+    return {
+        path: matrix_shape(module)[0]
+        for path, module in base_modules(model)
+        if is_linear(module)
+        and module._parameters.get("bias") is None
+        and layer_number(path) is not None
+        and path.partition(".")[0] not in heads
+    }
+
+
+class AddedBiasUpdate(Update):
+    """A trained bias of a layer that has none."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def change(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Tensor,
+        *,
+        strength: float = 1.0,
+        base: Tensor | None = None,
+    ) -> Tensor:
+        """Return output + strength·bias."""
+        return output + (self.bias * strength).to(output.dtype)
+
+    @property
+    def unmergeable(self) -> str:
+        """Return why: a checkpoint of the architecture would have no place for it."""
+        return "the layer has no bias that could hold the added one"
+
+    def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield nothing."""
+        yield from ()
+
+    def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the bias, under a name that no parameter of the base has."""
+        yield f"{path}.added_bias", self.bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedBias(Part):
+    """A bias for a linear layer that has none; it starts at zero."""
+
+    size: int
+    """Output width of the layer."""
+    dtype: str
+    """Precision of the bias."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Return (d_out,)."""
+        return {f"{self.path}.added_bias": (self.size,)}
+
+    def update(
+        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
+    ) -> AddedBiasUpdate:
+        """Return the update of the layer."""
+        weight = modules[self.path]._parameters["weight"]
+        assert weight is not None
+        if tensors is not None:
+            saved = tensors[f"{self.path}.added_bias"]
+            return AddedBiasUpdate(saved.to(weight.device, copy=True))
+        dtype = getattr(torch, self.dtype)
+        return AddedBiasUpdate(torch.zeros(self.size, dtype=dtype, device=weight.device))

@@ -46,7 +46,9 @@ class ByRows(Change):
 
     def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Return the output with each row's own update."""
-        if inputs[0].shape[0] == 1 < self._rows:
+        if self._rows == 1:
+            return _applied(self._groups[0].terms, layer, inputs, output)
+        if inputs[0].shape[0] == 1 and not inputs[0].is_floating_point():
             # All rows share one input, such as positions; their outputs differ all the same.
             inputs = (inputs[0].expand(self._rows, *inputs[0].shape[1:]), *inputs[1:])
             output = output.expand(self._rows, *output.shape[1:])
@@ -64,15 +66,32 @@ class ByRows(Change):
     def _changed(
         group: RowGroup, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, index: Tensor
     ) -> Tensor:
-        base = output[index]
-        mine = (inputs[0][index], *inputs[1:])
-        if len(group.terms) == 1:
-            update, strength = group.terms[0]
-            return update.change(layer, mine, base, strength=strength)
-        changed = base.clone()
-        for update, strength in group.terms:
-            changed = update.change(layer, mine, changed, strength=strength, base=base)
+        found = inputs[0].shape[0]
+        mine = tuple(
+            x[index] if isinstance(x, Tensor) and x.dim() and x.shape[0] == found else x
+            for x in inputs
+        )
+        return _applied(group.terms, layer, mine, output[index])
+
+    def read(self, name: str, weight: Tensor) -> Tensor:
+        """Return a parameter with the changes of one blend, which all rows use."""
+        changed = weight
+        for update, strength in self._groups[0].terms:
+            changed = changed + strength * (update.read(name, weight) - weight)
         return changed
+
+
+def _applied(
+    terms: Sequence[tuple[Update, float]], layer: nn.Module, inputs: tuple[Any, ...], base: Any
+) -> Any:
+    """Return a layer's own output with the updates of one blend."""
+    if len(terms) == 1:
+        update, strength = terms[0]
+        return update.change(layer, inputs, base, strength=strength)
+    changed = base.clone()
+    for update, strength in terms:
+        changed = update.change(layer, inputs, changed, strength=strength, base=base)
+    return changed
 
 
 def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -> None:
@@ -99,7 +118,10 @@ def _positions(index: Tensor, found: int, rows: int) -> Tensor:
     """Return the places of batch rows in an input that holds several entries for each row."""
     each = found // rows
     if found % rows:
-        raise RouteError(f"the route is for {rows} rows, but a layer was given {found}")
+        raise RouteError(
+            f"the route is for {rows} rows, but a layer was given {found}: an input all rows share "
+            "cannot differ between them"
+        )
     if each == 1:
         return index
     return (index[:, None] * each + torch.arange(each, device=index.device)).flatten()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,6 +33,10 @@ class Change(ABC):
 
         May write into `output`, which is the layer's own, fresh result.
         """
+
+    def read(self, name: str, weight: Tensor) -> Tensor:
+        """Return what is read in place of a parameter that is used outside of any layer's call."""
+        return weight
 
 
 Changes = Mapping[int, Change]
@@ -166,53 +171,86 @@ class AdaptedLayer(nn.Module):
     """
     adapter_input: str
     """Layers with the same word here read one input: q, k and v of one attention, for example."""
+    direct: tuple[str, ...]
+    """Parameters that are read outside of any layer's call."""
+
+    def current_change(self) -> Change | None:
+        """Return what the route does to this layer, if anything."""
+        if torch.compiler.is_compiling() and self.adapter_pinned is not None:
+            return self.adapter_pinned[0]
+        route = self.adapter_route
+        changes = route.changes if route.replayed is None else route.replayed[0]
+        return None if changes is None else changes.get(self.adapter_number)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output, changed as the route says."""
-        change = self._change()
+        # Reentrant checkpointing runs its forward pass without gradients, but in training.
+        if (torch.is_grad_enabled() or self.training) and not torch.compiler.is_compiling():
+            self.adapter_route.check_recomputation()
+        change = self.current_change()
         if change is None:
             return super().forward(*args, **kwargs)
         output = None if change.replaces_output else super().forward(*args, **kwargs)
+        if kwargs:
+            args = _in_places(self.base_class.forward, self, args, kwargs)
         if isinstance(output, tuple):
             # Blocks of some families return more than the hidden states.
             return (change.change(self, args, output[0]), *output[1:])
         return change.change(self, args, output)
 
-    def _change(self) -> Change | None:
-        """Return what is to be done to this layer."""
-        is_compiling = torch.compiler.is_compiling()
-        if is_compiling and self.adapter_pinned is not None:
-            return self.adapter_pinned[0]
-        route = self.adapter_route
-        changes = route.changes if route.replayed is None else route.replayed[0]
-        # Reentrant checkpointing runs its forward pass without gradients, but in training.
-        if (torch.is_grad_enabled() or self.training) and not is_compiling:
-            route.check_recomputation()
-        return None if changes is None else changes.get(self.adapter_number)
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists only in this process; a copy or a pickle makes it anew.
-        return _blank, (self.base_class,), self.__dict__
+        return _blank, (self.base_class, self.direct), self.__dict__
 
 
-_ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {}
+def _in_places(
+    forward: Callable[..., Any], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Return the arguments of a call by place, as far as the signature has places for them."""
+    bound = inspect.signature(forward).bind(layer, *args, **kwargs)
+    bound.apply_defaults()
+    return bound.args[1:]
 
 
-def adapted_class(base: type[nn.Module]) -> type[AdaptedLayer]:
-    """Return the subclass of a layer's class that looks for updates; there is one per class."""
-    if base not in _ADAPTED:
-        members = {"base_class": base}
-        _ADAPTED[base] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), members)
-    return _ADAPTED[base]
+_ADAPTED: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedLayer]] = {}
 
 
-def _blank(base: type[nn.Module]) -> nn.Module:
-    made = adapted_class(base)
+def adapted_class(base: type[nn.Module], direct: tuple[str, ...] = ()) -> type[AdaptedLayer]:
+    """Return the subclass of a layer's class that looks for updates; there is one of each sort.
+
+    Args:
+        base: the layer's own class.
+        direct: parameters that are read outside of any layer's call.
+    """
+    if (base, direct) not in _ADAPTED:
+        members = {"base_class": base, "direct": direct, **{n: _read_as_routed(n) for n in direct}}
+        _ADAPTED[base, direct] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), members)
+    return _ADAPTED[base, direct]
+
+
+def _read_as_routed(name: str) -> property:
+    def read(layer: AdaptedLayer) -> Tensor:
+        weight, change = cast(Tensor, layer._parameters[name]), layer.current_change()
+        return weight if change is None else change.read(name, weight)
+
+    return property(read)
+
+
+def _blank(base: type[nn.Module], direct: tuple[str, ...]) -> nn.Module:
+    made = adapted_class(base, direct)
     return made.__new__(made)
 
 
-def adopt(layer: nn.Module, route: Route, *, reads: str) -> AdaptedLayer:
+def adopt(
+    layer: nn.Module, route: Route, *, reads: str, direct: tuple[str, ...] = ()
+) -> AdaptedLayer:
     """Turn a layer into an adapted layer, in place; one that is adapted already stays as it is.
+
+    Args:
+        layer: any module of the base.
+        route: that of the model.
+        reads: a word for its input.
+        direct: its parameters that are read outside of any layer's call.
 
     The class changes last, so that a forward pass in another thread sees the layer either as it was
     or complete.
@@ -223,7 +261,7 @@ def adopt(layer: nn.Module, route: Route, *, reads: str) -> AdaptedLayer:
         layer.adapter_number = route.layers  # type: ignore[assignment]
         layer.adapter_input = reads  # type: ignore[assignment]
         route.layers += 1
-        layer.__class__ = adapted_class(type(layer))
+        layer.__class__ = adapted_class(type(layer), direct)
     return cast(AdaptedLayer, layer)
 
 

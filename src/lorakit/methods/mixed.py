@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.adapter import Rows
+from lorakit.errors import RouteError
 from lorakit.kernels import choice, fused, grouped
 from lorakit.kernels.arrangement import Arrangement, arrange
 from lorakit.methods.batch import Batch, Terms, Updates
@@ -273,6 +274,11 @@ class BiasShift:
         """Return the output, (rows·k, …, d_out), with each row's shift added."""
         shifts = bias_shifts(cast(Tensor, layer.bias), self.terms, self.terms[0][0][0].dtype)
         shift = shifts[self.slot_of_row].to(output.dtype)
+        if output.shape[0] % len(shift):
+            raise RouteError(
+                f"the route is for {len(shift)} rows, but a layer was given {output.shape[0]}: an "
+                "input all rows share cannot differ between them"
+            )
         rows = output.unflatten(0, (len(shift), -1))
         return (rows + shift.reshape(len(shift), *[1] * (rows.dim() - 2), -1)).flatten(0, 1)
 

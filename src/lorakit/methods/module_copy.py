@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -18,17 +18,46 @@ class ModuleCopy(Update):
 
     replaces_output = True
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        *,
+        shared: MutableMapping[int, nn.Parameter] | None = None,
+    ) -> None:
+        """Copy a module.
+
+        Args:
+            module: of the base.
+            dtype: precision of the copy.
+            shared: copies of parameters by the id of the base's. One that is there is not copied
+                again, so that tied weights stay tied; those that are made here are added.
+        """
         super().__init__()
         # Other adapters that sit on the module stay with the module, and so does the route.
         left = [m for _, m in base_modules(module) if isinstance(m, AdaptedLayer)]
         memo: dict[int, Any] = {id(layer.adapter_bank): nn.ModuleDict() for layer in left}
         memo |= {id(layer.adapter_route): Route() for layer in left}
+        # What is set in the model's configuration holds for the copy, too.
+        configs = (getattr(m, "config", None) for _, m in base_modules(module))
+        memo |= {id(config): config for config in configs}
+        memo |= shared or {}
         self.copy = copy.deepcopy(module, memo).to(dtype).eval().requires_grad_(False)
         for _, layer in list(adapted_layers(self.copy)):
             release(layer)
+        self.tied = frozenset(self._share(module, shared) if shared is not None else ())
+        """Parameters that belong to another copy."""
         self.resized = False
         """Whether it has another number of classes than the base's."""
+
+    def _share(self, module: nn.Module, shared: MutableMapping[int, nn.Parameter]) -> Iterator[str]:
+        """Yield the names of parameters that another copy has made, and add one's own to those."""
+        own = dict(self.copy.named_parameters())
+        for name, parameter in base_parameters(module):
+            if id(parameter) in shared:
+                yield name
+            else:
+                shared[id(parameter)] = own[name]
 
     def change(
         self,
@@ -50,11 +79,10 @@ class ModuleCopy(Update):
         return output + strength * (own - (output if base is None else base))
 
     def _run(self, layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        first = next(self.copy.parameters())
-        floating = isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()
-        x = inputs[0].to(first.dtype) if floating else inputs[0]
-        result = self.copy(x, *inputs[1:])
-        dtype = inputs[0].dtype if floating else next(base_parameters(layer))[1].dtype
+        own = next(self.copy.parameters()).dtype
+        result = self.copy(*(x.to(own) if _is_floating(x) else x for x in inputs))
+        first, base = inputs[0], next(base_parameters(layer))[1]
+        dtype = first.dtype if _is_floating(first) else base.dtype
         return result.to(dtype) if isinstance(result, Tensor) else result
 
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -63,16 +91,23 @@ class ModuleCopy(Update):
             yield name, parameter.detach().to(exact)
 
     def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield every parameter of the copy."""
+        """Yield every parameter of the copy, but for those of other copies."""
         for name, parameter in self.copy.named_parameters():
-            yield f"{path}.{name}", parameter
+            if name not in self.tied:
+                yield f"{path}.{name}", parameter
 
     def fill(self, tensors: Mapping[str, Tensor], path: str) -> None:
         """Set the copy's parameters from the tensors of the module that lies at a path."""
         for name, parameter in self.copy.named_parameters():
+            if name in self.tied:
+                continue
             values = tensors[f"{path}.{name}"]
             self.resized |= values.shape != parameter.shape
             parameter.data = values.to(parameter.device, copy=True)
         for module in self.copy.modules():
             if isinstance(module, nn.Linear):
                 module.out_features = module.weight.shape[0]
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()

@@ -21,6 +21,12 @@ class Family:
     fused: Mapping[str, Split] = field(default_factory=dict)
     """End of a fused projection's path: how its output rows are divided."""
 
+    direct: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """End of a module's path: its parameters that are read outside of any layer's call."""
+
+    rowless: tuple[str, ...] = ()
+    """Ends of the paths of layers whose input all rows share."""
+
 
 def equal_parts(*roles: str) -> Split:
     """Return a split into blocks of equal height, one after the other."""
@@ -172,7 +178,8 @@ _T5 = Family(
         "DenseReluDense.wi_0": "gate",
         "DenseReluDense.wi_1": "up",
         "DenseReluDense.wo": "down",
-    }
+    },
+    rowless=("SelfAttention.relative_attention_bias",),
 )
 
 # transformers renamed ViT's layers within version 5: both sets of names are in use.
@@ -212,14 +219,26 @@ FAMILIES: Mapping[str, Family] = {
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "electra": _BERT,
-    "deberta": Family(roles=_BERT_OUTPUTS, fused={"self.in_proj": _per_head}),
+    "deberta": Family(
+        roles=_BERT_OUTPUTS,
+        fused={"self.in_proj": _per_head},
+        direct={"encoder.rel_embeddings": ("weight",), "attention.self": ("q_bias", "v_bias")},
+        rowless=("encoder.rel_embeddings", "attention.self", "self.pos_proj", "self.pos_q_proj"),
+    ),
     "deberta-v2": Family(
         roles={
             **_BERT_OUTPUTS,
             "self.query_proj": "q",
             "self.key_proj": "k",
             "self.value_proj": "v",
-        }
+        },
+        direct={"encoder.rel_embeddings": ("weight",)},
+        rowless=(
+            "encoder.rel_embeddings",
+            "encoder.LayerNorm",
+            "self.pos_key_proj",
+            "self.pos_query_proj",
+        ),
     ),
     "distilbert": _DISTILBERT,
     "t5": _T5,

@@ -1,0 +1,83 @@
+"""Trained weights that the model reads by itself, and not by calling the layer that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.methods.layer import Update
+from lorakit.methods.part import Part, Shape
+from lorakit.models.base import base_parameter
+
+
+class DirectWeights(Update):
+    """The adapter's own values of such weights; a call of the layer is left as it is."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def change(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Any,
+        *,
+        strength: float = 1.0,
+        base: Any = None,
+    ) -> Any:
+        """Return the output as it is: it was made with what `read` returns."""
+        return output
+
+    def read(self, name: str, weight: Tensor) -> Tensor:
+        """Return the adapter's own value, in the precision of the base's."""
+        own = self._parameters.get(name)
+        return weight if own is None else own.to(weight.dtype)
+
+    def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield each value."""
+        for name, parameter in self.named_parameters():
+            yield name, parameter.detach().to(exact)
+
+    def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield each value under the name of the base's parameter."""
+        for name, parameter in self.named_parameters():
+            yield f"{path}.{name}", parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectPart(Part):
+    """Weights of one module that are trained, and read by the model itself."""
+
+    sizes: Mapping[str, Shape]
+    """The shape of each, by its name in the module."""
+    dtype: str
+    """Precision of the trained values."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Return the shape of each tensor, which has the name of the base's parameter."""
+        return {f"{self.path}.{name}": shape for name, shape in self.sizes.items()}
+
+    def update(
+        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
+    ) -> DirectWeights:
+        """Return the update; it starts as the base's own values."""
+        values = {}
+        for name in self.sizes:
+            base = base_parameter(modules[self.path], name).detach()
+            saved = None if tensors is None else tensors[f"{self.path}.{name}"].to(base.device)
+            dtype = getattr(torch, self.dtype) if saved is None else saved.dtype
+            values[name] = (base if saved is None else saved).to(dtype, copy=True)
+        return DirectWeights(values)
+
+
+def direct_part(module: nn.Module, path: str, names: tuple[str, ...], *, dtype: str) -> DirectPart:
+    """Return the part that trains some weights of a module, which the model reads by itself."""
+    sizes = {name: tuple(base_parameter(module, name).shape) for name in names}
+    return DirectPart(path=path, what=", ".join(names), sizes=sizes, dtype=dtype)
