@@ -64,9 +64,10 @@ class LoRAConfig(MethodConfig):
     use_rslora: bool = False
     """Scale by α/√r in place of α/r (Kalajdzievski 2023)."""
 
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     """How A starts; B starts at zero. kaiming: uniform, as the authors' code and PEFT do, so that
-    learning rates carry over; gaussian: normal with variance 1/d_in, as the paper's text says."""
+    learning rates carry over; gaussian: normal with variance 1/d_in, as the paper's text says;
+    orthogonal: orthonormal rows, scaled to kaiming's norm (PEFT's start of that name differs)."""
 
     @property
     def method(self) -> str:

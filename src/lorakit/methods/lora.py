@@ -240,5 +240,9 @@ def fresh_a(shape: tuple[int, ...], layer: nn.Module, config: LoRAConfig) -> Ten
     fan_in = shape[0] if isinstance(layer, nn.Embedding) else a[0].numel()
     if config.init == "gaussian":
         return nn.init.normal_(a, std=1 / math.sqrt(fan_in))
+    if config.init == "orthogonal":
+        # kaiming's entries have variance 1/(3·fan-in); this spreads their sum over the directions.
+        directions = min(shape[0], a[0].numel())
+        return nn.init.orthogonal_(a, gain=math.sqrt(a.numel() / (3 * fan_in * directions)))
     bound = 1 / math.sqrt(fan_in)  # kaiming_uniform_(a=√5) of torch's own Linear
     return nn.init.uniform_(a, -bound, bound)

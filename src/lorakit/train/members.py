@@ -37,6 +37,7 @@ VARYING = (
     "batch_size",
     "accumulate",
     "learning_rate",
+    "lora_plus_ratio",
     "warmup_steps",
     "schedule",
     "weight_decay",
