@@ -136,7 +136,9 @@ class Adapter:
     @property
     def parameters(self) -> int:
         """Return the number of trained values."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
+        frozen = self.lora is not None and self.lora.freeze_a
+        kept = {f"{site.name}.lora_a" for site in self.sites} if frozen else set()
+        return sum(t.numel() for name, t in self.tensors.items() if name not in kept)
 
     def content_hash(self) -> str:
         """Return the SHA-256 of all that changes the output: tensors, sites and scales."""

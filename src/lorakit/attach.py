@@ -208,7 +208,7 @@ def install(
     by_number: dict[int, Update] = {}
     for path, update in updates.items():
         if trainable:
-            update.requires_grad_()
+            update.let_train()
         if model.training:
             update.train()
         layer = state.adopt(path, modules[path])

@@ -87,7 +87,8 @@ def fit(
         raise AdapterFileError.listing("the adapter does not fit this model", problems)
     biases = [n.removesuffix(".bias") for n in adapter.tensors if _is_bias(n, adapter)]
     layers = [(modules[site.path], site) for site in adapter.sites]
-    matched = tuple(match_of(layer, None, _as_on(layer, site)) for layer, site in layers)
+    lora = adapter.lora or LoRAConfig()
+    matched = tuple(match_of(layer, None, _as_on(layer, site), lora) for layer, site in layers)
     return completed(modules[""], matched, biases, adapter.copied_modules, parts)
 
 

@@ -69,6 +69,10 @@ class LoRAConfig(MethodConfig):
     learning rates carry over; gaussian: normal with variance 1/d_in, as the paper's text says;
     orthogonal: orthonormal rows, scaled to kaiming's norm (PEFT's start of that name differs)."""
 
+    freeze_a: bool = False
+    """Train B alone (LoRA-FA, Zhang 2023): of a layer's input only A·x is kept for the backward
+    pass."""
+
     @property
     def method(self) -> str:
         """Return the method's name."""

@@ -89,13 +89,16 @@ class LowRank(nn.Module):
 
     site: Site
     dropout: float
+    freezes_a: bool
     lora_a: nn.Parameter
     lora_b: nn.Parameter
 
     def __init__(self, site: Site, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
         super().__init__()
         # Past nn.Module.__setattr__, whose checks take as long as all the rest of making these.
-        vars(self).update(site=site, dropout=config.dropout, training=False)
+        vars(self).update(
+            site=site, dropout=config.dropout, freezes_a=config.freeze_a, training=False
+        )
         self._parameters.update(lora_a=_frozen(a), lora_b=_frozen(b))
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -171,6 +174,12 @@ class LoRAUpdate(Update):
                 shift = shift.reshape(-1, *[1] * len(layer.kernel_size))
             output = output + shift
         return output
+
+    def let_train(self) -> None:
+        """Let A, B and the bias take gradients; A does not where the settings freeze it."""
+        self.requires_grad_()
+        for part in self.low_ranks():
+            part.lora_a.requires_grad_(not part.freezes_a)
 
     def low_ranks(self) -> Iterator[LowRank]:
         """Yield A and B of the layer, or of each of its slices."""

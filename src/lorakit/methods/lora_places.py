@@ -31,7 +31,7 @@ def claim(model: nn.Module, config: LoRAConfig) -> Claims:
     sites = [(place, _site(model, place, config, ranks, alphas)) for place in kept]
     adapted = {place.path for place in kept} if config.bias == "lora" else None
     return Claims(
-        matches=tuple(match_of(model.get_submodule(p.path), p, site) for p, site in sites),
+        matches=tuple(match_of(model.get_submodule(p.path), p, site, config) for p, site in sites),
         biases=() if config.bias == "none" else bias_paths(model, only=adapted),
     )
 

@@ -51,7 +51,8 @@ class AdapterTrainer(BatchTrainer):
         self.adapter_name = adapter_name
         self.checkpoints = checkpoints
         self.scorer = scorer
-        self.trained = dict(adapter_parameters(self.adapted, adapter_name))
+        self.weights = dict(adapter_parameters(self.adapted, adapter_name))
+        self.trained = {name: p for name, p in self.weights.items() if p.requires_grad}
         self.last_good: dict[str, Tensor] = {}
 
     def train_from(self, checkpoint: Path | None) -> float:
@@ -154,7 +155,7 @@ class AdapterTrainer(BatchTrainer):
     ) -> None:
         saved = Adapter.load(resume_from_checkpoint)
         with torch.no_grad():
-            for name, parameter in self.trained.items():
+            for name, parameter in self.weights.items():
                 parameter.copy_(saved.tensors[name])
 
 
