@@ -8,6 +8,7 @@ import torch
 import lorakit as lk
 from lorakit.config import DataConfig, TrainConfig
 from lorakit.method_config import LoRAConfig
+from lorakit.methods.frozen_ranks import apart
 from lorakit.train.run import train
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
@@ -15,6 +16,9 @@ FORMS = {
     "plus": {},
     "orthogonal": {"init": "orthogonal"},
     "freeze-a": {"freeze_a": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init": "pissa"},
+    "eva": {"init": "eva"},
 }
 WHOLE, CHECKPOINT = 9, 6
 
@@ -71,9 +75,10 @@ def test_all_moves_but_what_does_not_train(run):
     config, result = run
     before = lk.Adapter.load(result.out / "checkpoints" / f"checkpoint-{CHECKPOINT}")
     after = lk.Adapter.load(result.out)
-    still = {n for n, t in before.tensors.items() if torch.equal(t, after.tensors[n])}
-    frozen = {n for n in after.tensors if n.endswith("lora_a")} if config.lora.freeze_a else set()
-    assert still == frozen
+    tensors = apart(before.sites, before.tensors), apart(after.sites, after.tensors)
+    still = {name for name, tensor in tensors[0].items() if torch.equal(tensor, tensors[1][name])}
+    ends = ("lora_a",) if config.lora.freeze_a else ("frozen_a", "frozen_b")
+    assert still == {name for name in tensors[0] if name.endswith(ends)}
 
 
 def test_it_has_learned_and_goes_on_from_there(run, tmp_path):

@@ -45,5 +45,6 @@ def match_of(layer: nn.Module, place: Place | None, site: Site, config: LoRAConf
     """Return the row of the match table for a site on a layer."""
     a, b = parameter_shapes(layer, site)
     role, shape = place.role if place else site.role, (b[0], math.prod(a[1:]))
-    trained = math.prod(b) if config.freeze_a else math.prod(a) + math.prod(b)
-    return Match(site, role, shape, trained)
+    of_rank = b[0] if config.freeze_a else b[0] + math.prod(a[1:])
+    lengths = b[0] if config.use_dora else 0
+    return Match(site, role, shape, (site.rank - site.frozen) * of_rank + lengths)

@@ -38,6 +38,7 @@ VARYING = (
     "accumulate",
     "learning_rate",
     "lora_plus_ratio",
+    "eva_batches",
     "warmup_steps",
     "schedule",
     "weight_decay",

@@ -23,6 +23,7 @@ from lorakit.adapter import Adapter
 from lorakit.attach import adapter_parameters, extract
 from lorakit.config import TrainConfig
 from lorakit.errors import TrainingError
+from lorakit.methods.frozen_ranks import apart
 from lorakit.train.batch_trainer import BatchTrainer
 from lorakit.train.rates import split_by_rate
 
@@ -154,9 +155,10 @@ class AdapterTrainer(BatchTrainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         saved = Adapter.load(resume_from_checkpoint)
+        tensors = apart(saved.sites, saved.tensors)
         with torch.no_grad():
             for name, parameter in self.weights.items():
-                parameter.copy_(saved.tensors[name])
+                parameter.copy_(tensors[name])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
