@@ -31,7 +31,7 @@ class Site:
     path: str
     """Dotted path of the module in the base model."""
     rank: int
-    """Inner width r."""
+    """Inner width r, with the ranks that do not train."""
     alpha: float
     """Numerator of the scale."""
     scale: float
@@ -46,6 +46,8 @@ class Site:
     """What the layer is; other tools' files depend on it, the update does not."""
     layer_rows: int | None = None
     """Output rows of the whole layer, where the site is a slice of it."""
+    frozen: int = 0
+    """How many of the ranks do not train, counted from the end (PiSSA)."""
 
     @property
     def name(self) -> str:
@@ -88,8 +90,9 @@ def scale_of(rank: int, alpha: float, *, use_rslora: bool) -> float:
 class Adapter:
     """What was trained, apart from any model and any file format.
 
-    Tensors are named `<site>.lora_a` (rank, d_in) and `<site>.lora_b` (d_out, rank); a tensor under
-    one of the base's own parameter names replaces that parameter (docs/design.md has all shapes).
+    Tensors are named `<site>.lora_a` (rank, d_in) and `<site>.lora_b` (d_out, rank), and with DoRA
+    `<site>.lora_magnitude` (d_out,). A tensor under one of the base's own parameter names replaces
+    that parameter (docs/design.md has all shapes).
     """
 
     configs: tuple[MethodConfig, ...]
@@ -138,7 +141,12 @@ class Adapter:
     @property
     def parameters(self) -> int:
         """Return the number of trained values."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
+        fixed_a = self.lora is not None and self.lora.freeze_a
+        total = sum(tensor.numel() for tensor in self.tensors.values())
+        for site in self.sites:
+            a, b = (self.tensors[f"{site.name}.lora_{end}"].numel() for end in "ab")
+            total -= (a if fixed_a else a * site.frozen // site.rank) + b * site.frozen // site.rank
+        return total
 
     def content_hash(self) -> str:
         """Return the SHA-256 of all that changes the output: tensors, sites and scales."""
@@ -164,7 +172,7 @@ class Adapter:
             yield _bits(tensor)
         for site in sorted(self.sites, key=lambda site: site.name):
             meaning = [site.name, site.rank, site.alpha, site.scale, site.rows, site.groups]
-            yield json.dumps(meaning).encode()
+            yield json.dumps([*meaning, *([site.frozen] if site.frozen else [])]).encode()
         yield json.dumps(sorted(self.copied_modules)).encode()
         for config in self.configs:
             if not isinstance(config, LoRAConfig):

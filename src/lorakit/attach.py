@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, Site
+from lorakit.adapter import Adapter
 from lorakit.attachment import (
     Attachment,
     active_name,
@@ -25,15 +26,18 @@ from lorakit.matching import fit
 from lorakit.method_config import LoRAConfig, MethodConfig
 from lorakit.methods.chain import Chain
 from lorakit.methods.checkpointing import forget_routes, stacks_of_blocks
+from lorakit.methods.eva import input_directions
+from lorakit.methods.frozen_ranks import apart, together
 from lorakit.methods.layer import (
     Update,
     bank_key,
     release,
 )
-from lorakit.methods.lora import LoRAUpdate, LowRank, fresh_a, parameter_shapes
+from lorakit.methods.lora import ENDS, LoRAUpdate, LowRank
 from lorakit.methods.module_copy import ModuleCopy
+from lorakit.methods.start import fresh_tensors
 from lorakit.models.base import base_parameter
-from lorakit.models.roles import task_heads
+from lorakit.models.roles import shared_inputs, task_heads
 from lorakit.planning import Plan, as_configs, keeps_ties, plan, short_names
 from lorakit.pristine import Pristine
 
@@ -45,6 +49,7 @@ def attach(
     name: str = "default",
     trainable: bool | None = None,
     allow_other_base: bool = False,
+    data: Iterable[Mapping[str, Tensor]] | None = None,
 ) -> Plan:
     """Put a fresh adapter, or a saved one, into a model, and make it the active one.
 
@@ -58,24 +63,31 @@ def attach(
         name: what to call it in this model.
         trainable: whether A, B, biases and copies take gradients. None: a fresh one does.
         allow_other_base: accept an adapter whose base has other weights.
+        data: batches that the model takes, for LoRA's init eva; labels in them are not looked at.
 
     Returns:
         The match table: `print` it.
 
     Raises:
-        AttachError: the name is taken, or an adapter is merged.
+        AttachError: the name is taken, an adapter is merged, or data is given or missing against
+            the settings.
         TargetError: a target of the settings matches nothing.
         AdapterFileError: the adapter does not fit this model; every problem is listed.
     """
     state = attachment_of(model)
     if state is not None:
         _check_free(state, name)
+    _check_data(what, data)
     if isinstance(what, Adapter):
         fitted, updates, record = fit_and_build(model, what, allow_other_base=allow_other_base)
     else:
         configs = as_configs(what)
         fitted = plan(model, configs)
-        updates = _build(layout_of(model).modules, fitted, configs, None)
+        lora = next((each for each in configs if isinstance(each, LoRAConfig)), LoRAConfig())
+        directions = _directions(model, state, fitted, data)
+        modules = layout_of(model).modules
+        start = apart(fitted.sites, fresh_tensors(modules, fitted.sites, lora, directions))
+        updates = _build(modules, fitted, configs, None, start, copy=False)
         record = Adapter(
             configs=configs,
             sites=fitted.sites,
@@ -97,6 +109,36 @@ def _check_free(state: Attachment, name: str) -> None:
         )
     if state.route.merged is not None:
         raise AttachError("an adapter is merged into this model: lk.unmerge(model) first")
+
+
+def _check_data(what: object, data: object) -> None:
+    """Compare the data that was given with what the settings ask for.
+
+    Raises:
+        AttachError: it is missing, or nothing looks at it.
+    """
+    each = what if isinstance(what, Sequence) else [what]
+    wanted = any(isinstance(one, LoRAConfig) and one.init == "eva" for one in each)
+    if wanted and data is None:
+        raise AttachError(
+            "init is eva, which looks at data: give batches, as in lk.attach(model, config, data=…)"
+        )
+    if data is not None and not wanted:
+        raise AttachError("data is given, but nothing looks at it: only LoRA's init eva does")
+
+
+def _directions(
+    model: nn.Module,
+    state: Attachment | None,
+    fitted: Plan,
+    data: Iterable[Mapping[str, Tensor]] | None,
+) -> dict[str, Tensor]:
+    """Return the directions of the layers' inputs in the base, for init eva."""
+    if data is None:
+        return {}
+    paths = list(dict.fromkeys(site.path for site in fitted.sites))
+    with nullcontext() if state is None else state.routed(None, None, None):
+        return input_directions(model, paths, shared_inputs(model), data)
 
 
 def fit_and_build(
@@ -130,7 +172,8 @@ def fit_and_build(
         allow_other_base=allow_other_base,
         other_heads=task_heads(model) if other_heads else (),
     )
-    updates = _build(layout.modules, fitted, adapter.configs, adapter.tensors, copy=copy)
+    divided = apart(fitted.sites, adapter.tensors)
+    updates = _build(layout.modules, fitted, adapter.configs, divided, divided, copy=copy)
     # Another tool's file may not say what kind of layer it adapts; the model does.
     return fitted, updates, replace(adapter, tensors={}, sites=fitted.sites)
 
@@ -140,23 +183,33 @@ def _build(
     fitted: Plan,
     configs: Sequence[MethodConfig],
     tensors: Mapping[str, Tensor] | None,
+    low_rank: Mapping[str, Tensor],
     *,
     copy: bool = True,
 ) -> dict[str, Update]:
-    """Return the update of each touched module, by path; the modules are not changed."""
+    """Return the update of each touched module, by path; the modules are not changed.
+
+    Args:
+        modules: of the base, by path.
+        fitted: what is made.
+        configs: of its methods.
+        tensors: the adapter's; None: a fresh start.
+        low_rank: those of low-rank updates, fresh or not.
+        copy: leave `low_rank` alone; else the updates may keep its tensors.
+    """
     updates: dict[str, Update] = {}
     parts: dict[str, dict[str, LowRank]] = {}
     dtype = getattr(torch, configs[0].dtype)
     config = next((each for each in configs if isinstance(each, LoRAConfig)), LoRAConfig())
     for match in fitted.matches:
         site, layer = match.site, modules[match.site.path]
-        if tensors is None:
-            a, b = _fresh(layer, site, config)
-        else:
-            device = cast(Tensor, layer.weight).device
-            a = tensors[f"{site.name}.lora_a"].to(device, copy=copy)
-            b = tensors[f"{site.name}.lora_b"].to(device, copy=copy)
-        parts.setdefault(site.path, {})[site.role or "whole"] = LowRank(site, config, a, b)
+        device = cast(Tensor, layer.weight).device
+        weights = {
+            end: low_rank[name].to(device, copy=copy)
+            for end in ENDS
+            if (name := f"{site.name}.{end}") in low_rank
+        }
+        parts.setdefault(site.path, {})[site.role or "whole"] = LowRank(site, config, weights)
     biases = {path: _starting_bias(modules, path, dtype, tensors) for path in fitted.biases}
     for path in dict.fromkeys([*parts, *biases]):
         updates[path] = LoRAUpdate(parts.get(path, {}), biases.get(path))
@@ -170,14 +223,6 @@ def _build(
         first, own = updates.get(part.path), part.update(modules, tensors)
         updates[part.path] = own if first is None else Chain([first, own])
     return updates
-
-
-def _fresh(layer: nn.Module, site: Site, config: LoRAConfig) -> tuple[Tensor, Tensor]:
-    """Return a random A and a zero B, so that the update starts at zero (section 4.1)."""
-    device, dtype = cast(Tensor, layer.weight).device, getattr(torch, config.dtype)
-    shape_a, shape_b = parameter_shapes(layer, site)
-    a = fresh_a(shape_a, layer, config) if device.type != "meta" else torch.empty(shape_a)
-    return a.to(device, dtype), torch.zeros(shape_b, device=device, dtype=dtype)
 
 
 def _starting_bias(
@@ -210,7 +255,7 @@ def install(
     by_number: dict[int, Update] = {}
     for path, update in updates.items():
         if trainable:
-            update.requires_grad_()
+            update.let_train()
         if model.training:
             update.train()
         layer = state.adopt(path, modules[path])
@@ -300,11 +345,15 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
     tensors = {
         n: p.detach().to("cpu", copy=True).contiguous() for n, p in adapter_parameters(model, name)
     }
-    return replace(state.adapters[name], tensors=tensors)
+    record = state.adapters[name]
+    return replace(record, tensors=together(record.sites, tensors))
 
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield one adapter's parameters under their names in an `Adapter`."""
+    """Yield one adapter's parameters under their names in an `Adapter`.
+
+    Ranks that do not train have names of their own (`methods/frozen_ranks.py`).
+    """
     state = require_attachment(model)
     for number, update in state.updates.get(name, {}).items():
         yield from update.named_tensors(state.paths[number])

@@ -114,6 +114,12 @@ class TrainConfig(Settings):
     learning_rate: PositiveFloat | None = None
     """Peak learning rate of AdamW. None: each method's own, found by trial (docs/methods.md)."""
 
+    lora_plus_ratio: PositiveFloat = 1.0
+    """Learning rate of LoRA's B over that of A (LoRA+, Hayou 2024, has 16). 1: both are equal."""
+
+    eva_batches: PositiveInt = 8
+    """Batches of training rows, drawn by the seed, that LoRA's init eva looks at."""
+
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps over which the learning rate rises from zero. None: the method's own."""
 

@@ -12,7 +12,7 @@ from lorakit.errors import AdapterFileError, LorakitError, TargetError
 from lorakit.method_config import LoRAConfig
 from lorakit.methods.bitfit import adds_bias
 from lorakit.methods.claims import match_of
-from lorakit.methods.lora import is_adaptable, kind_of, matrix_shape, parameter_shapes
+from lorakit.methods.lora import is_adaptable, is_linear, kind_of, matrix_shape, tensor_shapes
 from lorakit.methods.part import Part
 from lorakit.models.base import base_modules, lies_in
 from lorakit.models.identity import BaseIdentity
@@ -73,7 +73,8 @@ def fit(
         AdapterFileError: every way in which it does not fit.
     """
     modules = layout.modules
-    problems, expected = _misfits(modules, adapter, other_heads)
+    lora = adapter.lora or LoRAConfig()
+    problems, expected = _misfits(modules, adapter, lora, other_heads)
     parts = _parts(modules[""], adapter, problems, expected)
     problems += [
         f"{name}  missing from the adapter" for name in sorted(expected - set(adapter.tensors))
@@ -94,7 +95,7 @@ def fit(
         raise AdapterFileError.listing("the adapter does not fit this model", problems)
     biases = [n.removesuffix(".bias") for n in adapter.tensors if _is_bias(n, adapter)]
     layers = [(modules[site.path], site) for site in adapter.sites]
-    matched = tuple(match_of(layer, None, _as_on(layer, site)) for layer, site in layers)
+    matched = tuple(match_of(layer, None, _as_on(layer, site), lora) for layer, site in layers)
     tied = keeps_ties(adapter.configs)
     return completed(modules[""], matched, biases, adapter.copied_modules, parts, tied=tied)
 
@@ -153,23 +154,28 @@ def _is_bias(name: str, adapter: Adapter) -> bool:
 
 
 def _misfits(
-    modules: Mapping[str, nn.Module], adapter: Adapter, other_heads: Sequence[str]
+    modules: Mapping[str, nn.Module],
+    adapter: Adapter,
+    lora: LoRAConfig,
+    other_heads: Sequence[str],
 ) -> tuple[list[str], set[str]]:
     """Return the problems of an adapter's own tensors, and the names it should have."""
     problems: list[str] = []
     expected: set[str] = set()
+    ends = ("lora_a", "lora_b", "lora_magnitude") if lora.use_dora else ("lora_a", "lora_b")
     for site in adapter.sites:
         layer = modules.get(site.path)
-        names = (f"{site.name}.lora_a", f"{site.name}.lora_b")
-        expected.update(names)
+        expected.update(f"{site.name}.{end}" for end in ends)
         if layer is None:
             problems.append(f"{site.path}  is not a module of this model")
         elif not is_adaptable(layer):
             problems.append(f"{site.path}  is a {type(layer).__name__}, which LoRA can't adapt")
         elif site.rows is not None and site.rows[-1][1] > matrix_shape(layer)[0]:
             problems.append(f"{site.name}  has rows beyond the layer's {matrix_shape(layer)[0]}")
+        elif lora.use_dora and not is_linear(layer):
+            problems.append(f"{site.path}  is a {type(layer).__name__}, which DoRA can't adapt")
         else:
-            for name, shape in zip(names, parameter_shapes(layer, site), strict=True):
+            for name, shape in tensor_shapes(layer, site, lora).items():
                 problems += _shape_problem(name, adapter.tensors.get(name), shape)
     for path in adapter.copied_modules:
         if path not in modules:

@@ -64,9 +64,23 @@ class LoRAConfig(MethodConfig):
     use_rslora: bool = False
     """Scale by α/√r in place of α/r (Kalajdzievski 2023)."""
 
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    use_dora: bool = False
+    """Train the length of each row of W₀ + scale·B·A as well (DoRA, Liu 2024): linear layers."""
+
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "eva"] = "kaiming"
     """How A starts; B starts at zero. kaiming: uniform, as the authors' code and PEFT do, so that
-    learning rates carry over; gaussian: normal with variance 1/d_in, as the paper's text says."""
+    learning rates carry over; gaussian: normal with variance 1/d_in, as the paper's text says;
+    orthogonal: orthonormal rows, scaled to kaiming's norm (PEFT's start of that name differs); eva:
+    the main directions of the layer's inputs in the data. pissa: A and B start as the main part of
+    the weight, which a frozen copy of them takes off again; the adapter has twice the rank."""
+
+    svd_iterations: Annotated[int, Field(ge=0)] | None = None
+    """Iterations of a randomised singular value decomposition for init pissa, quicker for large
+    layers. None: the exact one."""
+
+    freeze_a: bool = False
+    """Train B alone (LoRA-FA, Zhang 2023): of a layer's input only A·x is kept for the backward
+    pass."""
 
     @property
     def method(self) -> str:

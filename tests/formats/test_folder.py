@@ -232,6 +232,7 @@ def test_an_edited_alpha_is_noticed_in_every_layer(saved: Path) -> None:
         ({"bias": "all"}, "bias is 'all', but it was saved as 'none'"),
         ({"modules_to_save": ["x"]}, "modules_to_save is ['x'], but it was saved as None"),
         ({"layers_to_transform": [0]}, "layers_to_transform was added after"),
+        ({"use_dora": True}, "use_dora is True, but it was saved otherwise"),
     ],
 )
 def test_an_edited_config_is_noticed(saved: Path, change: dict[str, Any], text: str) -> None:
@@ -249,7 +250,7 @@ def test_an_edited_config_is_noticed(saved: Path, change: dict[str, Any], text: 
         ({"peft_type": "drop"}, "peft_type: field required"),
         ({"bias": "some"}, "bias: input should be 'none', 'all' or 'lora_only'"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern: '(' is not a regular expression"),
-        ({"use_dora": True}, "use_dora: DoRA rescales each row"),
+        ({"use_qalora": True}, "use_qalora: QALoRA pools the inputs of A"),
         ({"lora_bias": True}, "lora_bias: B has a bias of its own"),
         ({"target_parameters": ["w"]}, "target_parameters: parameters are adapted"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices: single rows"),

@@ -117,6 +117,9 @@ FROM_PEFT: tuple[tuple[str, Settings], ...] = (
     ("bert", {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
     ("roberta", {"target_modules": ["value"], "modules_to_save": ["classifier"]}),
     ("t5", {"target_modules": ["q", "v"]}),
+    ("llama", {"target_modules": "all-linear", "use_dora": True, "rank_pattern": {"q_proj": 3}}),
+    ("gpt2", {"target_modules": ["c_attn"], "use_dora": True, "use_rslora": True}),
+    ("bert", {"target_modules": ["query"], "use_dora": True, "bias": "all"}),
     ("convolutions", {"target_modules": ["image", "point", "time"], "init_lora_weights": False}),
     ("tables", {"target_modules": ["table", "body.0"], "modules_to_save": ["head"], "bias": "all"}),
 )
@@ -168,6 +171,12 @@ TO_PEFT: tuple[tuple[str, lk.LoRAConfig], ...] = (
     ("gpt_neox", lk.LoRAConfig(rank=4, targets="q,v")),
     ("phi3", lk.LoRAConfig(rank=4, targets="k,gate")),
     ("bert", lk.LoRAConfig(rank=4, targets="q,v", bias="all")),
+    ("llama", lk.LoRAConfig(rank=4, alpha=7, targets="q,down,head", use_dora=True)),
+    ("gpt2", lk.LoRAConfig(rank=4, targets="c_attn,down", use_dora=True, bias="lora")),
+    ("bert", lk.LoRAConfig(rank=3, targets="q,v", use_dora=True, use_rslora=True)),
+    ("llama", lk.LoRAConfig(rank=4, targets="q,v", init="pissa", rank_pattern={"v": 3})),
+    ("gpt2", lk.LoRAConfig(rank=3, alpha=5, targets="q,v", init="pissa", use_rslora=True)),
+    ("convolutions", lk.LoRAConfig(rank=3, targets="image,grouped,point", init="pissa")),
     ("convolutions", lk.LoRAConfig(rank=4, targets="image,grouped,point,time")),
     ("tables", lk.LoRAConfig(rank=4, targets="table,0", modules_to_save="head", bias="lora")),
 )
@@ -289,6 +298,22 @@ SPOILED: tuple[tuple[Callable[[dict[str, Tensor]], None], Settings, str], ...] =
     (_put(**{f"{P}body.0.lora_embedding_A": torch.zeros(4, 8)}), {}, "has a lora_A already"),
     (_put(**{f"{P}body.0.lora_B.bias": torch.zeros(8)}), {}, "lora_B.bias  unexpected"),
     (_put(**{f"{P}table.lora_magnitude_vector": torch.ones(8)}), {}, "vector  unexpected"),
+    (lambda tensors: None, {"use_dora": True}, "body.0  has no lora_magnitude_vector in the file"),
+    (
+        _put(**{f"{P}body.0.lora_magnitude_vector": torch.ones(7)}),
+        {"use_dora": True},
+        "body.0  has a lora_magnitude_vector (7,) for 8 rows",
+    ),
+    (
+        _put(
+            **{
+                f"{P}table.lora_embedding_A": torch.ones(4, 20),
+                f"{P}table.lora_embedding_B": torch.ones(8, 4),
+            }
+        ),
+        {"use_dora": True},
+        "table  is an embedding, for which lorakit has no DoRA",
+    ),
     (
         _put(**{f"{P}body.base_layer.2.lora_A.weight": torch.ones(4, 8)}),
         {},

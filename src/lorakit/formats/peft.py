@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +33,15 @@ def keys_of(layer: WholeLayer) -> tuple[str, str]:
 def site_names(layers: Iterable[WholeLayer]) -> list[str]:
     """Return the adapter's names of the tensors of all sites."""
     sites = [site for layer in layers for site in layer.sites]
-    return [f"{site.name}.lora_{end}" for site in sites for end in "ab"]
+    return [f"{site.name}.lora_{end}" for site in sites for end in ("a", "b", "magnitude")]
+
+
+def magnitudes(layers: Iterable[WholeLayer], names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names in the adapter and in the file of the lengths of rows that DoRA trains."""
+    for layer in layers:
+        name = f"{layer.sites[0].name}.lora_magnitude"
+        if name in names:
+            yield name, f"{PREFIX}{layer.path}.lora_magnitude_vector"
 
 
 def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, str]:
@@ -52,12 +60,13 @@ def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[
     encoded: dict[str, Tensor] = {}
     for layer in layers:
         encoded.update(zip(keys_of(layer), stack(layer, tensors), strict=True))
+    encoded |= {key: tensors[name] for name, key in magnitudes(layers, tensors)}
     others = set(tensors).difference(site_names(layers))
     return encoded | {key: tensors[name] for name, key in base_keys(others, layers).items()}
 
 
 def decode(
-    layers: Sequence[WholeLayer], names: Iterable[str], encoded: Mapping[str, Tensor]
+    layers: Sequence[WholeLayer], names: Collection[str], encoded: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the adapter's tensors from PEFT's, and what is wrong with these.
 
@@ -74,6 +83,7 @@ def decode(
         if parts is None:
             problems.append(f"{key_b}  holds values outside the rows and columns of its slices")
         tensors |= parts or {}
+    tensors |= {name: encoded[key] for name, key in magnitudes(layers, names)}
     others = set(names).difference(site_names(layers))
     tensors |= {name: encoded[key] for name, key in base_keys(others, layers).items()}
     return tensors, problems
@@ -97,6 +107,11 @@ def reasons_against(adapter: Adapter) -> list[str]:
         return ["nothing but biases and full copies is trained"]
     layers = layers_of(adapter)
     reasons = [reason for layer in layers for reason in obstacles(layer, adapter.tensors)]
+    reasons += [
+        f"{site.name}: PEFT's DoRA has the lengths of all rows of a layer, and this is a slice"
+        for site in adapter.sites
+        if _settings(adapter).use_dora and site.rows is not None
+    ]
     config = parse_config(peft_config(adapter, layers))
     return reasons + [
         f"{layer.path}: PEFT would read rank and alpha of another layer for it"
@@ -138,6 +153,7 @@ def peft_config(adapter: Adapter, layers: Sequence[WholeLayer]) -> dict[str, Any
         "revision": None,
         "target_modules": sorted(adapter.target_modules or ranks),
         "task_type": None if needs_head else task,
+        "use_dora": _settings(adapter).use_dora,
         "use_rslora": _settings(adapter).use_rslora,
     }
 
@@ -177,6 +193,8 @@ def disagreements(
         value = getattr(config, key)
         if _as_set(value) != _as_set(expected[key]):
             yield f"{CONFIG_FILE}  {key} is {value!r}, but it was saved as {expected[key]!r}"
+    if config.use_dora != expected["use_dora"]:
+        yield f"{CONFIG_FILE}  use_dora is {config.use_dora}, but it was saved otherwise"
     for key in ("exclude_modules", "layers_to_transform"):
         if getattr(config, key):
             yield f"{CONFIG_FILE}  {key} was added after the adapter was saved"

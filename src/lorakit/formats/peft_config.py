@@ -25,7 +25,6 @@ UNSUPPORTED = {
     "target_parameters": "parameters are adapted that belong to no layer",
     "trainable_token_indices": "single rows of the embedding are trained",
     "use_bdlora": "A and B are block-diagonal",
-    "use_dora": "DoRA rescales each row of the weight to a trained length",
     "use_qalora": "QALoRA pools the inputs of A",
 }
 # Ways to start training that leave the base as it was; the others move part of it into A and B.
@@ -73,6 +72,7 @@ class PeftConfig(BaseModel):
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
     use_rslora: bool = False
+    use_dora: bool = False
     modules_to_save: list[Word] | None = None
     init_lora_weights: bool | str = True
 

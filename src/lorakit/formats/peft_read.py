@@ -18,6 +18,8 @@ from lorakit.method_config import LoRAConfig
 from lorakit.models.roles import GROUPS, ROLES
 
 LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?:(?P<end>[AB])\.weight|embedding_(?P<embedding>[AB]))")
+# Some versions of PEFT write the longer name.
+MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
 # PEFT copies these by itself for a task; a model has one of them.
 HEADS = ("classifier", "score", "qa_outputs")
 # What transformers calls input embeddings and output heads; PEFT saves them after a resize.
@@ -37,7 +39,7 @@ class _Sorted:
     """The tensors of a file by what they are."""
 
     updates: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """"a" and "b" of each adapted layer, by its path."""
+    """"a" and "b" of each adapted layer, by its path; with DoRA "magnitude", too."""
     embeddings: set[str] = field(default_factory=set)
     """Paths of the adapted layers that are embeddings."""
     replaced: dict[str, Tensor] = field(default_factory=dict)
@@ -97,6 +99,8 @@ def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
             update[end.lower()] = tensor
             if match["embedding"]:
                 found.embeddings.add(path)
+        elif config.use_dora and (match := MAGNITUDE_KEY.fullmatch(name)):
+            found.updates.setdefault(match["path"], {})["magnitude"] = tensor
         else:
             others[name] = tensor
     for name, tensor in others.items():
@@ -180,6 +184,8 @@ def _site(
     missing = [end for end in "ab" if end not in update]
     if missing:
         return None, {}, [f"{PREFIX}{path}  has no lora_{missing[0].upper()} in the file"]
+    if config.use_dora and (problem := _magnitude_problem(kind, update)):
+        return None, {}, [f"{PREFIX}{path}  {problem}"]
     a, b = update["a"], update["b"]
     rank = config.rank_of(path)
     if a.dim() < 2 or a.dim() != b.dim() or 0 in (*a.shape, *b.shape):
@@ -206,7 +212,22 @@ def _site(
     if parts is None:
         text = f"A mixes the convolution's {groups} groups, which no change of its weight can do"
         return None, {}, [f"{PREFIX}{path}  {text}"]
+    if config.use_dora:
+        parts[f"{site.name}.lora_magnitude"] = update["magnitude"]
     return site, parts, []
+
+
+def _magnitude_problem(kind: Kind, update: Mapping[str, Tensor]) -> str | None:
+    """Return what is wrong with a layer's update under use_dora, or None."""
+    if kind == "embedding" or update["a"].dim() > 2:
+        what = "an embedding" if kind == "embedding" else "a convolution"
+        return f"is {what}, for which lorakit has no DoRA"
+    if "magnitude" not in update:
+        return "has no lora_magnitude_vector in the file, and use_dora is true"
+    if update["magnitude"].shape != update["b"].shape[:1]:
+        shape, rows = tuple(update["magnitude"].shape), update["b"].shape[0]
+        return f"has a lora_magnitude_vector {shape} for {rows} rows"
+    return None
 
 
 def _transposed(config: PeftConfig, kind: Kind) -> bool:
@@ -234,6 +255,7 @@ def _lora_config(
         rank_pattern={site.path: site.rank for site in sites if site.rank != config.r},
         alpha_pattern={site.path: site.alpha for site in sites if site.alpha != config.lora_alpha},
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",
         modules_to_save=copied,
         dtype="float32" if dtype == "float64" else dtype,

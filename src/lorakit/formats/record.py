@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from lorakit.adapter import Adapter, Kind, Rows, Site
@@ -60,6 +60,13 @@ class SiteRecord(BaseModel):
     alpha: float
     scale: float
     groups: Annotated[int, Field(ge=1)] = 1
+    frozen: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> SiteRecord:
+        if self.frozen >= self.rank:
+            raise ValueError(f"{self.frozen} of {self.rank} ranks do not train: none is left")
+        return self
 
     @classmethod
     def of(cls, site: Site) -> SiteRecord:

@@ -98,3 +98,25 @@ def add_delta(
     """Add ΔW = scale·B·A to a weight in place; this is for merging, never for a forward."""
     matrix = weight if weight.dim() == 2 else weight.view(weight.shape[0], -1)
     matrix.addmm_(b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1), alpha=scale)
+
+
+ROWS = 1024
+"""Rows whose lengths are computed at once: 16 MB of float32 at 4096 columns."""
+
+
+def row_lengths(
+    weight: Float[Tensor, "d_out d_in"],
+    a: Float[Tensor, "rank d_in"],
+    b: Float[Tensor, "d_out rank"],
+    scale: float,
+) -> Float[Tensor, " d_out"]:
+    """Return ‖W + scale·B·A‖ of each row, in float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    pieces = zip(weight.split(ROWS), b.split(ROWS), strict=True)
+    return torch.cat([lengths(torch.addmm(w.to(dtype), own, a, alpha=scale)) for w, own in pieces])
+
+
+def lengths(rows: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " d_out"]:
+    """Return the Euclidean norm of each row; where that is zero, the least that can divide."""
+    return rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)

@@ -39,6 +39,11 @@ class Chain(Update):
             changed = link.change(layer, inputs, changed)
         return output + strength * (changed - start)
 
+    def let_train(self) -> None:
+        """Let the weights of each update take gradients."""
+        for link in self._each():
+            link.let_train()
+
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the merged parameters of each update."""
         for link in self._each():
@@ -50,7 +55,7 @@ class Chain(Update):
         return next((why for link in self._each() if (why := link.unmergeable)), None)
 
     def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trained tensors of each update."""
+        """Yield the tensors of each update."""
         for link in self._each():
             yield from link.named_tensors(path)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.adapter import Site
+from lorakit.method_config import LoRAConfig
 from lorakit.methods.lora import parameter_shapes
 from lorakit.methods.part import Part
 from lorakit.models.roles import Place
@@ -23,7 +24,7 @@ class Match:
     shape: tuple[int, int]
     """(d_out, d_in) of the adapted matrix."""
     parameters: int
-    """Trained values in A and B."""
+    """Trained values of the update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,10 @@ class Claims:
     """Everything else."""
 
 
-def match_of(layer: nn.Module, place: Place | None, site: Site) -> Match:
+def match_of(layer: nn.Module, place: Place | None, site: Site, config: LoRAConfig) -> Match:
     """Return the row of the match table for a site on a layer."""
     a, b = parameter_shapes(layer, site)
     role, shape = place.role if place else site.role, (b[0], math.prod(a[1:]))
-    return Match(site, role, shape, math.prod(a) + math.prod(b))
+    of_rank = b[0] if config.freeze_a else b[0] + math.prod(a[1:])
+    lengths = b[0] if config.use_dora else 0
+    return Match(site, role, shape, (site.rank - site.frozen) * of_rank + lengths)

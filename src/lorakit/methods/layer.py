@@ -138,6 +138,10 @@ class Update(nn.Module, Change):
             base: the layer's own output, where `output` is not that.
         """
 
+    def let_train(self) -> None:
+        """Let its weights take gradients, but for those that its method keeps as they are."""
+        self.requires_grad_()
+
     @property
     def unmergeable(self) -> str | None:
         """Return why no weights of the base can hold this update, or None where they can."""
@@ -149,7 +153,7 @@ class Update(nn.Module, Change):
 
     @abstractmethod
     def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield its trained tensors under their names in an `Adapter`.
+        """Yield its tensors under their names in an `Adapter`.
 
         Args:
             path: of the layer.

@@ -18,6 +18,7 @@ from lorakit.kernels import fused, plain
 from lorakit.kernels.dropout import Dropout
 from lorakit.method_config import LoRAConfig
 from lorakit.methods.layer import AdaptedLayer, Update
+from lorakit.methods.magnitude import Lengths, rescaled
 
 ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -42,6 +43,22 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, (Conv1D, nn.Embedding)):
         return others[0], first
     return first, math.prod(others)
+
+
+def matrix_of(layer: nn.Module, site: Site) -> Tensor:
+    """Return the part of a layer's weight that a site changes, as a matrix (d_out, d_in)."""
+    weight = cast(Tensor, layer.weight).detach()
+    matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight.flatten(1)
+    if site.rows is None:
+        return matrix
+    return torch.cat([matrix[start:stop] for start, stop in site.rows])
+
+
+def tensor_shapes(layer: nn.Module, site: Site, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a site in an adapter, by its name."""
+    a, b = parameter_shapes(layer, site)
+    shapes: dict[str, tuple[int, ...]] = {f"{site.name}.lora_a": a, f"{site.name}.lora_b": b}
+    return shapes | ({f"{site.name}.lora_magnitude": b[:1]} if config.use_dora else {})
 
 
 def kind_of(layer: nn.Module) -> Kind:
@@ -84,23 +101,74 @@ def _is_product(layer: nn.Linear, own: type[nn.Module]) -> bool:
     return torch.allclose(found, F.linear(x, layer.weight, layer.bias), rtol=0.02, atol=1e-3)
 
 
+ENDS = ("lora_a", "lora_b", "lora_magnitude", "frozen_a", "frozen_b")
+"""The last parts of the names of a site's tensors in a model; the first two are always there."""
+
+
 class LowRank(nn.Module):
-    """A and B of one site."""
+    """A and B of one site, with the ranks that do not train, and the lengths of its rows (DoRA)."""
 
     site: Site
     dropout: float
+    freezes_a: bool
+    lengths: Lengths
     lora_a: nn.Parameter
     lora_b: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+    frozen_a: nn.Parameter | None
+    frozen_b: nn.Parameter | None
 
-    def __init__(self, site: Site, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
+    def __init__(self, site: Site, config: LoRAConfig, weights: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a site, by those of `ENDS` that it has."""
         super().__init__()
         # Past nn.Module.__setattr__, whose checks take as long as all the rest of making these.
-        vars(self).update(site=site, dropout=config.dropout, training=False)
-        self._parameters.update(lora_a=_frozen(a), lora_b=_frozen(b))
+        vars(self).update(
+            site=site,
+            dropout=config.dropout,
+            freezes_a=config.freeze_a,
+            lengths=Lengths(),
+            training=False,
+        )
+        self._parameters.update(dict.fromkeys(ENDS))
+        self._parameters.update((end, _frozen(values)) for end, values in weights.items())
+
+    @property
+    def a(self) -> Tensor:
+        """Return A of all ranks, (rank, d_in)."""
+        return self.lora_a if self.frozen_a is None else torch.cat([self.lora_a, self.frozen_a])
+
+    @property
+    def b(self) -> Tensor:
+        """Return B of all ranks, (d_out, rank)."""
+        if self.frozen_b is None:
+            return self.lora_b
+        return torch.cat([self.lora_b, self.frozen_b], dim=1)
+
+    def let_train(self) -> None:
+        """Let take gradients what the settings train."""
+        self.lora_a.requires_grad_(not self.freezes_a)
+        self.lora_b.requires_grad_()
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.requires_grad_()
+
+    def rescaled(self, layer: nn.Module, output: Tensor) -> Tensor:
+        """Return W·x + bias with the rows of W at the trained lengths."""
+        assert self.lora_magnitude is not None
+        entries = None if self.site.rows is None else positions(self.site.rows, output.device)
+        with torch.no_grad():
+            weight = cast(Tensor, layer.weight)
+            lengths = self.lengths.of(
+                [weight, *self.parameters()],
+                lambda: plain.row_lengths(
+                    matrix_of(layer, self.site), self.a, self.b, self.site.scale
+                ),
+            )
+        factor = self.lora_magnitude / lengths
+        return rescaled(output, factor, cast("Tensor | None", layer.bias), entries)
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Return the update of the layer's output, (…, rows of the site)."""
-        a, b, scale = self.lora_a, self.lora_b, self.site.scale
+        a, b, scale = self.a, self.b, self.site.scale
         dropout = self.dropout if self.training else 0.0
         if isinstance(layer, nn.Embedding):
             change = plain.embedding_update(x, a, b, scale, dropout=dropout)
@@ -123,7 +191,19 @@ class LowRank(nn.Module):
             entries=_entries(self.site.rows, self.lora_a.device),
             dropout=Dropout.drawn(self.dropout if self.training else 0.0),
         )
-        return fused.Factors(self.lora_a, self.lora_b, use)
+        return fused.Factors(self.a, self.b, use)
+
+    def add_to(self, matrix: Tensor) -> None:
+        """Add ΔW to a weight in place, (d_out, …), and give its rows their lengths."""
+        a, b = (weight.detach().to(matrix) for weight in (self.a, self.b))
+        start = 0
+        for first, last in self.site.rows or ((0, matrix.shape[0]),):
+            own, rows = slice(start, start + last - first), matrix[first:last]
+            plain.add_delta(rows, a, b[own], self.site.scale)
+            if self.lora_magnitude is not None:
+                lengths = self.lora_magnitude.detach()[own].to(matrix)
+                rows *= (lengths / plain.lengths(rows))[:, None]
+            start += last - first
 
 
 def _frozen(values: Tensor) -> nn.Parameter:
@@ -154,23 +234,46 @@ class LoRAUpdate(Update):
         strength: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
-        """Return output + strength·scale·B·A·x, and the trained bias in place of the base's."""
-        x = inputs[0]
-        if self.parts and is_linear(layer) and fused.available(x, training=self.training):
-            factors = self.factors(strength)
-            everywhere = fused.Span(0, x.shape[:-1].numel(), tuple(range(len(factors))))
-            output = fused.add_updates(output, x, factors, [everywhere])
-        else:
-            for part in self.low_ranks():
-                update = part(layer, x)
-                update = update if strength == 1 else update * strength
-                output = _add(output, update.to(output.dtype), part.site.rows)
+        """Return output + strength·scale·B·A·x, and the trained bias in place of the base's.
+
+        DoRA's rows get their lengths after that.
+        """
+        if not self.is_additive and (strength != 1 or base is not None):
+            own = output if base is None else base
+            return output + strength * (self.change(layer, inputs, own.clone()) - own)
+        output = self._added(layer, inputs[0], output, strength)
+        for part in self.low_ranks():
+            if part.lora_magnitude is not None:
+                output = part.rescaled(layer, output)
         if self.bias is not None:
             shift = (self.bias - cast(Tensor, layer.bias)).to(output.dtype) * strength
             if isinstance(layer, ConvNd):
                 shift = shift.reshape(-1, *[1] * len(layer.kernel_size))
             output = output + shift
         return output
+
+    def _added(self, layer: nn.Module, x: Tensor, output: Tensor, strength: float) -> Tensor:
+        if self.parts and is_linear(layer) and fused.available(x, training=self.training):
+            factors = self.factors(strength)
+            everywhere = fused.Span(0, x.shape[:-1].numel(), tuple(range(len(factors))))
+            return fused.add_updates(output, x, factors, [everywhere])
+        for part in self.low_ranks():
+            update = part(layer, x)
+            update = update if strength == 1 else update * strength
+            output = _add(output, update.to(output.dtype), part.site.rows)
+        return output
+
+    @property
+    def is_additive(self) -> bool:
+        """Tell whether the update only adds B·A·x and a bias to what the layer computes."""
+        return all(part.lora_magnitude is None for part in self.low_ranks())
+
+    def let_train(self) -> None:
+        """Let take gradients what the settings train, and the bias."""
+        for part in self.low_ranks():
+            part.let_train()
+        if self.bias is not None:
+            self.bias.requires_grad_()
 
     def low_ranks(self) -> Iterator[LowRank]:
         """Yield A and B of the layer, or of each of its slices."""
@@ -186,21 +289,16 @@ class LoRAUpdate(Update):
             weight = cast(Tensor, layer.weight).detach().to(exact, copy=True)
             matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight
             for part in self.low_ranks():
-                a, b = (p.detach().to(weight) for p in (part.lora_a, part.lora_b))
-                start = 0
-                for first, last in part.site.rows or ((0, matrix.shape[0]),):
-                    rows = b[start : start + last - first]
-                    plain.add_delta(matrix[first:last], a, rows, part.site.scale)
-                    start += last - first
+                part.add_to(matrix)
             yield "weight", weight
         if self.bias is not None:
             yield "bias", self.bias.detach().to(exact)
 
     def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield A and B of each site, and the bias."""
+        """Yield what each site has, and the bias."""
         for part in self.low_ranks():
-            yield f"{part.site.name}.lora_a", part.lora_a
-            yield f"{part.site.name}.lora_b", part.lora_b
+            for end, parameter in part.named_parameters():
+                yield f"{part.site.name}.{end}", parameter
         if self.bias is not None:
             yield f"{path}.bias", self.bias
 
@@ -228,17 +326,3 @@ def positions(rows: Rows, device: torch.device) -> Tensor:
     # What is made in inference mode could not be kept for a backward pass later.
     with torch.inference_mode(False):
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in rows])
-
-
-def fresh_a(shape: tuple[int, ...], layer: nn.Module, config: LoRAConfig) -> Tensor:
-    """Return a random A in float32, drawn from torch's global generator.
-
-    The fan-in is that of the layer's weight, except for an embedding: its input is one-hot, so one
-    entry counts, whatever the vocabulary.
-    """
-    a = torch.empty(shape)
-    fan_in = shape[0] if isinstance(layer, nn.Embedding) else a[0].numel()
-    if config.init == "gaussian":
-        return nn.init.normal_(a, std=1 / math.sqrt(fan_in))
-    bound = 1 / math.sqrt(fan_in)  # kaiming_uniform_(a=√5) of torch's own Linear
-    return nn.init.uniform_(a, -bound, bound)

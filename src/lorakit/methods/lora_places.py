@@ -12,7 +12,7 @@ from lorakit.errors import TargetError
 from lorakit.method_config import LoRAConfig
 from lorakit.methods.bitfit import bias_paths
 from lorakit.methods.claims import Claims, match_of
-from lorakit.methods.lora import is_adaptable, kind_of, matrix_shape
+from lorakit.methods.lora import is_adaptable, is_linear, kind_of, matrix_shape
 from lorakit.models.roles import Place, named, select
 
 V = TypeVar("V")
@@ -26,12 +26,14 @@ def claim(model: nn.Module, config: LoRAConfig) -> Claims:
     """
     kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
     _check_adaptable(model, kept)
+    _check_form(model, kept, config)
     ranks = _by_place(model, kept, config.rank_pattern, "rank_pattern")
     alphas = _by_place(model, kept, config.alpha_pattern, "alpha_pattern")
+    _check_ranks(model, {place: ranks.get(place, config.rank) for place in kept}, config)
     sites = [(place, _site(model, place, config, ranks, alphas)) for place in kept]
     adapted = {place.path for place in kept} if config.bias == "lora" else None
     return Claims(
-        matches=tuple(match_of(model.get_submodule(p.path), p, site) for p, site in sites),
+        matches=tuple(match_of(model.get_submodule(p.path), p, site, config) for p, site in sites),
         biases=() if config.bias == "none" else bias_paths(model, only=adapted),
     )
 
@@ -44,6 +46,42 @@ def _check_adaptable(model: nn.Module, kept: Sequence[Place]) -> None:
     ]
     if problems:
         raise TargetError.listing("LoRA has no update for some targets; exclude them", problems)
+
+
+def _check_form(model: nn.Module, kept: Sequence[Place], config: LoRAConfig) -> None:
+    """Refuse layers that are no product with a matrix, for the forms that need one.
+
+    Raises:
+        TargetError: there are such.
+    """
+    form = "use_dora" if config.use_dora else "init eva" if config.init == "eva" else None
+    others = {place.path: model.get_submodule(place.path) for place in kept}
+    problems = [
+        f"{path} is a {type(layer).__name__}"
+        for path, layer in others.items()
+        if form and not is_linear(layer)
+    ]
+    if problems:
+        raise TargetError.listing(
+            f"{form} is for linear layers alone; exclude the others", problems
+        )
+
+
+def _check_ranks(model: nn.Module, ranks: Mapping[Place, int], config: LoRAConfig) -> None:
+    """Refuse ranks beyond the directions that a start from the weight or the data has.
+
+    Raises:
+        TargetError: there are such.
+    """
+    problems = []
+    for place, rank in ranks.items():
+        d_out, d_in = matrix_shape(model.get_submodule(place.path))
+        d_out = d_out if place.rows is None else sum(stop - start for start, stop in place.rows)
+        most = {"pissa": min(d_out, d_in), "eva": d_in}.get(config.init, rank)
+        if rank > most:
+            problems.append(f"{place.name}  has rank {rank}, and there are {most} directions")
+    if problems:
+        raise TargetError.listing(f"init {config.init} cannot start from so many ranks", problems)
 
 
 def _by_place(
@@ -76,13 +114,19 @@ def _site(
     alpha = alphas.get(place, config.alpha)
     numerator = float(rank if alpha is None else alpha)
     layer = model.get_submodule(place.path)
+    scale = scale_of(rank, numerator, use_rslora=config.use_rslora)
+    frozen = rank if config.init == "pissa" else 0
+    if frozen:
+        rank += frozen
+        numerator = scale / scale_of(rank, 1.0, use_rslora=config.use_rslora)
     return Site(
         path=place.path,
         role=place.role if place.rows is not None else None,
         rows=place.rows,
         rank=rank,
         alpha=numerator,
-        scale=scale_of(rank, numerator, use_rslora=config.use_rslora),
+        scale=scale,
+        frozen=frozen,
         groups=getattr(layer, "groups", 1),
         kind=kind_of(layer),
         layer_rows=None if place.rows is None else matrix_shape(layer)[0],

@@ -20,7 +20,7 @@ from lorakit.kernels.arrangement import Arrangement, arrange
 from lorakit.methods.batch import Batch, Terms, Updates
 from lorakit.methods.by_rows import ByRows
 from lorakit.methods.heads import Heads, are_heads
-from lorakit.methods.layer import AdaptedLayer, Change
+from lorakit.methods.layer import AdaptedLayer, Change, Update
 from lorakit.methods.lora import LoRAUpdate, LowRank, is_linear, positions
 
 
@@ -103,7 +103,12 @@ def _terms(number: int, updates: Updates, batch: Batch) -> Terms:
 def _is_stackable(layer: nn.Module, terms: Terms) -> bool:
     """Tell whether all rows can be computed at once, and not one group after the other."""
     every = (update for of_slot in terms.values() for update, _ in of_slot)
-    return choice.fast() and is_linear(layer) and all(isinstance(u, LoRAUpdate) for u in every)
+    return choice.fast() and is_linear(layer) and all(map(is_sum, every))
+
+
+def is_sum(update: Update) -> bool:
+    """Tell whether an update only adds B·A·x and a bias, so that several can be stacked."""
+    return isinstance(update, LoRAUpdate) and update.is_additive
 
 
 @dataclass(frozen=True)
@@ -242,7 +247,7 @@ class SharedInput:
 
 def _a(piece: Piece, slot: int) -> Tensor:
     """Return A of one slot, (the piece's rank, d_in)."""
-    matrices: list[Tensor] = [part.lora_a for part, _ in piece.terms[slot]]
+    matrices = [part.a for part, _ in piece.terms[slot]]
     joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     missing = piece.rank - joined.shape[0]
     return F.pad(joined, (0, 0, 0, missing)) if missing else joined
@@ -250,7 +255,7 @@ def _a(piece: Piece, slot: int) -> Tensor:
 
 def _b(piece: Piece, slot: int) -> Tensor:
     """Return B of one slot, (d_out, the piece's rank)."""
-    matrices: list[Tensor] = [part.lora_b for part, _ in piece.terms[slot]]
+    matrices = [part.b for part, _ in piece.terms[slot]]
     joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim=1)
     missing = piece.rank - joined.shape[1]
     return F.pad(joined, (0, missing)) if missing else joined

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.methods.batch import Batch, Blend, Updates
 from lorakit.methods.layer import AdaptedLayer, Change, Update
 from lorakit.methods.lora import LoRAUpdate, LowRank, is_linear, matrix_shape, positions
-from lorakit.methods.mixed import bias_shifts, mixed_changes
+from lorakit.methods.mixed import bias_shifts, is_sum, mixed_changes
 
 LEAST_RANK = 2
 """torch.compile makes another graph for a size of 0 or 1."""
@@ -27,7 +27,7 @@ def static_changes(
 ) -> dict[int, Change]:
     """Return what is done to each layer, in a form that is the same for every batch of one length.
 
-    Layers that are not linear, and full copies, are done as in any mixed batch, where another
+    Layers that are not linear, full copies, and DoRA are done as in any mixed batch, where another
     grouping of the rows is another graph.
 
     Args:
@@ -40,7 +40,7 @@ def static_changes(
     others: dict[str, dict[int, Update]] = {name: {} for name in updates}
     for number, layer in layers.items():
         mine = {name: ups[number] for name, ups in updates.items() if number in ups}
-        if is_linear(layer) and all(isinstance(u, LoRAUpdate) for u in mine.values()):
+        if is_linear(layer) and all(map(is_sum, mine.values())):
             changes[number] = StaticLinear(layer, cast(Any, mine), batch, device)
         else:
             for name, update in mine.items():
@@ -101,8 +101,8 @@ def _fill(a: Tensor, b: Tensor, terms: list[tuple[LowRank, float]]) -> None:
     start = 0
     for part, strength in terms:
         stop = start + part.site.rank
-        a[start:stop] = part.lora_a
-        scaled = part.lora_b.T.to(b.dtype) * (part.site.scale * strength)
+        a[start:stop] = part.a
+        scaled = part.b.T.to(b.dtype) * (part.site.scale * strength)
         if part.site.rows is None:
             b[start:stop] = scaled
         else:

@@ -37,6 +37,8 @@ VARYING = (
     "batch_size",
     "accumulate",
     "learning_rate",
+    "lora_plus_ratio",
+    "eva_batches",
     "warmup_steps",
     "schedule",
     "weight_decay",

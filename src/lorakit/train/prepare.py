@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -19,6 +19,7 @@ from lorakit.planning import Plan
 from lorakit.tasks.encode import Encoded, encode_rows
 from lorakit.tasks.kinds import Rows
 from lorakit.tasks.rows import read_rows
+from lorakit.train.collate import Collator
 from lorakit.train.compiling import LENGTHS, check_compile
 from lorakit.train.layout import PLAIN, Layout, choose_layout
 from lorakit.train.memory import check_memory
@@ -100,7 +101,9 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     encoded = _for_each(sources, lambda config, name: _encode(read[name], tokenizer, config))
     runs = {name: (config, encoded[source_of[name]]) for name, config in configs.items()}
     steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
-    plans = _for_each(configs, lambda config, name: _attach(model, config, name))
+    plans = _for_each(
+        runs, lambda run, name: _attach(model, run[0], name, _looked_at(*run, tokenizer))
+    )
     return {
         name: Prepared(
             name=name,
@@ -224,12 +227,29 @@ def _steps(config: TrainConfig, rows: int) -> int:
     return steps
 
 
-def _attach(model: PreTrainedModel, config: TrainConfig, name: str) -> Plan:
+def _looked_at(
+    config: TrainConfig,
+    rows: tuple[Encoded, Encoded | None],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, Any]] | None:
+    """Return the batches of training rows from which an adapter starts, or None."""
+    if config.init_from is not None or "lora" not in config.method or config.lora.init != "eva":
+        return None
+    draw, examples, size = torch.Generator().manual_seed(config.seed), rows[0], config.batch_size
+    chosen = torch.randperm(len(examples), generator=draw)[: config.eva_batches * size].tolist()
+    collate = Collator(tokenizer)
+    starts = range(0, len(chosen), size)
+    return [collate([examples[row] for row in chosen[at : at + size]]) for at in starts]
+
+
+def _attach(
+    model: PreTrainedModel, config: TrainConfig, name: str, data: list[dict[str, Any]] | None
+) -> Plan:
     """Attach an adapter whose start depends on the seed alone, and not on what was drawn before."""
     set_seed(config.seed)
     redraw_fresh_head(model)
     set_seed(config.seed)
     if config.init_from is None:
-        return attach(model, config.methods(), name=name)
+        return attach(model, config.methods(), name=name, data=data)
     start = Adapter.load(config.init_from)
     return attach(model, start, name=name, trainable=True, allow_other_base=config.allow_other_base)

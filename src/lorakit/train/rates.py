@@ -12,8 +12,15 @@ from lorakit.config import TrainConfig
 
 
 def learning_rates(config: TrainConfig, record: Adapter, names: Iterable[str]) -> dict[str, float]:
-    """Return the peak learning rate of each tensor of an adapter, by its name."""
-    return {name: config.rate_of(record.method_of(name)) for name in names}
+    """Return the peak learning rate of each tensor of an adapter, by its name.
+
+    B's is `lora_plus_ratio` times its method's own (LoRA+, Hayou et al. 2024, section 4).
+    """
+    return {
+        name: config.rate_of(record.method_of(name))
+        * (config.lora_plus_ratio if name.endswith(".lora_b") else 1.0)
+        for name in names
+    }
 
 
 def split_by_rate(

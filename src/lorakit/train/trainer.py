@@ -23,6 +23,7 @@ from lorakit.adapter import Adapter
 from lorakit.attach import adapter_parameters, extract
 from lorakit.config import TrainConfig
 from lorakit.errors import TrainingError
+from lorakit.methods.frozen_ranks import apart
 from lorakit.train.batch_trainer import BatchTrainer
 from lorakit.train.rates import split_by_rate
 
@@ -51,7 +52,8 @@ class AdapterTrainer(BatchTrainer):
         self.adapter_name = adapter_name
         self.checkpoints = checkpoints
         self.scorer = scorer
-        self.trained = dict(adapter_parameters(self.adapted, adapter_name))
+        self.weights = dict(adapter_parameters(self.adapted, adapter_name))
+        self.trained = {name: p for name, p in self.weights.items() if p.requires_grad}
         self.last_good: dict[str, Tensor] = {}
 
     def train_from(self, checkpoint: Path | None) -> float:
@@ -153,9 +155,10 @@ class AdapterTrainer(BatchTrainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         saved = Adapter.load(resume_from_checkpoint)
+        tensors = apart(saved.sites, saved.tensors)
         with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(saved.tensors[name])
+            for name, parameter in self.weights.items():
+                parameter.copy_(tensors[name])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -1,0 +1,85 @@
+"""EVA: A starts as the directions in which a layer's inputs vary most (Paischer et al. 2024).
+
+Those are the right singular vectors of the inputs X over some batches, which are the eigenvectors
+of XᵀX: a sum over batches, of one size however many they are. Tokens that pad are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import AttachError, TargetError
+
+
+@torch.no_grad()
+def input_directions(
+    model: nn.Module,
+    paths: Sequence[str],
+    shared: Mapping[str, str],
+    batches: Iterable[Mapping[str, Any]],
+) -> dict[str, Tensor]:
+    """Return the directions of each layer's inputs, (d_in, d_in), by its path; rows, largest first.
+
+    Args:
+        model: the base, which answers without any adapter meanwhile.
+        paths: linear layers.
+        shared: a word for the input of layers that read the same, by path: such layers get equal
+            directions.
+        batches: what the model takes; `attention_mask` (rows, length) says which tokens pad.
+
+    Raises:
+        AttachError: there is no batch.
+        TargetError: a layer has read nothing of them.
+    """
+    first: dict[str, str] = {}
+    for path in paths:
+        first.setdefault(shared.get(path, path), path)
+    sums = _Sums(model, first.values())
+    sums.add(model, batches)
+    unread = [path for path in first.values() if path not in sums.of]
+    if unread:
+        raise TargetError.listing("init eva looks at inputs, but layers have read nothing", unread)
+    # eigh sorts upwards.
+    found = {path: torch.linalg.eigh(total)[1].T.flip(0) for path, total in sums.of.items()}
+    return {path: found[first[shared.get(path, path)]] for path in paths}
+
+
+class _Sums:
+    """XᵀX of the inputs of some layers, by path, in float32 at least."""
+
+    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
+        self.of: dict[str, Tensor] = {}
+        self._layers = {path: model.get_submodule(path) for path in paths}
+        self._mask: Tensor | None = None
+
+    def add(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Run the model on batches, in eval mode, and add what its layers read."""
+        training, device, count = model.training, next(model.parameters()).device, 0
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, inputs, path=path: self._note(path, inputs))
+            for path, layer in self._layers.items()
+        ]
+        try:
+            model.eval()
+            for batch in batches:
+                count += 1
+                tensors = {name: x.to(device) for name, x in batch.items() if name != "labels"}
+                self._mask = tensors.get("attention_mask")
+                model(**tensors)
+        finally:
+            model.train(training)
+            for hook in hooks:
+                hook.remove()
+        if not count:
+            raise AttachError("init eva looks at data, and there is no batch in it")
+
+    def _note(self, path: str, inputs: tuple[Any, ...]) -> None:
+        x: Tensor = inputs[0]
+        if self._mask is not None and x.shape[:-1] == self._mask.shape:
+            x = x[self._mask.bool()]
+        x = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+        self.of[path] = x.T @ x + self.of.get(path, 0)
