@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from lorakit.methods.layer import AdaptedLayer, Changes, Route, Update, adopt
 from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
+from lorakit.models.quantized import original_identity
 from lorakit.models.roles import output_head, shared_inputs, task_heads
 from lorakit.pristine import Pristine
 
@@ -185,6 +186,9 @@ def identity_of(model: nn.Module) -> BaseIdentity | None:
     state = attachment_of(model)
     if state is not None:
         return state.identity
+    original = original_identity(model)
+    if original is not None:
+        return replace(original, name=model_name(model))
     return identify(model, name=model_name(model), skip=task_heads(model))
 
 

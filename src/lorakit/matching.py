@@ -16,6 +16,7 @@ from lorakit.methods.lora import is_adaptable, kind_of, matrix_shape, parameter_
 from lorakit.methods.part import Part
 from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.identity import BaseIdentity
+from lorakit.models.quantized import quantized_within
 from lorakit.models.roles import select
 from lorakit.planning import Plan, completed, parts_of
 
@@ -143,6 +144,10 @@ def _misfits(
     for path in adapter.copied_modules:
         if path not in modules:
             problems.append(f"{path}  is not a module of this model")
+            continue
+        if quantized_within(modules[path]) is not None:
+            expected.update(name for name in adapter.tensors if name.startswith(f"{path}."))
+            problems.append(f"{path}  is replaced in full, which a quantised base can't be")
             continue
         classes = _classes(modules[path], path, adapter) if path in other_heads else {}
         for name, parameter in base_parameters(modules[path]):

@@ -19,7 +19,9 @@ from lorakit.attachment import (
 )
 from lorakit.errors import MergeError
 from lorakit.methods.layer import AdaptedLayer, Update
+from lorakit.methods.lora import LoRAUpdate
 from lorakit.models.base import base_modules
+from lorakit.models.quantized_weight import is_quantized
 from lorakit.pristine import Checkpoint
 from lorakit.routing import route
 
@@ -167,14 +169,26 @@ def _check_mergeable(state: Attachment, name: str) -> None:
     """
     reasons: dict[str, str] = {}
     for number, update in state.updates[name].items():
-        if update.unmergeable is not None:
-            reasons.setdefault(update.unmergeable, state.paths[number])
+        reason = update.unmergeable or _quantized_reason(state.layers[number], update)
+        if reason is not None:
+            reasons.setdefault(reason, state.paths[number])
     if reasons:
         lines = [f"{reason} (first at {path or 'the model'})" for reason, path in reasons.items()]
         method = state.adapters[name].method
         raise MergeError.listing(
             f"adapter {name!r} ({method}) cannot be merged, so it keeps its extra latency", lines
         )
+
+
+def _quantized_reason(layer: nn.Module, update: Update) -> str | None:
+    """Return why an update cannot go into a quantised weight; None: it does not have to."""
+    only_bias = isinstance(update, LoRAUpdate) and not update.parts
+    if only_bias or not is_quantized(layer):
+        return None
+    return (
+        "the weight is quantised, and would lose most of the update in being so again: save the "
+        "adapter and run `lorakit merge`, or detach it, dequantize the model, and attach it again"
+    )
 
 
 def _merge_layers(

@@ -24,6 +24,7 @@ from lorakit.methods import bitfit, bottleneck, full, lora_places, prefix
 from lorakit.methods.claims import Claims, Match
 from lorakit.methods.part import Part
 from lorakit.models.base import base_modules, base_parameters
+from lorakit.models.quantized import quantized_within
 from lorakit.models.roles import task_heads
 
 CLAIMS: Mapping[type[MethodConfig], Callable[[nn.Module, Any], Claims]] = {
@@ -112,6 +113,7 @@ def plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) -> Plan:
     copies = dict.fromkeys(path for claim in claims for path in claim.copies)
     for config in configs:
         copies |= dict.fromkeys(_modules_to_save(model, config.modules_to_save))
+    _check_float(model, copies)
     matches = tuple(match for claim in claims for match in claim.matches)
     _check_apart(copies, [match.site.path for match in matches])
     biases = dict.fromkeys(path for claim in claims for path in claim.biases)
@@ -164,6 +166,21 @@ def _check_apart(copies: Iterable[str], adapted: Sequence[str]) -> None:
     clash = [copy for copy in copies if any(_is_in(path, copy) for path in adapted)]
     if clash:
         raise TargetError(f"{clash[0]} would be copied in full and adapted too: leave one out")
+
+
+def _check_float(model: nn.Module, copies: Iterable[str]) -> None:
+    """Refuse full copies of what is held in few bits: only floats can be trained.
+
+    Raises:
+        TargetError: there are such.
+    """
+    held = [path for path in copies if quantized_within(model.get_submodule(path)) is not None]
+    if held:
+        shown = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
+        raise TargetError(
+            f"{shown or 'the model'} would be copied and trained in full, but its weights are "
+            "quantised: load the base without quantize, or use a method that adds weights (lora)"
+        )
 
 
 def _is_in(path: str, module: str) -> bool:
