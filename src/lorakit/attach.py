@@ -32,6 +32,7 @@ from lorakit.methods.layer import (
 )
 from lorakit.methods.lora import LoRAUpdate, LowRank, fresh_a, parameter_shapes
 from lorakit.methods.module_copy import ModuleCopy
+from lorakit.models.quantized import card_of_base
 from lorakit.models.roles import task_heads
 from lorakit.planning import Plan, as_configs, plan, short_names
 from lorakit.pristine import Pristine
@@ -82,6 +83,7 @@ def attach(
             copied_modules=fitted.copies,
             target_modules=short_names(model, fitted.sites),
             base=identity_of(model),
+            card=card_of_base(model),
         )
     train = not isinstance(what, Adapter) if trainable is None else trainable
     install(model, updates, name, record, trainable=train)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
@@ -23,13 +23,15 @@ from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.quantized_weight import float_weight, is_quantized
 from lorakit.models.roles import output_head, task_heads
 
+CARD_KEY = "quantised"
+"""Under which a training card says how the base was quantised."""
 WAYS = ("4bit", "8bit")
 """How weights can be quantised."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How a base's weights are quantised: `Quantization(**card["quantised"])` reads it back."""
+    """How the weights of a base are quantised."""
 
     bits: int
     """4 or 8."""
@@ -46,11 +48,6 @@ class Quantization:
         four = way == "4bit"
         kind = "nf4" if four else "int8"
         return Quantization(bits=4 if four else 8, type=kind, double=four and double, dtype=dtype)
-
-    @property
-    def card(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         """Return it in words."""
@@ -70,14 +67,17 @@ def check_library() -> None:
 
 @contextmanager
 def quiet_library() -> Iterator[None]:
-    """Keep bitsandbytes from warning, on import, of a kernel that lorakit does not use."""
+    """Keep bitsandbytes from warning, on import, of a hub's kernel that lorakit does not use."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_of_use)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "kernels-community" not in record.getMessage()
 
 
 def quantize(model: nn.Module, how: Quantization) -> None:
@@ -98,6 +98,8 @@ def quantize(model: nn.Module, how: Quantization) -> None:
     check_library()
     chosen = dict(_quantizable(model))
     _check_plain(model)
+    if how.type not in ("nf4", "int8"):
+        raise ModelError(f"weights cannot be quantised as {how}: there are nf4 and int8")
     if not chosen:
         raise ModelError(
             f"{type(model).__name__} has nothing to quantise: no Linear or Conv1D beside its heads"
@@ -139,6 +141,27 @@ def quantization_of(model: nn.Module) -> Quantization | None:
     if state is None:
         return Quantization.of("8bit", dtype)
     return replace(Quantization.of("4bit", dtype, double=state.nested), type=state.quant_type)
+
+
+def card_of_base(model: nn.Module) -> dict[str, Any]:
+    """Return what a training card says of a base: how it is quantised; nothing where it is not."""
+    found = quantization_of(model)
+    return {} if found is None else {CARD_KEY: asdict(found)}
+
+
+def quantization_on(card: Mapping[str, Any]) -> Quantization | None:
+    """Return how the base was quantised in training, from a training card; None: it was not.
+
+    Raises:
+        ModelError: the card says it in a way that this version does not know.
+    """
+    said = card.get(CARD_KEY)
+    if said is None:
+        return None
+    try:
+        return Quantization(**said)
+    except TypeError as error:
+        raise ModelError(f"the training card has an unknown kind of base: {said}") from error
 
 
 def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -49,6 +49,8 @@ class _Product(Function):
 class Linear4bit(bnb.Linear4bit):
     """A linear layer whose weight is in 4 bits."""
 
+    weight: Any
+
     def forward(self, x: Tensor) -> Tensor:
         """Return W·x + b in the precision of x."""
         return cast(Tensor, _Product.apply(x, self.bias, self))
@@ -62,6 +64,7 @@ class Linear4bit(bnb.Linear4bit):
 class Linear8bit(bnb.Linear8bitLt):
     """A linear layer whose weight is in 8 bits, with one scale for each row."""
 
+    weight: Any
     float_dtype: torch.dtype
     """Precision of the weight that was quantised."""
 

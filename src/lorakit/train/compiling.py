@@ -51,6 +51,8 @@ def check_compile(config: TrainConfig) -> None:
             "packing: on gives every batch other segments, each of which would be compiled: leave "
             "it at auto"
         )
+    if config.quantize is not None:
+        problems.append("quantize: weights in few bits are not known to the compiler")
     if config.sweep is not None:
         problems.append(
             "sweep: rows of several adapters change what the model does from batch to batch"
