@@ -31,9 +31,9 @@ class MergeConfig(Settings):
     model: str | None = None
     """Base model. None: the one that the adapter was trained on."""
 
-    into: Literal["original", "dequantised"] = "original"
-    """Which base to merge into, where the adapter was trained on a quantised one: the original, or
-    what its quantised weights stand for, which is the model that was trained."""
+    into: Literal["dequantised", "original"] = "dequantised"
+    """Which base to merge into, where the adapter was trained on a quantised one: what its weights
+    stand for, dequantised, which gives the model that was trained; or the original."""
 
     dtype: DType = "float32"
     """Precision of the written weights; the sum is rounded to it once."""
@@ -53,7 +53,7 @@ def run(settings: MergeConfig) -> Result:
     opened = _open(settings, quantize="as-trained")
     dtype = getattr(torch, settings.dtype)
     if quantization_of(opened.model) is None:
-        if settings.into == "dequantised":
+        if "into" in settings.model_fields_set:
             raise ConfigError(f"into: {settings.adapter} was not trained on a quantised base")
         report = merge(opened.model, round_to=dtype)
     else:

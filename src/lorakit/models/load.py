@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from lorakit.errors import ModelError, did_you_mean
 from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
-from lorakit.models.quantized import WAYS, Quantization, check_library
+from lorakit.models.quantized import WAYS, Quantization, check_library, take_over
 from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.roles import task_heads
 from lorakit.settings import DType
@@ -80,6 +80,7 @@ def load_model(
     if task != "generation":
         # A decoder scores the last token that is not padding, which it looks up by this id.
         model.config.pad_token_id = tokenizer.pad_token_id
+    take_over(model)
     if quantize is not None:
         if isinstance(quantize, str):
             quantize = Quantization.of(quantize, dtype)

@@ -125,6 +125,31 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
             model.set_submodule(path, _float_layer(layer, dtype))
 
 
+def take_over(model: nn.Module) -> None:
+    """Let the layers of a checkpoint that was quantised by bitsandbytes compute as ours do.
+
+    What the weights were before is not known, so they are no part of the base's identity.
+    """
+    if quantized_within(model) is None:
+        return
+    from lorakit.models.quantized_layers import own_layer
+
+    for _, layer in base_modules(model):
+        if is_quantized(layer):
+            own_layer(layer)
+    drop_quantisation_mark(model)
+
+
+def drop_quantisation_mark(model: nn.Module) -> None:
+    """Let transformers forget that the weights came from a quantised file.
+
+    It would refuse to train them, and write what only it can read.
+    """
+    vars(model.config).pop("quantization_config", None)
+    for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
+        vars(model).pop(mark, None)
+
+
 def original_identity(model: nn.Module) -> BaseIdentity | None:
     """Return the identity that a model had before `quantize`, or None if it was not called."""
     return cast("BaseIdentity | None", getattr(model, "_lorakit_original", None))

@@ -7,6 +7,7 @@ layer is in training mode. So the model that is evaluated would not be the one t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -65,8 +66,8 @@ class Linear8bit(bnb.Linear8bitLt):
     """A linear layer whose weight is in 8 bits, with one scale for each row."""
 
     weight: Any
-    float_dtype: torch.dtype
-    """Precision of the weight that was quantised."""
+    float_dtype = torch.float32
+    """Precision of the weight that was quantised, where that is known."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W·x + b in the precision of x."""
@@ -126,6 +127,14 @@ def _eight_bits(weight: Tensor) -> Linear8bit:
     return made
 
 
+def own_layer(layer: nn.Module) -> None:
+    """Turn a quantised layer of bitsandbytes into ours, in place."""
+    if isinstance(layer, bnb.Linear4bit):
+        layer.__class__ = Linear4bit
+    else:
+        layer.__class__ = Linear8bit
+
+
 def dequantized(layer: nn.Module) -> Tensor:
     """Return what a quantised weight stands for, (d_out, d_in), in the precision that it had.
 
@@ -137,10 +146,22 @@ def dequantized(layer: nn.Module) -> Tensor:
     if state is None:
         scales = held.state.SCB if held.weight.SCB is None else held.weight.SCB
         rows = held.weight.detach() * (scales / 127).unsqueeze(1)
-        return cast(Tensor, rows.to(getattr(held, "float_dtype", torch.float32)))
+        return cast(Tensor, rows.to(getattr(held, "float_dtype", rows.dtype)))
     if getattr(state, "packing_format_for_cpu", False):
         raise ModelError(
             "bitsandbytes has packed the quantised weights for inference, with scales rounded: "
             "load the base anew, by lorakit's load_model(…, quantize=…)"
         )
-    return dequantize_4bit(held.weight.detach(), state)
+    return _four_bits_as_floats(held.weight.detach(), state)
+
+
+def _four_bits_as_floats(packed: Tensor, state: Any) -> Tensor:
+    if state.shape[-1] % state.blocksize == 0:
+        return dequantize_4bit(packed, state)
+    # On CPUs bitsandbytes takes wrong scales for rows in whose midst a block ends (0.50.2), so the
+    # rows are to be whole blocks, or all one row.
+    as_blocks = copy.copy(state)
+    size = state.shape.numel()
+    whole = size % state.blocksize == 0
+    as_blocks.shape = torch.Size([size // state.blocksize, state.blocksize] if whole else [size])
+    return dequantize_4bit(packed, as_blocks).view(state.shape)
