@@ -37,6 +37,7 @@ from lorakit.methods.lora import ENDS, LoRAUpdate, LowRank
 from lorakit.methods.module_copy import ModuleCopy
 from lorakit.methods.start import fresh_tensors
 from lorakit.models.base import base_parameter
+from lorakit.models.quantized import card_of_base
 from lorakit.models.roles import shared_inputs, task_heads
 from lorakit.planning import Plan, as_configs, keeps_ties, plan, short_names
 from lorakit.pristine import Pristine
@@ -95,6 +96,7 @@ def attach(
             copied_modules=fitted.copies,
             target_modules=short_names(model, fitted.sites),
             base=identity_of(model),
+            card=card_of_base(model),
         )
     train = not isinstance(what, Adapter) if trainable is None else trainable
     install(model, updates, name, record, trainable=train)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
 from lorakit.models.peculiar import direct_reads, rowless_layers
+from lorakit.models.quantized import original_identity
 from lorakit.models.roles import output_head, shared_inputs, task_heads
 from lorakit.pristine import Pristine
 
@@ -191,6 +192,9 @@ def identity_of(model: nn.Module) -> BaseIdentity | None:
     state = attachment_of(model)
     if state is not None:
         return state.identity
+    original = original_identity(model)
+    if original is not None:
+        return replace(original, name=model_name(model))
     return identify(model, name=model_name(model), skip=task_heads(model))
 
 

@@ -99,6 +99,13 @@ class TrainConfig(Settings):
     dtype: DType = "bfloat16"
     """Precision of the frozen base in training."""
 
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Hold the frozen base's linear layers in few bits (QLoRA): 4bit (NF4) or 8bit. What computes
+    is still in `dtype`. None: hold them in `dtype` too."""
+
+    double_quantization: bool = True
+    """Quantise the scales of 4bit too, which saves 0.37 bits a weight."""
+
     steps: PositiveInt | None = None
     """Optimizer steps. None: as many as `epochs` asks for."""
 

@@ -16,6 +16,7 @@ from lorakit.methods.lora import is_adaptable, is_linear, kind_of, matrix_shape,
 from lorakit.methods.part import Part
 from lorakit.models.base import base_modules, lies_in
 from lorakit.models.identity import BaseIdentity
+from lorakit.models.quantized import quantized_within
 from lorakit.models.roles import select
 from lorakit.planning import (
     Plan,
@@ -181,6 +182,11 @@ def _misfits(
         if path not in modules:
             problems.append(f"{path}  is not a module of this model")
     present = [path for path in adapter.copied_modules if path in modules]
+    held = [path for path in present if quantized_within(modules[path]) is not None]
+    for path in held:
+        expected.update(name for name in adapter.tensors if name.startswith(f"{path}."))
+        problems.append(f"{path}  is replaced in full, which a quantised base can't be")
+    present = [path for path in present if path not in held]
     heads = [_classes(modules[path], path, adapter) for path in present if path in other_heads]
     classes = {name: count for head in heads for name, count in head.items()}
     tied = keeps_ties(adapter.configs)

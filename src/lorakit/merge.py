@@ -19,7 +19,9 @@ from lorakit.attachment import (
 )
 from lorakit.errors import MergeError
 from lorakit.methods.layer import AdaptedLayer, Update
+from lorakit.methods.lora import LoRAUpdate
 from lorakit.models.base import base_modules, base_parameter, base_parameters
+from lorakit.models.quantized_weight import is_quantized
 from lorakit.pristine import Checkpoint
 from lorakit.routing import route
 
@@ -37,6 +39,9 @@ class MergedWeight:
     """‖ΔW‖/‖W‖, Frobenius norms."""
     rounding_error: float
     """‖W_merged − (W + ΔW)‖/‖ΔW‖: the share of the update that rounding destroyed."""
+    base_error: float | None = None
+    """‖(W + ΔW) − (Q(W) + ΔW)‖/‖ΔW‖: how far the base is from the quantised one that the adapter
+    was trained on, in units of the update; None: that was not quantised, or nobody compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,8 @@ class MergeReport:
     weights: tuple[MergedWeight, ...]
     logit_change: float | None
     """Largest change of an output on the probe batch against the unmerged model; None: no probe."""
+    trained_change: float | None = None
+    """The same against the model that was trained, on its quantised base; None as `base_error`."""
 
     @property
     def worst(self) -> MergedWeight | None:
@@ -67,13 +74,21 @@ class MergeReport:
     def __str__(self) -> str:
         """Return the report as a table."""
         width = max((len(w.name) for w in self.weights), default=6)
-        lines = [f"{'weight':<{width}}  |dW|/|W|  lost to rounding"]
+        compared = any(w.base_error is not None for w in self.weights)
+        last = "  |W-Q(W)|/|dW|" if compared else ""
+        lines = [f"{'weight':<{width}}  |dW|/|W|  lost to rounding{last}"]
         lines += [
             f"{w.name:<{width}}  {w.relative_update:8.2%}  {w.rounding_error:16.3%}"
+            + ("" if w.base_error is None else f"  {w.base_error:13.4g}")
             for w in self.weights
         ]
         if self.logit_change is not None:
             lines.append(f"largest change of an output on the probe batch: {self.logit_change:.3g}")
+        if self.trained_change is not None:
+            lines.append(
+                "largest change against the model that was trained, on its quantised base Q(W): "
+                f"{self.trained_change:.3g}"
+            )
         return "\n".join([*lines, *([f"warning: {self.warning}"] if self.warning else [])])
 
     def to_json(self) -> dict[str, Any]:
@@ -81,6 +96,7 @@ class MergeReport:
         return {
             "adapter": self.adapter,
             "logit_change": self.logit_change,
+            "trained_change": self.trained_change,
             "warning": self.warning,
             "weights": [vars(w) for w in self.weights],
         }
@@ -134,7 +150,7 @@ def merge(
     before = None
     if probe is not None:
         with route(model, name):
-            before = _outputs(model, probe)
+            before = outputs_on(model, probe)
     try:
         weights = tuple(_merge_layers(model, state, name, round_to, pristine, measure))
     except BaseException:
@@ -142,7 +158,7 @@ def merge(
         raise
     state.route.merged = name
     state.activate(name)
-    after = _outputs(model, probe)
+    after = outputs_on(model, probe)
     change = None if before is None or after is None else (after - before).abs().max().item()
     return MergeReport(adapter=name, weights=weights, logit_change=change)
 
@@ -167,14 +183,26 @@ def _check_mergeable(state: Attachment, name: str) -> None:
     """
     reasons: dict[str, str] = {}
     for number, update in state.updates[name].items():
-        if update.unmergeable is not None:
-            reasons.setdefault(update.unmergeable, state.paths[number])
+        reason = update.unmergeable or _quantized_reason(state.layers[number], update)
+        if reason is not None:
+            reasons.setdefault(reason, state.paths[number])
     if reasons:
         lines = [f"{reason} (first at {path or 'the model'})" for reason, path in reasons.items()]
         method = state.adapters[name].method
         raise MergeError.listing(
             f"adapter {name!r} ({method}) cannot be merged, so it keeps its extra latency", lines
         )
+
+
+def _quantized_reason(layer: nn.Module, update: Update) -> str | None:
+    """Return why an update cannot go into a quantised weight; None: it does not have to."""
+    only_bias = isinstance(update, LoRAUpdate) and not update.parts
+    if only_bias or not is_quantized(layer):
+        return None
+    return (
+        "the weight is quantised, and would lose most of the update in being so again: save the "
+        "adapter and run `lorakit merge`, or detach it, dequantize the model, and attach it again"
+    )
 
 
 def _merge_layers(
@@ -259,7 +287,8 @@ def default_probe(model: nn.Module) -> Mapping[str, Tensor] | None:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor | None:
+def outputs_on(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor | None:
+    """Return a model's outputs for a batch, in float32 and eval mode; None: there is no batch."""
     if probe is None:
         return None
     training = model.training

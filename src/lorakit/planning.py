@@ -25,6 +25,7 @@ from lorakit.methods import bitfit, bottleneck, full, lora_places, prefix
 from lorakit.methods.claims import Claims, Match
 from lorakit.methods.part import Part
 from lorakit.models.base import base_modules, base_parameters, lies_in, outermost
+from lorakit.models.quantized import quantized_within
 from lorakit.models.roles import task_heads
 
 CLAIMS: Mapping[type[MethodConfig], Callable[[nn.Module, Any], Claims]] = {
@@ -120,6 +121,7 @@ def plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) -> Plan:
     configs = as_configs(what)
     claims = [CLAIMS[type(config)](model, config) for config in configs]
     copies = copies_of(model, configs, claims)
+    _check_float(model, copies)
     matches = tuple(match for claim in claims for match in claim.matches)
     parts = tuple(part for claim in claims for part in claim.parts)
     # What changes the output of a copy as a whole comes after it; inside it would be lost.
@@ -216,6 +218,21 @@ def _check_apart(copies: Iterable[str], adapted: Sequence[str]) -> None:
     clash = [copy for copy in copies if any(lies_in(path, (copy,)) for path in adapted)]
     if clash:
         raise TargetError(f"{clash[0]} would be copied in full and adapted too: leave one out")
+
+
+def _check_float(model: nn.Module, copies: Iterable[str]) -> None:
+    """Refuse full copies of what is held in few bits: only floats can be trained.
+
+    Raises:
+        TargetError: there are such.
+    """
+    held = [path for path in copies if quantized_within(model.get_submodule(path)) is not None]
+    if held:
+        shown = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
+        raise TargetError(
+            f"{shown or 'the model'} would be copied and trained in full, but its weights are "
+            "quantised: load the base without quantize, or use a method that adds weights (lora)"
+        )
 
 
 def short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:

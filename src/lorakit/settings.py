@@ -13,6 +13,9 @@ from pydantic import (
 from lorakit.errors import ConfigError, did_you_mean
 
 DType = Literal["float32", "bfloat16", "float16"]
+HeldIn = Literal["as-trained", "none", "4bit", "8bit"]
+"""How the weights of a base are held: as an adapter was trained, in the base's `dtype`, in few
+bits."""
 
 
 def _comma_list(value: Any) -> Any:

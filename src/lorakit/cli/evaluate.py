@@ -10,7 +10,7 @@ from lorakit.cli.verbs import Result
 from lorakit.config import DataConfig
 from lorakit.errors import ConfigError, OutputError
 from lorakit.formats.storage import write_new_file
-from lorakit.settings import DType, Names, PositiveInt, Settings
+from lorakit.settings import DType, HeldIn, Names, PositiveInt, Settings
 from lorakit.tasks.encode import encode_prompt, encode_rows
 from lorakit.tasks.kinds import Rows, references_of
 from lorakit.tasks.metrics import bleu, exact_match
@@ -44,6 +44,10 @@ class EvaluateConfig(Settings):
     dtype: DType = "float32"
     """Precision of the base."""
 
+    quantize: HeldIn = "as-trained"
+    """How the base's linear layers are held: as-trained (as in the adapter's training), none (in
+    `dtype`), 4bit or 8bit."""
+
     batch_size: PositiveInt = 16
     """Rows at once."""
 
@@ -76,6 +80,7 @@ def run(settings: EvaluateConfig) -> Result:
         settings.adapter,
         model=settings.model,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         task=settings.task,
         data=settings.data,
         allow_other_base=settings.allow_other_base,

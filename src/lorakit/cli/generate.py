@@ -12,7 +12,7 @@ from transformers import TextStreamer, set_seed
 from lorakit.adapted import Opened, open_model
 from lorakit.cli.verbs import Result
 from lorakit.errors import ConfigError, DataError
-from lorakit.settings import DType, PositiveInt, Settings
+from lorakit.settings import DType, HeldIn, PositiveInt, Settings
 from lorakit.tasks.encode import encode_prompt
 from lorakit.tasks.kinds import Message, MessagesRow, PromptRow, Row
 from lorakit.train.evaluation import answer, generation_settings
@@ -57,6 +57,10 @@ class GenerateConfig(Settings):
     dtype: DType = "float32"
     """Precision of the base."""
 
+    quantize: HeldIn = "as-trained"
+    """How the base's linear layers are held: as-trained (as in the adapter's training), none (in
+    `dtype`), 4bit or 8bit."""
+
     allow_other_base: bool = False
     """Accept a base with other weights than the adapter was trained on."""
 
@@ -73,6 +77,7 @@ def run(settings: GenerateConfig) -> Result:
         settings.adapter,
         model=settings.model,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         allow_other_base=settings.allow_other_base,
     )
     if opened.task != "generation":

@@ -18,6 +18,7 @@ from lorakit.cli.help import SWITCHES, overview, verb_help
 from lorakit.cli.settings import parse, to_yaml
 from lorakit.cli.verbs import VERBS, Result, loaded_verb, second_words
 from lorakit.errors import ConfigError, LorakitError, did_you_mean
+from lorakit.models.quantized import quiet_library
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = ["--help" if word == "-h" else word for word in words]
     switches = {word for word in words if word in SWITCHES}
     try:
-        code = _run([word for word in words if word not in SWITCHES], switches)
+        # transformers imports PEFT if it is there, and PEFT imports bitsandbytes.
+        with quiet_library():
+            code = _run([word for word in words if word not in SWITCHES], switches)
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes once more at exit, and would complain about what is left.

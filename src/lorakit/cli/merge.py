@@ -1,17 +1,21 @@
 """The verb merge: a plain model, with the adapter in its weights, that loads without lorakit."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
 from torch import Tensor
 
 from lorakit.adapted import Opened, open_model
+from lorakit.attach import attach, detach
 from lorakit.cli.verbs import Result
-from lorakit.errors import ModelError, OutputError
+from lorakit.errors import ConfigError, ModelError, OutputError
 from lorakit.formats.storage import write_new_folder
-from lorakit.merge import finalize, merge
+from lorakit.merge import MergeReport, finalize, merge
 from lorakit.models.load import load_model
+from lorakit.models.quantized import dequantize, quantization_of
+from lorakit.quantized_merge import TrainedModel
 from lorakit.settings import DType, Settings
 
 
@@ -26,6 +30,10 @@ class MergeConfig(Settings):
 
     model: str | None = None
     """Base model. None: the one that the adapter was trained on."""
+
+    into: Literal["dequantised", "original"] = "dequantised"
+    """Which base to merge into, where the adapter was trained on a quantised one: what its weights
+    stand for, dequantised, which gives the model that was trained; or the original."""
 
     dtype: DType = "float32"
     """Precision of the written weights; the sum is rounded to it once."""
@@ -42,11 +50,14 @@ def run(settings: MergeConfig) -> Result:
     if settings.out.exists():
         raise OutputError(f"{settings.out} exists: choose another folder")
     # Loaded in float32, so that base and update are added before anything is rounded.
-    opened = open_model(
-        settings.adapter, model=settings.model, allow_other_base=settings.allow_other_base
-    )
+    opened = _open(settings, quantize="as-trained")
     dtype = getattr(torch, settings.dtype)
-    report = merge(opened.model, round_to=dtype)
+    if quantization_of(opened.model) is None:
+        if "into" in settings.model_fields_set:
+            raise ConfigError(f"into: {settings.adapter} was not trained on a quantised base")
+        report = merge(opened.model, round_to=dtype)
+    else:
+        opened, report = _merge_as_trained(settings, opened)
     finalize(opened.model)
     opened.model.to(dtype)
     write_new_folder(
@@ -58,6 +69,30 @@ def run(settings: MergeConfig) -> Result:
         text=f"{report}\nmerged model ({settings.dtype}) in {settings.out}",
         data={"out": settings.out, "dtype": settings.dtype, **report.to_json()},
     )
+
+
+def _open(settings: MergeConfig, quantize: str) -> Opened:
+    return open_model(
+        settings.adapter,
+        model=settings.model,
+        quantize=quantize,
+        allow_other_base=settings.allow_other_base,
+    )
+
+
+def _merge_as_trained(settings: MergeConfig, opened: Opened) -> tuple[Opened, MergeReport]:
+    """Merge into a float base, and compare it with the quantised one that was opened."""
+    trained = TrainedModel.of(opened.model)
+    detach(opened.model)
+    if settings.into == "original":
+        opened = _open(settings, quantize="none")
+    else:
+        dequantize(opened.model, torch.float32)
+        assert opened.adapter is not None
+        attach(opened.model, opened.adapter, allow_other_base=settings.allow_other_base)
+    distances = trained.distances(opened.model)
+    report = merge(opened.model, round_to=getattr(torch, settings.dtype))
+    return opened, trained.compare(report, opened.model, distances)
 
 
 def _save(opened: Opened, folder: Path) -> None:

@@ -19,6 +19,7 @@ from lorakit.kernels.dropout import Dropout
 from lorakit.method_config import LoRAConfig
 from lorakit.methods.layer import AdaptedLayer, Update
 from lorakit.methods.magnitude import Lengths, rescaled
+from lorakit.models.quantized_weight import is_quantized
 
 ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -39,6 +40,8 @@ def parameter_shapes(layer: nn.Module, site: Site) -> tuple[tuple[int, ...], tup
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """Return (d_out, d_in) of a layer's weight seen as a matrix."""
+    if is_quantized(layer):
+        return cast(int, layer.out_features), cast(int, layer.in_features)
     first, *others = cast(Tensor, layer.weight).shape
     if isinstance(layer, (Conv1D, nn.Embedding)):
         return others[0], first
@@ -83,7 +86,7 @@ def is_adaptable(layer: nn.Module) -> bool:
     if kind is None or own is NonDynamicallyQuantizableLinear:
         # MultiheadAttention reads this projection's weight and never calls it.
         return False
-    if own.forward is kind.forward:
+    if own.forward is kind.forward or is_quantized(layer):
         return True
     # A subclass may compute something else, as OPT's positions do, or the same, as FalconLinear.
     if isinstance(layer, nn.Linear):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from lorakit.models.base import base_parameters
+from lorakit.models.base import base_modules, base_parameters
+from lorakit.models.quantized_weight import is_quantized
 
 SAMPLES_PER_TENSOR = 8
 
@@ -31,13 +34,14 @@ class BaseIdentity:
     names_hash: str
     """SHA-256 of the parameters' names and shapes."""
     samples: str
-    """Base64 of eight float32 values (little endian) of each parameter, in order of name."""
+    """Base64 of eight float32 values (little endian) of each parameter, in order of name; NaN where
+    only a quantised form was known."""
 
     def difference(self, other: BaseIdentity) -> str | None:
         """Return in words how two bases differ, or None where they are the same base.
 
         The same base in another precision is the same: then one side's samples are the other's,
-        rounded.
+        rounded. What is quantised on one side is not compared, but for its name and shape.
         """
         if self.names_hash != other.names_hash:
             return (
@@ -47,6 +51,8 @@ class BaseIdentity:
         ours, theirs = self._values(), other._values()
         if ours.shape != theirs.shape:
             return "its weight sketch is damaged"
+        known = ~(ours.isnan() | theirs.isnan())
+        ours, theirs = ours[known], theirs[known]
         if _same_weights(ours, theirs):
             return None
         unequal = (ours.bfloat16() != theirs.bfloat16()).float().mean().item()
@@ -74,17 +80,30 @@ def identify(
     }
     if not parameters or any(p.is_meta for p in parameters.values()):
         return None
+    dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+    unknown = {n: w for n, w in _unknown_weights(model) if not _inside(n, skip)}
+    parameters = dict(sorted((parameters | unknown).items()))
     shapes = "\n".join(f"{path} {tuple(p.shape)}" for path, p in parameters.items())
     samples = torch.cat([_sample(p) for p in parameters.values()]).numpy().astype("<f4")
     config = getattr(model, "config", None)
     return BaseIdentity(
         name=name or str(getattr(config, "_name_or_path", "") or ""),
         architecture=str(getattr(config, "model_type", type(model).__name__)),
-        dtype=str(next(iter(parameters.values())).dtype).removeprefix("torch."),
+        dtype=dtype,
         tensors=len(parameters),
         names_hash=hashlib.sha256(shapes.encode()).hexdigest(),
         samples=base64.b64encode(samples.tobytes()).decode(),
     )
+
+
+def _unknown_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and NaNs, in the shape that it had, of each weight that is quantised."""
+    for path, layer in base_modules(model):
+        if is_quantized(layer):
+            size = cast(int, layer.out_features), cast(int, layer.in_features)
+            # transformers quantises Conv1D, too, and notes what the layer was.
+            turned = getattr(layer, "source_cls", None) is Conv1D
+            yield f"{path}.weight", torch.tensor(torch.nan).expand(size[::-1] if turned else size)
 
 
 def _sample(parameter: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from transformers.utils import logging
 
 from lorakit.errors import ModelError, did_you_mean
 from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
+from lorakit.models.quantized import WAYS, Quantization, check_library, take_over
+from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.roles import task_heads
 from lorakit.settings import DType
 
@@ -33,6 +35,7 @@ def load_model(
     dtype: str = "float32",
     task: str = "generation",
     labels: Sequence[str] | None = None,
+    quantize: str | Quantization | None = None,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Return a base model in eval mode, and its tokenizer, which has a padding token.
 
@@ -45,12 +48,18 @@ def load_model(
         dtype: Precision of the weights: float32, bfloat16 or float16.
         task: generation (a causal language model), classification or regression (one number).
         labels: Names of the classes, in order; None keeps those of the checkpoint.
+        quantize: Hold the weights of linear layers in few bits: 4bit (NF4, its scales quantised
+            too), 8bit, or exactly as a `Quantization` says. Products are in the precision of their
+            inputs, `dtype`. None: hold them in `dtype`.
 
     Raises:
-        ModelError: the model cannot be found, read or used for the task.
-        MissingExtraError: smollm2 is to be unpacked without the `gguf` extra.
+        ModelError: the model cannot be found, read or used for the task, or not be quantised.
+        MissingExtraError: smollm2 is to be unpacked without the `gguf` extra, or a model to be
+            quantised without the `quantized` extra.
     """
-    _check_arguments(dtype, task, labels)
+    _check_arguments(dtype, task, labels, quantize)
+    if quantize is not None:
+        check_library()
     asked = os.fspath(name)
     with _quiet():
         source = _source(asked)
@@ -71,6 +80,11 @@ def load_model(
     if task != "generation":
         # A decoder scores the last token that is not padding, which it looks up by this id.
         model.config.pad_token_id = tokenizer.pad_token_id
+    take_over(model)
+    if quantize is not None:
+        if isinstance(quantize, str):
+            quantize = Quantization.of(quantize, dtype)
+        quantize_model(model, quantize)
     return model.eval(), tokenizer
 
 
@@ -89,8 +103,12 @@ def model_name(model: nn.Module) -> str:
     return packaged_name(source) or source
 
 
-def _check_arguments(dtype: str, task: str, labels: Sequence[str] | None) -> None:
+def _check_arguments(
+    dtype: str, task: str, labels: Sequence[str] | None, quantize: str | Quantization | None
+) -> None:
     problems = []
+    if isinstance(quantize, str) and quantize not in WAYS:
+        problems.append(f"quantize {quantize!r} is none of {', '.join(WAYS)}")
     if dtype not in get_args(DType):
         problems.append(f"dtype {dtype!r} is none of {', '.join(get_args(DType))}")
     if task not in TASKS:

@@ -16,6 +16,7 @@ import transformers
 from safetensors import SafetensorError
 
 from lorakit.errors import MissingExtraError, ModelError
+from lorakit.models.quantized import drop_quantisation_mark
 
 CONVERTER_VERSION = 1
 """Part of a converted model's folder name; raise it when the conversion changes."""
@@ -122,7 +123,7 @@ def _read_gguf(
     except Exception as error:
         raise ModelError(f"{gguf} cannot be read as a GGUF file: {error}") from error
     _split_digits(tokenizer)
-    _drop_quantisation_mark(model)
+    drop_quantisation_mark(model)
     return model, tokenizer
 
 
@@ -135,13 +136,6 @@ def _split_digits(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = split.Sequence(
         [split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)]
     )
-
-
-def _drop_quantisation_mark(model: transformers.PreTrainedModel) -> None:
-    """Forget that the weights came from a quantised file: they are plain float32 now."""
-    vars(model.config).pop("quantization_config", None)
-    for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
-        vars(model).pop(mark, None)
 
 
 def _write_whole(

@@ -119,6 +119,8 @@ def check_compile(config: TrainConfig) -> None:
             f"memory: {config.memory} watches single operations, which a compiled model has not: "
             "use memory: fast"
         )
+    if config.quantize is not None:
+        problems.append("quantize: weights in few bits are not known to the compiler")
     if config.sweep is not None:
         problems.append(
             "sweep: rows of several adapters change what the model does from batch to batch"

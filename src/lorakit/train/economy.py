@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.kernels.blocks import Activation, gated, rms_norm
 from lorakit.models.base import base_modules
+from lorakit.models.quantized_weight import float_weight
 
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
@@ -153,7 +154,7 @@ def _activation_of(module: nn.Module) -> Activation | None:
         gate_proj=lambda x: 1.5 * x, up_proj=_reversed, down_proj=_reversed, act_fn=act_fn.forward
     )
     own: Any = type(module).forward
-    x = _sample(64, cast(Any, module).gate_proj.weight)
+    x = _sample(64, float_weight(cast(Any, module).gate_proj))
 
     def ours(x: Tensor, *, activation: Activation) -> Tensor:
         return _reversed(gated(1.5 * x, _reversed(x), activation))

@@ -15,6 +15,7 @@ from lorakit.attach import attach
 from lorakit.config import TrainConfig
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model, redraw_fresh_head
+from lorakit.models.quantized import Quantization
 from lorakit.planning import Plan
 from lorakit.tasks.encode import Encoded, encode_rows
 from lorakit.tasks.kinds import Rows
@@ -83,7 +84,7 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     Rows that runs share are read and encoded once. Each adapter starts as if its run were alone.
 
     Args:
-        configs: the settings of each run, by the adapter's name; model and dtype are the same.
+        configs: the settings of each run, by the adapter's name; they share what loads the base.
 
     Raises:
         LorakitError: whatever stands in the way of the runs.
@@ -95,7 +96,7 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     read = _for_each(sources, _read)
     task, labels = _shared(read)
     first = next(iter(configs.values()))
-    model, tokenizer = load_model(first.model, dtype=first.dtype, task=task, labels=labels)
+    model, tokenizer = _load(first, task, labels)
     layout = _layout(model, task, first)
     check_memory(model, first)
     encoded = _for_each(sources, lambda config, name: _encode(read[name], tokenizer, config))
@@ -120,6 +121,15 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
         )
         for name, (_, (training, validation)) in runs.items()
     }
+
+
+def _load(
+    config: TrainConfig, task: str, labels: tuple[str, ...] | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    how = None
+    if config.quantize is not None:
+        how = Quantization.of(config.quantize, config.dtype, double=config.double_quantization)
+    return load_model(config.model, dtype=config.dtype, task=task, labels=labels, quantize=how)
 
 
 def _layout(model: PreTrainedModel, task: str, config: TrainConfig) -> Layout:

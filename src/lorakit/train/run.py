@@ -21,6 +21,7 @@ from lorakit.attach import extract
 from lorakit.config import TrainConfig
 from lorakit.errors import ConfigError, OutputError, TrainingError
 from lorakit.kernels.choice import use
+from lorakit.models.quantized import card_of_base
 from lorakit.routing import route
 from lorakit.train.collate import Collator
 from lorakit.train.compiling import compiled_blocks
@@ -275,6 +276,8 @@ def training_card(
         exclude=NOT_ON_CARD,
     )
     scores = [e for e in history if any(key.startswith("eval_") for key in e)]
+    quantized = card_of_base(prepared.model)
+    libraries = ("lorakit", "torch", "transformers", *(["bitsandbytes"] if quantized else []))
     return {
         "task": prepared.task,
         "task_type": "CAUSAL_LM" if prepared.task == "generation" else "SEQ_CLS",
@@ -286,6 +289,7 @@ def training_card(
             "validation": len(prepared.validation.examples) if prepared.validation else 0,
         },
         "settings": settings,
+        **quantized,
         "step": step,
         "scores": {
             name.removeprefix("eval_"): value
@@ -294,7 +298,7 @@ def training_card(
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("lorakit", "torch", "transformers")},
+            **{name: version(name) for name in libraries},
         },
     }
 

@@ -1,0 +1,237 @@
+"""Bases with 4-bit or 8-bit weights (QLoRA, Dettmers et al. 2023): made from float ones, and back.
+
+Norms, embeddings, biases, the output head and a task's heads keep their precision. What an adapter
+compares itself with is the base as it was before, so it fits both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.errors import MissingExtraError, ModelError
+from lorakit.models.base import base_modules
+from lorakit.models.identity import BaseIdentity, identify
+from lorakit.models.quantized_weight import float_weight, is_quantized
+from lorakit.models.roles import output_head, task_heads
+
+CARD_KEY = "quantised"
+"""Under which a training card says how the base was quantised."""
+WAYS = ("4bit", "8bit")
+"""How weights can be quantised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How the weights of a base are quantised."""
+
+    bits: int
+    """4 or 8."""
+    type: str
+    """nf4: blocks of 64 weights (QLoRA, section 3); int8: rows of the matrix."""
+    double: bool
+    """Whether the scales of nf4 are quantised themselves, to 8 bits: 0.37 bits a weight less."""
+    dtype: str
+    """Precision of the weights that were quantised, and of those that are not."""
+
+    @staticmethod
+    def of(way: str, dtype: str, *, double: bool = True) -> Quantization:
+        """Return what a word of `WAYS` means."""
+        four = way == "4bit"
+        kind = "nf4" if four else "int8"
+        return Quantization(bits=4 if four else 8, type=kind, double=four and double, dtype=dtype)
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        double = ", scales quantised too" if self.double else ""
+        return f"{self.bits}-bit {self.type} of {self.dtype}{double}"
+
+
+def check_library() -> None:
+    """Make sure that bitsandbytes is installed.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError("a quantised base", "quantized")
+
+
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """Keep bitsandbytes from warning, on import, of a hub's kernel that lorakit does not use."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(_is_of_use)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "kernels-community" not in record.getMessage()
+
+
+def quantize(model: nn.Module, how: Quantization) -> None:
+    """Quantise the weights of a model's linear layers, in place; the float ones go.
+
+    Each Linear and Conv1D is replaced but for the output head, the heads of a task, layers with a
+    weight that is tied to another or that transformers wants in float32, and subclasses of Linear
+    with arithmetic of their own. Biases stay the same objects.
+
+    Args:
+        model: a plain base, on any device.
+        how: to what. Weights are rounded to `how.dtype` first.
+
+    Raises:
+        ModelError: nothing can be quantised, something is already, or adapters are attached.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    check_library()
+    chosen = dict(_quantizable(model))
+    _check_plain(model)
+    if how.type not in ("nf4", "int8"):
+        raise ModelError(f"weights cannot be quantised as {how}: there are nf4 and int8")
+    if not chosen:
+        raise ModelError(
+            f"{type(model).__name__} has nothing to quantise: no Linear or Conv1D beside its heads"
+        )
+    original = identify(model, skip=task_heads(model))
+    with quiet_library():
+        from lorakit.models.quantized_layers import quantized_layer
+    for path, layer in chosen.items():
+        model.set_submodule(path, quantized_layer(layer, how.bits, how.double, how.dtype))
+    model._lorakit_original = original  # type: ignore[assignment]
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace a model's quantised layers by float ones of what their weights stand for, in place.
+
+    Raises:
+        ModelError: adapters are attached.
+    """
+    if hasattr(model, "_lorakit"):
+        raise ModelError("adapters are attached: detach them, dequantise, and attach them again")
+    for path, layer in list(base_modules(model)):
+        if is_quantized(layer):
+            model.set_submodule(path, _float_layer(layer, dtype))
+
+
+def take_over(model: nn.Module) -> None:
+    """Let the layers of a checkpoint that was quantised by bitsandbytes compute as ours do.
+
+    What the weights were before is not known, so they are no part of the base's identity.
+    """
+    if quantized_within(model) is None:
+        return
+    from lorakit.models.quantized_layers import own_layer
+
+    for _, layer in base_modules(model):
+        if is_quantized(layer):
+            own_layer(layer)
+    drop_quantisation_mark(model)
+
+
+def drop_quantisation_mark(model: nn.Module) -> None:
+    """Let transformers forget that the weights came from a quantised file.
+
+    It would refuse to train them, and write what only it can read.
+    """
+    vars(model.config).pop("quantization_config", None)
+    for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
+        vars(model).pop(mark, None)
+
+
+def original_identity(model: nn.Module) -> BaseIdentity | None:
+    """Return the identity that a model had before `quantize`, or None if it was not called."""
+    return cast("BaseIdentity | None", getattr(model, "_lorakit_original", None))
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """Return how a model's weights are quantised, or None where they are not."""
+    layers = (layer for _, layer in base_modules(model) if is_quantized(layer))
+    first: Any = next(layers, None)
+    if first is None:
+        return None
+    dtype = str(float_weight(first).dtype).removeprefix("torch.")
+    state = getattr(first.weight, "quant_state", None)
+    if state is None:
+        return Quantization.of("8bit", dtype)
+    return replace(Quantization.of("4bit", dtype, double=state.nested), type=state.quant_type)
+
+
+def card_of_base(model: nn.Module) -> dict[str, Any]:
+    """Return what a training card says of a base: how it is quantised; nothing where it is not."""
+    found = quantization_of(model)
+    return {} if found is None else {CARD_KEY: asdict(found)}
+
+
+def quantization_on(card: Mapping[str, Any]) -> Quantization | None:
+    """Return how the base was quantised in training, from a training card; None: it was not.
+
+    Raises:
+        ModelError: the card says it in a way that this version does not know.
+    """
+    said = card.get(CARD_KEY)
+    if said is None:
+        return None
+    try:
+        return Quantization(**said)
+    except TypeError as error:
+        raise ModelError(f"the training card has an unknown kind of base: {said}") from error
+
+
+def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and layer of what `quantize` replaces."""
+    left = [*task_heads(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    inside = tuple(f".{name}." for name in left)
+    head = output_head(model)
+    holders: dict[int, int] = {}
+    for _, module in base_modules(model):
+        for parameter in module._parameters.values():
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    for path, module in base_modules(model):
+        own = type(module) is nn.Linear or isinstance(module, Conv1D)
+        alone = own and module is not head and holders[id(module.weight)] == 1
+        if alone and path and not any(name in f".{path}." for name in inside):
+            yield path, module
+
+
+def _check_plain(model: nn.Module) -> None:
+    problem = ""
+    if hasattr(model, "_lorakit"):
+        problem = "adapters are attached: quantise the base first"
+    elif any(is_quantized(layer) for _, layer in base_modules(model)):
+        problem = "its weights are quantised already"
+    elif any(parameter.is_meta for parameter in model.parameters()):
+        problem = "its weights are on the meta device"
+    if problem:
+        raise ModelError(f"{type(model).__name__} cannot be quantised: {problem}")
+
+
+def _float_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a layer of the class that was quantised, with a float weight and the same bias."""
+    quantised: Any = layer
+    weight = float_weight(layer).to(dtype)
+    with torch.device("meta"):
+        made: Any = nn.Linear(1, 1, bias=False)
+    if getattr(quantised, "source_cls", nn.Linear) is Conv1D:
+        made = Conv1D(weight.shape[0], 1)
+        made.nx, weight = weight.shape[1], weight.T.contiguous()
+    else:
+        made.in_features, made.out_features = quantised.in_features, quantised.out_features
+    made.weight, made.bias = nn.Parameter(weight, requires_grad=False), quantised.bias
+    return cast(nn.Module, made.train(layer.training))
+
+
+def quantized_within(module: nn.Module) -> str | None:
+    """Return the path of a quantised layer in a module, or None where there is none."""
+    return next((path for path, layer in base_modules(module) if is_quantized(layer)), None)

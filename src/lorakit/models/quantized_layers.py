@@ -1,0 +1,167 @@
+"""Linear layers with weights in 4 or 8 bits: bitsandbytes holds them, plain torch multiplies.
+
+They are bitsandbytes' own layers but for `forward`. On a CPU its forward pass packs a weight anew
+in inference, and rounds its scales in doing so; in 8 bits it rounds the inputs too, unless the
+layer is in training mode. So the model that is evaluated would not be the one that is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.nn import modules as bnb
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.errors import ModelError
+from lorakit.models.quantized_weight import float_weight
+
+BLOCK = 64
+"""Weights that share one scale in 4 bits (QLoRA, section 2)."""
+
+
+class _Product(Function):
+    """W·x + b of a frozen W, which is made anew in the backward pass and not kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        weight = float_weight(layer).to(x.dtype)
+        tokens = x.reshape(-1, x.shape[-1])
+        product = F.linear(tokens, weight, None if bias is None else bias.to(x.dtype))
+        # Not a view for autograd, since adapters write into what the layer gives.
+        return torch.ops.aten._unsafe_view(product, [*x.shape[:-1], product.shape[-1]])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        for_x, for_bias, _ = ctx.needs_input_grad
+        of_x = grad @ float_weight(ctx.layer).to(grad.dtype) if for_x else None
+        return of_x, grad.flatten(0, -2).sum(0) if for_bias else None, None
+
+
+class Linear4bit(bnb.Linear4bit):
+    """A linear layer whose weight is in 4 bits."""
+
+    weight: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W·x + b in the precision of x."""
+        return cast(Tensor, _Product.apply(x, self.bias, self))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear4bit:
+        super()._apply(fn, recurse)
+        self.weight.quant_state.to(self.weight.device)
+        return self
+
+
+class Linear8bit(bnb.Linear8bitLt):
+    """A linear layer whose weight is in 8 bits, with one scale for each row."""
+
+    weight: Any
+    float_dtype = torch.float32
+    """Precision of the weight that was quantised, where that is known."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W·x + b in the precision of x."""
+        return cast(Tensor, _Product.apply(x, self.bias, self))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear8bit:
+        super()._apply(fn, recurse)
+        self.weight.SCB = self.weight.SCB.to(self.weight.device)
+        return self
+
+
+def quantized_layer(layer: nn.Module, bits: int, double: bool, dtype: str) -> nn.Module:
+    """Return a quantised layer in the place of a Linear or Conv1D, with the same bias.
+
+    Args:
+        layer: what to quantise.
+        bits: 4 or 8.
+        double: quantise the scales of 4 bits too.
+        dtype: precision to which the weight is rounded first.
+    """
+    source: Any = layer
+    transposed = isinstance(layer, Conv1D)
+    weight = source.weight.detach().to(getattr(torch, dtype))
+    weight = (weight.T if transposed else weight).contiguous()
+    if weight.dtype == torch.float64:
+        weight = weight.float()
+    made: Any = _four_bits(weight, double) if bits == 4 else _eight_bits(weight)
+    made.bias = source.bias
+    made.source_cls = Conv1D if transposed else nn.Linear
+    return cast(nn.Module, made.train(layer.training))
+
+
+def _four_bits(weight: Tensor, double: bool) -> Linear4bit:
+    d_out, d_in = weight.shape
+    made = Linear4bit(d_in, d_out, bias=False, device="meta", quant_type="nf4")
+    packed, state = quantize_4bit(
+        weight, blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
+    )
+    made.weight = bnb.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=BLOCK,
+        compress_statistics=double,
+        quant_type="nf4",
+        bnb_quantized=True,
+    )
+    return made
+
+
+def _eight_bits(weight: Tensor) -> Linear8bit:
+    d_out, d_in = weight.shape
+    made = Linear8bit(d_in, d_out, bias=False, has_fp16_weights=False, device="meta")
+    rows, scales, _ = int8_vectorwise_quant(weight.half())
+    made.weight = bnb.Int8Params(rows, requires_grad=False, SCB=scales)
+    made.float_dtype = weight.dtype
+    return made
+
+
+def own_layer(layer: nn.Module) -> None:
+    """Turn a quantised layer of bitsandbytes into ours, in place."""
+    if isinstance(layer, bnb.Linear4bit):
+        layer.__class__ = Linear4bit
+    else:
+        layer.__class__ = Linear8bit
+
+
+def dequantized(layer: nn.Module) -> Tensor:
+    """Return what a quantised weight stands for, (d_out, d_in), in the precision that it had.
+
+    Raises:
+        ModelError: bitsandbytes has packed the weight for inference.
+    """
+    held: Any = layer
+    state = getattr(held.weight, "quant_state", None)
+    if state is None:
+        scales = held.state.SCB if held.weight.SCB is None else held.weight.SCB
+        rows = held.weight.detach() * (scales / 127).unsqueeze(1)
+        return cast(Tensor, rows.to(getattr(held, "float_dtype", rows.dtype)))
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ModelError(
+            "bitsandbytes has packed the quantised weights for inference, with scales rounded: "
+            "load the base anew, by lorakit's load_model(…, quantize=…)"
+        )
+    return _four_bits_as_floats(held.weight.detach(), state)
+
+
+def _four_bits_as_floats(packed: Tensor, state: Any) -> Tensor:
+    if state.shape[-1] % state.blocksize == 0:
+        return dequantize_4bit(packed, state)
+    # On CPUs bitsandbytes takes wrong scales for rows in whose midst a block ends (0.50.2), so the
+    # rows are to be whole blocks, or all one row.
+    as_blocks = copy.copy(state)
+    size = state.shape.numel()
+    whole = size % state.blocksize == 0
+    as_blocks.shape = torch.Size([size // state.blocksize, state.blocksize] if whole else [size])
+    return dequantize_4bit(packed, as_blocks).view(state.shape)

@@ -1,0 +1,35 @@
+"""What a layer's weight is as a matrix of floats, whether it is held so or in a few bits."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Tell whether a layer is one of bitsandbytes' whose weight is in 4 or 8 bits."""
+    # Who has such a layer has imported the library; importing lorakit must not.
+    library: Any = sys.modules.get("bitsandbytes")
+    if library is None or not isinstance(layer, nn.Linear):
+        return False
+    kinds = (library.nn.Linear4bit, library.nn.Linear8bitLt)
+    return isinstance(layer, kinds) and not layer.weight.is_floating_point()
+
+
+def float_weight(layer: nn.Module) -> Tensor:
+    """Return a layer's weight as floats, in the layer's own shape.
+
+    Of a quantised layer it is made anew at each call, (d_out, d_in), also where the layer was a
+    Conv1D; of any other it is the parameter itself, which must not be written to.
+
+    Raises:
+        ModelError: bitsandbytes has packed the weight for inference, which loses some of it.
+    """
+    if not is_quantized(layer):
+        return cast(Tensor, layer.weight)
+    # Imported late: it needs bitsandbytes.
+    from lorakit.models.quantized_layers import dequantized
+
+    return dequantized(layer)
