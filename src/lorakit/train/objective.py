@@ -8,7 +8,7 @@ computed from what predicts a label, chunk by chunk (`lorakit.kernels.cross_entr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -256,6 +256,12 @@ def _shows_its_head(base: nn.Module, head: nn.Module, *, rows: int) -> bool:
     return _SHOWN[base]
 
 
+def _plain(base: nn.Module) -> AbstractContextManager[None]:
+    """Return a block in which a model puts no trained tokens into its rows."""
+    state = attachment_of(base)
+    return nullcontext() if state is None else state.routed(None, None, None)
+
+
 @torch.no_grad()
 def _tried(base: nn.Module, head: nn.Module, rows: int) -> bool:
     """Let a head answer with numbers of all sizes, and tell whether the model returns these."""
@@ -277,7 +283,7 @@ def _tried(base: nn.Module, head: nn.Module, rows: int) -> bool:
     # Dropout draws nothing then, so that a run goes on as one that was not tried.
     base.eval()
     try:
-        with attention_within(base, segments):
+        with _plain(base), attention_within(base, segments):
             logits = base(**dict.fromkeys(names, ids), use_cache=False).logits
     finally:
         hook.remove()

@@ -21,6 +21,7 @@ from lorakit.tasks.rows import read_rows
 from lorakit.train.compiling import LENGTHS, check_compile
 from lorakit.train.layout import PLAIN, Layout, choose_layout
 from lorakit.train.memory import check_memory
+from lorakit.train.prompted import check_infix, longest_row, with_tokens
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -96,10 +97,11 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     model, tokenizer = load_model(first.model, dtype=first.dtype, task=task, labels=labels)
     layout = _layout(model, task, first)
     check_memory(model, first)
-    encoded = _for_each(sources, lambda config, name: _encode(read[name], tokenizer, config))
-    runs = {name: (config, encoded[source_of[name]]) for name, config in configs.items()}
-    steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
     plans = _for_each(configs, lambda config, name: _attach(model, config, name))
+    encode = _Encodings(model, tokenizer, read, source_of)
+    encoded = _for_each(configs, encode)
+    runs = {name: (config, encoded[name]) for name, config in configs.items()}
+    steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
     return {
         name: Prepared(
             name=name,
@@ -200,13 +202,37 @@ def _shared(read: Mapping[str, _Rows]) -> tuple[str, tuple[str, ...] | None]:
     return next(iter(found.values()))
 
 
-def _encode(
-    rows: _Rows, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
-) -> tuple[Encoded, Encoded | None]:
-    training = encode_rows(rows.training, tokenizer, config.data)
-    if rows.validation is None:
-        return training, None
-    return training, encode_rows(rows.validation, tokenizer, config.data)
+class _Encodings:
+    """Encodes the rows of each run, once for all runs that share them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        read: Mapping[str, _Rows],
+        source_of: Mapping[str, str],
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._read, self._source_of = read, source_of
+        self._made: dict[tuple[str, int | None, bool], Encoded] = {}
+
+    def __call__(self, config: TrainConfig, name: str) -> tuple[Encoded, Encoded | None]:
+        """Return training and validation rows of a run, with its adapter's trained tokens."""
+        source = self._source_of[name]
+        rows = self._read[source]
+        check_infix(self._model, name, rows.training.kind)
+        training = self._encoded(rows.training, config, (source, name, False))
+        if rows.validation is None:
+            return training, None
+        return training, self._encoded(rows.validation, config, (source, name, True))
+
+    def _encoded(self, rows: Rows, config: TrainConfig, what: tuple[str, str, bool]) -> Encoded:
+        source, name, held_out = what
+        longest = longest_row(self._model, name)
+        key = (source, longest, held_out)
+        if key not in self._made:
+            self._made[key] = encode_rows(rows, self._tokenizer, config.data, longest=longest)
+        return with_tokens(self._made[key], self._model, name)
 
 
 def _steps(config: TrainConfig, rows: int) -> int:
