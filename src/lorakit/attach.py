@@ -35,6 +35,7 @@ from lorakit.methods.layer import (
 )
 from lorakit.methods.lora import ENDS, LoRAUpdate, LowRank
 from lorakit.methods.module_copy import ModuleCopy
+from lorakit.methods.prompt_calls import HOOKS, watch
 from lorakit.methods.start import fresh_tensors
 from lorakit.models.base import base_parameter
 from lorakit.models.quantized import card_of_base
@@ -263,6 +264,8 @@ def install(
         layer = state.adopt(path, modules[path])
         layer.adapter_bank[key] = update
         by_number[layer.adapter_number] = update
+        if update.trained_tokens and HOOKS[0] not in state.hooks:
+            state.hooks |= watch(model, path)
     stale = state.updates.get(name, {}).keys() - by_number.keys()
     state.replace(name, by_number, record)
     for number in stale:
@@ -287,6 +290,10 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for number, layer in list(state.layers.items()):
         if not layer.adapter_bank:
             release(state.layers.pop(number))
+    if not any(u.trained_tokens for own in state.updates.values() for u in own.values()):
+        for each in HOOKS:
+            if each in state.hooks:
+                state.hooks.pop(each).remove()
     if not state.adapters:
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(state.frozen.get(path, parameter.requires_grad))

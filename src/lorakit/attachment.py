@@ -24,6 +24,7 @@ from lorakit.models.peculiar import direct_reads, rowless_layers
 from lorakit.models.quantized import original_identity
 from lorakit.models.roles import output_head, shared_inputs, task_heads
 from lorakit.pristine import Pristine
+from lorakit.tasks.prompt_tokens import PromptTokens
 
 FORGOTTEN: Changes = {}
 """Takes the place of changes whose memory may go; nothing that comes is this object."""
@@ -250,6 +251,13 @@ def active_name(model: nn.Module) -> str | None:
     """Return the name of the adapter in use, or None for the base."""
     state = attachment_of(model)
     return None if state is None else state.route.active
+
+
+def trained_tokens(model: nn.Module, name: str | None) -> PromptTokens | None:
+    """Return the trained tokens that rows of an adapter get; None: it has none, or is none."""
+    state = attachment_of(model)
+    updates = state.updates[name].values() if state and name is not None else ()
+    return next((each.trained_tokens for each in updates if each.trained_tokens), None)
 
 
 def make_contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

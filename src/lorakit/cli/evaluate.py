@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Literal
 
 from lorakit.adapted import Opened, open_model
+from lorakit.attachment import active_name
 from lorakit.cli.verbs import Result
 from lorakit.config import DataConfig
 from lorakit.errors import ConfigError, OutputError
 from lorakit.formats.storage import write_new_file
 from lorakit.settings import DType, HeldIn, Names, PositiveInt, Settings
-from lorakit.tasks.encode import encode_prompt, encode_rows
+from lorakit.tasks.encode import encode_prompt
 from lorakit.tasks.kinds import Rows, references_of
 from lorakit.tasks.metrics import bleu, exact_match
 from lorakit.tasks.rows import read_rows
 from lorakit.train.collate import Collator
 from lorakit.train.evaluation import answer, score
 from lorakit.train.loss import Loss
+from lorakit.train.prompted import encode_for
 
 WRITTEN = ("exact_match", "bleu")
 """Scores for which the model has to write answers."""
@@ -108,7 +110,9 @@ def _scores(settings: EvaluateConfig, opened: Opened, rows: Rows) -> dict[str, f
     if opened.task != "generation" or "loss" in settings.metrics:
         scores = score(
             opened.model,
-            encode_rows(rows, opened.tokenizer, opened.data).examples,
+            encode_for(
+                opened.model, active_name(opened.model), rows, opened.tokenizer, opened.data
+            ).examples,
             loss=Loss(opened.task),
             collate=Collator(opened.tokenizer),
             batch_size=settings.batch_size,

@@ -14,6 +14,7 @@ from lorakit.errors import RouteError
 from lorakit.methods.batch import Batch, Terms
 from lorakit.methods.layer import AdaptedLayer, Change, Update
 from lorakit.methods.module_copy import ModuleCopy
+from lorakit.tasks.prompt_tokens import PromptTokens
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,22 @@ class ByRows(Change):
     ) -> None:
         rows = {slot: [r for r, s in enumerate(batch.slot_of_row) if s == slot] for slot in terms}
         self._rows = len(batch.slot_of_row)
+        self._prompted = layer.adapter_route.prompted
         self._groups = [
             RowGroup(torch.tensor(rows[slot], device=device), tuple(of_slot))
             for slot, of_slot in terms.items()
         ]
         for of_slot in terms.values():
             _check_addable(layer, of_slot)
+
+    def tokens_of_rows(self, found: int) -> list[PromptTokens | None]:
+        """Return the trained tokens of each of so many rows."""
+        tokens: list[PromptTokens | None] = [None] * found
+        for group in self._groups:
+            own = next((u.trained_tokens for u, _ in group.terms if u.trained_tokens), None)
+            for row in _positions(group.index, found, self._rows).tolist():
+                tokens[row] = own
+        return tokens
 
     def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Return the output with each row's own update."""
@@ -55,7 +66,8 @@ class ByRows(Change):
         results: list[tuple[Tensor, Tensor]] = []
         for group in self._groups:
             index = _positions(group.index, inputs[0].shape[0], self._rows)
-            results.append((index, self._changed(group, layer, inputs, output, index)))
+            with self._prompted.only(index):
+                results.append((index, self._changed(group, layer, inputs, output, index)))
         widest = max(output.shape[-1], *(changed.shape[-1] for _, changed in results))
         output = widened(output, widest)
         for index, changed in results:
@@ -95,12 +107,17 @@ def _applied(
 
 
 def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -> None:
-    """Refuse to add up copies of a head that have other widths than the base's.
+    """Refuse to add up what cannot be: trained tokens, heads of other widths than the base's.
 
     Raises:
         RouteError: there are such.
     """
     plain = len(terms) == 1 and terms[0][1] == 1
+    if not plain and any(u.is_whole for u, _ in terms):
+        raise RouteError(
+            "a row can't mix or weaken adapters with trained tokens: use such an adapter at "
+            "strength 1, beside none that has tokens of its own or changes the input embedding"
+        )
     if not plain and any(isinstance(u, ModuleCopy) and u.resized for u, _ in terms):
         raise RouteError(
             f"a row can't mix or weaken adapters whose head ({type(layer).__name__}) has another "

@@ -18,6 +18,9 @@ class Chain(Update):
         super().__init__()
         self.links = nn.ModuleList(links)
         self.replaces_output = self._each()[0].replaces_output
+        self.is_whole = any(link.is_whole for link in links)
+        tokens = (link.trained_tokens for link in links if link.trained_tokens)
+        self.trained_tokens = next(tokens, None)
 
     def change(
         self,

@@ -18,7 +18,7 @@ from lorakit.models.base import base_modules
 
 
 class RoutedCheckpoint:
-    """Checkpoints one block as transformers would have, with the route that it had.
+    """Checkpoints one block as transformers would have, with the route and the tokens that it had.
 
     Takes the place of the block's `_gradient_checkpointing_func`.
     """
@@ -30,12 +30,13 @@ class RoutedCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
         """Return function(*inputs), which the backward pass will call once more."""
-        changes = self.route.changes
+        changes, calls = self.route.changes, self.route.prompted.calls
+        placed = calls[-1].placed if calls else None
 
         def under_one_route(*args: Any) -> Any:
             if not in_backward():
                 return function(*args)
-            with self.route.replaying(changes):
+            with self.route.replaying(changes, placed):
                 return function(*args)
 
         # torch's own default is to be reentrant.

@@ -6,14 +6,16 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.errors import RouteError
+from lorakit.methods.prompted import Placed, Prompted
 from lorakit.models.base import base_modules
+from lorakit.tasks.prompt_tokens import PromptTokens
 
 
 def bank_key(name: str) -> str:
@@ -26,6 +28,10 @@ class Change(ABC):
 
     replaces_output = False
     """Whether the base's own output is not needed."""
+    is_whole = False
+    """Whether it counts only by itself in a row, at strength 1."""
+    trained_tokens: PromptTokens | None = None
+    """The tokens that rows get, where this is done to the input embedding."""
 
     @abstractmethod
     def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
@@ -70,8 +76,10 @@ class Route:
     """How many layers were adopted so far; the next one gets this number."""
     recorded: Changes | None = None
     """What the latest forward pass did that was made for training."""
-    replayed: tuple[Changes | None] | None = None
+    replayed: tuple[Changes | None, Placed | None] | None = None
     """What a backward pass repeats at the moment; None: it repeats nothing."""
+    prompted: Prompted = field(default_factory=Prompted)
+    """Where the trained tokens of the batch at hand stand."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which is outside of all blocks."""
@@ -94,11 +102,32 @@ class Route:
                 "of the forward pass is over: call backward() inside its `with` block"
             )
 
+    @property
+    def in_force(self) -> Changes | None:
+        """Return what is done to each layer at the moment."""
+        return self.changes if self.replayed is None else self.replayed[0]
+
+    @property
+    def placed(self) -> Placed | None:
+        """Return where trained tokens stand in the rows at hand; None: there are none.
+
+        Raises:
+            RouteError: no call of the model is under way, which alone knows.
+        """
+        if self.replayed is not None:
+            return self.prompted.narrowed(self.replayed[1])
+        if not self.prompted.calls:
+            raise RouteError(
+                "the adapter in use has trained tokens, which the model itself puts into its rows: "
+                "call the model, not a part of it, or switch the adapter off"
+            )
+        return self.prompted.narrowed(self.prompted.calls[-1].placed)
+
     @contextmanager
-    def replaying(self, changes: Changes | None) -> Iterator[None]:
+    def replaying(self, changes: Changes | None, placed: Placed | None) -> Iterator[None]:
         """Do what an earlier forward pass did, inside a block, whatever the route is by now."""
         before = self.replayed
-        self.replayed = (changes,)
+        self.replayed = (changes, placed)
         try:
             yield
         finally:
@@ -182,8 +211,7 @@ class AdaptedLayer(nn.Module):
         """Return what the route does to this layer, if anything."""
         if torch.compiler.is_compiling() and self.adapter_pinned is not None:
             return self.adapter_pinned[0]
-        route = self.adapter_route
-        changes = route.changes if route.replayed is None else route.replayed[0]
+        changes = self.adapter_route.in_force
         return None if changes is None else changes.get(self.adapter_number)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -55,7 +55,13 @@ class _Draft:
     cut_completion: bool = False
 
 
-def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Encoded:
+def encode_rows(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    *,
+    longest: int | None = None,
+) -> Encoded:
     """Return the rows as examples of at most `data.max_length` tokens.
 
     - A prompt row is the prompt, the separator, the completion and the end token; its labels are on
@@ -66,10 +72,16 @@ def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataConfig
     - A text or pair to classify has the number of its class, or the number to predict. If it is too
       long, the longer of the two is cut.
 
+    Args:
+        rows: what was read.
+        tokenizer: the model's.
+        data: how rows become text.
+        longest: another limit, where the model has not room for more. None: there is none.
+
     Raises:
         DataError: no row is left, or rows or tokenizer do not allow it; lists the rows.
     """
-    encoder = _Encoder(rows, tokenizer, data)
+    encoder = _Encoder(rows, tokenizer, data, longest=longest)
     problems = Problems(rows.source)
     drafts = []
     for number, row in enumerate(rows.rows):
@@ -114,8 +126,16 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig
 class _Encoder:
     """Makes the example of one row after the other."""
 
-    def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
-        self.limit = min(data.max_length, tokenizer.model_max_length)
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataConfig,
+        *,
+        longest: int | None,
+    ) -> None:
+        limits = (data.max_length, tokenizer.model_max_length, longest)
+        self.limit = min(limit for limit in limits if limit is not None)
         self._tokenizer = tokenizer
         self._separator = data.separator
         self._start = tokenizer.bos_token_id

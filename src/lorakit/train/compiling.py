@@ -125,5 +125,9 @@ def check_compile(config: TrainConfig) -> None:
         problems.append(
             "sweep: rows of several adapters change what the model does from batch to batch"
         )
+    if any(method.startswith("prefix-") for method in config.method):
+        problems.append(
+            "method: trained tokens are put into rows by code that a compiler can't follow"
+        )
     if problems:
         raise ConfigError.listing("compile cannot be used with these settings", problems)

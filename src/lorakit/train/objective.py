@@ -8,7 +8,7 @@ computed from what predicts a label, chunk by chunk (`lorakit.kernels.cross_entr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,7 +223,9 @@ def _run(
     if head is None:
         logits = chosen.take(model(**inputs, use_cache=False).logits)
         return logits, nn.Identity(), UNCHANGED
-    change = logit_change(unwrapped(model), head, rows=chosen.shape[0])
+    base = unwrapped(model)
+    with _plain(base):
+        change = logit_change(base, head, rows=chosen.shape[0])
     if change is not None:
         with _given_to(head, lambda states: states[..., :0, :]) as read:
             model(**inputs, use_cache=False)
@@ -247,3 +249,9 @@ def _given_to(head: nn.Module, given: Callable[[Tensor], Tensor]) -> Iterator[li
         yield read
     finally:
         hook.remove()
+
+
+def _plain(base: nn.Module) -> AbstractContextManager[None]:
+    """Return a block in which a model puts no trained tokens into its rows."""
+    state = attachment_of(base)
+    return nullcontext() if state is None else state.routed(None, None, None)

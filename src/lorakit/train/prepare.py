@@ -24,6 +24,7 @@ from lorakit.train.collate import Collator
 from lorakit.train.compiling import LENGTHS, check_compile
 from lorakit.train.layout import PLAIN, Layout, choose_layout
 from lorakit.train.memory import check_memory
+from lorakit.train.prompted import check_infix, longest_row, with_tokens
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -99,12 +100,16 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     model, tokenizer = _load(first, task, labels)
     layout = _layout(model, task, first)
     check_memory(model, first)
-    encoded = _for_each(sources, lambda config, name: _encode(read[name], tokenizer, config))
-    runs = {name: (config, encoded[source_of[name]]) for name, config in configs.items()}
-    steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
     plans = _for_each(
-        runs, lambda run, name: _attach(model, run[0], name, _looked_at(*run, tokenizer))
+        configs,
+        lambda config, name: _attach(
+            model, config, name, _looked_at(config, read[source_of[name]].training, tokenizer)
+        ),
     )
+    encode = _Encodings(model, tokenizer, read, source_of)
+    encoded = _for_each(configs, encode)
+    runs = {name: (config, encoded[name]) for name, config in configs.items()}
+    steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
     return {
         name: Prepared(
             name=name,
@@ -217,13 +222,37 @@ def _shared(read: Mapping[str, _Rows]) -> tuple[str, tuple[str, ...] | None]:
     return next(iter(found.values()))
 
 
-def _encode(
-    rows: _Rows, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
-) -> tuple[Encoded, Encoded | None]:
-    training = encode_rows(rows.training, tokenizer, config.data)
-    if rows.validation is None:
-        return training, None
-    return training, encode_rows(rows.validation, tokenizer, config.data)
+class _Encodings:
+    """Encodes the rows of each run, once for all runs that share them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        read: Mapping[str, _Rows],
+        source_of: Mapping[str, str],
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._read, self._source_of = read, source_of
+        self._made: dict[tuple[str, int | None, bool], Encoded] = {}
+
+    def __call__(self, config: TrainConfig, name: str) -> tuple[Encoded, Encoded | None]:
+        """Return training and validation rows of a run, with its adapter's trained tokens."""
+        source = self._source_of[name]
+        rows = self._read[source]
+        check_infix(self._model, name, rows.training.kind)
+        training = self._encoded(rows.training, config, (source, name, False))
+        if rows.validation is None:
+            return training, None
+        return training, self._encoded(rows.validation, config, (source, name, True))
+
+    def _encoded(self, rows: Rows, config: TrainConfig, what: tuple[str, str, bool]) -> Encoded:
+        source, name, held_out = what
+        longest = longest_row(self._model, name)
+        key = (source, longest, held_out)
+        if key not in self._made:
+            self._made[key] = encode_rows(rows, self._tokenizer, config.data, longest=longest)
+        return with_tokens(self._made[key], self._model, name)
 
 
 def _steps(config: TrainConfig, rows: int) -> int:
@@ -238,18 +267,16 @@ def _steps(config: TrainConfig, rows: int) -> int:
 
 
 def _looked_at(
-    config: TrainConfig,
-    rows: tuple[Encoded, Encoded | None],
-    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]] | None:
     """Return the batches of training rows from which an adapter starts, or None."""
     if config.init_from is not None or "lora" not in config.method or config.lora.init != "eva":
         return None
-    draw, examples, size = torch.Generator().manual_seed(config.seed), rows[0], config.batch_size
-    chosen = torch.randperm(len(examples), generator=draw)[: config.eva_batches * size].tolist()
-    collate = Collator(tokenizer)
-    starts = range(0, len(chosen), size)
-    return [collate([examples[row] for row in chosen[at : at + size]]) for at in starts]
+    draw, size = torch.Generator().manual_seed(config.seed), config.batch_size
+    chosen = torch.randperm(len(rows), generator=draw)[: config.eva_batches * size].tolist()
+    few = replace(rows, rows=tuple(rows.rows[row] for row in chosen))
+    examples, collate = encode_rows(few, tokenizer, config.data).examples, Collator(tokenizer)
+    return [collate(examples[at : at + size]) for at in range(0, len(examples), size)]
 
 
 def _attach(

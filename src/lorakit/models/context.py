@@ -1,0 +1,34 @@
+"""How far a model sees, in which direction, and how wide it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+OFFSET = ("roberta", "xlm-roberta")
+"""Families that count positions from the one after the pad token's."""
+SILENT = ("bloom",)
+"""Causal families whose attention does not say that it is."""
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return the most tokens that a row may have; None: the model has no limit of its own."""
+    config: Any = getattr(model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return None
+    return longest - (config.pad_token_id + 1 if config.model_type in OFFSET else 0)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Tell whether tokens see those before them alone."""
+    if getattr(getattr(model, "config", None), "model_type", "") in SILENT:
+        return True
+    return any(getattr(module, "is_causal", False) for module in model.modules())
+
+
+def hidden_size(model: nn.Module) -> int | None:
+    """Return the width of the residual stream; None: the model's config does not say."""
+    size = getattr(getattr(model, "config", None), "hidden_size", None)
+    return size if isinstance(size, int) else None
