@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from lorakit.attachment import active_name
 from lorakit.bench.memory import forget_peak, most_bytes, used_bytes
 from lorakit.bench.result import Findings, Measured
 from lorakit.config import DataConfig, TrainConfig
@@ -24,7 +25,7 @@ from lorakit.method_config import METHODS
 from lorakit.models.load import load_model
 from lorakit.routing import route
 from lorakit.settings import PositiveFloat, PositiveInt
-from lorakit.tasks.encode import encode_prompt, encode_rows
+from lorakit.tasks.encode import encode_prompt
 from lorakit.tasks.kinds import Rows, references_of
 from lorakit.tasks.metrics import bleu
 from lorakit.tasks.rows import read_rows
@@ -32,6 +33,7 @@ from lorakit.train.collate import Collator
 from lorakit.train.evaluation import answer, score
 from lorakit.train.loss import Loss
 from lorakit.train.prepare import prepare
+from lorakit.train.prompted import encode_for
 from lorakit.train.run import Run, run_alone
 
 BASE = "base"
@@ -222,7 +224,7 @@ def _scores(
         task = "classification" if rows.kind == "classification" else "generation"
     found = score(
         model,
-        encode_rows(rows, tokenizer, data).examples,
+        encode_for(model, active_name(model), rows, tokenizer, data).examples,
         loss=Loss(task),
         collate=Collator(tokenizer),
         batch_size=4 * settings.batch_size,
