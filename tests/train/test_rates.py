@@ -1,0 +1,77 @@
+"""Learning rates: each method's own, unless the settings say one; kept by a resumed run."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.method_config import DEFAULTS, METHODS
+from lorakit.train.rates import learning_rates, split_by_rate
+from lorakit.train.run import train
+from tiny_models import build
+
+
+def groups(model, config):
+    """Return the names of the tensors in each group of an optimizer, by the group's rate."""
+    lk.attach(model, config.methods())
+    record = lk.extract(model)
+    trained = {n: torch.nn.Parameter(t) for n, t in record.tensors.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1.0)
+    split_by_rate(optimizer, trained, learning_rates(config, record, trained))
+    name_of = {id(p): name for name, p in trained.items()}
+    return {g["lr"]: {name_of[id(p)] for p in g["params"]} for g in optimizer.param_groups}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_rate_and_a_warm_up_of_its_own(method, tmp_path):
+    config = lk.TrainConfig(out=tmp_path, method=method)
+    assert config.rate_of(method) == DEFAULTS[method].learning_rate
+    assert config.warmup == DEFAULTS[method].warmup_steps
+    explicit = lk.TrainConfig(out=tmp_path, method=method, learning_rate=0.5, warmup_steps=3)
+    assert explicit.rate_of(method) == 0.5
+    assert explicit.warmup == 3
+
+
+def test_methods_together_have_a_group_each(tmp_path):
+    found = groups(build("gpt2"), lk.TrainConfig(out=tmp_path, method="lora,bitfit"))
+    rates = {method: DEFAULTS[method].learning_rate for method in ("lora", "bitfit")}
+    assert found.keys() == set(rates.values())
+    assert all(".lora_" in name for name in found[rates["lora"]])
+    assert all(name.endswith(".bias") for name in found[rates["bitfit"]])
+
+
+def test_a_fresh_classifier_trains_at_the_first_methods_rate(tmp_path):
+    found = groups(build("bert"), lk.TrainConfig(out=tmp_path, method="lora,bitfit"))
+    assert {"classifier.weight", "classifier.bias"} <= found[DEFAULTS["lora"].learning_rate]
+
+
+def test_a_rate_that_is_asked_for_holds_for_all_methods(tmp_path):
+    config = lk.TrainConfig(out=tmp_path, method="lora,bitfit", learning_rate=0.25)
+    assert groups(build("gpt2"), config).keys() == {0.25}
+
+
+def test_a_resumed_run_keeps_the_rates(tiny_bert, label_rows, tmp_path):
+    config = lk.TrainConfig(
+        model=str(tiny_bert),
+        data=lk.DataConfig(train=str(label_rows)),
+        out=tmp_path / "run",
+        method="lora,bitfit",
+        dtype="float32",
+        schedule="constant",
+        steps=4,
+        save_every=2,
+        warmup_steps=1,
+    )
+    train(config)
+    whole = lk.Adapter.load(config.out).content_hash()
+    shutil.rmtree(config.out / "checkpoints" / "checkpoint-4")
+    train(config.model_copy(update={"resume": True}))
+    assert lk.Adapter.load(config.out).content_hash() == whole
+    state = torch.load(config.out / "checkpoints" / "checkpoint-4" / "optimizer.pt")
+    rates = {DEFAULTS[method].learning_rate for method in ("lora", "bitfit")}
+    assert {group["initial_lr"] for group in state["param_groups"]} == rates
+    assert {group["lr"] for group in state["param_groups"]} == rates
+    card = json.loads((config.out / "lorakit.json").read_text())["card"]
+    assert card["settings"]["learning_rate"] is None
