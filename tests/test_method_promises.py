@@ -289,20 +289,20 @@ def gradients(model, inputs):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-@pytest.mark.parametrize("reentrant", [False, True])
 @fitting
-def test_gradients_are_the_same_under_gradient_checkpointing(method, model, reentrant):
+def test_gradients_are_the_same_under_gradient_checkpointing(method, model):
     attach_random(model, method)
     inputs = example_inputs(model)
     model.train()
     expected = gradients(model, inputs)
-    settings = {"use_reentrant": reentrant}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    model.disable_input_require_grads()
-    found = gradients(model, inputs)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)
+    for reentrant in (False, True):
+        settings = {"use_reentrant": reentrant}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        model.disable_input_require_grads()
+        found = gradients(model, inputs)
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)
 
 
 @decoders

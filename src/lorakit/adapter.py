@@ -130,8 +130,8 @@ class Adapter:
             if own and word in tensor:
                 return own[0]
         copied = any(tensor.startswith(f"{path}.") for path in self.copied_modules)
-        whole = ("full", "top-k") if copied else ("full", "top-k", "bitfit")
-        return next((method for method in named if method in whole), named[0])
+        likely = ("full", "top-k") if copied else ("full", "bitfit", "lora")
+        return next((method for method in likely if method in named), named[0])
 
     @property
     def size_bytes(self) -> int:

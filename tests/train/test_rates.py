@@ -1,53 +1,77 @@
-"""The learning rate of each tensor, read off from what Adam's first steps do."""
+"""Learning rates: each method's own, unless the settings say one; kept by a resumed run."""
+
+import json
+import shutil
 
 import pytest
+import torch
 
 import lorakit as lk
-from lorakit.config import DataConfig, TrainConfig
-from lorakit.method_config import LoRAConfig
+from lorakit.method_config import DEFAULTS, METHODS
+from lorakit.train.rates import learning_rates, split_by_rate
 from lorakit.train.run import train
-
-RATE = 1e-3
-SECOND_STEP = 0.1 / 0.19 / (0.001 / 0.001999) ** 0.5
-"""Adam's second step as a share of the rate, where the first gradient was zero."""
+from tiny_models import build
 
 
-@pytest.fixture
-def moved(tiny_llama, prompt_rows, tmp_path):
-    """Return what so many steps at a constant rate moved A and B by, at most."""
-
-    def run(ratio, steps, out):
-        config = TrainConfig(
-            model=str(tiny_llama),
-            out=tmp_path / out,
-            lora=LoRAConfig(rank=4, targets=("all-linear",)),
-            data=DataConfig(train=str(prompt_rows)),
-            dtype="float32",
-            steps=steps,
-            warmup_steps=0,
-            schedule="constant",
-            learning_rate=RATE,
-            lora_plus_ratio=ratio,
-        )
-        trained = train(config)
-        model, _ = lk.load_model(str(tiny_llama))
-        lk.attach(model, lk.Adapter.load(trained.out))
-        return lk.extract(model).tensors
-
-    def compare(ratio):
-        one, two = run(ratio, 1, "one"), run(ratio, 2, "two")
-        largest = {"a": 0.0, "b": 0.0}
-        for name, tensor in one.items():
-            # B moves at once, A only when B is no longer zero.
-            change = tensor if name.endswith("b") else two[name] - tensor
-            largest[name[-1]] = max(largest[name[-1]], change.abs().max().item())
-        return largest
-
-    return compare
+def groups(model, config):
+    """Return the names of the tensors in each group of an optimizer, by the group's rate."""
+    lk.attach(model, config.methods())
+    record = lk.extract(model)
+    trained = {n: torch.nn.Parameter(t) for n, t in record.tensors.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1.0)
+    split_by_rate(optimizer, trained, learning_rates(config, record, trained))
+    name_of = {id(p): name for name, p in trained.items()}
+    return {g["lr"]: {name_of[id(p)] for p in g["params"]} for g in optimizer.param_groups}
 
 
-@pytest.mark.parametrize("ratio", [1.0, 8.0])
-def test_b_takes_steps_larger_than_those_of_a_by_the_ratio(moved, ratio):
-    largest = moved(ratio)
-    assert largest["b"] == pytest.approx(RATE * ratio, rel=1e-2)
-    assert largest["a"] == pytest.approx(RATE * SECOND_STEP, rel=1e-2)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_rate_and_a_warm_up_of_its_own(method, tmp_path):
+    config = lk.TrainConfig(out=tmp_path, method=method)
+    assert config.rate_of(method) == DEFAULTS[method].learning_rate
+    assert config.warmup == DEFAULTS[method].warmup_steps
+    explicit = lk.TrainConfig(out=tmp_path, method=method, learning_rate=0.5, warmup_steps=3)
+    assert explicit.rate_of(method) == 0.5
+    assert explicit.warmup == 3
+
+
+def test_methods_together_have_a_group_each(tmp_path):
+    found = groups(build("gpt2"), lk.TrainConfig(out=tmp_path, method="lora,bitfit"))
+    rates = {method: DEFAULTS[method].learning_rate for method in ("lora", "bitfit")}
+    assert found.keys() == set(rates.values())
+    assert all(".lora_" in name for name in found[rates["lora"]])
+    assert all(name.endswith(".bias") for name in found[rates["bitfit"]])
+
+
+def test_a_fresh_classifier_trains_at_the_first_methods_rate(tmp_path):
+    found = groups(build("bert"), lk.TrainConfig(out=tmp_path, method="lora,bitfit"))
+    assert {"classifier.weight", "classifier.bias"} <= found[DEFAULTS["lora"].learning_rate]
+
+
+def test_a_rate_that_is_asked_for_holds_for_all_methods(tmp_path):
+    config = lk.TrainConfig(out=tmp_path, method="lora,bitfit", learning_rate=0.25)
+    assert groups(build("gpt2"), config).keys() == {0.25}
+
+
+def test_a_resumed_run_keeps_the_rates(tiny_bert, label_rows, tmp_path):
+    config = lk.TrainConfig(
+        model=str(tiny_bert),
+        data=lk.DataConfig(train=str(label_rows)),
+        out=tmp_path / "run",
+        method="lora,bitfit",
+        dtype="float32",
+        schedule="constant",
+        steps=4,
+        save_every=2,
+        warmup_steps=1,
+    )
+    train(config)
+    whole = lk.Adapter.load(config.out).content_hash()
+    shutil.rmtree(config.out / "checkpoints" / "checkpoint-4")
+    train(config.model_copy(update={"resume": True}))
+    assert lk.Adapter.load(config.out).content_hash() == whole
+    state = torch.load(config.out / "checkpoints" / "checkpoint-4" / "optimizer.pt")
+    rates = {DEFAULTS[method].learning_rate for method in ("lora", "bitfit")}
+    assert {group["initial_lr"] for group in state["param_groups"]} == rates
+    assert {group["lr"] for group in state["param_groups"]} == rates
+    card = json.loads((config.out / "lorakit.json").read_text())["card"]
+    assert card["settings"]["learning_rate"] is None

@@ -17,7 +17,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from lorakit.attach import extract
+from lorakit.attach import adapter_parameters, extract
+from lorakit.attachment import require_attachment
 from lorakit.config import TrainConfig
 from lorakit.errors import ConfigError, OutputError, TrainingError
 from lorakit.kernels.choice import use
@@ -255,8 +256,9 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
 
 
 def _rates(run: Run) -> dict[str, float]:
-    adapter = extract(run.prepared.model, run.prepared.name)
-    return learning_rates(run.config, adapter, adapter.tensors)
+    model, name = run.prepared.model, run.prepared.name
+    names = [each for each, _ in adapter_parameters(model, name)]
+    return learning_rates(run.config, require_attachment(model).adapters[name], names)
 
 
 def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:

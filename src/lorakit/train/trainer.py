@@ -87,9 +87,11 @@ class AdapterTrainer(BatchTrainer):
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}: "
                 "try a smaller learning_rate or more warmup_steps"
             )
-        self.last_good = {
-            name: parameter.detach().clone() for name, parameter in self.trained.items()
-        }
+        if not self.last_good:
+            self.last_good = {name: torch.empty_like(p) for name, p in self.trained.items()}
+        with torch.no_grad():
+            for name, good in self.last_good.items():
+                good.copy_(self.trained[name])
 
     def restore_last_good(self) -> None:
         """Put back the weights that last gave a finite loss."""
