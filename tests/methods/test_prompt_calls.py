@@ -1,6 +1,10 @@
 """Calls of a model that get trained tokens: generation, routes, labels, caches, and refusals."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +112,21 @@ def test_rows_of_equal_length_need_no_mask(several):
         with lk.route(several, name):
             alone = outputs(several, {"input_ids": ids[number : number + 1]})[0]
         torch.testing.assert_close(found[number], alone, rtol=1e-8, atol=1e-8)
+
+
+def test_rows_of_different_adapters_go_on_with_a_cache_of_the_caller_s(several):
+    ids, more = torch.tensor([row[:1] * 3 for row in MIXED]), torch.tensor([[30]]).expand(6, 1)
+    caches = [DynamicCache(config=several.config) for _ in range(7)]
+    with lk.route(several, CHOICES), torch.no_grad():
+        first = several(ids, past_key_values=caches[-1]).logits
+        second = several(more, past_key_values=caches[-1]).logits
+    for number, name in enumerate(CHOICES):
+        cache = caches[number]
+        with lk.route(several, name), torch.no_grad():
+            alone = several(ids[number : number + 1], past_key_values=cache).logits[0]
+            after = several(more[:1], past_key_values=cache).logits[0]
+        torch.testing.assert_close(first[number], alone, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(second[number], after, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -323,6 +342,35 @@ def test_a_cache_without_prefixes_is_none_of_its_business():
         model(IDS, past_key_values=cache)
         model(IDS[:, :1], past_key_values=cache)
     assert cache.get_seq_length() == 5
+
+
+COMPILED = """
+import torch, lorakit as lk
+from lorakit.errors import RouteError
+from prefix_oracle import prefixed
+model, ids = prefixed("llama"), torch.tensor([[5, 6, 7]])
+with lk.route(model, None):
+    wanted = model(ids).logits
+for compiled in (torch.compile(model, backend="eager"), model):
+    model.compile(backend="eager") if compiled is model else None
+    try:
+        compiled(ids)
+    except RouteError as error:
+        assert "before torch.compile" in str(error), error
+    else:
+        raise AssertionError("not refused")
+    with lk.route(model, None):
+        assert torch.allclose(compiled(ids).logits, wanted)
+print("refused")
+"""
+
+
+def test_a_compiled_model_is_refused_and_its_base_is_not():
+    tests = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
+    command = [sys.executable, "-W", "ignore", "-c", COMPILED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "refused" in done.stdout, done.stderr[-2000:]
 
 
 def test_the_hooks_go_with_the_last_prefix_and_not_before():

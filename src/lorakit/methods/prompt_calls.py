@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -81,9 +82,12 @@ def put_in(
     route: Route | None = getattr(embedding, "adapter_route", None)
     if route is None:
         return None
-    named = _named(model, args, kwargs)
+    batch = _Batch(model, embedding, _named(model, args, kwargs), route)
+    if _is_compiled():
+        _check_none(batch)
+        return None
     call = Call()
-    changed = _prepared(_Batch(model, embedding, named, route), call)
+    changed = _prepared(batch, call)
     route.prompted.calls.append(call)
     return None if changed is None else ((), changed)
 
@@ -127,6 +131,25 @@ def _for_tokens(found: Any, call: Call, *, is_logits: bool) -> Any:
     return found.gather(1, index.expand(*answers.shape, *found.shape[2:]))
 
 
+def _is_compiled() -> bool:
+    """Tell whether this runs within torch.compile, traced or between two graphs."""
+    # What graphs have read of the notes about a call would be theirs for all later calls.
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def _check_none(batch: _Batch) -> None:
+    """Make sure that no row of a compiled model would get trained tokens.
+
+    Raises:
+        RouteError: one would.
+    """
+    if any(batch.tokens(batch.rows)):
+        raise RouteError(
+            "the adapter in use has trained tokens, which can't be put into the rows of a compiled "
+            "model: use the model as it was before torch.compile"
+        )
+
+
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return all arguments by their names."""
     if not args:
@@ -152,6 +175,12 @@ class _Batch:
     def vocabulary(self) -> int:
         return cast(Any, self.embedding).num_embeddings
 
+    @property
+    def rows(self) -> int:
+        """Return the rows of the first tensor."""
+        named = (self.ids, *self.named.values())
+        return len(next((each for each in named if isinstance(each, Tensor)), ()))
+
     def tokens(self, rows: int) -> list[PromptTokens | None]:
         """Return the trained tokens of each row's adapter."""
         changes = self.route.in_force
@@ -175,8 +204,7 @@ def _prepared(batch: _Batch, call: Call) -> dict[str, Any] | None:
     """Note what a call is about, and return its arguments, if they must be others."""
     named, ids, cache = batch.named, batch.ids, batch.named.get("past_key_values")
     if ids is None:
-        others = (each for each in named.values() if isinstance(each, Tensor))
-        if any(batch.tokens(len(next(others, ())))):
+        if any(batch.tokens(batch.rows)):
             raise RouteError(
                 "the adapter in use puts trained tokens into rows of input_ids, and there are none"
             )
