@@ -43,8 +43,10 @@ class Lengths:
 
     def of(self, sources: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """Return what a function of some tensors gives, from memory where they are as before."""
-        counted = not any(tensor.is_inference() for tensor in sources)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not counted:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return compute()
+        if any(tensor.is_inference() for tensor in sources):
+            # Torch counts no writes to these.
             return compute()
         token = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in sources]
         kept = self._kept
