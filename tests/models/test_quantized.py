@@ -20,6 +20,7 @@ from lorakit.errors import (
     ModelError,
     TargetError,
 )
+from lorakit.models.identity import identify
 from lorakit.models.load import load_model
 from lorakit.models.quantized import (
     Quantization,
@@ -29,7 +30,7 @@ from lorakit.models.quantized import (
     quantized_within,
 )
 from lorakit.models.quantized_weight import float_weight, is_quantized
-from lorakit.models.roles import output_head
+from lorakit.models.roles import output_head, task_heads
 from lorakit.planning import _check_float
 from lorakit.train.compiling import check_compile
 from lorakit.train.economy import economical
@@ -215,6 +216,24 @@ def test_a_quantised_base_says_how(double):
     }
 
 
+def held_bytes(model):
+    """Return the memory of all parameters, and of the scales of those that are quantised."""
+    own = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    states = (getattr(p, "quant_state", None) for p in model.parameters())
+    scales = (s.absmax for s in states if s is not None)
+    return sum(own.values()) + sum(s.numel() * s.element_size() for s in scales)
+
+
+def test_smollm2_takes_half_the_memory_in_4_bits_and_knows_its_original():
+    model, _ = load_model("smollm2", dtype="bfloat16")
+    before, original = held_bytes(model), identify(model)
+    quantize(model, Quantization.of("4bit", "bfloat16"))
+    # Its embedding, which is its head too, is a fifth of the weights.
+    assert held_bytes(model) < 0.45 * before
+    lk.attach(model, lk.LoRAConfig(rank=1))
+    assert lk.extract(model).base.difference(original) is None
+
+
 # Which base it is.
 
 
@@ -224,6 +243,7 @@ def test_an_adapter_of_a_quantised_base_fits_the_original_and_back(family, tmp_p
     attach_random(model, rank=2, targets=("all-linear",))
     inputs = example_inputs(model)
     adapted = outputs(model, inputs)
+    assert lk.extract(model).base == identify(original, skip=task_heads(original))
     lk.extract(model).save(tmp_path / "adapter")
     lk.detach(model)
     lk.attach(original, lk.Adapter.load(tmp_path / "adapter"))
