@@ -131,8 +131,8 @@ def merge(
             the merge several times faster.
 
     Raises:
-        MergeError: no adapter is active, this one cannot be merged (bottlenecks, trained tokens),
-            is merged already, or a route is open.
+        MergeError: no adapter is active, this one cannot be merged (bottlenecks, trained tokens,
+            quantised weights), is merged already, or a route is open.
     """
     state = require_attachment(model)
     name = active_name(model) if name is None else name
