@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
 from lorakit.attach import adapter_parameters
+from lorakit.attachment import attachment_of
 from lorakit.errors import TargetError
 from lorakit.kernels.choice import use
 from oracles import alone, base_hash, outputs, with_updates
@@ -162,11 +163,14 @@ def unfrozen(adapter):
     return replace(adapter, sites=tuple(replace(site, frozen=0) for site in adapter.sites))
 
 
-def test_rows_choose_it_as_any_adapter():
+@pytest.mark.parametrize("form", ["trained", "frozen", "for compiled models"])
+def test_rows_choose_it_as_any_adapter(form):
     model, _ = attached("gpt2")
     shake(model)
     lk.attach(model, lk.LoRAConfig(rank=2), name="other")
     shake(model, "other")
+    model.requires_grad_(form == "trained")
+    attachment_of(model).compiled = form == "for compiled models"
     inputs = example_inputs(model, rows=4)
     names = ["default", None, {"default": 0.5, "other": 1.0}, "other"]
     with lk.route(model, names):
