@@ -32,6 +32,8 @@ class Method:
     identity: bool = True
     """Whether a fresh one changes nothing."""
     mergeable: bool = True
+    uncached: bool = True
+    """Whether it can generate without a cache."""
     rows: bool = True
     """Whether rows of a DeBERTa can choose it: positions are computed once for all rows."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -105,12 +107,35 @@ def low_rank(c, rank=2):
     return layers * rank * (2 * d + d + kv_width(c))
 
 
+def with_lengths(c):
+    """Return what LoRA trains, and DoRA's length for each row of q and v."""
+    d, _, layers = hidden(c)
+    return low_rank(c) + layers * (d + kv_width(c))
+
+
 def classifier(c):
     """Return the values in a fresh classifier, with the layers made for it."""
     if c.model_type in DECODERS:
         return 0
     d, own = c.hidden_size, c.hidden_size * c.num_labels + c.num_labels
     return own if c.model_type == "bert" else own + d * d + d
+
+
+def tokens_of(c, count):
+    """Return d·(l_p + l_i); OPT's embedding can be narrower than its blocks."""
+    return getattr(c, "word_embed_proj_dim", hidden(c)[0]) * count
+
+
+def tokens_of_every_layer(c, count):
+    """Return L·d·(l_p + l_i): the embedding, and every block but the last."""
+    d, _, layers = hidden(c)
+    return tokens_of(c, count) + (layers - 1) * d * count
+
+
+def bottlenecks(c, size, *, each=1, left_out=0, norms=0):
+    """Return L·(2·d·r + r + d) + 2·L_LN·d."""
+    d, _, layers = hidden(c)
+    return (layers - left_out) * (each * (2 * d * size + size + d) + norms * 2 * d)
 
 
 NO_BIAS = {"llama": "bitfit.add_missing"}
@@ -125,6 +150,57 @@ METHODS: dict[str, Method] = {
     ),
     "lora+bitfit": Method(
         [LORA, lk.BitFitConfig()], lambda c: low_rank(c) + biases(c), rows=False, refused=NO_BIAS
+    ),
+    "dora": Method([lk.LoRAConfig(rank=2, use_dora=True)], with_lengths),
+    "orthogonal": Method([lk.LoRAConfig(rank=2, init="orthogonal")], low_rank),
+    "prefix-embedding": Method(
+        [lk.PrefixConfig(prefix=3, infix=0)],
+        lambda c: tokens_of(c, 3),
+        identity=False,
+        mergeable=False,
+    ),
+    "prefix-layer": Method(
+        [lk.PrefixConfig(prefix=2, infix=1, every_layer=True)],
+        lambda c: tokens_of_every_layer(c, 3),
+        identity=False,
+        mergeable=False,
+        uncached=False,
+    ),
+    "lora+prefix-embedding": Method(
+        [LORA, lk.PrefixConfig(prefix=1, infix=2, init="random")],
+        lambda c: low_rank(c) + tokens_of(c, 3),
+        identity=False,
+        mergeable=False,
+        uncached=False,
+    ),
+    "lora+prefix-layer": Method(
+        [LORA, lk.PrefixConfig(prefix=2, infix=0, every_layer=True)],
+        lambda c: low_rank(c) + tokens_of_every_layer(c, 2),
+        identity=False,
+        mergeable=False,
+    ),
+    "adapter-h": Method(
+        [lk.BottleneckConfig(variant="h", size=4)],
+        lambda c: bottlenecks(c, 4, each=2),
+        mergeable=False,
+    ),
+    "adapter-l": Method(
+        [lk.BottleneckConfig(variant="l", size=4)],
+        lambda c: bottlenecks(c, 4, norms=1),
+        mergeable=False,
+    ),
+    "adapter-p": Method(
+        [lk.BottleneckConfig(variant="p", size=4)], lambda c: bottlenecks(c, 4), mergeable=False
+    ),
+    "adapter-d": Method(
+        [lk.BottleneckConfig(variant="d", size=4, dropped=1)],
+        lambda c: bottlenecks(c, 4, left_out=1),
+        mergeable=False,
+    ),
+    "lora+adapter-h": Method(
+        [lk.LoRAConfig(rank=2, targets=("o",)), lk.BottleneckConfig(variant="h", size=4)],
+        lambda c: hidden(c)[2] * 2 * 2 * hidden(c)[0] + bottlenecks(c, 4, each=2),
+        mergeable=False,
     ),
 }
 """Every method: its settings, its formula, and where it promises less."""
@@ -310,6 +386,10 @@ def test_generation_with_a_cache_is_that_without(method, model):
     attach_random(model, method)
     inputs = example_inputs(model)
     inputs["attention_mask"][0, :2] = 0
+    if not method.uncached:
+        with pytest.raises(RouteError, match="use_cache"):
+            model.generate(**inputs, do_sample=False, max_new_tokens=4, use_cache=False)
+        return
     tokens = [
         model.generate(**inputs, do_sample=False, max_new_tokens=4, use_cache=cached)
         for cached in (True, False)
