@@ -205,3 +205,18 @@ def test_the_match_table_has_a_line_for_each_kind_of_layer():
     text = str(lk.plan(build("llama"), lk.FullConfig()))
     assert "model.layers.*.self_attn.q_proj (2 times)" in text
     assert len(text.splitlines()) == 14
+
+
+def test_positions_given_by_keyword_reach_the_copies_and_stay_with_their_rows():
+    model = build("opt")
+    positions = torch.stack([torch.arange(7) + 3, torch.arange(7).flip(0)])
+    inputs = {**example_inputs(model), "position_ids": positions}
+    before = outputs(model, inputs)
+    lk.attach(model, lk.FullConfig())
+    assert torch.equal(outputs(model, inputs), before)
+    randomise(model)
+    adapted = outputs(model, inputs)
+    with lk.route(model, [None, "default"]):
+        mixed = outputs(model, inputs)
+    torch.testing.assert_close(mixed[0], before[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixed[1], adapted[1], rtol=1e-4, atol=1e-4)
