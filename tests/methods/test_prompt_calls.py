@@ -348,11 +348,18 @@ COMPILED = """
 import torch, lorakit as lk
 from lorakit.errors import RouteError
 from prefix_oracle import prefixed
+BACKEND = "eager"
 model, ids = prefixed("llama"), torch.tensor([[5, 6, 7]])
 with lk.route(model, None):
     wanted = model(ids).logits
-for compiled in (torch.compile(model, backend="eager"), model):
-    model.compile(backend="eager") if compiled is model else None
+def of(part):
+    part.compile(backend=BACKEND)
+    return model
+def wrapped():
+    return torch.compile(model, backend=BACKEND)
+for make in (lambda: of(model.model), wrapped, lambda: of(model)):
+    model.model._compiled_call_impl = None
+    compiled = make()
     try:
         compiled(ids)
     except RouteError as error:

@@ -27,6 +27,11 @@ from lorakit.tasks.prompt_tokens import PromptTokens
 HOOKS = ("trained tokens in", "trained tokens out", "ids of trained tokens")
 """What the hooks are called in an attachment."""
 
+COMPILED = (
+    "the adapter in use has trained tokens, which can't be put into the rows of a compiled model: "
+    "use the model as it was before torch.compile"
+)
+
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
 """Arguments with a value for each token that rows get longer in."""
 
@@ -61,10 +66,16 @@ def watch(model: nn.Module, path: str) -> dict[str, RemovableHandle]:
 
 
 def hide_ids(embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Give the base's embedding its first token for each trained one: a forward pre-hook."""
+    """Give the base's embedding its first token for each trained one: a forward pre-hook.
+
+    Raises:
+        RouteError: a part of the model is compiled.
+    """
     route: Route | None = getattr(embedding, "adapter_route", None)
     if route is None or not route.prompted.calls or route.prompted.calls[-1].placed is None:
         return None
+    if _is_compiled():
+        raise RouteError(COMPILED)
     trained = args[0] >= cast(nn.Embedding, embedding).num_embeddings
     route.prompted.here = bool(trained.any())
     return (args[0].masked_fill(trained, 0), *args[1:])
@@ -144,10 +155,7 @@ def _check_none(batch: _Batch) -> None:
         RouteError: one would.
     """
     if any(batch.tokens(batch.rows)):
-        raise RouteError(
-            "the adapter in use has trained tokens, which can't be put into the rows of a compiled "
-            "model: use the model as it was before torch.compile"
-        )
+        raise RouteError(COMPILED)
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
