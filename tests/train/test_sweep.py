@@ -167,7 +167,7 @@ def test_patience_ends_one_member_alone(settings, monkeypatch):
     coming = {1: iter([3.0, 1.0, 2.0, 2.0, 2.0]), 4: iter([9.0, 8.0, 7.0, 6.0, 5.0])}
 
     def decide(model, *args, **kwargs):
-        rank = lk.extract(model).config.rank
+        rank = lk.extract(model).lora.rank
         return {"loss": next(coming[rank])}
 
     monkeypatch.setattr(training, "score", decide)
@@ -211,7 +211,7 @@ def test_a_sweep_without_a_finished_member_is_an_error(settings):
 
 def test_a_defect_in_one_member_is_raised_after_the_others_are_written(settings, monkeypatch):
     def fail(model, *args, **kwargs):
-        if lk.extract(model).config.rank == 1:
+        if lk.extract(model).lora.rank == 1:
             raise ZeroDivisionError("a defect")
         return {"loss": 1.0}
 
