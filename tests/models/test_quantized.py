@@ -148,6 +148,17 @@ def test_gradients_are_those_of_the_dequantised_base(family, way, memory):
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", [{"use_dora": True}, {"init": "pissa"}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_forms_that_read_the_weight_read_the_dequantised_one(family, form):
+    model, _ = quantized(family)
+    plain = dequantized(model)
+    inputs = example_inputs(model)
+    for each in (model, plain):
+        attach_random(each, rank=2, targets=("q", "v", "down"), **form)
+    torch.testing.assert_close(outputs(model, inputs), outputs(plain, inputs))
+
+
 def test_economical_modules_are_found_on_a_quantised_base():
     model, original = quantized("llama")
     for each in (model, original):

@@ -19,7 +19,7 @@ from lorakit.kernels.dropout import Dropout
 from lorakit.method_config import LoRAConfig
 from lorakit.methods.layer import AdaptedLayer, Update
 from lorakit.methods.magnitude import Lengths, rescaled
-from lorakit.models.quantized_weight import is_quantized
+from lorakit.models.quantized_weight import float_weight, is_quantized
 
 ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -50,7 +50,7 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 
 def matrix_of(layer: nn.Module, site: Site) -> Tensor:
     """Return the part of a layer's weight that a site changes, as a matrix (d_out, d_in)."""
-    weight = cast(Tensor, layer.weight).detach()
+    weight = float_weight(layer).detach()
     matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight.flatten(1)
     if site.rows is None:
         return matrix
