@@ -69,7 +69,9 @@ def test_the_page_has_a_place_for_each_benchmark_and_its_command(name):
     assert f"\nlorakit bench {name} --out docs/benchmarks/{name}.json\n" in page
 
 
-@pytest.mark.parametrize("name", ["train", "train_float32", "train_all_linear", "roofline"])
+@pytest.mark.parametrize(
+    "name", ["train", "train_float32", "train_all_linear", "train_compiled", "roofline"]
+)
 def test_the_page_has_a_place_for_each_measurement_of_training(name):
     page = PAGE.read_text(encoding="utf-8")
     assert f"<!-- {name} -->\n" in page
@@ -109,7 +111,8 @@ def test_only_what_is_between_the_marks_is_rewritten(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(12.345, "12.3 s"), (0.0123, "12.3 ms"), (1.69e-6, "1.69 us")]
+    ("seconds", "text"),
+    [(12.345, "12.3 s"), (0.0123, "12.3 ms"), (1.69e-6, "1.69 us"), (-0.25, "-250 ms")],
 )
 def test_a_time_is_written_in_the_unit_that_suits_it(seconds, text):
     assert duration(seconds) == text
