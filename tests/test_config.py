@@ -17,7 +17,10 @@ from lorakit.method_config import layer_numbers
         ({"alpha": float("nan")}, "alpha: input should be"),
         ({"dropout": 7}, "dropout: input should be less than 1, found 7"),
         ({"bias": "some"}, "bias: input should be 'none', 'lora' or 'all', found 'some'"),
-        ({"init": "zeros"}, "init: input should be 'kaiming' or 'gaussian'"),
+        (
+            {"init": "zeros"},
+            "init: input should be 'kaiming', 'gaussian', 'orthogonal', 'pissa' or 'eva'",
+        ),
         ({"layers": "3-1"}, "has a range that ends before it starts"),
         ({"layers": "all"}, "is not a list of blocks"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern.q"),

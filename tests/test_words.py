@@ -18,11 +18,12 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_python_of_the_readme_prints_what_it_says(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_python_of_the_readme_prints_what_it_says(number, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    program, _ = blocks("python")
+    program = blocks("python")[number]
     exec(compile(program, "README.md", "exec"), {})
-    assert capsys.readouterr().out == blocks("text")[0]
+    assert capsys.readouterr().out == blocks("text")[number]
 
 
 def test_the_bank_of_the_readme_answers_a_mixed_batch(tmp_path, monkeypatch):
@@ -32,7 +33,7 @@ def test_the_bank_of_the_readme_answers_a_mixed_batch(tmp_path, monkeypatch):
         attach_random(model, seed=seed, targets=("q", "v"))
         lk.extract(model).save(tmp_path / "out" / name)
         lk.detach(model)
-    _, program = blocks("python")
+    *_, program = blocks("python")
     found = {}
     exec(compile(program, "README.md", "exec"), found)
     assert found["answers"].shape[0] == 3

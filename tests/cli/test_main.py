@@ -271,15 +271,15 @@ def test_project_file_names_this_entry_point():
 
 
 def test_the_verb_of_two_words_needs_both(capsys):
-    asked = "one of latency, load, mixed, roofline, switch, sweep, train"
+    asked = "one of latency, load, methods, mixed, roofline, switch, sweep, train"
     for words in (["bench"], ["bench", "--repeats", "3"]):
         assert main(words) == 2
         needs = f"error: lorakit bench needs a second word: {asked}\n"
         assert capsys.readouterr().err == needs
     assert main(["bench", "swich"]) == 2
     assert capsys.readouterr().err == (
-        "error: lorakit bench has no verb 'swich'; it needs one of latency, load, mixed, roofline, "
-        "switch, sweep, train; did you mean 'switch'?\n"
+        "error: lorakit bench has no verb 'swich'; it needs one of latency, load, methods, mixed, "
+        "roofline, switch, sweep, train; did you mean 'switch'?\n"
     )
 
 
