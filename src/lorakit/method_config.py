@@ -247,7 +247,7 @@ METHODS: dict[str, tuple[type[MethodConfig], Mapping[str, Any]]] = {
 
 
 class Defaults(Settings):
-    """How a method is trained where nothing else is asked for; found by trial on E2E NLG."""
+    """How a method is trained where nothing else is asked for (docs/methods.md says how found)."""
 
     learning_rate: PositiveFloat
     """Peak learning rate of AdamW."""
@@ -258,11 +258,11 @@ class Defaults(Settings):
 DEFAULTS: Mapping[str, Defaults] = {
     "lora": Defaults(learning_rate=2e-3),
     "full": Defaults(learning_rate=5e-5),
-    "top-k": Defaults(learning_rate=2e-4),
+    "top-k": Defaults(learning_rate=2e-3),
     "bitfit": Defaults(learning_rate=5e-3),
-    "prefix-embedding": Defaults(learning_rate=1e-2),
-    "prefix-layer": Defaults(learning_rate=1e-2),
-    "adapter-h": Defaults(learning_rate=1e-3),
+    "prefix-embedding": Defaults(learning_rate=5e-2),
+    "prefix-layer": Defaults(learning_rate=5e-2),
+    "adapter-h": Defaults(learning_rate=4e-3),
     "adapter-l": Defaults(learning_rate=1e-3),
     "adapter-p": Defaults(learning_rate=1e-3),
     "adapter-d": Defaults(learning_rate=1e-3),
