@@ -63,3 +63,14 @@ def test_every_wrong_setting_is_told_before_anything_is_trained(compare):
     assert "lorra: " in printed.err
     assert "mine: " not in printed.err
     assert "rates: dora is not among the methods" in printed.err
+
+
+def test_a_run_that_is_stopped_ends_alone_and_is_named(compare):
+    code, printed = compare("--methods", '{"lora": {}}', "--rates", '{"lora": [1e-3, 1e30]}')
+    assert code == 0
+    result = json.loads(printed.out)
+    assert [row["learning rate"] for row in result["tables"]["methods"]] == [None, 1e-3]
+    assert set(result["checks"]) == {"stopped, lora at 1e+30"}
+    assert "lora at 1e+30: " in printed.err
+    assert "lora at 0.001: {" in printed.err
+    assert "stopped, lora at 1e+30: " in table(result)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +37,8 @@ from lorakit.train.loss import Loss
 from lorakit.train.prepare import prepare
 from lorakit.train.prompted import encode_for
 from lorakit.train.run import Run, run_alone
+
+_Row = dict[str, Any]
 
 BASE = "base"
 """What stands in the table for the model without any training."""
@@ -84,6 +88,12 @@ class _Entry:
     config: TrainConfig | None
     """None: the base is scored as it is."""
 
+    @property
+    def title(self) -> str:
+        """Return its name, and the rate if one was asked for."""
+        rate = self.config and self.config.learning_rate
+        return f"{self.name} at {rate:g}" if rate else self.name
+
 
 def measure_methods(settings: MethodsConfig) -> Findings:
     """Train every method, and score each on the held-out rows.
@@ -91,19 +101,37 @@ def measure_methods(settings: MethodsConfig) -> Findings:
     Raises:
         ConfigError: a method's settings cannot be used; every problem is listed.
         DataError: no rows to train on or to score are named.
-        TrainingError: a run was stopped.
+        TrainingError: every run was stopped.
     """
     if settings.data.train is None or settings.data.validation is None:
         raise DataError("data.train and data.validation must name rows to train on and to score")
     with tempfile.TemporaryDirectory() as folder:
         entries = [_Entry(name=BASE, config=None), *_entries(settings, Path(folder))]
         with _workers(settings.parallel) as pool:
-            running = [pool.submit(_measured, settings, each) for each in entries]
-            rows = [each.result() for each in running]
+            running = {pool.submit(_measured, settings, each): each for each in entries}
+            for run in as_completed(running):
+                _tell(running[run], run)
+    rows = [run.result() for run in running if run.exception() is None]
+    stopped = {each.title: run.exception() for run, each in running.items() if run.exception()}
+    if not rows:
+        raise next(error for error in stopped.values() if error is not None)
     tables = {"methods": rows}
     if settings.rates:
         tables["best"] = _best(rows)
-    return Findings(timings={}, tables=tables)
+    checks = {f"stopped, {title}": str(error) for title, error in stopped.items()}
+    return Findings(timings={}, tables=tables, checks=checks)
+
+
+def _tell(entry: _Entry, run: Future[_Row]) -> None:
+    """Say on stderr how a run ended.
+
+    A comparison takes long, and what one method got does not depend on the others: so each is told
+    at once, and a run that was stopped ends alone. Errors of the program end all.
+    """
+    error = run.exception()
+    if error is not None and not isinstance(error, LorakitError):
+        raise error
+    print(f"{entry.title}: {error or json.dumps(run.result())}", file=sys.stderr, flush=True)
 
 
 def _workers(count: int) -> Executor:
@@ -168,7 +196,7 @@ class Peak(TrainerCallback):
         self.most_bytes = most_bytes()
 
 
-def _measured(settings: MethodsConfig, entry: _Entry) -> dict[str, Any]:
+def _measured(settings: MethodsConfig, entry: _Entry) -> _Row:
     """Train and score one method, in this process; return its row of the table."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -192,7 +220,7 @@ def _measured(settings: MethodsConfig, entry: _Entry) -> dict[str, Any]:
     }
 
 
-def _row_of_base(settings: MethodsConfig) -> dict[str, Any]:
+def _row_of_base(settings: MethodsConfig) -> _Row:
     rows = read_rows(str(settings.data.train), settings.data, limit=settings.data.train_rows)
     task = "classification" if rows.labels else "generation"
     model, tokenizer = load_model(
@@ -251,9 +279,9 @@ def _bleu(
     return bleu(written, [references_of(row) for row in asked])
 
 
-def _best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _best(rows: list[_Row]) -> list[_Row]:
     """Return each method's row with the lowest held-out loss."""
-    best: dict[str, dict[str, Any]] = {}
+    best: dict[str, _Row] = {}
     for row in rows:
         name = row["method"]
         if name not in best or row["held-out loss"] < best[name]["held-out loss"]:
