@@ -25,6 +25,7 @@ from lorakit.planning import (
     copied_parameters,
     copies_of,
     keeps_ties,
+    parts_of,
 )
 
 
@@ -115,7 +116,7 @@ def _parts(
         problems += _other_copies(adapter, copies)
     biases = (path for claim in claims for path in claim.biases if not lies_in(path, copies))
     expected.update(f"{path}.bias" for path in biases)
-    parts = tuple(part for claim in claims for part in claim.parts)
+    parts = parts_of(claims)
     for part in parts:
         expected.update(part.shapes)
         for name, shape in part.shapes.items():

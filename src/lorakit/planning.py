@@ -123,7 +123,7 @@ def plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) -> Plan:
     copies = copies_of(model, configs, claims)
     _check_float(model, copies)
     matches = tuple(match for claim in claims for match in claim.matches)
-    parts = tuple(part for claim in claims for part in claim.parts)
+    parts = parts_of(claims)
     # What changes the output of a copy as a whole comes after it; inside it would be lost.
     inside = [part.path for part in parts if part.path not in copies]
     _check_apart(copies, [*(match.site.path for match in matches), *inside])
@@ -131,6 +131,17 @@ def plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) -> Plan:
     own = tuple(path for path in biases if not lies_in(path, copies))
     tied = keeps_ties(configs)
     return completed(model, matches, own, copies, parts, tied=tied)
+
+
+def parts_of(claims: Iterable[Claims]) -> tuple[Part, ...]:
+    """Return the parts of all claims, without those whose weights an earlier one trains.
+
+    Of a block's q_bias in DeBERTa, top-k and BitFit each want the same.
+    """
+    parts: dict[frozenset[str], Part] = {}
+    for part in (part for claim in claims for part in claim.parts):
+        parts.setdefault(frozenset(part.shapes), part)
+    return tuple(parts.values())
 
 
 def copies_of(

@@ -51,6 +51,19 @@ def test_biases_that_are_read_and_not_added_train_too():
     torch.testing.assert_close(outputs(model, inputs), outputs(plain, inputs))
 
 
+def test_biases_that_top_k_trains_too_are_trained_once(tmp_path):
+    model = build("deberta")
+    lk.attach(model, [lk.FullConfig(only_top=True, top=1), lk.BitFitConfig()])
+    randomise(model)
+    after = outputs(model, example_inputs(model))
+    names = [name for name, _ in adapter_parameters(model, "default")]
+    assert len(names) == len(set(names))
+    folder = lk.extract(model).save(tmp_path / "both")
+    again = build("deberta")
+    lk.attach(again, lk.Adapter.load(folder))
+    assert torch.equal(outputs(again, example_inputs(again)), after)
+
+
 def test_a_bias_that_two_modules_hold_is_trained_once():
     model = build("bert", head="ForMaskedLM")
     assert isinstance(model, transformers.BertForMaskedLM)
