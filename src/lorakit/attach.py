@@ -26,7 +26,7 @@ from lorakit.matching import fit
 from lorakit.method_config import LoRAConfig, MethodConfig
 from lorakit.methods.chain import Chain
 from lorakit.methods.checkpointing import forget_routes, stacks_of_blocks
-from lorakit.methods.eva import input_directions
+from lorakit.methods.eva import Directions, input_directions
 from lorakit.methods.frozen_ranks import apart, together
 from lorakit.methods.layer import (
     Update,
@@ -40,7 +40,7 @@ from lorakit.methods.start import fresh_tensors
 from lorakit.models.base import base_parameter
 from lorakit.models.quantized import card_of_base
 from lorakit.models.roles import shared_inputs, task_heads
-from lorakit.planning import Plan, as_configs, keeps_ties, plan, short_names
+from lorakit.planning import Plan, as_configs, keeps_ties, plan, short_names, with_moved_ranks
 from lorakit.pristine import Pristine
 
 
@@ -87,6 +87,8 @@ def attach(
         fitted = plan(model, configs)
         lora = next((each for each in configs if isinstance(each, LoRAConfig)), LoRAConfig())
         directions = _directions(model, state, fitted, data)
+        if lora.eva_rho > 1:
+            fitted = with_moved_ranks(model, fitted, lora, directions)
         modules = layout_of(model).modules
         start = apart(fitted.sites, fresh_tensors(modules, fitted.sites, lora, directions))
         updates = _build(modules, fitted, configs, None, start, copy=False)
@@ -135,7 +137,7 @@ def _directions(
     state: Attachment | None,
     fitted: Plan,
     data: Iterable[Mapping[str, Tensor]] | None,
-) -> dict[str, Tensor]:
+) -> dict[str, Directions]:
     """Return the directions of the layers' inputs in the base, for init eva."""
     if data is None:
         return {}

@@ -78,6 +78,11 @@ class LoRAConfig(MethodConfig):
     """Iterations of a randomised singular value decomposition for init pissa, quicker for large
     layers. None: the exact one."""
 
+    eva_rho: Annotated[float, Field(ge=1)] = 1.0
+    """How many times its rank a layer may get in init eva, which then moves ranks, as many as there
+    are, to the directions that explain most of their layer's variance; each keeps one at least, and
+    its scale. 1: ranks stay."""
+
     freeze_a: bool = False
     """Train B alone (LoRA-FA, Zhang 2023): of a layer's input only A·x is kept for the backward
     pass."""
@@ -91,6 +96,8 @@ class LoRAConfig(MethodConfig):
     def _check(self) -> LoRAConfig:
         if not self.targets and self.bias == "none" and not self.modules_to_save:
             raise ValueError("targets is empty, so nothing would be trained")
+        if self.eva_rho > 1 and self.init != "eva":
+            raise ValueError(f"eva_rho moves ranks in init eva, and init is {self.init}")
         if self.layers is not None:
             layer_numbers(self.layers)
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from lorakit.method_config import (
     combination_problems,
 )
 from lorakit.methods import bitfit, bottleneck, full, lora_places, prefix
-from lorakit.methods.claims import Claims, Match
+from lorakit.methods.claims import Claims, Match, match_of
+from lorakit.methods.eva import Directions, moved_ranks
 from lorakit.methods.part import Part
 from lorakit.models.base import base_modules, base_parameters, lies_in, outermost
 from lorakit.models.quantized import quantized_within
@@ -202,6 +203,25 @@ def completed(
     extra = sum(cast(Tensor, model.get_submodule(path).bias).numel() for path in biases)
     extra += sum(p.numel() for _, p in copied_parameters(model, copies, tied=tied))
     return Plan(found, tuple(biases), tuple(copies), extra, parts)
+
+
+def with_moved_ranks(
+    model: nn.Module, fitted: Plan, config: LoRAConfig, directions: Mapping[str, Directions]
+) -> Plan:
+    """Return a plan whose ranks are moved to where they explain most of the layers' inputs.
+
+    Args:
+        model: the base.
+        fitted: as the settings alone say.
+        config: of its low-rank updates.
+        directions: of the layers' inputs, by path.
+    """
+    moved = moved_ranks(fitted.sites, directions, rho=config.eva_rho, use_rslora=config.use_rslora)
+    matches = (
+        replace(match_of(model.get_submodule(site.path), None, site, config), role=match.role)
+        for match, site in zip(fitted.matches, moved, strict=True)
+    )
+    return replace(fitted, matches=tuple(matches))
 
 
 def _modules_to_save(model: nn.Module, words: Sequence[str]) -> list[str]:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit.errors import AttachError, TargetError
-from oracles import attach_random, outputs
+from lorakit.errors import AttachError, ConfigError, TargetError
+from oracles import attach_random, outputs, randomise
 from tiny_models import build, example_inputs
 
 TARGETS = {"llama": ("all-linear",), "gpt2": ("q", "v", "down"), "bert": ("q", "k", "v", "up")}
@@ -120,6 +120,39 @@ def test_a_file_of_it_is_plain_lora(tmp_path):
     assert loaded.content_hash() == adapter.content_hash()
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_move_to_where_they_explain_most(tmp_path, use_rslora):
+    model = build("llama").double()
+    data = batches(model)
+    read, before = inputs_of(model, data), outputs(model, data[0])
+    config = lk.LoRAConfig(targets=("q", "v", "down"), rank=4, alpha=6, use_rslora=use_rslora)
+    still = lk.attach(model, config).sites
+    lk.detach(model)
+    moving = config.model_copy(update={"init": "eva", "eva_rho": 2.5})
+    found = lk.attach(model, moving, data=data)
+    assert torch.equal(outputs(model, data[0]), before)
+    ranks = [site.rank for site in found.sites]
+    assert sum(ranks) == 4 * len(ranks)
+    assert min(ranks) >= 1
+    assert 4 < max(ranks) <= 10
+    assert [site.scale for site in found.sites] == [site.scale for site in still]
+    for site in found.sites:
+        expected = site.alpha / (site.rank**0.5 if use_rslora else site.rank)
+        assert expected == pytest.approx(site.scale, rel=1e-12)
+    # A direction that was left out explains no more than the least of those that were taken.
+    shares = {p: torch.linalg.svdvals(x).square() for p, x in read.items()}
+    shares = {p: values / values.sum() for p, values in shares.items()}
+    taken = [shares[s.path][s.rank - 1].item() for s in found.sites if s.rank > 1]
+    left = [shares[s.path][s.rank].item() for s in found.sites if s.rank < 10]
+    assert min(taken) >= max(left) - 1e-9
+    assert found.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    randomise(model)
+    after, saved = outputs(model, data[0]), lk.extract(model).save(tmp_path / "moved")
+    lk.detach(model)
+    lk.attach(model, lk.Adapter.load(saved))
+    assert torch.equal(outputs(model, data[0]), after)
+
+
 class Unused(nn.Module):
     """A model that calls one of its two layers."""
 
@@ -146,3 +179,5 @@ def test_what_cannot_be_is_told():
     assert "have read nothing (1 problem):\n  idle" in refusal(TargetError, ("used", "idle"))
     assert "init eva is for linear layers alone" in refusal(TargetError, ("used", "table"))
     assert "has rank 5, and there are 4 directions" in refusal(TargetError, rank=5)
+    with pytest.raises(ConfigError, match="eva_rho moves ranks in init eva, and init is kaiming"):
+        lk.LoRAConfig(eva_rho=2.0)

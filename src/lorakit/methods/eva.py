@@ -2,17 +2,31 @@
 
 Those are the right singular vectors of the inputs X over some batches, which are the eigenvectors
 of XᵀX: a sum over batches, of one size however many they are. Tokens that pad are left out.
+The eigenvalues say how much each explains, and so which layers need a higher rank than others.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapter import Site, scale_of
 from lorakit.errors import AttachError, TargetError
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The directions in which a layer's inputs vary."""
+
+    rows: Tensor
+    """One direction a row, (d_in, d_in), the largest variance first."""
+    shares: Tensor
+    """The share of the whole variance in each, (d_in,); 0 where the layer read zeros alone."""
 
 
 @torch.no_grad()
@@ -21,8 +35,8 @@ def input_directions(
     paths: Sequence[str],
     shared: Mapping[str, str],
     batches: Iterable[Mapping[str, Any]],
-) -> dict[str, Tensor]:
-    """Return the directions of each layer's inputs, (d_in, d_in), by its path; rows, largest first.
+) -> dict[str, Directions]:
+    """Return the directions of each layer's inputs, by its path.
 
     Args:
         model: the base, which answers without any adapter meanwhile.
@@ -43,9 +57,47 @@ def input_directions(
     unread = [path for path in first.values() if path not in sums.of]
     if unread:
         raise TargetError.listing("init eva looks at inputs, but layers have read nothing", unread)
-    # eigh sorts upwards.
-    found = {path: torch.linalg.eigh(total)[1].T.flip(0) for path, total in sums.of.items()}
+    found = {path: _directions(total) for path, total in sums.of.items()}
     return {path: found[first[shared.get(path, path)]] for path in paths}
+
+
+def _directions(total: Tensor) -> Directions:
+    values, vectors = torch.linalg.eigh(total)  # sorted upwards
+    variances = values.flip(0).clamp_min(0)
+    shares = variances / variances.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    return Directions(vectors.T.flip(0), shares)
+
+
+def moved_ranks(
+    sites: Sequence[Site],
+    directions: Mapping[str, Directions],
+    *,
+    rho: float,
+    use_rslora: bool = False,
+) -> list[Site]:
+    """Return updates with as many ranks in all, where they explain most (Paischer et al. 2024).
+
+    Args:
+        sites: updates, each with its rank.
+        directions: of each layer's inputs, by its path.
+        rho: how many times its rank an update may get.
+        use_rslora: whether scales are α/√r; each update keeps its scale, and α follows.
+    """
+    spare = [
+        (-float(share), number)
+        for number, site in enumerate(sites)
+        for share in directions[site.path].shares[1 : int(rho * site.rank)]
+    ]
+    ranks = Counter(range(len(sites)))  # one each, or the file would lack a layer of its targets
+    ranks.update(number for _, number in sorted(spare)[: sum(s.rank for s in sites) - len(sites)])
+    return [
+        replace(
+            site,
+            rank=ranks[number],
+            alpha=site.scale / scale_of(ranks[number], 1.0, use_rslora=use_rslora),
+        )
+        for number, site in enumerate(sites)
+    ]
 
 
 class _Sums:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorakit.adapter import Site
 from lorakit.kernels import plain
 from lorakit.method_config import LoRAConfig
+from lorakit.methods.eva import Directions
 from lorakit.methods.lora import matrix_of, parameter_shapes, tensor_shapes
 
 
@@ -19,7 +20,7 @@ def fresh_tensors(
     modules: Mapping[str, nn.Module],
     sites: Iterable[Site],
     config: LoRAConfig,
-    directions: Mapping[str, Tensor],
+    directions: Mapping[str, Directions],
 ) -> dict[str, Tensor]:
     """Return the tensors of fresh updates, by their names in an adapter.
 
@@ -43,13 +44,13 @@ def fresh_tensors(
 
 
 def _tensors(
-    layer: nn.Module, site: Site, config: LoRAConfig, directions: Mapping[str, Tensor]
+    layer: nn.Module, site: Site, config: LoRAConfig, directions: Mapping[str, Directions]
 ) -> dict[str, Tensor]:
     shape_a, shape_b = parameter_shapes(layer, site)
     if config.init == "pissa":
         a, b = _principal(matrix_of(layer, site), site, config)
     elif config.init == "eva":
-        a, b = directions[site.path][: site.rank], torch.zeros(shape_b)
+        a, b = directions[site.path].rows[: site.rank], torch.zeros(shape_b)
     else:
         a, b = fresh_a(shape_a, layer, config), torch.zeros(shape_b)
     made = {"lora_a": a.reshape(shape_a), "lora_b": b.reshape(shape_b)}
