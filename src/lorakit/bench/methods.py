@@ -25,6 +25,7 @@ from lorakit.config import DataConfig, TrainConfig
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.method_config import METHODS
 from lorakit.models.load import load_model
+from lorakit.models.quantized import quiet_library
 from lorakit.routing import route
 from lorakit.settings import PositiveFloat, PositiveInt
 from lorakit.tasks.encode import encode_prompt
@@ -200,17 +201,22 @@ def _measured(settings: MethodsConfig, entry: _Entry) -> _Row:
     """Train and score one method, in this process; return its row of the table."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    if entry.config is None:
-        return _row_of_base(settings)
-    prepared = prepare(entry.config)
+    with quiet_library():
+        if entry.config is None:
+            return _row_of_base(settings)
+        return _row(settings, entry.name, entry.config)
+
+
+def _row(settings: MethodsConfig, name: str, config: TrainConfig) -> _Row:
+    prepared = prepare(config)
     peak = Peak()
-    run = Run(config=entry.config, prepared=prepared, checkpoint=None)
+    run = Run(config=config, prepared=prepared, checkpoint=None)
     result = run_alone(run, bar=peak)
     with route(prepared.model, prepared.name):
         scores = _scores(settings, prepared.model, prepared.tokenizer, prepared.labels)
-    rate = max(map(entry.config.rate_of, entry.config.method))
+    rate = max(map(config.rate_of, config.method))
     return {
-        "method": entry.name,
+        "method": name,
         "learning rate": rate,
         "trained": prepared.plan.parameters,
         "loss in training": result.last_loss,
