@@ -263,16 +263,16 @@ class Defaults(Settings):
 
 
 DEFAULTS: Mapping[str, Defaults] = {
-    "lora": Defaults(learning_rate=2e-3),
-    "full": Defaults(learning_rate=5e-5),
+    "lora": Defaults(learning_rate=6e-3),
+    "full": Defaults(learning_rate=2e-4),
     "top-k": Defaults(learning_rate=2e-3),
     "bitfit": Defaults(learning_rate=5e-3),
-    "prefix-embedding": Defaults(learning_rate=5e-2),
+    "prefix-embedding": Defaults(learning_rate=2e-1),
     "prefix-layer": Defaults(learning_rate=5e-2),
     "adapter-h": Defaults(learning_rate=4e-3),
-    "adapter-l": Defaults(learning_rate=1e-3),
-    "adapter-p": Defaults(learning_rate=1e-3),
-    "adapter-d": Defaults(learning_rate=1e-3),
+    "adapter-l": Defaults(learning_rate=4e-3),
+    "adapter-p": Defaults(learning_rate=8e-3),
+    "adapter-d": Defaults(learning_rate=8e-3),
 }
 
 
