@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lorakit.train.rates import learning_rates, split_by_rate
 from lorakit.train.run import train
 from tiny_models import build
 
+RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
 def groups(model, config):
     """Return the names of the tensors in each group of an optimizer, by the group's rate."""
@@ -32,6 +34,29 @@ def test_every_method_has_a_rate_and_a_warm_up_of_its_own(method, tmp_path):
     explicit = lk.TrainConfig(out=tmp_path, method=method, learning_rate=0.5, warmup_steps=3)
     assert explicit.rate_of(method) == 0.5
     assert explicit.warmup == 3
+
+
+def tried(method, *results):
+    """Return by how much the held-out loss of each rate was above the best one's, as a ratio."""
+    losses = {
+        row["learning rate"]: row["held-out loss"]
+        for result in results
+        for row in json.loads((RESULTS / f"{result}.json").read_text())["tables"]["methods"]
+        if row["method"] == method
+    }
+    return {rate: loss / min(losses.values()) for rate, loss in losses.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_rate_is_the_one_that_did_well_on_both_tasks(method):
+    tasks = (
+        tried(method, "methods_defaults", "methods_defaults_higher"),
+        tried(method, "methods_defaults_sst2"),
+    )
+    common = tasks[0].keys() & tasks[1].keys()
+    assert len(common) > 1
+    expected = min(common, key=lambda rate: max(ratios[rate] for ratios in tasks))
+    assert DEFAULTS[method].learning_rate == expected
 
 
 def test_methods_together_have_a_group_each(tmp_path):
