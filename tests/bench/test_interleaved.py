@@ -34,6 +34,17 @@ def test_contestants_take_turns_in_their_order():
     assert clock.order == ["b", "a"] * 3
 
 
+def test_every_second_time_they_go_backwards_where_asked():
+    clock = Clock()
+    interleaved(
+        {name: Contestant(run=clock.taking(name, 1, 1, 1, 1)) for name in "abc"},
+        repeats=3,
+        there_and_back=True,
+        clock=clock,
+    )
+    assert "".join(clock.order) == "abccbaabccba"
+
+
 def test_warm_ups_do_not_count():
     clock = Clock()
     found = interleaved(

@@ -15,6 +15,7 @@ from tiny_models import build
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
+
 def groups(model, config):
     """Return the names of the tensors in each group of an optimizer, by the group's rate."""
     lk.attach(model, config.methods())

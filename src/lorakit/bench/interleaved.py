@@ -50,6 +50,7 @@ def interleaved(
     *,
     repeats: int,
     warm_ups: int = 1,
+    there_and_back: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Seconds]:
     """Return the time of each contestant: all have their first turn, then all their second, …
@@ -58,11 +59,15 @@ def interleaved(
         contestants: who takes part, in the order of their turns.
         repeats: turns that count.
         warm_ups: turns before them, which do not count.
+        there_and_back: go through the contestants backwards every second time, so that none always
+            has the same one before it, and a machine that slows down slows all of them.
         clock: tells the seconds.
     """
     turns: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(warm_ups + repeats):
-        for name, contestant in contestants.items():
+    there = list(contestants.items())
+    back = there[::-1] if there_and_back else there
+    for number in range(warm_ups + repeats):
+        for name, contestant in back if number % 2 else there:
             contestant.before()
             begun = clock()
             contestant.run()

@@ -117,7 +117,7 @@ def measure_methods(settings: MethodsConfig) -> Findings:
     if not rows:
         raise next(error for error in stopped.values() if error is not None)
     tables = {"methods": rows}
-    if settings.rates:
+    if any(len(rates) > 1 for rates in settings.rates.values()):
         tables["best"] = _best(rows)
     checks = {f"stopped, {title}": str(error) for title, error in stopped.items()}
     return Findings(timings={}, tables=tables, checks=checks)
