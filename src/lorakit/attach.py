@@ -297,13 +297,18 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             if each in state.hooks:
                 state.hooks.pop(each).remove()
     if not state.adapters:
-        for path, parameter in model.named_parameters():
-            parameter.requires_grad_(state.frozen.get(path, parameter.requires_grad))
-        for hook in state.hooks.values():
-            hook.remove()
-        for _, stack in stacks_of_blocks(model):
-            forget_routes(stack)
-        del model._lorakit
+        _give_back(model, state)
+
+
+def _give_back(model: nn.Module, state: Attachment) -> None:
+    """Leave a model without adapters as it was before the first one."""
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(state.frozen.get(path, parameter.requires_grad))
+    for hook in state.hooks.values():
+        hook.remove()
+    for _, stack in stacks_of_blocks(model):
+        forget_routes(stack)
+    del model._lorakit
 
 
 def remove(state: Attachment, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -162,31 +162,48 @@ def _misfits(
     other_heads: Sequence[str],
 ) -> tuple[list[str], set[str]]:
     """Return the problems of an adapter's own tensors, and the names it should have."""
-    problems: list[str] = []
-    expected: set[str] = set()
     ends = ("lora_a", "lora_b", "lora_magnitude") if lora.use_dora else ("lora_a", "lora_b")
-    for site in adapter.sites:
-        layer = modules.get(site.path)
-        expected.update(f"{site.name}.{end}" for end in ends)
-        if layer is None:
-            problems.append(f"{site.path}  is not a module of this model")
-        elif not is_adaptable(layer):
-            problems.append(f"{site.path}  is a {type(layer).__name__}, which LoRA can't adapt")
-        elif site.rows is not None and site.rows[-1][1] > matrix_shape(layer)[0]:
-            problems.append(f"{site.name}  has rows beyond the layer's {matrix_shape(layer)[0]}")
-        elif lora.use_dora and not is_linear(layer):
-            problems.append(f"{site.path}  is a {type(layer).__name__}, which DoRA can't adapt")
-        else:
-            for name, shape in tensor_shapes(layer, site, lora).items():
-                problems += _shape_problem(name, adapter.tensors.get(name), shape)
-    for path in adapter.copied_modules:
-        if path not in modules:
-            problems.append(f"{path}  is not a module of this model")
+    expected = {f"{site.name}.{end}" for site in adapter.sites for end in ends}
+    problems = [
+        each for site in adapter.sites for each in _site_misfits(modules, site, adapter, lora)
+    ]
+    for found, names in (
+        _copy_misfits(modules, adapter, other_heads),
+        _bias_misfits(modules, adapter),
+    ):
+        problems += found
+        expected |= names
+    return problems, expected
+
+
+def _site_misfits(
+    modules: Mapping[str, nn.Module], site: Site, adapter: Adapter, lora: LoRAConfig
+) -> Iterator[str]:
+    """Yield how one low-rank update does not fit its layer."""
+    layer = modules.get(site.path)
+    if layer is None:
+        yield f"{site.path}  is not a module of this model"
+    elif not is_adaptable(layer):
+        yield f"{site.path}  is a {type(layer).__name__}, which LoRA can't adapt"
+    elif site.rows is not None and site.rows[-1][1] > matrix_shape(layer)[0]:
+        yield f"{site.name}  has rows beyond the layer's {matrix_shape(layer)[0]}"
+    elif lora.use_dora and not is_linear(layer):
+        yield f"{site.path}  is a {type(layer).__name__}, which DoRA can't adapt"
+    else:
+        for name, shape in tensor_shapes(layer, site, lora).items():
+            yield from _shape_problem(name, adapter.tensors.get(name), shape)
+
+
+def _copy_misfits(
+    modules: Mapping[str, nn.Module], adapter: Adapter, other_heads: Sequence[str]
+) -> tuple[list[str], set[str]]:
+    """Return how full copies do not fit, and the names of their tensors."""
+    absent = [path for path in adapter.copied_modules if path not in modules]
     present = [path for path in adapter.copied_modules if path in modules]
     held = [path for path in present if quantized_within(modules[path]) is not None]
-    for path in held:
-        expected.update(name for name in adapter.tensors if name.startswith(f"{path}."))
-        problems.append(f"{path}  is replaced in full, which a quantised base can't be")
+    problems = [f"{path}  is not a module of this model" for path in absent]
+    problems += [f"{path}  is replaced in full, which a quantised base can't be" for path in held]
+    expected = {name for name in adapter.tensors for p in held if name.startswith(f"{p}.")}
     present = [path for path in present if path not in held]
     heads = [_classes(modules[path], path, adapter) for path in present if path in other_heads]
     classes = {name: count for head in heads for name, count in head.items()}
@@ -196,13 +213,19 @@ def _misfits(
         shape = tuple(parameter.shape)
         shape = (classes[name], *shape[1:]) if name in classes else shape
         problems += _shape_problem(name, adapter.tensors.get(name), shape)
+    return problems, expected
+
+
+def _bias_misfits(modules: Mapping[str, nn.Module], adapter: Adapter) -> tuple[list[str], set[str]]:
+    """Return how trained biases do not fit, and the names of those that have a place."""
+    problems: list[str] = []
+    expected: set[str] = set()
     for name in adapter.tensors:
-        if name not in expected and _is_bias(name, adapter):
-            layer = modules.get(name.removesuffix(".bias"))
-            bias = getattr(layer, "bias", None)
-            if layer is not None and isinstance(bias, nn.Parameter) and adds_bias(layer):
-                expected.add(name)
-                problems += _shape_problem(name, adapter.tensors[name], tuple(bias.shape))
+        layer = modules.get(name.removesuffix(".bias")) if _is_bias(name, adapter) else None
+        bias = getattr(layer, "bias", None)
+        if layer is not None and isinstance(bias, nn.Parameter) and adds_bias(layer):
+            expected.add(name)
+            problems += _shape_problem(name, adapter.tensors[name], tuple(bias.shape))
     return problems, expected
 
 
