@@ -28,7 +28,7 @@ class Method:
 
     configs: Sequence[MethodConfig]
     parameters: Callable[..., int]
-    """Trained values outside of a fresh classifier: the paper's formula, from the model's config."""
+    """Trained values outside of a fresh classifier: the paper's formula, from its config."""
     identity: bool = True
     """Whether a fresh one changes nothing."""
     mergeable: bool = True

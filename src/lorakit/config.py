@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lorakit.method_config import (
-    DEFAULTS,
     METHODS,
     BitFitConfig,
     BottleneckSettings,
@@ -16,6 +15,7 @@ from lorakit.method_config import (
     PrefixSettings,
     combination_problems,
     config_of,
+    defaults_of,
 )
 from lorakit.settings import DType, Names, PositiveFloat, PositiveInt, Settings
 
@@ -128,13 +128,15 @@ class TrainConfig(Settings):
     """Batches of training rows, drawn by the seed, that LoRA's init eva looks at."""
 
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Steps over which the learning rate rises from zero. None: the method's own."""
+    """Steps over which the learning rate rises from zero. None: the method's own, 20, or half of a
+    shorter run."""
 
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after the warm-up."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decay of A and B, which pulls towards the pre-trained weights."""
+    """AdamW's decay of what is trained, towards zero. For updates (A and B, but not of init pissa;
+    bottlenecks) that is towards the pre-trained model; for weights, tokens and biases it is not."""
 
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
@@ -218,14 +220,14 @@ class TrainConfig(Settings):
 
     def rate_of(self, method: str) -> float:
         """Return the peak learning rate of a method's weights."""
-        return self.learning_rate or DEFAULTS[method].learning_rate
+        return self.learning_rate or defaults_of(method, self.lora).learning_rate
 
-    @property
-    def warmup(self) -> int:
-        """Return the steps over which learning rates rise from zero."""
+    def warmup_of(self, steps: int) -> int:
+        """Return over how many of a run's steps learning rates rise from zero."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        return max(DEFAULTS[name].warmup_steps for name in self.method)
+        own = max(defaults_of(name, self.lora).warmup_steps for name in self.method)
+        return min(own, steps // 2)
 
     @model_validator(mode="after")
     def _check_methods(self) -> "TrainConfig":
@@ -235,6 +237,13 @@ class TrainConfig(Settings):
         problems = combination_problems(self.method)
         if problems:
             raise ValueError(f"method: {'; '.join(problems)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_of_lora(self) -> "TrainConfig":
+        if self.lora_plus_ratio != 1 and "lora" not in self.method:
+            methods = ", ".join(self.method)
+            raise ValueError(f"lora_plus_ratio is LoRA's, and the method is {methods}")
         return self
 
     @model_validator(mode="after")

@@ -276,6 +276,25 @@ DEFAULTS: Mapping[str, Defaults] = {
 }
 
 
+FORMS: Mapping[str, Defaults] = {
+    "pissa": Defaults(learning_rate=2e-3),
+    "freeze_a": Defaults(learning_rate=2e-2),
+}
+"""Of LoRA's own forms, those that want another rate than it."""
+
+
+def defaults_of(method: str, lora: LoRAConfig) -> Defaults:
+    """Return how a method is trained where nothing else is asked for.
+
+    Args:
+        method: its name.
+        lora: LoRA's settings, where that is the method.
+    """
+    if method == "lora" and lora.init == "pissa":
+        return FORMS["pissa"]
+    return FORMS["freeze_a"] if method == "lora" and lora.freeze_a else DEFAULTS[method]
+
+
 def config_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
     """Return the settings of a method by its name.
 

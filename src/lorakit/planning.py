@@ -248,7 +248,11 @@ def _check_apart(copies: Iterable[str], adapted: Sequence[str]) -> None:
     """
     clash = [copy for copy in copies if any(lies_in(path, (copy,)) for path in adapted)]
     if clash:
-        raise TargetError(f"{clash[0]} would be copied in full and adapted too: leave one out")
+        more = f" and {len(clash) - 1} more" if len(clash) > 1 else ""
+        raise TargetError(
+            f"{clash[0]}{more} would be copied in full and adapted too: leave these blocks out of "
+            "the other method (lora.layers, lora.exclude, bottleneck.layers), or copy fewer"
+        )
 
 
 def _check_float(model: nn.Module, copies: Iterable[str]) -> None:

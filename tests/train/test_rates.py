@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.method_config import DEFAULTS, METHODS
+from lorakit.method_config import DEFAULTS, FORMS, METHODS
 from lorakit.train.rates import learning_rates, split_by_rate
 from lorakit.train.run import train
 from tiny_models import build
@@ -31,10 +31,25 @@ def groups(model, config):
 def test_every_method_has_a_rate_and_a_warm_up_of_its_own(method, tmp_path):
     config = lk.TrainConfig(out=tmp_path, method=method)
     assert config.rate_of(method) == DEFAULTS[method].learning_rate
-    assert config.warmup == DEFAULTS[method].warmup_steps
+    assert config.warmup_of(300) == DEFAULTS[method].warmup_steps
     explicit = lk.TrainConfig(out=tmp_path, method=method, learning_rate=0.5, warmup_steps=3)
     assert explicit.rate_of(method) == 0.5
-    assert explicit.warmup == 3
+    assert explicit.warmup_of(300) == 3
+
+
+def test_a_short_run_warms_up_over_half_of_it_at_most(tmp_path):
+    assert lk.TrainConfig(out=tmp_path).warmup_of(8) == 4
+    assert lk.TrainConfig(out=tmp_path, warmup_steps=6).warmup_of(8) == 6
+
+
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [("pissa", {"init": "pissa"}), ("freeze_a", {"freeze_a": True}), ("lora", {"use_dora": True})],
+)
+def test_forms_of_lora_that_want_another_rate_have_it(form, settings, tmp_path):
+    config = lk.TrainConfig(out=tmp_path, lora=settings)
+    assert config.rate_of("lora") == (FORMS.get(form) or DEFAULTS[form]).learning_rate
+    assert lk.TrainConfig(out=tmp_path, lora=settings, learning_rate=0.5).rate_of("lora") == 0.5
 
 
 def tried(method, *results):

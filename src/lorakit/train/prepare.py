@@ -258,9 +258,9 @@ class _Encodings:
 def _steps(config: TrainConfig, rows: int) -> int:
     per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.accumulate)
     steps = config.steps or math.ceil(per_epoch * config.epochs)
-    if config.warmup >= steps:
+    if config.warmup_of(steps) >= steps:
         raise ConfigError(
-            f"warmup_steps {config.warmup} leaves nothing of the run's {steps} steps: "
+            f"warmup_steps {config.warmup_of(steps)} leaves nothing of the run's {steps} steps: "
             "lower it, or train for longer"
         )
     return steps

@@ -183,7 +183,7 @@ def make_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
         gradient_accumulation_steps=config.accumulate,
         learning_rate=max(map(config.rate_of, config.method)),
         lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
+        warmup_steps=config.warmup_of(steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",
