@@ -129,8 +129,14 @@ class Adapter:
             own = [method for method in named if method.startswith(start)]
             if own and word in tensor:
                 return own[0]
-        copied = any(tensor.startswith(f"{path}.") for path in self.copied_modules)
-        likely = ("full", "top-k") if copied else ("full", "bitfit", "lora")
+        if any(tensor.startswith(f"{path}.") for path in self.copied_modules):
+            likely = ["full", "top-k"]
+            if any(part.isdecimal() for part in tensor.split(".")):  # in a block, so no head
+                likely += [name for name in named if name.startswith("adapter-")]  # trained norms
+        elif tensor.endswith(".bias"):
+            likely = ["full", "bitfit", "lora"]
+        else:
+            likely = ["full", "top-k", "bitfit"]  # what the model reads without calling a layer
         return next((method for method in likely if method in named), named[0])
 
     @property

@@ -81,6 +81,11 @@ class MissingExtraError(LorakitError):
 
     def __init__(self, purpose: str, extra: str) -> None:
         super().__init__(f"{purpose} needs an optional library: pip install 'lorakit[{extra}]'")
+        self._made_of = purpose, extra
+
+    def __reduce__(self) -> tuple[type["MissingExtraError"], tuple[str, str]]:
+        """Return how it is made again in another process: its text is not what it is made of."""
+        return type(self), self._made_of
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -106,6 +106,9 @@ def as_configs(what: MethodConfig | Sequence[MethodConfig]) -> tuple[MethodConfi
     """
     configs = (what,) if isinstance(what, MethodConfig) else tuple(what)
     problems = combination_problems([config.method for config in configs])
+    if len({config.dtype for config in configs}) > 1:
+        each = ", ".join(f"{config.method} in {config.dtype}" for config in configs)
+        problems.append(f"one adapter is trained in one precision, and dtype says {each}")
     if problems:
         raise ConfigError.listing("these methods cannot be combined", problems)
     return configs

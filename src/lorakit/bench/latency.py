@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.attach import adapter_parameters, attach
 from lorakit.bench.interleaved import Contestant, Seconds, interleaved
-from lorakit.bench.result import OURS, BenchConfig, Findings, Goal
+from lorakit.bench.result import OURS, Findings, Goal, Measured
 from lorakit.merge import merge
 from lorakit.method_config import BottleneckConfig, LoRAConfig, MethodConfig
 from lorakit.settings import DType, PositiveInt
@@ -35,7 +35,7 @@ NOISE_PERCENT = 1.0
 """What a merged adapter may differ from the plain model: they run the same operations."""
 
 
-class LatencyConfig(BenchConfig):
+class LatencyConfig(Measured):
     """The paper's Table 1, on random weights; the output head, the same for all, is left out."""
 
     model: Literal["gpt2-medium"] = "gpt2-medium"
@@ -47,11 +47,11 @@ class LatencyConfig(BenchConfig):
     rank: PositiveInt = 4
     """Rank of LoRA on q and v, the paper's for GPT-2."""
 
-    repeats: PositiveInt = 30
-    """Turns that each contestant has; the paper's figures are means of 100."""
+    adapter_dtype: DType = "float32"
+    """Precision of A, B and the bottlenecks."""
 
-    peer: Literal[False] = False
-    """PEFT has no bottlenecks that could be measured beside these."""
+    repeats: PositiveInt = 20
+    """Turns that each contestant has; the paper's figures are means of 100."""
 
     full: bool = False
     """The paper's 24 blocks and rows (32x512, 16x256 and 1x128 tokens), for a GPU or a large
@@ -61,7 +61,7 @@ class LatencyConfig(BenchConfig):
     """Blocks, where not `full`: all of them are alike, so overheads in per cent stay as they
     are."""
 
-    shrink: PositiveInt = 16
+    shrink: PositiveInt = 8
     """Where not `full`: what the paper's numbers of rows are divided by; one row is left."""
 
     width: PositiveInt = WIDTH

@@ -41,6 +41,9 @@ from lorakit.train.run import Run, run_alone
 
 _Row = dict[str, Any]
 
+EVERYWHERE = {"bitfit": {"bitfit": {"add_missing": True}}}
+"""What lets a method train every model, by its name."""
+
 BASE = "base"
 """What stands in the table for the model without any training."""
 
@@ -51,13 +54,13 @@ class MethodsConfig(Measured):
     methods: dict[str, dict[str, Any]] = {}
     """What is trained: a name, and what `lorakit train` is told beside what all share. A name that
     is no method says the method too: {dora: {method: lora, lora: {use_dora: true}}}. Empty: every
-    method with its defaults."""
+    method with its defaults, bitfit with added biases where there are none."""
 
     rates: dict[str, tuple[PositiveFloat, ...]] = {}
     """Peak learning rates to try, by the name in `methods`; the others run at their own rate."""
 
     data: DataConfig = DataConfig()
-    """Rows to train on, and `data.validation` with those to score, which are not trained on."""
+    """Rows to train on, and in `data.validation` those to score afterwards; both must be given."""
 
     task: Literal["auto", "generation", "classification", "regression"] = "auto"
     """What the model does. auto: classification where rows have labels, else generation."""
@@ -110,15 +113,20 @@ def measure_methods(settings: MethodsConfig) -> Findings:
         entries = [_Entry(name=BASE, config=None), *_entries(settings, Path(folder))]
         with _workers(settings.parallel) as pool:
             running = {pool.submit(_measured, settings, each): each for each in entries}
-            for run in as_completed(running):
-                _tell(running[run], run)
+            try:
+                for run in as_completed(running):
+                    _tell(running[run], run)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     rows = [run.result() for run in running if run.exception() is None]
     stopped = {each.title: run.exception() for run, each in running.items() if run.exception()}
-    if not rows:
+    trained = [row for row in rows if row["method"] != BASE]
+    if not trained:
         raise next(error for error in stopped.values() if error is not None)
     tables = {"methods": rows}
     if any(len(rates) > 1 for rates in settings.rates.values()):
-        tables["best"] = _best(rows)
+        tables["best"] = _best(trained)
     checks = {f"stopped, {title}": str(error) for title, error in stopped.items()}
     return Findings(timings={}, tables=tables, checks=checks)
 
@@ -142,7 +150,7 @@ def _workers(count: int) -> Executor:
 
 
 def _entries(settings: MethodsConfig, folder: Path) -> list[_Entry]:
-    asked = settings.methods or {name: {} for name in METHODS}
+    asked = settings.methods or {name: EVERYWHERE.get(name, {}) for name in METHODS}
     unknown = [name for name in settings.rates if name not in asked]
     problems = [f"rates: {name} is not among the methods" for name in unknown]
     entries: list[_Entry] = []
@@ -227,8 +235,10 @@ def _row(settings: MethodsConfig, name: str, config: TrainConfig) -> _Row:
 
 
 def _row_of_base(settings: MethodsConfig) -> _Row:
-    rows = read_rows(str(settings.data.train), settings.data, limit=settings.data.train_rows)
-    task = "classification" if rows.labels else "generation"
+    regression = settings.task == "regression"
+    data, limit = settings.data, settings.data.train_rows
+    rows = read_rows(str(data.train), data, limit=limit, regression=regression)
+    task = "regression" if regression else "classification" if rows.labels else "generation"
     model, tokenizer = load_model(
         settings.model, dtype=settings.dtype, task=task, labels=rows.labels
     )
@@ -292,4 +302,4 @@ def _best(rows: list[_Row]) -> list[_Row]:
         name = row["method"]
         if name not in best or row["held-out loss"] < best[name]["held-out loss"]:
             best[name] = row
-    return [row for name, row in best.items() if name != BASE]
+    return list(best.values())

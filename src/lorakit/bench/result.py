@@ -27,7 +27,7 @@ class Measured(Settings):
     """What every benchmark is told."""
 
     model: str = "smollm2"
-    """Base model: a packaged name (smollm2), a folder, or a hub id."""
+    """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""
 
     dtype: DType = "bfloat16"
     """Precision of the base."""

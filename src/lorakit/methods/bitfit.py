@@ -43,13 +43,21 @@ def claim(model: nn.Module, config: BitFitConfig) -> Claims:
             for path, size in _without_bias(model).items()
         ]
     paths = _biased(model)
-    if not paths and not parts:
+    if not parts and not _pre_trained(model, paths):
         name = getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
-        raise TargetError(
-            f"BitFit trains biases, and {name} has none: bitfit.add_missing gives the linear "
-            "layers of its blocks one that starts at zero"
+        advice = (
+            "and no linear layer in a numbered block to give one to"
+            if config.add_missing
+            else "bitfit.add_missing gives the linear layers of its blocks one that starts at zero"
         )
+        raise TargetError(f"BitFit trains biases, and {name} has none: {advice}")
     return Claims(biases=paths, parts=tuple(parts))
+
+
+def _pre_trained(model: nn.Module, paths: Collection[str]) -> list[str]:
+    """Return the paths that lie in no head of a task, which is trained anyway."""
+    heads = task_heads(model)
+    return [path for path in paths if path.partition(".")[0] not in heads]
 
 
 def bias_paths(model: nn.Module, *, only: Collection[str] | None = None) -> tuple[str, ...]:
@@ -63,7 +71,7 @@ def bias_paths(model: nn.Module, *, only: Collection[str] | None = None) -> tupl
         TargetError: there is none, or one of another kind than is known.
     """
     paths = _biased(model, only=only)
-    if not paths:
+    if not (_pre_trained(model, paths) if only is None else paths):
         raise TargetError(
             "biases are to be trained, but none of the layers has one: use bias='none'"
         )
@@ -86,7 +94,11 @@ def _biased(model: nn.Module, *, only: Collection[str] | None = None) -> tuple[s
     }
     if odd:
         lines = [f"{path} ({type(module).__name__})" for path, module in odd.items()]
-        raise TargetError.listing("some biases are of layers where they can't be trained", lines)
+        raise TargetError.listing(
+            "some biases are of layers that do more than add them, so they can't be trained; "
+            "modules_to_save can train such a layer in full",
+            lines,
+        )
     return tuple(path for path, module in named.items() if adds_bias(module))
 
 

@@ -42,6 +42,12 @@ class Chain(Update):
             changed = link.change(layer, inputs, changed)
         return output + strength * (changed - start)
 
+    def read(self, name: str, weight: Tensor) -> Tensor:
+        """Return what is read in place of a parameter, after each update."""
+        for link in self._each():
+            weight = link.read(name, weight)
+        return weight
+
     def let_train(self) -> None:
         """Let the weights of each update take gradients."""
         for link in self._each():

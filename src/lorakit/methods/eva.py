@@ -7,6 +7,7 @@ The eigenvalues say how much each explains, and so which layers need a higher ra
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,8 +42,8 @@ def input_directions(
     Args:
         model: the base, which answers without any adapter meanwhile.
         paths: linear layers.
-        shared: a word for the input of layers that read the same, by path: such layers get equal
-            directions.
+        shared: a word for layers that may read the same, by path: those that are given the same
+            tensor are summed once, and get equal directions.
         batches: what the model takes; `attention_mask` (rows, length) says which tokens pad.
 
     Raises:
@@ -52,13 +53,13 @@ def input_directions(
     first: dict[str, str] = {}
     for path in paths:
         first.setdefault(shared.get(path, path), path)
-    sums = _Sums(model, first.values())
+    sums = _Sums(model, {path: first[shared.get(path, path)] for path in paths})
     sums.add(model, batches)
-    unread = [path for path in first.values() if path not in sums.of]
+    unread = [path for path in paths if path not in sums.summed_as]
     if unread:
         raise TargetError.listing("init eva looks at inputs, but layers have read nothing", unread)
     found = {path: _directions(total) for path, total in sums.of.items()}
-    return {path: found[first[shared.get(path, path)]] for path in paths}
+    return {path: found[sums.summed_as[path]] for path in paths}
 
 
 def _directions(total: Tensor) -> Directions:
@@ -103,9 +104,13 @@ def moved_ranks(
 class _Sums:
     """XᵀX of the inputs of some layers, by path, in float32 at least."""
 
-    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, first: Mapping[str, str]) -> None:
         self.of: dict[str, Tensor] = {}
-        self._layers = {path: model.get_submodule(path) for path in paths}
+        self.summed_as: dict[str, str] = {}
+        """In which sum the inputs of each layer are: its own, or that of a layer before it."""
+        self._first = first
+        self._read: dict[str, weakref.ref[Tensor]] = {}
+        self._layers = {path: model.get_submodule(path) for path in first}
         self._mask: Tensor | None = None
 
     def add(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -131,7 +136,15 @@ class _Sums:
 
     def _note(self, path: str, inputs: tuple[Any, ...]) -> None:
         x: Tensor = inputs[0]
-        if self._mask is not None and x.shape[:-1] == self._mask.shape:
-            x = x[self._mask.bool()]
-        x = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+        first, read = self._first[path], self._read.get(self._first[path])
+        # In cross-attention, q reads something else than k and v.
+        if first != path and read is not None and read() is x:
+            self.summed_as[path] = first
+            return
+        self._read[path], self.summed_as[path] = weakref.ref(x), path
+        mask, x = self._mask, x.reshape(-1, x.shape[-1])
+        # By number and not by shape: OPT joins its rows before the MLP.
+        if mask is not None and mask.numel() == len(x):
+            x = x[mask.reshape(-1).bool()]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         self.of[path] = x.T @ x + self.of.get(path, 0)

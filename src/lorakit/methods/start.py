@@ -50,7 +50,8 @@ def _tensors(
     if config.init == "pissa":
         a, b = _principal(matrix_of(layer, site), site, config)
     elif config.init == "eva":
-        a, b = directions[site.path].rows[: site.rank], torch.zeros(shape_b)
+        # A copy: layers that read the same have the same directions, and each trains its own A.
+        a, b = directions[site.path].rows[: site.rank].clone(), torch.zeros(shape_b)
     else:
         a, b = fresh_a(shape_a, layer, config), torch.zeros(shape_b)
     made = {"lora_a": a.reshape(shape_a), "lora_b": b.reshape(shape_b)}

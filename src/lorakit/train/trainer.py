@@ -157,10 +157,37 @@ class AdapterTrainer(BatchTrainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         saved = Adapter.load(resume_from_checkpoint)
+        _check_same(saved, extract(self.adapted, self.adapter_name), resume_from_checkpoint)
         tensors = apart(saved.sites, saved.tensors)
         with torch.no_grad():
             for name, parameter in self.weights.items():
                 parameter.copy_(tensors[name])
+
+
+def _check_same(saved: Adapter, asked: Adapter, checkpoint: str) -> None:
+    """Make sure that a checkpoint is of the adapter that the settings ask for.
+
+    Raises:
+        TrainingError: it is of another.
+    """
+    before, now = (
+        {f"{c.method}: {name}": value for c in each.configs for name, value in c}
+        for each in (saved, asked)
+    )
+    problems = [
+        f"{name} is {now.get(name, 'not set')}, and was {before.get(name, 'not set')}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+    ranks = {site.name: site.rank for site in saved.sites}
+    if not problems and (moved := [s.name for s in asked.sites if ranks.get(s.name) != s.rank]):
+        problems = [f"{name} has another rank" for name in moved]
+    if problems:
+        raise TrainingError.listing(
+            f"{checkpoint} can't be resumed with other settings of what is trained; give those "
+            "that it was started with, or --overwrite to start anew",
+            problems,
+        )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
