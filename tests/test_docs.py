@@ -1,8 +1,10 @@
 """The generated pages say what the code says."""
 
+import re
 from pathlib import Path
 
 from lorakit.cli.reference import reference
+from lorakit.method_config import DEFAULTS, METHODS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -10,3 +12,14 @@ DOCS = Path(__file__).parents[1] / "docs"
 def test_cli_page_is_the_help_of_today():
     page = (DOCS / "cli.md").read_text(encoding="utf-8")
     assert page == reference(), "docs/cli.md is out of date: run `make docs`"
+
+
+def test_the_page_of_methods_has_all_with_their_rates():
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `([a-z-]+)` \| [^|]+ \| [^|]+ \| ([0-9e-]+) \|", page, flags=re.MULTILINE
+    )
+    assert [name for name, _ in rows] == list(METHODS)
+    assert {name: float(rate) for name, rate in rows} == {
+        name: defaults.learning_rate for name, defaults in DEFAULTS.items()
+    }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DebertaV2Config,
@@ -53,7 +54,42 @@ def test_parameter_counts_are_those_of_the_paper(config, rank, targets, count):
     plan = lk.plan(model, lk.LoRAConfig(rank=rank, targets=targets, modules_to_save=()))
     assert plan.parameters == count
     width = getattr(config, "hidden_size", None) or config.n_embd
-    assert count == 2 * len(plan.sites) * width * rank  # PAPER: 2·L̂·d_model·r
+    assert count == 2 * len(plan.sites) * width * rank  # 2·L̂·d_model·r
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "method", "count", "printed"),
+    [
+        # Table 3.
+        (AutoModelForCausalLM, GPT2_MEDIUM, lk.FullConfig(only_top=True), 25_192_448, 25.19),
+        # Table 2.
+        (AutoModel, ROBERTA_BASE, lk.BitFitConfig(), 102_144, 0.1),
+        # Table 4.
+        (AutoModelForCausalLM, GPT3, lk.PrefixConfig(prefix=256, infix=8), 3_244_032, 3.2),
+    ],
+)
+def test_other_methods_have_the_paper_s_counts(kind, config, method, count, printed):
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    parameters = lk.plan(model, method.model_copy(update={"modules_to_save": ()})).parameters
+    digits = len(str(printed).partition(".")[2])
+    assert (parameters, round(parameters / 1e6, digits)) == (count, printed)
+
+
+@pytest.mark.parametrize(
+    ("config", "printed"), [(GPT2_MEDIUM, 0.35), (GPT2_LARGE, 0.77), (GPT3, 20.2)]
+)
+def test_no_number_of_tokens_gives_the_paper_s_counts_of_prelayer(config, printed):
+    # L·d·(l_p + l_i) with whole l_p + l_i: Tables 3 and 4 must have counted something more.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    digits = len(str(printed).partition(".")[2])
+    counts = {
+        lk.plan(model, lk.PrefixConfig(every_layer=True, prefix=n, infix=0)).parameters
+        for n in range(10, 20)
+    }
+    assert min(counts) < printed * 1e6 < max(counts)
+    assert printed not in {round(count / 1e6, digits) for count in counts}
 
 
 def test_the_scale_is_alpha_over_rank_or_its_root():

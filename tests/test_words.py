@@ -1,5 +1,6 @@
 """What README says can be done: its Python runs with the printed output, its commands are valid."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -40,15 +41,30 @@ def test_the_bank_of_the_readme_answers_a_mixed_batch(tmp_path, monkeypatch):
     assert found["bank"].names == ("places", "sql")
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if "lorakit" in line]
+def commands(page):
+    """Return the words of each lorakit command in a page's shell blocks."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+        words = shlex.split(block, comments=True)
+        starts = [at for at, word in enumerate(words) if word == "lorakit"]
+        for start, stop in itertools.pairwise([*starts, len(words)]):
+            yield words[start:stop]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_of_the_readme_are_valid(command, monkeypatch, capsys):
+COMMANDS = [*commands("README.md"), *commands("docs/methods.md")]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_the_commands_of_readme_and_methods_are_valid(words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command.partition("#")[0])
-    assert words[0] == "lorakit"
     assert main([*words[1:], "--print-config"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings", sorted((ROOT / "benchmarks").glob("methods_*.yaml")), ids=lambda p: p.stem
+)
+def test_the_settings_of_the_comparisons_are_valid(settings, capsys):
+    assert main(["bench", "methods", str(settings), "--print-config"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

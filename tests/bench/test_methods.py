@@ -1,6 +1,7 @@
 """The comparison of methods: each is trained, scored on held-out rows, and named in one table."""
 
 import json
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from lorakit.bench import methods
 from lorakit.bench.tables import table
 from lorakit.cli.main import main
+from lorakit.errors import MissingExtraError
 
 SMALL = ("--steps", "25", "--batch-size", "2", "--data.max-length", "16", "--dtype", "float32")
 
@@ -74,3 +76,40 @@ def test_a_run_that_is_stopped_ends_alone_and_is_named(compare):
     assert "lora at 1e+30: " in printed.err
     assert "lora at 0.001: {" in printed.err
     assert "stopped, lora at 1e+30: " in table(result)
+
+
+def test_an_error_of_a_worker_says_the_same_in_its_parent():
+    error = MissingExtraError("a quantised base", "quantized")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_where_no_method_comes_to_its_end_the_first_error_is_told(compare):
+    code, printed = compare("--methods", '{"lora": {}}', "--rates", '{"lora": [1e29, 1e30]}')
+    assert code == 2
+    assert "loss" in json.loads(printed.out)["error"]["message"]
+
+
+def test_a_defect_ends_all_runs_at_once(compare, monkeypatch):
+    begun = []
+
+    def fail(settings, entry):
+        begun.append(entry.name)
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(methods, "_measured", fail)
+    code, _ = compare("--parallel", 1)
+    assert code == 1
+    assert len(begun) < 5
+
+
+def test_scores_of_numbers_can_be_compared_too(compare, tiny_bert, tmp_path):
+    rows = tmp_path / "scores.jsonl"
+    lines = [{"text": f"red {word}", "label": 0.5 * n} for n, word in enumerate(("cat", "dog") * 8)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, printed = compare(
+        *("--model", tiny_bert, "--data.train", rows, "--data.validation", rows),
+        *("--task", "regression", "--methods", '{"lora": {}}'),
+    )
+    assert code == 0
+    base, lora = json.loads(printed.out)["tables"]["methods"]
+    assert lora["held-out loss"] < base["held-out loss"]

@@ -1,6 +1,5 @@
 """Adapters on a quantised base from the command line: trained, resumed, evaluated, merged."""
 
-import json
 import shutil
 from functools import partial
 
@@ -15,17 +14,6 @@ from lorakit.train.run import train
 from oracles import outputs
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
-
-
-@pytest.fixture
-def run(capsys):
-    """Return a function that runs a command line and gives back its exit code and JSON."""
-
-    def command(*words):
-        code = main([*map(str, words), "--json"])
-        return code, json.loads(capsys.readouterr().out)
-
-    return command
 
 
 def made(model, rows, out, **changes):

@@ -13,18 +13,6 @@ from transformers import (
 )
 
 import lorakit as lk
-from lorakit.cli.main import main
-
-
-@pytest.fixture
-def run(capsys):
-    """Return a function that runs a command line and gives back its exit code and JSON."""
-
-    def command(*words):
-        code = main([*map(str, words), "--json"])
-        return code, json.loads(capsys.readouterr().out)
-
-    return command
 
 
 @pytest.fixture

@@ -64,6 +64,27 @@ def test_biases_that_top_k_trains_too_are_trained_once(tmp_path):
     assert torch.equal(outputs(again, example_inputs(again)), after)
 
 
+def test_biases_that_are_read_train_beside_a_bottleneck_at_the_same_place():
+    both = build("deberta")
+    at = ("deberta.encoder.layer.*.attention.self",)
+    lk.attach(both, [lk.BitFitConfig(), lk.BottleneckConfig(at=at, size=2)])
+    randomise(both)
+    inputs = example_inputs(both)
+    values = dict(adapter_parameters(both, "default"))
+    before = outputs(both, inputs)
+    with torch.no_grad():
+        values["deberta.encoder.layer.0.attention.self.q_bias"] += 0.5
+    assert not torch.allclose(outputs(both, inputs), before)
+
+
+def test_a_classifier_s_bias_is_none_of_the_pre_trained_model():
+    model = build("llama", head="ForSequenceClassification", num_labels=2, pad_token_id=0)
+    model.score = torch.nn.Linear(32, 2)
+    for config in (lk.BitFitConfig(), lk.LoRAConfig(bias="all")):
+        with pytest.raises(TargetError, match=r"has none|none of the layers has one"):
+            lk.plan(model, config)
+
+
 def test_a_bias_that_two_modules_hold_is_trained_once():
     model = build("bert", head="ForMaskedLM")
     assert isinstance(model, transformers.BertForMaskedLM)

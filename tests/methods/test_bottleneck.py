@@ -197,7 +197,7 @@ def count(name, **settings):
     plan = lk.plan(model, lk.BottleneckConfig(modules_to_save=(), **settings))
     norms = sum(part.layer_norm for part in plan.parts)
     width, size = plan.parts[0].width, plan.parts[0].size
-    # PAPER: L̂_adpt·(2·d·r + r + d) + 2·L̂_LN·d
+    # L̂_adpt·(2·d·r + r + d) + 2·L̂_LN·d
     formula = len(plan.parts) * (2 * width * size + size + width) + 2 * norms * width
     assert plan.parameters == formula + plan.extra_parameters
     return plan.parameters

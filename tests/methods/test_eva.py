@@ -6,11 +6,17 @@ import torch
 from torch import nn
 
 import lorakit as lk
+from lorakit.attach import adapter_parameters
 from lorakit.errors import AttachError, ConfigError, TargetError
 from oracles import attach_random, outputs, randomise
 from tiny_models import build, example_inputs
 
-TARGETS = {"llama": ("all-linear",), "gpt2": ("q", "v", "down"), "bert": ("q", "k", "v", "up")}
+TARGETS = {
+    "llama": ("all-linear",),
+    "gpt2": ("q", "v", "down"),
+    "opt": ("q", "v", "mlp"),
+    "bert": ("q", "k", "v", "up"),
+}
 
 
 def batches(model, count=3):
@@ -31,14 +37,15 @@ def inputs_of(model, data):
 
     def note(path):
         def hook(layer, args):
-            read.setdefault(path, []).append(args[0][batch["attention_mask"].bool()])
+            tokens = args[0].reshape(-1, args[0].shape[-1])
+            read.setdefault(path, []).append(tokens[batch["attention_mask"].reshape(-1).bool()])
 
         return hook
 
     hooks = [
         module.register_forward_pre_hook(note(path))
         for path, module in model.named_modules()
-        if path.startswith(("model.layers", "transformer.h", "bert.encoder"))
+        if path.startswith(("model.layers", "model.decoder", "transformer.h", "bert.encoder"))
         and type(module).__name__ in ("Linear", "Conv1D")
     ]
     with torch.no_grad():
@@ -80,6 +87,41 @@ def test_layers_that_read_the_same_start_from_the_same():
     assert torch.equal(q, v)
     assert torch.equal(gate, up)
     assert not torch.equal(q, gate)
+
+
+def test_layers_that_read_the_same_train_each_their_own():
+    model = build("llama")
+    config = lk.LoRAConfig(targets=("q", "v", "gate", "up"), rank=3, init="eva")
+    lk.attach(model, config, data=batches(model))
+    tensors = [p for name, p in adapter_parameters(model, "default") if name.endswith("lora_a")]
+    assert len({p.untyped_storage().data_ptr() for p in tensors}) == len(tensors)
+    # Nor does a parameter hold on to all directions, of which it needs the first.
+    assert all(p.untyped_storage().nbytes() == 4 * p.numel() for p in tensors)
+
+
+def test_cross_attention_reads_two_inputs():
+    model = build("t5")
+    data = [example_inputs(model, seed=seed) for seed in range(3)]
+    read = {}
+
+    def note(path):
+        return lambda layer, args: read.setdefault(path, []).append(args[0].flatten(0, 1))
+
+    block = "decoder.block.1.layer.1.EncDecAttention."
+    hooks = [
+        model.get_submodule(block + x).register_forward_pre_hook(note(block + x)) for x in "qkv"
+    ]
+    with torch.no_grad():
+        for batch in data:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    lk.attach(model, lk.LoRAConfig(targets=("q", "k", "v"), rank=2, init="eva"), data=data)
+    tensors = lk.extract(model).tensors
+    for x in "qkv":
+        expected = torch.linalg.svd(torch.cat(read[block + x]))[2][:2]
+        a = tensors[f"{block}{x}.lora_a"]
+        torch.testing.assert_close((a * expected).sum(1).abs(), torch.ones(2), atol=1e-3, rtol=0)
 
 
 def test_it_looks_at_the_base_in_eval_mode_and_leaves_no_trace():

@@ -75,6 +75,24 @@ def test_the_default_rate_is_the_one_that_did_well_on_both_tasks(method):
     assert DEFAULTS[method].learning_rate == expected
 
 
+def test_norms_beside_bottlenecks_have_the_bottlenecks_rate_and_a_head_that_of_the_first():
+    model = build("bert")
+    configs = [lk.LoRAConfig(), lk.BottleneckConfig(variant="h", train_norms=True)]
+    lk.attach(model, configs)
+    record = lk.extract(model)
+    norms = [name for name in record.tensors if "LayerNorm" in name]
+    assert norms
+    assert {record.method_of(name) for name in norms} == {"adapter-h"}
+    assert record.method_of("classifier.weight") == "lora"
+
+
+def test_biases_that_top_k_reads_have_the_rate_of_top_k():
+    model = build("deberta")
+    config = [lk.LoRAConfig(layers="0"), lk.FullConfig(only_top=True, top=1)]
+    lk.attach(model, config)
+    assert lk.extract(model).method_of("deberta.encoder.layer.1.attention.self.q_bias") == "top-k"
+
+
 def test_methods_together_have_a_group_each(tmp_path):
     found = groups(build("gpt2"), lk.TrainConfig(out=tmp_path, method="lora,bitfit"))
     rates = {method: DEFAULTS[method].learning_rate for method in ("lora", "bitfit")}

@@ -151,6 +151,23 @@ def test_a_killed_run_resumes_to_the_same_bytes(settings, tmp_path, step):
     assert contents(resumed.out / "last") == contents(whole.out / "last")
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"lora": {"rank": 1, "targets": "all-linear"}}, "lora: rank is 1, and was 4"),
+        ({"method": "bitfit", "bitfit": {"add_missing": True}}, "bitfit: add_missing is True"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(settings, changes, problem):
+    config = settings(steps=4, save_every=2, warmup_steps=1)
+    train(config)
+    before = contents(config.out)
+    with pytest.raises(TrainingError, match="can't be resumed with other settings") as caught:
+        train(settings(steps=4, save_every=2, warmup_steps=1, resume=True, **changes))
+    assert problem in str(caught.value)
+    assert contents(config.out) == before
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):
     whole = train(settings(out=tmp_path / "whole", steps=40))
     config = settings(out=tmp_path / "stopped", steps=40)
