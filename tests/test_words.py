@@ -45,7 +45,7 @@ def commands(page):
     """Return the words of each lorakit command in a page's shell blocks."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-        words = shlex.split(block, comments=True)
+        words = shlex.split(block.replace("\\\n", " "), comments=True)
         starts = [at for at, word in enumerate(words) if word == "lorakit"]
         for start, stop in itertools.pairwise([*starts, len(words)]):
             yield words[start:stop]
