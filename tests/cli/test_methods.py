@@ -60,7 +60,7 @@ def test_a_method_learns_and_its_folder_goes_through_every_verb(
         ("lora,top-k", "leave these blocks out of the other method (lora.layers, lora.exclude"),
         ("lora,bitfit --lora.dtype bfloat16", "lora in bfloat16, bitfit in float32"),
         ("bitfit --lora-plus-ratio 16", "lora_plus_ratio is LoRA's, and the method is bitfit"),
-        ("prefix-embedding --prefix.prefix 40", "trained tokens"),
+        ("prefix-embedding --prefix.prefix 40", "leaves no room for a row in the model's context"),
         ("adapter-h --bottleneck.size 999", "999"),
     ],
 )
