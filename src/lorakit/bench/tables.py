@@ -43,6 +43,8 @@ def duration(seconds: float) -> str:
     """Return a time with three digits, in the unit that suits it."""
     if seconds < 0:
         return f"-{duration(-seconds)}"
+    if seconds >= 100:
+        return f"{seconds:.0f} s"
     for size, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
