@@ -112,7 +112,13 @@ def test_only_what_is_between_the_marks_is_rewritten(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(12.345, "12.3 s"), (0.0123, "12.3 ms"), (1.69e-6, "1.69 us"), (-0.25, "-250 ms")],
+    [
+        (1002.4, "1002 s"),
+        (12.345, "12.3 s"),
+        (0.0123, "12.3 ms"),
+        (1.69e-6, "1.69 us"),
+        (-0.25, "-250 ms"),
+    ],
 )
 def test_a_time_is_written_in_the_unit_that_suits_it(seconds, text):
     assert duration(seconds) == text
