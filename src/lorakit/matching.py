@@ -219,7 +219,7 @@ def _copy_misfits(
 def _bias_misfits(modules: Mapping[str, nn.Module], adapter: Adapter) -> tuple[list[str], set[str]]:
     """Return how trained biases do not fit, and the names of those that have a place."""
     problems: list[str] = []
-    expected = {f"{path}.bias" for path in _biases_of_lora(modules, adapter)}
+    expected: set[str] = set()
     for name in adapter.tensors:
         layer = modules.get(name.removesuffix(".bias")) if _is_bias(name, adapter) else None
         bias = getattr(layer, "bias", None)
@@ -227,17 +227,6 @@ def _bias_misfits(modules: Mapping[str, nn.Module], adapter: Adapter) -> tuple[l
             expected.add(name)
             problems += _shape_problem(name, adapter.tensors[name], tuple(bias.shape))
     return problems, expected
-
-
-def _biases_of_lora(modules: Mapping[str, nn.Module], adapter: Adapter) -> Iterator[str]:
-    """Yield the paths of the layers whose bias LoRA's settings say is trained too."""
-    which = adapter.lora.bias if adapter.lora is not None else "none"
-    paths = {site.path for site in adapter.sites} if which == "lora" else modules.keys()
-    for path in paths if which != "none" else ():
-        layer = modules.get(path, nn.Identity())
-        has = layer._parameters.get("bias") is not None and adds_bias(layer)
-        if has and not lies_in(path, adapter.copied_modules):
-            yield path
 
 
 def _classes(head: nn.Module, path: str, adapter: Adapter) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -375,16 +374,3 @@ def test_a_resized_embedding_is_taken_as_a_full_copy_and_reported(plain: Path) -
     assert adapter.copied_modules == ("head", "model.embed_tokens")
     note = "why model.embed_tokens.weight is in the file: it is taken as a full copy"
     assert note in adapter.unverified
-
-
-def test_a_bias_that_the_settings_promise_and_the_file_lacks_is_told(
-    plain: Path, tmp_path: Path
-) -> None:
-    tensors = safetensors.torch.load((plain / "adapter_model.safetensors").read_bytes())
-    lost = [name for name in tensors if "body.0" in name and name.endswith(".bias")]
-    assert len(lost) == 1
-    del tensors[lost[0]]
-    (tmp_path / "adapter_model.safetensors").write_bytes(safetensors.torch.save(tensors))
-    shutil.copy(plain / "adapter_config.json", tmp_path)
-    with pytest.raises(AdapterFileError, match=r"body\.0\.bias  missing from the adapter"):
-        lk.attach(make("tables"), Adapter.load(tmp_path))
