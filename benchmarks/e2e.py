@@ -19,13 +19,13 @@ import yaml
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 import lorakit as lk
-from lorakit.tasks.batches import pad_token, training_batch
-from lorakit.tasks.encode import encode_prompt, encode_rows
-from lorakit.tasks.kinds import references_of
-from lorakit.tasks.metrics import bleu, exact_match
-from lorakit.tasks.rows import read_rows
-from lorakit.train.evaluation import answer
-from lorakit.train.run import train
+from lorakit.data.batches import pad_token, training_batch
+from lorakit.data.encode import encode_prompt, encode_rows
+from lorakit.data.metrics import bleu, exact_match
+from lorakit.data.row_types import references_of
+from lorakit.data.rows import read_rows
+from lorakit.training.evaluation import answer
+from lorakit.training.run import train
 from measured import circumstances, write_result
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "e2e.yaml"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from lorakit.kernels.arrangement import Arrangement, arrange
 from lorakit.kernels.grouped import gather, narrow, widen_onto
+from lorakit.kernels.grouping import Arrangement, arrange
 from measured import circumstances
 
 D, RANK = 4096, 16

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorakit.bench.circumstances import circumstances
+from lorakit.bench.environment import circumstances
 
 __all__ = ["circumstances", "write_result"]
 

@@ -16,12 +16,12 @@ import torch
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 import lorakit as lk
-from lorakit.tasks.encode import Encoded, encode_rows
-from lorakit.tasks.rows import read_rows
-from lorakit.train.collate import Collator
-from lorakit.train.evaluation import score
-from lorakit.train.loss import Loss
-from lorakit.train.run import train
+from lorakit.data.collate import Collator
+from lorakit.data.encode import Encoded, encode_rows
+from lorakit.data.rows import read_rows
+from lorakit.training.evaluation import score
+from lorakit.training.loss import Loss
+from lorakit.training.run import train
 from measured import circumstances, write_result
 
 LORA_RATES = (2e-3, 4e-3)

@@ -32,12 +32,12 @@ from transformers.trainer_callback import PrinterCallback
 import lorakit as lk
 from lorakit.bench.memory import forget_peak, most_bytes
 from lorakit.bench.roofline_counts import Batch, Shape, count
-from lorakit.tasks.batches import training_batch
-from lorakit.tasks.encode import Encoded, Example
-from lorakit.train.layout import choose_layout
-from lorakit.train.prepare import NAME, Prepared
-from lorakit.train.run import Run, run_alone
-from lorakit.train.trainer import make_arguments
+from lorakit.data.batches import training_batch
+from lorakit.data.encode import Encoded, Example
+from lorakit.data.packing import choose_layout
+from lorakit.training.prepare import NAME, Prepared
+from lorakit.training.run import Run, run_alone
+from lorakit.training.trainer import make_arguments
 from measured import circumstances
 
 RANK = 16

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.attach import adapter_parameters
+from lorakit.attachment.attach import adapter_parameters
 from lorakit.models.identity import weights_hash as base_hash  # noqa: F401
 
 

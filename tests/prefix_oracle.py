@@ -5,7 +5,7 @@ import copy
 import torch
 
 import lorakit as lk
-from lorakit.method_config import PrefixConfig
+from lorakit.config.methods import PrefixConfig
 from oracles import randomise
 from tiny_models import build
 

@@ -60,11 +60,11 @@ def imported_parts(source: str) -> set[str]:
 
 def test_imports_are_found_wherever_they_stand():
     source = (
-        "import lorakit.merge\n"
-        "from lorakit.train.loss import x\n"
+        "import lorakit.merging.merge\n"
+        "from lorakit.training.loss import x\n"
         "from lorakit import models\n"
         "from typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from lorakit.tasks import y\n"
+        "if TYPE_CHECKING:\n    from lorakit.data.builtin import y\n"
         "def f():\n    from lorakit import attach\n"
     )
     assert imported_parts(source) == {"merge", "train", "models", "attach"}

@@ -12,8 +12,8 @@ from torch import nn
 
 import lorakit as lk
 import lorakit.bank
+from lorakit.adapter import folder as formats
 from lorakit.errors import AdapterFileError
-from lorakit.formats import folder as formats
 from oracles import attach_random, outputs
 from tiny_models import build, example_inputs
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from lorakit.cli.reference import reference
-from lorakit.method_config import DEFAULTS, METHODS
+from lorakit.config.methods import DEFAULTS, METHODS
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.attach import adapter_parameters
+from lorakit.attachment.attach import adapter_parameters
+from lorakit.config.methods import METHODS as NAMED
+from lorakit.config.methods import MethodConfig
 from lorakit.errors import MergeError, RouteError, TargetError
-from lorakit.method_config import METHODS as NAMED
-from lorakit.method_config import MethodConfig
-from lorakit.train.run import train
+from lorakit.training.run import train
 from oracles import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 

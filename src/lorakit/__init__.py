@@ -6,24 +6,24 @@ model, tokenizer = lk.load_model("smollm2")
 lk.attach(model, lk.LoRAConfig(rank=8, alpha=16, targets=("q", "v")))
 """
 
-from lorakit.adapted import Opened, open_model
-from lorakit.adapter import Adapter, Site
-from lorakit.attach import attach, detach, extract
-from lorakit.attachment import active_name, adapter_names
+from lorakit.adapter.adapter import Adapter, Site
+from lorakit.attachment.attach import attach, detach, extract
+from lorakit.attachment.open_model import Opened, open_model
+from lorakit.attachment.plan import plan
+from lorakit.attachment.state import active_name, adapter_names
 from lorakit.bank import AdapterBank
-from lorakit.config import DataConfig, TrainConfig
-from lorakit.errors import LorakitError
-from lorakit.merge import MergeReport, merge, unmerge
-from lorakit.method_config import (
+from lorakit.config.methods import (
     BitFitConfig,
     BottleneckConfig,
     FullConfig,
     LoRAConfig,
     PrefixConfig,
 )
+from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.errors import LorakitError
+from lorakit.merging.merge import MergeReport, merge, unmerge
 from lorakit.models.load import load_model
-from lorakit.planning import plan
-from lorakit.routing import route, switch
+from lorakit.routing.route import route, switch
 
 __all__ = [
     "Adapter",

@@ -10,16 +10,16 @@ from pathlib import Path
 
 from torch import nn
 
-from lorakit.adapter import Adapter
-from lorakit.attach import extract, fit_and_build, install, remove
-from lorakit.attachment import Attachment, attached, attachment_of, is_compiled, unwrapped
-from lorakit.compiled import prepare_for_compile
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.folder import reading
+from lorakit.adapter.tensor_files import value_problems
+from lorakit.attachment.attach import extract, fit_and_build, install, remove
+from lorakit.attachment.state import Attachment, attached, attachment_of, is_compiled, unwrapped
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
-from lorakit.formats.folder import reading
-from lorakit.formats.weights import value_problems
-from lorakit.merge import MergeReport, merge, unmerge
-from lorakit.methods.layer import Update
-from lorakit.routing import Choice, blends, check_names, route, switch
+from lorakit.layers.layer import Update
+from lorakit.merging.merge import MergeReport, merge, unmerge
+from lorakit.routing.compiled_model import prepare_for_compile
+from lorakit.routing.route import Choice, blends, check_names, route, switch
 
 Ready = tuple[dict[str, Update], Adapter]
 """An adapter's updates by module path, verified, and the adapter without its tensors."""

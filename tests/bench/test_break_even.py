@@ -3,8 +3,8 @@
 import pytest
 
 from lorakit.bench.break_even import break_even, start_up, start_ups
-from lorakit.bench.train_race import Record
-from lorakit.bench.train_turns import PARTS, Ended, Ready, Turn
+from lorakit.bench.train_clock import PARTS, Ended, Ready, Turn
+from lorakit.bench.train_processes import Record
 
 
 def turn(seconds):

@@ -9,12 +9,12 @@ from transformers import GPT2Config, GPT2Model
 
 import lorakit as lk
 from lorakit.bench import latency
-from lorakit.bench.interleaved import Seconds
 from lorakit.bench.latency import SETTINGS, LatencyConfig, overhead_percent
+from lorakit.bench.rounds import Seconds
 from lorakit.bench.tables import table
 from lorakit.cli.main import main
 from lorakit.errors import ConfigError
-from lorakit.methods.layer import AdaptedLayer
+from lorakit.layers.layer import AdaptedLayer
 
 WHO = ["plain", "ours", "unmerged", "adapter_l", "adapter_h"]
 TINY = ["--width", "64", "--blocks", "2", "--shrink", "32", "--repeats", "2"]

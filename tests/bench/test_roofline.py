@@ -14,8 +14,8 @@ from lorakit.bench.roofline_counts import PARTS, Batch, Shape, Work, block_layer
 from lorakit.bench.roofline_profile import FORWARD, REST, Sorter, medians
 from lorakit.bench.tables import table
 from lorakit.cli.main import main
+from lorakit.data.encode import Example
 from lorakit.errors import ModelError
-from lorakit.tasks.encode import Example
 from tiny_models import build
 
 ROWS = [

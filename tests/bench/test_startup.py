@@ -3,7 +3,7 @@
 import pytest
 
 from lorakit.bench.startup import first_step
-from lorakit.config import DataConfig, TrainConfig
+from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.errors import TrainingError
 
 

@@ -8,17 +8,19 @@ from threading import Thread
 
 import pytest
 
-from lorakit.bench import train, train_contestants, train_race
+from lorakit.bench import train
+from lorakit.bench import train_baselines as train_contestants
+from lorakit.bench import train_processes as train_race
 from lorakit.bench.tables import table
 from lorakit.bench.train import FULL_LEARNING_RATE, TrainBenchConfig
-from lorakit.bench.train_race import Plan, Record, race
-from lorakit.bench.train_turns import PARTS, Clock, Ended, Gate, Ready, Turn
+from lorakit.bench.train_clock import PARTS, Clock, Ended, Gate, Ready, Turn
+from lorakit.bench.train_processes import Plan, Record, race
 from lorakit.cli.main import main
-from lorakit.config import DataConfig
+from lorakit.config.train import DataConfig
+from lorakit.data.encode import encode_rows
+from lorakit.data.rows import read_rows
 from lorakit.errors import TrainingError
 from lorakit.models.load import load_model
-from lorakit.tasks.encode import encode_rows
-from lorakit.tasks.rows import read_rows
 
 pytestmark = [
     # PEFT asks transformers in words that it is giving up.

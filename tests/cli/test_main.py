@@ -14,8 +14,8 @@ import pytest
 
 from lorakit.cli.main import main
 from lorakit.cli.verbs import VERBS, Result
+from lorakit.config.base import Settings
 from lorakit.errors import DataError
-from lorakit.settings import Settings
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 

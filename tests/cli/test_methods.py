@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorakit as lk
-from lorakit.method_config import METHODS
+from lorakit.config.methods import METHODS
 
 MERGE = ("lora", "full", "top-k")
 

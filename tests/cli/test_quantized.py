@@ -8,9 +8,9 @@ import torch
 
 import lorakit as lk
 from lorakit.cli.main import main
-from lorakit.config import DataConfig, TrainConfig
+from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.models.quantized import Quantization, quantization_of
-from lorakit.train.run import train
+from lorakit.training.run import train
 from oracles import outputs
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")

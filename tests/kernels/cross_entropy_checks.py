@@ -13,7 +13,7 @@ from torch import nn
 
 from lorakit.kernels import cross_entropy_triton
 from lorakit.kernels.cross_entropy import head_cross_entropy
-from lorakit.kernels.logit_change import UNCHANGED, LogitChange
+from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 KERNEL = cross_entropy_triton._cross_entropy

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from kernels.mixed_batches import D_OUT, RANK, SLOTS, USES, expected, mixed_batch
 from lorakit.kernels import segments_triton
-from lorakit.kernels.arrangement import arrange
 from lorakit.kernels.grouped import gather, grouped_update, narrow, widen_onto
+from lorakit.kernels.grouping import arrange
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BASES = USES["some base rows"]

@@ -15,8 +15,8 @@ from lorakit.kernels.attention import (
     fused_attention,
     segment_attention,
 )
-from lorakit.kernels.opaque_attention import in_force, opaque_attention
-from lorakit.kernels.packed_rows import FEW_SIZES, LIKE, Segments
+from lorakit.kernels.custom_op_attention import in_force, opaque_attention
+from lorakit.kernels.packed_sequences import FEW_SIZES, LIKE, Segments
 
 RULES = {
     "causal": Rule(scale=0.4),

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorakit as lk
 from lorakit.kernels.cross_entropy import CHUNK_BYTES, head_cross_entropy
-from lorakit.kernels.logit_change import UNCHANGED, LogitChange
+from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
 
 TOKENS, D, VOCABULARY = 7, 6, 37
 

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from kernels.mixed_batches import D_OUT, RANK, SLOTS, USES, expected, mixed_batch
 from lorakit.errors import RouteError
-from lorakit.kernels.arrangement import arrange
 from lorakit.kernels.grouped import add_update, gather, grouped_update, narrow, widen, widen_onto
+from lorakit.kernels.grouping import arrange
 
 SHAPES = {"2-D": (1, ()), "3-D": (1, (3,)), "4-D": (1, (2, 3)), "beams": (2, (3,)), "flat": (3, ())}
 

@@ -8,8 +8,8 @@ import torch
 
 from kernels.mixed_batches import USES
 from kernels.triton_process import ROOT, needs_gpu, run_checks
-from lorakit.kernels.arrangement import arrange
 from lorakit.kernels.grouped import gather, narrow, widen_onto
+from lorakit.kernels.grouping import arrange
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 segments_triton = importlib.import_module("lorakit.kernels.segments_triton")

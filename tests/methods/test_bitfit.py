@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import lorakit as lk
-from lorakit.attach import adapter_parameters
+from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, MergeError, TargetError
 from lorakit.models.roles import task_heads
 from oracles import outputs, randomise

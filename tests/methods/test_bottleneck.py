@@ -14,9 +14,9 @@ from transformers import (
 )
 
 import lorakit as lk
-from lorakit.attach import adapter_parameters
+from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, TargetError
-from lorakit.train.recompute import narrow_products, products, recomputing
+from lorakit.training.memory.activation_checkpointing import narrow_products, products, recomputing
 from oracles import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 

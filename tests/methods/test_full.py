@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit.attach import adapter_parameters
+from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, TargetError
-from lorakit.merge import finalize
+from lorakit.merging.merge import finalize
 from oracles import base_hash, outputs, randomise
 from tiny_models import FAMILIES, build, example_inputs
 

@@ -7,7 +7,7 @@ import torch
 
 import lorakit as lk
 from lorakit.errors import ModelError
-from lorakit.kernels.packed_rows import Segments
+from lorakit.kernels.packed_sequences import Segments
 from lorakit.models.attention import attention_within, takes_attention_functions
 from oracles import attach_random
 from tiny_models import build

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorakit.kernels.logit_change import UNCHANGED, LogitChange
+from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
 from lorakit.models.logits import logit_change
 from shaped_models import SHAPED, with_shaped_logits
 from tiny_models import build

@@ -12,7 +12,8 @@ from torch import nn
 
 import lorakit as lk
 import lorakit.cli.main as command_line
-from lorakit.config import TrainConfig
+from lorakit.attachment.plan import _check_float
+from lorakit.config.train import TrainConfig
 from lorakit.errors import (
     AdapterFileError,
     ConfigError,
@@ -32,10 +33,9 @@ from lorakit.models.quantized import (
 )
 from lorakit.models.quantized_weight import float_weight, is_quantized
 from lorakit.models.roles import output_head, task_heads
-from lorakit.planning import _check_float
-from lorakit.train.compiling import check_compile
-from lorakit.train.economy import economical
-from lorakit.train.memory import training_memory
+from lorakit.training.memory.compiled_blocks import check_compile
+from lorakit.training.memory.memory_efficient import economical
+from lorakit.training.memory.training_memory import training_memory
 from oracles import attach_random, outputs
 from tiny_models import FAMILIES, build, example_inputs
 

@@ -10,7 +10,8 @@ from transformers.models.bloom.modeling_bloom import BloomAttention
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import TargetError
-from lorakit.models.roles import layer_number, named, places, select, task_heads
+from lorakit.models.paths import block_number
+from lorakit.models.roles import named, places, select, task_heads
 from tiny_models import FAMILIES, build, example_inputs
 
 DECODERS = FAMILIES[: FAMILIES.index("bert")]
@@ -139,7 +140,7 @@ def paths(chosen):
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
 def test_each_role_names_one_layer_of_each_block(family):
     model = build(family)
-    block = next(place.path for place in places(model) if layer_number(place.path) == 0)
+    block = next(place.path for place in places(model) if block_number(place.path) == 0)
     block = block[: block.index(".0.") + 2]
     for role, name in NAMES[family].items():
         expected = [f"{block}.{name}", f"{block[:-1]}1.{name}"]
@@ -178,7 +179,7 @@ def test_every_matrix_of_a_block_has_a_role(family):
     matrices = {
         path
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and layer_number(path) is not None
+        if isinstance(module, (nn.Linear, Conv1D)) and block_number(path) is not None
     }
     # DeBERTa projects relative positions too; no other architecture has such layers.
     assert {path for path in matrices - with_role if ".pos_" not in path} == set()
@@ -621,7 +622,7 @@ def test_the_setting_with_the_bad_word_is_named():
     ],
 )
 def test_the_block_number_is_the_first_number_in_the_path(path, number):
-    assert layer_number(path) == number
+    assert block_number(path) == number
 
 
 @pytest.mark.parametrize("family", [*DECODERS, "t5"])

@@ -1,1 +1,1 @@
-"""Benchmarks: lorakit beside its peers, in one run, in turns."""
+"""lorakit beside its peers, measured in one run."""

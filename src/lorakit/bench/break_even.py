@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakit.bench.result import OURS
-from lorakit.bench.train_race import Record
-from lorakit.bench.train_turns import Turn
+from lorakit.bench.train_clock import Turn
+from lorakit.bench.train_processes import Record
 
 COMPILED = {"compiled": OURS, "peft_compiled": "peft"}
 """Contestants that go through torch.compile, and the same without."""

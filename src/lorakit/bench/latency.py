@@ -12,12 +12,12 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from lorakit.attach import adapter_parameters, attach
-from lorakit.bench.interleaved import Contestant, Seconds, interleaved
+from lorakit.attachment.attach import adapter_parameters, attach
 from lorakit.bench.result import OURS, Findings, Goal, Measured
-from lorakit.merge import merge
-from lorakit.method_config import BottleneckConfig, LoRAConfig, MethodConfig
-from lorakit.settings import DType, PositiveInt
+from lorakit.bench.rounds import Contestant, Seconds, interleaved
+from lorakit.config.base import DType, PositiveInt
+from lorakit.config.methods import BottleneckConfig, LoRAConfig, MethodConfig
+from lorakit.merging.merge import merge
 
 PLAIN = "plain"
 """The contestant without an adapter, as a model that was trained in full is."""

@@ -10,13 +10,13 @@ import safetensors.torch
 from pydantic import Field
 from torch import Tensor
 
+from lorakit.adapter.folder import WEIGHTS_FILE
 from lorakit.bank import AdapterBank
-from lorakit.bench.interleaved import Contestant, interleaved
 from lorakit.bench.peers import peft_loading, peft_model, save_random_adapters
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal
-from lorakit.formats.folder import WEIGHTS_FILE
+from lorakit.bench.rounds import Contestant, interleaved
+from lorakit.config.base import PositiveInt
 from lorakit.models.load import load_model
-from lorakit.settings import PositiveInt
 
 NAME = "measured"
 """What the adapter is called that comes and goes."""

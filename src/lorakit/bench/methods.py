@@ -18,26 +18,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from lorakit.attachment import active_name
+from lorakit.attachment.state import active_name
 from lorakit.bench.memory import forget_peak, most_bytes, used_bytes
 from lorakit.bench.result import Findings, Measured
-from lorakit.config import DataConfig, TrainConfig
+from lorakit.config.base import PositiveFloat, PositiveInt
+from lorakit.config.methods import METHODS
+from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.data.collate import Collator
+from lorakit.data.encode import encode_prompt
+from lorakit.data.metrics import bleu
+from lorakit.data.row_types import Rows, references_of
+from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
-from lorakit.method_config import METHODS
 from lorakit.models.load import load_model
 from lorakit.models.quantized import quiet_library
-from lorakit.routing import route
-from lorakit.settings import PositiveFloat, PositiveInt
-from lorakit.tasks.encode import encode_prompt
-from lorakit.tasks.kinds import Rows, references_of
-from lorakit.tasks.metrics import bleu
-from lorakit.tasks.rows import read_rows
-from lorakit.train.collate import Collator
-from lorakit.train.evaluation import answer, score
-from lorakit.train.loss import Loss
-from lorakit.train.prepare import prepare
-from lorakit.train.prompted import encode_for
-from lorakit.train.run import Run, run_alone
+from lorakit.routing.route import route
+from lorakit.training.evaluation import answer, score
+from lorakit.training.loss import Loss
+from lorakit.training.prepare import prepare
+from lorakit.training.run import Run, run_alone
+from lorakit.training.virtual_tokens import encode_for
 
 _Row = dict[str, Any]
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorakit.bank import AdapterBank
-from lorakit.bench.interleaved import Contestant, Seconds, interleaved
 from lorakit.bench.peers import peft_model, save_random_adapters
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, Timings
+from lorakit.bench.rounds import Contestant, Seconds, interleaved
+from lorakit.config.base import PositiveInt
 from lorakit.models.load import load_model
-from lorakit.settings import PositiveInt
 
 CHECKED_ROWS = 4
 """Rows of the batch on which the answers are compared with PEFT's, in float32."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorakit.adapter import Adapter
-from lorakit.attach import attach, detach, extract
+from lorakit.adapter.adapter import Adapter
+from lorakit.attachment.attach import attach, detach, extract
+from lorakit.config.methods import LoRAConfig
 from lorakit.errors import MissingExtraError
-from lorakit.method_config import LoRAConfig
 
 SPREAD_OF_B = 0.02
 """Standard deviation of B: the update is a few hundredths of a layer's output."""

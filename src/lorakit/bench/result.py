@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from lorakit.bench.circumstances import circumstances
-from lorakit.bench.interleaved import Seconds
+from lorakit.bench.environment import circumstances
 from lorakit.bench.peers import require_peft
+from lorakit.bench.rounds import Seconds
+from lorakit.config.base import DType, PositiveInt, Settings
 from lorakit.errors import OutputError
-from lorakit.settings import DType, PositiveInt, Settings
 
 OURS = "ours"
 """The contestant with which every other one of a measurement is compared."""

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.bench.interleaved import Seconds
 from lorakit.bench.result import OURS, Findings
 from lorakit.bench.roofline_ceilings import Ceilings, ceilings
 from lorakit.bench.roofline_counts import PARTS, Batch, Shape, Work, count
 from lorakit.bench.roofline_profile import REST, ProfiledTrainer, Profiles, Sorter, medians
+from lorakit.bench.rounds import Seconds
 from lorakit.bench.train_settings import RunSettings, draw_rows, run_settings, write_rows
-from lorakit.train.prepare import Prepared, prepare
-from lorakit.train.run import Run, run_alone
+from lorakit.training.prepare import Prepared, prepare
+from lorakit.training.run import Run, run_alone
 
 WARM_UPS = 2
 """Steps before the first profile."""

@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorakit.attach import adapter_parameters
+from lorakit.attachment.attach import adapter_parameters
+from lorakit.data.chat import IGNORED
+from lorakit.data.encode import Example
 from lorakit.errors import ModelError
 from lorakit.models.base import base_modules
-from lorakit.tasks.chat import IGNORED
-from lorakit.tasks.encode import Example
 
 PARTS = (
     "blocks forward",

@@ -14,7 +14,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorakit.bench.roofline_counts import PARTS
-from lorakit.train.trainer import AdapterTrainer
+from lorakit.training.trainer import AdapterTrainer
 
 REST = "rest"
 """Python, and whatever torch does between its operators."""

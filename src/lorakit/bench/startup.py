@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from lorakit.bench.interleaved import Seconds
-from lorakit.config import TrainConfig
+from lorakit.bench.rounds import Seconds
+from lorakit.config.train import TrainConfig
 from lorakit.errors import TrainingError
 
 LOOK_EVERY_S = 0.01

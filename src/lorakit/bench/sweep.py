@@ -10,23 +10,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.attach import adapter_parameters, attach
-from lorakit.bench.interleaved import Contestant, Seconds, interleaved
+from lorakit.attachment.attach import adapter_parameters, attach
 from lorakit.bench.memory import peak_bytes
 from lorakit.bench.peers import require_peft
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, threads
-from lorakit.config import DataConfig
+from lorakit.bench.rounds import Contestant, Seconds, interleaved
+from lorakit.config.base import PositiveInt
+from lorakit.config.methods import LoRAConfig
+from lorakit.config.train import DataConfig
+from lorakit.data.batches import pad_token
+from lorakit.data.collate import Collator
+from lorakit.data.encode import Example, encode_rows
+from lorakit.data.rows import read_rows
 from lorakit.errors import DataError
-from lorakit.method_config import LoRAConfig
 from lorakit.models.load import load_model
-from lorakit.settings import PositiveInt
-from lorakit.tasks.batches import pad_token
-from lorakit.tasks.encode import Example, encode_rows
-from lorakit.tasks.rows import read_rows
-from lorakit.train.collate import Collator
-from lorakit.train.joint import MicroBatch, joint_losses
-from lorakit.train.loss import Loss
-from lorakit.train.objective import text_loss
+from lorakit.training.lm_loss import text_loss
+from lorakit.training.loss import Loss
+from lorakit.training.sweep.joint_step import MicroBatch, joint_losses
 
 LEARNING_RATE = 1e-3
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.bank import AdapterBank
-from lorakit.bench.interleaved import Contestant, Seconds, interleaved
 from lorakit.bench.peers import peft_model, save_random_adapters
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal
+from lorakit.bench.rounds import Contestant, Seconds, interleaved
+from lorakit.config.base import PositiveInt
 from lorakit.models.base import base_parameters
 from lorakit.models.identity import weights_hash
 from lorakit.models.load import load_model
-from lorakit.settings import PositiveInt
 
 
 class SwitchConfig(BenchConfig):

@@ -10,16 +10,16 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from lorakit.bench.break_even import start_ups
-from lorakit.bench.interleaved import Seconds
 from lorakit.bench.result import OURS, Findings, Goal
+from lorakit.bench.rounds import Seconds
 from lorakit.bench.startup import first_step
+from lorakit.bench.train_baselines import Task
 from lorakit.bench.train_chart import check_chart, draw
-from lorakit.bench.train_contestants import Task
-from lorakit.bench.train_race import Plan, Record, race
+from lorakit.bench.train_clock import PARTS
+from lorakit.bench.train_processes import Plan, Record, race
 from lorakit.bench.train_settings import RunSettings, draw_rows, run_settings, write_rows
-from lorakit.bench.train_turns import PARTS
-from lorakit.config import TrainConfig
-from lorakit.settings import PositiveInt
+from lorakit.config.base import PositiveInt
+from lorakit.config.train import TrainConfig
 
 WARM_UPS = 1
 """Turns that do not count: the first steps compile, allocate and fill caches."""

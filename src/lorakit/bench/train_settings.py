@@ -11,12 +11,12 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from lorakit.bench.result import BenchConfig
-from lorakit.config import DataConfig, TrainConfig
+from lorakit.config.base import Names, PositiveFloat, PositiveInt
+from lorakit.config.methods import LoRAConfig
+from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.data.row_types import PromptRow
+from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError
-from lorakit.method_config import LoRAConfig
-from lorakit.settings import Names, PositiveFloat, PositiveInt
-from lorakit.tasks.kinds import PromptRow
-from lorakit.tasks.rows import read_rows
 
 WARM_UP_STEPS = 20
 """Steps over which the learning rate rises, where the run is at least twice as long."""

@@ -15,7 +15,7 @@ from lorakit.bench.switch import SwitchConfig, measure_switch
 from lorakit.bench.tables import table
 from lorakit.bench.train import TrainBenchConfig, measure_train
 from lorakit.cli.verbs import Result, Verb
-from lorakit.settings import Settings
+from lorakit.config.base import Settings
 
 
 @dataclass

@@ -4,14 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from lorakit.adapter import Adapter
-from lorakit.attach import attach, extract
-from lorakit.attachment import require_attachment
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.folder import save_peft
+from lorakit.attachment.attach import attach, extract
+from lorakit.attachment.state import require_attachment
 from lorakit.cli.verbs import Result
-from lorakit.formats.folder import save_peft
-from lorakit.method_config import LoRAConfig
+from lorakit.config.base import PositiveInt, Settings
+from lorakit.config.methods import LoRAConfig
 from lorakit.models.load import load_model
-from lorakit.settings import PositiveInt, Settings
 
 
 class ConvertConfig(Settings):

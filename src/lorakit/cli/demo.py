@@ -12,24 +12,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.attach import detach
+from lorakit.attachment.attach import detach
 from lorakit.bank import AdapterBank
 from lorakit.cli.verbs import Result
-from lorakit.config import DataConfig, TrainConfig
+from lorakit.config.base import PositiveInt, Settings
+from lorakit.config.methods import LoRAConfig
+from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.data.encode import encode_prompt
+from lorakit.data.metrics import exact_match
+from lorakit.data.row_types import PromptRow, references_of
+from lorakit.data.rows import read_rows
 from lorakit.errors import OutputError
-from lorakit.merge import merge, unmerge
-from lorakit.method_config import LoRAConfig
+from lorakit.merging.merge import merge, unmerge
 from lorakit.models.identity import weights_hash
 from lorakit.models.load import load_model
-from lorakit.routing import switch
-from lorakit.settings import PositiveInt, Settings
-from lorakit.tasks.encode import encode_prompt
-from lorakit.tasks.kinds import PromptRow, references_of
-from lorakit.tasks.metrics import exact_match
-from lorakit.tasks.rows import read_rows
-from lorakit.train.evaluation import answer
-from lorakit.train.run import train
-from lorakit.train.sweep import sweep
+from lorakit.routing.route import switch
+from lorakit.training.evaluation import answer
+from lorakit.training.run import train
+from lorakit.training.sweep.sweep import sweep
 
 TASKS = {"places": 70, "sql": 30}
 """The tasks, and the steps after which each is learned."""

@@ -5,21 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lorakit.adapted import Opened, open_model
-from lorakit.attachment import active_name
+from lorakit.adapter.atomic_write import write_new_file
+from lorakit.attachment.open_model import Opened, open_model
+from lorakit.attachment.state import active_name
 from lorakit.cli.verbs import Result
-from lorakit.config import DataConfig
+from lorakit.config.base import DType, HeldIn, Names, PositiveInt, Settings
+from lorakit.config.train import DataConfig
+from lorakit.data.collate import Collator
+from lorakit.data.encode import encode_prompt
+from lorakit.data.metrics import bleu, exact_match
+from lorakit.data.row_types import Rows, references_of
+from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, OutputError
-from lorakit.formats.storage import write_new_file
-from lorakit.settings import DType, HeldIn, Names, PositiveInt, Settings
-from lorakit.tasks.encode import encode_prompt
-from lorakit.tasks.kinds import Rows, references_of
-from lorakit.tasks.metrics import bleu, exact_match
-from lorakit.tasks.rows import read_rows
-from lorakit.train.collate import Collator
-from lorakit.train.evaluation import answer, score
-from lorakit.train.loss import Loss
-from lorakit.train.prompted import encode_for
+from lorakit.training.evaluation import answer, score
+from lorakit.training.loss import Loss
+from lorakit.training.virtual_tokens import encode_for
 
 WRITTEN = ("exact_match", "bleu")
 """Scores for which the model has to write answers."""

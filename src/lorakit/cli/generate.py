@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from transformers import TextStreamer, set_seed
 
-from lorakit.adapted import Opened, open_model
+from lorakit.attachment.open_model import Opened, open_model
 from lorakit.cli.verbs import Result
+from lorakit.config.base import DType, HeldIn, PositiveInt, Settings
+from lorakit.data.encode import encode_prompt
+from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError, DataError
-from lorakit.settings import DType, HeldIn, PositiveInt, Settings
-from lorakit.tasks.encode import encode_prompt
-from lorakit.tasks.kinds import Message, MessagesRow, PromptRow, Row
-from lorakit.train.evaluation import answer, generation_settings
+from lorakit.training.evaluation import answer, generation_settings
 
 
 class GenerateConfig(Settings):

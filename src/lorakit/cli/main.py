@@ -14,8 +14,8 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from pydantic_core import to_jsonable_python
 
 from lorakit import __version__
-from lorakit.cli.help import SWITCHES, overview, verb_help
-from lorakit.cli.settings import parse, to_yaml
+from lorakit.cli.parsing.help import SWITCHES, overview, verb_help
+from lorakit.cli.parsing.settings import parse, to_yaml
 from lorakit.cli.verbs import VERBS, Result, loaded_verb, second_words
 from lorakit.errors import ConfigError, LorakitError, did_you_mean
 from lorakit.models.quantized import quiet_library

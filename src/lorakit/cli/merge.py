@@ -7,16 +7,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from lorakit.adapted import Opened, open_model
-from lorakit.attach import attach, detach
+from lorakit.adapter.atomic_write import write_new_folder
+from lorakit.attachment.attach import attach, detach
+from lorakit.attachment.open_model import Opened, open_model
 from lorakit.cli.verbs import Result
+from lorakit.config.base import DType, Settings
 from lorakit.errors import ConfigError, ModelError, OutputError
-from lorakit.formats.storage import write_new_folder
-from lorakit.merge import MergeReport, finalize, merge
+from lorakit.merging.merge import MergeReport, finalize, merge
+from lorakit.merging.quantized_base import TrainedModel
 from lorakit.models.load import load_model
 from lorakit.models.quantized import dequantize, quantization_of
-from lorakit.quantized_merge import TrainedModel
-from lorakit.settings import DType, Settings
 
 
 class MergeConfig(Settings):

@@ -3,12 +3,12 @@
 from typing import Any
 
 from lorakit.cli.verbs import Result
-from lorakit.config import TrainConfig
-from lorakit.settings import Settings
-from lorakit.train.prepare import Prepared, prepare
-from lorakit.train.run import train
-from lorakit.train.sweep import describe, prepare_sweep, sweep
-from lorakit.train.sweep_record import figures
+from lorakit.config.base import Settings
+from lorakit.config.train import TrainConfig
+from lorakit.training.prepare import Prepared, prepare
+from lorakit.training.run import train
+from lorakit.training.sweep.report import figures
+from lorakit.training.sweep.sweep import describe, prepare_sweep, sweep
 
 SETTINGS: type[Settings] = TrainConfig
 

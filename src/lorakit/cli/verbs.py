@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
-from lorakit.settings import Settings
+from lorakit.config.base import Settings
 
 VERBS = {
     "demo": "Train, switch, mix and merge adapters on a real model, in minutes.",

@@ -1,1 +1,1 @@
-"""The mathematics of adapted layers, apart from modules: plain torch is the oracle."""
+"""The mathematics of adapted layers; plain torch is the reference implementation."""

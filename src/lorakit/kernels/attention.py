@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.packed_rows import Segments, Vectors
+from lorakit.kernels.packed_sequences import Segments, Vectors
 
 LONGEST_IN_HALF_PRECISION, LONGEST = 512, 128
 """Tokens of a segment up to which CPUs take the products; above, the fused kernel is faster."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.arrangement import Kernels, choose_kernels
-from lorakit.kernels.logit_change import UNCHANGED, LogitChange
+from lorakit.kernels.grouping import Kernels, choose_kernels
+from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 """Size of a chunk's logits, by the kind of device. Each chunk reads the head's weight twice, and a

@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lorakit.kernels.logit_change import UNCHANGED, LogitChange
+from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
 from lorakit.kernels.tuning_triton import autotuned, is_many
 
 # No shape checks (`no_type_check`), because Triton reads the kernel's source.

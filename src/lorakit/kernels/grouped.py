@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorakit.kernels import plain
-from lorakit.kernels.arrangement import Arrangement
+from lorakit.kernels.grouping import Arrangement
 
 
 def gather(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.arrangement import Arrangement
+from lorakit.kernels.grouping import Arrangement
 
 # The kernels have no shape checks (`no_type_check`), because Triton reads their source.
 

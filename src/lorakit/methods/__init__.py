@@ -1,1 +1,1 @@
-"""What is trained: each method is one file and reads like its paragraph of the paper."""
+"""What can be trained: one file a method."""

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.config.methods import BitFitConfig
 from lorakit.errors import TargetError
-from lorakit.method_config import BitFitConfig
+from lorakit.layers.layer import AdaptedLayer, Update
 from lorakit.methods.claims import Claims
+from lorakit.methods.component import Part, Shape
 from lorakit.methods.direct import direct_part
-from lorakit.methods.layer import AdaptedLayer, Update
-from lorakit.methods.lora import ConvNd, is_linear, matrix_shape
-from lorakit.methods.part import Part, Shape
+from lorakit.methods.lora.lora import ConvNd, is_linear, matrix_shape
 from lorakit.models.base import base_modules
-from lorakit.models.peculiar import direct_reads
-from lorakit.models.roles import layer_number, task_heads
+from lorakit.models.families import direct_reads, family_name
+from lorakit.models.paths import block_number
+from lorakit.models.roles import task_heads
 
 BIASED = (nn.Linear, nn.LayerNorm, *ConvNd)
 BIASED_BY_NAME = ("Conv1D", "DebertaLayerNorm")
@@ -44,7 +45,7 @@ def claim(model: nn.Module, config: BitFitConfig) -> Claims:
         ]
     paths = _biased(model)
     if not parts and not _pre_trained(model, paths):
-        name = getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
+        name = family_name(model)
         advice = (
             "and no linear layer in a numbered block to give one to"
             if config.add_missing
@@ -119,7 +120,7 @@ def _without_bias(model: nn.Module) -> dict[str, int]:
         for path, module in base_modules(model)
         if is_linear(module)
         and module._parameters.get("bias") is None
-        and layer_number(path) is not None
+        and block_number(path) is not None
         and path.partition(".")[0] not in heads
     }
 

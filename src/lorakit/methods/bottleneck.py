@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.config.methods import Activation, BottleneckConfig, layer_numbers
 from lorakit.errors import TargetError
 from lorakit.kernels.dropout import Dropout
-from lorakit.method_config import Activation, BottleneckConfig, layer_numbers
+from lorakit.layers.layer import Update
 from lorakit.methods.claims import Claims
-from lorakit.methods.layer import Update
-from lorakit.methods.part import Part, Shape
+from lorakit.methods.component import Part, Shape
 from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.blocks import OUTPUTS, Block, blocks, named_modules
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.adapter import Site
-from lorakit.method_config import LoRAConfig
-from lorakit.methods.lora import parameter_shapes
-from lorakit.methods.part import Part
+from lorakit.adapter.adapter import Site
+from lorakit.config.methods import LoRAConfig
+from lorakit.methods.component import Part
+from lorakit.methods.lora.lora import parameter_shapes
 from lorakit.models.roles import Place
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.methods.layer import Update
-from lorakit.methods.part import Part, Shape
+from lorakit.layers.layer import Update
+from lorakit.methods.component import Part, Shape
 from lorakit.models.base import base_parameter
 
 

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lorakit.config.methods import FullConfig
 from lorakit.errors import TargetError
-from lorakit.method_config import FullConfig
 from lorakit.methods.claims import Claims
 from lorakit.methods.direct import direct_part
-from lorakit.models.base import base_modules, lies_in, outermost
+from lorakit.models.base import base_modules
 from lorakit.models.blocks import blocks, named_modules
-from lorakit.models.peculiar import direct_reads
+from lorakit.models.families import direct_reads
+from lorakit.models.paths import lies_in, outermost
 
 
 def claim(model: nn.Module, config: FullConfig) -> Claims:

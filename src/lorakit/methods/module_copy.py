@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.methods.layer import AdaptedLayer, Route, Update, adapted_layers, release
+from lorakit.layers.layer import AdaptedLayer, Route, Update, adapted_layers, release
 from lorakit.models.base import base_modules, base_parameters
 
 

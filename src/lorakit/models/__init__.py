@@ -1,1 +1,1 @@
-"""Base models: how to find one, what its layers are called, and how to tell it from another."""
+"""A base model: find it, name its layers, tell it from another."""

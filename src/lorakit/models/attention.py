@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lorakit.errors import ModelError
 from lorakit.kernels.attention import Rule, segment_attention
-from lorakit.kernels.opaque_attention import in_force, opaque_attention
-from lorakit.kernels.packed_rows import Segments
+from lorakit.kernels.custom_op_attention import in_force, opaque_attention
+from lorakit.kernels.packed_sequences import Segments
 from lorakit.models.base import base_modules
 
 NAME = "lorakit_segments"

@@ -1,6 +1,6 @@
 """The base model's own modules and parameters, whatever adapters its layers hold at the moment."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -42,19 +42,3 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter is not None and parameter not in seen:
                 seen.add(parameter)
                 yield (f"{path}.{name}" if path else name), parameter
-
-
-def lies_in(path: str, modules: Collection[str]) -> bool:
-    """Tell whether a path is one of the modules or lies in one; "" is the whole model."""
-    return any(not module or f"{path}.".startswith(f"{module}.") for module in modules)
-
-
-def outermost(paths: Collection[str]) -> tuple[str, ...]:
-    """Return the paths that lie in none of the others, each once."""
-    known = set(paths)
-
-    def is_inner(path: str) -> bool:
-        names = path.split(".")
-        return any(".".join(names[:end]) in known for end in range(len(names)) if path)
-
-    return tuple(path for path in dict.fromkeys(paths) if not is_inner(path))

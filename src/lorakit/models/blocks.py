@@ -11,7 +11,9 @@ from torch import nn
 
 from lorakit.errors import TargetError
 from lorakit.models.base import base_modules
-from lorakit.models.roles import layer_number, places
+from lorakit.models.families import family_name
+from lorakit.models.paths import block_number
+from lorakit.models.roles import places
 
 OUTPUTS = {"o": "attention output", "down": "MLP output"}
 """Roles whose output goes to the residual stream."""
@@ -42,13 +44,13 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
     """
     outputs: dict[str, list[tuple[str, str]]] = {}
     for place in places(model):
-        if place.role is None or place.rows is not None or layer_number(place.path) is None:
+        if place.role is None or place.rows is not None or block_number(place.path) is None:
             continue
         found = outputs.setdefault(_up_to_number(place.path), [])
         if place.role in OUTPUTS:
             found.append((place.role, place.path))
     if not outputs:
-        name = getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
+        name = family_name(model)
         raise TargetError(f"lorakit does not know the blocks of {name}")
     return tuple(
         Block(

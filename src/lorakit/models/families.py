@@ -4,6 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
+from lorakit.models.base import base_modules
+from lorakit.models.paths import ends_with
+
 Widths = tuple[tuple[str, int], ...]
 """Roles and their numbers of output rows, in the order in which they repeat down a fused matrix."""
 
@@ -245,3 +250,38 @@ FAMILIES: Mapping[str, Family] = {
     "vit": _VIT,
 }
 """transformers' `config.model_type`: the architecture's layer names."""
+
+UNKNOWN = Family(roles={})
+"""What is known of any other architecture."""
+
+
+def family_of(model: nn.Module) -> Family:
+    """What is known of a model's architecture."""
+    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), UNKNOWN)
+
+
+def family_name(model: nn.Module) -> str:
+    """What to call a model in a message."""
+    return getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
+
+
+def direct_reads(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The parameters that are used without a module call, by their module's path.
+
+    DeBERTa's relative positions are the weight of an embedding that is never called.
+    """
+    ends = family_of(model).direct
+    found: dict[str, tuple[str, ...]] = {}
+    for path, module in base_modules(model) if ends else ():
+        for end, names in ends.items():
+            own = tuple(name for name in names if module._parameters.get(name) is not None)
+            if own and ends_with(path, end):
+                found[path] = own
+    return found
+
+
+def layers_of_shared_inputs(model: nn.Module) -> frozenset[str]:
+    """The paths of the layers whose input is shared by the batch."""
+    ends = family_of(model).rowless
+    paths = (path for path, _ in base_modules(model))
+    return frozenset(path for path in paths if any(ends_with(path, end) for end in ends))

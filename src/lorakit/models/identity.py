@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.models.base import base_modules, base_parameters
+from lorakit.models.paths import lies_in
 from lorakit.models.quantized_weight import is_quantized
 
 SAMPLES_PER_TENSOR = 8
@@ -76,12 +77,12 @@ def identify(
     parameters = {
         path: parameter.detach()
         for path, parameter in sorted(base_parameters(model))
-        if parameter.is_floating_point() and not _inside(path, skip)
+        if parameter.is_floating_point() and not lies_in(path, skip)
     }
     if not parameters or any(p.is_meta for p in parameters.values()):
         return None
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
-    unknown = {n: w for n, w in _unknown_weights(model) if not _inside(n, skip)}
+    unknown = {n: w for n, w in _unknown_weights(model) if not lies_in(n, skip)}
     parameters = dict(sorted((parameters | unknown).items()))
     shapes = "\n".join(f"{path} {tuple(p.shape)}" for path, p in parameters.items())
     samples = torch.cat([_sample(p) for p in parameters.values()]).numpy().astype("<f4")
@@ -136,10 +137,6 @@ def _both_rounded(half: Tensor, brain: Tensor) -> bool:
     # rounding twice may end one step (2^-7) beside rounding once. 2^-24: float16's smallest step.
     near = torch.allclose(half, brain, rtol=2**-7, atol=2**-24)
     return near and (half.bfloat16() == brain).float().mean().item() > 0.85
-
-
-def _inside(path: str, modules: Collection[str]) -> bool:
-    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def weights_hash(model: nn.Module) -> str:

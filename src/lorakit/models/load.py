@@ -16,12 +16,12 @@ from huggingface_hub.utils.tqdm import enable_progress_bars
 from torch import nn
 from transformers.utils import logging
 
+from lorakit.config.base import DType
 from lorakit.errors import ModelError, did_you_mean
 from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, take_over
 from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.roles import task_heads
-from lorakit.settings import DType
 
 TASKS = ("generation", "classification", "regression")
 """What a base model can be loaded for."""

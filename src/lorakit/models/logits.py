@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lorakit.kernels.logit_change import UNCHANGED, LogitChange
-from lorakit.kernels.packed_rows import Segments
+from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
+from lorakit.kernels.packed_sequences import Segments
 from lorakit.models.attention import attention_within, takes_attention_functions
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")

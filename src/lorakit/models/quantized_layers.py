@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import ModelError
-from lorakit.models.quantized_weight import float_weight
 
 BLOCK = 64
 """Weights that share one scale in 4 bits (QLoRA, section 2)."""
@@ -33,7 +32,7 @@ class _Product(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:
         ctx.layer = layer
-        weight = float_weight(layer).to(x.dtype)
+        weight = dequantized(layer).to(x.dtype)
         tokens = x.reshape(-1, x.shape[-1])
         product = F.linear(tokens, weight, None if bias is None else bias.to(x.dtype))
         # Not a view for autograd, since adapters write into what the layer gives.
@@ -43,7 +42,7 @@ class _Product(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         for_x, for_bias, _ = ctx.needs_input_grad
-        of_x = grad @ float_weight(ctx.layer).to(grad.dtype) if for_x else None
+        of_x = grad @ dequantized(ctx.layer).to(grad.dtype) if for_x else None
         return of_x, grad.flatten(0, -2).sum(0) if for_bias else None, None
 
 

@@ -9,10 +9,11 @@ from typing import TypeVar
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.config.methods import layer_numbers
 from lorakit.errors import TargetError, did_you_mean
-from lorakit.method_config import layer_numbers
 from lorakit.models.base import base_modules
-from lorakit.models.families import FAMILIES, Family, Split
+from lorakit.models.families import UNKNOWN, Family, Split, family_name, family_of
+from lorakit.models.paths import block_number, ends_with, lies_in
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head")
 """Roles a layer can have, in the order in which messages name them."""
@@ -24,7 +25,6 @@ ALL_LINEAR = "all-linear"
 """Every Linear and Conv1D but the output head and the task heads, as in PEFT."""
 
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_UNKNOWN = Family(roles={})
 _LISTED_NAMES = 20
 
 T = TypeVar("T")
@@ -53,14 +53,14 @@ def places(model: nn.Module) -> tuple[Place, ...]:
     Raises:
         TargetError: a fused layer has other rows than the model's config implies.
     """
-    family = _family(model)
+    family = family_of(model)
     heads = task_heads(model)
     ends = _embedding_roles(model, family)
     found: list[Place] = []
     for path, module in base_modules(model):
         if not isinstance(module, _ADAPTABLE):
             continue
-        inside_head = _is_within(path, heads)
+        inside_head = lies_in(path, heads)
         role = None if inside_head else ends.get(path) or _longest_end(family.roles, path)
         split = None if inside_head else _longest_end(family.fused, path)
         found.append(Place(path=path, role=role, rows=None))
@@ -153,11 +153,6 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return _embedding(model, "get_output_embeddings")
 
 
-def layer_number(path: str) -> int | None:
-    """Return the number of the block that a path lies in: its first numeric component."""
-    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
-
-
 def task_heads(model: nn.Module) -> tuple[str, ...]:
     """Return the paths of the modules that a task put on top of a pre-trained backbone.
 
@@ -214,7 +209,7 @@ def _slices(model: nn.Module, path: str, split: Split) -> Iterator[Place]:
     period = sum(width for _, width in widths)
     if period == 0 or total % period:
         raise TargetError(
-            f"{path} has {total} output rows, but {_name(model)} with this config divides them"
+            f"{path} has {total} output rows, but {family_name(model)} with this config divides them"
             f" into groups of {period}: the model and its config do not belong together."
         )
     start = 0
@@ -262,9 +257,7 @@ def _named_by(word: str, model: nn.Module, everything: tuple[Place, ...]) -> tup
     if "*" in word or "?" in word:
         return tuple(place for place in everything if fnmatch.fnmatchcase(place.path, word))
     return tuple(
-        place
-        for place in everything
-        if _ends_with(place.path, word) or _ends_with(place.name, word)
+        place for place in everything if ends_with(place.path, word) or ends_with(place.name, word)
     )
 
 
@@ -277,7 +270,7 @@ def _linear_paths(model: nn.Module) -> set[str]:
         for path, module in base_modules(model)
         if isinstance(module, (nn.Linear, Conv1D))
         and module is not output
-        and not _is_within(path, heads)
+        and not lies_in(path, heads)
     }
 
 
@@ -286,8 +279,8 @@ def _unknown_words(model: nn.Module, words: list[str], everything: tuple[Place, 
     roles = [role for role in ROLES if any(place.role == role for place in everything)]
     candidates = {*roles, *GROUPS, ALL_LINEAR}
     shown = ", ".join(repr(word) + _nearest(word, candidates, everything) for word in words)
-    text = f"{_name(model)} has no layer{'s' if len(words) > 1 else ''} called {shown}."
-    if _family(model) is not _UNKNOWN:
+    text = f"{family_name(model)} has no layer{'s' if len(words) > 1 else ''} called {shown}."
+    if family_of(model) is not UNKNOWN:
         own = [role for role in roles if role not in ("embed", "head")]
         return f"{text} Its layers are {', '.join(own)}."
     if any(word in ROLES or word in GROUPS for word in words):
@@ -308,13 +301,13 @@ def _nearest(word: str, candidates: Collection[str], everything: tuple[Place, ..
 def _missing_blocks(model: nn.Module, layers: str) -> list[str]:
     """Return what is wrong with a range of blocks in this model."""
     heads = task_heads(model)
-    paths = [place.path for place in places(model) if not _is_within(place.path, heads)]
-    last = max((number for path in paths if (number := layer_number(path)) is not None), default=-1)
+    paths = [place.path for place in places(model) if not lies_in(place.path, heads)]
+    last = max((number for path in paths if (number := block_number(path)) is not None), default=-1)
     if max(layer_numbers(layers)) <= last:
         return []
     return [
         f"layers {layers!r} goes up to block {max(layer_numbers(layers))},"
-        f" but {_name(model)} has {last + 1} blocks, counted from 0."
+        f" but {family_name(model)} has {last + 1} blocks, counted from 0."
     ]
 
 
@@ -324,7 +317,7 @@ def _within_blocks(model: nn.Module, names: tuple[Place, ...], layers: str) -> t
     return tuple(
         place
         for place in names
-        if layer_number(place.path) in numbers and not _is_within(place.path, heads)
+        if block_number(place.path) in numbers and not lies_in(place.path, heads)
     )
 
 
@@ -356,35 +349,15 @@ def _raise_any(model: nn.Module, problems: list[str]) -> None:
     if len(problems) == 1:
         raise TargetError(problems[0])
     if problems:
-        raise TargetError.listing(f"the layers of {_name(model)} cannot be chosen", problems)
-
-
-def _family(model: nn.Module) -> Family:
-    """Return what is known of the model's architecture."""
-    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), _UNKNOWN)
-
-
-def _name(model: nn.Module) -> str:
-    """Return what to call the model in a message."""
-    return getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
+        raise TargetError.listing(f"the layers of {family_name(model)} cannot be chosen", problems)
 
 
 def _longest_end(ends: Mapping[str, T], path: str) -> T | None:
     """Return the entry of the longest end that fits a path."""
-    fitting = [end for end in ends if _ends_with(path, end)]
+    fitting = [end for end in ends if ends_with(path, end)]
     return ends[max(fitting, key=len)] if fitting else None
-
-
-def _ends_with(path: str, end: str) -> bool:
-    """Return whether a dotted path ends with the whole components of another."""
-    return f".{path}".endswith(f".{end}")
 
 
 def _last_parts(path: str, count: int) -> str:
     """Return the last components of a dotted path."""
     return ".".join(path.split(".")[-count:])
-
-
-def _is_within(path: str, heads: tuple[str, ...]) -> bool:
-    """Return whether a path is one of the heads or lies in one."""
-    return any(f"{path}.".startswith(f"{head}.") for head in heads)

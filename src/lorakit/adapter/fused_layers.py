@@ -1,0 +1,168 @@
+"""Whole-layer updates: the slices of a layer stacked into one A and one B, and taken apart again.
+
+PEFT knows updates of whole layers only. Slices with updates A₁, B₁ and A₂, B₂ become one: A is A₁
+over A₂; B has all the layer's rows and is zero but for B₁ in the first slice's rows and the first
+columns, and B₂ in the second's rows and the next columns. Then B·A is B₁·A₁ in the first slice's
+rows and B₂·A₂ in the second's: the same update, at the sum of the ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorakit.adapter.adapter import Site, scale_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeLayer:
+    """One update of one layer as PEFT has it."""
+
+    sites: tuple[Site, ...]
+    """What it is made of: one site, or the slices of a fused layer."""
+    width: int
+    """Rows of the stacked A: the sites' ranks, and zeros where no alpha gives the exact scale."""
+    alpha: float
+    """Numerator of the scale."""
+    scale: float
+    """The scale of the first site; the others' ratio to it is folded into their B."""
+
+    @property
+    def path(self) -> str:
+        """Return the dotted path of the module."""
+        return self.sites[0].path
+
+    @property
+    def groups(self) -> int:
+        """Return the groups of a convolution."""
+        return self.sites[0].groups
+
+    @property
+    def rank(self) -> int:
+        """Return PEFT's rank: it gives each group of a convolution its own part of A."""
+        return self.width * self.groups
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether PEFT's A and B are those of the only site."""
+        only = self.sites[0]
+        return len(self.sites) == self.groups == 1 and only.rows is None and self.width == only.rank
+
+
+def whole_layers(sites: Sequence[Site], *, use_rslora: bool) -> tuple[WholeLayer, ...]:
+    """Return the sites gathered by layer, in the order of the first site of each."""
+    by_path: dict[str, list[Site]] = {}
+    for site in sites:
+        by_path.setdefault(site.path, []).append(site)
+    return tuple(_whole_layer(tuple(parts), use_rslora) for parts in by_path.values())
+
+
+def _whole_layer(sites: tuple[Site, ...], use_rslora: bool) -> WholeLayer:
+    first, groups = sites[0], sites[0].groups
+    narrowest = sum(site.rank for site in sites)
+    if len(sites) == 1 and groups == 1 and _gives(first.alpha, first, first.rank, use_rslora):
+        return WholeLayer(sites=sites, width=narrowest, alpha=first.alpha, scale=first.scale)
+    # A rank that is a power of four has an exact alpha, so this ends.
+    for width in itertools.count(narrowest):
+        for alpha in _alphas_near(first.scale, width * groups, use_rslora):
+            if _gives(alpha, first, width * groups, use_rslora):
+                return WholeLayer(sites=sites, width=width, alpha=alpha, scale=first.scale)
+    raise AssertionError("unreachable")
+
+
+def _gives(alpha: float, site: Site, rank: int, use_rslora: bool) -> bool:
+    return scale_of(rank, alpha, use_rslora=use_rslora) == site.scale
+
+
+def _alphas_near(scale: float, rank: int, use_rslora: bool) -> tuple[float, ...]:
+    guess = scale * (math.sqrt(rank) if use_rslora else rank)
+    return float(round(guess)), guess, math.nextafter(guess, 0), math.nextafter(guess, math.inf)
+
+
+def obstacles(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield the reasons why a layer's sites have no exact whole-layer update."""
+    for site in layer.sites:
+        b = tensors[f"{site.name}.lora_b"]
+        ratio = _ratio(site, layer)
+        if site.rows is not None and site.layer_rows is None:
+            yield f"{site.name}: the number of rows of the whole layer is not known"
+        if math.frexp(ratio)[0] != 0.5 or ratio * layer.scale != site.scale:
+            yield f"{site.name}: its scale is not {layer.scale} times a power of two"
+        elif not torch.equal(b * ratio / ratio, b):
+            yield f"{site.name}: its scale cannot be folded into B without rounding"
+        if b.dtype != tensors[f"{layer.sites[0].name}.lora_b"].dtype:
+            yield f"{site.name}: its precision is not that of the layer's other slices"
+
+
+def _ratio(site: Site, layer: WholeLayer) -> float:
+    return site.scale / layer.scale
+
+
+def stack(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return A and B of a whole layer.
+
+    Args:
+        layer: what is stacked.
+        tensors: `<site>.lora_a` and `<site>.lora_b` of its sites.
+
+    Returns:
+        A (rank, d_in) and B (layer rows, rank); of a convolution A (rank, c_in, *kernel) and
+        B (c_out, rank / groups, 1, …).
+    """
+    first_a, first_b = (tensors[f"{layer.sites[0].name}.lora_{end}"] for end in "ab")
+    if layer.is_plain:
+        return first_a, first_b
+    rows = layer.sites[0].layer_rows or first_b.shape[0]
+    a = first_a.new_zeros(layer.width, *first_a.shape[1:])
+    b = first_b.new_zeros(rows, layer.width, *first_b.shape[2:])
+    start = 0
+    for site in layer.sites:
+        columns = slice(start, start + site.rank)
+        a[columns] = tensors[f"{site.name}.lora_a"]
+        part = tensors[f"{site.name}.lora_b"] * _ratio(site, layer)
+        for (first, last), block in _row_blocks(site, part):
+            b[first:last, columns] = block
+        start += site.rank
+    return _spread(a, layer.groups), b
+
+
+def _row_blocks(site: Site, b: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Yield each range of a site's rows in its layer, with the rows of B that belong there."""
+    start = 0
+    for first, last in site.rows or ((0, b.shape[0]),):
+        yield (first, last), b[start : start + last - first]
+        start += last - first
+
+
+def _spread(a: Tensor, groups: int) -> Tensor:
+    """Return A once for each group along the diagonal: (groups·width, groups·inner, …)."""
+    if groups == 1:
+        return a
+    width, inner = a.shape[:2]
+    wide = a.new_zeros(groups * width, groups * inner, *a.shape[2:])
+    for group in range(groups):
+        wide[group * width :, group * inner :][:width, :inner] = a
+    return wide
+
+
+def unstack(layer: WholeLayer, a: Tensor, b: Tensor) -> dict[str, Tensor] | None:
+    """Return the tensors that `stack` made A and B from, or None if it cannot have made these."""
+    if layer.is_plain:
+        name = layer.sites[0].name
+        return {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    tensors, start = {}, 0
+    inner = a.shape[1] // layer.groups
+    for site in layer.sites:
+        columns = slice(start, start + site.rank)
+        ranges = site.rows or ((0, b.shape[0]),)
+        part = torch.cat([b[first:last, columns] for first, last in ranges])
+        tensors[f"{site.name}.lora_a"] = a[columns, :inner].contiguous()
+        tensors[f"{site.name}.lora_b"] = part / _ratio(site, layer)
+        start += site.rank
+    again = stack(layer, tensors)
+    return tensors if torch.equal(again[0], a) and torch.equal(again[1], b) else None

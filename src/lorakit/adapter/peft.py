@@ -1,0 +1,245 @@
+"""PEFT's adapter_config.json and tensors from an adapter, and the adapter's tensors from them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.fused_layers import WholeLayer, obstacles, stack, unstack, whole_layers
+from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig, parse_config
+from lorakit.config.methods import LoRAConfig
+
+V = TypeVar("V")
+PREFIX = "base_model.model."
+BIAS_WORDS = {"none": "none", "lora": "lora_only", "all": "all"}
+# For these PEFT copies the head by itself, and then asks the file for it.
+TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def keys_of(layer: WholeLayer) -> tuple[str, str]:
+    """Return the names of a layer's A and B in the file."""
+    start = f"{PREFIX}{layer.path}.lora_"
+    if layer.sites[0].kind == "embedding":
+        return f"{start}embedding_A", f"{start}embedding_B"
+    return f"{start}A.weight", f"{start}B.weight"
+
+
+def site_names(layers: Iterable[WholeLayer]) -> list[str]:
+    """Return the adapter's names of the tensors of all sites."""
+    sites = [site for layer in layers for site in layer.sites]
+    return [f"{site.name}.lora_{end}" for site in sites for end in ("a", "b", "magnitude")]
+
+
+def magnitudes(layers: Iterable[WholeLayer], names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names in the adapter and in the file of the lengths of rows that DoRA trains."""
+    for layer in layers:
+        name = f"{layer.sites[0].name}.lora_magnitude"
+        if name in names:
+            yield name, f"{PREFIX}{layer.path}.lora_magnitude_vector"
+
+
+def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, str]:
+    """Return the name in the file of each tensor that replaces a parameter of the base."""
+    adapted = {layer.path for layer in layers}
+    owners = {name: name.rpartition(".") for name in names}
+    return {
+        # PEFT wraps an adapted layer, so that its own parameters move down by one name.
+        name: f"{PREFIX}{owner}.base_layer.{leaf}" if owner in adapted else f"{PREFIX}{name}"
+        for name, (owner, _, leaf) in owners.items()
+    }
+
+
+def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return PEFT's tensors for an adapter's; those on the meta device give names and shapes."""
+    encoded: dict[str, Tensor] = {}
+    for layer in layers:
+        encoded.update(zip(keys_of(layer), stack(layer, tensors), strict=True))
+    encoded |= {key: tensors[name] for name, key in magnitudes(layers, tensors)}
+    others = set(tensors).difference(site_names(layers))
+    return encoded | {key: tensors[name] for name, key in base_keys(others, layers).items()}
+
+
+def decode(
+    layers: Sequence[WholeLayer], names: Collection[str], encoded: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the adapter's tensors from PEFT's, and what is wrong with these.
+
+    Args:
+        layers: the adapter's sites by layer.
+        names: names of all of the adapter's tensors.
+        encoded: tensors of the names and shapes that `encode` gives.
+    """
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for layer in layers:
+        key_a, key_b = keys_of(layer)
+        parts = unstack(layer, encoded[key_a], encoded[key_b])
+        if parts is None:
+            problems.append(f"{key_b}  holds values outside the rows and columns of its slices")
+        tensors |= parts or {}
+    tensors |= {name: encoded[key] for name, key in magnitudes(layers, names)}
+    others = set(names).difference(site_names(layers))
+    tensors |= {name: encoded[key] for name, key in base_keys(others, layers).items()}
+    return tensors, problems
+
+
+def layers_of(adapter: Adapter) -> tuple[WholeLayer, ...]:
+    """Return an adapter's sites by layer."""
+    return whole_layers(adapter.sites, use_rslora=_settings(adapter).use_rslora)
+
+
+def _settings(adapter: Adapter) -> LoRAConfig:
+    """Return the settings of an adapter's low-rank updates."""
+    return adapter.lora or LoRAConfig()
+
+
+def reasons_against(adapter: Adapter) -> list[str]:
+    """Return why PEFT has no exact form of an adapter; empty where it has one."""
+    if adapter.method != "lora":
+        return [f"it was made by {adapter.method}"]
+    if not adapter.sites:
+        return ["nothing but biases and full copies is trained"]
+    layers = layers_of(adapter)
+    reasons = [reason for layer in layers for reason in obstacles(layer, adapter.tensors)]
+    reasons += [
+        f"{site.name}: PEFT's DoRA has the lengths of all rows of a layer, and this is a slice"
+        for site in adapter.sites
+        if _settings(adapter).use_dora and site.rows is not None
+    ]
+    config = parse_config(peft_config(adapter, layers))
+    return reasons + [
+        f"{layer.path}: PEFT would read rank and alpha of another layer for it"
+        for layer in layers
+        if not _reads(config, layer)
+    ]
+
+
+def _reads(config: PeftConfig, layer: WholeLayer) -> bool:
+    try:
+        return (config.rank_of(layer.path), config.scale_of(layer.path)) == (
+            layer.rank,
+            layer.scale,
+        )
+    except re.error:
+        return False
+
+
+def peft_config(adapter: Adapter, layers: Sequence[WholeLayer]) -> dict[str, Any]:
+    """Return adapter_config.json of an adapter: fields that PEFT knows since 0.14, in order."""
+    ranks = {layer.path: layer.rank for layer in layers}
+    alphas = {layer.path: _short(layer.alpha) for layer in layers}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    task = adapter.card.get("task_type")
+    needs_head = task in TASKS_WITH_HEAD and not adapter.copied_modules
+    return {
+        "alpha_pattern": {path: own for path, own in sorted(alphas.items()) if own != alpha},
+        "base_model_name_or_path": base_name(adapter),
+        "bias": BIAS_WORDS[_settings(adapter).bias],
+        "fan_in_fan_out": any(site.kind == "transposed" for site in adapter.sites),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": _settings(adapter).dropout,
+        "modules_to_save": sorted(adapter.copied_modules) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {path: own for path, own in sorted(ranks.items()) if own != rank},
+        "revision": None,
+        "target_modules": sorted(adapter.target_modules or ranks),
+        "task_type": None if needs_head else task,
+        "use_dora": _settings(adapter).use_dora,
+        "use_rslora": _settings(adapter).use_rslora,
+    }
+
+
+def base_name(adapter: Adapter) -> str | None:
+    """Return the name of the base, from its identity or else from the training card."""
+    return (adapter.base.name if adapter.base else adapter.card.get("base_model")) or None
+
+
+def _short(number: float) -> int | float:
+    """Return a whole number as an int: some readers of the file want one."""
+    return int(number) if number == int(number) else number
+
+
+def _commonest(values: Iterable[V]) -> V:
+    return Counter(values).most_common(1)[0][0]
+
+
+def disagreements(
+    config: PeftConfig, adapter: Adapter, layers: Sequence[WholeLayer]
+) -> Iterator[str]:
+    """Yield a line for each field of a configuration that is not what lorakit.json asks for."""
+    for layer in layers:
+        found = config.scale_of(layer.path)
+        if config.rank_of(layer.path) != layer.rank:
+            yield (
+                f"{CONFIG_FILE}  gives {layer.path} rank {config.rank_of(layer.path)}, "
+                f"but it was saved with {layer.rank}"
+            )
+        elif found != layer.scale:
+            yield (
+                f"{CONFIG_FILE}  gives {layer.path} the scale {found:g}, but it was trained with "
+                f"{layer.scale:g}: was lora_alpha, a pattern or use_rslora edited?"
+            )
+    expected = peft_config(adapter, layers)
+    for key in ("target_modules", "modules_to_save", "bias"):
+        value = getattr(config, key)
+        if _as_set(value) != _as_set(expected[key]):
+            yield f"{CONFIG_FILE}  {key} is {value!r}, but it was saved as {expected[key]!r}"
+    if config.use_dora != expected["use_dora"]:
+        yield f"{CONFIG_FILE}  use_dora is {config.use_dora}, but it was saved otherwise"
+    for key in ("exclude_modules", "layers_to_transform"):
+        if getattr(config, key):
+            yield f"{CONFIG_FILE}  {key} was added after the adapter was saved"
+
+
+def _as_set(value: list[str] | str | None) -> set[str]:
+    return {value} if isinstance(value, str) else set(value or ())
+
+
+def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Return a line for each tensor of a file that is missing, unexpected or of another shape.
+
+    Args:
+        expected: what should be there; the values do not matter, so they may be on meta.
+        found: what is there.
+    """
+    lines = [f"{key}  missing from the file" for key in sorted(set(expected) - set(found))]
+    lines += [f"{key}  unexpected{hint(key)}" for key in sorted(set(found) - set(expected))]
+    for key in sorted(set(expected) & set(found)):
+        want, have = expected[key], found[key]
+        if have.shape != want.shape:
+            lines.append(
+                f"{key}  shape {tuple(have.shape)} in the file, {tuple(want.shape)} expected"
+                f"{_rank_hint(have.shape, want.shape)}"
+            )
+        elif have.dtype != want.dtype:
+            kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (have, want)]
+            lines.append(f"{key}  is {kinds[0]} in the file, {kinds[1]} expected")
+    return lines
+
+
+def _rank_hint(have: torch.Size, want: torch.Size) -> str:
+    if len(have) != len(want) or len(have) < 2:
+        return ""
+    differing = [axis for axis in range(len(have)) if have[axis] != want[axis]]
+    return f": was it trained with rank {have[differing[0]]}?" if differing in ([0], [1]) else ""
+
+
+def hint(key: str) -> str:
+    """Return what is probably wrong with a name that has no place, or nothing."""
+    if key.startswith(PREFIX * 2):
+        return f": {PREFIX!r} is there twice; was the model wrapped twice when it was saved?"
+    if not key.startswith(PREFIX):
+        return f": it does not start with {PREFIX!r}"
+    extra = re.search(r"\.lora_(?:embedding_)?[AB]\.([^.]+)(?:\.weight)?$", key)
+    if extra and extra[1] not in ("weight", "bias"):
+        return f": the name of an adapter, {extra[1]!r}, was left in it"
+    return ""

@@ -1,0 +1,173 @@
+"""PEFT's adapter_config.json: its fields, its matching rules, and what of it lorakit can't do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lorakit.adapter.adapter import scale_of
+
+CONFIG_FILE = "adapter_config.json"
+
+# Fields of PEFT's LoraConfig that change what the adapter computes, and that lorakit can't do.
+UNSUPPORTED = {
+    "alora_invocation_tokens": "aLoRA switches the update on in the middle of the text",
+    "arrow_config": "Arrow mixes several adapters by the input",
+    "ensure_weight_tying": "the updates of tied layers share their tensors",
+    "kasa_config": "KaSA changes the base's weights and puts a diagonal between B and A",
+    "layer_replication": "the base's layers are repeated",
+    "lora_bias": "B has a bias of its own",
+    "megatron_config": "the base is a Megatron model",
+    "monteclora_config": "A and B are sampled at random",
+    "target_parameters": "parameters are adapted that belong to no layer",
+    "trainable_token_indices": "single rows of the embedding are trained",
+    "use_bdlora": "A and B are block-diagonal",
+    "use_qalora": "QALoRA pools the inputs of A",
+}
+# Ways to start training that leave the base as it was; the others move part of it into A and B.
+NEUTRAL_INITS = (True, False, "gaussian", "eva", "mica", "orthogonal")
+# Fields of no effect on a trained adapter.
+WITHOUT_EFFECT = {
+    "auto_mapping",
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "runtime_config",
+    "velora_config",
+}
+
+V = TypeVar("V")
+Word = Annotated[str, Field(min_length=1)]
+Block = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class PeftConfig(BaseModel):
+    """The fields of PEFT's LoraConfig that lorakit understands; defaults are PEFT's."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    peft_type: Literal["LORA"]
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    r: Count = 8
+    lora_alpha: Positive = 8.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[Word] | Word | None = None
+    exclude_modules: list[Word] | Word | None = None
+    layers_to_transform: list[Block] | Block | None = None
+    layers_pattern: list[Word] | Word | None = None
+    rank_pattern: dict[str, Count] | None = None
+    alpha_pattern: dict[str, Positive] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: list[Word] | None = None
+    init_lora_weights: bool | str = True
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank of the update of a layer."""
+        return first_match(self.rank_pattern or {}, path, self.r)
+
+    def alpha_of(self, path: str) -> float:
+        """Return the numerator of a layer's scale."""
+        return first_match(self.alpha_pattern or {}, path, self.lora_alpha)
+
+    def scale_of(self, path: str) -> float:
+        """Return what B·A·x is multiplied by in a layer."""
+        return scale_of(self.rank_of(path), self.alpha_of(path), use_rslora=self.use_rslora)
+
+
+def first_match(pattern: Mapping[str, V], path: str, default: V) -> V:
+    """Return a pattern's value for a path by PEFT's rule: the first key that ends the path.
+
+    Raises:
+        re.error: a key is not a regular expression.
+    """
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def parse_config(raw: Any) -> PeftConfig:
+    """Return the configuration.
+
+    Raises:
+        ValidationError: fields are missing, of a wrong type or out of range.
+    """
+    return PeftConfig.model_validate(raw)
+
+
+def problem_lines(file: str, error: ValidationError) -> list[str]:
+    """Return a line for each of pydantic's problems with a file."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
+        message = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
+        found = "" if problem["type"] == "missing" else f", found {str(problem['input'])[:80]!r}"
+        lines.append(f"{file}  {key}: {message}{found}")
+    return lines
+
+
+def unsupported(config: PeftConfig) -> list[str]:
+    """Return a line for each thing the configuration asks for that lorakit can't do."""
+    extra = config.model_extra or {}
+    lines = [
+        f"{CONFIG_FILE}  {key}: {reason}, which lorakit does not do"
+        for key, reason in UNSUPPORTED.items()
+        if extra.get(key)
+    ]
+    if config.init_lora_weights not in NEUTRAL_INITS:
+        lines.append(
+            f"{CONFIG_FILE}  init_lora_weights: {config.init_lora_weights!r} changes the base's "
+            "weights; save it from PEFT with path_initial_model_for_weight_conversion"
+        )
+    lines += [
+        f"{CONFIG_FILE}  {key}: unknown to lorakit, and it may change the output; "
+        "remove it if you know that it does not"
+        for key, value in _unknown(extra)
+        if value is True or isinstance(value, list | dict)
+    ]
+    return lines + list(_bad_patterns(config))
+
+
+def unknown_values(config: PeftConfig) -> list[str]:
+    """Return a line for each unknown number or word, which cannot switch anything on by itself."""
+    return [
+        f"what {key}={value!r} in {CONFIG_FILE} means: lorakit does not know it"
+        for key, value in _unknown(config.model_extra or {})
+        if isinstance(value, str | int | float) and value is not True
+    ]
+
+
+def _unknown(extra: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the fields that lorakit does not know and that have a value."""
+    for key, value in sorted(extra.items()):
+        if key not in UNSUPPORTED and key not in WITHOUT_EFFECT and value:
+            yield key, value
+
+
+def _bad_patterns(config: PeftConfig) -> Iterator[str]:
+    """Yield a line for each regular expression that is none."""
+    patterns = [("rank_pattern", f"({key})", key) for key in config.rank_pattern or {}]
+    patterns += [("alpha_pattern", f"({key})", key) for key in config.alpha_pattern or {}]
+    for field in ("target_modules", "exclude_modules"):
+        word = getattr(config, field)
+        patterns += [(field, word, word)] if isinstance(word, str) else []
+    for field, pattern, shown in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            yield f"{CONFIG_FILE}  {field}: {shown!r} is not a regular expression: {error}"

@@ -1,0 +1,320 @@
+"""Reading PEFT's own folders, which have no lorakit.json: sites from names, shapes and settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorakit.adapter.adapter import Adapter, Kind, Site
+from lorakit.adapter.fused_layers import WholeLayer, unstack
+from lorakit.adapter.peft import PREFIX, hint
+from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
+from lorakit.config.methods import LoRAConfig
+from lorakit.models.roles import GROUPS, ROLES
+
+LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?:(?P<end>[AB])\.weight|embedding_(?P<embedding>[AB]))")
+# Some versions of PEFT write the longer name.
+MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
+# PEFT copies these by itself for a task; a model has one of them.
+HEADS = ("classifier", "score", "qa_outputs")
+# What transformers calls input embeddings and output heads; PEFT saves them after a resize.
+EMBEDDINGS = (
+    "embed_in",
+    "embed_out",
+    "embed_tokens",
+    "lm_head",
+    "shared",
+    "word_embeddings",
+    "wte",
+)
+
+
+@dataclass
+class _Sorted:
+    """The tensors of a file by what they are."""
+
+    updates: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """"a" and "b" of each adapted layer, by its path; with DoRA "magnitude", too."""
+    embeddings: set[str] = field(default_factory=set)
+    """Paths of the adapted layers that are embeddings."""
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    """Biases and full copies, by the base's own names."""
+    copied: set[str] = field(default_factory=set)
+    """Paths of the modules copied in full."""
+    frozen: list[str] = field(default_factory=list)
+    """Names of the base's own, untrained weights in the file."""
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_peft(
+    config: PeftConfig, tensors: Mapping[str, Tensor]
+) -> tuple[Adapter | None, list[str]]:
+    """Return the adapter in a file of PEFT's, or None and what is wrong with it."""
+    found = _sort(config, tensors)
+    problems = found.problems + list(_absent_copies(config, found))
+    sites: list[Site] = []
+    named: dict[str, Tensor] = dict(found.replaced)
+    for path in sorted(found.updates, key=_natural):
+        kind: Kind = "embedding" if path in found.embeddings else "linear"
+        site, parts, wrong = _site(config, path, kind, found.updates[path])
+        problems += wrong
+        if site is not None:
+            sites.append(site)
+            named |= parts
+    if not found.updates:
+        problems.append("it holds no update: no tensor is called ….lora_A.weight")
+    if problems:
+        return None, problems
+    adapter = Adapter(
+        configs=(_lora_config(config, sites, named, tuple(sorted(found.copied))),),
+        sites=tuple(sites),
+        tensors=named,
+        copied_modules=tuple(sorted(found.copied)),
+        target_modules=_plain_targets(config),
+        card=_card(config),
+        unverified=(*_unproven(config), *found.notes, *_frozen_note(found.frozen)),
+    )
+    return adapter, []
+
+
+def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
+    found = _Sorted()
+    others: dict[str, Tensor] = {}
+    for key, tensor in sorted(tensors.items()):
+        name = key.removeprefix(PREFIX)
+        match = LORA_KEY.fullmatch(name)
+        if hint(key) or (match and "base_layer" in match["path"].split(".")):
+            found.problems.append(f"{key}  unexpected{hint(key)}")
+        elif match:
+            path, end = match["path"], match["end"] or match["embedding"]
+            update = found.updates.setdefault(path, {})
+            if end.lower() in update:
+                found.problems.append(f"{key}  unexpected: {path} has a lora_{end} already")
+            update[end.lower()] = tensor
+            if match["embedding"]:
+                found.embeddings.add(path)
+        elif config.use_dora and (match := MAGNITUDE_KEY.fullmatch(name)):
+            found.updates.setdefault(match["path"], {})["magnitude"] = tensor
+        else:
+            others[name] = tensor
+    for name, tensor in others.items():
+        _sort_other(config, found, name, tensor, others)
+    return found
+
+
+def _sort_other(
+    config: PeftConfig,
+    found: _Sorted,
+    name: str,
+    tensor: Tensor,
+    others: Mapping[str, Tensor],
+) -> None:
+    """Sort a tensor that is neither A nor B."""
+    owner, _, leaf = name.rpartition(".")
+    adapted = owner.removesuffix(".base_layer")
+    copied = _copied_path(config, name)
+    if adapted != owner and adapted in found.updates and leaf == "weight":
+        found.frozen.append(f"{adapted}.weight")
+    elif adapted != owner and adapted in found.updates and leaf == "bias" and config.bias != "none":
+        found.replaced[f"{adapted}.bias"] = tensor
+    elif copied:
+        _sort_copy(found, copied, name, tensor, others)
+    elif leaf == "bias" and config.bias == "all" and not _is_lora(owner):
+        found.replaced[name] = tensor
+    elif leaf == "weight" and owner.rpartition(".")[2] in EMBEDDINGS:
+        found.copied.add(owner)
+        found.replaced[name] = tensor
+        found.notes.append(f"why {name} is in the file: it is taken as a full copy")
+    else:
+        found.problems.append(_unexpected(config, name))
+
+
+def _sort_copy(
+    found: _Sorted, path: str, name: str, tensor: Tensor, others: Mapping[str, Tensor]
+) -> None:
+    """Sort a tensor of a copied module; with bias='all' PEFT writes some of them three times."""
+    wrapper, _, inner = name.removeprefix(f"{path}.").partition(".")
+    own_name = f"{path}.{inner}"
+    if wrapper == "original_module" and inner:
+        found.frozen.append(own_name)
+    elif wrapper == "modules_to_save" and inner:
+        if own_name not in others or not torch.equal(others[own_name], tensor):
+            found.problems.append(f"{PREFIX}{name}  differs from its other copy")
+    else:
+        found.copied.add(path)
+        found.replaced[name] = tensor
+
+
+def _unexpected(config: PeftConfig, name: str) -> str:
+    reason = ": it is neither A nor B of a layer, nor in modules_to_save"
+    if name.endswith(".bias") and not _is_lora(name):
+        reason = f": {CONFIG_FILE} says bias={config.bias!r}"
+    return f"{PREFIX}{name}  unexpected{reason}"
+
+
+def _is_lora(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _copied_path(config: PeftConfig, name: str) -> str | None:
+    """Return the path of the copied module that a tensor lies in: PEFT goes by the path's end."""
+    parts = name.split(".")[:-1]
+    paths = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    words = config.modules_to_save or []
+    return next((path for path in paths if any(path.endswith(word) for word in words)), None)
+
+
+def _absent_copies(config: PeftConfig, found: _Sorted) -> Iterator[str]:
+    for word in config.modules_to_save or []:
+        is_there = any(path.endswith(word) for path in found.copied)
+        if not is_there and not (word in HEADS and found.copied):
+            yield f"{CONFIG_FILE}  modules_to_save names {word!r}, but the file has nothing of it"
+
+
+def _site(
+    config: PeftConfig, path: str, kind: Kind, update: Mapping[str, Tensor]
+) -> tuple[Site | None, dict[str, Tensor], list[str]]:
+    """Return a layer's site and its tensors, or what is wrong with them."""
+    missing = [end for end in "ab" if end not in update]
+    if missing:
+        return None, {}, [f"{PREFIX}{path}  has no lora_{missing[0].upper()} in the file"]
+    if config.use_dora and (problem := _magnitude_problem(kind, update)):
+        return None, {}, [f"{PREFIX}{path}  {problem}"]
+    a, b = update["a"], update["b"]
+    rank = config.rank_of(path)
+    if a.dim() < 2 or a.dim() != b.dim() or 0 in (*a.shape, *b.shape):
+        return None, {}, [f"{PREFIX}{path}  A {tuple(a.shape)} and B {tuple(b.shape)} don't pair"]
+    if a.shape[0] != rank:
+        text = f"A has rank {a.shape[0]}, but {CONFIG_FILE} says {rank}"
+        return None, {}, [f"{PREFIX}{path}  {text}: was it trained with rank {a.shape[0]}?"]
+    is_conv = a.dim() > 2
+    groups = rank // b.shape[1] if is_conv else 1
+    if b.shape[1] * groups != rank or a.shape[1] % groups or b.shape[2:].numel() != 1:
+        text = f"B {tuple(b.shape)} does not go with rank {rank}"
+        return None, {}, [f"{PREFIX}{path}  {text}"]
+    share = groups**0.5 if config.use_rslora else groups
+    site = Site(
+        path=path,
+        rank=rank // groups,
+        alpha=config.alpha_of(path) / share,
+        scale=config.scale_of(path),
+        groups=groups,
+        kind="conv" if is_conv else "transposed" if _transposed(config, kind) else kind,
+    )
+    whole = WholeLayer(sites=(site,), width=site.rank, alpha=site.alpha, scale=site.scale)
+    parts = unstack(whole, a, b)
+    if parts is None:
+        text = f"A mixes the convolution's {groups} groups, which no change of its weight can do"
+        return None, {}, [f"{PREFIX}{path}  {text}"]
+    if config.use_dora:
+        parts[f"{site.name}.lora_magnitude"] = update["magnitude"]
+    return site, parts, []
+
+
+def _magnitude_problem(kind: Kind, update: Mapping[str, Tensor]) -> str | None:
+    """Return what is wrong with a layer's update under use_dora, or None."""
+    if kind == "embedding" or update["a"].dim() > 2:
+        what = "an embedding" if kind == "embedding" else "a convolution"
+        return f"is {what}, for which lorakit has no DoRA"
+    if "magnitude" not in update:
+        return "has no lora_magnitude_vector in the file, and use_dora is true"
+    if update["magnitude"].shape != update["b"].shape[:1]:
+        shape, rows = tuple(update["magnitude"].shape), update["b"].shape[0]
+        return f"has a lora_magnitude_vector {shape} for {rows} rows"
+    return None
+
+
+def _transposed(config: PeftConfig, kind: Kind) -> bool:
+    return config.fan_in_fan_out and kind == "linear"
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Return what sorts block 10 behind block 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
+
+
+def _lora_config(
+    config: PeftConfig, sites: list[Site], tensors: Mapping[str, Tensor], copied: tuple[str, ...]
+) -> LoRAConfig:
+    biases: dict[str, Literal["none", "lora", "all"]] = {"lora_only": "lora", "all": "all"}
+    dtype = str(tensors[f"{sites[0].name}.lora_a"].dtype).removeprefix("torch.")
+    return LoRAConfig(
+        rank=config.r,
+        alpha=float(config.lora_alpha),
+        targets=_target_words(config, sites),
+        exclude=_words(config.exclude_modules),
+        layers=_layers(config),
+        dropout=config.lora_dropout,
+        bias=biases.get(config.bias, "none"),
+        rank_pattern={site.path: site.rank for site in sites if site.rank != config.r},
+        alpha_pattern={site.path: site.alpha for site in sites if site.alpha != config.lora_alpha},
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",
+        modules_to_save=copied,
+        dtype="float32" if dtype == "float64" else dtype,
+    )
+
+
+def _target_words(config: PeftConfig, sites: list[Site]) -> tuple[str, ...]:
+    """Return targets that select in lorakit what PEFT's words select."""
+    words = config.target_modules
+    # A pattern for the name of the list of blocks has no counterpart; the layers themselves have.
+    if not words or (config.layers_pattern and config.layers_to_transform is not None):
+        return tuple(site.path for site in sites)
+    return ("all-linear",) if words == "all-linear" else _words(words)
+
+
+def _words(modules: list[str] | str | None) -> tuple[str, ...]:
+    """Return PEFT's names of modules in lorakit's words."""
+    if isinstance(modules, str):
+        return (f"re:{modules}",)
+    return tuple(_word(name) for name in sorted(modules or ()))
+
+
+def _word(name: str) -> str:
+    """Return a module's name as the end of a path, spelt so that it cannot be read as a role."""
+    plain = name not in (*ROLES, *GROUPS, "all-linear") and re.fullmatch(r"[\w.-]+", name)
+    return name if plain else rf"re:(.*\.)?{re.escape(name)}"
+
+
+def _layers(config: PeftConfig) -> str | None:
+    blocks = config.layers_to_transform
+    if blocks is None or blocks == [] or config.layers_pattern:
+        return None
+    return ",".join(map(str, sorted(blocks) if isinstance(blocks, list) else [blocks]))
+
+
+def _plain_targets(config: PeftConfig) -> tuple[str, ...]:
+    """Return PEFT's own words where they alone select the layers."""
+    narrowed = config.exclude_modules or config.layers_to_transform is not None
+    words = config.target_modules
+    return () if narrowed or not isinstance(words, list) else tuple(sorted(words))
+
+
+def _card(config: PeftConfig) -> dict[str, str]:
+    facts = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
+    return {key: value for key, value in facts.items() if value}
+
+
+def _unproven(config: PeftConfig) -> tuple[str, ...]:
+    name = config.base_model_name_or_path
+    called = f"{name!r} by {CONFIG_FILE}" if name else "not named"
+    return (
+        f"the base ({called}): PEFT's files can't tell it from another model of the same shapes",
+        "the weights: PEFT's files have no hash, so a change before this reading went unnoticed",
+        f"the scales: they are what {CONFIG_FILE} gave at this reading",
+        "the list of layers: a layer that was dropped is noticed only where the targets name it",
+    )
+
+
+def _frozen_note(names: list[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (f"the base's own {', '.join(names)}: in the file, but not compared with the base",)

@@ -1,0 +1,175 @@
+"""lorakit.json: what an adapter is beyond PEFT's two files, and the hashes that prove it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from lorakit.adapter.adapter import Adapter, Kind, Rows, Site
+from lorakit.config.methods import METHODS, MethodConfig, config_of
+from lorakit.models.identity import BaseIdentity
+
+RECORD_FILE = "lorakit.json"
+VERSION = 2
+RowsText = Annotated[str, Field(pattern=r"^\d+:\d+(,\d+:\d+)*$")]
+TensorText = Annotated[str, Field(pattern=r"^(float32|bfloat16|float16|float64)( \d+(x\d+)*)?$")]
+
+
+class MethodRecord(BaseModel):
+    """The settings of one method."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    method: str
+    own: dict[str, Any]
+    """Its settings, but for those that the method's name implies."""
+
+    @classmethod
+    def of(cls, config: MethodConfig) -> MethodRecord:
+        """Return the record of a method's settings."""
+        _, implied = METHODS[config.method]
+        return cls(method=config.method, own=config.model_dump(mode="json", exclude=set(implied)))
+
+    def settings(self) -> MethodConfig:
+        """Return the settings.
+
+        Raises:
+            ConfigError: there is no such method, or the settings are wrong.
+        """
+        return config_of(self.method, self.own)
+
+
+class SiteRecord(BaseModel):
+    """One site."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    path: str
+    kind: Kind = "linear"
+    role: str | None = None
+    rows: RowsText | None = None
+    layer_rows: int | None = None
+    rank: Annotated[int, Field(ge=1)]
+    alpha: float
+    scale: float
+    groups: Annotated[int, Field(ge=1)] = 1
+    frozen: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> SiteRecord:
+        if self.frozen >= self.rank:
+            raise ValueError(f"{self.frozen} of {self.rank} ranks do not train: none is left")
+        return self
+
+    @classmethod
+    def of(cls, site: Site) -> SiteRecord:
+        """Return the record of a site."""
+        rows = None if site.rows is None else ",".join(f"{a}:{b}" for a, b in site.rows)
+        return cls(**{**vars(site), "rows": rows})
+
+    def site(self) -> Site:
+        """Return the site."""
+        return Site(**{**vars(self), "rows": None if self.rows is None else _rows(self.rows)})
+
+
+class Record(BaseModel):
+    """The whole file, in the order of its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format: Literal["lorakit adapter"] = "lorakit adapter"
+    version: int = VERSION
+    method: str
+    content_hash: str
+    """`Adapter.content_hash()`."""
+    configs: tuple[MethodRecord, ...]
+    sites: tuple[SiteRecord, ...]
+    tensors: dict[str, TensorText]
+    """Precision and shape of each tensor, under its name in lorakit."""
+    copied_modules: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    base: BaseIdentity | None
+    card: dict[str, Any]
+    unverified: tuple[str, ...]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Record:
+        """Return the record of an adapter."""
+        return cls(
+            method=adapter.method,
+            content_hash=adapter.content_hash(),
+            configs=tuple(MethodRecord.of(config) for config in adapter.configs),
+            sites=tuple(SiteRecord.of(site) for site in adapter.sites),
+            tensors={name: _describe(tensor) for name, tensor in sorted(adapter.tensors.items())},
+            copied_modules=adapter.copied_modules,
+            target_modules=adapter.target_modules,
+            base=adapter.base,
+            card=dict(adapter.card),
+            unverified=adapter.unverified,
+        )
+
+    def adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        """Return the adapter with its tensors."""
+        return Adapter(
+            configs=tuple(config.settings() for config in self.configs),
+            sites=tuple(site.site() for site in self.sites),
+            tensors=tensors,
+            copied_modules=self.copied_modules,
+            target_modules=self.target_modules,
+            base=self.base,
+            card=self.card,
+            unverified=self.unverified,
+        )
+
+    def empty_tensors(self) -> dict[str, Tensor]:
+        """Return tensors of the recorded shapes on the meta device."""
+        empty = {text: _empty(text) for text in set(self.tensors.values())}
+        return {name: empty[text] for name, text in self.tensors.items()}
+
+    def text(self) -> str:
+        """Return the file: JSON with sorted keys and a checksum over all of them."""
+        # Pydantic would write NaN as null.
+        content = self.model_dump(mode="json", exclude={"card"}) | {"card": self.card}
+        content["sites"] = [
+            site.model_dump(mode="json", exclude_defaults=True) for site in self.sites
+        ]
+        content = json.loads(to_json(content))  # as it will be read
+        return to_json(content | {"checksum": checksum(content)})
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the file's content but for the checksum itself."""
+    kept = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def to_json(content: Any) -> str:
+    """Return JSON that is the same for the same content.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+        TypeError: a value has no form in JSON.
+    """
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _rows(text: str) -> Rows:
+    pairs = (part.split(":") for part in text.split(","))
+    return tuple((int(first), int(last)) for first, last in pairs)
+
+
+def _describe(tensor: Tensor) -> str:
+    size = "x".join(map(str, tensor.shape))
+    return f"{str(tensor.dtype).removeprefix('torch.')} {size}".rstrip()
+
+
+def _empty(text: str) -> Tensor:
+    shape = [int(size) for size in re.findall(r"\d+", text.partition(" ")[2])]
+    return torch.empty(shape, dtype=getattr(torch, text.partition(" ")[0]), device="meta")

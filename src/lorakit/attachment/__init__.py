@@ -1,0 +1,1 @@
+"""An adapter into a model, out of it, and read back."""

@@ -1,0 +1,382 @@
+"""Put an adapter into a model, say which one is in use, read it back, and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.attachment.original_weights import Pristine
+from lorakit.attachment.plan import (
+    Plan,
+    as_configs,
+    keeps_ties,
+    plan,
+    short_names,
+    with_moved_ranks,
+)
+from lorakit.attachment.state import (
+    Attachment,
+    active_name,
+    attached,
+    attachment_of,
+    identity_of,
+    layout_of,
+    require_attachment,
+    require_name,
+)
+from lorakit.attachment.verify import fit
+from lorakit.config.methods import LoRAConfig, MethodConfig
+from lorakit.errors import AttachError
+from lorakit.layers.chain import Chain
+from lorakit.layers.checkpointing import forget_routes, stacks_of_blocks
+from lorakit.layers.layer import (
+    Update,
+    bank_key,
+    release,
+)
+from lorakit.methods.lora.eva import Directions, input_directions
+from lorakit.methods.lora.init import fresh_tensors
+from lorakit.methods.lora.lora import ENDS, LoRAUpdate, LowRank
+from lorakit.methods.lora.pissa import apart, together
+from lorakit.methods.module_copy import ModuleCopy
+from lorakit.methods.prompt.hooks import HOOKS, watch
+from lorakit.models.base import base_parameter
+from lorakit.models.quantized import card_of_base
+from lorakit.models.roles import shared_inputs, task_heads
+
+
+def attach(
+    model: nn.Module,
+    what: MethodConfig | Sequence[MethodConfig] | Adapter,
+    *,
+    name: str = "default",
+    trainable: bool | None = None,
+    allow_other_base: bool = False,
+    data: Iterable[Mapping[str, Tensor]] | None = None,
+) -> Plan:
+    """Put a fresh adapter, or a saved one, into a model, and make it the active one.
+
+    The model stays the same object with the same parameters; only `detach` and this know that some
+    of its layers look for updates. All checks come before the first change.
+
+    Args:
+        model: a plain module; one that has adapters already gets one more.
+        what: settings of a method for a fresh adapter (LoRA's has A random and B zero: the model
+            answers as before), those of several methods, or an `Adapter`.
+        name: what to call it in this model.
+        trainable: whether A, B, biases and copies take gradients. None: a fresh one does.
+        allow_other_base: accept an adapter whose base has other weights.
+        data: batches that the model takes, for LoRA's init eva; labels in them are not looked at.
+
+    Returns:
+        The match table: `print` it.
+
+    Raises:
+        AttachError: the name is taken, an adapter is merged, or data is given or missing against
+            the settings.
+        TargetError: a target of the settings matches nothing.
+        AdapterFileError: the adapter does not fit this model; every problem is listed.
+    """
+    state = attachment_of(model)
+    if state is not None:
+        _check_free(state, name)
+    _check_data(what, data)
+    if isinstance(what, Adapter):
+        fitted, updates, record = fit_and_build(model, what, allow_other_base=allow_other_base)
+    else:
+        configs = as_configs(what)
+        fitted = plan(model, configs)
+        lora = next((each for each in configs if isinstance(each, LoRAConfig)), LoRAConfig())
+        directions = _directions(model, state, fitted, data)
+        if lora.eva_rho > 1:
+            fitted = with_moved_ranks(model, fitted, lora, directions)
+        modules = layout_of(model).modules
+        start = apart(fitted.sites, fresh_tensors(modules, fitted.sites, lora, directions))
+        updates = _build(modules, fitted, configs, None, start, copy=False)
+        record = Adapter(
+            configs=configs,
+            sites=fitted.sites,
+            tensors={},
+            copied_modules=fitted.copies,
+            target_modules=short_names(model, fitted.sites),
+            base=identity_of(model),
+            card=card_of_base(model),
+        )
+    train = not isinstance(what, Adapter) if trainable is None else trainable
+    install(model, updates, name, record, trainable=train)
+    require_attachment(model).activate(name)
+    return fitted
+
+
+def _check_free(state: Attachment, name: str) -> None:
+    if name in state.adapters:
+        raise AttachError(
+            f"an adapter called {name!r} is attached already: give another name, or detach it first"
+        )
+    if state.route.merged is not None:
+        raise AttachError("an adapter is merged into this model: lk.unmerge(model) first")
+
+
+def _check_data(what: object, data: object) -> None:
+    """Compare the data that was given with what the settings ask for.
+
+    Raises:
+        AttachError: it is missing, or nothing looks at it.
+    """
+    each = what if isinstance(what, Sequence) else [what]
+    wanted = any(isinstance(one, LoRAConfig) and one.init == "eva" for one in each)
+    if wanted and data is None:
+        raise AttachError(
+            "init is eva, which looks at data: give batches, as in lk.attach(model, config, data=…)"
+        )
+    if data is not None and not wanted:
+        raise AttachError("data is given, but nothing looks at it: only LoRA's init eva does")
+
+
+def _directions(
+    model: nn.Module,
+    state: Attachment | None,
+    fitted: Plan,
+    data: Iterable[Mapping[str, Tensor]] | None,
+) -> dict[str, Directions]:
+    """Return the directions of the layers' inputs in the base, for init eva."""
+    if data is None:
+        return {}
+    paths = list(dict.fromkeys(site.path for site in fitted.sites))
+    with nullcontext() if state is None else state.routed(None, None, None):
+        return input_directions(model, paths, shared_inputs(model), data)
+
+
+def fit_and_build(
+    model: nn.Module,
+    adapter: Adapter,
+    *,
+    allow_other_base: bool = False,
+    other_heads: bool = False,
+    copy: bool = True,
+) -> tuple[Plan, dict[str, Update], Adapter]:
+    """Verify a saved adapter against a model and make its updates; the model is not changed.
+
+    Args:
+        model: the base, with or without adapters.
+        adapter: what to fit.
+        allow_other_base: accept one whose base has other weights.
+        other_heads: accept full copies of a task's head with another number of classes.
+        copy: leave the adapter's own tensors alone; else the model may keep them.
+
+    Returns:
+        The match table, the updates by module path, and the adapter without its tensors.
+
+    Raises:
+        AdapterFileError: it does not fit; every problem is listed.
+    """
+    layout = layout_of(model)
+    fitted = fit(
+        layout,
+        adapter,
+        identity_of(model),
+        allow_other_base=allow_other_base,
+        other_heads=task_heads(model) if other_heads else (),
+    )
+    divided = apart(fitted.sites, adapter.tensors)
+    updates = _build(layout.modules, fitted, adapter.configs, divided, divided, copy=copy)
+    # Another tool's file may not say what kind of layer it adapts; the model does.
+    return fitted, updates, replace(adapter, tensors={}, sites=fitted.sites)
+
+
+def _build(
+    modules: Mapping[str, nn.Module],
+    fitted: Plan,
+    configs: Sequence[MethodConfig],
+    tensors: Mapping[str, Tensor] | None,
+    low_rank: Mapping[str, Tensor],
+    *,
+    copy: bool = True,
+) -> dict[str, Update]:
+    """Return the update of each touched module, by path; the modules are not changed.
+
+    Args:
+        modules: of the base, by path.
+        fitted: what is made.
+        configs: of its methods.
+        tensors: the adapter's; None: a fresh start.
+        low_rank: those of low-rank updates, fresh or not.
+        copy: leave `low_rank` alone; else the updates may keep its tensors.
+    """
+    updates: dict[str, Update] = {}
+    parts: dict[str, dict[str, LowRank]] = {}
+    dtype = getattr(torch, configs[0].dtype)
+    config = next((each for each in configs if isinstance(each, LoRAConfig)), LoRAConfig())
+    for match in fitted.matches:
+        site, layer = match.site, modules[match.site.path]
+        device = cast(Tensor, layer.weight).device
+        weights = {
+            end: low_rank[name].to(device, copy=copy)
+            for end in ENDS
+            if (name := f"{site.name}.{end}") in low_rank
+        }
+        parts.setdefault(site.path, {})[site.role or "whole"] = LowRank(site, config, weights)
+    biases = {path: _starting_bias(modules, path, dtype, tensors) for path in fitted.biases}
+    for path in dict.fromkeys([*parts, *biases]):
+        updates[path] = LoRAUpdate(parts.get(path, {}), biases.get(path))
+    shared: dict[int, nn.Parameter] | None = {} if keeps_ties(configs) else None
+    for path in fitted.copies:
+        made = ModuleCopy(modules[path], dtype, shared=shared)
+        if tensors is not None:
+            made.fill(tensors, path)
+        updates[path] = made
+    for part in fitted.parts:
+        first, own = updates.get(part.path), part.update(modules, tensors)
+        updates[part.path] = own if first is None else Chain([first, own])
+    return updates
+
+
+def _starting_bias(
+    modules: Mapping[str, nn.Module],
+    path: str,
+    dtype: torch.dtype,
+    tensors: Mapping[str, Tensor] | None,
+) -> Tensor:
+    base = cast(Tensor, modules[path].bias).detach()
+    if tensors is None:
+        return base.to(dtype, copy=True)
+    return tensors[f"{path}.bias"].to(base.device, copy=True)
+
+
+def install(
+    model: nn.Module,
+    updates: Mapping[str, Update],
+    name: str,
+    record: Adapter,
+    *,
+    trainable: bool,
+) -> None:
+    """Give a model's layers the updates of one adapter, by path; which is active stays as it is.
+
+    What the name held before goes. The new one counts from one assignment on: forward passes that
+    run in another thread see all of it or nothing.
+    """
+    state = attached(model)
+    modules, key = layout_of(model).modules, bank_key(name)
+    by_number: dict[int, Update] = {}
+    for path, update in updates.items():
+        if trainable:
+            update.let_train()
+        if model.training:
+            update.train()
+        layer = state.adopt(path, modules[path])
+        layer.adapter_bank[key] = update
+        by_number[layer.adapter_number] = update
+        if update.trained_tokens and HOOKS[0] not in state.hooks:
+            state.hooks |= watch(model, path)
+    stale = state.updates.get(name, {}).keys() - by_number.keys()
+    state.replace(name, by_number, record)
+    for number in stale:
+        state.layers[number].adapter_bank.pop(key)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter, or all, out of a model; after the last, the base is back bit for bit.
+
+    A merged adapter is unmerged first. The base's parameters get back their requires_grad.
+
+    Raises:
+        AttachError: nothing is attached, or nothing of that name.
+    """
+    state = require_attachment(model)
+    if name is not None:
+        require_name(state, name)
+    if state.route.merged is not None and name in (None, state.route.merged):
+        restore_pristine(model, state)
+    for each in list(state.adapters) if name is None else [name]:
+        remove(state, each)
+    for number, layer in list(state.layers.items()):
+        if not layer.adapter_bank:
+            release(state.layers.pop(number))
+    if not any(u.trained_tokens for own in state.updates.values() for u in own.values()):
+        for each in HOOKS:
+            if each in state.hooks:
+                state.hooks.pop(each).remove()
+    if not state.adapters:
+        _give_back(model, state)
+
+
+def _give_back(model: nn.Module, state: Attachment) -> None:
+    """Leave a model without adapters as it was before the first one."""
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(state.frozen.get(path, parameter.requires_grad))
+    for hook in state.hooks.values():
+        hook.remove()
+    for _, stack in stacks_of_blocks(model):
+        forget_routes(stack)
+    del model._lorakit
+
+
+def remove(state: Attachment, name: str) -> None:
+    """Take one adapter out; its layers stay adapted, and a route that uses it goes on."""
+    for number in state.forget(name):
+        state.layers[number].adapter_bank.pop(bank_key(name))
+
+
+def restore_pristine(model: nn.Module, state: Attachment) -> None:
+    """Copy every pristine weight back, retie what was untied, and forget the merge."""
+    for path, weights in state.pristine.items():
+        restore_module(model, path, weights)
+    state.pristine.clear()
+    state.route.merged = None
+    state.activate(state.route.active)
+
+
+def restore_module(model: nn.Module, path: str, weights: Mapping[str, Pristine]) -> None:
+    """Copy a module's pristine weights back, and retie those that were untied."""
+    module = model.get_submodule(path)
+    for name, pristine in weights.items():
+        if isinstance(pristine, nn.Parameter):
+            set_parameter(module, name, pristine)
+        else:
+            weight = pristine if isinstance(pristine, Tensor) else pristine.read()
+            base_parameter(module, name).data.copy_(weight)
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one that a dotted name means."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)
+
+
+def extract(model: nn.Module, name: str | None = None) -> Adapter:
+    """Return an attached adapter as it is now, with its tensors copied to the CPU.
+
+    Args:
+        model: a model with adapters.
+        name: which; None: the active one.
+
+    Raises:
+        AttachError: there is none.
+    """
+    state = require_attachment(model)
+    name = active_name(model) if name is None else name
+    if name is None:
+        raise AttachError(f"no adapter is active: give a name, one of {', '.join(state.adapters)}")
+    require_name(state, name)
+    tensors = {
+        n: p.detach().to("cpu", copy=True).contiguous() for n, p in adapter_parameters(model, name)
+    }
+    record = state.adapters[name]
+    return replace(record, tensors=together(record.sites, tensors))
+
+
+def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield one adapter's parameters under their names in an `Adapter`.
+
+    Ranks that do not train have names of their own (`methods/lora/pissa.py`).
+    """
+    state = require_attachment(model)
+    for number, update in state.updates.get(name, {}).items():
+        yield from update.named_tensors(state.paths[number])

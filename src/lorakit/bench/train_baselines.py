@@ -1,0 +1,159 @@
+"""Who takes part in the benchmark of training: each trains the same rows in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SaveStrategy
+
+from lorakit.attachment.attach import detach, extract
+from lorakit.bench.peers import peft_loading, require_peft
+from lorakit.bench.result import OURS
+from lorakit.bench.train_clock import (
+    ClockedAdapterTrainer,
+    ClockedBatchTrainer,
+    ClockedTrainer,
+    Gate,
+)
+from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.data.collate import Collator
+from lorakit.data.encode import Example, encode_rows
+from lorakit.data.rows import read_rows
+from lorakit.routing.route import route
+from lorakit.training.evaluation import score
+from lorakit.training.loss import Loss
+from lorakit.training.memory.training_memory import training_memory
+from lorakit.training.prepare import Prepared, prepare
+from lorakit.training.run import Run, run_alone
+from lorakit.training.trainer import make_arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What every contestant is given."""
+
+    config: TrainConfig
+    """The run, as `lorakit train` would be told; `out` is a folder to work in."""
+    held_out: Path
+    """Rows to score after the last step, in the form of the training rows."""
+    full_learning_rate: float
+    """Peak learning rate of full fine-tuning."""
+
+
+def ours(task: Task, gate: Gate) -> float:
+    """Train as `lorakit train` does, and return the loss of the held-out rows."""
+    prepared = prepare(task.config)
+    run = Run(config=task.config, prepared=prepared, checkpoint=None)
+    make_trainer = partial(ClockedAdapterTrainer, gate=gate)
+    run_alone(run, bar=TrainerCallback(), make_trainer=make_trainer)
+    with route(prepared.model, prepared.name):
+        return _held_out_loss(prepared.model, prepared, task)
+
+
+def full(task: Task, gate: Gate) -> float:
+    """Train every weight of the base, in its precision, with our batches, attention and loss."""
+    prepared = prepare(task.config)
+    model = prepared.model
+    detach(model)
+    model.requires_grad_(True)
+    config = task.config.model_copy(update={"learning_rate": task.full_learning_rate})
+    trainer = ClockedBatchTrainer(
+        gate=gate,
+        model=model,
+        by_length=prepared.layout.by_length,
+        args=_peers_arguments(config, prepared.steps),
+        train_dataset=prepared.training,
+        data_collator=Collator(prepared.tokenizer, prepared.layout),
+        compute_loss_func=Loss(prepared.task),
+    )
+    with training_memory(model, config):
+        return _trained(trainer, model, prepared, task)
+
+
+def peft(task: Task, gate: Gate, *, compiled: bool = False) -> float:
+    """Train with PEFT and transformers' Trainer, from our start of A, padded to the longest row."""
+    prepared = prepare(task.config)
+    model = _peft_model(prepared, task.config)
+    if compiled:
+        model.compile()
+    trainer = ClockedTrainer(
+        gate=gate,
+        model=model,
+        args=_peers_arguments(task.config, prepared.steps),
+        train_dataset=prepared.training,
+        data_collator=_peers_collator(prepared),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    # Scoring is no part of training, and would be compiled for itself.
+    model._compiled_call_impl = None
+    return _held_out_loss(model, prepared, task)
+
+
+CONTESTANTS: dict[str, Callable[[Task, Gate], float]] = {
+    OURS: ours,
+    "compiled": ours,
+    "peft": peft,
+    "peft_compiled": partial(peft, compiled=True),
+    "full": full,
+}
+"""Each contestant by its name: trains through the gate, and returns the held-out rows' loss."""
+
+
+def _peft_model(prepared: Prepared, config: TrainConfig) -> Any:
+    """Return PEFT's model, whose adapter has the A of ours, in the place of ours."""
+    start = extract(prepared.model, prepared.name).save(config.out / "start")
+    detach(prepared.model)
+    how = peft_loading(config.lora.dtype)
+    return require_peft().PeftModel.from_pretrained(prepared.model, start, is_trainable=True, **how)
+
+
+def _peers_collator(prepared: Prepared) -> Callable[[list[Example]], Any]:
+    pad = DataCollatorForSeq2Seq(prepared.tokenizer)
+
+    def collate(examples: list[Example]) -> Any:
+        return pad(
+            [
+                {
+                    "input_ids": example.input_ids,
+                    "attention_mask": [1] * len(example.input_ids),
+                    "labels": example.labels,
+                }
+                for example in examples
+            ]
+        )
+
+    return collate
+
+
+def _peers_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
+    """Return the arguments that ours has, without the checkpoints: of a full model they are big."""
+    arguments = make_arguments(config, steps)
+    arguments.save_strategy = SaveStrategy.NO
+    return arguments
+
+
+def _trained(trainer: Trainer, model: nn.Module, prepared: Prepared, task: Task) -> float:
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return _held_out_loss(model, prepared, task)
+
+
+def _held_out_loss(model: nn.Module, prepared: Prepared, task: Task) -> float:
+    data: DataConfig = task.config.data
+    rows = encode_rows(read_rows(str(task.held_out), data), prepared.tokenizer, data)
+    scores = score(
+        model,
+        rows.examples,
+        loss=Loss(prepared.task),
+        collate=Collator(prepared.tokenizer),
+        batch_size=task.config.batch_size,
+    )
+    return scores["loss"]

@@ -1,0 +1,1 @@
+"""Flags, settings files and help, made from the settings' classes."""

@@ -1,0 +1,346 @@
+"""Settings of the methods: what is trained, and how it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.errors import ConfigError, did_you_mean
+
+Activation = Literal["relu", "gelu", "silu", "tanh"]
+
+
+class MethodConfig(Settings):
+    """What the settings of all methods have."""
+
+    modules_to_save: Names = ("auto",)
+    """Modules trained as full copies, by the end of their path. auto: a freshly made task head (a
+    classifier), nothing else."""
+
+    dtype: DType = "float32"
+    """Precision of what is trained, whatever the base's. float32 keeps small steps from being
+    lost."""
+
+    @property
+    def method(self) -> str:
+        """Return the method's name."""
+        raise NotImplementedError
+
+
+class LoRAConfig(MethodConfig):
+    """How to adapt a model with LoRA (Hu et al. 2021, section 4.1)."""
+
+    rank: PositiveInt = 8
+    """Inner width r of the update B·A. The paper tries 1 to 64 (Table 6)."""
+
+    alpha: PositiveFloat | None = None
+    """Numerator of the scale α/r (section 4.1). None: equal to the rank, so the scale is 1."""
+
+    targets: Names = ("q", "v")
+    """Layers to adapt: roles (q k v o gate up down embed head attention mlp all-linear), the end of
+    a module's dotted path, a glob such as model.layers.*.mlp.*, or re:REGEX over the whole path."""
+
+    exclude: Names = ()
+    """Layers to leave alone, in the same words as targets."""
+
+    layers: str | None = None
+    """Blocks to adapt, counted from 0, such as "0-5,11". None: every block."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance that an input element of A·x is dropped in training."""
+
+    bias: Literal["none", "lora", "all"] = "none"
+    """Bias vectors to train as well: none, those of the adapted layers, or all in the model."""
+
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other ranks for some layers, in the words of targets; the last match counts."""
+
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    """Other alphas for some layers, in the words of targets; the last match counts."""
+
+    use_rslora: bool = False
+    """Scale by α/√r in place of α/r (Kalajdzievski 2023)."""
+
+    use_dora: bool = False
+    """Train the length of each row of W₀ + scale·B·A as well (DoRA, Liu 2024): linear layers."""
+
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "eva"] = "kaiming"
+    """How A starts; B starts at zero. kaiming: uniform, as the authors' code and PEFT do, so that
+    learning rates carry over; gaussian: normal with variance 1/d_in, as the paper's text says;
+    orthogonal: orthonormal rows, scaled to kaiming's norm (PEFT's start of that name differs); eva:
+    the main directions of the layer's inputs in the data. pissa: A and B start as the main part of
+    the weight, which a frozen copy of them takes off again; the adapter has twice the rank."""
+
+    svd_iterations: Annotated[int, Field(ge=0)] | None = None
+    """Iterations of a randomised singular value decomposition for init pissa, quicker for large
+    layers. None: the exact one."""
+
+    eva_rho: Annotated[float, Field(ge=1)] = 1.0
+    """How many times its rank a layer may get in init eva, which then moves ranks, as many as there
+    are, to the directions that explain most of their layer's variance; each keeps one at least, and
+    its scale. 1: ranks stay."""
+
+    freeze_a: bool = False
+    """Train B alone (LoRA-FA, Zhang 2023): of a layer's input only A·x is kept for the backward
+    pass."""
+
+    @property
+    def method(self) -> str:
+        """Return the method's name."""
+        return "lora"
+
+    @model_validator(mode="after")
+    def _check(self) -> LoRAConfig:
+        if not self.targets and self.bias == "none" and not self.modules_to_save:
+            raise ValueError("targets is empty, so nothing would be trained")
+        if self.eva_rho > 1 and self.init != "eva":
+            raise ValueError(f"eva_rho moves ranks in init eva, and init is {self.init}")
+        if self.layers is not None:
+            layer_numbers(self.layers)
+        return self
+
+
+class FullSettings(MethodConfig):
+    """How a model's own weights are trained."""
+
+    top: PositiveInt = 2
+    """Blocks that top-k trains, counted from the output (FT^Top2 of the paper has 2)."""
+
+    blocks: Names = ()
+    """Blocks of the model in order, as globs or re:REGEX over paths, where lorakit does not find
+    them by itself."""
+
+
+class FullConfig(FullSettings):
+    """Full fine-tuning (FT), or that of the last blocks alone (FT^Top2; section 5.1)."""
+
+    only_top: bool = False
+    """Train the last `top` blocks alone."""
+
+    @property
+    def method(self) -> str:
+        """Return the method's name."""
+        return "top-k" if self.only_top else "full"
+
+
+class BitFitConfig(MethodConfig):
+    """BitFit: the bias vectors alone are trained (Ben Zaken et al. 2021; section 5.1)."""
+
+    add_missing: bool = False
+    """Give the linear layers that have no bias one that starts at zero, as Llama needs it."""
+
+    @property
+    def method(self) -> str:
+        """Return the method's name."""
+        return "bitfit"
+
+
+class PrefixSettings(MethodConfig):
+    """Trained tokens before and after the prompt."""
+
+    prefix: Annotated[int, Field(ge=0)] = 8
+    """Trained tokens l_p before the prompt."""
+
+    infix: Annotated[int, Field(ge=0)] = 8
+    """Trained tokens l_i right after the prompt."""
+
+    init: Literal["tokens", "random"] = "tokens"
+    """How they start. tokens: as randomly drawn tokens of the vocabulary, and for prefix-layer as
+    what the base makes of those after each block; random: normal, as spread as the embeddings."""
+
+    blocks: Names = ()
+    """Blocks of the model in order, as globs or re:REGEX over paths, where lorakit does not find
+    them by itself."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PrefixSettings:
+        if not self.prefix and not self.infix:
+            raise ValueError("prefix and infix are both 0, so nothing would be trained")
+        return self
+
+
+class PrefixConfig(PrefixSettings):
+    """PreEmbed and PreLayer: embeddings of special tokens are trained (section 5.1)."""
+
+    every_layer: bool = False
+    """PreLayer: train what these tokens are after every block, too."""
+
+    @property
+    def method(self) -> str:
+        """Return the method's name."""
+        return "prefix-layer" if self.every_layer else "prefix-embedding"
+
+
+class BottleneckSettings(MethodConfig):
+    """Small networks between the layers: down to a few dimensions, nonlinearity, and up again."""
+
+    size: PositiveInt | None = None
+    """Inner width r. None: the variant's own, 16 for adapter-h, 48 for adapter-d, 32 for the
+    others, or the layer's width where that is less."""
+
+    activation: Activation | None = None
+    """Nonlinearity. None: the variant's own, gelu for adapter-h and relu for the others."""
+
+    layer_norm: bool | None = None
+    """Whether the bottleneck has a LayerNorm of its own for its input. None: only adapter-l has."""
+
+    train_norms: bool = False
+    """Train the base's norms inside the adapted blocks too, as full copies: 2·d values for a
+    LayerNorm, d for an RMSNorm."""
+
+    layers: str | None = None
+    """Blocks to adapt, counted from 0, such as "0-5,11". None: every block."""
+
+    dropped: Annotated[int, Field(ge=0)] | None = None
+    """Lowest blocks that adapter-d leaves out. None: 5 in 12 of them."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance that an element of the inner width is dropped in training."""
+
+    at: Names = ()
+    """Modules whose output goes through a bottleneck, as globs or re:REGEX over paths, where
+    lorakit does not find the method's places by itself."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BottleneckSettings:
+        if self.layers is not None:
+            layer_numbers(self.layers)
+        beside = {"layers": self.layers, "dropped": self.dropped, "train_norms": self.train_norms}
+        given = [name for name, value in beside.items() if value not in (None, False)]
+        if self.at and given:
+            raise ValueError(
+                f"at says exactly where bottlenecks are, so {' and '.join(given)} can't be used "
+                "beside it (modules_to_save trains norms that are named)"
+            )
+        return self
+
+
+class BottleneckConfig(BottleneckSettings):
+    """Adapter layers (section 5.1): Houlsby, Lin, Pfeiffer, and AdapterDrop."""
+
+    variant: Literal["h", "l", "p", "d"] = "h"
+    """h: after attention and after the MLP (Houlsby 2019); l: after the block, with a LayerNorm of
+    its own (Lin 2020); p: after the MLP (Pfeiffer 2021); d: as p, without the lower blocks (Rücklé
+    2020)."""
+
+    @property
+    def method(self) -> str:
+        """Return the method's name."""
+        return f"adapter-{self.variant}"
+
+    @model_validator(mode="after")
+    def _check_dropped(self) -> BottleneckConfig:
+        if self.dropped is not None and self.variant != "d":
+            raise ValueError(f"dropped goes with adapter-d alone, and this is {self.method}")
+        return self
+
+
+METHODS: dict[str, tuple[type[MethodConfig], Mapping[str, Any]]] = {
+    "lora": (LoRAConfig, {}),
+    "full": (FullConfig, {"only_top": False}),
+    "top-k": (FullConfig, {"only_top": True}),
+    "bitfit": (BitFitConfig, {}),
+    "prefix-embedding": (PrefixConfig, {"every_layer": False}),
+    "prefix-layer": (PrefixConfig, {"every_layer": True}),
+    "adapter-h": (BottleneckConfig, {"variant": "h"}),
+    "adapter-l": (BottleneckConfig, {"variant": "l"}),
+    "adapter-p": (BottleneckConfig, {"variant": "p"}),
+    "adapter-d": (BottleneckConfig, {"variant": "d"}),
+}
+"""Each method's name: its settings, and what the name says of them."""
+
+
+class Defaults(Settings):
+    """How a method is trained where nothing else is asked for (docs/methods.md says how found)."""
+
+    learning_rate: PositiveFloat
+    """Peak learning rate of AdamW."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps over which the learning rate rises from zero."""
+
+
+DEFAULTS: Mapping[str, Defaults] = {
+    "lora": Defaults(learning_rate=6e-3),
+    "full": Defaults(learning_rate=2e-4),
+    "top-k": Defaults(learning_rate=2e-3),
+    "bitfit": Defaults(learning_rate=5e-3),
+    "prefix-embedding": Defaults(learning_rate=2e-1),
+    "prefix-layer": Defaults(learning_rate=5e-2),
+    "adapter-h": Defaults(learning_rate=4e-3),
+    "adapter-l": Defaults(learning_rate=4e-3),
+    "adapter-p": Defaults(learning_rate=8e-3),
+    "adapter-d": Defaults(learning_rate=8e-3),
+}
+
+
+FORMS: Mapping[str, Defaults] = {
+    "pissa": Defaults(learning_rate=2e-3),
+    "freeze_a": Defaults(learning_rate=2e-2),
+}
+"""Of LoRA's own forms, those that want another rate than it."""
+
+
+def defaults_of(method: str, lora: LoRAConfig) -> Defaults:
+    """Return how a method is trained where nothing else is asked for.
+
+    Args:
+        method: its name.
+        lora: LoRA's settings, where that is the method.
+    """
+    if method == "lora" and lora.init == "pissa":
+        return FORMS["pissa"]
+    return FORMS["freeze_a"] if method == "lora" and lora.freeze_a else DEFAULTS[method]
+
+
+def config_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
+    """Return the settings of a method by its name.
+
+    Raises:
+        ConfigError: there is no such method, or the settings are wrong.
+    """
+    if method not in METHODS:
+        known = ", ".join(METHODS)
+        raise ConfigError(
+            f"there is no method {method!r}{did_you_mean(method, METHODS)}; the methods are {known}"
+        )
+    kind, implied = METHODS[method]
+    return kind(**{**settings, **implied})
+
+
+def combination_problems(methods: Sequence[str]) -> list[str]:
+    """Return why methods can't be combined; empty where they can."""
+    problems = []
+    if not methods:
+        problems.append("no method is given")
+    problems += [
+        f"{name} is named twice" for name in dict.fromkeys(methods) if methods.count(name) > 1
+    ]
+    whole = [name for name in methods if name == "full"]
+    if whole and len(methods) > 1:
+        problems.append("full trains every weight already, so it goes with no other method")
+    for family, words in (("prefix-", "trained tokens"), ("adapter-", "bottlenecks")):
+        named = list(dict.fromkeys(name for name in methods if name.startswith(family)))
+        if len(named) > 1:
+            problems.append(f"{' and '.join(named)} both put {words} into the model: choose one")
+    return problems
+
+
+def layer_numbers(text: str) -> frozenset[int]:
+    """Return the block numbers that a range such as "0-5,11" names.
+
+    Raises:
+        ValueError: the text is not a list of numbers and ranges.
+    """
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"layers {text!r} is not a list of blocks such as '0-5,11'")
+        stop = int(last) if dash else int(first)
+        if stop < int(first):
+            raise ValueError(f"layers {text!r} has a range that ends before it starts")
+        numbers.update(range(int(first), stop + 1))
+    return frozenset(numbers)

@@ -1,0 +1,253 @@
+"""Settings of runs: one class is the Python argument, the YAML file and the flags at once."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.config.methods import (
+    METHODS,
+    BitFitConfig,
+    BottleneckSettings,
+    FullSettings,
+    LoRAConfig,
+    MethodConfig,
+    PrefixSettings,
+    combination_problems,
+    config_of,
+    defaults_of,
+)
+
+Format = Literal["auto", "prompt", "messages", "text", "classification"]
+RowField = Literal["prompt", "completion", "references", "messages", "text", "text_pair", "label"]
+
+
+class DataConfig(Settings):
+    """Which rows to read, and what each column means."""
+
+    train: str | None = None
+    """Rows to train on: a .jsonl, .json, .csv or .parquet file, builtin:NAME[:SPLIT] (places, sql),
+    or hub:OWNER/NAME[/SUBSET][:SPLIT]."""
+
+    validation: str | None = None
+    """Rows to score during training; None: no evaluation."""
+
+    format: Format = "auto"
+    """What a row is: prompt (prompt, completion, optional references), messages (a chat), text, or
+    classification (text, optional text_pair, label). auto: judged by the fields that are there."""
+
+    fields: dict[RowField, str] = {}
+    """Our field name: the file's column, or a template such as "{subject}: {body}"."""
+
+    separator: str = "\n"
+    """Written between prompt and completion."""
+
+    max_length: PositiveInt = 512
+    """Longest row in tokens; a longer one is cut, counted and reported."""
+
+    train_rows: PositiveInt | None = None
+    """Use only the first so many training rows."""
+
+    validation_rows: PositiveInt | None = None
+    """Use only the first so many validation rows."""
+
+    labels: Annotated[Names, Field(min_length=2)] | None = None
+    """Names of the classes, in order. None: the distinct labels of the training rows, sorted."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ValueError("labels names a class twice")
+        return self
+
+
+class TrainConfig(Settings):
+    """One training run: the model, the data, the adapter and the schedule."""
+
+    model: str = "smollm2"
+    """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""
+
+    out: Path
+    """Folder for the adapter (best by validation, else last), last/, checkpoints/ and the log."""
+
+    method: Names = ("lora",)
+    """What is trained: lora full top-k bitfit prefix-embedding prefix-layer adapter-h adapter-l
+    adapter-p adapter-d, or several of them, such as lora,prefix-layer."""
+
+    lora: LoRAConfig = LoRAConfig()
+    """What lora adapts, and how."""
+
+    full: FullSettings = FullSettings()
+    """What full and top-k train."""
+
+    bitfit: BitFitConfig = BitFitConfig()
+    """What bitfit trains."""
+
+    prefix: PrefixSettings = PrefixSettings()
+    """The trained tokens of prefix-embedding and prefix-layer."""
+
+    bottleneck: BottleneckSettings = BottleneckSettings()
+    """The bottlenecks of adapter-h, adapter-l, adapter-p and adapter-d."""
+
+    data: DataConfig = DataConfig()
+    """What it is trained on."""
+
+    task: Literal["auto", "generation", "classification", "regression"] = "auto"
+    """What the model does. auto: classification where rows have labels, else generation."""
+
+    dtype: DType = "bfloat16"
+    """Precision of the frozen base in training."""
+
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Hold the frozen base's linear layers in few bits (QLoRA): 4bit (NF4) or 8bit. What computes
+    is still in `dtype`. None: hold them in `dtype` too."""
+
+    double_quantization: bool = True
+    """Quantise the scales of 4bit too, which saves 0.37 bits a weight."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps. None: as many as `epochs` asks for."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the training rows, where `steps` is not given."""
+
+    batch_size: PositiveInt = 8
+    """Rows per forward pass."""
+
+    accumulate: PositiveInt = 1
+    """Forward passes per optimizer step."""
+
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate of AdamW. None: each method's own, found by trial (docs/methods.md)."""
+
+    lora_plus_ratio: PositiveFloat = 1.0
+    """Learning rate of LoRA's B over that of A (LoRA+, Hayou 2024, has 16). 1: both are equal."""
+
+    eva_batches: PositiveInt = 8
+    """Batches of training rows, drawn by the seed, that LoRA's init eva looks at."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which the learning rate rises from zero. None: the method's own, 20, or half of a
+    shorter run."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decay of what is trained, towards zero. For updates (A and B, but not of init pissa;
+    bottlenecks) that is towards the pre-trained model; for weights, tokens and biases it is not."""
+
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target probability spread over all classes or tokens."""
+
+    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Factor on (log Σ exp(logits))², added to each loss to keep logits small (PaLM has 1e-4)."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the adapter's start, the row order and dropout."""
+
+    eval_every: PositiveInt | None = None
+    """Steps between two evaluations. None: once, at the end of each epoch."""
+
+    save_every: PositiveInt = 100
+    """Steps between two checkpoints from which a run can resume."""
+
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations without a better score. None: never."""
+
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Join the rows of a batch without padding. auto: where the model can do that, exactly; else
+    batches are of rows of like length. off: padded rows in random order. on: an error where the
+    model cannot."""
+
+    memory: Literal["low", "balanced", "fast"] = "fast"
+    """What is kept for the backward pass. fast: all that it needs; balanced: the results of
+    products, and the rest is computed again; low: the input of each block and A·x, and all else is
+    computed again."""
+
+    offload: bool = False
+    """Keep in the CPU's memory what low or balanced keep of a GPU's."""
+
+    kernels: Literal["auto", "plain"] = "auto"
+    """What computes. auto: the fast paths wherever they can; plain: plain torch, their oracle, with
+    padded rows."""
+
+    compile: bool = False
+    """Train the model's blocks through torch.compile. One is compiled for all, which takes half a
+    minute on a CPU (docs/benchmarks.md says when that pays)."""
+
+    check_after: Annotated[int, Field(ge=3)] = 5
+    """Steps after which every adapted layer must have moved."""
+
+    allow_untrained: bool = False
+    """Go on although an adapted layer gets no gradient."""
+
+    allow_other_base: bool = False
+    """Start from `init_from` although it was trained on another base."""
+
+    init_from: Path | None = None
+    """Adapter folder to go on from, in place of a fresh start."""
+
+    sweep: dict[str, Any] | list[Any] | None = None
+    """Train several adapters on one base in one batch, each as if alone, in folders of their own in
+    `out`. A mapping from settings to lists of values makes all combinations: {lora.rank: [1, 8],
+    seed: [0, 1]}. A list of mappings has one adapter each: [{lora.rank: 1}, {lora.rank: 8, seed: 1,
+    name: second}]."""
+
+    resume: bool = False
+    """Go on from the last checkpoint in `out`."""
+
+    overwrite: bool = False
+    """Replace what is in `out`."""
+
+    dry_run: bool = False
+    """Print what would be adapted and read, and stop before training."""
+
+    def methods(self) -> tuple[MethodConfig, ...]:
+        """Return the settings of each method that is trained."""
+        sections = {"lora": self.lora, "full": self.full, "top-k": self.full, "bitfit": self.bitfit}
+        return tuple(
+            config_of(name, (sections.get(name) or self._section(name)).model_dump())
+            for name in self.method
+        )
+
+    def _section(self, method: str) -> MethodConfig:
+        return self.prefix if method.startswith("prefix-") else self.bottleneck
+
+    def rate_of(self, method: str) -> float:
+        """Return the peak learning rate of a method's weights."""
+        return self.learning_rate or defaults_of(method, self.lora).learning_rate
+
+    def warmup_of(self, steps: int) -> int:
+        """Return over how many of a run's steps learning rates rise from zero."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        own = max(defaults_of(name, self.lora).warmup_steps for name in self.method)
+        return min(own, steps // 2)
+
+    @model_validator(mode="after")
+    def _check_methods(self) -> "TrainConfig":
+        unknown = [name for name in self.method if name not in METHODS]
+        if unknown:
+            raise ValueError(f"method: unknown {', '.join(unknown)}; known: {', '.join(METHODS)}")
+        problems = combination_problems(self.method)
+        if problems:
+            raise ValueError(f"method: {'; '.join(problems)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_of_lora(self) -> "TrainConfig":
+        if self.lora_plus_ratio != 1 and "lora" not in self.method:
+            methods = ", ".join(self.method)
+            raise ValueError(f"lora_plus_ratio is LoRA's, and the method is {methods}")
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.offload and self.memory == "fast":
+            raise ValueError("offload goes with memory: low or balanced, and memory is fast")
+        return self

@@ -1,0 +1,95 @@
+"""Makes batches of examples: padded on the right or joined to train, on the left to generate."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.data.chat import IGNORED
+from lorakit.data.encode import Example
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that fills a batch: the pad token, else the end token, else token 0.
+
+    The attention mask hides it, and no label is on it, whatever it is.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def training_batch(
+    examples: Sequence[Example], *, pad_id: int, multiple: int = 1
+) -> dict[str, Tensor]:
+    """Return examples padded on the right to the longest of them, up to a multiple of tokens.
+
+    Returns:
+        input_ids, attention_mask and, if the examples have them, token_type_ids: (batch, length);
+        labels: (batch, length) with IGNORED on padding for tokens to learn, (batch,) in int64 for
+        classes, (batch,) in float32 for a regression.
+    """
+    ids = [example.input_ids for example in examples]
+    length = math.ceil(max(map(len, ids)) / multiple) * multiple
+    batch = {
+        "input_ids": _rectangle(ids, length, pad_id),
+        "attention_mask": _rectangle([[1] * len(row) for row in ids], length, 0),
+        "labels": _labels(examples, length),
+    }
+    types = [example.token_type_ids for example in examples if example.token_type_ids is not None]
+    if types:
+        batch["token_type_ids"] = _rectangle(types, length, 0)
+    return batch
+
+
+def joined_batch(
+    examples: Sequence[Example], *, pad_id: int = 0, multiple: int = 1
+) -> dict[str, Tensor]:
+    """Return examples with a label per token, joined to one row, padded up to a multiple of tokens.
+
+    Returns:
+        input_ids; position_ids, which start at 0 for each example; labels, IGNORED on each
+        example's first token, which nothing predicts: (1, tokens).
+    """
+    row = {
+        "input_ids": [token for each in examples for token in each.input_ids],
+        "position_ids": [at for each in examples for at in range(len(each.input_ids))],
+        "labels": [label for each in examples for label in _predicted(each)],
+    }
+    missing = -len(row["input_ids"]) % multiple
+    fill = {"input_ids": pad_id, "position_ids": 0, "labels": IGNORED}
+    return {n: torch.tensor([values + [fill[n]] * missing]) for n, values in row.items()}
+
+
+def _predicted(example: Example) -> list[int]:
+    assert isinstance(example.labels, list)
+    return [IGNORED, *example.labels[1:]]
+
+
+def generation_batch(prompts: Sequence[Sequence[int]], *, pad_id: int) -> dict[str, Tensor]:
+    """Return prompts padded on the left, so that every answer begins at the same position.
+
+    Returns:
+        input_ids and attention_mask: (batch, length).
+    """
+    length = max(map(len, prompts))
+    pads = [length - len(prompt) for prompt in prompts]
+    ids = [[pad_id] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
+    mask = [[0] * pad + [1] * (length - pad) for pad in pads]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def _rectangle(rows: Sequence[Sequence[int]], length: int, fill: int) -> Int[Tensor, "batch len"]:
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+
+
+def _labels(examples: Sequence[Example], length: int) -> Tensor:
+    tokens = [example.labels for example in examples if isinstance(example.labels, list)]
+    if tokens:
+        return _rectangle(tokens, length, IGNORED)
+    labels = torch.tensor([example.labels for example in examples])
+    return labels.float() if labels.is_floating_point() else labels

@@ -1,0 +1,38 @@
+"""Batches as a model takes them, without padding where it can do without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.data.batches import joined_batch, pad_token, training_batch
+from lorakit.data.encode import Example
+from lorakit.data.packing import PLAIN, Layout
+from lorakit.kernels.packed_sequences import Segments
+
+SEGMENTS = "segments"
+"""Key of a batch's segments: not for the model itself, but for `attention_within`."""
+
+
+class Collator:
+    """Turns examples into one batch, padded or joined."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: Layout = PLAIN) -> None:
+        self._layout = layout
+        self._pad_id = pad_token(tokenizer)
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Return the batch, labels included; the layout says in what form."""
+        lengths = tuple(len(example.input_ids) for example in examples)
+        if self._layout.joined:
+            joined = joined_batch(examples, pad_id=self._pad_id, multiple=self._layout.multiple)
+            segments = Segments((lengths,), joined["input_ids"].shape[1])
+            return {**joined, SEGMENTS: segments}
+        batch: dict[str, Any] = training_batch(
+            examples, pad_id=self._pad_id, multiple=self._layout.multiple
+        )
+        if self._layout.segmented:
+            batch[SEGMENTS] = Segments(tuple((n,) for n in lengths), max(lengths))
+        return batch

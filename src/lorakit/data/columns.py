@@ -1,0 +1,108 @@
+"""The records of one source as a table: which kind of row its columns can give."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from lorakit.config.train import DataConfig, RowField
+from lorakit.data.fields import FieldMap
+from lorakit.data.problems import Problems, UnusableRowError
+from lorakit.data.row_types import Kind
+from lorakit.data.sources import Record
+from lorakit.errors import DataError
+
+R = TypeVar("R")
+Values: TypeAlias = dict[str, Any]
+"""A record's values by column."""
+
+_NEEDED: dict[Kind, tuple[RowField, ...]] = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "classification": ("text", "label"),
+    "text": ("text",),
+}
+"""What each kind of row must have. `auto` takes the first kind whose fields are all there."""
+
+_ANSWERS: tuple[RowField, ...] = ("completion", "references")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records, and where our fields are found in them."""
+
+    source: str
+    records: Sequence[Record]
+    fields: FieldMap
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names that occur in any record."""
+        return tuple(dict.fromkeys(column for record in self.records for column in record.values))
+
+    def rows(self, make: Callable[[Values], R]) -> tuple[R, ...]:
+        """Return what a function makes of each record.
+
+        Raises:
+            DataError: the function raised UnusableRowError; lists those records.
+        """
+        problems = Problems(self.source)
+        rows = []
+        for record in self.records:
+            try:
+                rows.append(make(record.values))
+            except UnusableRowError as error:
+                problems.add(record.where, str(error))
+        problems.raise_if_any()
+        return tuple(rows)
+
+    def kind(self, data: DataConfig, *, answered: bool) -> Kind:
+        """Return what the rows are: the asked format, or the first that the columns can give.
+
+        Args:
+            data: the asked format, and the columns that the user named.
+            answered: prompt rows need a completion or references.
+
+        Raises:
+            DataError: a needed or named column is not there; says which are.
+        """
+        columns = self.columns
+        kinds = tuple(_NEEDED) if data.format == "auto" else (data.format,)
+        lacking = {kind: self._lacking(kind, columns, answered=answered) for kind in kinds}
+        fitting = [kind for kind in kinds if not lacking[kind]]
+        problems = self._mistaken(data, columns)
+        if fitting and not problems:
+            return fitting[0]
+        if not problems and len(kinds) == 1:
+            problems = lacking[kinds[0]]
+        elif not problems:
+            problems = [f"{kind} rows need {' and '.join(_NEEDED[kind])}" for kind in kinds]
+        example_kind = "prompt" if data.format == "auto" else data.format
+        example = ", ".join(f"{name}: COLUMN" for name in _NEEDED[example_kind])
+        lines = "\n  ".join([f"{self.source} lacks fields that are needed:", *problems])
+        raise DataError(
+            f"{lines}\nIts columns are {', '.join(columns) or 'none'}."
+            f" Say in data.fields which is which, as in fields: {{{example}}}."
+        )
+
+    def _lacking(self, kind: Kind, columns: Sequence[str], *, answered: bool) -> list[str]:
+        """Return a line for each column that rows of this kind need and that is not there."""
+        spared = not answered or not self.fields.absent("references", columns)
+        needed = [name for name in _NEEDED[kind] if not (name == "completion" and spared)]
+        return self._absent(needed, columns)
+
+    def _mistaken(self, data: DataConfig, columns: Sequence[str]) -> list[str]:
+        """Return a line for each column that the user named and that is not there.
+
+        Under one setting, training files often have a completion and test files references: of
+        these two, one may be absent.
+        """
+        has_answer = not all(self.fields.absent(name, columns) for name in _ANSWERS)
+        named = [name for name in data.fields if not (has_answer and name in _ANSWERS)]
+        return self._absent(named, columns)
+
+    def _absent(self, names: Sequence[RowField], columns: Sequence[str]) -> list[str]:
+        return [
+            f"{name}: there is no column {column}"
+            for name in names
+            for column in self.fields.absent(name, columns)
+        ]

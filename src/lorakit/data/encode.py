@@ -1,0 +1,277 @@
+"""Turns rows into tokens and labels, and keeps count of what was cut or left out."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.config.train import DataConfig
+from lorakit.data.chat import IGNORED, ChatTemplate, end_token
+from lorakit.data.problems import Problems, UnusableRowError
+from lorakit.data.report import EncodingReport
+from lorakit.data.row_types import ClassificationRow, MessagesRow, PromptRow, Row, Rows, TextRow
+from lorakit.errors import DataError
+
+TOGETHER = 10_000
+"""Rows whose texts are turned into tokens at once: the tokenizer then uses all cores."""
+NOTHING_TO_LEARN = "no token to learn within the limit"
+NO_ANSWER = "no turn of the assistant that answers something"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One row as a model takes it."""
+
+    input_ids: list[int]
+    labels: list[int] | int | float
+    """A label per token (IGNORED: none), the number of the class, or the number to predict."""
+    token_type_ids: list[int] | None = None
+    """Which text of a pair each token is from, for models that are told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Examples in the order of their rows; a data set of torch's map style."""
+
+    examples: tuple[Example, ...]
+    report: EncodingReport
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Draft:
+    """A row's example, if one remains, and what was cut from it."""
+
+    example: Example | None = None
+    dropped: str = ""
+    cut_prompt: bool = False
+    cut_completion: bool = False
+
+
+def encode_rows(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    *,
+    longest: int | None = None,
+) -> Encoded:
+    """Return the rows as examples of at most `data.max_length` tokens.
+
+    - A prompt row is the prompt, the separator, the completion and the end token; its labels are on
+      the last two. If it is too long, the prompt is cut from the left. If no token of the prompt
+      would be left, the prompt keeps half of the room and the completion is cut as well.
+    - A conversation has labels on the assistant's turns. One that is too long loses its end.
+    - A text and its end token are all labels. One that is too long loses its end.
+    - A text or pair to classify has the number of its class, or the number to predict. If it is too
+      long, the longer of the two is cut.
+
+    Args:
+        rows: what was read.
+        tokenizer: the model's.
+        data: how rows become text.
+        longest: another limit, where the model has not room for more. None: there is none.
+
+    Raises:
+        DataError: no row is left, or rows or tokenizer do not allow it; lists the rows.
+    """
+    encoder = _Encoder(rows, tokenizer, data, longest=longest)
+    problems = Problems(rows.source)
+    drafts = []
+    for number, row in enumerate(rows.rows):
+        if number % TOGETHER == 0:
+            encoder.look_ahead(rows.rows[number : number + TOGETHER])
+        try:
+            drafts.append(encoder.draft(row))
+        except UnusableRowError as error:
+            problems.add(f"row {number + 1}", str(error))
+    problems.raise_if_any()
+    report = _report(rows, drafts, limit=encoder.limit)
+    if not report.kept:
+        raise DataError(f"No row is left to train on.\n{report}")
+    examples = tuple(draft.example for draft in drafts if draft.example)
+    return Encoded(examples=examples, report=report)
+
+
+def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[int]:
+    """Return the tokens after which the model's answer begins, exactly as in training, never cut.
+
+    Of a conversation, that is what precedes the assistant's last turn if the conversation ends
+    with it, else all of it; of a text, the text.
+
+    Raises:
+        DataError: the row cannot be answered, or the tokenizer has no chat template.
+    """
+    match row:
+        case PromptRow():
+            text = row.prompt + data.separator
+            return _openings(tokenizer, [text])[text]
+        case TextRow():
+            return _openings(tokenizer, [row.text])[row.text]
+        case MessagesRow():
+            try:
+                return ChatTemplate(tokenizer).prompt(row.messages)
+            except UnusableRowError as error:
+                raise DataError(f"A conversation cannot be answered: {error}.") from error
+        case ClassificationRow():
+            raise DataError("A row to classify has no prompt: it is answered with a label.")
+
+
+class _Encoder:
+    """Makes the example of one row after the other."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataConfig,
+        *,
+        longest: int | None,
+    ) -> None:
+        limits = (data.max_length, tokenizer.model_max_length, longest)
+        self.limit = min(limit for limit in limits if limit is not None)
+        self._tokenizer = tokenizer
+        self._separator = data.separator
+        self._start = tokenizer.bos_token_id
+        self._openings: dict[str, list[int]] = {}
+        self._numbers = {name: number for number, name in enumerate(rows.labels or ())}
+        self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
+        frame = tokenizer.num_special_tokens_to_add(pair=True)
+        if rows.kind == "classification" and self.limit <= frame:
+            raise DataError(
+                f"data.max_length {self.limit} leaves no room for text beside the {frame} tokens"
+                " that frame it."
+            )
+
+    def look_ahead(self, rows: Sequence[Row]) -> None:
+        """Turn the texts of rows into tokens, for the drafts that will be asked for."""
+        prompts = [row for row in rows if isinstance(row, PromptRow)]
+        texts = [row.text for row in rows if isinstance(row, TextRow)]
+        openings = [*(row.prompt + self._separator for row in prompts), *texts]
+        # Later rows may ask the same (E2E: 9 answers to a prompt). What will be cut may be long.
+        known = {text: ids for text, ids in self._openings.items() if len(ids) <= self.limit}
+        new = [text for text in openings if text not in known]
+        self._openings = known | _openings(self._tokenizer, new)
+        self._completions = _plain(self._tokenizer, [row.completion for row in prompts])
+
+    @cached_property
+    def _end(self) -> int:
+        """The token that ends an answer; tokenizers look it up by its text, which takes a while."""
+        return end_token(self._tokenizer)
+
+    def draft(self, row: Row) -> _Draft:
+        match row:
+            case PromptRow():
+                return self._prompt(row)
+            case TextRow():
+                ids = [*self._openings[row.text], self._end]
+                return self._continuous(ids, list(ids))
+            case MessagesRow():
+                assert self._chat is not None, "rows of one kind"
+                ids, labels = self._chat.example(row.messages)
+                return self._continuous(ids, labels) if ids else _Draft(dropped=NO_ANSWER)
+            case ClassificationRow():
+                return self._classification(row)
+
+    def _prompt(self, row: PromptRow) -> _Draft:
+        prompt = self._openings[row.prompt + self._separator]
+        completion = [*self._completions[row.completion], self._end]
+        # At least one token of the prompt stays: the first token to learn must follow something.
+        fits = len(completion) < self.limit
+        room = self.limit - len(completion) if fits else self.limit // 2
+        kept = _last(prompt, room, start=self._start)
+        learnt = completion[: self.limit - len(kept)]
+        if not kept or not learnt:
+            return _Draft(dropped=NOTHING_TO_LEARN)
+        return _Draft(
+            example=Example(input_ids=kept + learnt, labels=[IGNORED] * len(kept) + learnt),
+            cut_prompt=len(kept) < len(prompt),
+            cut_completion=len(learnt) < len(completion),
+        )
+
+    def _continuous(self, ids: list[int], labels: list[int]) -> _Draft:
+        """Return the draft of a text or conversation, whose end is cut."""
+        kept = labels[: self.limit]
+        # The first token is given, not predicted.
+        if all(label == IGNORED for label in kept[1:]):
+            return _Draft(dropped=NOTHING_TO_LEARN)
+        return _Draft(
+            example=Example(input_ids=ids[: self.limit], labels=kept),
+            cut_completion=len(kept) < len(labels),
+        )
+
+    def _classification(self, row: ClassificationRow) -> _Draft:
+        label = self._numbers[row.label] if isinstance(row.label, str) else row.label
+        texts = (row.text, row.text_pair)
+        whole = self._tokenizer(*texts, verbose=False)
+        cut = len(whole["input_ids"]) > self.limit
+        kept = self._tokenizer(*texts, truncation=True, max_length=self.limit) if cut else whole
+        example = Example(
+            input_ids=kept["input_ids"], labels=label, token_type_ids=kept.get("token_type_ids")
+        )
+        return _Draft(example=example, cut_prompt=cut)
+
+
+def _openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
+    """Return each text's tokens with what the tokenizer puts before it, but not what it puts after.
+
+    Lists are shared between equal texts.
+    """
+    found = _tokens(tokenizer, texts, add_special_tokens=True)
+    end = tokenizer.eos_token_id
+    ended = _plain(tokenizer, [text for text, ids in found.items() if ids[-1:] == [end]])
+    added = {text for text, ids in ended.items() if ids[-1:] != [end]}
+    return {text: ids[:-1] if text in added else ids for text, ids in found.items()}
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
+    """Return each text's own tokens."""
+    return _tokens(tokenizer, texts, add_special_tokens=False)
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool
+) -> dict[str, list[int]]:
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
+    found = tokenizer(
+        distinct,
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return dict(zip(distinct, found["input_ids"], strict=True))
+
+
+def _last(ids: list[int], room: int, *, start: int | None) -> list[int]:
+    """Return the last tokens that there is room for, and before them the start token if it led."""
+    if len(ids) <= room:
+        return ids
+    if ids[0] == start and room > 1:
+        return [ids[0], *ids[len(ids) - room + 1 :]]
+    return ids[len(ids) - room :]
+
+
+def _report(rows: Rows, drafts: Sequence[_Draft], *, limit: int) -> EncodingReport:
+    lengths = [len(draft.example.input_ids) for draft in drafts if draft.example]
+    return EncodingReport(
+        source=rows.source,
+        kind=rows.kind,
+        rows=len(rows),
+        kept=len(lengths),
+        dropped=Counter(draft.dropped for draft in drafts if draft.dropped),
+        truncated_prompts=sum(draft.cut_prompt for draft in drafts),
+        truncated_completions=sum(draft.cut_completion for draft in drafts),
+        longest=max(lengths, default=0),
+        mean=sum(lengths) / max(len(lengths), 1),
+        max_length=limit,
+        notes=rows.notes,
+    )

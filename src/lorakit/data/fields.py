@@ -1,0 +1,93 @@
+"""Finds our fields in the columns of a file: by name, or by a template of several."""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lorakit.config.train import RowField
+from lorakit.data.problems import UnusableRowError
+from lorakit.errors import did_you_mean
+
+_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+
+
+class FieldMap:
+    """Which column, or template of columns, each of our fields is made from."""
+
+    def __init__(self, fields: Mapping[RowField, str]) -> None:
+        self._fields = fields
+
+    def __contains__(self, name: RowField) -> bool:
+        """Tell whether the user said what the field is made from."""
+        return name in self._fields
+
+    def absent(self, name: RowField, columns: Collection[str]) -> list[str]:
+        """Return what is missing to make a field, each as "'x'; did you mean 'y'?"."""
+        made_from = self._columns(name, columns)
+        return [f"{c!r}{did_you_mean(c, columns)}" for c in made_from if c not in columns]
+
+    def value(self, name: RowField, record: Mapping[str, Any]) -> Any:
+        """Return a field's value as it stands in the record, or the filled template; else None."""
+        source = self._fields.get(name, name)
+        if source in record:
+            return record[source]
+        columns = _PLACEHOLDER.findall(source)
+        if not columns or any(record.get(column) is None for column in columns):
+            return None
+        return _PLACEHOLDER.sub(lambda found: as_text(found[1], record[found[1]]), source)
+
+    def text(self, name: RowField, record: Mapping[str, Any]) -> str:
+        """Return a field's value as text.
+
+        Raises:
+            UnusableRowError: it is absent, or is no text.
+        """
+        value = self.value(name, record)
+        if value is None:
+            there = ", ".join(column for column in record if record[column] is not None)
+            raise UnusableRowError(f"there is no {self._described(name)}; it has {there or 'none'}")
+        return as_text(self._described(name), value)
+
+    def _columns(self, name: RowField, columns: Collection[str]) -> list[str]:
+        source = self._fields.get(name, name)
+        return [source] if source in columns else _PLACEHOLDER.findall(source) or [source]
+
+    def _described(self, name: RowField) -> str:
+        source = self._fields.get(name, name)
+        return name if source == name else f"{name} ({source})"
+
+
+def as_text(name: str, value: Any) -> str:
+    """Return a value that is text, or a number written as text.
+
+    Raises:
+        UnusableRowError: it is neither, or has characters that no file can hold.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise UnusableRowError(f"{name} is {_type_of(value)}, where a text is needed")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise UnusableRowError(f"{name} has half of a surrogate pair, which is no character")
+    return value
+
+
+def as_number(value: Any) -> float:
+    """Return a label that is a finite number, or the text of one.
+
+    Raises:
+        UnusableRowError: it is not.
+    """
+    try:
+        number = float(as_text("label", value))
+    except ValueError:
+        raise UnusableRowError(f"label is {value!r}, where a number is needed") from None
+    if not math.isfinite(number):
+        raise UnusableRowError(f"label is {value!r}, where a finite number is needed")
+    return number
+
+
+def _type_of(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"of type {type(value).__name__}")

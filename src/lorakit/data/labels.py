@@ -1,0 +1,61 @@
+"""The labels of classification rows: their names, their order, and what is wrong with them."""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from lorakit.data.fields import as_text
+from lorakit.data.problems import UnusableRowError
+from lorakit.errors import DataError
+
+_WHOLE = re.compile(r"-?\d+")
+_DECIMAL = re.compile(r"(-?\d*)\.(\d+)")
+
+
+def class_name(value: Any, *, known: tuple[str, ...] | None) -> str:
+    """Return the name of the class that a label means.
+
+    1, 1.0 and "1" are all the class "1". Where the known names are words, a whole number is a
+    position among them, counted from 0.
+
+    Raises:
+        UnusableRowError: the label is unknown, or is no class but a number to predict.
+    """
+    name = str(value) if isinstance(value, bool) else as_text("label", value).strip()
+    if known is not None:
+        return _known_name(name, known)
+    decimal = _DECIMAL.fullmatch(name)
+    if decimal and int(decimal[2]):
+        raise UnusableRowError(
+            f"label {name} is a fraction: set task: regression, or list the classes in data.labels"
+        )
+    return decimal[1] if decimal else name
+
+
+def _known_name(name: str, known: tuple[str, ...]) -> str:
+    decimal = _DECIMAL.fullmatch(name)
+    whole = decimal[1] if decimal and not int(decimal[2]) else name
+    if name in known:
+        return name
+    if whole in known:
+        return whole
+    if whole.isdecimal() and int(whole) < len(known) and not any(map(_WHOLE.fullmatch, known)):
+        return known[int(whole)]
+    raise UnusableRowError(f"unknown label {name!r}; the labels are {', '.join(known)}")
+
+
+def class_order(names: Collection[str], *, source: str) -> tuple[str, ...]:
+    """Return the distinct names, sorted: as numbers where all are numbers, else as text.
+
+    Raises:
+        DataError: there is only one, so that there is nothing to tell apart.
+    """
+    distinct = set(names)
+    if len(distinct) < 2:
+        raise DataError(
+            f"{source}: every row has the label {distinct.pop()!r}, so there is nothing to learn."
+            " Use rows of two classes or more, or list the classes in data.labels."
+        )
+    if all(map(_WHOLE.fullmatch, distinct)):
+        return tuple(sorted(distinct, key=lambda name: (int(name), name)))
+    return tuple(sorted(distinct))

@@ -1,0 +1,138 @@
+"""How the rows of a training batch are laid out, which hangs on what the model can do."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.data.batches import joined_batch, training_batch
+from lorakit.data.encode import Example
+from lorakit.errors import ConfigError
+from lorakit.kernels.packed_sequences import FEW_SIZES, Segments
+from lorakit.models.attention import attention_within, takes_attention_functions
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Largest error of logits, relative to their root mean square, that is rounding.
+
+Models that do without torch's fused attention take softmax in float32 even of float64.
+"""
+TOLERANCE_IN_HALF_PRECISION = 0.1
+"""SmolLM2 in bfloat16: 0.015 of rounding, and 0.3 where rows see each other."""
+
+_LENGTHS = (5, 9, 1, 6)
+"""Tokens of the rows with which a model is tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How rows become batches."""
+
+    joined: bool = False
+    """One row, without padding but at its end, in place of a rectangle."""
+    segmented: bool = False
+    """Attention is computed for each row by itself, by `attention_within`."""
+    by_length: bool = False
+    """Rows of like length share a batch."""
+    multiple: int = 1
+    """Rows of a batch are so many tokens long, or a multiple of it."""
+    reason: str = ""
+    """Why rows are not joined."""
+
+    def __str__(self) -> str:
+        """Return what is done, and why nothing better."""
+        if self.joined:
+            return "rows joined without padding"
+        order = "padded, rows of like length together" if self.by_length else "padded"
+        return f"{order}, because {self.reason}" if self.reason else order
+
+
+PLAIN = Layout()
+"""Padded rows in random order, and the model's own attention."""
+
+
+def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> Layout:
+    """Return the best layout of which the model gives the same logits as of padded rows.
+
+    It is tried on a few rows, without gradients; weights and random state stay as they are.
+
+    Args:
+        model: the base, without adapters in use.
+        task: generation, classification or regression.
+        packing: the setting of that name.
+
+    Raises:
+        ConfigError: packing is on, and the model cannot do it.
+    """
+    if packing == "off":
+        return PLAIN
+    reason = _obstacle(model, task)
+    if not reason:
+        reason = _difference(model, joined=True)
+    if not reason:
+        return Layout(joined=True, segmented=True, multiple=FEW_SIZES)
+    if packing == "on":
+        raise ConfigError(f"packing is on, but {reason}: leave it at auto, or turn it off")
+    segmented = takes_attention_functions(model) and not _difference(model, joined=False)
+    return Layout(segmented=segmented, by_length=True, reason=reason)
+
+
+def _obstacle(model: PreTrainedModel, task: str) -> str:
+    """Return why rows cannot be joined, as far as that is known without a trial."""
+    family = model.config.model_type
+    if task != "generation":
+        return f"{task} reads one token of each row"
+    if not takes_attention_functions(model):
+        return f"{family} has attention of its own, which cannot keep rows apart"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return f"{family} takes no position_ids, so positions cannot start anew"
+    return ""
+
+
+@torch.no_grad()
+def _difference(model: PreTrainedModel, *, joined: bool) -> str:
+    """Return how the logits with segments, joined or padded, differ from the model's own."""
+    examples = _examples(model)
+    padded = training_batch(examples, pad_id=0)
+    width = padded["input_ids"].shape[1]
+    segments = Segments(tuple((n,) for n in _LENGTHS), width)
+    batch = padded
+    if joined:
+        batch, segments = joined_batch(examples), Segments((_LENGTHS,), sum(_LENGTHS))
+    real = padded["attention_mask"].bool()
+    training = model.training
+    model.eval()
+    try:
+        expected = _logits(model, padded)
+        with attention_within(model, segments):
+            found = _logits(model, batch)
+    # Whatever the code of a model that we do not know raises, it only means that it cannot.
+    except Exception as error:
+        return f"{model.config.model_type} fails with segments: {error}"
+    finally:
+        model.train(training)
+    if found.dim() == 3:
+        found, expected = (found[0] if joined else found[real]), expected[real]
+    distance = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    if distance <= TOLERANCE.get(model.dtype, TOLERANCE_IN_HALF_PRECISION):
+        return ""
+    return f"the logits of {model.config.model_type} are then others ({distance:.1e} of their size)"
+
+
+def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    inputs = {name: each.to(model.device) for name, each in batch.items() if name != "labels"}
+    logits: Tensor = model(**inputs).logits
+    return logits.double()
+
+
+def _examples(model: PreTrainedModel) -> list[Example]:
+    """Return rows of tokens that are drawn always alike; none is 0, with which they are padded."""
+    dice = torch.Generator().manual_seed(0)
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    most = embeddings.num_embeddings
+    rows = (torch.randint(1, most, (n,), generator=dice).tolist() for n in _LENGTHS)
+    return [Example(input_ids=row, labels=row) for row in rows]

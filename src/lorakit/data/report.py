@@ -1,0 +1,53 @@
+"""What became of the rows when they were turned into tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lorakit.data.row_types import Kind
+
+_INPUT = {"classification": "text", "prompt": "prompt"}
+_OUTPUT = {"messages": "conversation", "text": "text", "prompt": "completion"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingReport:
+    """How many rows were read, kept, dropped and cut, and how long they are in tokens."""
+
+    source: str
+    kind: Kind
+    rows: int
+    """Rows that were read."""
+    kept: int
+    """Rows to train on."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """How many rows were left out, by reason."""
+    truncated_prompts: int = 0
+    """Kept rows whose prompt, or text to classify, was cut."""
+    truncated_completions: int = 0
+    """Kept rows that lost tokens to learn: of a completion, a conversation or a text."""
+    longest: int = 0
+    """Tokens of the longest kept row."""
+    mean: float = 0.0
+    """Mean tokens of a kept row."""
+    max_length: int
+    """The limit in tokens: the asked one, or what the tokenizer says its model can take."""
+    notes: tuple[str, ...] = ()
+    """What was odd when the rows were read."""
+
+    def __str__(self) -> str:
+        """Return the report as a few plain lines."""
+        lines = [
+            f"{self.source}: {self.rows:,} {self.kind} rows read, {self.kept:,} kept;"
+            f" tokens per row {self.mean:.1f} on average, {self.longest:,} at most"
+            f" (limit {self.max_length:,})"
+        ]
+        lines += [f"dropped {_counted(count, 'row')}: {why}" for why, count in self.dropped.items()]
+        if self.truncated_prompts:
+            lines.append(f"cut {_counted(self.truncated_prompts, _INPUT[self.kind])}")
+        if self.truncated_completions:
+            lines.append(f"cut {_counted(self.truncated_completions, _OUTPUT[self.kind])}")
+        return "\n  ".join([*lines, *self.notes])
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("s" if count != 1 else "")

@@ -1,0 +1,156 @@
+"""Reads rows, and makes sure that they can be used before anything is trained on them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lorakit.config.train import DataConfig
+from lorakit.data.builtin import builtin_task
+from lorakit.data.columns import Table, Values
+from lorakit.data.fields import FieldMap, as_number, as_text
+from lorakit.data.labels import class_name, class_order
+from lorakit.data.problems import UnusableRowError
+from lorakit.data.row_types import ClassificationRow, Message, MessagesRow, PromptRow, Rows, TextRow
+from lorakit.data.sources import read_records
+from lorakit.errors import DataError
+
+BUILTIN_PREFIX = "builtin:"
+
+_UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "weight")
+"""Keys of a message that change what it means to train on it."""
+
+
+def read_rows(
+    source: str,
+    data: DataConfig,
+    *,
+    limit: int | None = None,
+    split: str = "train",
+    labels: tuple[str, ...] | None = None,
+    regression: bool = False,
+    answered: bool = True,
+) -> Rows:
+    """Return the rows of a file, a hub data set or a built-in task.
+
+    Args:
+        source: what `DataConfig.train` may be.
+        data: the kind of row, the names of the columns, and the classes.
+        limit: read only the first so many rows.
+        split: the split to read where the source has several and names none.
+        labels: the classes of the training rows, for validation rows. None: those of `data`, or
+            the distinct labels found.
+        regression: labels are numbers to predict.
+        answered: prompt rows need a completion; False for prompts that are only to be answered.
+
+    Raises:
+        DataError: the source is missing, malformed or lacks fields; lists what is wrong.
+        MissingExtraError: the library that reads the source is not installed.
+    """
+    if source.startswith(BUILTIN_PREFIX):
+        return _builtin_rows(source, data, limit=limit, split=split)
+    records = read_records(source, limit=limit, split=split)
+    table = Table(source, records, FieldMap(data.fields))
+    match table.kind(data, answered=answered):
+        case "messages":
+            turns = table.rows(lambda values: _messages_row(table.fields, values))
+            return Rows(kind="messages", rows=turns, source=source)
+        case "prompt":
+            return _prompt_rows(table, answered=answered)
+        case "classification" if regression:
+            return _regression_rows(table)
+        case "classification":
+            return _classification_rows(table, known=labels or data.labels)
+        case "text":
+            texts = table.rows(lambda values: TextRow(text=table.fields.text("text", values)))
+            return Rows(kind="text", rows=texts, source=source)
+
+
+def _builtin_rows(source: str, data: DataConfig, *, limit: int | None, split: str) -> Rows:
+    if data.format not in ("auto", "prompt"):
+        raise DataError(f"{source} has prompt rows, but data.format is {data.format}.")
+    name, _, named_split = source.removeprefix(BUILTIN_PREFIX).partition(":")
+    rows = builtin_task(name).rows(named_split or split)
+    return Rows(kind="prompt", rows=rows[:limit], source=source)
+
+
+def _prompt_rows(table: Table, *, answered: bool) -> Rows:
+    rows = table.rows(lambda values: _prompt_row(table.fields, values, answered=answered))
+    empty = sum(not row.completion.strip() for row in rows)
+    if answered and empty == len(rows):
+        raise DataError(f"{table.source}: all completions are empty ({empty} rows).")
+    notes = _answer_notes(table, empty=empty) if answered else ()
+    return Rows(kind="prompt", rows=rows, source=table.source, notes=notes)
+
+
+def _prompt_row(fields: FieldMap, values: Values, *, answered: bool) -> PromptRow:
+    references = _references(fields, values)
+    if fields.value("completion", values) is not None or (answered and not references):
+        completion = fields.text("completion", values)
+    else:
+        completion = references[0] if references else ""
+    prompt = fields.text("prompt", values)
+    return PromptRow(prompt=prompt, completion=completion, references=references)
+
+
+def _references(fields: FieldMap, values: Values) -> tuple[str, ...]:
+    value = fields.value("references", values)
+    if value is None:
+        return ()
+    texts = value if isinstance(value, list) else [value]
+    return tuple(as_text("references", text) for text in texts)
+
+
+def _answer_notes(table: Table, *, empty: int) -> tuple[str, ...]:
+    notes = (
+        [f"empty completions: {empty}; there the model learns to answer nothing"] if empty else []
+    )
+    if table.fields.absent("completion", table.columns):
+        notes.append("the first of the references is taken as the completion")
+    elif "references" in table.fields and table.fields.absent("references", table.columns):
+        notes.append("no column for references: a completion is its row's only reference")
+    return tuple(notes)
+
+
+def _messages_row(fields: FieldMap, values: Values) -> MessagesRow:
+    value = fields.value("messages", values)
+    if not isinstance(value, list) or not value:
+        raise UnusableRowError("messages must be a list of {role, content}, with one turn at least")
+    return MessagesRow(messages=tuple(_message(i, turn) for i, turn in enumerate(value, start=1)))
+
+
+def _message(number: int, turn: Any) -> Message:
+    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+        found = ", ".join(turn) if isinstance(turn, dict) else repr(turn)[:40]
+        raise UnusableRowError(f"message {number} must have role and content, found {found}")
+    for key in _UNSUPPORTED_IN_MESSAGES:
+        if turn.get(key) is not None:
+            raise UnusableRowError(f"message {number} has {key}, which lorakit cannot train on")
+    role = as_text(f"role of message {number}", turn["role"])
+    return Message(role=role, content=as_text(f"content of message {number}", turn["content"]))
+
+
+def _classification_rows(table: Table, *, known: tuple[str, ...] | None) -> Rows:
+    def named(label: Any) -> str:
+        return class_name(label, known=known)
+
+    rows = table.rows(lambda values: _labelled_row(table.fields, values, read_label=named))
+    labels = known or class_order([str(row.label) for row in rows], source=table.source)
+    return Rows(kind="classification", rows=rows, source=table.source, labels=labels)
+
+
+def _regression_rows(table: Table) -> Rows:
+    rows = table.rows(lambda values: _labelled_row(table.fields, values, read_label=as_number))
+    return Rows(kind="classification", rows=rows, source=table.source)
+
+
+def _labelled_row(
+    fields: FieldMap, values: Values, *, read_label: Callable[[Any], str | float]
+) -> ClassificationRow:
+    label = fields.value("label", values)
+    if label is None or label == "":
+        raise UnusableRowError("the label is missing")
+    pair = fields.value("text_pair", values)
+    return ClassificationRow(
+        text=fields.text("text", values),
+        text_pair=None if pair is None else as_text("text_pair", pair),
+        label=read_label(label),
+    )

@@ -1,1 +1,0 @@
-"""Adapter files: lorakit's and PEFT's folder, and loralib's .pt (docs/adapter-format.md)."""

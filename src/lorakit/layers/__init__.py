@@ -1,0 +1,1 @@
+"""One adapted layer, and the route that it reads."""

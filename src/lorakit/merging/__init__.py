@@ -1,0 +1,1 @@
+"""An adapter into the weights, and the base back bit for bit."""

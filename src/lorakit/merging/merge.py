@@ -1,0 +1,331 @@
+"""Merge an adapter into the base's weights for zero latency, and give the base back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attachment.attach import detach, restore_module, restore_pristine, set_parameter
+from lorakit.attachment.original_weights import Checkpoint
+from lorakit.attachment.state import (
+    Attachment,
+    active_name,
+    attachment_of,
+    require_attachment,
+    require_name,
+)
+from lorakit.errors import MergeError
+from lorakit.layers.layer import AdaptedLayer, Update
+from lorakit.methods.lora.lora import LoRAUpdate
+from lorakit.models.base import base_modules, base_parameter, base_parameters
+from lorakit.models.quantized_weight import is_quantized
+from lorakit.routing.route import route
+
+WARN_ABOVE = 0.10
+"""Share of ΔW lost to rounding above which a merge is worth a warning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedWeight:
+    """What merging did to one parameter."""
+
+    name: str
+    """The base's own parameter name."""
+    relative_update: float
+    """‖ΔW‖/‖W‖, Frobenius norms."""
+    rounding_error: float
+    """‖W_merged − (W + ΔW)‖/‖ΔW‖: the share of the update that rounding destroyed."""
+    base_error: float | None = None
+    """‖(W + ΔW) − (Q(W) + ΔW)‖/‖ΔW‖: how far the base is from the quantised one that the adapter
+    was trained on, in units of the update; None: that was not quantised, or nobody compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What a merge did, weight by weight."""
+
+    adapter: str
+    weights: tuple[MergedWeight, ...]
+    logit_change: float | None
+    """Largest change of an output on the probe batch against the unmerged model; None: no probe."""
+    trained_change: float | None = None
+    """The same against the model that was trained, on its quantised base; None as `base_error`."""
+
+    @property
+    def worst(self) -> MergedWeight | None:
+        """Return the weight that lost the largest share of its update."""
+        return max(self.weights, key=lambda w: w.rounding_error, default=None)
+
+    @property
+    def warning(self) -> str | None:
+        """Return a warning where rounding destroyed much of the update, else None."""
+        worst = self.worst
+        if worst is None or worst.rounding_error <= WARN_ABOVE:
+            return None
+        return (
+            f"rounding destroyed {worst.rounding_error:.0%} of the update of {worst.name}: "
+            "merge into float32, or keep the adapter unmerged"
+        )
+
+    def __str__(self) -> str:
+        """Return the report as a table."""
+        width = max((len(w.name) for w in self.weights), default=6)
+        compared = any(w.base_error is not None for w in self.weights)
+        last = "  |W-Q(W)|/|dW|" if compared else ""
+        lines = [f"{'weight':<{width}}  |dW|/|W|  lost to rounding{last}"]
+        lines += [
+            f"{w.name:<{width}}  {w.relative_update:8.2%}  {w.rounding_error:16.3%}"
+            + ("" if w.base_error is None else f"  {w.base_error:13.4g}")
+            for w in self.weights
+        ]
+        if self.logit_change is not None:
+            lines.append(f"largest change of an output on the probe batch: {self.logit_change:.3g}")
+        if self.trained_change is not None:
+            lines.append(
+                "largest change against the model that was trained, on its quantised base Q(W): "
+                f"{self.trained_change:.3g}"
+            )
+        return "\n".join([*lines, *([f"warning: {self.warning}"] if self.warning else [])])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain values."""
+        return {
+            "adapter": self.adapter,
+            "logit_change": self.logit_change,
+            "trained_change": self.trained_change,
+            "warning": self.warning,
+            "weights": [vars(w) for w in self.weights],
+        }
+
+
+def merge(
+    model: nn.Module,
+    name: str | None = None,
+    *,
+    probe: Mapping[str, Tensor] | None = None,
+    round_to: torch.dtype | None = None,
+    pristine: Literal["copy", "checkpoint"] = "copy",
+    measure: bool = True,
+) -> MergeReport:
+    """Write W + scale·B·A into the weights, so that the model runs with no extra latency.
+
+    The sum is formed in float32 from the pristine weight and rounded once. The pristine weights are
+    kept, and `unmerge` puts them back. A weight that is tied to another is untied until then. Where
+    another adapter is merged, this one takes its place, with the bits of a merge into the base.
+
+    Args:
+        model: a model with adapters.
+        name: which adapter; None: the active one.
+        probe: a batch to run before and after. None: a fixed batch of token ids, where the model
+            has an input embedding.
+        round_to: round to this precision (kept in the weights' own), for a checkpoint that will be
+            written in it.
+        pristine: where to keep the unmerged weights. copy: in the CPU's memory; checkpoint: in the
+            safetensors files that the model was loaded from, where they hold the same bits (they
+            must stay as they are until `unmerge`), else in memory.
+        measure: compute what rounding cost, and run the probe; without, the report is empty and
+            the merge several times faster.
+
+    Raises:
+        MergeError: no adapter is active, this one cannot be merged (bottlenecks, trained tokens,
+            quantised weights), is merged already, or a route is open.
+    """
+    state = require_attachment(model)
+    name = active_name(model) if name is None else name
+    if name is None:
+        raise MergeError(f"no adapter is active: name one of {', '.join(state.adapters)}")
+    require_name(state, name)
+    if state.route.merged == name:
+        raise MergeError(f"adapter {name!r} is merged already: lk.unmerge(model) first")
+    if state.route.depth:
+        raise MergeError("a route is open, which would restore another adapter: merge after it")
+    _check_mergeable(state, name)
+    probe = (default_probe(model) if probe is None else probe) if measure else None
+    if probe is not None and state.route.merged is not None:
+        restore_pristine(model, state)
+    before = None
+    if probe is not None:
+        with route(model, name):
+            before = outputs_on(model, probe)
+    try:
+        weights = tuple(_merge_layers(model, state, name, round_to, pristine, measure))
+    except BaseException:
+        restore_pristine(model, state)
+        raise
+    state.route.merged = name
+    state.activate(name)
+    after = outputs_on(model, probe)
+    change = None if before is None or after is None else (after - before).abs().max().item()
+    return MergeReport(adapter=name, weights=weights, logit_change=change)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the pristine weights back, bit for bit; the adapter stays attached and active.
+
+    Raises:
+        MergeError: nothing is merged.
+    """
+    state = attachment_of(model)
+    if state is None or state.route.merged is None:
+        raise MergeError("no adapter is merged into this model")
+    restore_pristine(model, state)
+
+
+def _check_mergeable(state: Attachment, name: str) -> None:
+    """Refuse an adapter that adds something which no weights can hold.
+
+    Raises:
+        MergeError: with each reason once, and where it holds.
+    """
+    reasons: dict[str, str] = {}
+    for number, update in state.updates[name].items():
+        reason = update.unmergeable or _quantized_reason(state.layers[number], update)
+        if reason is not None:
+            reasons.setdefault(reason, state.paths[number])
+    if reasons:
+        lines = [f"{reason} (first at {path or 'the model'})" for reason, path in reasons.items()]
+        method = state.adapters[name].method
+        raise MergeError.listing(
+            f"adapter {name!r} ({method}) cannot be merged, so it keeps its extra latency", lines
+        )
+
+
+def _quantized_reason(layer: nn.Module, update: Update) -> str | None:
+    """Return why an update cannot go into a quantised weight; None: it does not have to."""
+    only_bias = isinstance(update, LoRAUpdate) and not update.parts
+    if only_bias or not is_quantized(layer):
+        return None
+    return (
+        "the weight is quantised, and would lose most of the update in being so again: save the "
+        "adapter and run `lorakit merge`, or detach it, dequantize the model, and attach it again"
+    )
+
+
+def _merge_layers(
+    model: nn.Module,
+    state: Attachment,
+    name: str,
+    round_to: torch.dtype | None,
+    pristine: str,
+    measure: bool,
+) -> Iterator[MergedWeight]:
+    tied = _tied_parameters(model)
+    # What the adapter that is merged now has untied.
+    kept_whole = (weight for weights in state.pristine.values() for weight in weights.values())
+    tied |= {id(weight) for weight in kept_whole if isinstance(weight, nn.Parameter)}
+    checkpoint = Checkpoint(model) if pristine == "checkpoint" else None
+    updates = state.updates[name]
+    untied: dict[int, nn.Parameter] = {}
+    for path in state.pristine.keys() - {state.paths[number] for number in updates}:
+        restore_module(model, path, state.pristine.pop(path))
+    for number, update in updates.items():
+        layer, path = state.layers[number], state.paths[number]
+        kept = state.pristine.setdefault(path, {})
+        restore_module(model, path, kept)
+        for inner, merged in update.merged(layer, exact=torch.float32):
+            full_name = f"{path}.{inner}"
+            current = base_parameter(layer, inner)
+            rounded = merged.to(round_to or current.dtype).to(current.dtype)
+            if measure:
+                yield _measure(full_name, layer, update, inner, rounded)
+            if id(current) in tied:
+                # The tied parameter itself is the pristine copy; this layer gets one of its own,
+                # or, if both change alike, that of the layer it is tied to.
+                kept[inner] = current
+                twin = untied.get(id(current))
+                if twin is None or not torch.equal(twin, rounded):
+                    twin = untied[id(current)] = nn.Parameter(rounded, requires_grad=False)
+                set_parameter(layer, inner, twin)
+                continue
+            if inner not in kept:
+                on_file = checkpoint.holds(full_name, current) if checkpoint else None
+                kept[inner] = on_file or current.detach().to("cpu", copy=True)
+            current.data.copy_(rounded)
+
+
+def _measure(
+    name: str, layer: AdaptedLayer, update: Update, inner: str, rounded: Tensor
+) -> MergedWeight:
+    """Compare a rounded sum with the sum in float64."""
+    base = base_parameter(layer, inner).detach().double()
+    exact = next(t for n, t in update.merged(layer, exact=torch.float64) if n == inner)
+    delta = (exact - base).norm().item()
+    lost = (rounded.double() - exact).norm().item()
+    whole = base.norm().item()
+    return MergedWeight(
+        name=name,
+        relative_update=delta / whole if whole else float(delta > 0),
+        rounding_error=lost / delta if delta else 0.0,
+    )
+
+
+def _tied_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that the model holds under more than one name."""
+    seen: dict[int, int] = {}
+    for _, module in base_modules(model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    return {key for key, count in seen.items() if count > 1}
+
+
+def default_probe(model: nn.Module) -> Mapping[str, Tensor] | None:
+    """Return a fixed batch of 1×16 token ids, or None for a model that takes no token ids."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Embedding) or embedding.weight.is_meta:
+        return None
+    step = max(1, embedding.num_embeddings // 17)
+    ids = torch.arange(1, 17, device=embedding.weight.device) * step % embedding.num_embeddings
+    batch = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids[None]
+    return batch
+
+
+@torch.no_grad()
+def outputs_on(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor | None:
+    """Return a model's outputs for a batch, in float32 and eval mode; None: there is no batch."""
+    if probe is None:
+        return None
+    training = model.training
+    try:
+        result = model.eval()(**probe)
+    finally:
+        model.train(training)
+    logits = getattr(result, "logits", result)
+    return logits.float() if isinstance(logits, Tensor) else None
+
+
+def finalize(model: nn.Module) -> None:
+    """Make a merge final: the merged weights stay, all adapters go, and the model is plain.
+
+    Raises:
+        MergeError: nothing is merged.
+    """
+    state = attachment_of(model)
+    if state is None or state.route.merged is None:
+        raise MergeError("no adapter is merged into this model")
+    untied = _came_apart(model, state)
+    state.pristine.clear()
+    state.route.merged = None
+    detach(model)
+    config = getattr(model, "config", None)
+    if untied and config is not None:
+        # Otherwise transformers would tie the two again when the checkpoint is loaded.
+        config.tie_word_embeddings = False
+
+
+def _came_apart(model: nn.Module, state: Attachment) -> bool:
+    """Tell whether weights that were one are several by a merge."""
+    now: dict[int, set[int]] = {}
+    for path, weights in state.pristine.items():
+        for name, weight in weights.items():
+            if isinstance(weight, nn.Parameter):
+                merged = base_parameter(model.get_submodule(path), name)
+                now.setdefault(id(weight), set()).add(id(merged))
+    left = {id(parameter) for _, parameter in base_parameters(model)}
+    return any(len(merged) > 1 or old in left for old, merged in now.items())

@@ -1,0 +1,106 @@
+"""How low-rank updates start: as the settings say, and so that the model answers as before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter.adapter import Site
+from lorakit.config.methods import LoRAConfig
+from lorakit.kernels import plain
+from lorakit.methods.lora.eva import Directions
+from lorakit.methods.lora.lora import matrix_of, parameter_shapes, tensor_shapes
+
+
+def fresh_tensors(
+    modules: Mapping[str, nn.Module],
+    sites: Iterable[Site],
+    config: LoRAConfig,
+    directions: Mapping[str, Directions],
+) -> dict[str, Tensor]:
+    """Return the tensors of fresh updates, by their names in an adapter.
+
+    Args:
+        modules: of the base, by path.
+        sites: the updates; random numbers are drawn in their order, from torch's global generator.
+        config: how they start.
+        directions: for init eva, the directions of each layer's inputs, by its path.
+    """
+    found: dict[str, Tensor] = {}
+    for site in sites:
+        layer = modules[site.path]
+        device, dtype = cast(Tensor, layer.weight).device, getattr(torch, config.dtype)
+        if device.type == "meta":
+            shapes = tensor_shapes(layer, site, config)
+            found |= {n: torch.empty(s, device="meta", dtype=dtype) for n, s in shapes.items()}
+            continue
+        made = _tensors(layer, site, config, directions)
+        found |= {f"{site.name}.{end}": t.to(device, dtype) for end, t in made.items()}
+    return found
+
+
+def _tensors(
+    layer: nn.Module, site: Site, config: LoRAConfig, directions: Mapping[str, Directions]
+) -> dict[str, Tensor]:
+    shape_a, shape_b = parameter_shapes(layer, site)
+    if config.init == "pissa":
+        a, b = _principal(matrix_of(layer, site), site, config)
+    elif config.init == "eva":
+        # A copy: layers that read the same have the same directions, and each trains its own A.
+        a, b = directions[site.path].rows[: site.rank].clone(), torch.zeros(shape_b)
+    else:
+        a, b = fresh_a(shape_a, layer, config), torch.zeros(shape_b)
+    made = {"lora_a": a.reshape(shape_a), "lora_b": b.reshape(shape_b)}
+    if config.use_dora:
+        # As forward passes compute them, so that at the start both are equal in every bit.
+        matrix = matrix_of(layer, site)
+        none = torch.zeros(1, sum(matrix.shape), device=matrix.device)
+        of_a, of_b = none.split([matrix.shape[1], matrix.shape[0]], dim=1)
+        made["lora_magnitude"] = plain.row_lengths(matrix, of_a, of_b.T, 1.0)
+    return made
+
+
+def fresh_a(shape: tuple[int, ...], layer: nn.Module, config: LoRAConfig) -> Tensor:
+    """Return a random A in float32, drawn from torch's global generator.
+
+    The fan-in is that of the layer's weight, except for an embedding: its input is one-hot, so one
+    entry counts, whatever the vocabulary.
+    """
+    a = torch.empty(shape)
+    fan_in = shape[0] if isinstance(layer, nn.Embedding) else a[0].numel()
+    if config.init == "gaussian":
+        return nn.init.normal_(a, std=1 / math.sqrt(fan_in))
+    if config.init == "orthogonal":
+        # kaiming's entries have variance 1/(3·fan-in); this spreads their sum over the directions.
+        directions = min(shape[0], a[0].numel())
+        return nn.init.orthogonal_(a, gain=math.sqrt(a.numel() / (3 * fan_in * directions)))
+    bound = 1 / math.sqrt(fan_in)  # kaiming_uniform_(a=√5) of torch's own Linear
+    return nn.init.uniform_(a, -bound, bound)
+
+
+def _principal(matrix: Tensor, site: Site, config: LoRAConfig) -> tuple[Tensor, Tensor]:
+    """Return [A; A₀] and [B, −B₀], where scale·B₀·A₀ is the best approximation of a weight.
+
+    PiSSA (Meng et al. 2024, section 3) takes that part out of the weight; here the weight stays,
+    and the update takes it out.
+    """
+    rank = site.frozen
+    u, s, v = _triplets(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), rank, config)
+    root = (s[:rank] / site.scale).sqrt()
+    a, b = root[:, None] * v[:rank], u[:, :rank] * root
+    return torch.cat([a, a]), torch.cat([b, -b], dim=1)
+
+
+def _triplets(matrix: Tensor, rank: int, config: LoRAConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (d_out, n), S (n,) and Vᵀ (n, d_in) with n ≥ rank, the largest first."""
+    if config.svd_iterations is None:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        return u, s, v
+    # Twice the rank, as the last of the directions that are looked for are the least exact.
+    wide = min(2 * rank, *matrix.shape)
+    u, s, v = torch.svd_lowrank(matrix, q=wide, niter=config.svd_iterations)
+    return u, s, v.T

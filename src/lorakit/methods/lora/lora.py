@@ -1,0 +1,331 @@
+"""LoRA: h = W₀x + scale·B·A·x with A and B trained (Hu et al. 2021, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.adapter.adapter import Kind, Rows, Site
+from lorakit.config.methods import LoRAConfig
+from lorakit.kernels import fused, plain
+from lorakit.kernels.dropout import Dropout
+from lorakit.layers.layer import AdaptedLayer, Update
+from lorakit.methods.lora.dora import Lengths, rescaled
+from lorakit.models.quantized_weight import float_weight, is_quantized
+
+ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def parameter_shapes(layer: nn.Module, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of A and B for a site on a layer (the table in docs/design.md)."""
+    if isinstance(layer, nn.Embedding):
+        return (site.rank, layer.num_embeddings), (layer.embedding_dim, site.rank)
+    if isinstance(layer, ConvNd):
+        ones = (1,) * len(layer.kernel_size)
+        inner = (layer.in_channels // layer.groups, *layer.kernel_size)
+        return (site.rank, *inner), (layer.out_channels, site.rank, *ones)
+    d_out, d_in = matrix_shape(layer)
+    if site.rows is not None:
+        d_out = sum(stop - start for start, stop in site.rows)
+    return (site.rank, d_in), (d_out, site.rank)
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return (d_out, d_in) of a layer's weight seen as a matrix."""
+    if is_quantized(layer):
+        return cast(int, layer.out_features), cast(int, layer.in_features)
+    first, *others = cast(Tensor, layer.weight).shape
+    if isinstance(layer, (Conv1D, nn.Embedding)):
+        return others[0], first
+    return first, math.prod(others)
+
+
+def matrix_of(layer: nn.Module, site: Site) -> Tensor:
+    """Return the part of a layer's weight that a site changes, as a matrix (d_out, d_in)."""
+    weight = float_weight(layer).detach()
+    matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight.flatten(1)
+    if site.rows is None:
+        return matrix
+    return torch.cat([matrix[start:stop] for start, stop in site.rows])
+
+
+def tensor_shapes(layer: nn.Module, site: Site, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a site in an adapter, by its name."""
+    a, b = parameter_shapes(layer, site)
+    shapes: dict[str, tuple[int, ...]] = {f"{site.name}.lora_a": a, f"{site.name}.lora_b": b}
+    return shapes | ({f"{site.name}.lora_magnitude": b[:1]} if config.use_dora else {})
+
+
+def kind_of(layer: nn.Module) -> Kind:
+    """Return how a layer holds its matrix."""
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    if isinstance(layer, ConvNd):
+        return "conv"
+    return "transposed" if isinstance(layer, Conv1D) else "linear"
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Tell whether a layer is a product with a matrix."""
+    return isinstance(layer, nn.Linear | Conv1D)
+
+
+def is_adaptable(layer: nn.Module) -> bool:
+    """Tell whether LoRA knows what this layer computes from its weight."""
+    kinds = (nn.Linear, Conv1D, nn.Embedding, *ConvNd)
+    kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
+    own = layer.base_class if isinstance(layer, AdaptedLayer) else type(layer)
+    if kind is None or own is NonDynamicallyQuantizableLinear:
+        # MultiheadAttention reads this projection's weight and never calls it.
+        return False
+    if own.forward is kind.forward or is_quantized(layer):
+        return True
+    # A subclass may compute something else, as OPT's positions do, or the same, as FalconLinear.
+    if isinstance(layer, nn.Linear):
+        return _is_product(layer, own)
+    return isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale")
+
+
+@torch.no_grad()
+def _is_product(layer: nn.Linear, own: type[nn.Module]) -> bool:
+    """Tell by trial whether a layer's forward is W·x + b."""
+    if layer.weight.is_meta:
+        return True
+    x = torch.linspace(-1, 1, layer.in_features).to(layer.weight)[None]
+    found = own.forward(layer, x)
+    return torch.allclose(found, F.linear(x, layer.weight, layer.bias), rtol=0.02, atol=1e-3)
+
+
+ENDS = ("lora_a", "lora_b", "lora_magnitude", "frozen_a", "frozen_b")
+"""The last parts of the names of a site's tensors in a model; the first two are always there."""
+
+
+class LowRank(nn.Module):
+    """A and B of one site, with the ranks that do not train, and the lengths of its rows (DoRA)."""
+
+    site: Site
+    dropout: float
+    freezes_a: bool
+    lengths: Lengths
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+    frozen_a: nn.Parameter | None
+    frozen_b: nn.Parameter | None
+
+    def __init__(self, site: Site, config: LoRAConfig, weights: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a site, by those of `ENDS` that it has."""
+        super().__init__()
+        # Past nn.Module.__setattr__, whose checks take as long as all the rest of making these.
+        vars(self).update(
+            site=site,
+            dropout=config.dropout,
+            freezes_a=config.freeze_a,
+            lengths=Lengths(),
+            training=False,
+        )
+        self._parameters.update(dict.fromkeys(ENDS))
+        self._parameters.update((end, _frozen(values)) for end, values in weights.items())
+
+    @property
+    def a(self) -> Tensor:
+        """Return A of all ranks, (rank, d_in)."""
+        return self.lora_a if self.frozen_a is None else torch.cat([self.lora_a, self.frozen_a])
+
+    @property
+    def b(self) -> Tensor:
+        """Return B of all ranks, (d_out, rank)."""
+        if self.frozen_b is None:
+            return self.lora_b
+        return torch.cat([self.lora_b, self.frozen_b], dim=1)
+
+    def let_train(self) -> None:
+        """Let take gradients what the settings train."""
+        self.lora_a.requires_grad_(not self.freezes_a)
+        self.lora_b.requires_grad_()
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.requires_grad_()
+
+    def rescaled(self, layer: nn.Module, output: Tensor) -> Tensor:
+        """Return W·x + bias with the rows of W at the trained lengths."""
+        assert self.lora_magnitude is not None
+        entries = None if self.site.rows is None else positions(self.site.rows, output.device)
+        with torch.no_grad():
+            weight = cast(Tensor, layer.weight)
+            lengths = self.lengths.of(
+                [weight, *self.parameters()],
+                lambda: plain.row_lengths(
+                    matrix_of(layer, self.site), self.a, self.b, self.site.scale
+                ),
+            )
+        factor = self.lora_magnitude / lengths
+        return rescaled(output, factor, cast("Tensor | None", layer.bias), entries)
+
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the update of the layer's output, (…, rows of the site)."""
+        a, b, scale = self.a, self.b, self.site.scale
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(layer, nn.Embedding):
+            change = plain.embedding_update(x, a, b, scale, dropout=dropout)
+            # Gemma's embedding multiplies what it looks up.
+            return change * getattr(layer, "embed_scale", 1.0)
+        if isinstance(layer, ConvNd):
+            x = F.dropout(x, dropout) if dropout else x
+            convolve = cast(Any, layer)._conv_forward
+            return plain.conv_update(convolve, x, a, b, scale, layer.groups)
+        if torch.compiler.is_compiling():
+            # A generator of our own can't be compiled.
+            x = F.dropout(x, dropout) if dropout else x
+            return plain.linear_update(x, a, b, scale)
+        return plain.linear_update(x, a, b, scale, dropout=Dropout.drawn(dropout))
+
+    def factors(self, strength: float) -> fused.Factors:
+        """Return the update of a linear layer's output in one forward pass."""
+        use = fused.Use(
+            scale=self.site.scale * strength,
+            entries=_entries(self.site.rows, self.lora_a.device),
+            dropout=Dropout.drawn(self.dropout if self.training else 0.0),
+        )
+        return fused.Factors(self.a, self.b, use)
+
+    def add_to(self, matrix: Tensor) -> None:
+        """Add ΔW to a weight in place, (d_out, …), and give its rows their lengths."""
+        a, b = (weight.detach().to(matrix) for weight in (self.a, self.b))
+        start = 0
+        for first, last in self.site.rows or ((0, matrix.shape[0]),):
+            own, rows = slice(start, start + last - first), matrix[first:last]
+            plain.add_delta(rows, a, b[own], self.site.scale)
+            if self.lora_magnitude is not None:
+                lengths = self.lora_magnitude.detach()[own].to(matrix)
+                rows *= (lengths / plain.lengths(rows))[:, None]
+            start += last - first
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+class LoRAUpdate(Update):
+    """All that one adapter does to one layer: updates of it or of its slices, and its bias."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, parts: Mapping[str, LowRank], bias: Tensor | None = None) -> None:
+        super().__init__()
+        self._modules.update(parts)
+        self.bias = None if bias is None else _frozen(bias)
+
+    @property
+    def parts(self) -> Mapping[str, LowRank]:
+        """Return the updates by role, or by "whole" for the layer: the children of this module."""
+        return cast(Mapping[str, LowRank], self._modules)
+
+    def change(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Tensor,
+        *,
+        strength: float = 1.0,
+        base: Tensor | None = None,
+    ) -> Tensor:
+        """Return output + strength·scale·B·A·x, and the trained bias in place of the base's.
+
+        DoRA's rows get their lengths after that.
+        """
+        if not self.is_additive and (strength != 1 or base is not None):
+            own = output if base is None else base
+            return output + strength * (self.change(layer, inputs, own.clone()) - own)
+        output = self._added(layer, inputs[0], output, strength)
+        for part in self.low_ranks():
+            if part.lora_magnitude is not None:
+                output = part.rescaled(layer, output)
+        if self.bias is not None:
+            shift = (self.bias - cast(Tensor, layer.bias)).to(output.dtype) * strength
+            if isinstance(layer, ConvNd):
+                shift = shift.reshape(-1, *[1] * len(layer.kernel_size))
+            output = output + shift
+        return output
+
+    def _added(self, layer: nn.Module, x: Tensor, output: Tensor, strength: float) -> Tensor:
+        if self.parts and is_linear(layer) and fused.available(x, training=self.training):
+            factors = self.factors(strength)
+            everywhere = fused.Span(0, x.shape[:-1].numel(), tuple(range(len(factors))))
+            return fused.add_updates(output, x, factors, [everywhere])
+        for part in self.low_ranks():
+            update = part(layer, x)
+            update = update if strength == 1 else update * strength
+            output = _add(output, update.to(output.dtype), part.site.rows)
+        return output
+
+    @property
+    def is_additive(self) -> bool:
+        """Tell whether the update only adds B·A·x and a bias to what the layer computes."""
+        return all(part.lora_magnitude is None for part in self.low_ranks())
+
+    def let_train(self) -> None:
+        """Let take gradients what the settings train, and the bias."""
+        for part in self.low_ranks():
+            part.let_train()
+        if self.bias is not None:
+            self.bias.requires_grad_()
+
+    def low_ranks(self) -> Iterator[LowRank]:
+        """Yield A and B of the layer, or of each of its slices."""
+        return iter(self.parts.values())
+
+    def factors(self, strength: float) -> list[fused.Factors]:
+        """Return the updates of a linear layer's output in one forward pass."""
+        return [part.factors(strength) for part in self.low_ranks()]
+
+    def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weight plus ΔW, and the trained bias."""
+        if self.parts:
+            weight = cast(Tensor, layer.weight).detach().to(exact, copy=True)
+            matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight
+            for part in self.low_ranks():
+                part.add_to(matrix)
+            yield "weight", weight
+        if self.bias is not None:
+            yield "bias", self.bias.detach().to(exact)
+
+    def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what each site has, and the bias."""
+        for part in self.low_ranks():
+            for end, parameter in part.named_parameters():
+                yield f"{part.site.name}.{end}", parameter
+        if self.bias is not None:
+            yield f"{path}.bias", self.bias
+
+
+def _add(output: Tensor, update: Tensor, rows: Rows | None) -> Tensor:
+    """Return the output with an update added, at some of its last dimension's entries only."""
+    if rows is None:
+        return output + update if torch.is_grad_enabled() else output.add_(update)
+    if len(rows) == 1:
+        output[..., rows[0][0] : rows[0][1]] += update
+        return output
+    return output.index_add(-1, positions(rows, output.device), update)
+
+
+def _entries(rows: Rows | None, device: torch.device) -> slice | Tensor | None:
+    """Return the entries of an output's last dimension that a site changes; None: all."""
+    if rows is None:
+        return None
+    return slice(*rows[0]) if len(rows) == 1 else positions(rows, device)
+
+
+@cache
+def positions(rows: Rows, device: torch.device) -> Tensor:
+    """Return the output rows of an interleaved slice, int64."""
+    # What is made in inference mode could not be kept for a backward pass later.
+    with torch.inference_mode(False):
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in rows])

@@ -1,0 +1,133 @@
+"""Which layers LoRA adapts: the places that its settings select, with their ranks and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from lorakit.adapter.adapter import Site, scale_of
+from lorakit.config.methods import LoRAConfig
+from lorakit.errors import TargetError
+from lorakit.methods.bitfit import bias_paths
+from lorakit.methods.claims import Claims, match_of
+from lorakit.methods.lora.lora import is_adaptable, is_linear, kind_of, matrix_shape
+from lorakit.models.roles import Place, named, select
+
+V = TypeVar("V")
+
+
+def claim(model: nn.Module, config: LoRAConfig) -> Claims:
+    """Return what LoRA trains of a model.
+
+    Raises:
+        TargetError: a name in the settings matches nothing, or a layer twice.
+    """
+    kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
+    _check_adaptable(model, kept)
+    _check_form(model, kept, config)
+    ranks = _by_place(model, kept, config.rank_pattern, "rank_pattern")
+    alphas = _by_place(model, kept, config.alpha_pattern, "alpha_pattern")
+    _check_ranks(model, {place: ranks.get(place, config.rank) for place in kept}, config)
+    sites = [(place, _site(model, place, config, ranks, alphas)) for place in kept]
+    adapted = {place.path for place in kept} if config.bias == "lora" else None
+    return Claims(
+        matches=tuple(match_of(model.get_submodule(p.path), p, site, config) for p, site in sites),
+        biases=() if config.bias == "none" else bias_paths(model, only=adapted),
+    )
+
+
+def _check_adaptable(model: nn.Module, kept: Sequence[Place]) -> None:
+    problems = [
+        f"{place.path} is a {type(model.get_submodule(place.path)).__name__}"
+        for place in kept
+        if not is_adaptable(model.get_submodule(place.path))
+    ]
+    if problems:
+        raise TargetError.listing("LoRA has no update for some targets; exclude them", problems)
+
+
+def _check_form(model: nn.Module, kept: Sequence[Place], config: LoRAConfig) -> None:
+    """Refuse layers that are no product with a matrix, for the forms that need one.
+
+    Raises:
+        TargetError: there are such.
+    """
+    form = "use_dora" if config.use_dora else "init eva" if config.init == "eva" else None
+    others = {place.path: model.get_submodule(place.path) for place in kept}
+    problems = [
+        f"{path} is a {type(layer).__name__}"
+        for path, layer in others.items()
+        if form and not is_linear(layer)
+    ]
+    if problems:
+        raise TargetError.listing(
+            f"{form} is for linear layers alone; exclude the others", problems
+        )
+
+
+def _check_ranks(model: nn.Module, ranks: Mapping[Place, int], config: LoRAConfig) -> None:
+    """Refuse ranks beyond the directions that a start from the weight or the data has.
+
+    Raises:
+        TargetError: there are such.
+    """
+    problems = []
+    for place, rank in ranks.items():
+        d_out, d_in = matrix_shape(model.get_submodule(place.path))
+        d_out = d_out if place.rows is None else sum(stop - start for start, stop in place.rows)
+        most = {"pissa": min(d_out, d_in), "eva": d_in}.get(config.init, rank)
+        if rank > most:
+            problems.append(f"{place.name}  has rank {rank}, and there are {most} directions")
+    if problems:
+        raise TargetError.listing(f"init {config.init} cannot start from so many ranks", problems)
+
+
+def _by_place(
+    model: nn.Module, kept: Sequence[Place], pattern: Mapping[str, V], setting: str
+) -> dict[Place, V]:
+    """Return the value that a pattern gives to each place; the last word that names it counts.
+
+    Raises:
+        TargetError: a word names none of the adapted places.
+    """
+    found = named(model, pattern, what=setting)
+    idle = [
+        f"{word!r} names none of the adapted layers"
+        for word, its_places in found.items()
+        if not set(its_places) & set(kept)
+    ]
+    if idle:
+        raise TargetError.listing(f"{setting} says something of layers that are not adapted", idle)
+    return {place: pattern[word] for word, its_places in found.items() for place in its_places}
+
+
+def _site(
+    model: nn.Module,
+    place: Place,
+    config: LoRAConfig,
+    ranks: Mapping[Place, int],
+    alphas: Mapping[Place, float],
+) -> Site:
+    rank = ranks.get(place, config.rank)
+    alpha = alphas.get(place, config.alpha)
+    numerator = float(rank if alpha is None else alpha)
+    layer = model.get_submodule(place.path)
+    scale = scale_of(rank, numerator, use_rslora=config.use_rslora)
+    frozen = rank if config.init == "pissa" else 0
+    if frozen:
+        rank += frozen
+        numerator = scale / scale_of(rank, 1.0, use_rslora=config.use_rslora)
+    return Site(
+        path=place.path,
+        role=place.role if place.rows is not None else None,
+        rows=place.rows,
+        rank=rank,
+        alpha=numerator,
+        scale=scale,
+        frozen=frozen,
+        groups=getattr(layer, "groups", 1),
+        kind=kind_of(layer),
+        layer_rows=None if place.rows is None else matrix_shape(layer)[0],
+    )

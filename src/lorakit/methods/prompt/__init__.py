@@ -1,0 +1,1 @@
+"""PreEmbed and PreLayer: virtual tokens, put into the rows of each call."""

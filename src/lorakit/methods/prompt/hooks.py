@@ -1,0 +1,349 @@
+"""What is done around each call of a model with trained tokens: they are put in, and taken out.
+
+Three hooks without state of their own: in front of the model, behind it, and in front of its input
+embedding, which must not see ids beyond its rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lorakit.data.virtual_tokens import PromptTokens
+from lorakit.errors import RouteError
+from lorakit.layers.layer import AdaptedLayer, Change, Route
+from lorakit.layers.token_positions import Placed
+from lorakit.methods.prompt.insert import LongerRows, rows_of
+from lorakit.methods.prompt.kv_cache import CacheRecord, begun, go_on, is_filled, record_of
+from lorakit.models.shape import context_length
+from lorakit.routing.row_groups import ByRows
+
+HOOKS = ("trained tokens in", "trained tokens out", "ids of trained tokens")
+"""What the hooks are called in an attachment."""
+
+COMPILED = (
+    "the adapter in use has trained tokens, which can't be put into the rows of a compiled model: "
+    "use the model as it was before torch.compile"
+)
+
+BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
+"""Arguments with a value for each token that rows get longer in."""
+
+STATES = ("last_hidden_state", "hidden_states", "start_logits", "end_logits")
+"""Outputs with a value for each token, beside logits."""
+
+
+@dataclass
+class Call:
+    """What is known of one call of a model."""
+
+    placed: Placed | None = None
+    """Where its trained tokens stand."""
+    answers: Tensor | None = None
+    """The places of the tokens that the caller knows of, where others were put between them."""
+    longer: int = 0
+    """The tokens of a row then."""
+    kept: int = 0
+    """How many logits of each row the caller asked for; 0: all."""
+    record: CacheRecord | None = None
+    """What is to be known of its cache."""
+
+
+def watch(model: nn.Module, path: str) -> dict[str, RemovableHandle]:
+    """Put the hooks on a model with an adapted input embedding at a path; return their handles."""
+    handles = (
+        model.register_forward_pre_hook(put_in, with_kwargs=True),
+        model.register_forward_hook(take_out, always_call=True),
+        model.get_submodule(path).register_forward_pre_hook(hide_ids),
+    )
+    return dict(zip(HOOKS, handles, strict=True))
+
+
+def hide_ids(embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Give the base's embedding its first token for each trained one: a forward pre-hook.
+
+    Raises:
+        RouteError: a part of the model is compiled.
+    """
+    route: Route | None = getattr(embedding, "adapter_route", None)
+    if route is None or not route.prompted.calls or route.prompted.calls[-1].placed is None:
+        return None
+    if _is_compiled():
+        raise RouteError(COMPILED)
+    trained = args[0] >= cast(nn.Embedding, embedding).num_embeddings
+    route.prompted.here = bool(trained.any())
+    return (args[0].masked_fill(trained, 0), *args[1:])
+
+
+def put_in(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Put trained tokens into the rows that have none and need some: a forward pre-hook.
+
+    Raises:
+        RouteError: they cannot be put in, or a row has others than its adapter's.
+    """
+    embedding = cast(Any, model).get_input_embeddings()
+    route: Route | None = getattr(embedding, "adapter_route", None)
+    if route is None:
+        return None
+    batch = _Batch(model, embedding, _named(model, args, kwargs), route)
+    if _is_compiled():
+        _check_none(batch)
+        return None
+    call = Call()
+    changed = _prepared(batch, call)
+    route.prompted.calls.append(call)
+    return None if changed is None else ((), changed)
+
+
+def take_out(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Return the output for the tokens that the caller knows of: a forward hook.
+
+    Raises:
+        RouteError: it is a tuple, whose parts have no names.
+    """
+    embedding = cast(Any, model).get_input_embeddings()
+    route: Route | None = getattr(embedding, "adapter_route", None)
+    if route is None or not route.prompted.calls:
+        return None
+    call: Call = route.prompted.calls.pop()
+    if output is None:
+        return None
+    if call.record is not None:
+        call.record.keep_with(output)
+    if call.answers is None:
+        return None
+    if isinstance(output, tuple | Tensor):
+        raise RouteError("a model that gets trained tokens must answer with return_dict=True")
+    for name in ("logits", *STATES):
+        if name in output and output[name] is not None:
+            output[name] = _for_tokens(output[name], call, is_logits=name == "logits")
+    return output
+
+
+def _for_tokens(found: Any, call: Call, *, is_logits: bool) -> Any:
+    if isinstance(found, tuple):
+        return tuple(_for_tokens(each, call, is_logits=is_logits) for each in found)
+    if is_logits and found.dim() != 3:
+        return found
+    assert call.answers is not None
+    answers = call.answers
+    if is_logits:
+        # The model was asked for the last logits of each row alone.
+        answers = answers[:, -call.kept :] - (call.longer - found.shape[1])
+    index = answers.reshape(*answers.shape, *[1] * (found.dim() - 2))
+    return found.gather(1, index.expand(*answers.shape, *found.shape[2:]))
+
+
+def _is_compiled() -> bool:
+    """Tell whether this runs within torch.compile, traced or between two graphs."""
+    # What graphs have read of the notes about a call would be theirs for all later calls.
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def _check_none(batch: _Batch) -> None:
+    """Make sure that no row of a compiled model would get trained tokens.
+
+    Raises:
+        RouteError: one would.
+    """
+    if any(batch.tokens(batch.rows)):
+        raise RouteError(COMPILED)
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments by their names."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(model.forward).parameters)
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One call: the model, and what it is called with."""
+
+    model: nn.Module
+    embedding: AdaptedLayer
+    named: dict[str, Any]
+    route: Route
+
+    @property
+    def ids(self) -> Tensor | None:
+        return self.named.get("input_ids")
+
+    @property
+    def vocabulary(self) -> int:
+        return cast(Any, self.embedding).num_embeddings
+
+    @property
+    def rows(self) -> int:
+        """Return the rows of the first tensor."""
+        named = (self.ids, *self.named.values())
+        return len(next((each for each in named if isinstance(each, Tensor)), ()))
+
+    def tokens(self, rows: int) -> list[PromptTokens | None]:
+        """Return the trained tokens of each row's adapter."""
+        changes = self.route.in_force
+        change: Change | None = (changes or {}).get(self.embedding.adapter_number)
+        if isinstance(change, ByRows):
+            return change.tokens_of_rows(rows)
+        return [None if change is None else change.trained_tokens] * rows
+
+    def takes(self, name: str) -> bool:
+        """Tell whether the model has an argument of this name."""
+        return name in inspect.signature(self.model.forward).parameters
+
+    @property
+    def padding(self) -> int:
+        """Return a token to pad with."""
+        token = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        return token if isinstance(token, int) and 0 <= token < self.vocabulary else 0
+
+
+def _prepared(batch: _Batch, call: Call) -> dict[str, Any] | None:
+    """Note what a call is about, and return its arguments, if they must be others."""
+    named, ids, cache = batch.named, batch.ids, batch.named.get("past_key_values")
+    if ids is None:
+        if any(batch.tokens(batch.rows)):
+            raise RouteError(
+                "the adapter in use puts trained tokens into rows of input_ids, and there are none"
+            )
+        return None
+    tokens = batch.tokens(len(ids))
+    call.placed = _placed(ids - batch.vocabulary, tokens)
+    if is_filled(cache):
+        call.record = record_of(cache)
+        if call.record is not None:
+            takes = batch.takes("position_ids")
+            return go_on(named, call.record, takes_positions=takes)
+        if any(tokens):
+            raise RouteError(
+                "the cache was filled without the trained tokens of the adapter in use: begin "
+                "anew, with an empty one"
+            )
+        return None
+    if not any(tokens):
+        return None
+    has = [False] * len(ids) if call.placed is None else call.placed.rows_with_tokens()
+    lacking = [None if own else each for own, each in zip(has, tokens, strict=True)]
+    return _longer(batch, call, lacking)
+
+
+def _placed(numbers: Tensor, tokens: Sequence[PromptTokens | None]) -> Placed | None:
+    """Return where trained tokens stand in a batch already.
+
+    Raises:
+        RouteError: a row has others than its adapter's.
+    """
+    most = numbers.amax(1).tolist()
+    if all(number < 0 for number in most):
+        return None
+    wrong = [
+        f"row {row} has trained token {number}, but its adapter has {len(own) if own else 0}"
+        for row, (number, own) in enumerate(zip(most, tokens, strict=True))
+        if number >= 0 and (own is None or number >= len(own))
+    ]
+    if wrong:
+        raise RouteError.listing("some token ids are beyond the vocabulary", wrong)
+    return Placed(numbers)
+
+
+def _longer(
+    batch: _Batch, call: Call, tokens: Sequence[PromptTokens | None]
+) -> dict[str, Any] | None:
+    """Return the arguments for rows with their trained tokens, and note where these stand."""
+    named, ids = batch.named, cast(Tensor, batch.ids)
+    mask, labels = named.get("attention_mask"), _labels_by_token(named, ids)
+    cache = named.get("past_key_values")
+    if any(tokens):
+        _check(named, ids, tokens, labels)
+    rows = rows_of(ids, mask if isinstance(mask, Tensor) else None, labels, tokens)
+    # What generate writes is appended at the end of each row.
+    left = cache is not None or any(row.start for row in rows)
+    longer = LongerRows(rows, left=left, device=ids.device)
+    call.record = begun(longer, longer.mask(mask) if any(tokens) else mask)
+    if not longer.is_longer:
+        return None
+    _check_context(batch.model, longer)
+    call.answers, call.longer = longer.answers, longer.longer
+    changed: dict[str, Any] = {
+        "input_ids": longer.ids(ids, padding=batch.padding),
+        "attention_mask": call.record.mask,
+    }
+    call.placed = Placed(changed["input_ids"] - batch.vocabulary)
+    if labels is not None:
+        changed["labels"] = longer.labels(labels)
+    if named.get("token_type_ids") is not None:
+        changed["token_type_ids"] = longer.types(named["token_type_ids"])
+    given = named.get("position_ids")
+    if given is not None or batch.takes("position_ids"):
+        changed["position_ids"] = longer.positions(given)
+    call.kept = named.get("logits_to_keep") or 0
+    if call.kept:
+        changed["logits_to_keep"] = longer.longer - int(longer.answers[:, -call.kept :].min())
+    return named | {name: each for name, each in changed.items() if each is not None}
+
+
+def _labels_by_token(named: Mapping[str, Any], ids: Tensor) -> Tensor | None:
+    labels = named.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != ids.shape:
+        return None
+    return labels
+
+
+def _check(
+    named: Mapping[str, Any],
+    ids: Tensor,
+    tokens: Sequence[PromptTokens | None],
+    labels: Tensor | None,
+) -> None:
+    """Refuse what trained tokens cannot be put into without a silent error.
+
+    Raises:
+        RouteError: with every problem.
+    """
+    problems = []
+    mask, cache = named.get("attention_mask"), named.get("past_key_values")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        problems.append("the attention mask is not one of a value for each token")
+    if getattr(cache, "is_compileable", False):
+        problems.append(f"a {type(cache).__name__} has a fixed length: use a dynamic cache")
+    kept = named.get("logits_to_keep")
+    if isinstance(kept, Tensor):
+        problems.append("logits_to_keep names places, and not a number of tokens")
+    if _generates_without_cache(named) and labels is None and any(t and t.infix for t in tokens):
+        problems.append(
+            "generate without a cache gives the model prompt and answer as one row, between which "
+            "the infix has its place: leave use_cache at True"
+        )
+    problems += [
+        f"{name} has a value for each token, and what trained ones have there is not known"
+        for name, each in named.items()
+        if name not in BY_TOKEN and isinstance(each, Tensor) and ids.shape[1] in each.shape[1:]
+    ]
+    if problems:
+        raise RouteError.listing("trained tokens cannot be put into these rows", problems)
+
+
+def _generates_without_cache(named: Mapping[str, Any]) -> bool:
+    # generate alone asks for the last logits of a row in a call without cache.
+    return named.get("use_cache") is False and bool(named.get("logits_to_keep"))
+
+
+def _check_context(model: nn.Module, rows: LongerRows) -> None:
+    context = context_length(model)
+    pairs = zip(rows.rows, rows.added, strict=True)
+    longest = max(row.stop - row.start + added for row, added in pairs)
+    if context is not None and longest > context:
+        raise RouteError(
+            f"a row has {longest} tokens with the trained ones, and the model's context is "
+            f"{context}: shorten it"
+        )

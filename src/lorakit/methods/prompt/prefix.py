@@ -1,0 +1,215 @@
+"""PreEmbed and PreLayer: trained tokens around the prompt (section 5.1).
+
+Trained tokens have ids beyond the base's vocabulary, so that rows which hold them are padded and
+joined as any others. Where they stand in a batch is noted when the model is called
+(`methods/prompt/hooks.py`); here their vectors take the place of what the base computes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config.methods import PrefixConfig
+from lorakit.data.virtual_tokens import PromptTokens
+from lorakit.errors import TargetError
+from lorakit.layers.layer import AdaptedLayer, Update
+from lorakit.methods.claims import Claims
+from lorakit.methods.component import Part, Shape
+from lorakit.methods.prompt.init import Start
+from lorakit.models.base import base_modules
+from lorakit.models.blocks import blocks, named_modules
+from lorakit.models.families import family_name
+from lorakit.models.shape import context_length, hidden_size, is_causal
+
+
+def claim(model: nn.Module, config: PrefixConfig) -> Claims:
+    """Return what PreEmbed trains of a model: d·(l_p + l_i) values; PreLayer: L·d·(l_p + l_i).
+
+    PreLayer has vectors for the embedding and behind every block but the last, whose output at the
+    last of these tokens is what predicts the answer.
+
+    Raises:
+        TargetError: the model has no embedding of tokens or both an encoder and a decoder, its
+            blocks are not known, or its context has no room for so many tokens.
+    """
+    path, embedding = input_embedding(model)
+    tokens = PromptTokens(
+        first=embedding.num_embeddings,
+        prefix=config.prefix,
+        infix=config.infix,
+        causal=is_causal(model),
+    )
+    _check_room(model, tokens)
+    behind = _replaced_blocks(model, config) if config.every_layer else ()
+    start = Start(config=config, count=len(tokens), embedding=path, blocks=behind)
+    width = _width(model) if behind else 0
+    inner = tuple(
+        TrainedVectors(
+            path=block,
+            what="trained tokens",
+            shape=(len(tokens), width),
+            start=start,
+        )
+        for block in behind
+    )
+    first = TrainedVectors(
+        path=path,
+        what="trained tokens",
+        shape=(len(tokens), embedding.embedding_dim),
+        start=start,
+        tokens=tokens,
+    )
+    return Claims(parts=(first, *inner))
+
+
+def input_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
+    """Return path and module of what looks a model's tokens up.
+
+    Raises:
+        TargetError: it has none, or one for its encoder and one for its decoder.
+    """
+    name = family_name(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TargetError(
+            f"{name} has an encoder and a decoder, and trained tokens are for models of one stack"
+        )
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if getter is not None else None
+    for path, module in base_modules(model):
+        if module is embedding and isinstance(module, nn.Embedding):
+            return path, module
+    raise TargetError(f"{name} has no embedding of tokens, which trained tokens would follow")
+
+
+def _check_room(model: nn.Module, tokens: PromptTokens) -> None:
+    context = context_length(model)
+    if context is not None and len(tokens) >= context:
+        raise TargetError(
+            f"prefix {tokens.prefix} and infix {tokens.infix} are {len(tokens)} tokens, which "
+            f"leaves no room for a row in the model's context of {context}"
+        )
+
+
+def _replaced_blocks(model: nn.Module, config: PrefixConfig) -> tuple[str, ...]:
+    """Return the paths of all blocks but the last.
+
+    Raises:
+        TargetError: they are not known.
+    """
+    if config.blocks:
+        return named_modules(model, config.blocks, what="prefix.blocks")[:-1]
+    try:
+        return tuple(block.path for block in blocks(model))[:-1]
+    except TargetError as error:
+        raise TargetError(f"{error}: name them in order with prefix.blocks") from None
+
+
+def _width(model: nn.Module) -> int:
+    size = hidden_size(model)
+    if size is None:
+        raise TargetError("the model's config has no hidden_size, which its blocks' vectors need")
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedVectors(Part):
+    """The vectors of trained tokens behind one module: the input embedding, or a block."""
+
+    shape: tuple[int, int]
+    """(tokens, d)."""
+    start: Start = field(compare=False, repr=False)
+    tokens: PromptTokens | None = None
+    """The tokens themselves, at the input embedding."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Return the shape of the vectors."""
+        return {f"{self.path}.prompt": self.shape}
+
+    def update(
+        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
+    ) -> Update:
+        """Return the update of the module."""
+        if tensors is None:
+            vectors = self.start.of(modules, self.path, self.shape)
+        else:
+            vectors = tensors[f"{self.path}.prompt"]
+        device = next(modules[self.path].parameters()).device
+        vectors = vectors.to(device, copy=True)
+        if self.tokens is None:
+            return TokenVectors(vectors)
+        return TokenEmbeddings(vectors, self.tokens)
+
+
+class TokenVectors(Update):
+    """Replaces a block's output at the trained tokens."""
+
+    is_whole = True
+
+    def __init__(self, vectors: Tensor) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(vectors, requires_grad=False)
+
+    def change(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Tensor,
+        *,
+        strength: float = 1.0,
+        base: Tensor | None = None,
+    ) -> Tensor:
+        """Return the output with the vectors at their places.
+
+        Raises:
+            RouteError: no call of the model is under way.
+        """
+        placed = cast(AdaptedLayer, layer).adapter_route.placed
+        return output if placed is None else placed.put(self.prompt, output)
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Return why no weights can hold it."""
+        return "it adds tokens to each row, which weights can't, so its latency stays"
+
+    def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield nothing: see `unmergeable`."""
+        yield from ()
+
+    def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the vectors."""
+        yield f"{path}.prompt", self.prompt
+
+
+class TokenEmbeddings(TokenVectors):
+    """Replaces what the input embedding finds for the trained tokens."""
+
+    def __init__(self, vectors: Tensor, tokens: PromptTokens) -> None:
+        super().__init__(vectors)
+        self.trained_tokens = tokens
+
+    def change(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Tensor,
+        *,
+        strength: float = 1.0,
+        base: Tensor | None = None,
+    ) -> Tensor:
+        """Return the output with the vectors at their places, where the layer got such tokens.
+
+        GPT-2 looks its token types up in the same embedding.
+
+        Raises:
+            RouteError: no call of the model is under way.
+        """
+        route = cast(AdaptedLayer, layer).adapter_route
+        if route.placed is None or not route.prompted.here:
+            return output
+        return super().change(layer, inputs, output)

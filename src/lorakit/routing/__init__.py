@@ -1,0 +1,1 @@
+"""Rows choose adapters: routes, and the batches that mix adapters."""

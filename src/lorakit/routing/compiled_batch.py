@@ -1,0 +1,119 @@
+"""Mixed batches in one unchanging form, for torch.compile: a new route is only new tensors.
+
+Every linear layer gets A and B for each row, zeros where a row has no update there, so that
+neither the route nor the resident adapters change what the compiled graph does. Ranks are marked
+as dynamic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.layers.layer import AdaptedLayer, Change, Update
+from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, matrix_shape, positions
+from lorakit.routing.batch import Batch, Blend, Updates
+from lorakit.routing.stacked_lora import bias_shifts, is_sum, mixed_changes
+
+LEAST_RANK = 2
+"""torch.compile makes another graph for a size of 0 or 1."""
+
+
+def static_changes(
+    layers: Mapping[int, AdaptedLayer], updates: Updates, batch: Batch, device: torch.device
+) -> dict[int, Change]:
+    """Return what is done to each layer, in a form that is the same for every batch of one length.
+
+    Layers that are not linear, full copies, and DoRA are done as in any mixed batch, where another
+    grouping of the rows is another graph.
+
+    Args:
+        layers: all adapted layers by number.
+        updates: of every adapter that the batch names.
+        batch: its rows; one row stands for any number of rows that use the same blend.
+        device: where the rows are.
+    """
+    changes: dict[int, Change] = {}
+    others: dict[str, dict[int, Update]] = {name: {} for name in updates}
+    for number, layer in layers.items():
+        mine = {name: ups[number] for name, ups in updates.items() if number in ups}
+        if is_linear(layer) and all(map(is_sum, mine.values())):
+            changes[number] = StaticLinear(layer, cast(Any, mine), batch, device)
+        else:
+            for name, update in mine.items():
+                others[name][number] = update
+    return changes | mixed_changes(layers, others, batch, device)
+
+
+class StaticLinear(Change):
+    """The updates of a linear layer, as one A and one B for each row."""
+
+    def __init__(
+        self,
+        layer: AdaptedLayer,
+        updates: Mapping[str, LoRAUpdate],
+        batch: Batch,
+        device: torch.device,
+    ) -> None:
+        d_out, d_in = matrix_shape(layer)
+        weight = cast(Tensor, layer.weight)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        terms = [_terms(blend, updates) for blend in batch.blends]
+        rank = max([LEAST_RANK, *(sum(p.site.rank for p, _ in of_slot) for of_slot in terms)])
+        a = torch.zeros(len(terms) + 1, rank, d_in, dtype=dtype, device=device)
+        b = torch.zeros(len(terms) + 1, rank, d_out, dtype=dtype, device=device)
+        for slot, of_slot in enumerate(terms, 1):
+            _fill(a[slot], b[slot], of_slot)
+        slots = torch.tensor(batch.slot_of_row, device=device) + 1
+        self._a, self._b = a[slots], b[slots]
+        bias = layer.bias
+        self._shift = (
+            None if bias is None else _shifts(cast(Tensor, bias), updates, batch, dtype)[slots]
+        )
+        for tensor in (self._a, self._b):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+
+    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Return the output with each row's own update added."""
+        rows = self._a.shape[0]
+        x = inputs[0].reshape(rows, -1, inputs[0].shape[-1]).to(self._a.dtype)
+        update = torch.bmm(torch.bmm(x, self._a.mT), self._b)
+        if self._shift is not None:
+            update = update + self._shift[:, None]
+        return (output + update.reshape(output.shape)).to(output.dtype)
+
+
+def _terms(blend: Blend, updates: Mapping[str, LoRAUpdate]) -> list[tuple[LowRank, float]]:
+    return [
+        (part, strength)
+        for name, strength in blend
+        if name in updates
+        for part in updates[name].parts.values()
+    ]
+
+
+@torch.no_grad()
+def _fill(a: Tensor, b: Tensor, terms: list[tuple[LowRank, float]]) -> None:
+    """Write A (rank, d_in) and scale·Bᵀ (rank, d_out) of one blend."""
+    start = 0
+    for part, strength in terms:
+        stop = start + part.site.rank
+        a[start:stop] = part.a
+        scaled = part.b.T.to(b.dtype) * (part.site.scale * strength)
+        if part.site.rows is None:
+            b[start:stop] = scaled
+        else:
+            b[start:stop].index_copy_(1, positions(part.site.rows, b.device), scaled)
+        start = stop
+
+
+@torch.no_grad()
+def _shifts(
+    bias: Tensor, updates: Mapping[str, LoRAUpdate], batch: Batch, dtype: torch.dtype
+) -> Tensor:
+    """Return what trained biases add to the base's own, for the base and each blend."""
+    own = [[(updates[n].bias, w) for n, w in blend if n in updates] for blend in batch.blends]
+    return bias_shifts(bias, [[(b, w) for b, w in of if b is not None] for of in own], dtype)

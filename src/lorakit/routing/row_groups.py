@@ -1,0 +1,144 @@
+"""Mixed batches of layers whose updates can't be stacked: one group of rows after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.data.virtual_tokens import PromptTokens
+from lorakit.errors import RouteError
+from lorakit.layers.layer import AdaptedLayer, Change, Update
+from lorakit.methods.module_copy import ModuleCopy
+from lorakit.routing.batch import Batch, Terms
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The rows that use one blend."""
+
+    index: Tensor
+    """Row numbers, int64."""
+    terms: tuple[tuple[Update, float], ...]
+
+
+class ByRows(Change):
+    """Any updates of any layer, one blend after the other: convolutions, embeddings, full copies.
+
+    Copies of a head may differ in width: then the output is as wide as the widest, and the places
+    that a row's own head does not have are minus infinity, so that no class beyond it is likely.
+    """
+
+    def __init__(
+        self, layer: AdaptedLayer, terms: Terms, batch: Batch, device: torch.device
+    ) -> None:
+        rows = {slot: [r for r, s in enumerate(batch.slot_of_row) if s == slot] for slot in terms}
+        self._rows = len(batch.slot_of_row)
+        self._prompted = layer.adapter_route.prompted
+        self._groups = [
+            RowGroup(torch.tensor(rows[slot], device=device), tuple(of_slot))
+            for slot, of_slot in terms.items()
+        ]
+        for of_slot in terms.values():
+            _check_addable(layer, of_slot)
+
+    def tokens_of_rows(self, found: int) -> list[PromptTokens | None]:
+        """Return the trained tokens of each of so many rows."""
+        tokens: list[PromptTokens | None] = [None] * found
+        for group in self._groups:
+            own = next((u.trained_tokens for u, _ in group.terms if u.trained_tokens), None)
+            for row in _positions(group.index, found, self._rows).tolist():
+                tokens[row] = own
+        return tokens
+
+    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Return the output with each row's own update."""
+        if self._rows == 1:
+            return _applied(self._groups[0].terms, layer, inputs, output)
+        if inputs[0].shape[0] == 1 and not inputs[0].is_floating_point():
+            # All rows share one input, such as positions; their outputs differ all the same.
+            inputs = (inputs[0].expand(self._rows, *inputs[0].shape[1:]), *inputs[1:])
+            output = output.expand(self._rows, *output.shape[1:])
+        results: list[tuple[Tensor, Tensor]] = []
+        for group in self._groups:
+            index = _positions(group.index, inputs[0].shape[0], self._rows)
+            with self._prompted.only(index):
+                results.append((index, self._changed(group, layer, inputs, output, index)))
+        widest = max(output.shape[-1], *(changed.shape[-1] for _, changed in results))
+        output = widened(output, widest)
+        for index, changed in results:
+            output = output.index_copy(0, index, widened(changed, widest).to(output.dtype))
+        return output
+
+    @staticmethod
+    def _changed(
+        group: RowGroup, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, index: Tensor
+    ) -> Tensor:
+        found = inputs[0].shape[0]
+        mine = tuple(
+            x[index] if isinstance(x, Tensor) and x.dim() and x.shape[0] == found else x
+            for x in inputs
+        )
+        return _applied(group.terms, layer, mine, output[index])
+
+    def read(self, name: str, weight: Tensor) -> Tensor:
+        """Return a parameter with the changes of one blend, which all rows use."""
+        changed = weight
+        for update, strength in self._groups[0].terms:
+            changed = changed + strength * (update.read(name, weight) - weight)
+        return changed
+
+
+def _applied(
+    terms: Sequence[tuple[Update, float]], layer: nn.Module, inputs: tuple[Any, ...], base: Any
+) -> Any:
+    """Return a layer's own output with the updates of one blend."""
+    if len(terms) == 1:
+        update, strength = terms[0]
+        return update.change(layer, inputs, base, strength=strength)
+    changed = base.clone()
+    for update, strength in terms:
+        changed = update.change(layer, inputs, changed, strength=strength, base=base)
+    return changed
+
+
+def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -> None:
+    """Refuse to add up what cannot be: trained tokens, heads of other widths than the base's.
+
+    Raises:
+        RouteError: there are such.
+    """
+    plain = len(terms) == 1 and terms[0][1] == 1
+    if not plain and any(u.is_whole for u, _ in terms):
+        raise RouteError(
+            "a row can't mix or weaken adapters with trained tokens: use such an adapter at "
+            "strength 1, beside none that has tokens of its own or changes the input embedding"
+        )
+    if not plain and any(isinstance(u, ModuleCopy) and u.resized for u, _ in terms):
+        raise RouteError(
+            f"a row can't mix or weaken adapters whose head ({type(layer).__name__}) has another "
+            "number of classes than the base's: use such an adapter alone, at strength 1"
+        )
+
+
+def widened(output: Tensor, width: int) -> Tensor:
+    """Return an output of at least so many entries; those added are minus infinity."""
+    missing = width - output.shape[-1]
+    return F.pad(output, (0, missing), value=float("-inf")) if missing else output
+
+
+def _positions(index: Tensor, found: int, rows: int) -> Tensor:
+    """Return the places of batch rows in an input that holds several entries for each row."""
+    each = found // rows
+    if found % rows:
+        raise RouteError(
+            f"the route is for {rows} rows, but a layer was given {found}: an input all rows share "
+            "cannot differ between them"
+        )
+    if each == 1:
+        return index
+    return (index[:, None] * each + torch.arange(each, device=index.device)).flatten()

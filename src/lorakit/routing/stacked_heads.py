@@ -1,0 +1,161 @@
+"""Rows with heads of their own: full copies of one module, those of equal shapes in one product."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lorakit.kernels.grouped import gather
+from lorakit.kernels.grouping import arrange
+from lorakit.layers.layer import AdaptedLayer
+from lorakit.methods.module_copy import ModuleCopy
+from lorakit.models.base import base_parameters
+from lorakit.routing.batch import Batch, Terms
+from lorakit.routing.row_groups import ByRows, widened
+
+LARGEST = 2**22
+"""Parameters of a copy that is stacked. A larger one keeps the machine busy by itself, and the
+stack holds everything once more."""
+
+Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
+Uses = dict[int, tuple[ModuleCopy, float]]
+"""By row: the copy that answers it, and its strength."""
+
+
+def are_heads(terms: Terms) -> bool:
+    """Tell whether several slots each have small copies of a layer, and nothing else."""
+    updates = [update for of_slot in terms.values() for update, _ in of_slot]
+    return len(terms) > 1 and all(isinstance(u, ModuleCopy) and _is_small(u) for u in updates)
+
+
+def _is_small(update: ModuleCopy) -> bool:
+    # A module with buffers, such as a batch norm, may write to them.
+    parameters = sum(p.numel() for p in update.copy.parameters())
+    return 0 < parameters <= LARGEST and not any(True for _ in update.copy.buffers())
+
+
+class Heads(ByRows):
+    """Full copies of a layer: as many calls as there are different shapes, however many copies.
+
+    What torch can't batch (a forward pass that looks at values, token ids, inputs that all rows
+    share) is done one blend after the other.
+    """
+
+    def __init__(
+        self, layer: AdaptedLayer, terms: Terms, batch: Batch, device: torch.device
+    ) -> None:
+        super().__init__(layer, terms, batch, device)
+        whole, weighted = _by_shape(terms, batch)
+        dtype = torch.promote_types(next(base_parameters(layer))[1].dtype, torch.float32)
+        make = functools.partial(Stack, batch_rows=self._rows, device=device, dtype=dtype)
+        self._whole, self._weighted = list(map(make, whole)), list(map(make, weighted))
+        self._refused = False
+
+    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Return the output with each row's own head."""
+        x = inputs[0]
+        fits = x.is_floating_point() and x.shape[0] % self._rows == 0
+        if fits and len(inputs) == 1 and not self._refused:
+            try:
+                return self._stacked(x, output)
+            except RuntimeError:
+                # Whatever else was wrong, the loop will say it again.
+                self._refused = True
+        return super().change(layer, inputs, output)
+
+    def _stacked(self, x: Tensor, output: Tensor) -> Tensor:
+        x = x.unflatten(0, (self._rows, -1))
+        base = changed = output.unflatten(0, (self._rows, -1))
+        for stack in self._weighted:
+            changed = stack.added(changed, base, x)
+        answers = [stack.answers(x) for stack in self._whole]
+        widest = max(each.shape[-1] for each in (changed, *answers))
+        changed = widened(changed, widest)
+        for stack, own in zip(self._whole, answers, strict=True):
+            changed = changed.index_copy(0, stack.rows, widened(own, widest).to(changed.dtype))
+        return changed.flatten(0, 1)
+
+
+def _by_shape(terms: Terms, batch: Batch) -> tuple[list[Uses], list[Uses]]:
+    """Return the uses of copies of equal shapes: as a row's only answer, and weighted.
+
+    No group has a row twice: the terms of a blend are in groups by their place in it.
+    """
+    whole: dict[Shapes, Uses] = {}
+    weighted: dict[tuple[int, Shapes], Uses] = {}
+    for row, slot in enumerate(batch.slot_of_row):
+        of_slot = terms.get(slot, [])
+        for place, (update, strength) in enumerate(of_slot):
+            own = cast(ModuleCopy, update)
+            if len(of_slot) == 1 and strength == 1:
+                whole.setdefault(_shapes(own), {})[row] = own, strength
+            else:
+                weighted.setdefault((place, _shapes(own)), {})[row] = own, strength
+    return list(whole.values()), list(weighted.values())
+
+
+def _shapes(update: ModuleCopy) -> Shapes:
+    return tuple((name, p.shape, p.dtype) for name, p in update.copy.named_parameters())
+
+
+class Stack:
+    """Copies of one module with equal shapes, stacked, and the rows that they answer."""
+
+    def __init__(
+        self, uses: Uses, *, batch_rows: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._copies = list(dict.fromkeys(own for own, _ in uses.values()))
+        place = {own: at for at, own in enumerate(self._copies)}
+        slots = [place[uses[row][0]] if row in uses else -1 for row in range(batch_rows)]
+        self._arrangement = arrange(slots, device=device, kernels="plain")
+        self.rows = torch.tensor(sorted(uses), device=device)
+        """The rows that the copies answer, ascending."""
+        strengths = [uses[row][1] for row in sorted(uses)]
+        self._strengths = torch.tensor(strengths, dtype=dtype, device=device)
+        # Of its own, because a call puts the stacked parameters into the module for its time.
+        self._module = copy.deepcopy(self._copies[0].copy).to("meta")
+        trains = any(p.requires_grad for own in self._copies for p in own.parameters())
+        self._frozen = None if trains else self._gathered()
+
+    def _gathered(self) -> dict[str, Tensor]:
+        """Return the parameters, each (chunks, …)."""
+        named = [dict(own.copy.named_parameters()) for own in self._copies]
+        return {
+            name: gather(torch.stack([each[name] for each in named]), self._arrangement)
+            for name in named[0]
+        }
+
+    def answers(self, x: Tensor) -> Tensor:
+        """Return what the copies compute for their rows, (adapted, k, …), in the input's precision.
+
+        Args:
+            x: of all rows, (rows, k, …).
+        """
+        arrangement, parameters = self._arrangement, self._frozen or self._gathered()
+        ordered = x if arrangement.order is None else x.index_select(0, arrangement.order)
+        ordered = ordered.reshape(arrangement.chunks, -1, *x.shape[2:])
+        ordered = ordered.to(next(iter(parameters.values())).dtype)
+        self._module.train(self._copies[0].training)
+        own = torch.vmap(self._call, randomness="different")(parameters, ordered)
+        own = own.reshape(-1, x.shape[1], *own.shape[2:]).to(x.dtype)
+        return own if arrangement.back is None else own.index_select(0, arrangement.back)
+
+    def _call(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return cast(Tensor, functional_call(self._module, parameters, (x,)))
+
+    def added(self, output: Tensor, base: Tensor, x: Tensor) -> Tensor:
+        """Return the output with strength·(answer - base) added to each row's own.
+
+        Args:
+            output: of all rows, (rows, k, …, classes).
+            base: the base's, alike.
+            x: the input, (rows, k, …).
+        """
+        shift = self.answers(x) - base.index_select(0, self.rows)
+        strengths = self._strengths.reshape(-1, *[1] * (shift.dim() - 1))
+        return output.index_add(0, self.rows, (strengths * shift).to(output.dtype))

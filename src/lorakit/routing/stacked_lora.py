@@ -1,0 +1,383 @@
+"""Rows of one batch with adapters of their own: what is done to each layer for such a batch."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.adapter.adapter import Rows
+from lorakit.errors import RouteError
+from lorakit.kernels import choice, fused, grouped
+from lorakit.kernels.grouping import Arrangement, arrange
+from lorakit.layers.layer import AdaptedLayer, Change, Update
+from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, positions
+from lorakit.routing.batch import Batch, Terms, Updates
+from lorakit.routing.row_groups import ByRows
+from lorakit.routing.stacked_heads import Heads, are_heads
+
+
+def mixed_changes(
+    layers: Mapping[int, AdaptedLayer], updates: Updates, batch: Batch, device: torch.device
+) -> dict[int, Change]:
+    """Return what is done to each layer, so that every row gets its own blend.
+
+    Frozen A and B are gathered here, once; those under training are gathered in each forward pass.
+
+    Args:
+        layers: the adapted layers by number.
+        updates: of every adapter that the batch names.
+        batch: its rows. A batch of one row stands for any number of rows that use the same blend.
+        device: where the rows are.
+
+    Raises:
+        RouteError: full copies of one module that can't be added up.
+    """
+    arranged = _Arranged(batch, device)
+    changes: dict[int, Change] = {}
+    for numbers in _by_input(layers, updates, batch):
+        terms = {number: _terms(number, updates, batch) for number in numbers}
+        stacked = [number for number in numbers if _is_stackable(layers[number], terms[number])]
+        pieces = [p for n in stacked for p in _pieces(n, cast(LowRankTerms, terms[n]))]
+        inputs = [SharedInput(same, arranged) for same in _of_like_slots(pieces)]
+        for number in numbers:
+            if number not in stacked:
+                kind = Heads if are_heads(terms[number]) else ByRows
+                changes[number] = kind(layers[number], terms[number], batch, device)
+                continue
+            parts = tuple(
+                (shared, at)
+                for shared in inputs
+                for at, piece in enumerate(shared.pieces)
+                if piece.number == number
+            )
+            changes[number] = MixedLinear(parts, cast(LowRankTerms, terms[number]), batch, device)
+    return changes
+
+
+LowRankTerms = dict[int, list[tuple[LoRAUpdate, float]]]
+"""The same of a layer whose updates are all low-rank."""
+
+
+class _Arranged:
+    """The arrangements of a batch for some of its slots; layers with like slots share one."""
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        self._batch = batch
+        self._device = device
+        self._made: dict[tuple[tuple[int, ...], torch.dtype], Arrangement] = {}
+
+    def of(self, slots: tuple[int, ...], dtype: torch.dtype) -> Arrangement:
+        if (slots, dtype) not in self._made:
+            rows = self._batch.only(slots)
+            self._made[slots, dtype] = arrange(rows, device=self._device, dtype=dtype)
+        return self._made[slots, dtype]
+
+
+def _by_input(
+    layers: Mapping[int, AdaptedLayer], updates: Updates, batch: Batch
+) -> Iterator[list[int]]:
+    """Yield the numbers of the touched layers, those that read one input together."""
+    names = {name for blend in batch.blends for name, _ in blend}
+    together: dict[str, list[int]] = {}
+    for number in sorted({number for name in names for number in updates[name]}):
+        together.setdefault(layers[number].adapter_input, []).append(number)
+    yield from together.values()
+
+
+def _terms(number: int, updates: Updates, batch: Batch) -> Terms:
+    found = {
+        slot: [(updates[name][number], w) for name, w in blend if number in updates[name]]
+        for slot, blend in enumerate(batch.blends)
+    }
+    return {slot: terms for slot, terms in found.items() if terms}
+
+
+def _is_stackable(layer: nn.Module, terms: Terms) -> bool:
+    """Tell whether all rows can be computed at once, and not one group after the other."""
+    every = (update for of_slot in terms.values() for update, _ in of_slot)
+    return choice.fast() and is_linear(layer) and all(map(is_sum, every))
+
+
+def is_sum(update: Update) -> bool:
+    """Tell whether an update only adds B·A·x and a bias, so that several can be stacked."""
+    return isinstance(update, LoRAUpdate) and update.is_additive
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Updates of the same rows of one layer, in slots of one precision and about the same rank."""
+
+    number: int
+    """The layer's."""
+    rows: Rows | None
+    """Output rows; None: all."""
+    slots: tuple[int, ...]
+    terms: tuple[tuple[tuple[LowRank, float], ...], ...]
+    """For each slot, A and B, and the strengths."""
+
+    @cached_property
+    def rank(self) -> int:
+        """Return the rank to which the slots are padded."""
+        return max(map(_rank, self.terms))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the precision in which it is computed."""
+        return _dtype(self.terms[0])
+
+
+def _rank(terms: Sequence[tuple[LowRank, float]]) -> int:
+    return sum(part.site.rank for part, _ in terms)
+
+
+def _dtype(terms: Sequence[tuple[LowRank, float]]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (part.lora_a.dtype for part, _ in terms))
+
+
+def _pieces(number: int, terms: LowRankTerms) -> Iterator[Piece]:
+    """Yield the pieces of a layer; padding a slot's rank to its piece's less than doubles it."""
+    by_rows: dict[Rows | None, dict[int, list[tuple[LowRank, float]]]] = {}
+    for slot, of_slot in terms.items():
+        for update, strength in of_slot:
+            for part in update.parts.values():
+                assert isinstance(part, LowRank)
+                at = by_rows.setdefault(part.site.rows, {})
+                at.setdefault(slot, []).append((part, strength))
+    for rows, by_slot in by_rows.items():
+        alike: dict[tuple[int, torch.dtype], list[int]] = {}
+        for slot, parts in by_slot.items():
+            # No row is computed in another precision because of its neighbours.
+            alike.setdefault(((_rank(parts) - 1).bit_length(), _dtype(parts)), []).append(slot)
+        for slots in alike.values():
+            yield Piece(number, rows, tuple(slots), tuple(tuple(by_slot[s]) for s in slots))
+
+
+def _of_like_slots(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    together: dict[tuple[tuple[int, ...], torch.dtype], list[Piece]] = {}
+    for piece in pieces:
+        together.setdefault((piece.slots, piece.dtype), []).append(piece)
+    return list(together.values())
+
+
+class SharedInput:
+    """Pieces that read one input: their A's lie side by side, so that one product serves them all.
+
+    The product is kept until the next input, and recognised by the input's identity, so that a
+    layer that reads something else after all gets a product of its own.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], arranged: _Arranged) -> None:
+        self.pieces = tuple(pieces)
+        parts = [part for piece in pieces for terms in piece.terms for part, _ in terms]
+        self._dtype = pieces[0].dtype
+        self.arrangement = arranged.of(pieces[0].slots, self._dtype)
+        self._drops = any(part.dropout for part in parts)
+        self._trains = any(p.requires_grad for part in parts for p in part.parameters())
+        stops = torch.tensor([piece.rank for piece in pieces]).cumsum(0).tolist()
+        self._columns = [slice(end - p.rank, end) for end, p in zip(stops, pieces, strict=True)]
+        self._a = None if self._trains else self._stacked_a()
+        self._b = None if self._trains else [self._stacked_b(at) for at in range(len(pieces))]
+        self._kept: tuple[Tensor, Any, Tensor] | None = None
+        self._waiting = 0
+
+    @property
+    def is_fixed(self) -> bool:
+        """Tell whether nothing of it is trained or dropped."""
+        return not (self._trains or self._drops)
+
+    def add(self, at: int, x: Tensor, output: Tensor) -> Tensor:
+        """Add the update of one piece to a layer's output, or to the piece's entries of it."""
+        b = self._stacked_b(at) if self._b is None else self._b[at]
+        return grouped.widen_onto(output, self._narrow(at, x), b, self.arrangement)
+
+    def _narrow(self, at: int, x: Tensor) -> Tensor:
+        """Return A·x of one piece, (chunks, tokens, rank)."""
+        columns = self._columns[at]
+        terms = self.pieces[at].terms
+        if self._drops and any(part.training for of_slot in terms for part, _ in of_slot):
+            # Every layer drops other elements, so that nothing can be shared.
+            a = self._stacked_a() if self._a is None else self._a
+            return grouped.narrow(self._dropped(at, x), a[:, columns], self.arrangement)
+        if len(self.pieces) == 1 or torch.compiler.is_compiling():
+            a = self._stacked_a() if self._a is None else self._a
+            return grouped.narrow(x, a[:, columns], self.arrangement)
+        kept = self._kept
+        # Torch counts no writes in inference mode.
+        same = torch.is_grad_enabled(), None if x.is_inference() else x._version
+        if kept is None or kept[0] is not x or kept[1] != same:
+            a = self._stacked_a() if self._a is None else self._a
+            kept = (x, same, grouped.narrow(x, a, self.arrangement))
+            self._waiting = len(self.pieces)
+        self._waiting -= 1
+        self._kept = kept if self._waiting else None
+        return kept[2][..., columns]
+
+    def _dropped(self, at: int, x: Tensor) -> Tensor:
+        """Return x with elements dropped, in each row with its own adapter's probability."""
+        by_slot = [max(part.dropout for part, _ in terms) for terms in self.pieces[at].terms]
+        by_row = [1 - by_slot[slot] if slot >= 0 else 1.0 for slot in self.arrangement.slot_of_row]
+        keep = torch.tensor(by_row, device=x.device).repeat_interleave(x.shape[0] // len(by_row))
+        keep = keep.reshape(-1, *[1] * (x.dim() - 1))
+        kept = torch.rand(x.shape, device=x.device) < keep
+        return x * (kept / keep).to(x.dtype)
+
+    def _stacked_a(self) -> Tensor:
+        """Return A, (chunks, ranks of all pieces, d_in)."""
+        slots = range(len(self.pieces[0].slots))
+        stack = torch.stack([torch.cat([_a(p, slot) for p in self.pieces]) for slot in slots])
+        return grouped.gather(stack.to(self._dtype), self.arrangement)
+
+    def _stacked_b(self, at: int) -> Tensor:
+        """Return scale·Bᵀ of one piece, (chunks, rank, d_out)."""
+        piece = self.pieces[at]
+        stack = torch.stack([_b(piece, slot) for slot in range(len(piece.slots))])
+        scales = [_scales(piece, slot) for slot in range(len(piece.slots))]
+        factors = torch.tensor(scales, dtype=self._dtype, device=stack.device)
+        scaled = stack.to(self._dtype) * factors[:, None]
+        return grouped.gather(scaled.mT.contiguous(), self.arrangement)
+
+
+def _a(piece: Piece, slot: int) -> Tensor:
+    """Return A of one slot, (the piece's rank, d_in)."""
+    matrices = [part.a for part, _ in piece.terms[slot]]
+    joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    missing = piece.rank - joined.shape[0]
+    return F.pad(joined, (0, 0, 0, missing)) if missing else joined
+
+
+def _b(piece: Piece, slot: int) -> Tensor:
+    """Return B of one slot, (d_out, the piece's rank)."""
+    matrices = [part.b for part, _ in piece.terms[slot]]
+    joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim=1)
+    missing = piece.rank - joined.shape[1]
+    return F.pad(joined, (0, missing)) if missing else joined
+
+
+def _scales(piece: Piece, slot: int) -> list[float]:
+    """Return the factor on each column of B."""
+    factors = [part.site.scale * w for part, w in piece.terms[slot] for _ in range(part.site.rank)]
+    return factors + [0.0] * (piece.rank - len(factors))
+
+
+@dataclass(frozen=True)
+class BiasShift:
+    """What trained biases add to the base's own, row by row."""
+
+    slot_of_row: Tensor
+    """A place in `terms`, counted from 1; 0: the base."""
+    terms: tuple[tuple[tuple[nn.Parameter, float], ...], ...]
+
+    def add(self, layer: nn.Module, output: Tensor) -> Tensor:
+        """Return the output, (rows·k, …, d_out), with each row's shift added."""
+        shifts = bias_shifts(cast(Tensor, layer.bias), self.terms, self.terms[0][0][0].dtype)
+        shift = shifts[self.slot_of_row].to(output.dtype)
+        if output.shape[0] % len(shift):
+            raise RouteError(
+                f"the route is for {len(shift)} rows, but a layer was given {output.shape[0]}: an "
+                "input all rows share cannot differ between them"
+            )
+        rows = output.unflatten(0, (len(shift), -1))
+        return (rows + shift.reshape(len(shift), *[1] * (rows.dim() - 2), -1)).flatten(0, 1)
+
+
+def bias_shifts(
+    base: Tensor, terms: Sequence[Sequence[tuple[Tensor, float]]], dtype: torch.dtype
+) -> Tensor:
+    """Return what trained biases add to the base's own, (1 + slots, d_out): first nothing.
+
+    Args:
+        base: the layer's own bias.
+        terms: for each slot, biases and their strengths.
+        dtype: the least precision of the result.
+    """
+    nothing = torch.zeros_like(base, dtype=dtype)
+    return torch.stack([nothing, *(sum(((b - base) * w for b, w in t), nothing) for t in terms)])
+
+
+def _bias(terms: LowRankTerms, batch: Batch, device: torch.device) -> BiasShift | None:
+    found = {
+        slot: tuple((u.bias, w) for u, w in of_slot if u.bias is not None)
+        for slot, of_slot in terms.items()
+    }
+    found = {slot: biases for slot, biases in found.items() if biases}
+    if not found:
+        return None
+    slots = torch.tensor(batch.only(tuple(found)), device=device) + 1
+    return BiasShift(slots, tuple(found.values()))
+
+
+class Unstacked:
+    """The updates of a linear layer for the fused kernel: each A and B where it is, not copied.
+
+    So training keeps no copies of the weights for the backward pass; and drops elements of the
+    input as a run alone does.
+    """
+
+    def __init__(self, terms: LowRankTerms, batch: Batch) -> None:
+        self._terms = [term for of_slot in terms.values() for term in of_slot]
+        self._runs: list[tuple[int, int, tuple[int, ...]]] = []
+        numbers = iter(range(sum(len(update.parts) for update, _ in self._terms)))
+        of_slot = {
+            slot: tuple(next(numbers) for update, _ in found for _ in update.parts)
+            for slot, found in terms.items()
+        }
+        start = 0
+        for slot, rows in itertools.groupby(batch.slot_of_row):
+            stop = start + len(list(rows))
+            if of_slot.get(slot):
+                self._runs.append((start, stop, of_slot[slot]))
+            start = stop
+
+    def add(self, x: Tensor, output: Tensor, *, per_row: int) -> Tensor:
+        """Return the output with each row's own update added; a row has so many tokens."""
+        factors = [each for update, strength in self._terms for each in update.factors(strength)]
+        spans = [fused.Span(i * per_row, j * per_row, numbers) for i, j, numbers in self._runs]
+        return fused.add_updates(output, x, factors, spans)
+
+
+class MixedLinear(Change):
+    """Low-rank updates of a Linear or Conv1D, all rows at once."""
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[SharedInput, int]],
+        terms: LowRankTerms,
+        batch: Batch,
+        device: torch.device,
+    ) -> None:
+        self._parts = tuple(parts)
+        self._bias = _bias(terms, batch, device)
+        triton = any(shared.arrangement.kernels == "triton" for shared, _ in parts)
+        fixed = all(shared.is_fixed for shared, _ in parts)
+        self._unstacked = None if triton or fixed else Unstacked(terms, batch)
+
+    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Return the output with each row's own update added."""
+        x = inputs[0]
+        if self._unstacked is not None and fused.available(x, training=layer.training):
+            per_row = self._parts[0][0].arrangement.per_row(x)
+            output = self._unstacked.add(x, output, per_row=per_row)
+        else:
+            output = self._add_stacked(x, output)
+        return output if self._bias is None else self._bias.add(layer, output)
+
+    def _add_stacked(self, x: Tensor, output: Tensor) -> Tensor:
+        for shared, at in self._parts:
+            rows = shared.pieces[at].rows
+            if rows is None:
+                output = shared.add(at, x, output)
+            elif len(rows) == 1:
+                shared.add(at, x, output[..., rows[0][0] : rows[0][1]])
+            else:
+                index = positions(rows, output.device)
+                part = shared.add(at, x, output.index_select(-1, index))
+                output = output.index_copy(-1, index, part)
+        return output

@@ -1,1 +1,0 @@
-"""Training: the loss, the loop on transformers' Trainer, its guardrails, and scoring."""

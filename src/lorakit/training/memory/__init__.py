@@ -1,0 +1,1 @@
+"""What a training step keeps: checkpointing, memory-efficient modules, offload, compile."""

@@ -1,0 +1,133 @@
+"""The setting `compile`: the blocks of a model go through torch.compile while they are trained.
+
+Blocks are equal but for their weights, so that one compiled forward and one backward pass serve
+them all: a model of thirty blocks is compiled in the time of one. For that, compiled code must not
+know which block it is in: what the route says is looked up before. Lengths are dynamic. Inside,
+plain torch is what the compiler can fuse, and our own kernels stand aside, but for attention within
+segments, which is one operation to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.attachment.state import attached
+from lorakit.config.train import TrainConfig
+from lorakit.errors import ConfigError, TrainingError
+from lorakit.layers.layer import Changes, Route, adapted_layers
+from lorakit.training.memory.activation_checkpointing import blocks_with_gradients
+
+LENGTHS = 16
+"""Padded rows of a compiled model are as long as a multiple of so many tokens."""
+
+
+@contextmanager
+def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Compile a model's blocks when they are first trained; after the block it is as it was.
+
+    Compiled code does what the route says at the beginning.
+    """
+    route = attached(model).route
+    changes = route.changes
+    layers = [layer for _, layer in adapted_layers(model)]
+    run = _compiled_anew()
+    chosen = [block for _, block in blocks_with_gradients(model)]
+    before = [block._compiled_call_impl for block in chosen]
+    for layer in layers:
+        layer.adapter_pinned = (None if changes is None else changes.get(layer.adapter_number),)
+    for block in chosen:
+        block._compiled_call_impl = _CompiledBlock(block, run, route, changes)
+    try:
+        yield
+    finally:
+        for block, own in zip(chosen, before, strict=True):
+            block._compiled_call_impl = own
+        for layer in layers:
+            del layer.adapter_pinned
+
+
+def _compiled_anew() -> Callable[..., Any]:
+    """Return a function that runs a block in compiled code, which goes when the function does."""
+    # The compiler keeps what it made beside a function's code, and at most eight of it: other runs
+    # of the same process have code of their own.
+    fresh = FunctionType(_run.__code__.replace(), _run.__globals__)
+    return torch.compile(fresh, dynamic=True, fullgraph=True)
+
+
+def _run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return block._call_impl(*args, **kwargs)
+
+
+class _CompiledBlock:
+    """Calls compiled code where that has been made for it, and the block itself elsewhere.
+
+    Evaluation, what is below the lowest adapter, and the block that holds it would each be compiled
+    for itself, which takes longer than it can ever save.
+    """
+
+    def __init__(
+        self, block: nn.Module, run: Callable[..., Any], route: Route, changes: Changes | None
+    ) -> None:
+        self.block = block
+        self.run = run
+        self.route = route
+        self.changes = changes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output.
+
+        Raises:
+            TrainingError: the compiler cannot compile it.
+        """
+        if not self._is_for(*args, *kwargs.values()):
+            return self.block._call_impl(*args, **kwargs)
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        try:
+            return self.run(self.block, *args, **kwargs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise TrainingError(
+                f"torch.compile cannot compile {type(self.block).__name__}: {first}\n"
+                "Train without compile"
+            ) from error
+
+    def _is_for(self, *inputs: Any) -> bool:
+        trains = self.block.training and torch.is_grad_enabled()
+        receives = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        return trains and receives and self.route.changes is self.changes
+
+
+def check_compile(config: TrainConfig) -> None:
+    """Make sure that the other settings go with `compile`.
+
+    Raises:
+        ConfigError: they do not; every problem is listed.
+    """
+    if not config.compile:
+        return
+    problems = []
+    if config.memory != "fast":
+        problems.append(
+            f"memory: {config.memory} watches single operations, which a compiled model has not: "
+            "use memory: fast"
+        )
+    if config.quantize is not None:
+        problems.append("quantize: weights in few bits are not known to the compiler")
+    if config.sweep is not None:
+        problems.append(
+            "sweep: rows of several adapters change what the model does from batch to batch"
+        )
+    if any(method.startswith("prefix-") for method in config.method):
+        problems.append(
+            "method: trained tokens are put into rows by code that a compiler can't follow"
+        )
+    if problems:
+        raise ConfigError.listing("compile cannot be used with these settings", problems)

@@ -1,0 +1,292 @@
+"""What runs need before their first step, all of it checked: rows, a base, and an adapter each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.attachment.attach import attach
+from lorakit.attachment.plan import Plan
+from lorakit.config.train import TrainConfig
+from lorakit.data.collate import Collator
+from lorakit.data.encode import Encoded, encode_rows
+from lorakit.data.packing import PLAIN, Layout, choose_layout
+from lorakit.data.row_types import Rows
+from lorakit.data.rows import read_rows
+from lorakit.errors import ConfigError, DataError, LorakitError
+from lorakit.models.load import load_model, redraw_fresh_head
+from lorakit.models.quantized import Quantization
+from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
+from lorakit.training.memory.training_memory import check_memory
+from lorakit.training.virtual_tokens import check_infix, longest_row, with_tokens
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+NAME = "default"
+"""What the adapter of a run alone is called inside the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything that a run needs, checked before its first step."""
+
+    name: str
+    """What the adapter is called inside the model."""
+    task: str
+    kind: str
+    """What a row is: prompt, messages, text or classification."""
+    labels: tuple[str, ...] | None
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    training: Encoded
+    validation: Encoded | None
+    steps: int
+    """Optimizer steps of the whole run."""
+    layout: Layout = PLAIN
+    """How rows become batches."""
+
+    def __str__(self) -> str:
+        """Return the match table and what was read, as text."""
+        parts = [str(self.plan), f"training rows: {self.training.report}"]
+        if self.validation is not None:
+            parts.append(f"validation rows: {self.validation.report}")
+        return "\n".join([*parts, f"batches: {self.layout}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """The rows of a run, and the task that follows from them."""
+
+    task: str
+    training: Rows
+    validation: Rows | None
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read the rows, load the base and attach the adapter; nothing is written.
+
+    Raises:
+        LorakitError: whatever stands in the way of the run.
+    """
+    return prepare_all({NAME: config})[NAME]
+
+
+def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
+    """Read the rows of several runs, load their one base, and attach an adapter for each.
+
+    Rows that runs share are read and encoded once. Each adapter starts as if its run were alone.
+
+    Args:
+        configs: the settings of each run, by the adapter's name; they share what loads the base.
+
+    Raises:
+        LorakitError: whatever stands in the way of the runs.
+    """
+    for config in configs.values():
+        check_compile(config)
+    source_of = _sources(configs)
+    sources = {name: configs[name] for name in source_of.values()}
+    read = _for_each(sources, _read)
+    task, labels = _shared(read)
+    first = next(iter(configs.values()))
+    model, tokenizer = _load(first, task, labels)
+    layout = _layout(model, task, first)
+    check_memory(model, first)
+    plans = _for_each(
+        configs,
+        lambda config, name: _attach(
+            model, config, name, _looked_at(config, read[source_of[name]].training, tokenizer)
+        ),
+    )
+    encode = _Encodings(model, tokenizer, read, source_of)
+    encoded = _for_each(configs, encode)
+    runs = {name: (config, encoded[name]) for name, config in configs.items()}
+    steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
+    return {
+        name: Prepared(
+            name=name,
+            task=task,
+            kind=read[source_of[name]].training.kind,
+            labels=labels,
+            model=model,
+            tokenizer=tokenizer,
+            plan=plans[name],
+            training=training,
+            validation=validation,
+            steps=steps[name],
+            layout=layout,
+        )
+        for name, (_, (training, validation)) in runs.items()
+    }
+
+
+def _load(
+    config: TrainConfig, task: str, labels: tuple[str, ...] | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    how = None
+    if config.quantize is not None:
+        how = Quantization.of(config.quantize, config.dtype, double=config.double_quantization)
+    return load_model(config.model, dtype=config.dtype, task=task, labels=labels, quantize=how)
+
+
+def _layout(model: PreTrainedModel, task: str, config: TrainConfig) -> Layout:
+    # Joined rows need attention of ours, which plain torch does not have.
+    packing = "off" if config.kernels == "plain" else config.packing
+    if config.compile and torch.cuda.is_available() and packing == "auto":
+        # Attention within segments is made of products then, which suits short rows on a CPU.
+        return Layout(multiple=LENGTHS, by_length=True, reason="compile has the model's attention")
+    layout = choose_layout(model, task=task, packing=packing)
+    own_attention = not (layout.joined or layout.segmented)
+    return replace(layout, multiple=LENGTHS) if config.compile and own_attention else layout
+
+
+def _sources(configs: Mapping[str, TrainConfig]) -> dict[str, str]:
+    """Return, for each run, the first run that has the same settings of data."""
+    first: dict[str, str] = {}
+    return {
+        name: first.setdefault(config.data.model_dump_json(), name)
+        for name, config in configs.items()
+    }
+
+
+def _for_each(given: Mapping[str, T], work: Callable[[T, str], U]) -> dict[str, U]:
+    """Return what some work makes of each value, of which it also gets the name.
+
+    Raises:
+        LorakitError: it failed; if for several, one error tells of each.
+    """
+    made: dict[str, U] = {}
+    errors: dict[str, LorakitError] = {}
+    for name, value in given.items():
+        try:
+            made[name] = work(value, name)
+        except LorakitError as error:
+            errors[name] = error
+    if len(errors) == 1 and len(given) == 1:
+        raise next(iter(errors.values()))
+    if errors:
+        lines = [f"{name}: {error}" for name, error in errors.items()]
+        raise type(next(iter(errors.values()))).listing("some members cannot be trained", lines)
+    return made
+
+
+def _read(config: TrainConfig, name: str) -> _Rows:
+    data = config.data
+    if data.train is None:
+        raise ConfigError("data.train must say which rows to train on")
+    regression = config.task == "regression"
+    rows = read_rows(data.train, data, limit=data.train_rows, regression=regression)
+    held_out = None
+    if data.validation is not None:
+        held_out = read_rows(
+            data.validation,
+            data,
+            limit=data.validation_rows,
+            split="validation",
+            labels=rows.labels,
+            regression=regression,
+        )
+    return _Rows(task=_task(config, rows), training=rows, validation=held_out)
+
+
+def _task(config: TrainConfig, rows: Rows) -> str:
+    found = "classification" if rows.kind == "classification" else "generation"
+    if config.task == "auto":
+        return found
+    if (config.task == "generation") != (found == "generation"):
+        raise DataError(f"task is {config.task}, but {rows.source} has {rows.kind} rows")
+    return config.task
+
+
+def _shared(read: Mapping[str, _Rows]) -> tuple[str, tuple[str, ...] | None]:
+    """Return the task and the classes, which the model's one head needs to be the same for all.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    found = {name: (rows.task, rows.training.labels) for name, rows in read.items()}
+    if len(set(found.values())) > 1:
+        lines = [
+            f"{name}: {task}" + (f" into {', '.join(labels)}" if labels else "")
+            for name, (task, labels) in found.items()
+        ]
+        raise ConfigError.listing("members share one task with the same classes", lines)
+    return next(iter(found.values()))
+
+
+class _Encodings:
+    """Encodes the rows of each run, once for all runs that share them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        read: Mapping[str, _Rows],
+        source_of: Mapping[str, str],
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._read, self._source_of = read, source_of
+        self._made: dict[tuple[str, int | None, bool], Encoded] = {}
+
+    def __call__(self, config: TrainConfig, name: str) -> tuple[Encoded, Encoded | None]:
+        """Return training and validation rows of a run, with its adapter's trained tokens."""
+        source = self._source_of[name]
+        rows = self._read[source]
+        check_infix(self._model, name, rows.training.kind)
+        training = self._encoded(rows.training, config, (source, name, False))
+        if rows.validation is None:
+            return training, None
+        return training, self._encoded(rows.validation, config, (source, name, True))
+
+    def _encoded(self, rows: Rows, config: TrainConfig, what: tuple[str, str, bool]) -> Encoded:
+        source, name, held_out = what
+        longest = longest_row(self._model, name)
+        key = (source, longest, held_out)
+        if key not in self._made:
+            self._made[key] = encode_rows(rows, self._tokenizer, config.data, longest=longest)
+        return with_tokens(self._made[key], self._model, name)
+
+
+def _steps(config: TrainConfig, rows: int) -> int:
+    per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.accumulate)
+    steps = config.steps or math.ceil(per_epoch * config.epochs)
+    if config.warmup_of(steps) >= steps:
+        raise ConfigError(
+            f"warmup_steps {config.warmup_of(steps)} leaves nothing of the run's {steps} steps: "
+            "lower it, or train for longer"
+        )
+    return steps
+
+
+def _looked_at(
+    config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]] | None:
+    """Return the batches of training rows from which an adapter starts, or None."""
+    if config.init_from is not None or "lora" not in config.method or config.lora.init != "eva":
+        return None
+    draw, size = torch.Generator().manual_seed(config.seed), config.batch_size
+    chosen = torch.randperm(len(rows), generator=draw)[: config.eva_batches * size].tolist()
+    few = replace(rows, rows=tuple(rows.rows[row] for row in chosen))
+    examples, collate = encode_rows(few, tokenizer, config.data).examples, Collator(tokenizer)
+    return [collate(examples[at : at + size]) for at in range(0, len(examples), size)]
+
+
+def _attach(
+    model: PreTrainedModel, config: TrainConfig, name: str, data: list[dict[str, Any]] | None
+) -> Plan:
+    """Attach an adapter whose start depends on the seed alone, and not on what was drawn before."""
+    set_seed(config.seed)
+    redraw_fresh_head(model)
+    set_seed(config.seed)
+    if config.init_from is None:
+        return attach(model, config.methods(), name=name, data=data)
+    start = Adapter.load(config.init_from)
+    return attach(model, start, name=name, trainable=True, allow_other_base=config.allow_other_base)

@@ -1,0 +1,351 @@
+"""One training run, from settings to an adapter folder."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from lorakit.attachment.attach import adapter_parameters, extract
+from lorakit.attachment.state import require_attachment
+from lorakit.config.train import TrainConfig
+from lorakit.data.collate import Collator
+from lorakit.errors import ConfigError, OutputError, TrainingError
+from lorakit.kernels.choice import use
+from lorakit.models.quantized import card_of_base
+from lorakit.routing.route import route
+from lorakit.training.checks import Interruption, UntrainedParts
+from lorakit.training.evaluation import score
+from lorakit.training.loss import Loss
+from lorakit.training.memory.compiled_blocks import compiled_blocks
+from lorakit.training.memory.training_memory import training_memory
+from lorakit.training.prepare import Prepared, prepare
+from lorakit.training.rates import learning_rates
+from lorakit.training.record import JsonLines, ProgressBar, tensorboard
+from lorakit.training.trainer import (
+    AdapterTrainer,
+    KeepBest,
+    list_checkpoints,
+    make_arguments,
+    step_of,
+)
+
+BEST_BY = {"generation": "loss", "classification": "accuracy", "regression": "pearson"}
+"""The score that decides which adapter is the best, by task."""
+
+NOT_ON_CARD = {"out", "resume", "overwrite", "dry_run", "data", "model", "task", "sweep"} | {
+    "method",
+    "lora",
+    "full",
+    "bitfit",
+    "prefix",
+    "bottleneck",
+}
+"""Settings that the adapter itself holds, or that say nothing of how it came to be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run made."""
+
+    out: Path
+    steps: int
+    parameters: int
+    """Trained values."""
+    first_loss: float
+    """Mean training loss of the first logged step."""
+    last_loss: float
+    """Mean training loss since the last but one log."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Validation scores of the adapter in `out`; empty without validation rows."""
+    best_step: int | None = None
+    seconds: float = 0.0
+    """Time in the training loop, evaluation included."""
+    padding: float = 0.0
+    """Share of the tokens in training batches that only pad rows to one length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that can start: its settings, what they led to, and where it goes on from."""
+
+    config: TrainConfig
+    prepared: Prepared
+    checkpoint: Path | None
+    """The checkpoint to resume from."""
+
+    @property
+    def steps_done(self) -> int:
+        """Return the steps behind the checkpoint."""
+        return step_of(self.checkpoint) if self.checkpoint else 0
+
+
+def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -> TrainResult:
+    """Train an adapter as the settings say, and leave it in `config.out`.
+
+    The folder holds the best adapter by validation (the last one, without validation rows), the
+    last one in `last/`, resumable checkpoints, `log.jsonl` and, where TensorBoard is installed, its
+    record. Identical settings give identical adapter files on one machine; a run that is resumed
+    gives the same bytes as one that was never interrupted.
+
+    Args:
+        config: the settings.
+        progress: show a bar on stderr.
+        table: print on stderr, before the first step, what is adapted and what was read.
+
+    Raises:
+        LorakitError: the run cannot start, or a guardrail stopped it.
+        KeyboardInterrupt: it was interrupted; a checkpoint is saved, the text says how to go on.
+    """
+    if config.sweep is not None:
+        raise ConfigError(
+            "sweep asks for several adapters: call lorakit.training.sweep.sweep.sweep(config)"
+        )
+    checkpoint = find_checkpoint(config)
+    prepared = prepare(config)
+    if table:
+        print(prepared, file=sys.stderr)
+    run = Run(config=config, prepared=prepared, checkpoint=checkpoint)
+    return run_alone(run, bar=ProgressBar(show=progress))
+
+
+def run_alone(
+    run: Run,
+    *,
+    bar: TrainerCallback,
+    make_trainer: Callable[..., AdapterTrainer] = AdapterTrainer,
+) -> TrainResult:
+    """Train as `execute` does, with the kernels and the memory that the settings ask for."""
+    model, config = run.prepared.model, run.config
+    with (
+        Interruption() as interruption,
+        use(config.kernels),
+        training_memory(model, config),
+        compiled_blocks(model) if config.compile else nullcontext(),
+    ):
+        return execute(run, interruption, bar=bar, make_trainer=make_trainer)
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """Return the checkpoint to resume from, or make sure that the folder is free.
+
+    Raises:
+        OutputError: the folder is in use.
+        TrainingError: there is nothing to resume.
+    """
+    if not config.resume:
+        check_free(config)
+        return None
+    checkpoints = list_checkpoints(config.out / "checkpoints")
+    if not checkpoints:
+        raise TrainingError(f"{config.out} has no checkpoint to resume: leave out --resume")
+    return checkpoints[-1]
+
+
+def check_free(config: TrainConfig) -> None:
+    """Make sure that a new run may write its folder.
+
+    Raises:
+        OutputError: something is there already, and `overwrite` is not set.
+    """
+    if not config.overwrite and config.out.exists() and any(config.out.iterdir()):
+        raise OutputError(
+            f"{config.out} exists and is not empty: choose another folder, or give --resume to "
+            "go on with its run or --overwrite to replace it"
+        )
+
+
+def execute(
+    run: Run,
+    interruption: Interruption,
+    *,
+    bar: TrainerCallback,
+    make_trainer: Callable[..., AdapterTrainer] = AdapterTrainer,
+) -> TrainResult:
+    """Train from the first step, or from the checkpoint, to the finished folder.
+
+    Raises:
+        TrainingError: a guardrail stopped the run; the last good adapter is kept.
+        KeyboardInterrupt: it was interrupted; a checkpoint is saved, the text says how to go on.
+    """
+    _open_folder(run)
+    trainer = _trainer(run, make_trainer)
+    trainer.add_callback(bar)
+    trainer.add_callback(interruption)
+    steps = run.prepared.steps
+    try:
+        seconds = 0.0
+        if run.checkpoint and run.steps_done >= steps:
+            trainer.restore(run.checkpoint)
+        else:
+            seconds = trainer.train_from(run.checkpoint)
+    except TrainingError as error:
+        raise _stopped(error, trainer, run) from None
+    if interruption.happened and trainer.state.global_step < steps:
+        raise KeyboardInterrupt(
+            f"stopped after step {trainer.state.global_step} of {steps}, which is saved: "
+            "give --resume to go on"
+        )
+    return _finish(run, trainer, seconds)
+
+
+def _open_folder(run: Run) -> None:
+    """Make the folder, without what an earlier run left in it that this one would mix with."""
+    if run.checkpoint is None:
+        for left in ("checkpoints", "last", "tensorboard"):
+            shutil.rmtree(run.config.out / left, ignore_errors=True)
+    run.config.out.mkdir(parents=True, exist_ok=True)
+
+
+def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTrainer:
+    config, prepared = run.config, run.prepared
+    loss = Loss(prepared.task, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
+    plain_loss = Loss(prepared.task)
+    collate = Collator(prepared.tokenizer)
+    validation = prepared.validation
+
+    def scorer(model: torch.nn.Module) -> dict[str, float]:
+        assert validation is not None
+        with route(model, prepared.name):
+            return score(
+                model,
+                validation.examples,
+                loss=plain_loss,
+                collate=collate,
+                batch_size=4 * config.batch_size,
+            )
+
+    trainer = make_trainer(
+        adapter_name=prepared.name,
+        checkpoints=config.out / "checkpoints",
+        rates=_rates(run),
+        scorer=scorer if validation else None,
+        by_length=prepared.layout.by_length,
+        model=prepared.model,
+        args=make_arguments(config, prepared.steps),
+        train_dataset=prepared.training,
+        eval_dataset=validation,
+        data_collator=Collator(prepared.tokenizer, prepared.layout),
+        compute_loss_func=loss,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(JsonLines(config.out / "log.jsonl"))
+    trainer.add_callback(tensorboard(config.out / "tensorboard"))
+    if not config.allow_untrained:
+        trainer.add_callback(UntrainedParts(trainer.trained, check_after=config.check_after))
+    if validation:
+        best = BEST_BY[prepared.task]
+        trainer.add_callback(
+            KeepBest(
+                lambda: _save(run, trainer, config.out),
+                metric=best,
+                greater=best != "loss",
+                patience=config.patience,
+            )
+        )
+    return trainer
+
+
+def _rates(run: Run) -> dict[str, float]:
+    model, name = run.prepared.model, run.prepared.name
+    names = [each for each, _ in adapter_parameters(model, name)]
+    return learning_rates(run.config, require_attachment(model).adapters[name], names)
+
+
+def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:
+    card = training_card(
+        run.config, run.prepared, trainer.state.global_step, trainer.state.log_history
+    )
+    adapter = extract(run.prepared.model, run.prepared.name)
+    replace(adapter, card=card).save(folder, overwrite=True)
+
+
+def training_card(
+    config: TrainConfig, prepared: Prepared, step: int, history: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return how an adapter came to be; the same for identical runs, so no dates and no times."""
+    settings = config.model_dump(
+        mode="json",
+        exclude=NOT_ON_CARD,
+    )
+    scores = [e for e in history if any(key.startswith("eval_") for key in e)]
+    quantized = card_of_base(prepared.model)
+    libraries = ("lorakit", "torch", "transformers", *(["bitsandbytes"] if quantized else []))
+    return {
+        "task": prepared.task,
+        "task_type": "CAUSAL_LM" if prepared.task == "generation" else "SEQ_CLS",
+        "rows_kind": prepared.kind,
+        "labels": None if prepared.labels is None else list(prepared.labels),
+        "data": config.data.model_dump(mode="json"),
+        "rows": {
+            "training": len(prepared.training.examples),
+            "validation": len(prepared.validation.examples) if prepared.validation else 0,
+        },
+        "settings": settings,
+        **quantized,
+        "step": step,
+        "scores": {
+            name.removeprefix("eval_"): value
+            for name, value in (scores[-1] if scores else {}).items()
+            if name.startswith("eval_") and math.isfinite(value)
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in libraries},
+        },
+    }
+
+
+def _stopped(error: TrainingError, trainer: AdapterTrainer, run: Run) -> TrainingError:
+    """Keep the last good adapter of a run that a guardrail stopped, and say where it is."""
+    if not trainer.last_good:
+        return error
+    trainer.restore_last_good()
+    last = run.config.out / "last"
+    _save(run, trainer, last)
+    return TrainingError(f"{error}\nThe adapter as it last was good is in {last}")
+
+
+def _finish(run: Run, trainer: AdapterTrainer, seconds: float) -> TrainResult:
+    out = run.config.out
+    _save(run, trainer, out / "last")
+    history = trainer.state.log_history
+    best_step = trainer.state.best_global_step
+    if run.prepared.validation is None:
+        _save(run, trainer, out)
+    scores = {
+        key.removeprefix("eval_"): value
+        for entry in history
+        if best_step is not None and entry.get("step") == best_step
+        for key, value in entry.items()
+        if key.startswith("eval_")
+    }
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return TrainResult(
+        out=out,
+        steps=trainer.state.global_step,
+        parameters=run.prepared.plan.parameters,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        scores=scores,
+        best_step=best_step,
+        seconds=seconds,
+        padding=_padding(history),
+    )
+
+
+def _padding(history: Sequence[Mapping[str, Any]]) -> float:
+    """Return the share of padding over all that was logged."""
+    logged = [(entry["tokens"], entry["padding"]) for entry in history if "padding" in entry]
+    return sum(n * share for n, share in logged) / max(sum(n for n, _ in logged), 1)

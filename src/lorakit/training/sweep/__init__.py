@@ -1,0 +1,1 @@
+"""Many adapters trained in one batch, each as if alone."""

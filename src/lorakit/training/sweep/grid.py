@@ -1,0 +1,221 @@
+"""The members of a sweep: which settings may vary, and the settings and the name of each run."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorakit.config.base import problem_lines
+from lorakit.config.methods import (
+    BitFitConfig,
+    BottleneckSettings,
+    FullSettings,
+    LoRAConfig,
+    MethodConfig,
+    PrefixSettings,
+)
+from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.errors import ConfigError
+
+VARYING = (
+    *(f"lora.{name}" for name in LoRAConfig.model_fields),
+    *(f"full.{name}" for name in FullSettings.model_fields),
+    *(f"bitfit.{name}" for name in BitFitConfig.model_fields),
+    *(f"prefix.{name}" for name in PrefixSettings.model_fields),
+    *(f"bottleneck.{name}" for name in BottleneckSettings.model_fields),
+    *(f"data.{name}" for name in DataConfig.model_fields),
+    "method",
+    "steps",
+    "epochs",
+    "batch_size",
+    "accumulate",
+    "learning_rate",
+    "lora_plus_ratio",
+    "eva_batches",
+    "warmup_steps",
+    "schedule",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing",
+    "seed",
+    "eval_every",
+    "patience",
+)
+"""Settings that may differ between members; they share all others, the base first of all."""
+
+SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in VARYING if "." in key))
+"""Settings that hold settings."""
+
+LONGEST_NAME = 100
+"""Most characters of a member's name, which is the name of a folder too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One run of a sweep."""
+
+    name: str
+    """Its folder in the sweep's, and the name of its adapter in the model."""
+    settings: Mapping[str, Any]
+    """What it has in the settings that vary, as JSON would have it."""
+    config: TrainConfig
+    """All its settings, as if it were alone."""
+
+
+def members_of(config: TrainConfig) -> tuple[Member, ...]:
+    """Return the runs that `config.sweep` asks for.
+
+    Raises:
+        ConfigError: settings are unknown, may not vary, or have wrong values; or names are not
+            fit or not unique: all problems in one message.
+    """
+    problems: list[str] = []
+    asked = list(_asked(config.sweep, problems))
+    keys = list(dict.fromkeys(key for settings in asked for key in settings if key != "name"))
+    problems += [line for key in keys if (line := _refusal(key))]
+    made = [] if problems else [_config(config, settings, problems) for settings in asked]
+    configs = [each for each in made if each is not None]
+    if not problems:
+        members = _named(config, configs, keys, [settings.get("name") for settings in asked])
+        problems += _clashes(members)
+    if problems:
+        raise ConfigError.listing("sweep cannot be used", list(dict.fromkeys(problems)))
+    return tuple(members)
+
+
+def _asked(sweep: Any, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield what each member sets, and add to the problems what is not of the right form."""
+    if not sweep:
+        problems.append("it is empty: give lists of values, such as {lora.rank: [1, 2, 4, 8]}")
+    elif isinstance(sweep, dict):
+        for key, values in sweep.items():
+            if not isinstance(values, list) or not values:
+                problems.append(f"{key}: must be a list of values to try, found {values!r}")
+        lists = [values if isinstance(values, list) else [values] for values in sweep.values()]
+        for combination in itertools.product(*lists):
+            yield dict(zip(sweep, combination, strict=True))
+    else:
+        for number, settings in enumerate(sweep, start=1):
+            if isinstance(settings, dict):
+                yield {str(key): value for key, value in settings.items()}
+            else:
+                problems.append(f"member {number}: must be a mapping of settings, not {settings!r}")
+
+
+def _refusal(key: str) -> str | None:
+    """Return why a setting may not vary, or None."""
+    if key in VARYING:
+        return None
+    if key in SECTIONS:
+        return f"{key}: is a section: name its settings, such as {key}.{_first_of(key)}"
+    if key in TrainConfig.model_fields:
+        return f"{key}: cannot vary, because the members of a sweep share it"
+    return f"{key}: unknown setting{_nearest(key)}"
+
+
+def _first_of(section: str) -> str:
+    own = (key.partition(".")[2] for key in VARYING if key.startswith(f"{section}."))
+    return next(name for name in own if name not in MethodConfig.model_fields)
+
+
+def _nearest(key: str) -> str:
+    """Return the setting that was perhaps meant, also where its section was left out."""
+    short = {known.rpartition(".")[2]: known for known in VARYING}
+    close = difflib.get_close_matches(key.rpartition(".")[2], short, n=1)
+    if close:
+        return f"; did you mean '{short[close[0]]}'?"
+    return f"; those that may vary are {', '.join(VARYING)}"
+
+
+def _config(
+    config: TrainConfig, settings: Mapping[str, Any], problems: list[str]
+) -> TrainConfig | None:
+    """Return a member's settings without a folder of its own, or add what is wrong with them."""
+    values = {**config.model_dump(), "sweep": None}
+    for key, value in settings.items():
+        section, dot, name = key.rpartition(".")
+        if key != "name":
+            (values[section] if dot else values)[name] = value
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        problems += problem_lines(TrainConfig, error)
+        return None
+
+
+def _named(
+    config: TrainConfig, configs: Sequence[TrainConfig], keys: Sequence[str], names: Sequence[Any]
+) -> list[Member]:
+    """Return the members, with names made of what varies for those that were given none."""
+    members = []
+    for number, (each, given) in enumerate(zip(configs, names, strict=True), start=1):
+        values = each.model_dump(mode="json")
+        settings = {key: _value(values, key) for key in keys}
+        name = str(given) if given is not None else _name(settings) or f"member-{number}"
+        own = each.model_copy(update={"out": config.out / name})
+        members.append(Member(name=name, settings=settings, config=own))
+    return members
+
+
+def _value(values: Mapping[str, Any], key: str) -> Any:
+    section, dot, name = key.rpartition(".")
+    return (values[section] if dot else values)[name]
+
+
+def label(settings: Mapping[str, Any]) -> str:
+    """Return settings as people write them: rank=4, targets=q+v."""
+    return ", ".join(f"{key.rpartition('.')[2]}={word(v)}" for key, v in settings.items())
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    """Return settings as the name of a folder."""
+    text = re.sub(r"[^A-Za-z0-9._+=,-]+", "-", label(settings).replace(", ", ","))
+    return text.lstrip(".-")[:LONGEST_NAME]
+
+
+def word(value: Any) -> str:
+    """Return one value as people write it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return "+".join(map(word, value)) or "none"
+    if isinstance(value, dict):
+        return "+".join(f"{key}-{word(each)}" for key, each in value.items()) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    # Of a file's path the end tells most.
+    return str(value).rstrip("/").rpartition("/")[2]
+
+
+def _clashes(members: Sequence[Member]) -> list[str]:
+    """Return what is wrong with the names, and which members are one and the same."""
+    problems = []
+    by_name: dict[str, Member] = {}
+    by_content: dict[str, Member] = {}
+    for member in members:
+        if not re.fullmatch(rf"[\w+=,-][\w.+=,-]{{,{LONGEST_NAME - 1}}}", member.name, re.ASCII):
+            problems.append(
+                f"name: {member.name!r} is not fit for a folder: letters, digits and ._+=,- only, "
+                f"at most {LONGEST_NAME}"
+            )
+        content = json.dumps(member.config.model_dump(mode="json", exclude={"out"}))
+        twin = by_content.setdefault(content, member)
+        # Some file systems do not tell capitals from small letters.
+        namesake = by_name.setdefault(member.name.casefold(), member)
+        if twin is not member:
+            problems.append(
+                f"{member.name}: has the settings of {twin.name}, so it would repeat it"
+            )
+        elif namesake is not member:
+            problems.append(
+                f"{member.name}: two members have this name; write the sweep as a list, and give "
+                "each member a name"
+            )
+    return problems

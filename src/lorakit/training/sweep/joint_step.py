@@ -1,0 +1,202 @@
+"""One forward and backward pass for the batches of several adapters, and the Trainer that uses it.
+
+The base is frozen and rows do not see each other, so the gradient of the summed losses with regard
+to one adapter is the gradient of its own loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.attachment.attach import adapter_parameters
+from lorakit.data.chat import IGNORED
+from lorakit.data.collate import SEGMENTS
+from lorakit.kernels.packed_sequences import Segments
+from lorakit.models.attention import attention_within
+from lorakit.routing.route import route
+from lorakit.training.lm_loss import item_weight, text_losses
+from lorakit.training.loss import Loss
+from lorakit.training.trainer import AdapterTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One adapter's rows of a joint batch."""
+
+    name: str
+    """The adapter."""
+    inputs: dict[str, Any]
+    """What the collator made, labels included."""
+    loss: Loss
+    items: Tensor | int | None
+    """Labelled items of the whole optimizer step, over which the loss is a mean."""
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows."""
+        return len(self.inputs["input_ids"])
+
+    @property
+    def length(self) -> int:
+        """Return the length to which the rows are padded."""
+        return self.inputs["input_ids"].shape[1]
+
+
+def joint_losses(
+    model: PreTrainedModel, batches: Sequence[MicroBatch], *, pad_id: int
+) -> list[Tensor]:
+    """Return each adapter's loss, and add its gradient to `.grad` of its parameters.
+
+    Args:
+        model: the base with all the adapters.
+        batches: rows of different adapters, of any number and length.
+        pad_id: the token to pad with.
+    """
+    if not model.training:
+        model.train()
+    inputs = _joined(batches, pad_id=pad_id)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    names = [batch.name for batch in batches for _ in range(batch.rows)]
+    losses = _losses_of_texts if batches[0].loss.task == "generation" else _losses
+    # Gradient checkpointing runs layers again in the backward pass, which needs the route too.
+    choice = names if len(batches) > 1 else batches[0].name
+    with route(model, choice), attention_within(model, _segments(batches)):
+        total, found = losses(model, inputs, batches)
+        total.backward()
+    return found
+
+
+def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
+    """Return the inputs of all rows, padded on the right to the longest, without labels."""
+    length = max(batch.length for batch in batches)
+    special = {"labels", SEGMENTS}
+    joined = {}
+    for key in dict.fromkeys(
+        key for batch in batches for key in batch.inputs if key not in special
+    ):
+        fill = pad_id if key == "input_ids" else 0
+        parts = [
+            # Rows without token types are of type 0.
+            batch.inputs.get(key, torch.zeros_like(batch.inputs["input_ids"]))
+            for batch in batches
+        ]
+        joined[key] = torch.cat([F.pad(p, (0, length - p.shape[1]), value=fill) for p in parts])
+    return joined
+
+
+def _segments(batches: Sequence[MicroBatch]) -> Segments | None:
+    """Return the segments of the joined rows, if they come with segments."""
+    parts = [batch.inputs[SEGMENTS] for batch in batches if SEGMENTS in batch.inputs]
+    return Segments.stacked(parts) if parts else None
+
+
+def _losses_of_texts(
+    model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the sum of the losses, and the loss of each batch."""
+    length = inputs["input_ids"].shape[1]
+    labels = [F.pad(b.inputs["labels"], (0, length - b.length), value=IGNORED) for b in batches]
+    weights = [item_weight(own, batch.items) for own, batch in zip(labels, batches, strict=True)]
+    total, losses = text_losses(
+        model,
+        inputs,
+        torch.cat(labels).to(model.device),
+        weights=_of_rows(weights, batches),
+        label_smoothing=_of_rows([batch.loss.label_smoothing for batch in batches], batches),
+        z_loss=_of_rows([batch.loss.z_loss for batch in batches], batches),
+    )
+    parts = losses.split([batch.rows for batch in batches])
+    return total, [part.sum() * weight for part, weight in zip(parts, weights, strict=True)]
+
+
+def _of_rows(values: Sequence[float], batches: Sequence[MicroBatch]) -> float | Tensor:
+    """Return each row's value, or the one value that all batches have."""
+    if len(set(values)) == 1:
+        return values[0]
+    rows = torch.tensor([batch.rows for batch in batches])
+    return torch.tensor(values, dtype=torch.float64).repeat_interleave(rows)
+
+
+def _losses(
+    model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the same for rows that each have a class, or a number."""
+    logits = model(**inputs).logits
+    losses = [
+        batch.loss({"logits": own}, batch.inputs["labels"].to(logits.device), batch.items)
+        for batch, own in zip(batches, logits.split([b.rows for b in batches]), strict=True)
+    ]
+    return torch.stack(losses).sum(), [loss.detach() for loss in losses]
+
+
+class OwnParameters(nn.Module):
+    """What one adapter's Trainer sees of the model: this adapter's parameters, and no others.
+
+    So its optimizer, clipping and zero_grad cannot touch another's, nor lose time on them.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        super().__init__()
+        self.config = model.config
+        # Trainer counts labelled tokens in another way for language models.
+        self.loss_type = model.loss_type
+        self.trained = nn.ParameterList(p for _, p in adapter_parameters(model, name))
+
+
+class MemberTrainer(AdapterTrainer):
+    """Trains one adapter of several; its forward and backward passes happen elsewhere, jointly."""
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        adapter_name: str,
+        hand_in: Callable[[MicroBatch], Tensor],
+        **kwargs: Any,
+    ) -> None:
+        """Prepare training; `hand_in` has `joint_losses` done, and returns this adapter's loss."""
+        self._base = model
+        self._hand_in = hand_in
+        own = OwnParameters(model, adapter_name)
+        super().__init__(model=own, adapter_name=adapter_name, **kwargs)
+        self.adapted.to(self.args.device)
+
+    @property
+    def adapted(self) -> nn.Module:
+        """Return the model that has the adapter."""
+        return self._base
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the loss of one batch, and add its gradients to `.grad`.
+
+        Raises:
+            TrainingError: the loss is not a number.
+        """
+        self.count(inputs)
+        gradient_state = self.accelerator.gradient_state
+        at_step_end = gradient_state.sync_gradients
+        assert isinstance(self.compute_loss_func, Loss)
+        loss = self._hand_in(
+            MicroBatch(
+                name=self.adapter_name,
+                inputs=inputs,
+                loss=self.compute_loss_func,
+                items=num_items_in_batch,
+            )
+        )
+        # All Trainers of a process share this state, and the others have had their turn meanwhile.
+        gradient_state._set_sync_gradients(at_step_end)
+        self.check_loss(loss)
+        return loss

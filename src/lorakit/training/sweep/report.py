@@ -1,0 +1,210 @@
+"""What a sweep found, and its files: figures as JSON, a table, and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from lorakit.adapter.folder import WEIGHTS_FILE
+from lorakit.config.train import TrainConfig
+from lorakit.errors import MissingExtraError
+from lorakit.training.run import BEST_BY, TrainResult
+from lorakit.training.sweep import plot as sweep_plot
+from lorakit.training.sweep.grid import Member, word
+
+FIGURES, TABLE, PLOT = "sweep.json", "sweep.md", "sweep.png"
+NOT_COMPARED = {"out", "resume", "overwrite", "dry_run", "sweep"}
+"""Settings that may differ between a finished member and the same one asked for again."""
+
+
+@dataclass(frozen=True)
+class MemberResult:
+    """What became of one member."""
+
+    member: Member
+    trained: TrainResult | None = None
+    """What its run made; None if it has not ended, or was stopped."""
+    error: BaseException | None = None
+    """What stopped it."""
+
+    @property
+    def name(self) -> str:
+        """Return the member's name, which is that of its folder."""
+        return self.member.name
+
+    @property
+    def status(self) -> str:
+        """Return finished, stopped or unfinished."""
+        if self.trained is not None:
+            return "finished"
+        stopped = self.error is not None and not isinstance(self.error, KeyboardInterrupt)
+        return "stopped" if stopped else "unfinished"
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Return the size of the adapter's weights file."""
+        file = self.member.config.out / WEIGHTS_FILE
+        return file.stat().st_size if file.is_file() else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What a sweep made."""
+
+    config: TrainConfig
+    members: tuple[MemberResult, ...]
+    seconds: float
+    """Time in the training loops of all members together, evaluation included."""
+
+    @property
+    def out(self) -> Path:
+        """Return the sweep's folder."""
+        return self.config.out
+
+    @property
+    def finished(self) -> dict[str, TrainResult]:
+        """Return what the members that came to their end made, by name."""
+        return {each.name: each.trained for each in self.members if each.trained is not None}
+
+    @property
+    def metric(self) -> str | None:
+        """Return the validation score that all finished members have and are compared by."""
+        scored = [set(trained.scores) for trained in self.finished.values()]
+        common = set.intersection(*scored) if scored else set()
+        # Classifiers have a loss as well, but accuracy decides: the loss is the last to be taken.
+        deciding = sorted(BEST_BY.values(), key="loss".__eq__)
+        return next((name for name in deciding if name in common), None)
+
+    def score(self, trained: TrainResult) -> float:
+        """Return what a finished member is compared by: without validation, its training loss."""
+        return trained.scores[self.metric] if self.metric else trained.last_loss
+
+    @property
+    def score_name(self) -> str:
+        """Return what the score is, in words."""
+        return f"validation {self.metric}" if self.metric else "training loss"
+
+    @property
+    def summary(self) -> str:
+        """Return what came out, with a table, in Markdown that can be read as text too."""
+        return "\n\n".join([_headline(self), _table(self), *_notes(self)])
+
+
+def write_figures(result: SweepResult) -> None:
+    """Write all figures as JSON: what a sweep that is resumed knows of its finished members."""
+    _put(result.out / FIGURES, json.dumps(figures(result), indent=1) + "\n")
+
+
+def write_table_and_plot(result: SweepResult) -> None:
+    """Write the table and, where matplotlib is installed, the plot."""
+    _put(result.out / TABLE, f"# {result.summary}\n")
+    points = [
+        sweep_plot.Point(
+            settings=each.member.settings,
+            parameters=each.trained.parameters,
+            score=result.score(each.trained),
+        )
+        for each in result.members
+        if each.trained is not None
+    ]
+    if points and sweep_plot.is_available():
+        title = f"{result.config.model}: {len(points)} adapters"
+        sweep_plot.draw(points, result.out / PLOT, score_name=result.score_name, title=title)
+
+
+def _put(file: Path, text: str) -> None:
+    """Write a file as a whole: a sweep that is killed leaves the one before it."""
+    new = file.with_name(f".{file.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)
+
+
+def figures(result: SweepResult) -> dict[str, Any]:
+    """Return all figures of a sweep, as JSON has them: null for what is infinite."""
+    data = {
+        "model": result.config.model,
+        "sweep": result.config.sweep,
+        "score": result.score_name,
+        "seconds": result.seconds,
+        "members": [_member_figures(result, each) for each in result.members],
+    }
+    return to_jsonable_python(data, inf_nan_mode="null")
+
+
+def _member_figures(result: SweepResult, each: MemberResult) -> dict[str, Any]:
+    return {
+        "name": each.name,
+        "settings": dict(each.member.settings),
+        "status": each.status,
+        "error": str(each.error) if each.status == "stopped" else None,
+        "score": result.score(each.trained) if each.trained else None,
+        "adapter_bytes": each.adapter_bytes,
+        "result": asdict(each.trained) | {"out": each.name} if each.trained else None,
+        "config": _comparable(each.member.config),
+    }
+
+
+def _comparable(config: TrainConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=NOT_COMPARED)
+
+
+def read_finished(out: Path, members: Sequence[Member]) -> dict[str, TrainResult]:
+    """Return what the members that a sweep's folder has complete, with the same settings, made."""
+    file = out / FIGURES
+    if not file.is_file():
+        return {}
+    recorded = {each["name"]: each for each in json.loads(file.read_text("utf-8"))["members"]}
+    return {
+        member.name: _read_result(member, recorded[member.name]["result"])
+        for member in members
+        if recorded.get(member.name, {}).get("status") == "finished"
+        and recorded[member.name]["config"] == _comparable(member.config)
+        and (member.config.out / WEIGHTS_FILE).is_file()
+    }
+
+
+def _read_result(member: Member, result: Mapping[str, Any]) -> TrainResult:
+    scores = {name: float("inf") if v is None else v for name, v in result["scores"].items()}
+    return TrainResult(**{**result, "out": member.config.out, "scores": scores})
+
+
+def _headline(result: SweepResult) -> str:
+    count = len(result.members)
+    return f"{count} adapters on {result.config.model}, trained together in {result.seconds:.0f} s"
+
+
+def _table(result: SweepResult) -> str:
+    keys = list(result.members[0].member.settings)
+    head = [*(key.rpartition(".")[2] for key in keys), "parameters", "file", result.score_name]
+    rows = [["member", *head, "best step" if result.metric else "steps"]]
+    for each in result.members:
+        varied = [word(each.member.settings[key]) for key in keys]
+        rows.append([each.name, *varied, *_outcome(result, each)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+
+
+def _outcome(result: SweepResult, each: MemberResult) -> list[str]:
+    if each.trained is None:
+        return ["", "", each.status, ""]
+    step = each.trained.best_step if result.metric else each.trained.steps
+    score = f"{result.score(each.trained):.4f}"
+    return [f"{each.trained.parameters:,}", _size(each.adapter_bytes), score, str(step)]
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.0f} kB"
+
+
+def _notes(result: SweepResult) -> list[str]:
+    """Return what stopped members, and why there is no plot."""
+    lines = [f"{e.name} was stopped: {e.error}" for e in result.members if e.status == "stopped"]
+    if not sweep_plot.is_available():
+        lines.append(f"No {PLOT}: {MissingExtraError('the plot', 'plots')}")
+    return lines

@@ -1,0 +1,269 @@
+"""transformers' Trainer for adapters: what is saved, resumed, scored and guarded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.attachment.attach import adapter_parameters, extract
+from lorakit.config.train import TrainConfig
+from lorakit.errors import TrainingError
+from lorakit.methods.lora.pissa import apart
+from lorakit.training.batch_trainer import BatchTrainer
+from lorakit.training.rates import split_by_rate
+
+KEPT_CHECKPOINTS = 2
+"""How many checkpoints stay in a run's folder."""
+
+Scorer = Callable[[nn.Module], dict[str, float]]
+"""Scores the model as it is now."""
+
+
+class AdapterTrainer(BatchTrainer):
+    """Trains one adapter of a model; a checkpoint holds the adapter, and is whole or not there."""
+
+    def __init__(
+        self,
+        *,
+        adapter_name: str,
+        checkpoints: Path,
+        scorer: Scorer | None,
+        rates: Mapping[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Prepare training; `rates` has the peak learning rate of each tensor of the adapter."""
+        super().__init__(**kwargs)
+        self.rates = rates
+        self.adapter_name = adapter_name
+        self.checkpoints = checkpoints
+        self.scorer = scorer
+        self.weights = dict(adapter_parameters(self.adapted, adapter_name))
+        self.trained = {name: p for name, p in self.weights.items() if p.requires_grad}
+        self.last_good: dict[str, Tensor] = {}
+
+    def train_from(self, checkpoint: Path | None) -> float:
+        """Train to the end, from a checkpoint if there is one, and return the seconds it took."""
+        outcome = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return outcome.metrics["train_runtime"]
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over the weights and the record of a checkpoint without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss, and remember the weights that gave a finite one.
+
+        Raises:
+            TrainingError: the loss is not a number.
+        """
+        result = super().compute_loss(*args, **kwargs)
+        self.check_loss(result[0] if isinstance(result, tuple) else result)
+        return result
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Remember the weights that gave a loss, if it is finite.
+
+        Raises:
+            TrainingError: it is not.
+        """
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}: "
+                "try a smaller learning_rate or more warmup_steps"
+            )
+        if not self.last_good:
+            self.last_good = {name: torch.empty_like(p) for name, p in self.trained.items()}
+        with torch.no_grad():
+            for name, good in self.last_good.items():
+                good.copy_(self.trained[name])
+
+    def restore_last_good(self) -> None:
+        """Put back the weights that last gave a finite loss."""
+        with torch.no_grad():
+            for name, good in self.last_good.items():
+                self.trained[name].copy_(good)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer, in which each tensor has its own rate."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            split_by_rate(optimizer, self.trained, self.rates)
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return what weight decay applies to: matrices, and neither biases nor norms.
+
+        Trainer judges by names, and those of a model's parameters have the adapter's name in them.
+        """
+        decayed = {id(parameter) for parameter in self.trained.values() if parameter.dim() > 1}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the validation rows, log the scores, and tell the callbacks."""
+        assert self.scorer is not None
+        training = self.adapted.training
+        scores = {f"eval_{name}": value for name, value in self.scorer(self.adapted).items()}
+        self.adapted.train(training)
+        self.log(scores)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics=scores
+        )
+        return scores
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        assert output_dir is not None
+        extract(self.adapted, self.adapter_name).save(output_dir, overwrite=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Trainer writes a checkpoint file by file; in here until it is complete.
+        return str(self.checkpoints / ".unfinished")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        staging = Path(self._get_output_dir(trial))
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        super()._save_checkpoint(model, trial)
+        (made,) = staging.iterdir()
+        for file in made.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        final = self.checkpoints / made.name
+        shutil.rmtree(final, ignore_errors=True)
+        made.rename(final)
+        staging.rmdir()
+        for old in list_checkpoints(self.checkpoints)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        saved = Adapter.load(resume_from_checkpoint)
+        _check_same(saved, extract(self.adapted, self.adapter_name), resume_from_checkpoint)
+        tensors = apart(saved.sites, saved.tensors)
+        with torch.no_grad():
+            for name, parameter in self.weights.items():
+                parameter.copy_(tensors[name])
+
+
+def _check_same(saved: Adapter, asked: Adapter, checkpoint: str) -> None:
+    """Make sure that a checkpoint is of the adapter that the settings ask for.
+
+    Raises:
+        TrainingError: it is of another.
+    """
+    before, now = (
+        {f"{c.method}: {name}": value for c in each.configs for name, value in c}
+        for each in (saved, asked)
+    )
+    problems = [
+        f"{name} is {now.get(name, 'not set')}, and was {before.get(name, 'not set')}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+    ranks = {site.name: site.rank for site in saved.sites}
+    if not problems and (moved := [s.name for s in asked.sites if ranks.get(s.name) != s.rank]):
+        problems = [f"{name} has another rank" for name in moved]
+    if problems:
+        raise TrainingError.listing(
+            f"{checkpoint} can't be resumed with other settings of what is trained; give those "
+            "that it was started with, or --overwrite to start anew",
+            problems,
+        )
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    return sorted(folder.glob("checkpoint-*") if folder.is_dir() else (), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was saved."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def make_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
+    """Return Trainer's arguments for a run of so many steps."""
+    every = config.eval_every
+    return TrainingArguments(
+        output_dir=str(config.out),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=max(map(config.rate_of, config.method)),
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_of(steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        seed=config.seed,
+        eval_strategy="no" if config.data.validation is None else "steps" if every else "epoch",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        logging_steps=10,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+class KeepBest(TrainerCallback):
+    """Saves the adapter whenever its score is the best so far; stops when that no longer happens.
+
+    The best score lives in Trainer's own state, so a resumed run goes on from it.
+    """
+
+    def __init__(
+        self, save: Callable[[], None], *, metric: str, greater: bool, patience: int | None
+    ) -> None:
+        self._save = save
+        self._metric = f"eval_{metric}"
+        self._greater = greater
+        self._patience = patience
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Score the last step, too, where the interval does not meet it."""
+        if args.eval_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare the newest score with the best."""
+        score: float = kwargs["metrics"][self._metric]
+        best = state.best_metric
+        if best is None or (score > best if self._greater else score < best):
+            state.best_metric, state.best_global_step = score, state.global_step
+            self._save()
+        elif self._patience is not None:
+            since = [
+                entry
+                for entry in state.log_history
+                if self._metric in entry and entry["step"] > (state.best_global_step or 0)
+            ]
+            control.should_training_stop |= len(since) >= self._patience

@@ -1,0 +1,55 @@
+"""Rows for one adapter: cut so that its trained tokens have room, and with these put in."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.attachment.state import trained_tokens
+from lorakit.config.train import DataConfig
+from lorakit.data.encode import Encoded, encode_rows
+from lorakit.data.row_types import Rows
+from lorakit.errors import ConfigError
+from lorakit.models.shape import context_length
+
+
+def longest_row(model: nn.Module, name: str | None) -> int | None:
+    """Return the most tokens of a row that leave room for an adapter's own; None: any number."""
+    tokens, context = trained_tokens(model, name), context_length(model)
+    return None if tokens is None or context is None else context - len(tokens)
+
+
+def check_infix(model: nn.Module, name: str, kind: str) -> None:
+    """Make sure that rows have a prompt, where an adapter has trained tokens behind it.
+
+    Raises:
+        ConfigError: they are texts.
+    """
+    tokens = trained_tokens(model, name)
+    if kind == "text" and tokens is not None and tokens.infix:
+        raise ConfigError(
+            "rows are texts without a prompt, behind which infix tokens would stand: "
+            "set prefix.infix to 0"
+        )
+
+
+def with_tokens(encoded: Encoded, model: nn.Module, name: str | None) -> Encoded:
+    """Return rows with the trained tokens of an adapter, or as they are, if it has none."""
+    tokens = trained_tokens(model, name)
+    return encoded if tokens is None else tokens.into_all(encoded)
+
+
+def encode_for(
+    model: nn.Module,
+    name: str | None,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+) -> Encoded:
+    """Return rows as examples for an adapter of a model.
+
+    Raises:
+        DataError: no row is left, or rows or tokenizer do not allow it.
+    """
+    encoded = encode_rows(rows, tokenizer, data, longest=longest_row(model, name))
+    return with_tokens(encoded, model, name)

@@ -1,0 +1,104 @@
+import math
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorakit.data.metrics import accuracy, bleu, exact_match, matthews, pearson
+from lorakit.errors import DataError, MissingExtraError
+
+
+def test_exact_match_is_the_share_that_equals_any_reference() -> None:
+    outputs = ["a b", " c\n", "d", "E"]
+    references = [["x", "a b"], ["c "], ["d d"], ["e"]]
+    assert exact_match(outputs, references) == 0.5
+
+
+def test_accuracy_is_the_share_that_is_right() -> None:
+    assert accuracy([1, 0, 1, 1], [1, 1, 1, 0]) == 0.5
+    assert accuracy(["a"], ["a"]) == 1.0
+
+
+def test_pearson_agrees_with_numpy_and_a_hand_computed_value() -> None:
+    # Deviations (-1, 0, 1) and (-1, 1, 0): 1 / sqrt(2 · 2).
+    assert pearson([1.0, 2.0, 3.0], [1.0, 3.0, 2.0]) == pytest.approx(0.5)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 100))
+    assert pearson(list(x), list(y)) == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert pearson([0.1, 0.2, 0.3], [-1.0, -2.0, -3.0]) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("constant", [[0.1, 0.1, 0.1], [1.0, 1.0, 1.0]])
+def test_a_constant_side_shows_no_relation(constant: list[float]) -> None:
+    assert pearson(constant, [1.0, 2.0, 3.0]) == 0
+    assert pearson([1.0, 2.0, 3.0], constant) == 0
+    assert matthews(constant, [1, 2, 3]) == 0
+
+
+def test_matthews_of_two_classes_is_the_usual_formula() -> None:
+    predicted = [1] * 6 + [0] * 4 + [1] * 2 + [0] * 3
+    expected = [1] * 6 + [1] * 4 + [0] * 2 + [0] * 3
+    tp, fn, fp, tn = 6, 4, 2, 3
+    by_hand = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert matthews(predicted, expected) == pytest.approx(by_hand)
+    assert matthews(["a", "b"], ["a", "b"]) == pytest.approx(1)
+    assert matthews(["a", "b"], ["b", "a"]) == pytest.approx(-1)
+
+
+def test_matthews_of_three_classes_is_gorodkins() -> None:
+    rng = random.Random(0)
+    predicted, expected = ([rng.randrange(3) for _ in range(60)] for _ in range(2))
+    table = np.zeros((3, 3))
+    for p, e in zip(predicted, expected, strict=True):
+        table[e, p] += 1
+    total, right = table.sum(), np.trace(table)
+    truly, said = table.sum(1), table.sum(0)
+    by_counts = (right * total - truly @ said) / math.sqrt(
+        (total**2 - said @ said) * (total**2 - truly @ truly)
+    )
+    assert matthews(predicted, expected) == pytest.approx(by_counts)
+
+
+def test_bleu_of_one_sentence_is_the_formula() -> None:
+    # Of "a b c d e" against "a b c d f g": precisions 4/5, 3/4, 2/3, 1/2, brevity exp(1 - 6/5).
+    by_hand = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25 * math.exp(1 - 6 / 5)
+    assert bleu(["a b c d e"], [["a b c d f g"]]) == pytest.approx(by_hand)
+
+
+def test_bleu_takes_the_best_of_ragged_references_in_any_case() -> None:
+    outputs = ["The cat sat on the mat", "a dog ran off again"]
+    assert bleu(outputs, [["x", "y z", "the CAT sat on the mat"], ["A dog ran off again"]]) == (
+        pytest.approx(100)
+    )
+    assert bleu(outputs, [["x"], ["A dog ran off again"]]) < 70
+
+
+@pytest.mark.parametrize(
+    ("metric", "output", "expected"),
+    [
+        (exact_match, "a", ["a"]),
+        (accuracy, "a", "a"),
+        (pearson, 1.0, 1.0),
+        (matthews, 1, 1),
+        (bleu, "a", ["a"]),
+    ],
+)
+def test_nothing_has_no_score(metric: Callable[..., float], output: Any, expected: Any) -> None:
+    with pytest.raises(DataError, match="found 0 outputs and 0 expectations"):
+        metric([], [])
+    with pytest.raises(DataError, match="found 1 outputs and 2 expectations"):
+        metric([output], [expected, expected])
+
+
+def test_bleu_without_a_reference_is_refused() -> None:
+    with pytest.raises(DataError, match="1 of 2 outputs have none"):
+        bleu(["a", "b"], [["a"], []])
+
+
+def test_bleu_without_sacrebleu_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(MissingExtraError, match=r"BLEU needs .*'lorakit\[metrics\]'"):
+        bleu(["a"], [["a"]])

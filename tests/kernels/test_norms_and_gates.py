@@ -1,0 +1,144 @@
+"""Norms and gated activations of frozen blocks against the plain lines that they stand for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lorakit.kernels.norms_and_gates import gated, rms_norm
+
+ROOT = Path(__file__).parents[2]
+GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device of compute capability 8")
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def plain_norm(x, weight, eps):
+    exact = x.to(torch.float32)
+    rounded = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * rounded.to(x.dtype)
+
+
+def random(*shape, dtype, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def with_gradients(function, *inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    y = function(*leaves)
+    weights = random(*y.shape, dtype=y.dtype, seed=9)
+    return y, *torch.autograd.grad(y, leaves, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_norm_equals_that_of_transformers(dtype):
+    x, weight = random(2, 5, 24, dtype=dtype), random(24, dtype=dtype, seed=1)
+    found, slope = with_gradients(lambda x: rms_norm(x, weight, 1e-5), x)
+    wanted, own_slope = with_gradients(lambda x: plain_norm(x, weight, 1e-5), x)
+    assert torch.equal(found, wanted)
+    # The norm is in float32 in every precision.
+    unit = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(slope, own_slope, rtol=0, atol=4 * unit * own_slope.abs().max())
+
+
+def test_a_norms_gradient_is_that_of_exact_arithmetic():
+    x, weight = random(3, 24, dtype=torch.float32), random(24, dtype=torch.float32, seed=1)
+    _, slope = with_gradients(lambda x: rms_norm(x, weight, 1e-5), x)
+    weights = random(3, 24, dtype=torch.float32, seed=9)
+    leaf = x.double().requires_grad_()
+    (exact,) = torch.autograd.grad(
+        F.rms_norm(leaf, (24,), weight.double(), 1e-5), leaf, weights.double()
+    )
+    torch.testing.assert_close(slope.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_gated_activation_equals_its_plain_lines_bit_for_bit(name, dtype):
+    gate, up = (3 * random(2, 5, 24, dtype=dtype, seed=seed) for seed in (0, 1))
+    ours = with_gradients(lambda g, u: gated(g, u, name), gate, up)
+    plain = with_gradients(lambda g, u: ACTIVATIONS[name](g) * u, gate, up)
+    assert all(torch.equal(*pair) for pair in zip(ours, plain, strict=True))
+
+
+def test_only_what_is_needed_is_kept():
+    x, weight = random(4, 24, dtype=torch.bfloat16).requires_grad_(), torch.ones(24).bfloat16()
+    gate, up = (random(4, 24, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        rms_norm(x, weight, 1e-5)
+        gated(gate, up, "silu")
+    assert [k.shape for k in kept] == [x.shape, weight.shape, (4, 1), gate.shape, up.shape]
+    assert all(any(k is own for own in (x, weight, gate, up)) for k in kept if k.shape != (4, 1))
+
+
+def run_checks(**environment):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    options = "--import-mode=importlib"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"addopts={options}"]
+    checks = Path(__file__).with_name("norm_and_gate_checks.py")
+    found = subprocess.run(
+        [*command, str(checks)],
+        cwd=ROOT,
+        # Triton 3.9 warns while the last one is not set.
+        env=os.environ | environment | {"TRITON_DEFAULT_FP_FUSION": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert " passed" in found.stdout
+
+
+def test_the_kernels_equal_plain_torch_in_the_interpreter():
+    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_kernels_equal_plain_torch_on_the_device():
+    run_checks(TRITON_INTERPRET="0")
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lorakit.kernels import norms_and_gates_triton as blocks
+
+def compile(tuned, **constants):
+    kernel = tuned.fn
+    constants["MANY"] = True
+    names = kernel.arg_names
+    other = {"d": "i32", "count": "i32", "eps": "fp32", "inverse": "*fp32"}
+    signature = {n: other.get(n, "constexpr" if n in constants else "*bf16") for n in names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
+
+compile(blocks._norm, BLOCK=1024)
+compile(blocks._norm_gradient, BLOCK=1024)
+for kind in ("silu", "gelu", "gelu_tanh"):
+    compile(blocks._gated, KIND=kind, BLOCK=1024)
+    compile(blocks._gated_gradients, KIND=kind, BLOCK=1024)
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr

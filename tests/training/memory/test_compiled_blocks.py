@@ -1,0 +1,173 @@
+"""Training through torch.compile: the same run, one graph for all blocks, a model as it was."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.exc import Unsupported
+from torch.nn import Linear
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from lorakit.config.methods import LoRAConfig
+from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.data.batches import training_batch
+from lorakit.data.encode import Example
+from lorakit.errors import ConfigError, TrainingError
+from lorakit.layers.layer import Route
+from lorakit.training.memory.compiled_blocks import LENGTHS, _CompiledBlock
+from lorakit.training.memory.training_memory import check_memory
+from lorakit.training.prepare import prepare
+from tiny_models import build
+
+BLOCKS = 10
+"""More than the eight graphs that the compiler makes of one function before it gives up."""
+
+
+def run_process(backend, *runs):
+    """Return what `compiled_process` tells of each run."""
+    paths = [str(Path(__file__).parents[2]), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", Path(__file__).with_name("compiled_process.py"), backend]
+        + [run.model_dump_json(exclude={"compile", "overwrite"}) for run in runs],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def deep(tiny_llama, tmp_path_factory):
+    """Return a function that gives the folder of a tiny model of many blocks."""
+
+    def make(family, **settings):
+        folder = tmp_path_factory.mktemp("deep") / family
+        build(family, **settings).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+class Blockless(PreTrainedModel):
+    """A model without blocks."""
+
+
+def settings(model, rows, out, **others):
+    given = {
+        "model": str(model),
+        "out": out,
+        "lora": LoRAConfig(rank=2, targets=("all-linear",)),
+        "data": DataConfig(train=str(rows), validation=str(rows), validation_rows=8),
+        "dtype": "float32",
+        "warmup_steps": 1,
+        "batch_size": 6,
+        "steps": 12,
+        "eval_every": 5,
+    }
+    return TrainConfig(**{**given, **others})
+
+
+@pytest.fixture(scope="module")
+def runs(deep, prompt_rows, tmp_path_factory):
+    """Return what runs of several layouts and families came to, in one process.
+
+    Their backend runs the graphs as they are: what the compiler is given is the same for all.
+    """
+    out = tmp_path_factory.mktemp("runs")
+    llama = deep("llama", num_hidden_layers=BLOCKS)
+    gpt2 = deep("gpt2", n_layer=BLOCKS, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    asked = {
+        "joined": settings(llama, prompt_rows, out / "joined"),
+        "padded": settings(llama, prompt_rows, out / "padded", packing="off"),
+        "slices": settings(gpt2, prompt_rows, out / "slices"),
+    }
+    return dict(zip(asked, run_process("eager", *asked.values()), strict=True))
+
+
+NAMES = ("joined", "padded", "slices")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_graph_serves_all_blocks_and_lengths(runs, name):
+    assert runs[name]["graphs"] == 1
+    assert runs[name]["breaks"] == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_run_has_the_losses_of_the_same_run_without(runs, name):
+    assert runs[name]["compiled"] == pytest.approx(runs[name]["plain"], rel=1e-4)
+
+
+def test_compiled_rows_are_joined_where_others_are(runs):
+    assert runs["joined"]["layout"] == runs["slices"]["layout"] == "rows joined without padding"
+    assert runs["padded"]["layout"] == "padded"
+
+
+def test_the_real_compiler_gives_the_same_losses(deep, prompt_rows, tmp_path):
+    backend = "inductor" if shutil.which("g++") else "aot_eager"
+    folder = deep("llama", num_hidden_layers=3)
+    few = settings(folder, prompt_rows, tmp_path / "run", steps=3, eval_every=3)
+    (told,) = run_process(backend, few)
+    assert told["graphs"] == 1
+    assert told["breaks"] == {}
+    assert told["compiled"] == pytest.approx(told["plain"], rel=1e-3)
+
+
+def test_settings_that_a_compiled_model_cannot_have_are_refused(tmp_path):
+    config = TrainConfig(
+        out=tmp_path / "run",
+        data=DataConfig(train="builtin:places"),
+        compile=True,
+        memory="low",
+        sweep={"seed": [0, 1]},
+    )
+    with pytest.raises(ConfigError, match=r"2 problems(.|\n)*memory: low(.|\n)*sweep"):
+        prepare(config)
+    assert not config.out.exists()
+
+
+def test_what_the_compiler_refuses_is_told_in_one_message():
+    def refuse(*args):
+        raise Unsupported("it reads a file\nand a long explanation")
+
+    block = Linear(2, 2)
+    compiled = _CompiledBlock(block, refuse, Route(), None)
+    x = torch.ones(1, 2, requires_grad=True)
+    with pytest.raises(TrainingError, match="cannot compile Linear: it reads a file\nTrain with"):
+        compiled(x)
+
+
+def test_only_what_it_was_made_for_goes_through_compiled_code():
+    block, route = Linear(2, 2), Route(changes={})
+    compiled = _CompiledBlock(block, lambda block, x: "compiled", route, route.changes)
+    x = torch.ones(1, 2, requires_grad=True)
+    assert compiled(x) == "compiled"
+    assert isinstance(compiled(x.detach()), torch.Tensor)
+    with torch.no_grad():
+        assert isinstance(compiled(x), torch.Tensor)
+    block.eval()
+    assert isinstance(compiled(x), torch.Tensor)
+    block.train()
+    route.changes = {}
+    assert isinstance(compiled(x), torch.Tensor)
+
+
+def test_a_model_without_blocks_is_refused(tmp_path):
+    config = TrainConfig(out=tmp_path, data=DataConfig(train="builtin:places"), compile=True)
+    with pytest.raises(ConfigError, match="Blockless has none that transformers could checkpoint"):
+        check_memory(Blockless(PreTrainedConfig()), config)
+
+
+def test_padded_rows_of_a_compiled_model_have_few_lengths():
+    rows = [Example(input_ids=[5] * n, labels=[5] * n) for n in (3, 18)]
+    batch = training_batch(rows, pad_id=0, multiple=LENGTHS)
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 32)
+    assert batch["attention_mask"].sum(1).tolist() == [3, 18]
+    assert (batch["labels"][:, 18:] == -100).all()

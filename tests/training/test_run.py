@@ -1,0 +1,292 @@
+"""A training run from settings to folder: what it learns, keeps, resumes and refuses."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import lorakit as lk
+import lorakit.training.prepare as preparation
+import lorakit.training.run as training
+from lorakit.config.methods import LoRAConfig
+from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.errors import ConfigError, DataError, OutputError, TrainingError
+from lorakit.training import batch_trainer
+from lorakit.training.lm_loss import text_loss
+from lorakit.training.run import train
+
+FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
+
+
+@pytest.fixture
+def settings(tiny_llama, prompt_rows, tmp_path):
+    """Return a maker of settings for a short run."""
+
+    def make(**changes):
+        values = {
+            "model": str(tiny_llama),
+            "out": tmp_path / "run",
+            "lora": LoRAConfig(rank=4, targets=("all-linear",), dropout=0.1),
+            "data": DataConfig(train=str(prompt_rows), validation=str(prompt_rows)),
+            "dtype": "float32",
+            "steps": 12,
+            "eval_every": 4,
+            "save_every": 3,
+            "warmup_steps": 2,
+            "learning_rate": 1e-2,
+        }
+        return TrainConfig(**{**values, **changes})
+
+    return make
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def test_a_run_lowers_the_loss_and_leaves_a_usable_adapter(settings, tiny_llama):
+    lora = LoRAConfig(rank=8, targets=("all-linear", "head"))
+    result = train(settings(steps=60, eval_every=20, lora=lora, learning_rate=3e-2))
+    assert result.last_loss < 0.6 * result.first_loss
+    model, _ = lk.load_model(str(tiny_llama))
+    plan = lk.attach(model, lk.Adapter.load(result.out))
+    assert plan.parameters == result.parameters
+    log = [json.loads(line) for line in (result.out / "log.jsonl").read_text().splitlines()]
+    assert any("loss" in entry for entry in log)
+    assert sum("eval_loss" in entry for entry in log) == 3
+
+
+def test_the_first_loss_is_that_of_the_bare_model(settings, tiny_llama, prompt_rows):
+    result = train(settings(steps=4, lora=LoRAConfig(), batch_size=64))
+    model, tokenizer = lk.load_model(str(tiny_llama))
+    total, count = 0.0, 0
+    for line in prompt_rows.read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer(row["prompt"] + "\n").input_ids
+        answer = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, 2]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        total += float(cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+        count += len(answer)
+    assert result.first_loss == pytest.approx(total / count, rel=1e-4)
+
+
+def test_identical_settings_give_identical_bytes(settings, tmp_path):
+    first = train(settings(out=tmp_path / "first"))
+    second = train(settings(out=tmp_path / "second"))
+    assert contents(first.out) == contents(second.out)
+    assert contents(first.out / "last") == contents(second.out / "last")
+
+
+def losses_of_all_logits(model, inputs, labels, *, loss, items):
+    """Return the loss of a batch as plain torch finds it."""
+    logits, targets = model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    smoothing = loss.label_smoothing
+    summed = cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    return (summed + loss.z_loss * logits[targets != -100].logsumexp(-1).square().sum()) / items
+
+
+def test_every_step_has_the_loss_of_plain_torch(settings, tmp_path, monkeypatch):
+    found = {}
+    for name in ("ours", "plain"):
+        compute = {"ours": text_loss, "plain": losses_of_all_logits}[name]
+
+        def noted(*args, compute=compute, name=name, **options):
+            loss = compute(*args, **options)
+            found.setdefault(name, []).append(loss.item())
+            return loss
+
+        monkeypatch.setattr(batch_trainer, "text_loss", noted)
+        lora = LoRAConfig(rank=4, targets=("all-linear", "head"))
+        train(settings(out=tmp_path / name, lora=lora, label_smoothing=0.1, z_loss=0.02))
+    assert len(found["ours"]) == 12
+    assert found["ours"] == pytest.approx(found["plain"], rel=1e-5)
+    assert found["ours"][-1] < 0.9 * found["ours"][0]
+
+
+def test_another_seed_gives_another_adapter(settings, tmp_path):
+    first = train(settings(out=tmp_path / "first"))
+    second = train(settings(out=tmp_path / "second", seed=1))
+    assert contents(first.out) != contents(second.out)
+
+
+def run_in_process(config, tmp_path):
+    """Start `lorakit train` as a program of its own."""
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "lorakit.cli", "train", str(file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(folder, step, process):
+    """Wait until a checkpoint of this step or a later one is there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        numbers = [int(p.name.split("-")[1]) for p in folder.glob("checkpoints/checkpoint-*")]
+        if any(number >= step for number in numbers):
+            return
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(f"no checkpoint of step {step}: {process.communicate()[1][-2000:]}")
+
+
+@pytest.mark.parametrize("step", [3, 15])
+def test_a_killed_run_resumes_to_the_same_bytes(settings, tmp_path, step):
+    whole = train(settings(out=tmp_path / "whole", steps=24))
+    config = settings(out=tmp_path / "killed", steps=24)
+    process = run_in_process(config, tmp_path)
+    wait_for_step(config.out, step, process)
+    process.kill()
+    process.communicate()
+    resumed = train(config.model_copy(update={"resume": True}))
+    assert resumed.steps == 24
+    assert contents(resumed.out) == contents(whole.out)
+    assert contents(resumed.out / "last") == contents(whole.out / "last")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"lora": {"rank": 1, "targets": "all-linear"}}, "lora: rank is 1, and was 4"),
+        ({"method": "bitfit", "bitfit": {"add_missing": True}}, "bitfit: add_missing is True"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(settings, changes, problem):
+    config = settings(steps=4, save_every=2, warmup_steps=1)
+    train(config)
+    before = contents(config.out)
+    with pytest.raises(TrainingError, match="can't be resumed with other settings") as caught:
+        train(settings(steps=4, save_every=2, warmup_steps=1, resume=True, **changes))
+    assert problem in str(caught.value)
+    assert contents(config.out) == before
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):
+    whole = train(settings(out=tmp_path / "whole", steps=40))
+    config = settings(out=tmp_path / "stopped", steps=40)
+    process = run_in_process(config, tmp_path)
+    wait_for_step(config.out, 3, process)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate()
+    assert process.returncode == 130, messages[-2000:]
+    assert "--resume" in messages
+    resumed = train(config.model_copy(update={"resume": True}))
+    assert contents(resumed.out) == contents(whole.out)
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """Return a function that decides what the evaluations of a run will find."""
+
+    def decide(*losses):
+        coming = iter(losses)
+        monkeypatch.setattr(training, "score", lambda *a, **k: {"loss": next(coming)})
+
+    return decide
+
+
+def test_the_best_adapter_is_kept_beside_the_last(settings, scores):
+    scores(3.0, 1.0, 2.0)
+    result = train(settings(steps=12, eval_every=4))
+    assert result.best_step == 8
+    assert result.scores == {"loss": 1.0}
+    assert lk.Adapter.load(result.out).card["step"] == 8
+    assert lk.Adapter.load(result.out / "last").card["step"] == 12
+
+
+def test_patience_ends_a_run_that_no_longer_improves(settings, scores):
+    scores(3.0, 1.0, 2.0, 1.5)
+    assert train(settings(steps=200, eval_every=4, patience=2)).steps == 16
+
+
+def test_accumulated_batches_equal_one_large_batch(settings, tmp_path):
+    plain = LoRAConfig(rank=4, targets=("all-linear",))
+    one = train(settings(out=tmp_path / "one", batch_size=8, lora=plain, steps=6))
+    two = train(settings(out=tmp_path / "two", batch_size=4, accumulate=2, lora=plain, steps=6))
+    first, second = (lk.Adapter.load(r.out / "last").tensors for r in (one, two))
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory", ["balanced", "low"])
+def test_recomputation_changes_nothing(settings, tmp_path, memory):
+    without = train(settings(out=tmp_path / "one"))
+    with_it = train(settings(out=tmp_path / "two", memory=memory))
+    first, second = (lk.Adapter.load(r.out).tensors for r in (without, with_it))
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_encoders_learn_labels(settings, tiny_bert, label_rows, tmp_path, task):
+    file = label_rows
+    if task == "regression":
+        file = tmp_path / "numbers.jsonl"
+        rows = [json.loads(line) for line in label_rows.read_text().splitlines()]
+        file.write_text(
+            "\n".join(json.dumps({**r, "label": float(r["label"] == "yes")}) for r in rows)
+        )
+    data = DataConfig(train=str(file), validation=str(file))
+    config = settings(model=str(tiny_bert), data=data, task=task, steps=120, eval_every=40)
+    result = train(config)
+    metric = {"classification": "accuracy", "regression": "pearson"}[task]
+    assert result.scores[metric] > 0.9
+    assert lk.Adapter.load(result.out).copied_modules == ("classifier",)
+
+
+def test_a_layer_without_gradient_is_named_and_stops_the_run(settings, monkeypatch):
+    def load_with_idle_layer(*args, **kwargs):
+        model, tokenizer = lk.load_model(*args, **kwargs)
+        model.model.layers[1].idle = torch.nn.Linear(32, 32)
+        return model, tokenizer
+
+    monkeypatch.setattr(preparation, "load_model", load_with_idle_layer)
+    config = settings(lora=LoRAConfig(targets=("q", "idle")))
+    with pytest.raises(TrainingError, match=r"layers\.1\.idle\.lora_b  has had no gradient"):
+        train(config)
+    assert train(config.model_copy(update={"allow_untrained": True, "overwrite": True})).steps == 12
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_adapter(settings):
+    config = settings(steps=50, learning_rate=1e30, max_grad_norm=1e30, eval_every=50)
+    with pytest.raises(TrainingError, match=r"the loss became (nan|inf)"):
+        train(config)
+    kept = lk.Adapter.load(config.out / "last")
+    assert all(tensor.isfinite().all() for tensor in kept.tensors.values())
+
+
+def test_mistakes_are_told_before_anything_is_written(settings, tmp_path):
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        train(settings(out=occupied))
+    with pytest.raises(TrainingError, match="no checkpoint to resume"):
+        train(settings(resume=True))
+    with pytest.raises(ConfigError, match="warmup_steps 20 leaves nothing"):
+        train(settings(warmup_steps=20))
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        train(settings(data=DataConfig()))
+    with pytest.raises(DataError, match="does not exist"):
+        train(settings(data=DataConfig(train=str(tmp_path / "none.jsonl"))))
+    assert (occupied / "mine.txt").read_text() == "mine"
+    assert not (tmp_path / "run").exists()
+
+
+def test_truncated_rows_are_reported_before_training(settings, capfd, prompt_rows):
+    data = DataConfig(train=str(prompt_rows), max_length=6)
+    train(settings(data=data, eval_every=None), table=True)
+    assert "cut 64 prompts" in capfd.readouterr().err
+
+
+def test_bfloat16_training_stays_finite(settings):
+    result = train(settings(dtype="bfloat16"))
+    assert math.isfinite(result.last_loss)
+    assert os.listdir(result.out / "last")
