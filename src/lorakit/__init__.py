@@ -6,7 +6,8 @@ model, tokenizer = lk.load_model("smollm2")
 lk.attach(model, lk.LoRAConfig(rank=8, alpha=16, targets=("q", "v")))
 """
 
-from lorakit.adapter.adapter import Adapter, Site
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.site import Site
 from lorakit.attachment.attach import attach, detach, extract
 from lorakit.attachment.open_model import Opened, open_model
 from lorakit.attachment.plan import plan

@@ -11,7 +11,6 @@ from pathlib import Path
 from torch import nn
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.folder import reading
 from lorakit.adapter.tensor_files import value_problems
 from lorakit.attachment.attach import extract, fit_and_build, install, remove
 from lorakit.attachment.state import Attachment, attached, attachment_of, is_compiled, unwrapped
@@ -98,7 +97,7 @@ class AdapterBank:
             BankError: there is no room for it, or the name is merged.
         """
         with self._loading:
-            with reading(Path(folder)) as adapter:
+            with Adapter.reading(folder) as adapter:
                 ready = self._ready(name, adapter, copy=False)
             return self._hold(name, adapter, ready, Path(folder).absolute())
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapter.adapter import Adapter, Site, scale_of
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.site import Site, scale_of
 from lorakit.config.methods import LoRAConfig
 from lorakit.models.identity import BaseIdentity
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-import lorakit.adapter.adapter
+import lorakit.adapter.content
 from adapter.handmade import adapter, site, slice_of
 
 
@@ -40,9 +40,9 @@ def test_the_content_hash_is_that_of_files_written_before():
     assert counted().content_hash() == naive_hash(counted()) == expected
 
 
-@pytest.mark.parametrize("lump_bytes", [1, 100, lorakit.adapter.adapter.LUMP_BYTES])
+@pytest.mark.parametrize("lump_bytes", [1, 100, lorakit.adapter.content.LUMP_BYTES])
 def test_the_content_hash_does_not_depend_on_how_its_bytes_are_read(monkeypatch, lump_bytes):
-    monkeypatch.setattr(lorakit.adapter.adapter, "LUMP_BYTES", lump_bytes)
+    monkeypatch.setattr(lorakit.adapter.content, "LUMP_BYTES", lump_bytes)
     values = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     odd = {
         "bfloat16": values.bfloat16(),

@@ -14,8 +14,8 @@ import safetensors.torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.atomic_write import read_file, write_files
+from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.loralib import read_loralib
 from lorakit.adapter.peft import (
     decode,
@@ -44,7 +44,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
 
-def save_folder(adapter: Adapter, folder: Path, *, overwrite: bool = False) -> Path:
+def save_folder(adapter: AdapterContent, folder: Path, *, overwrite: bool = False) -> Path:
     """Write an adapter as a folder (docs/adapter-format.md) and return the folder.
 
     It is written whole or not at all, and read back before it counts. Files of other names that are
@@ -70,7 +70,7 @@ def save_folder(adapter: Adapter, folder: Path, *, overwrite: bool = False) -> P
     return folder
 
 
-def _files(adapter: Adapter) -> dict[str, bytes]:
+def _files(adapter: AdapterContent) -> dict[str, bytes]:
     """Return the content of the folder's files by name."""
     reasons = reasons_against(adapter)
     if reasons:
@@ -87,7 +87,7 @@ def _files(adapter: Adapter) -> dict[str, bytes]:
     return {name: text.encode() for name, text in texts.items()} | {WEIGHTS_FILE: weights}
 
 
-def save_peft(adapter: Adapter, folder: Path) -> Path:
+def save_peft(adapter: AdapterContent, folder: Path) -> Path:
     """Write PEFT's two files alone, as a new folder, and return the folder.
 
     Raises:
@@ -103,7 +103,7 @@ def save_peft(adapter: Adapter, folder: Path) -> Path:
     return folder
 
 
-def _own_form(adapter: Adapter, reasons: list[str]) -> dict[str, Any]:
+def _own_form(adapter: AdapterContent, reasons: list[str]) -> dict[str, Any]:
     """Return adapter_config.json of an adapter that PEFT can't express, and so must refuse."""
     return {
         "method": adapter.method,
@@ -113,7 +113,7 @@ def _own_form(adapter: Adapter, reasons: list[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[Adapter]:
+def reading(folder: Path) -> Iterator[AdapterContent]:
     """Give the adapter of a folder for a block of work, while another thread computes its hash.
 
     The hash is checked at the end of the block: until then nothing may count that the block makes.
@@ -139,7 +139,7 @@ def load_path(
     *,
     config: LoRAConfig | None = None,
     kernel_sizes: Mapping[str, int] | None = None,
-) -> Adapter:
+) -> AdapterContent:
     """Read an adapter folder of lorakit or PEFT, or a loralib .pt file.
 
     Args:
@@ -165,7 +165,7 @@ def load_path(
     return adapter
 
 
-def _check_content(adapter: Adapter, content_hash: str | None, folder: Path) -> None:
+def _check_content(adapter: AdapterContent, content_hash: str | None, folder: Path) -> None:
     """Compare an adapter with the hash that its folder holds, if it holds one."""
     if content_hash not in (None, adapter.content_hash()):
         problem = "the content hash is another: weights were changed or damaged after saving"
@@ -194,7 +194,7 @@ def _read(folder: Path) -> dict[str, bytes]:
 
 def _load_file(
     path: Path, config: LoRAConfig | None, kernel_sizes: Mapping[str, int] | None
-) -> Adapter:
+) -> AdapterContent:
     if path.name in (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, PICKLE_FILE):
         raise AdapterFileError(f"{path} is one file of an adapter: give its folder, {path.parent}")
     if config is None:
@@ -215,7 +215,7 @@ def _neighbours(path: Path) -> str:
     return near or (f"; beside it are {', '.join(adapters)}" if adapters else "")
 
 
-def _adapter_from(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, str | None]:
+def _adapter_from(files: Mapping[str, bytes], folder: Path) -> tuple[AdapterContent, str | None]:
     """Return the adapter that a folder's files hold, and the hash of what was saved, if known."""
     _check_present(files, folder)
     problems: list[str] = []
@@ -249,7 +249,7 @@ def _own_form_problems(
     return []
 
 
-def _foreign(config: PeftConfig, tensors: Mapping[str, Tensor], folder: Path) -> Adapter:
+def _foreign(config: PeftConfig, tensors: Mapping[str, Tensor], folder: Path) -> AdapterContent:
     adapter, problems = read_peft(config, tensors)
     if adapter is None:
         raise AdapterFileError.listing(f"{folder} cannot be used", problems)
@@ -343,7 +343,7 @@ def _tensors(files: Mapping[str, bytes], problems: list[str]) -> dict[str, Tenso
 
 def _recorded(
     record: Record, config: PeftConfig | None, found: Mapping[str, Tensor], folder: Path
-) -> Adapter:
+) -> AdapterContent:
     """Return the adapter that lorakit.json describes; its hash is not computed yet.
 
     Raises:

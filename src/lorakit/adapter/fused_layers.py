@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.adapter.adapter import Site, scale_of
+from lorakit.adapter.site import Site, scale_of
 
 
 @dataclass(frozen=True, kw_only=True)

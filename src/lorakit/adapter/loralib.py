@@ -16,8 +16,9 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from lorakit.adapter.adapter import Adapter, Site, scale_of
+from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.peft_read import EMBEDDINGS
+from lorakit.adapter.site import Site, scale_of
 from lorakit.adapter.tensor_files import read_pickle, value_problems
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError
@@ -66,7 +67,7 @@ class _Layer:
 
 def read_loralib(
     path: Path, config: LoRAConfig, kernel_sizes: Mapping[str, int] | None = None
-) -> Adapter:
+) -> AdapterContent:
     """Read a file that loralib's lora_state_dict was saved to.
 
     Linear, Embedding, MergedLinear and Conv2d layers are read. Of a MergedLinear, whose A and B
@@ -98,7 +99,7 @@ def read_loralib(
     copied = _copied(others, adapted, problems)
     if problems:
         raise AdapterFileError.listing(f"{path} cannot be used", problems)
-    return Adapter(
+    return AdapterContent(
         configs=(_with_extras(config, others, adapted, copied),),
         sites=tuple(sites),
         tensors=named | others,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.fused_layers import WholeLayer, obstacles, stack, unstack, whole_layers
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig, parse_config
 from lorakit.config.methods import LoRAConfig
@@ -89,17 +89,17 @@ def decode(
     return tensors, problems
 
 
-def layers_of(adapter: Adapter) -> tuple[WholeLayer, ...]:
+def layers_of(adapter: AdapterContent) -> tuple[WholeLayer, ...]:
     """Return an adapter's sites by layer."""
     return whole_layers(adapter.sites, use_rslora=_settings(adapter).use_rslora)
 
 
-def _settings(adapter: Adapter) -> LoRAConfig:
+def _settings(adapter: AdapterContent) -> LoRAConfig:
     """Return the settings of an adapter's low-rank updates."""
     return adapter.lora or LoRAConfig()
 
 
-def reasons_against(adapter: Adapter) -> list[str]:
+def reasons_against(adapter: AdapterContent) -> list[str]:
     """Return why PEFT has no exact form of an adapter; empty where it has one."""
     if adapter.method != "lora":
         return [f"it was made by {adapter.method}"]
@@ -130,7 +130,7 @@ def _reads(config: PeftConfig, layer: WholeLayer) -> bool:
         return False
 
 
-def peft_config(adapter: Adapter, layers: Sequence[WholeLayer]) -> dict[str, Any]:
+def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[str, Any]:
     """Return adapter_config.json of an adapter: fields that PEFT knows since 0.14, in order."""
     ranks = {layer.path: layer.rank for layer in layers}
     alphas = {layer.path: _short(layer.alpha) for layer in layers}
@@ -158,7 +158,7 @@ def peft_config(adapter: Adapter, layers: Sequence[WholeLayer]) -> dict[str, Any
     }
 
 
-def base_name(adapter: Adapter) -> str | None:
+def base_name(adapter: AdapterContent) -> str | None:
     """Return the name of the base, from its identity or else from the training card."""
     return (adapter.base.name if adapter.base else adapter.card.get("base_model")) or None
 
@@ -173,7 +173,7 @@ def _commonest(values: Iterable[V]) -> V:
 
 
 def disagreements(
-    config: PeftConfig, adapter: Adapter, layers: Sequence[WholeLayer]
+    config: PeftConfig, adapter: AdapterContent, layers: Sequence[WholeLayer]
 ) -> Iterator[str]:
     """Yield a line for each field of a configuration that is not what lorakit.json asks for."""
     for layer in layers:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lorakit.adapter.adapter import scale_of
+from lorakit.adapter.site import scale_of
 
 CONFIG_FILE = "adapter_config.json"
 

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lorakit.adapter.adapter import Adapter, Kind, Site
+from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.fused_layers import WholeLayer, unstack
 from lorakit.adapter.peft import PREFIX, hint
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
+from lorakit.adapter.site import Kind, Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.models.roles import GROUPS, ROLES
 
@@ -54,7 +55,7 @@ class _Sorted:
 
 def read_peft(
     config: PeftConfig, tensors: Mapping[str, Tensor]
-) -> tuple[Adapter | None, list[str]]:
+) -> tuple[AdapterContent | None, list[str]]:
     """Return the adapter in a file of PEFT's, or None and what is wrong with it."""
     found = _sort(config, tensors)
     problems = found.problems + list(_absent_copies(config, found))
@@ -71,7 +72,7 @@ def read_peft(
         problems.append("it holds no update: no tensor is called ….lora_A.weight")
     if problems:
         return None, problems
-    adapter = Adapter(
+    adapter = AdapterContent(
         configs=(_lora_config(config, sites, named, tuple(sorted(found.copied))),),
         sites=tuple(sites),
         tensors=named,

@@ -12,7 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from lorakit.adapter.adapter import Adapter, Kind, Rows, Site
+from lorakit.adapter.content import AdapterContent
+from lorakit.adapter.site import Kind, Rows, Site
 from lorakit.config.methods import METHODS, MethodConfig, config_of
 from lorakit.models.identity import BaseIdentity
 
@@ -100,7 +101,7 @@ class Record(BaseModel):
     unverified: tuple[str, ...]
 
     @classmethod
-    def of(cls, adapter: Adapter) -> Record:
+    def of(cls, adapter: AdapterContent) -> Record:
         """Return the record of an adapter."""
         return cls(
             method=adapter.method,
@@ -115,9 +116,9 @@ class Record(BaseModel):
             unverified=adapter.unverified,
         )
 
-    def adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
+    def adapter(self, tensors: Mapping[str, Tensor]) -> AdapterContent:
         """Return the adapter with its tensors."""
-        return Adapter(
+        return AdapterContent(
             configs=tuple(config.settings() for config in self.configs),
             sites=tuple(site.site() for site in self.sites),
             tensors=tensors,

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lorakit.adapter.adapter import Site
+from lorakit.adapter.site import Site
 from lorakit.config.methods import (
     BitFitConfig,
     BottleneckConfig,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from lorakit.adapter.adapter import Adapter, Site
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.site import Site
 from lorakit.attachment.plan import (
     Plan,
     claims_beside_lora,

@@ -44,6 +44,10 @@ class Change(ABC):
         """Return what is read in place of a parameter that is used outside of any layer's call."""
         return weight
 
+    def tokens_of_rows(self, found: int) -> list[PromptTokens | None]:
+        """Return the trained tokens of each of so many rows."""
+        return [self.trained_tokens] * found
+
 
 Changes = Mapping[int, Change]
 """What a route does, by the number of the adapted layer; layers that are not in it stay as is."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.adapter.adapter import Site
+from lorakit.adapter.site import Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.methods.component import Part
 from lorakit.methods.lora.lora import parameter_shapes

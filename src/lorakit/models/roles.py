@@ -209,8 +209,8 @@ def _slices(model: nn.Module, path: str, split: Split) -> Iterator[Place]:
     period = sum(width for _, width in widths)
     if period == 0 or total % period:
         raise TargetError(
-            f"{path} has {total} output rows, but {family_name(model)} with this config divides them"
-            f" into groups of {period}: the model and its config do not belong together."
+            f"{path} has {total} output rows, but {family_name(model)} with this config divides"
+            f" them into groups of {period}: the model and its config do not belong together."
         )
     start = 0
     for role, width in widths:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.adapter.adapter import Rows
+from lorakit.adapter.site import Rows
 from lorakit.errors import RouteError
 from lorakit.kernels import choice, fused, grouped
 from lorakit.kernels.grouping import Arrangement, arrange

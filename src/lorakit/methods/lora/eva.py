@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter.adapter import Site, scale_of
+from lorakit.adapter.site import Site, scale_of
 from lorakit.errors import AttachError, TargetError
 
 

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter.adapter import Site
+from lorakit.adapter.site import Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.kernels import plain
 from lorakit.methods.lora.eva import Directions

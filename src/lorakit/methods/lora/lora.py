@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapter.adapter import Kind, Rows, Site
+from lorakit.adapter.site import Kind, Rows, Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.kernels import fused, plain
 from lorakit.kernels.dropout import Dropout

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lorakit.adapter.adapter import Site
+from lorakit.adapter.site import Site
 
 
 def apart(sites: Iterable[Site], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from lorakit.adapter.adapter import Site, scale_of
+from lorakit.adapter.site import Site, scale_of
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import TargetError
 from lorakit.methods.bitfit import bias_paths

@@ -22,7 +22,6 @@ from lorakit.layers.token_positions import Placed
 from lorakit.methods.prompt.insert import LongerRows, rows_of
 from lorakit.methods.prompt.kv_cache import CacheRecord, begun, go_on, is_filled, record_of
 from lorakit.models.shape import context_length
-from lorakit.routing.row_groups import ByRows
 
 HOOKS = ("trained tokens in", "trained tokens out", "ids of trained tokens")
 """What the hooks are called in an attachment."""
@@ -193,9 +192,7 @@ class _Batch:
         """Return the trained tokens of each row's adapter."""
         changes = self.route.in_force
         change: Change | None = (changes or {}).get(self.embedding.adapter_number)
-        if isinstance(change, ByRows):
-            return change.tokens_of_rows(rows)
-        return [None if change is None else change.trained_tokens] * rows
+        return [None] * rows if change is None else change.tokens_of_rows(rows)
 
     def takes(self, name: str) -> bool:
         """Tell whether the model has an argument of this name."""

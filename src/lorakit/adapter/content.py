@@ -1,0 +1,146 @@
+"""What an adapter consists of: settings, named tensors, and where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorakit.adapter.site import Site
+from lorakit.config.methods import LoRAConfig, MethodConfig
+from lorakit.models.identity import BaseIdentity
+
+WORDS = {"lora": ".lora_", "prefix-": ".prompt", "adapter-": ".bottleneck."}
+"""How methods' names start, and what is in the names of their tensors."""
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes: what any value's bits can be read as; numpy has no bfloat16."""
+LUMP_BYTES = 16 * 2**20
+"""Other threads go on while hashlib reads, so it is given a lot at once."""
+
+
+def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    """Yield the same bytes in lumps of `LUMP_BYTES` or a little more, the last one shorter."""
+    lump: list[bytes | memoryview] = []
+    size_bytes = 0
+    for piece in pieces:
+        lump.append(piece)
+        size_bytes += memoryview(piece).nbytes
+        if size_bytes >= LUMP_BYTES:
+            yield b"".join(lump)
+            lump, size_bytes = [], 0
+    yield b"".join(lump)
+
+
+def _bits(tensor: Tensor) -> memoryview:
+    """Return a tensor's bits in one piece, in the tensor's own memory where that is possible."""
+    return np.ascontiguousarray(tensor.detach().view(INTEGERS[tensor.itemsize]).numpy()).data
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterContent:
+    """What was trained, apart from any model and any file: the fields of an `Adapter`.
+
+    The modules that read and write files make and take this; `Adapter` adds the ways to them.
+    """
+
+    configs: tuple[MethodConfig, ...]
+    """The settings of each method that it was made with."""
+    sites: tuple[Site, ...]
+    """Every low-rank update, in the model's order."""
+    tensors: Mapping[str, Tensor]
+    """The weights, on the CPU."""
+    copied_modules: tuple[str, ...] = ()
+    """Paths of the modules saved in full: a classifier head, for example."""
+    target_modules: tuple[str, ...] = ()
+    """Shortest module names that select exactly the adapted layers, for PEFT's configuration."""
+    base: BaseIdentity | None = None
+    """The base it was trained on, where known."""
+    card: Mapping[str, Any] = field(default_factory=dict)
+    """How it was trained: data, seed, steps, versions, scores."""
+    unverified: tuple[str, ...] = ()
+    """What its files could not prove, in words; empty if lorakit trained it."""
+
+    @property
+    def method(self) -> str:
+        """Return the names of its methods, with a plus between them."""
+        return "+".join(config.method for config in self.configs)
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """Return the settings of its low-rank updates, if LoRA is among its methods."""
+        return next((each for each in self.configs if isinstance(each, LoRAConfig)), None)
+
+    def method_of(self, tensor: str) -> str:
+        """Return the method that trains a tensor; copies of a task's head go with the first."""
+        named = [config.method for config in self.configs]
+        for start, word in WORDS.items():
+            own = [method for method in named if method.startswith(start)]
+            if own and word in tensor:
+                return own[0]
+        if any(tensor.startswith(f"{path}.") for path in self.copied_modules):
+            likely = ["full", "top-k"]
+            if any(part.isdecimal() for part in tensor.split(".")):  # in a block, so no head
+                likely += [name for name in named if name.startswith("adapter-")]  # trained norms
+        elif tensor.endswith(".bias"):
+            likely = ["full", "bitfit", "lora"]
+        else:
+            likely = ["full", "top-k", "bitfit"]  # what the model reads without calling a layer
+        return next((method for method in likely if method in named), named[0])
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the memory of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of trained values."""
+        fixed_a = self.lora is not None and self.lora.freeze_a
+        total = sum(tensor.numel() for tensor in self.tensors.values())
+        for site in self.sites:
+            a, b = (self.tensors[f"{site.name}.lora_{end}"].numel() for end in "ab")
+            total -= (a if fixed_a else a * site.frozen // site.rank) + b * site.frozen // site.rank
+        return total
+
+    def content_hash(self) -> str:
+        """Return the SHA-256 of all that changes the output: tensors, sites and scales."""
+        # Kept until a tensor is written to, because a bank asks for what loading has computed.
+        tensors = list(self.tensors.values())
+        # Torch counts no writes to what was made in inference mode: NaN differs from itself.
+        versions = [math.nan if t.is_inference() else t._version for t in tensors]
+        kept = self.__dict__.get("_hashed")
+        if kept is None or kept[1] != versions or any(map(operator.is_not, kept[0], tensors)):
+            kept = self.__dict__["_hashed"] = (tensors, versions, self._compute_hash())
+        return str(kept[2])
+
+    def keep_hash_of(self, other: AdapterContent) -> None:
+        """Keep the hash that was computed of another object with the same tensors and settings."""
+        if "_hashed" in other.__dict__:
+            self.__dict__["_hashed"] = other.__dict__["_hashed"]
+
+    def _compute_hash(self) -> str:
+        digest = hashlib.sha256()
+        for lump in _joined(self._hashed_bytes()):
+            digest.update(lump)
+        return digest.hexdigest()
+
+    def _hashed_bytes(self) -> Iterator[bytes | memoryview]:
+        for name, tensor in sorted(self.tensors.items()):
+            # As json.dumps writes the three in a list, in half the time.
+            yield f'[{json.dumps(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode()
+            yield _bits(tensor)
+        for site in sorted(self.sites, key=lambda site: site.name):
+            meaning = [site.name, site.rank, site.alpha, site.scale, site.rows, site.groups]
+            yield json.dumps([*meaning, *([site.frozen] if site.frozen else [])]).encode()
+        yield json.dumps(sorted(self.copied_modules)).encode()
+        for config in self.configs:
+            if not isinstance(config, LoRAConfig):
+                yield json.dumps([config.method, config.model_dump(mode="json")]).encode()

@@ -1,0 +1,48 @@
+"""A site: one low-rank update of a layer, or of a slice of a fused layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Rows = tuple[tuple[int, int], ...]
+"""Half-open ranges (start, stop) of a fused layer's output rows."""
+Kind = Literal["linear", "transposed", "embedding", "conv"]
+"""How a layer holds its matrix; transposed: (d_in, d_out), as transformers' Conv1D does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One low-rank update: where it sits, how wide it is, and how it is scaled."""
+
+    path: str
+    """Dotted path of the module in the base model."""
+    rank: int
+    """Inner width r, with the ranks that do not train."""
+    alpha: float
+    """Numerator of the scale."""
+    scale: float
+    """What B·A·x is multiplied by: α/r, or α/√r."""
+    role: str | None = None
+    """The role, where the site is a slice of a fused layer; None for a whole layer."""
+    rows: Rows | None = None
+    """Output rows of the slice; None for a whole layer."""
+    groups: int = 1
+    """Groups of a convolution, which share A; 1 for every other layer."""
+    kind: Kind = "linear"
+    """What the layer is; other tools' files depend on it, the update does not."""
+    layer_rows: int | None = None
+    """Output rows of the whole layer, where the site is a slice of it."""
+    frozen: int = 0
+    """How many of the ranks do not train, counted from the end (PiSSA)."""
+
+    @property
+    def name(self) -> str:
+        """Return the path, with the role in brackets for a slice."""
+        return self.path if self.rows is None else f"{self.path}[{self.role}]"
+
+
+def scale_of(rank: int, alpha: float, *, use_rslora: bool) -> float:
+    """Return the factor on B·A: α/r (section 4.1), or α/√r (Kalajdzievski 2023)."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
