@@ -26,6 +26,7 @@ gpu:
 	@PYTHONPATH=src:benchmarks timeout 240 $(PYTHON) benchmarks/train_gpu.py
 
 docs: setup
+	@$(BIN)/python docs/rooms.py
 	@mkdir -p build
 	@$(BIN)/python -m lorakit.cli.reference > build/cli.md
 	@mv build/cli.md docs/cli.md

@@ -1,94 +1,122 @@
-"""The shape of the source: which way imports point, and what importing lorakit does."""
+"""The shape of the source: its rooms, which way imports point, and what importing it does."""
 
 import ast
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import lorakit
+import rooms
+from imports import Graph, circles, graph_of
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lorakit"
 MODULES = sorted(SOURCE.rglob("*.py"))
+GRAPH = graph_of(SOURCE)
+
+STEPS = {room: number for number, step in enumerate(rooms.FLOW) for room in step}
+"""The place of each room in the flow, 0 at the top."""
 
 
-def flow() -> dict[str, int]:
-    """Return each part's place in the flow that docs/design.md writes down, 0 at the top."""
-    text = " ".join((ROOT / "docs" / "design.md").read_text(encoding="utf-8").split())
-    written = re.search(r"Imports point one way: `([^`]+)`", text)
-    assert written, "docs/design.md no longer says which way imports point"
-    layers = written.group(1).split("→")
-    return {part.strip(): place for place, layer in enumerate(layers) for part in layer.split(",")}
+def room_of(module: str) -> str:
+    """The folder or the file right under src/lorakit that a module belongs to."""
+    return module.removeprefix("lorakit").removeprefix(".").partition(".")[0]
 
 
-def part_of(module: Path) -> str:
-    """Return the folder or the file right under src/lorakit that a module belongs to."""
-    return module.relative_to(SOURCE).parts[0].removesuffix(".py")
+def between_rooms(graph: Graph) -> Graph:
+    """The imports of one room from another; the package itself is no room."""
+    found: dict[str, set[str]] = {room_of(module): set() for module in graph}
+    for module, imported in graph.items():
+        found[room_of(module)] |= {room_of(other) for other in imported} - {room_of(module), ""}
+    return {room: frozenset(others) for room, others in found.items() if room}
 
 
-PARTS = {part_of(module) for module in MODULES}
+def write_package(folder: Path, modules: dict[str, str]) -> Path:
+    package = folder / "lorakit"
+    for name, text in modules.items():
+        file = package / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return package
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Yield the dotted name of everything a tree imports, but for type checkers only."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"line {node.lineno}: write the import from lorakit on"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        else:
-            yield from imports(node)
-
-
-def imported_parts(source: str) -> set[str]:
-    """Return the parts of lorakit that a module imports.
-
-    The package itself is at the top of the flow, with cli, since it imports nearly all parts.
-    """
-    ours = (name.split(".") for name in imports(ast.parse(source)))
-    named = {names[1] if len(names) > 1 else "" for names in ours if names[0] == "lorakit"}
-    return {name if name in PARTS else "cli" for name in named}
-
-
-def test_imports_are_found_wherever_they_stand():
-    source = (
-        "import lorakit.merging.merge\n"
-        "from lorakit.training.loss import x\n"
-        "from lorakit import models\n"
-        "from typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from lorakit.data.builtin import y\n"
-        "def f():\n    from lorakit import attach\n"
+def test_circles_are_found_inside_functions_and_across_folders(tmp_path):
+    # The two that this package once had: each with one of its imports inside a function.
+    package = write_package(
+        tmp_path,
+        {
+            "__init__": "",
+            "adapter": "def load():\n    from lorakit.formats.folder import load_path\n",
+            "formats/__init__": "",
+            "formats/folder": "from lorakit.formats.record import Record\n",
+            "formats/record": "from lorakit.adapter import Adapter\n",
+            "layers": "from lorakit.weight import is_quantized\n",
+            "weight": "def dequantized():\n    from lorakit import layers\n",
+            "alone": "import lorakit.layers\n",
+        },
     )
-    assert imported_parts(source) == {"merge", "train", "models", "attach"}
-    assert imported_parts("from lorakit import __version__") == {"cli"}
+    assert circles(graph_of(package)) == [
+        ["lorakit.adapter", "lorakit.formats.folder", "lorakit.formats.record"],
+        ["lorakit.layers", "lorakit.weight"],
+    ]
 
 
-def test_every_part_has_its_place_in_the_flow():
-    assert PARTS - {"__init__"} <= set(flow()), "docs/design.md must say where the new part stands"
+def test_imports_for_type_checkers_do_not_count(tmp_path):
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from lorakit import b\n"
+    package = write_package(tmp_path, {"__init__": "", "a": text, "b": "import lorakit.a\n"})
+    graph = graph_of(package)
+    assert graph["lorakit.a"] == frozenset()
+    assert graph["lorakit.b"] == {"lorakit.a"}
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_point_one_way(module):
-    places = flow()
-    own = places.get(part_of(module), 0)
-    parts = imported_parts(module.read_text(encoding="utf-8"))
-    back = {part for part in parts & set(places) if places[part] < own}
-    assert not back, f"{part_of(module)} must not know of {back}: see docs/design.md"
+def test_no_modules_import_each_other_in_a_circle():
+    assert circles(GRAPH) == []
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_module_begins_with_its_idea_and_is_named_after_it(module):
-    assert ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
-    names = set(module.relative_to(SOURCE).with_suffix("").parts)
-    assert not names & {"utils", "util", "helpers", "helper", "common", "misc"}
+def test_no_rooms_import_each_other_in_a_circle():
+    assert circles(between_rooms(GRAPH)) == []
+
+
+def test_every_room_has_one_place_in_the_flow_and_on_the_map():
+    assert sorted(STEPS) == sorted(rooms.READING_ORDER) == rooms.rooms()
+
+
+def test_imports_point_one_way():
+    back = [
+        f"{room} imports {other}"
+        for room, others in between_rooms(GRAPH).items()
+        for other in others
+        if STEPS[other] < STEPS[room]
+    ]
+    assert not back, "see the flow in docs/rooms.py"
+
+
+def test_only_the_command_line_imports_the_package_itself():
+    assert {room_of(name) for name, others in GRAPH.items() if "lorakit" in others} <= {"cli"}
+
+
+def test_the_map_in_the_pages_is_that_of_the_source():
+    for name in rooms.PAGES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert rooms.BLOCK.findall(text) == [rooms.page_block()], f"{name}: run `make docs`"
+
+
+def test_no_room_is_called_like_a_public_function():
+    # `lorakit.merge` would be a module or a function, whichever was imported last.
+    assert not {name for name in rooms.rooms() if name in lorakit.__all__}
+
+
+def test_modules_begin_with_their_idea_and_are_named_after_it():
+    silent = [m for m in MODULES if not ast.get_docstring(ast.parse(m.read_text("utf-8")))]
+    vague = {"utils", "util", "helpers", "helper", "common", "misc"}
+    named = [m for m in MODULES if vague & set(m.relative_to(SOURCE).with_suffix("").parts)]
+    assert (silent, named) == ([], [])
+
+
+def test_at_most_three_modules_are_loose():
+    loose = {path.name for path in SOURCE.glob("*.py")} - {"__init__.py"}
+    assert len(loose) <= 3
 
 
 def test_package_has_few_public_names_and_all_exist():

@@ -13,6 +13,7 @@ from torch import nn
 import lorakit as lk
 import lorakit.bank
 from lorakit.adapter import folder as formats
+from lorakit.attachment.state import layout_of
 from lorakit.errors import AdapterFileError
 from oracles import attach_random, outputs
 from tiny_models import build, example_inputs
@@ -151,7 +152,7 @@ def test_a_layer_that_was_exchanged_is_the_one_that_is_adapted(bank, saved):
 def test_what_is_remembered_of_a_base_goes_with_detach_and_does_not_travel(bank, saved):
     bank.load("first", saved)
     state = bank.model._lorakit
-    assert lk.attachment.layout_of(bank.model) is state.layout
+    assert layout_of(bank.model) is state.layout
     again = copy.deepcopy(bank.model)
     assert again._lorakit.layout is None
     lk.AdapterBank(again).load("second", saved)

@@ -79,7 +79,7 @@ def conv_update(
         convolve: the base layer's own (input, weight, bias) → output, which knows its stride,
             padding and its mode, dilation and groups.
         x: the layer's input.
-        a: shared by the groups (docs/design.md).
+        a: shared by the groups (docs/design/adapter.md).
         b: one row per output channel.
         scale: the factor on the update.
         groups: the base layer's groups.

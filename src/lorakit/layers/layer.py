@@ -194,7 +194,7 @@ class Update(nn.Module, Change):
 
 
 class AdaptedLayer(nn.Module):
-    """Mixed into a layer's own class by `adopt`; see docs/design.md for the reasons."""
+    """Mixed into a layer's own class by `adopt`; see docs/design/layers.md for the reasons."""
 
     base_class: type[nn.Module]
     adapter_bank: nn.ModuleDict

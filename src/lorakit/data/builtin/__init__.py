@@ -1,7 +1,4 @@
-"""Tasks: rows are read, turned into tokens and batches, and outputs are scored.
-
-The tasks in `BUILTIN` need no file: a grammar makes their rows.
-"""
+"""The generated tasks, whose rows a grammar makes: places and sql."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

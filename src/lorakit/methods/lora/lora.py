@@ -25,7 +25,7 @@ ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def parameter_shapes(layer: nn.Module, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of A and B for a site on a layer (the table in docs/design.md)."""
+    """Return the shapes of A and B for a site on a layer (the table in docs/design/adapter.md)."""
     if isinstance(layer, nn.Embedding):
         return (site.rank, layer.num_embeddings), (layer.embedding_dim, site.rank)
     if isinstance(layer, ConvNd):

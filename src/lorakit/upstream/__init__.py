@@ -1,0 +1,1 @@
+"""What lorakit leans on in torch and transformers beyond their public names."""
