@@ -1,4 +1,4 @@
-"""Tiny bases whose weights follow from a formula: the same bits on every machine, whatever torch is."""
+"""Tiny bases whose weights follow from a formula: the same bits on every machine."""
 
 import hashlib
 import json
