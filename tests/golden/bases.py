@@ -69,10 +69,10 @@ def inputs() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def logits(model: nn.Module) -> Tensor:
-    """Return a model's logits for the fixed rows."""
-    with torch.no_grad():
-        return model(**inputs()).logits.contiguous()
+def logits(model: nn.Module, *, recorded: bool = False) -> Tensor:
+    """Return a model's logits for the fixed rows, by a forward pass that autograd records or not."""
+    with torch.set_grad_enabled(recorded):
+        return model(**inputs()).logits.detach().contiguous()
 
 
 def arithmetic() -> str:
