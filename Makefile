@@ -1,17 +1,22 @@
-# `make demo` shows lorakit at work, `make test` checks it: two cores and no GPU are enough.
+# `make demo` shows lorakit at work, `make test` checks it, on a sample of the many cases of some
+# claims, and `make test-all` on all of them: two cores and no GPU are enough.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test check docs gpu clean
+.PHONY: setup demo test test-all check docs gpu clean
 
 demo: setup
 	@$(BIN)/lorakit demo
 
 test: setup
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	@$(PYTEST) -m "not thorough"
+
+test-all: setup
+	@$(PYTEST)
 
 check: setup
 	@$(BIN)/ruff check .

@@ -1,13 +1,36 @@
 """Small real things for tests: a tiny model with a tokenizer, saved as a folder."""
 
+import importlib
 import json
 import os
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 
 # Set before transformers is imported; nothing that is tested may need a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Temporary folders in memory, where there is enough of it: pytest's own variable.
+MEMORY = Path("/dev/shm")
+ENOUGH_BYTES = 2 << 30
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ENOUGH_BYTES:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
+def pytest_collection(session):
+    """Import what lorakit imports of others before lorakit, in processes that collect tests.
+
+    While a module of lorakit is imported, jaxtyping's hook, which has shapes checked, looks for
+    bytecode of another name than usual, also for what that module imports: without this, hundreds
+    of modules of torch, PEFT and others would be compiled from source first, for 20 seconds.
+    """
+    config = session.config
+    collects = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
+    if collects and (config.getoption("jaxtyping_packages", None) or "").startswith("lorakit,"):
+        importlib.import_module("transformers.trainer")
+
 
 WORDS = ("red", "green", "blue", "big", "small", "old", "new", "cat", "dog", "bird", "fish")
 

@@ -1,0 +1,75 @@
+"""Which cases of a product `make test` runs; the others are thorough, for `make test-all`."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+
+Case = Sequence[Any]
+
+
+def covering(
+    names: str | Sequence[str],
+    cases: Iterable[Case],
+    *,
+    each: int = 2,
+    also: Callable[..., object] | None = None,
+    **options: Any,
+) -> Callable[[Any], Any]:
+    """Parametrise a test with cases, of which all that `chosen` leaves out are marked `thorough`.
+
+    The test's name is the seed, so other claims are tested on other cases.
+
+    Args:
+        names: As for `pytest.mark.parametrize`, as are `options`.
+        cases: The values of all names, for each case.
+        each: In how many cases of `make test` every value is, where that many have it.
+        also: What else must be in as many cases, such as the branch that the test will take; it
+            is called with a case's values.
+    """
+    cases = list(cases)
+
+    def parametrized(test: Any) -> Any:
+        kept = chosen(cases, each=each, seed=test.__name__, also=also)
+        marked = [
+            pytest.param(*case, marks=() if at in kept else pytest.mark.thorough)
+            for at, case in enumerate(cases)
+        ]
+        return pytest.mark.parametrize(names, marked, **options)(test)
+
+    return parametrized
+
+
+def chosen(
+    cases: Sequence[Case],
+    *,
+    each: int,
+    seed: str,
+    also: Callable[..., object] | None = None,
+) -> set[int]:
+    """The numbers of the cases that are kept, the same in every process.
+
+    Cases come in an order drawn by the seed, and one is kept if any of its values is in fewer than
+    `each` of those kept before. So every value ends in that many.
+    """
+
+    def drawn(at: int) -> bytes:
+        return hashlib.sha256(f"{seed} {at} {named[at]}".encode()).digest()
+
+    named = [[*map(_name, case), *([repr(also(*case))] if also else [])] for case in cases]
+    kept: set[int] = set()
+    seen: Counter[tuple[int, str]] = Counter()
+    for at in sorted(range(len(cases)), key=drawn):
+        values = list(enumerate(named[at]))
+        if any(seen[value] < each for value in values):
+            kept.add(at)
+            seen.update(values)
+    return kept
+
+
+def _name(value: object) -> str:
+    name = getattr(value, "__name__", None) or repr(value)
+    assert " at 0x" not in name, f"{name} has another name in each process"
+    return name
