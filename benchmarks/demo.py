@@ -4,12 +4,12 @@ python benchmarks/demo.py
 """
 
 from lorakit.cli.demo import DemoConfig, run
-from measured import circumstances, write_result
+from measured import environment, write_result
 
 
 def main() -> None:
     """Run the demo, print its table, write docs/benchmarks/demo.json."""
-    result = circumstances()
+    result = environment()
     found = run(DemoConfig())
     print(found.text)
     result |= {name: value for name, value in found.data.items() if name != "out"}

@@ -26,7 +26,7 @@ from lorakit.data.row_types import references_of
 from lorakit.data.rows import read_rows
 from lorakit.training.evaluation import answer
 from lorakit.training.run import train
-from measured import circumstances, write_result
+from measured import environment, write_result
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "e2e.yaml"
 
@@ -113,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = settings(arguments.data, Path(folder) / "run", arguments.steps)
         result = {
-            **circumstances(),
+            **environment(),
             "settings": config.model_dump(mode="json", exclude={"out", "data"}),
             "test_rows": arguments.rows,
             "lorakit": ours(config, arguments.data, arguments.rows),

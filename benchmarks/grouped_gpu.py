@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from lorakit.kernels.grouped import gather, narrow, widen_onto
-from lorakit.kernels.grouping import Arrangement, arrange
-from measured import circumstances
+from lorakit.kernels.grouped import down_project, gather, up_project_onto
+from lorakit.kernels.grouping import Grouping, group_rows
+from measured import environment
 
 D, RANK = 4096, 16
 WORK = {"decode": (64, 1), "prefill": (16, 512)}
@@ -45,30 +45,30 @@ class Layer:
 
     def forward(self, kernels: str) -> Callable[[], None]:
         """Return a forward without gradients, of gathered weights."""
-        arrangement = self._arranged(kernels)
-        a, b = (gather(stack.detach(), arrangement) for stack in (self.a, self.b))
+        grouping = self._arranged(kernels)
+        a, b = (gather(stack.detach(), grouping) for stack in (self.a, self.b))
         output = self.output.detach().clone()
 
         @torch.inference_mode()
         def run() -> None:
-            widen_onto(output, narrow(self.x, a, arrangement), b, arrangement)
+            up_project_onto(output, down_project(self.x, a, grouping), b, grouping)
 
         return run
 
     def backward(self, kernels: str) -> Callable[[], None]:
         """Return a forward and its backward, from the stacks of weights."""
-        arrangement = self._arranged(kernels)
+        grouping = self._arranged(kernels)
         grad = torch.ones_like(self.output)
 
         def run() -> None:
-            h = narrow(self.x, gather(self.a, arrangement), arrangement)
-            found = widen_onto(self.output.clone(), h, gather(self.b, arrangement), arrangement)
+            h = down_project(self.x, gather(self.a, grouping), grouping)
+            found = up_project_onto(self.output.clone(), h, gather(self.b, grouping), grouping)
             torch.autograd.grad(found, (self.x, self.a, self.b), grad)
 
         return run
 
-    def _arranged(self, kernels: str) -> Arrangement:
-        return arrange(self.slot_of_row, device="cuda", dtype=self.a.dtype, kernels=kernels)
+    def _arranged(self, kernels: str) -> Grouping:
+        return group_rows(self.slot_of_row, device="cuda", dtype=self.a.dtype, kernels=kernels)
 
 
 def microseconds(call: Callable[[], None]) -> float:
@@ -121,7 +121,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("No CUDA device was found, so there is nothing to measure.")
         return
-    conditions = circumstances()
+    conditions = environment()
     settings = {"d": D, "rank": RANK, "work": WORK, "base": "bfloat16", "weights": "float32"}
     rows = measure()
     result = json.dumps({**conditions, "settings": settings, "rows": rows}, indent=2)

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorakit.bench.environment import circumstances
-
-__all__ = ["circumstances", "write_result"]
+__all__ = ["environment", "write_result"]
 
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
 

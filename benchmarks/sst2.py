@@ -22,7 +22,7 @@ from lorakit.data.rows import read_rows
 from lorakit.training.evaluation import score
 from lorakit.training.loss import Loss
 from lorakit.training.run import train
-from measured import circumstances, write_result
+from measured import environment, write_result
 
 LORA_RATES = (2e-3, 4e-3)
 FULL_RATES = (1e-4, 2e-4)
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     arguments = parser.parse_args()
     config = data_config(arguments.data, arguments.rows)
-    result: dict[str, Any] = circumstances()
+    result: dict[str, Any] = environment()
     result |= {"rows": arguments.rows, "steps": arguments.steps}
     result["lora"] = [lora(config, rate, arguments.steps) for rate in LORA_RATES]
     result["full"] = [full(config, rate, arguments.steps) for rate in FULL_RATES]

@@ -38,7 +38,7 @@ from lorakit.data.packing import choose_layout
 from lorakit.training.prepare import NAME, Prepared
 from lorakit.training.run import Run, run_alone
 from lorakit.training.trainer import make_arguments
-from measured import circumstances
+from measured import environment
 
 RANK = 16
 WARM_UPS, STEPS = 3, 8
@@ -229,7 +229,7 @@ def main() -> None:
     if not (torch.cuda.is_available() or arguments.tiny):
         print("No CUDA device was found, so there is nothing to measure.")
         return
-    conditions, until = circumstances(), time.perf_counter() + BUDGET_S
+    conditions, until = environment(), time.perf_counter() + BUDGET_S
     most = ceiling(256 if arguments.tiny else SIDE)
     rows = []
     for name, work in (TINY if arguments.tiny else WORK).items():

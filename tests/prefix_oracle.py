@@ -1,4 +1,4 @@
-"""What trained tokens do, written out naively: embeddings by hand, hooks that overwrite blocks."""
+"""What virtual tokens do, written out naively: embeddings by hand, hooks that overwrite blocks."""
 
 import copy
 
@@ -15,7 +15,7 @@ PREFIX, INFIX = 2, 3
 
 
 def prefixed(family, *, every_layer=True, name="default", seed=0, model=None, **settings):
-    """Return a tiny model in float64 with random trained tokens."""
+    """Return a tiny model in float64 with random virtual tokens."""
     model = build(family, num_hidden_layers=3) if model is None else model
     config = PrefixConfig(
         **{"prefix": PREFIX, "infix": INFIX, "every_layer": every_layer, **settings}
@@ -34,7 +34,7 @@ def bare(model):
 
 
 def row_with_tokens(ids, *, causal, prompt=None, prefix=PREFIX, infix=INFIX):
-    """Return a row as a list of token ids and, as ~n, of trained tokens."""
+    """Return a row as a list of token ids and, as ~n, of virtual tokens."""
     ids = list(ids)
     prompt = len(ids) if prompt is None else prompt
     lead = 0 if causal else 1
@@ -45,7 +45,7 @@ def row_with_tokens(ids, *, causal, prompt=None, prefix=PREFIX, infix=INFIX):
 
 @torch.no_grad()
 def expected(base, tensors, row):
-    """Return the logits of one row of ids and trained tokens, without gradients."""
+    """Return the logits of one row of ids and virtual tokens, without gradients."""
     return run(base, tensors, row)
 
 

@@ -18,7 +18,7 @@ from lorakit.errors import AdapterFileError, BankError, did_you_mean
 from lorakit.layers.layer import Update
 from lorakit.merging.merge import MergeReport, merge, unmerge
 from lorakit.routing.compiled_model import prepare_for_compile
-from lorakit.routing.route import Choice, blends, check_names, route, switch
+from lorakit.routing.route import Choice, check_names, combinations, route, switch
 
 Ready = tuple[dict[str, Update], Adapter]
 """An adapter's updates by module path, verified, and the adapter without its tensors."""
@@ -185,7 +185,7 @@ class AdapterBank:
             BankError: the adapters of this route alone are beyond the budget.
             AdapterFileError: an evicted adapter's folder is not what it was.
         """
-        rows = blends(names)
+        rows = combinations(names)
         with self._routing:
             self._notice()
             with self._table:

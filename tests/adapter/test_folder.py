@@ -23,8 +23,8 @@ CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "l
 every_kind = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 
-def edit_json(path: Path, **changes: Any) -> None:
-    content = json.loads(path.read_text()) | changes
+def edit_json(path: Path, **operations: Any) -> None:
+    content = json.loads(path.read_text()) | operations
     path.write_text(json.dumps({key: value for key, value in content.items() if value != "drop"}))
 
 

@@ -49,7 +49,7 @@ def test_a_method_learns_and_its_folder_goes_through_every_verb(
         ("lora,lora", "lora is named twice"),
         (
             "prefix-layer,prefix-embedding",
-            "prefix-layer and prefix-embedding both put trained tokens into the model: choose one",
+            "prefix-layer and prefix-embedding both put virtual tokens into the model: choose one",
         ),
         (
             "adapter-h,adapter-l",

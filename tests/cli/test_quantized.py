@@ -16,7 +16,7 @@ from oracles import outputs
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
 
 
-def made(model, rows, out, **changes):
+def made(model, rows, out, **operations):
     """Return the settings of a short run on a 4-bit base."""
     values = {
         "model": str(model),
@@ -28,7 +28,7 @@ def made(model, rows, out, **changes):
         "warmup_steps": 2,
         "learning_rate": 3e-2,
     }
-    return TrainConfig(**{**values, **changes})
+    return TrainConfig(**{**values, **operations})
 
 
 @pytest.fixture
@@ -63,11 +63,11 @@ def test_training_learns_on_a_base_of_few_bits_and_records_it(settings):
 
 
 def test_a_resumed_run_ends_in_the_same_bytes(settings):
-    changes = {"double_quantization": False, "memory": "balanced", "steps": 6, "save_every": 3}
-    whole = train(settings(**changes))
+    operations = {"double_quantization": False, "memory": "balanced", "steps": 6, "save_every": 3}
+    whole = train(settings(**operations))
     expected = {name: (whole.out / name).read_bytes() for name in FILES}
     shutil.rmtree(whole.out / "checkpoints" / "checkpoint-6")
-    train(settings(**changes, resume=True))
+    train(settings(**operations, resume=True))
     assert {name: (whole.out / name).read_bytes() for name in FILES} == expected
 
 

@@ -11,12 +11,12 @@ from lorakit.data.chat import IGNORED
 from lorakit.data.encode import Encoded, Example, encode_prompt, encode_rows
 from lorakit.data.row_types import (
     ClassificationRow,
-    Kind,
     Message,
     MessagesRow,
     PromptRow,
     Row,
     Rows,
+    RowType,
     TextRow,
 )
 from lorakit.errors import DataError
@@ -28,7 +28,7 @@ DATA = DataConfig(separator="=")
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, *rows: Row, kind: Kind = "prompt", max_length: int = 512
+    tokenizer: PreTrainedTokenizerBase, *rows: Row, kind: RowType = "prompt", max_length: int = 512
 ) -> Encoded:
     data = DataConfig(separator="=", max_length=max_length)
     return encode_rows(Rows(kind=kind, rows=rows, source="rows"), tokenizer, data)
@@ -123,7 +123,7 @@ def test_an_end_token_of_the_prompt_itself_stays(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("starts", [False, True])
 def test_a_prompt_is_encoded_to_be_answered_as_it_was_to_be_learnt(starts: bool) -> None:
     tokenizer = build_tokenizer(starts=starts, merges=("==",))
-    rows: list[tuple[Kind, Row]] = [
+    rows: list[tuple[RowType, Row]] = [
         ("prompt", prompt_row("ab", "=cd")),
         ("messages", chat("user: Hi", "assistant: =Hello")),
     ]

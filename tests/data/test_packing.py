@@ -47,8 +47,8 @@ PADDING = ("bloom", "gptj", "falcon")
 
 
 def examples(*lengths, seed=0):
-    dice = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(3, 64, (n,), generator=dice).tolist() for n in lengths]
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, 64, (n,), generator=generator).tolist() for n in lengths]
     return [
         Example(input_ids=row, labels=[-100] * prompt + row[prompt:])
         for row, prompt in zip(rows, (n // 3 for n in lengths), strict=True)
@@ -218,7 +218,7 @@ def uneven_rows(tmp_path):
 def settings(tiny_llama, uneven_rows, tmp_path):
     """Return a maker of settings for a short run."""
 
-    def make(**changes):
+    def make(**operations):
         values = {
             "model": str(tiny_llama),
             "out": tmp_path / "run",
@@ -229,7 +229,7 @@ def settings(tiny_llama, uneven_rows, tmp_path):
             "save_every": 5,
             "warmup_steps": 2,
         }
-        return TrainConfig(**{**values, **changes})
+        return TrainConfig(**{**values, **operations})
 
     return make
 

@@ -1,14 +1,14 @@
-"""Where trained tokens stand in a row, and what the row's labels and types are then."""
+"""Where virtual tokens stand in a row, and what the row's labels and types are then."""
 
 import pytest
 
 from lorakit.data.chat import IGNORED
 from lorakit.data.encode import Example
-from lorakit.data.virtual_tokens import PromptTokens
+from lorakit.data.virtual_tokens import VirtualTokens
 
 NONE = IGNORED
-CAUSAL = PromptTokens(first=100, prefix=2, infix=1, causal=True)
-ENCODER = PromptTokens(first=100, prefix=2, infix=1, causal=False)
+CAUSAL = VirtualTokens(first=100, prefix=2, infix=1, causal=True)
+ENCODER = VirtualTokens(first=100, prefix=2, infix=1, causal=False)
 
 
 def test_a_prompt_is_between_prefix_and_infix():

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorakit.kernels import cross_entropy_triton
 from lorakit.kernels.cross_entropy import head_cross_entropy
-from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
+from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 KERNEL = cross_entropy_triton._cross_entropy
@@ -30,9 +30,9 @@ OPTIONS = {
 }
 
 CHANGES = {
-    "multiplied": LogitChange(scale=0.25),
-    "capped": LogitChange(cap=1.5),
-    "both": LogitChange(scale=-0.5, cap=30.0),
+    "multiplied": LogitTransform(scale=0.25),
+    "capped": LogitTransform(cap=1.5),
+    "both": LogitTransform(scale=-0.5, cap=30.0),
 }
 
 
@@ -173,7 +173,7 @@ def tuned(monkeypatch):
     return made, runs
 
 
-@pytest.mark.parametrize("change", [UNCHANGED, *CHANGES.values()])
+@pytest.mark.parametrize("change", [IDENTITY, *CHANGES.values()])
 def test_trying_configurations_leaves_the_gradient_over_the_logits_right(tuned, change):
     hidden, head = made(100)
     options = {**OPTIONS["all"], "change": change}

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from kernels.mixed_batches import D_OUT, RANK, SLOTS, USES, expected, mixed_batch
 from lorakit.kernels import segments_triton
-from lorakit.kernels.grouped import gather, grouped_update, narrow, widen_onto
-from lorakit.kernels.grouping import arrange
+from lorakit.kernels.grouped import down_project, gather, grouped_update, up_project_onto
+from lorakit.kernels.grouping import group_rows
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BASES = USES["some base rows"]
@@ -28,9 +28,9 @@ def on_device(batch):
 
 def answer(parts, slot_of_row, *, kernels="triton"):
     x, output, a, b = parts
-    arrangement = arrange(slot_of_row, device=DEVICE, dtype=a.dtype, kernels=kernels)
-    h = narrow(x, gather(a, arrangement), arrangement)
-    return widen_onto(output.clone(), h, gather(b, arrangement), arrangement)
+    grouping = group_rows(slot_of_row, device=DEVICE, dtype=a.dtype, kernels=kernels)
+    h = down_project(x, gather(a, grouping), grouping)
+    return up_project_onto(output.clone(), h, gather(b, grouping), grouping)
 
 
 def gradients(batch, slot_of_row, kernels):
@@ -87,11 +87,11 @@ def test_ranks_and_features_wider_than_a_tile():
 
 def test_layers_that_share_an_input_share_one_narrow():
     first, second = (on_device(mixed_batch(len(BASES), (3,), seed=seed)) for seed in (0, 1))
-    arrangement = arrange(BASES, device=DEVICE, kernels="triton")
-    h = narrow(first.x, torch.cat([first.a, second.a], 1), arrangement)
+    grouping = group_rows(BASES, device=DEVICE, kernels="triton")
+    h = down_project(first.x, torch.cat([first.a, second.a], 1), grouping)
     for batch, part in ((first, h[..., :RANK]), (second, h[..., RANK:])):
         batch.x = first.x
-        found = widen_onto(batch.output.clone(), part, batch.b, arrangement)
+        found = up_project_onto(batch.output.clone(), part, batch.b, grouping)
         assert near(found, expected(batch, BASES))
 
 
@@ -99,8 +99,8 @@ def test_a_slice_of_an_output_is_changed_in_place():
     batch = on_device(mixed_batch(len(BASES), (3,)))
     batch.b.requires_grad_()
     wide = torch.cat([batch.output, batch.output], -1)
-    arrangement = arrange(BASES, device=DEVICE, kernels="triton")
-    widen_onto(wide[..., D_OUT:], narrow(batch.x, batch.a, arrangement), batch.b, arrangement)
+    grouping = group_rows(BASES, device=DEVICE, kernels="triton")
+    up_project_onto(wide[..., D_OUT:], down_project(batch.x, batch.a, grouping), batch.b, grouping)
     assert torch.equal(wide[..., :D_OUT], batch.output)
     assert near(wide[..., D_OUT:].detach(), expected(batch, BASES))
     (found,) = torch.autograd.grad(wide.sum(), batch.b)
@@ -167,7 +167,7 @@ def test_bad_inputs_of_a_row_harm_only_its_own_slots_gradient():
 def test_an_update_leaves_out_the_base_rows():
     batch = on_device(mixed_batch(len(BASES), (3,)))
     found, plain = (
-        grouped_update(batch.x, batch.a, batch.b, arrange(BASES, device=DEVICE, kernels=kernels))
+        grouped_update(batch.x, batch.a, batch.b, group_rows(BASES, device=DEVICE, kernels=kernels))
         for kernels in ("triton", "plain")
     )
     assert near(found, plain)
@@ -175,10 +175,10 @@ def test_an_update_leaves_out_the_base_rows():
 
 def test_layers_of_one_route_share_one_table_of_segments():
     batch = on_device(mixed_batch(len(BASES), (3,)))
-    arrangement = arrange(BASES, device=DEVICE, kernels="triton")
+    grouping = group_rows(BASES, device=DEVICE, kernels="triton")
     before = segments_triton.segments.cache_info().misses
     for _ in range(3):
-        grouped_update(batch.x, batch.a, batch.b, arrangement)
+        grouped_update(batch.x, batch.a, batch.b, grouping)
     assert segments_triton.segments.cache_info().misses == before + 1
 
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from lorakit.errors import ModelError
 from lorakit.kernels.attention import (
     LONGEST,
-    ProductAttention,
+    MatmulAttention,
     Rule,
     fused_attention,
     segment_attention,
 )
-from lorakit.kernels.custom_op_attention import in_force, opaque_attention
+from lorakit.kernels.custom_op_attention import custom_op_attention, in_force
 from lorakit.kernels.packed_sequences import FEW_SIZES, LIKE, Segments
 
 RULES = {
@@ -34,10 +34,10 @@ def segments_of(rows, *, padding=0):
 
 def inputs(segments, *, heads=(6, 2), dtype=torch.float64, seed=0):
     """Return q, k and v as layers make them: heads side by side in memory."""
-    dice = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     sizes = ((heads[0], 4), (heads[1], 4), (heads[1], 5))
     return [
-        torch.randn(len(segments.lengths), segments.width, *size, generator=dice)
+        torch.randn(len(segments.norms), segments.width, *size, generator=generator)
         .to(dtype)
         .transpose(1, 2)
         .requires_grad_()
@@ -49,9 +49,9 @@ def naive(q, k, v, segments, rule):
     """Return attention, one segment after the other."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-    for row, lengths in enumerate(segments.lengths):
-        ends = torch.tensor(lengths).cumsum(0).tolist()
-        for own in (slice(end - n, end) for n, end in zip(lengths, ends, strict=True)):
+    for row, norms in enumerate(segments.norms):
+        ends = torch.tensor(norms).cumsum(0).tolist()
+        for own in (slice(end - n, end) for n, end in zip(norms, ends, strict=True)):
             scores = q[row, :, own] @ k[row, :, own].transpose(1, 2) * rule.scale
             if rule.softcap:
                 scores = rule.softcap * torch.tanh(scores / rule.softcap)
@@ -104,7 +104,7 @@ def test_gradients_are_exact_with_dropout_too(rule):
     segments = segments_of([[3, 1], [2, 2]], padding=1)
     with_dropout = dataclasses.replace(RULES[rule], dropout=0.4)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: ProductAttention.apply(q, k, v, segments, with_dropout, 5),
+        lambda q, k, v: MatmulAttention.apply(q, k, v, segments, with_dropout, 5),
         inputs(segments, heads=(2, 1)),
     )
 
@@ -183,10 +183,10 @@ def test_groups_hold_every_segment_once_and_only_those_of_like_length(rows):
     expected = [r * segments.width + t for r, row in enumerate(rows) for t in range(sum(row))]
     assert sorted(tokens.tolist()) == expected
     for group in groups:
-        lengths = group.real.sum(1)
-        assert int(lengths.max()) <= LIKE * int(lengths.min())
+        norms = group.real.sum(1)
+        assert int(norms.max()) <= LIKE * int(norms.min())
         assert group.longest % FEW_SIZES == 0
-        assert group.longest < int(lengths.max()) + FEW_SIZES
+        assert group.longest < int(norms.max()) + FEW_SIZES
 
 
 @pytest.mark.gpu
@@ -205,7 +205,7 @@ def opaque():
 
     def attend(q, k, v, segments, rule):
         in_force[-1] = segments
-        return opaque_attention(q, k, v, -1, rule)
+        return custom_op_attention(q, k, v, -1, rule)
 
     yield attend
     in_force.pop(-1, None)

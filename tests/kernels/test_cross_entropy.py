@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorakit as lk
 from lorakit.kernels.cross_entropy import CHUNK_BYTES, head_cross_entropy
-from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
+from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 
 TOKENS, D, VOCABULARY = 7, 6, 37
 
@@ -70,9 +70,9 @@ OPTIONS = {
 }
 
 CHANGES = {
-    "multiplied": LogitChange(scale=0.25),
-    "capped": LogitChange(cap=1.5),
-    "both": LogitChange(scale=-0.5, cap=2.0),
+    "multiplied": LogitTransform(scale=0.25),
+    "capped": LogitTransform(cap=1.5),
+    "both": LogitTransform(scale=-0.5, cap=2.0),
 }
 
 
@@ -85,7 +85,7 @@ def asked(dtype, *, tokens=TOKENS, scale=2.0):
     return hidden, targets, torch.rand(tokens)
 
 
-def expected(hidden, head, targets, weights, *, label_smoothing=0.0, z_loss=0.0, change=UNCHANGED):
+def expected(hidden, head, targets, weights, *, label_smoothing=0.0, z_loss=0.0, change=IDENTITY):
     """Return the same as plain torch computes it, all at once."""
     logits = head(hidden) * change.scale
     logits = logits if change.cap is None else change.cap * torch.tanh(logits / change.cap)
@@ -318,7 +318,7 @@ def test_a_head_with_a_forward_of_its_own_is_called():
 
 
 @pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
-@pytest.mark.parametrize("change", [UNCHANGED, CHANGES["both"]])
+@pytest.mark.parametrize("change", [IDENTITY, CHANGES["both"]])
 def test_no_tensor_is_larger_than_the_logits_of_a_chunk(make, change):
     model, chunk = make(), 2 * D
     hidden, targets, weights = asked(torch.float32, tokens=70)

@@ -5,17 +5,24 @@ from hypothesis import strategies as st
 
 from kernels.mixed_batches import D_OUT, RANK, SLOTS, USES, expected, mixed_batch
 from lorakit.errors import RouteError
-from lorakit.kernels.grouped import add_update, gather, grouped_update, narrow, widen, widen_onto
-from lorakit.kernels.grouping import arrange
+from lorakit.kernels.grouped import (
+    add_update,
+    down_project,
+    gather,
+    grouped_update,
+    up_project,
+    up_project_onto,
+)
+from lorakit.kernels.grouping import group_rows
 
 SHAPES = {"2-D": (1, ()), "3-D": (1, (3,)), "4-D": (1, (2, 3)), "beams": (2, (3,)), "flat": (3, ())}
 
 
 def answer(batch, slot_of_row, **options):
     """Return the output with the update added to a copy of it."""
-    arrangement = arrange(slot_of_row, dtype=batch.a.dtype, **options)
-    h = narrow(batch.x, gather(batch.a, arrangement), arrangement)
-    return widen_onto(batch.output.clone(), h, gather(batch.b, arrangement), arrangement)
+    grouping = group_rows(slot_of_row, dtype=batch.a.dtype, **options)
+    h = down_project(batch.x, gather(batch.a, grouping), grouping)
+    return up_project_onto(batch.output.clone(), h, gather(batch.b, grouping), grouping)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -45,11 +52,11 @@ def test_any_route_equals_the_loop_over_rows(slot_of_row, k, shape, grad):
 @pytest.mark.parametrize("slot_of_row", USES.values(), ids=USES)
 def test_gradients_are_right(slot_of_row):
     batch = mixed_batch(len(slot_of_row), (2,), x_dtype=torch.float64, dtype=torch.float64)
-    arrangement = arrange(slot_of_row, dtype=torch.float64)
+    grouping = group_rows(slot_of_row, dtype=torch.float64)
 
     def function(x, output, a, b):
-        h = narrow(x, gather(a, arrangement), arrangement)
-        return widen_onto(output * 1, h, gather(b, arrangement), arrangement)
+        h = down_project(x, gather(a, grouping), grouping)
+        return up_project_onto(output * 1, h, gather(b, grouping), grouping)
 
     inputs = [part.requires_grad_() for part in batch.parts()]
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
@@ -58,11 +65,11 @@ def test_gradients_are_right(slot_of_row):
 def test_layers_that_share_an_input_share_one_narrow():
     slot_of_row = USES["some base rows"]
     first, second = (mixed_batch(len(slot_of_row), (3,), seed=seed) for seed in (0, 1))
-    arrangement = arrange(slot_of_row)
-    h = narrow(first.x, gather(torch.cat([first.a, second.a], 1), arrangement), arrangement)
+    grouping = group_rows(slot_of_row)
+    h = down_project(first.x, gather(torch.cat([first.a, second.a], 1), grouping), grouping)
     for batch, part in ((first, h[..., :RANK]), (second, h[..., RANK:])):
         batch.x = first.x
-        found = widen_onto(batch.output.clone(), part, gather(batch.b, arrangement), arrangement)
+        found = up_project_onto(batch.output.clone(), part, gather(batch.b, grouping), grouping)
         wanted = expected(batch, slot_of_row)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -72,10 +79,10 @@ def test_layers_that_share_an_input_share_one_narrow():
 def test_a_slice_of_an_output_is_changed_in_place(slot_of_row, grad):
     batch = mixed_batch(len(slot_of_row), (3,))
     wide = torch.cat([batch.output, batch.output], -1)
-    arrangement = arrange(slot_of_row)
+    grouping = group_rows(slot_of_row)
     with torch.set_grad_enabled(grad):
-        h = narrow(batch.x, gather(batch.a, arrangement), arrangement)
-        widen_onto(wide[..., D_OUT:], h, gather(batch.b, arrangement), arrangement)
+        h = down_project(batch.x, gather(batch.a, grouping), grouping)
+        up_project_onto(wide[..., D_OUT:], h, gather(batch.b, grouping), grouping)
     assert torch.equal(wide[..., :D_OUT], batch.output)
     wanted = expected(batch, slot_of_row)
     torch.testing.assert_close(wide[..., D_OUT:].double(), wanted, rtol=1e-5, atol=1e-5)
@@ -90,7 +97,7 @@ def test_a_bfloat16_output_is_as_near_as_its_precision_allows(slot_of_row, token
     # With gradients everything is in float32.
     update, terms = torch.zeros(2, *batch.output.shape)
     rows = [row for row, slot in enumerate(slot_of_row) if slot >= 0]
-    of_rows = arrange(slot_of_row)
+    of_rows = group_rows(slot_of_row)
     update[rows] = grouped_update(batch.x, batch.a, batch.b, of_rows).detach()
     terms[rows] = grouped_update(batch.x.abs(), batch.a.abs(), batch.b.abs(), of_rows).detach()
     assert found.dtype == torch.bfloat16
@@ -139,19 +146,19 @@ def test_a_bad_row_harms_only_its_own_slots_gradient(slot_of_row):
 def test_an_update_can_be_added_later():
     slot_of_row = USES["skewed"]
     batch = mixed_batch(len(slot_of_row) * 2, (3,))
-    arrangement = arrange(slot_of_row)
-    h = narrow(batch.x, gather(batch.a, arrangement), arrangement)
-    update = widen(h, gather(batch.b, arrangement), arrangement)
-    found = add_update(batch.output.clone(), update, arrangement)
+    grouping = group_rows(slot_of_row)
+    h = down_project(batch.x, gather(batch.a, grouping), grouping)
+    update = up_project(h, gather(batch.b, grouping), grouping)
+    found = add_update(batch.output.clone(), update, grouping)
     torch.testing.assert_close(found.double(), expected(batch, slot_of_row), rtol=1e-5, atol=1e-5)
 
 
 def test_the_weights_of_slots_in_order_are_not_copied():
     stack = torch.randn(SLOTS, RANK, 3)
-    assert gather(stack, arrange([0, 0, 1, 1])).data_ptr() == stack.data_ptr()
+    assert gather(stack, group_rows([0, 0, 1, 1])).data_ptr() == stack.data_ptr()
 
 
 def test_a_route_of_the_wrong_length_is_an_error():
     batch = mixed_batch(5)
     with pytest.raises(RouteError, match="for 2 rows, but the batch has 5"):
-        grouped_update(batch.x, batch.a, batch.b, arrange([0, 1]))
+        grouped_update(batch.x, batch.a, batch.b, group_rows([0, 1]))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lorakit.errors import ConfigError, RouteError
 from lorakit.kernels import grouping as module
-from lorakit.kernels.grouping import arrange
+from lorakit.kernels.grouping import group_rows
 
 slots_of_rows = st.lists(st.integers(-1, 5), min_size=1, max_size=20)
 
@@ -19,7 +19,7 @@ def listed(index, size):
 
 @given(slots_of_rows)
 def test_every_place_of_a_chunk_holds_a_row_of_the_chunks_slot(slot_of_row):
-    found = arrange(slot_of_row)
+    found = group_rows(slot_of_row)
     places = listed(found.order, found.rows)
     assert len(places) == found.chunks * found.rows_per_chunk
     for place, row in enumerate(places):
@@ -29,7 +29,7 @@ def test_every_place_of_a_chunk_holds_a_row_of_the_chunks_slot(slot_of_row):
 
 @given(slots_of_rows)
 def test_each_row_with_a_slot_has_one_place_to_come_back_from(slot_of_row):
-    found = arrange(slot_of_row)
+    found = group_rows(slot_of_row)
     places = listed(found.order, found.rows)
     adapted = listed(found.adapted, found.rows)
     assert adapted == [row for row, slot in enumerate(slot_of_row) if slot >= 0]
@@ -43,7 +43,7 @@ def test_no_number_of_rows_per_chunk_is_cheaper(slot_of_row):
     def cost(size):
         return sum(-(-count // size) for count in counts) * (1 + 0.5 * size)
 
-    found = arrange(slot_of_row)
+    found = group_rows(slot_of_row)
     assert found.chunks * (1 + 0.5 * found.rows_per_chunk) == cost(found.rows_per_chunk)
     for size in (1, 2, 4, 8, 16, max(counts, default=1)):
         assert cost(found.rows_per_chunk) <= cost(size)
@@ -51,45 +51,45 @@ def test_no_number_of_rows_per_chunk_is_cheaper(slot_of_row):
 
 @pytest.mark.parametrize("slot_of_row", [[3, 0, 2, 1], [1, 1, 0, 0], [2] * 5])
 def test_rows_that_are_grouped_already_stay_where_they_are(slot_of_row):
-    found = arrange(slot_of_row)
+    found = group_rows(slot_of_row)
     assert (found.order, found.back, found.adapted) == (None, None, None)
 
 
 def test_slots_in_order_need_no_copy_of_the_weights():
-    assert arrange([0, 0, 1, 1]).chunk_slot is None
-    assert arrange([1, 1, 0, 0]).chunk_slot.tolist() == [1, 0]
+    assert group_rows([0, 0, 1, 1]).chunk_slot is None
+    assert group_rows([1, 1, 0, 0]).chunk_slot.tolist() == [1, 0]
 
 
 def test_a_batch_of_another_size_is_refused():
     with pytest.raises(RouteError, match="for 2 rows, but the batch has 3"):
-        arrange([0, 1]).per_row(torch.zeros(3, 4))
+        group_rows([0, 1]).per_row(torch.zeros(3, 4))
 
 
 def test_the_cpu_gets_plain_torch():
-    assert arrange([0]).kernels == "plain"
+    assert group_rows([0]).kernels == "plain"
 
 
 def test_float64_gets_plain_torch_on_any_device(monkeypatch):
     monkeypatch.setattr(module, "_on_gpu", lambda device: True)
-    assert arrange([0], dtype=torch.float32).kernels == "triton"
-    assert arrange([0], dtype=torch.float64).kernels == "plain"
-    assert arrange([0], dtype=torch.float32, kernels="plain").kernels == "plain"
+    assert group_rows([0], dtype=torch.float32).kernels == "triton"
+    assert group_rows([0], dtype=torch.float64).kernels == "plain"
+    assert group_rows([0], dtype=torch.float32, kernels="plain").kernels == "plain"
 
 
 def test_a_gpu_without_triton_gets_plain_torch(monkeypatch):
     monkeypatch.setattr(module, "_on_gpu", lambda device: True)
     monkeypatch.setattr(module, "_has_triton", lambda: False)
-    assert arrange([0]).kernels == "plain"
+    assert group_rows([0]).kernels == "plain"
     with pytest.raises(ConfigError, match="needs Triton: pip install triton"):
-        arrange([0], kernels="triton")
+        group_rows([0], kernels="triton")
 
 
 def test_triton_by_name_is_refused_where_it_cannot_work():
     pytest.importorskip("triton", reason="Triton is not installed")
     with pytest.raises(ConfigError, match=r"no torch\.float64: use float32"):
-        arrange([0], dtype=torch.float64, kernels="triton")
+        group_rows([0], dtype=torch.float64, kernels="triton")
     with pytest.raises(ConfigError, match=r"needs a CUDA device .* is on cpu"):
-        arrange([0], kernels="triton")
+        group_rows([0], kernels="triton")
 
 
 def test_plain_torch_does_not_import_triton():

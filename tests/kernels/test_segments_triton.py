@@ -8,8 +8,8 @@ import torch
 
 from kernels.mixed_batches import USES
 from kernels.triton_process import ROOT, needs_gpu, run_checks
-from lorakit.kernels.grouped import gather, narrow, widen_onto
-from lorakit.kernels.grouping import arrange
+from lorakit.kernels.grouped import down_project, gather, up_project_onto
+from lorakit.kernels.grouping import group_rows
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 segments_triton = importlib.import_module("lorakit.kernels.segments_triton")
@@ -57,9 +57,9 @@ def test_wide_layers_agree_with_plain_torch_on_the_device(x_dtype, dtype, length
         output = random(len(slot_of_row), length, 384, dtype=x_dtype)
         results = []
         for kernels in ("auto", "plain"):
-            arrangement = arrange(slot_of_row, device="cuda", dtype=dtype, kernels=kernels)
-            h = narrow(x, gather(a, arrangement), arrangement)
-            found = widen_onto(output * 1, h, gather(b, arrangement), arrangement)
+            grouping = group_rows(slot_of_row, device="cuda", dtype=dtype, kernels=kernels)
+            h = down_project(x, gather(a, grouping), grouping)
+            found = up_project_onto(output * 1, h, gather(b, grouping), grouping)
             results.append([found, *torch.autograd.grad(found.float().square().sum(), (x, a, b))])
         for ours, plain in zip(*results, strict=True):
             assert ours.dtype == plain.dtype

@@ -64,8 +64,8 @@ def test_the_report_gives_the_largest_change_of_a_logit():
     attach_random(model)
     before = outputs(model, inputs)
     report = lk.merge(model, probe=inputs)
-    change = (outputs(model, inputs).float() - before.float()).abs().max().item()
-    assert report.logit_change == change > 0
+    operation = (outputs(model, inputs).float() - before.float()).abs().max().item()
+    assert report.logit_change == operation > 0
 
 
 def test_a_failed_merge_leaves_the_base_as_it_was(monkeypatch):
@@ -99,8 +99,8 @@ def test_pristine_weights_can_stay_in_the_checkpoint_file(tiny_llama):
     model, _ = lk.load_model(str(tiny_llama))
     hashed = base_hash(model)
     attach_random(model)
-    lk.merge(model, pristine="checkpoint")
-    kept = model._lorakit.pristine["model.layers.0.self_attn.q_proj"]["weight"]
+    lk.merge(model, original_weights="checkpoint")
+    kept = model._lorakit.original_weights["model.layers.0.self_attn.q_proj"]["weight"]
     assert isinstance(kept, FileWeight)
     twin = copy.deepcopy(model)
     for each in (model, twin):
@@ -113,8 +113,8 @@ def test_a_checkpoint_in_another_precision_is_no_source(tiny_llama):
     model, _ = lk.load_model(str(tiny_llama), dtype="bfloat16")
     hashed = base_hash(model)
     attach_random(model)
-    lk.merge(model, pristine="checkpoint")
-    kept = model._lorakit.pristine["model.layers.0.self_attn.q_proj"]["weight"]
+    lk.merge(model, original_weights="checkpoint")
+    kept = model._lorakit.original_weights["model.layers.0.self_attn.q_proj"]["weight"]
     assert isinstance(kept, torch.Tensor)
     lk.unmerge(model)
     assert base_hash(model) == hashed

@@ -16,7 +16,7 @@ from transformers import (
 import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, TargetError
-from lorakit.training.memory.activation_checkpointing import narrow_products, products, recomputing
+from lorakit.training.memory.activation_checkpointing import narrow_matmuls, products, recomputing
 from oracles import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 
@@ -322,13 +322,15 @@ def test_a_row_blends_bottlenecks_by_what_each_adds_to_the_base(family, variant)
         tensors[name] = lk.extract(model, name).tensors
     add = gelu if variant == "h" else relu
     model.double()
-    blends = [{"a": 1.0}, {"b": 0.5}, {"a": 0.25, "b": 2.0}, {}]
+    combinations = [{"a": 1.0}, {"b": 0.5}, {"a": 0.25, "b": 2.0}, {}]
     with lk.route(model, ["a", {"b": 0.5}, {"a": 0.25, "b": 2.0}, None]):
         found = outputs(model, inputs)
-    for row, blend in enumerate(blends):
+    for row, combination in enumerate(combinations):
 
-        def update(path, h, blend=blend):
-            each = [w * bottleneck(h, of(tensors[n], path), path, add) for n, w in blend.items()]
+        def update(path, h, combination=combination):
+            each = [
+                w * bottleneck(h, of(tensors[n], path), path, add) for n, w in combination.items()
+            ]
             return sum(each, torch.zeros_like(h))
 
         alone = hooked(base, paths, update)({k: v[row : row + 1] for k, v in inputs.items()})
@@ -371,7 +373,7 @@ def test_recomputed_blocks_drop_the_same_and_have_the_same_gradients(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("worth", [narrow_products, products])
+@pytest.mark.parametrize("worth", [narrow_matmuls, products])
 @pytest.mark.parametrize("variant", ["h", "l"])
 def test_training_with_less_memory_has_the_same_gradients(variant, worth):
     model = build("llama").double().train()

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
-from lorakit.models.logits import logit_change
+from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
+from lorakit.models.logits import logit_transform
 from shaped_models import SHAPED, with_shaped_logits
 from tiny_models import build
 
 CHANGES = {
-    "gemma2": LogitChange(cap=0.1),
-    "gemma3_text": LogitChange(cap=0.3),
-    "cohere": LogitChange(scale=0.3),
-    "granite": LogitChange(scale=1 / 7.0),
+    "gemma2": LogitTransform(cap=0.1),
+    "gemma3_text": LogitTransform(cap=0.3),
+    "cohere": LogitTransform(scale=0.3),
+    "granite": LogitTransform(scale=1 / 7.0),
 }
 
 
 def found(model):
-    return logit_change(model, model.get_output_embeddings(), rows=2)
+    return logit_transform(model, model.get_output_embeddings(), rows=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -29,7 +29,7 @@ def test_what_the_config_says_is_found_in_every_precision(family, dtype):
 @pytest.mark.parametrize("cap", [5.0, 30.0, 500.0])
 def test_usual_caps_are_told_from_their_neighbours(cap):
     model = with_shaped_logits("gemma2", final_logit_softcapping=cap).bfloat16()
-    assert found(model) == LogitChange(cap=cap)
+    assert found(model) == LogitTransform(cap=cap)
     wrong = with_shaped_logits("gemma2", final_logit_softcapping=cap).bfloat16()
     lying(wrong, final_logit_softcapping=cap * 1.03)
     assert found(wrong) is None
@@ -60,7 +60,7 @@ def lying(model, **says):
 def test_one_name_means_a_factor_or_a_divisor_as_the_trial_shows():
     model = with_shaped_logits("granite", logits_scaling=4.0)
     lying(model, logits_scaling=0.25)
-    assert found(model) == LogitChange(scale=0.25)
+    assert found(model) == LogitTransform(scale=0.25)
 
 
 def test_a_factor_and_a_cap_together_are_found():
@@ -76,16 +76,16 @@ def test_a_factor_and_a_cap_together_are_found():
 
     model.forward = halved
     model.config.logit_scale = 0.5
-    assert found(model) == LogitChange(scale=0.5, cap=2.0)
+    assert found(model) == LogitTransform(scale=0.5, cap=2.0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "t5"])
 def test_an_answer_that_is_left_as_it_is_needs_no_words(family):
-    assert found(build(family)) == UNCHANGED
+    assert found(build(family)) == IDENTITY
 
 
 def test_a_field_that_the_model_does_not_use_is_not_believed():
-    assert found(build("llama", logit_scale=0.5)) == UNCHANGED
+    assert found(build("llama", logit_scale=0.5)) == IDENTITY
 
 
 def test_a_change_that_the_config_does_not_name_is_not_guessed():
@@ -124,6 +124,6 @@ def test_the_trial_leaves_modes_and_random_numbers_alone():
     model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
     before = torch.get_rng_state()
-    assert logit_change(model, model.lm_head, rows=2) == UNCHANGED
+    assert logit_transform(model, model.lm_head, rows=2) == IDENTITY
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), before)

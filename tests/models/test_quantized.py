@@ -34,7 +34,7 @@ from lorakit.models.quantized import (
 from lorakit.models.quantized_weight import float_weight, is_quantized
 from lorakit.models.roles import output_head, task_heads
 from lorakit.training.memory.compiled_blocks import check_compile
-from lorakit.training.memory.memory_efficient import economical
+from lorakit.training.memory.memory_efficient import memory_efficient
 from lorakit.training.memory.training_memory import training_memory
 from oracles import attach_random, outputs
 from tiny_models import FAMILIES, build, example_inputs
@@ -163,7 +163,7 @@ def test_economical_modules_are_found_on_a_quantised_base():
     model, original = quantized("llama")
     for each in (model, original):
         attach_random(each, rank=2)
-    with economical(model) as ours, economical(original) as theirs:
+    with memory_efficient(model) as ours, memory_efficient(original) as theirs:
         assert ours == theirs
         assert any(path.endswith("mlp") for path in ours)
 

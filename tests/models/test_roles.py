@@ -130,17 +130,17 @@ NAMES = {
 
 
 def names(chosen):
-    return [place.name for place in chosen]
+    return [target.name for target in chosen]
 
 
 def paths(chosen):
-    return [place.path for place in chosen]
+    return [target.path for target in chosen]
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
 def test_each_role_names_one_layer_of_each_block(family):
     model = build(family)
-    block = next(place.path for place in places(model) if block_number(place.path) == 0)
+    block = next(target.path for target in places(model) if block_number(target.path) == 0)
     block = block[: block.index(".0.") + 2]
     for role, name in NAMES[family].items():
         expected = [f"{block}.{name}", f"{block[:-1]}1.{name}"]
@@ -175,7 +175,7 @@ def test_t5_without_gate_has_up_and_down():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_of_a_block_has_a_role(family):
     model = build(family)
-    with_role = {place.path for place in places(model) if place.role is not None}
+    with_role = {target.path for target in places(model) if target.role is not None}
     matrices = {
         path
         for path, module in model.named_modules()
@@ -192,12 +192,12 @@ def test_embed_and_head_are_the_layers_that_the_forward_pass_calls(family):
     words = ("embed", "head") if family in (*DECODERS, "t5") else ("embed",)
     called = []
     chosen = select(model, words)
-    for place in chosen:
-        hook = lambda _module, _inputs, _output, path=place.path: called.append(path)  # noqa: E731
-        model.get_submodule(place.path).register_forward_hook(hook)
+    for target in chosen:
+        hook = lambda _module, _inputs, _output, path=target.path: called.append(path)  # noqa: E731
+        model.get_submodule(target.path).register_forward_hook(hook)
     model(**example_inputs(model))
     assert set(called) == set(paths(chosen))
-    assert {place.role for place in chosen} == set(words)
+    assert {target.role for target in chosen} == set(words)
 
 
 def test_vit_of_earlier_transformers_is_known():
@@ -210,7 +210,7 @@ def test_vit_of_earlier_transformers_is_known():
         "vit.encoder.layer.0.output.dense",
     )
     model.config = SimpleNamespace(model_type="vit")
-    assert [place.role for place in places(model)] == ["q", "k", "v", "o", "up", "down"]
+    assert [target.role for target in places(model)] == ["q", "k", "v", "o", "up", "down"]
 
 
 def nested(*wanted):
@@ -269,10 +269,10 @@ def bloom_inputs(model, monkeypatch):
 
 def zero(model, chosen):
     """Set the rows of slices to zero, in weight and bias."""
-    for place in chosen:
-        layer = model.get_submodule(place.path)
+    for target in chosen:
+        layer = model.get_submodule(target.path)
         weight = layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data
-        for start, stop in place.rows:
+        for start, stop in target.rows:
             weight[start:stop] = 0
             if layer.bias is not None:
                 layer.bias.data[start:stop] = 0
@@ -371,16 +371,16 @@ def test_phi3_rows_of_gate_and_up_make_exactly_their_halves(role):
 def test_slices_divide_the_rows_of_the_fused_layer(layout):
     family, settings = FUSED[layout]
     model = build(family, **settings)
-    fused = {place.path for place in places(model) if place.rows is not None}
+    fused = {target.path for target in places(model) if target.rows is not None}
     assert fused
     for path in fused:
         layer = model.get_submodule(path)
         rows = layer.nf if isinstance(layer, Conv1D) else layer.out_features
         covered = [
             row
-            for place in places(model)
-            if place.path == path and place.rows is not None
-            for start, stop in place.rows
+            for target in places(model)
+            if target.path == path and target.rows is not None
+            for start, stop in target.rows
             for row in range(start, stop)
         ]
         assert sorted(covered) == list(range(rows))
@@ -406,7 +406,7 @@ def test_a_role_selects_slices_and_a_path_selects_the_whole_layer():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_and_mlp_stand_for_their_roles(family):
     model = build(family)
-    known = {place.role for place in places(model)}
+    known = {target.role for target in places(model)}
     assert {p.role for p in select(model, ("attention",))} == {"q", "k", "v", "o"}
     assert {p.role for p in select(model, ("mlp",))} == {"gate", "up", "down"} & known
 
@@ -511,9 +511,9 @@ def test_path_words_work_on_any_module():
 def test_no_role_but_its_path_names_a_task_head(family):
     model = build(family)
     heads = task_heads(model)
-    inside = [place for place in places(model) if place.path.startswith(heads)]
+    inside = [target for target in places(model) if target.path.startswith(heads)]
     assert inside
-    assert {place.role for place in inside} == {None}
+    assert {target.role for target in inside} == {None}
     assert not set(select(model, ("all-linear",))) & set(inside)
     assert set(select(model, (f"{heads[-1]}*",))) <= set(inside)
 
@@ -521,9 +521,9 @@ def test_no_role_but_its_path_names_a_task_head(family):
 def test_a_layer_of_a_task_head_has_no_role_whatever_its_name():
     model = build("bert")
     model.classifier = nested("output.dense")
-    assert [place.role for place in places(model) if place.path == "classifier.output.dense"] == [
-        None
-    ]
+    assert [
+        target.role for target in places(model) if target.path == "classifier.output.dense"
+    ] == [None]
 
 
 # Mistakes.

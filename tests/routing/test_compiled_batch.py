@@ -9,7 +9,7 @@ import torch
 
 import lorakit as lk
 from lorakit.attachment.state import is_compiled
-from lorakit.routing.compiled_batch import StaticLinear
+from lorakit.routing.compiled_batch import StaticLoRA
 from oracles import alone, attach_random, outputs
 from tiny_models import build, example_inputs
 
@@ -141,8 +141,8 @@ def test_trained_adapters_of_a_compiled_model_keep_their_gradients():
     bank = lk.AdapterBank(torch.compile(model, backend="eager"))
     attach_random(model, targets=("q",))
     with bank.route(["default", None]):
-        changes = bank._state.route.changes
-        assert not any(isinstance(change, StaticLinear) for change in changes.values())
+        operations = bank._state.route.operations
+        assert not any(isinstance(operation, StaticLoRA) for operation in operations.values())
         inputs = torch.ones(2, 3, dtype=torch.long)
         model(input_ids=inputs).logits.sum().backward()
     trained = [p for name, p in model.named_parameters() if "lora_b" in name]
@@ -161,7 +161,7 @@ def test_the_unchanging_form_holds_slices_ranks_and_trained_biases(family):
     expected = alone(model, inputs, names)
     model._lorakit.compiled = True
     with lk.route(model, names):
-        changes = model._lorakit.route.changes
-        assert any(isinstance(change, StaticLinear) for change in changes.values())
+        operations = model._lorakit.route.operations
+        assert any(isinstance(operation, StaticLoRA) for operation in operations.values())
         found = outputs(model, inputs)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)

@@ -74,7 +74,7 @@ def test_a_switch_is_a_pointer_change(model):
     parameters = {n: (p.data_ptr(), p._version) for n, p in model.named_parameters()}
     modules = [id(m) for m in model.modules()]
     lk.switch(model, "two")
-    assert model._lorakit.route.changes is model._lorakit.updates["two"]
+    assert model._lorakit.route.operations is model._lorakit.updates["two"]
     assert {n: (p.data_ptr(), p._version) for n, p in model.named_parameters()} == parameters
     assert [id(m) for m in model.modules()] == modules
 
@@ -159,11 +159,11 @@ def _parameter(model, layer):
 
 
 @pytest.mark.parametrize("change", [_step, _load, _data, _precision, _parameter])
-def test_a_weight_that_changed_between_two_routes_is_never_served_old(model, inputs, change):
+def test_a_weight_that_changed_between_two_routes_is_never_served_old(model, inputs, operation):
     model.requires_grad_(False)
     with lk.route(model, NAMES):
         before = outputs(model, inputs)
-    change(model, model.model.layers[0].self_attn.q_proj.adapter_bank["@two"].parts["whole"])
+    operation(model, model.model.layers[0].self_attn.q_proj.adapter_bank["@two"].parts["whole"])
     with lk.route(model, NAMES):
         after = outputs(model, inputs)
     assert not torch.equal(after, before)
@@ -313,7 +313,7 @@ def _in_a_process(program: str) -> None:
 def test_a_choice_of_a_wrong_kind_is_told(wrong):
     # Unwrapped, because the shape checks of the tests would see it first.
     with pytest.raises(RouteError, match=r"row 1 asks for .*: give a name, None"):
-        inspect.unwrap(routing._blend)(wrong, 1)
+        inspect.unwrap(routing._combination)(wrong, 1)
 
 
 def test_compiled_models_answer_and_train_alike():

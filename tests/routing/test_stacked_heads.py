@@ -17,8 +17,8 @@ import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import RouteError
 from lorakit.routing import stacked_heads as heads
-from lorakit.routing.row_groups import ByRows
-from lorakit.routing.stacked_heads import Heads
+from lorakit.routing.row_groups import ByRowGroup
+from lorakit.routing.stacked_heads import StackedHeads
 from oracles import alone, attach_random, outputs, randomise
 from tiny_models import build, example_inputs
 
@@ -47,9 +47,9 @@ def adapted(family: str, *, train: bool = False, **settings: str):
     return model.requires_grad_(train)
 
 
-def stacks(model) -> list[Heads]:
+def stacks(model) -> list[StackedHeads]:
     """Return the heads of the route that is open, of which there is at least one."""
-    found = [c for c in model._lorakit.route.changes.values() if isinstance(c, Heads)]
+    found = [c for c in model._lorakit.route.operations.values() if isinstance(c, StackedHeads)]
     assert found
     assert not any(each._refused for each in found)
     return found
@@ -310,30 +310,30 @@ def with_head(head: nn.Module) -> nn.Module:
 def check_layer(model, x, names) -> dict:
     with lk.route(model, names):
         mixed = model(x)
-        changes = dict(model._lorakit.route.changes)
+        operations = dict(model._lorakit.route.operations)
     for row, name in enumerate(names):
         with lk.route(model, name):
             torch.testing.assert_close(mixed[row : row + 1], model(x[row : row + 1]))
-    return changes
+    return operations
 
 
 def test_a_head_that_vmap_refuses_is_done_blend_by_blend():
-    changes = check_layer(with_head(Choosy()), torch.randn(4, 6), ["a", None, "b", "a"])
-    assert [c._refused for c in changes.values() if isinstance(c, Heads)] == [True]
+    operations = check_layer(with_head(Choosy()), torch.randn(4, 6), ["a", None, "b", "a"])
+    assert [c._refused for c in operations.values() if isinstance(c, StackedHeads)] == [True]
 
 
 @pytest.mark.parametrize("head", [Normed, functools.partial(nn.Conv1d, 6, 6, 1)])
 def test_other_modules_answer_as_if_alone(head):
     x = torch.randn(4, 6) if head is Normed else torch.randn(4, 6, 6)
-    changes = check_layer(with_head(head()), x, ["a", None, "b", {"a": 0.5, "c": 0.4}])
-    assert any(isinstance(c, Heads) for c in changes.values()) is (head is not Normed)
+    operations = check_layer(with_head(head()), x, ["a", None, "b", {"a": 0.5, "c": 0.4}])
+    assert any(isinstance(c, StackedHeads) for c in operations.values()) is (head is not Normed)
 
 
 def test_large_copies_are_not_held_twice(monkeypatch):
     monkeypatch.setattr(heads, "LARGEST", 10)
-    changes = check_layer(with_head(nn.Linear(6, 4)), torch.randn(2, 6), ["a", "b"])
-    assert not any(isinstance(c, Heads) for c in changes.values())
-    assert any(isinstance(c, ByRows) for c in changes.values())
+    operations = check_layer(with_head(nn.Linear(6, 4)), torch.randn(2, 6), ["a", "b"])
+    assert not any(isinstance(c, StackedHeads) for c in operations.values())
+    assert any(isinstance(c, ByRowGroup) for c in operations.values())
 
 
 def test_an_error_of_a_head_is_told_as_it_is():

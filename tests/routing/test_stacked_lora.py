@@ -83,14 +83,14 @@ def test_a_layer_whose_input_all_rows_share_is_told(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "bert", "vit", "t5"])
 @pytest.mark.parametrize("blend", [*BLENDS, {"small": 1.0, "wide": 1.0, "other": 2.0}])
-def test_a_blend_is_the_sum_of_updates(family, blend):
+def test_a_blend_is_the_sum_of_updates(family, combination):
     model, base, adapters = adapted(family)
     inputs = example_inputs(model, rows=2)
-    expected = outputs(with_updates(base, adapters, blend), inputs)
-    close = {"rtol": 0.02, "atol": 0.02} if "half" in blend else {"rtol": 1e-4, "atol": 1e-4}
-    with lk.route(model, [blend, None]):
+    expected = outputs(with_updates(base, adapters, combination), inputs)
+    close = {"rtol": 0.02, "atol": 0.02} if "half" in combination else {"rtol": 1e-4, "atol": 1e-4}
+    with lk.route(model, [combination, None]):
         torch.testing.assert_close(outputs(model, inputs)[0], expected[0], **close)
-    with lk.route(model, blend):
+    with lk.route(model, combination):
         torch.testing.assert_close(outputs(model, inputs), expected, **close)
 
 
@@ -183,10 +183,10 @@ def test_heads_of_other_widths_answer_in_one_batch(heads):
 def test_heads_of_the_base_width_can_be_blended_and_others_not(heads):
     inputs = example_inputs(heads.model, rows=3)
     adapters = {n: lk.extract(heads.model, n) for n in ("3 classes", "three")}
-    blend = {"3 classes": 0.6, "three": 0.7}
-    with heads.route([None, blend, {"three": 0.5}]):
+    combination = {"3 classes": 0.6, "three": 0.7}
+    with heads.route([None, combination, {"three": 0.5}]):
         mixed = outputs(heads.model, inputs)
-    for row, terms in ((1, blend), (2, {"three": 0.5})):
+    for row, terms in ((1, combination), (2, {"three": 0.5})):
         expected = outputs(with_updates(build("bert"), adapters, terms), inputs)[row]
         torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4)
     for impossible in ({"2 classes": 0.5}, {"5 classes": 1.0, "three": 1.0}):
@@ -199,8 +199,8 @@ def test_neighbours_with_one_input_share_one_product(monkeypatch):
 
     model = adapted("llama")[0]
     calls = []
-    real = grouped.narrow
-    monkeypatch.setattr(grouped, "narrow", lambda *args: calls.append(args) or real(*args))
+    real = grouped.down_project
+    monkeypatch.setattr(grouped, "down_project", lambda *args: calls.append(args) or real(*args))
     with lk.route(model, ["wide", "small"]):
         calls.clear()
         outputs(model, example_inputs(model))
@@ -237,8 +237,8 @@ def test_ranks_far_apart_are_not_padded_to_the_largest():
     lk.switch(model, None)
     model.requires_grad_(False)
     with lk.route(model, ["one", "many"]):
-        changes = next(iter(model._lorakit.route.changes.values()))
-        ranks = [shared.pieces[at].rank for shared, at in changes._parts]
+        operations = next(iter(model._lorakit.route.operations.values()))
+        ranks = [shared.pieces[at].rank for shared, at in operations._parts]
     assert sorted(ranks) == [1, 30]
 
 

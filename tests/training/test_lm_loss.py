@@ -109,7 +109,7 @@ def test_logits_that_the_model_changes_are_made_in_chunks_too(family, monkeypatc
 
 @pytest.mark.parametrize("family", SHAPED)
 def test_a_change_that_no_config_names_is_the_models_own(family, monkeypatch):
-    monkeypatch.setattr(objective, "logit_change", lambda *_, **__: None)
+    monkeypatch.setattr(objective, "logit_transform", lambda *_, **__: None)
     model = with_shaped_logits(family).double()
     seen, labelled = hand_over(model)
     assert seen == [labelled]

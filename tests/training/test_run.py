@@ -29,7 +29,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
 def settings(tiny_llama, prompt_rows, tmp_path):
     """Return a maker of settings for a short run."""
 
-    def make(**changes):
+    def make(**operations):
         values = {
             "model": str(tiny_llama),
             "out": tmp_path / "run",
@@ -42,7 +42,7 @@ def settings(tiny_llama, prompt_rows, tmp_path):
             "warmup_steps": 2,
             "learning_rate": 1e-2,
         }
-        return TrainConfig(**{**values, **changes})
+        return TrainConfig(**{**values, **operations})
 
     return make
 
@@ -158,12 +158,12 @@ def test_a_killed_run_resumes_to_the_same_bytes(settings, tmp_path, step):
         ({"method": "bitfit", "bitfit": {"add_missing": True}}, "bitfit: add_missing is True"),
     ],
 )
-def test_a_run_is_not_resumed_as_another(settings, changes, problem):
+def test_a_run_is_not_resumed_as_another(settings, operations, problem):
     config = settings(steps=4, save_every=2, warmup_steps=1)
     train(config)
     before = contents(config.out)
     with pytest.raises(TrainingError, match="can't be resumed with other settings") as caught:
-        train(settings(steps=4, save_every=2, warmup_steps=1, resume=True, **changes))
+        train(settings(steps=4, save_every=2, warmup_steps=1, resume=True, **operations))
     assert problem in str(caught.value)
     assert contents(config.out) == before
 

@@ -1,4 +1,4 @@
-"""Training with trained tokens: rows that have them, joined or padded, alone or in a sweep."""
+"""Training with virtual tokens: rows that have them, joined or padded, alone or in a sweep."""
 
 import json
 
@@ -33,7 +33,7 @@ TOKENS = PrefixSettings(prefix=2, infix=3)
 def settings(tiny_llama, prompt_rows, tmp_path):
     """Return a maker of settings for a short run."""
 
-    def make(**changes):
+    def make(**operations):
         values = {
             "model": str(tiny_llama),
             "out": tmp_path / "run",
@@ -45,7 +45,7 @@ def settings(tiny_llama, prompt_rows, tmp_path):
             "batch_size": 4,
             "warmup_steps": 1,
         }
-        return TrainConfig(**{**values, **changes})
+        return TrainConfig(**{**values, **operations})
 
     return make
 
@@ -210,7 +210,7 @@ def test_members_of_a_sweep_train_as_alone(settings, tmp_path):
 
 
 def test_compiling_is_refused(settings):
-    with pytest.raises(ConfigError, match="trained tokens are put into rows by code"):
+    with pytest.raises(ConfigError, match="virtual tokens are put into rows by code"):
         prepare(settings(compile=True))
 
 

@@ -29,8 +29,8 @@ from lorakit.adapter.peft import (
 from lorakit.adapter.peft_config import (
     CONFIG_FILE,
     PeftConfig,
+    file_problem_lines,
     parse_config,
-    problem_lines,
     unknown_values,
     unsupported,
 )
@@ -287,7 +287,7 @@ def _config(raw: dict[str, Any], problems: list[str]) -> PeftConfig | None:
     try:
         config = parse_config(raw)
     except ValidationError as error:
-        problems += problem_lines(CONFIG_FILE, error)
+        problems += file_problem_lines(CONFIG_FILE, error)
         return None
     problems += unsupported(config)
     return config
@@ -309,7 +309,7 @@ def _record(files: Mapping[str, bytes], problems: list[str]) -> Record | None:
     try:
         record = Record.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        problems += problem_lines(RECORD_FILE, error)
+        problems += file_problem_lines(RECORD_FILE, error)
         return None
     problems += _method_problems(record)
     return record

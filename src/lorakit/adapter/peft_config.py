@@ -110,7 +110,7 @@ def parse_config(raw: Any) -> PeftConfig:
     return PeftConfig.model_validate(raw)
 
 
-def problem_lines(file: str, error: ValidationError) -> list[str]:
+def file_problem_lines(file: str, error: ValidationError) -> list[str]:
     """Return a line for each of pydantic's problems with a file."""
     lines = []
     for problem in error.errors():

@@ -14,7 +14,7 @@ from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.fused_layers import WholeLayer, unstack
 from lorakit.adapter.peft import PREFIX, hint
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
-from lorakit.adapter.site import Kind, Site
+from lorakit.adapter.site import LayerKind, Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.models.roles import GROUPS, ROLES
 
@@ -62,7 +62,7 @@ def read_peft(
     sites: list[Site] = []
     named: dict[str, Tensor] = dict(found.replaced)
     for path in sorted(found.updates, key=_natural):
-        kind: Kind = "embedding" if path in found.embeddings else "linear"
+        kind: LayerKind = "embedding" if path in found.embeddings else "linear"
         site, parts, wrong = _site(config, path, kind, found.updates[path])
         problems += wrong
         if site is not None:
@@ -179,7 +179,7 @@ def _absent_copies(config: PeftConfig, found: _Sorted) -> Iterator[str]:
 
 
 def _site(
-    config: PeftConfig, path: str, kind: Kind, update: Mapping[str, Tensor]
+    config: PeftConfig, path: str, kind: LayerKind, update: Mapping[str, Tensor]
 ) -> tuple[Site | None, dict[str, Tensor], list[str]]:
     """Return a layer's site and its tensors, or what is wrong with them."""
     missing = [end for end in "ab" if end not in update]
@@ -218,7 +218,7 @@ def _site(
     return site, parts, []
 
 
-def _magnitude_problem(kind: Kind, update: Mapping[str, Tensor]) -> str | None:
+def _magnitude_problem(kind: LayerKind, update: Mapping[str, Tensor]) -> str | None:
     """Return what is wrong with a layer's update under use_dora, or None."""
     if kind == "embedding" or update["a"].dim() > 2:
         what = "an embedding" if kind == "embedding" else "a convolution"
@@ -231,7 +231,7 @@ def _magnitude_problem(kind: Kind, update: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _transposed(config: PeftConfig, kind: Kind) -> bool:
+def _transposed(config: PeftConfig, kind: LayerKind) -> bool:
     return config.fan_in_fan_out and kind == "linear"
 
 

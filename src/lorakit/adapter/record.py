@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from lorakit.adapter.content import AdapterContent
-from lorakit.adapter.site import Kind, Rows, Site
+from lorakit.adapter.site import LayerKind, RowRanges, Site
 from lorakit.config.methods import METHODS, MethodConfig, config_of
 from lorakit.models.identity import BaseIdentity
 
@@ -53,7 +53,7 @@ class SiteRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     path: str
-    kind: Kind = "linear"
+    kind: LayerKind = "linear"
     role: str | None = None
     rows: RowsText | None = None
     layer_rows: int | None = None
@@ -161,7 +161,7 @@ def to_json(content: Any) -> str:
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _rows(text: str) -> Rows:
+def _rows(text: str) -> RowRanges:
     pairs = (part.split(":") for part in text.split(","))
     return tuple((int(first), int(last)) for first, last in pairs)
 

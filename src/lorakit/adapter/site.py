@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Rows = tuple[tuple[int, int], ...]
+RowRanges = tuple[tuple[int, int], ...]
 """Half-open ranges (start, stop) of a fused layer's output rows."""
-Kind = Literal["linear", "transposed", "embedding", "conv"]
+LayerKind = Literal["linear", "transposed", "embedding", "conv"]
 """How a layer holds its matrix; transposed: (d_in, d_out), as transformers' Conv1D does."""
 
 
@@ -26,11 +26,11 @@ class Site:
     """What B·A·x is multiplied by: α/r, or α/√r."""
     role: str | None = None
     """The role, where the site is a slice of a fused layer; None for a whole layer."""
-    rows: Rows | None = None
+    rows: RowRanges | None = None
     """Output rows of the slice; None for a whole layer."""
     groups: int = 1
     """Groups of a convolution, which share A; 1 for every other layer."""
-    kind: Kind = "linear"
+    kind: LayerKind = "linear"
     """What the layer is; other tools' files depend on it, the update does not."""
     layer_rows: int | None = None
     """Output rows of the whole layer, where the site is a slice of it."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.attachment.original_weights import Pristine
+from lorakit.attachment.original_weights import OriginalWeight
 from lorakit.attachment.plan import (
     Plan,
     as_configs,
@@ -38,12 +38,12 @@ from lorakit.layers.checkpointing import forget_routes, stacks_of_blocks
 from lorakit.layers.layer import (
     Update,
     bank_key,
-    release,
+    restore,
 )
-from lorakit.methods.lora.eva import Directions, input_directions
+from lorakit.methods.lora.eva import SingularVectors, input_singular_vectors
 from lorakit.methods.lora.init import fresh_tensors
 from lorakit.methods.lora.lora import ENDS, LoRAUpdate, LowRank
-from lorakit.methods.lora.pissa import apart, together
+from lorakit.methods.lora.pissa import join_frozen_factors, split_frozen_factors
 from lorakit.methods.module_copy import ModuleCopy
 from lorakit.methods.prompt.hooks import HOOKS, watch
 from lorakit.models.base import base_parameter
@@ -93,11 +93,13 @@ def attach(
         configs = as_configs(what)
         fitted = plan(model, configs)
         lora = next((each for each in configs if isinstance(each, LoRAConfig)), LoRAConfig())
-        directions = _directions(model, state, fitted, data)
+        vectors = _singular_vectors(model, state, fitted, data)
         if lora.eva_rho > 1:
-            fitted = with_moved_ranks(model, fitted, lora, directions)
+            fitted = with_moved_ranks(model, fitted, lora, vectors)
         modules = layout_of(model).modules
-        start = apart(fitted.sites, fresh_tensors(modules, fitted.sites, lora, directions))
+        start = split_frozen_factors(
+            fitted.sites, fresh_tensors(modules, fitted.sites, lora, vectors)
+        )
         updates = _build(modules, fitted, configs, None, start, copy=False)
         record = Adapter(
             configs=configs,
@@ -139,18 +141,18 @@ def _check_data(what: object, data: object) -> None:
         raise AttachError("data is given, but nothing looks at it: only LoRA's init eva does")
 
 
-def _directions(
+def _singular_vectors(
     model: nn.Module,
     state: Attachment | None,
     fitted: Plan,
     data: Iterable[Mapping[str, Tensor]] | None,
-) -> dict[str, Directions]:
+) -> dict[str, SingularVectors]:
     """Return the directions of the layers' inputs in the base, for init eva."""
     if data is None:
         return {}
     paths = list(dict.fromkeys(site.path for site in fitted.sites))
     with nullcontext() if state is None else state.routed(None, None, None):
-        return input_directions(model, paths, shared_inputs(model), data)
+        return input_singular_vectors(model, paths, shared_inputs(model), data)
 
 
 def fit_and_build(
@@ -184,7 +186,7 @@ def fit_and_build(
         allow_other_base=allow_other_base,
         other_heads=task_heads(model) if other_heads else (),
     )
-    divided = apart(fitted.sites, adapter.tensors)
+    divided = split_frozen_factors(fitted.sites, adapter.tensors)
     updates = _build(layout.modules, fitted, adapter.configs, divided, divided, copy=copy)
     # Another tool's file may not say what kind of layer it adapts; the model does.
     return fitted, updates, replace(adapter, tensors={}, sites=fitted.sites)
@@ -270,10 +272,10 @@ def install(
             update.let_train()
         if model.training:
             update.train()
-        layer = state.adopt(path, modules[path])
+        layer = state.convert(path, modules[path])
         layer.adapter_bank[key] = update
         by_number[layer.adapter_number] = update
-        if update.trained_tokens and HOOKS[0] not in state.hooks:
+        if update.virtual_tokens and HOOKS[0] not in state.hooks:
             state.hooks |= watch(model, path)
     stale = state.updates.get(name, {}).keys() - by_number.keys()
     state.replace(name, by_number, record)
@@ -293,13 +295,13 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if name is not None:
         require_name(state, name)
     if state.route.merged is not None and name in (None, state.route.merged):
-        restore_pristine(model, state)
+        restore_original_weights(model, state)
     for each in list(state.adapters) if name is None else [name]:
         remove(state, each)
     for number, layer in list(state.layers.items()):
         if not layer.adapter_bank:
-            release(state.layers.pop(number))
-    if not any(u.trained_tokens for own in state.updates.values() for u in own.values()):
+            restore(state.layers.pop(number))
+    if not any(u.virtual_tokens for own in state.updates.values() for u in own.values()):
         for each in HOOKS:
             if each in state.hooks:
                 state.hooks.pop(each).remove()
@@ -324,23 +326,27 @@ def remove(state: Attachment, name: str) -> None:
         state.layers[number].adapter_bank.pop(bank_key(name))
 
 
-def restore_pristine(model: nn.Module, state: Attachment) -> None:
+def restore_original_weights(model: nn.Module, state: Attachment) -> None:
     """Copy every pristine weight back, retie what was untied, and forget the merge."""
-    for path, weights in state.pristine.items():
+    for path, weights in state.original_weights.items():
         restore_module(model, path, weights)
-    state.pristine.clear()
+    state.original_weights.clear()
     state.route.merged = None
     state.activate(state.route.active)
 
 
-def restore_module(model: nn.Module, path: str, weights: Mapping[str, Pristine]) -> None:
+def restore_module(model: nn.Module, path: str, weights: Mapping[str, OriginalWeight]) -> None:
     """Copy a module's pristine weights back, and retie those that were untied."""
     module = model.get_submodule(path)
-    for name, pristine in weights.items():
-        if isinstance(pristine, nn.Parameter):
-            set_parameter(module, name, pristine)
+    for name, original_weights in weights.items():
+        if isinstance(original_weights, nn.Parameter):
+            set_parameter(module, name, original_weights)
         else:
-            weight = pristine if isinstance(pristine, Tensor) else pristine.read()
+            weight = (
+                original_weights
+                if isinstance(original_weights, Tensor)
+                else original_weights.read()
+            )
             base_parameter(module, name).data.copy_(weight)
 
 
@@ -369,7 +375,7 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
         n: p.detach().to("cpu", copy=True).contiguous() for n, p in adapter_parameters(model, name)
     }
     record = state.adapters[name]
-    return replace(record, tensors=together(record.sites, tensors))
+    return replace(record, tensors=join_frozen_factors(record.sites, tensors))
 
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:

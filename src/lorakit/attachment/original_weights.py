@@ -65,5 +65,5 @@ class Checkpoint:
         return FileWeight(handle, name, checksum_of(found))
 
 
-Pristine = Tensor | FileWeight
+OriginalWeight = Tensor | FileWeight
 """An unmerged weight: a copy of it, or of a tied one the parameter itself, or its place on file."""

@@ -25,10 +25,10 @@ from lorakit.methods import bitfit, bottleneck, full
 from lorakit.methods.claims import Claims, Match, match_of
 from lorakit.methods.component import Part
 from lorakit.methods.lora import targets as lora_places
-from lorakit.methods.lora.eva import Directions, moved_ranks
+from lorakit.methods.lora.eva import SingularVectors, moved_ranks
 from lorakit.methods.prompt import prefix
 from lorakit.models.base import base_modules, base_parameters
-from lorakit.models.paths import lies_in, outermost
+from lorakit.models.paths import is_within, outermost
 from lorakit.models.quantized import quantized_within
 from lorakit.models.roles import task_heads
 
@@ -135,7 +135,7 @@ def plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) -> Plan:
     inside = [part.path for part in parts if part.path not in copies]
     _check_apart(copies, [*(match.site.path for match in matches), *inside])
     biases = dict.fromkeys(path for claim in claims for path in claim.biases)
-    own = tuple(path for path in biases if not lies_in(path, copies))
+    own = tuple(path for path in biases if not is_within(path, copies))
     tied = keeps_ties(configs)
     return completed(model, matches, own, copies, parts, tied=tied)
 
@@ -212,7 +212,10 @@ def completed(
 
 
 def with_moved_ranks(
-    model: nn.Module, fitted: Plan, config: LoRAConfig, directions: Mapping[str, Directions]
+    model: nn.Module,
+    fitted: Plan,
+    config: LoRAConfig,
+    vectors: Mapping[str, SingularVectors],
 ) -> Plan:
     """Return a plan whose ranks are moved to where they explain most of the layers' inputs.
 
@@ -220,9 +223,9 @@ def with_moved_ranks(
         model: the base.
         fitted: as the settings alone say.
         config: of its low-rank updates.
-        directions: of the layers' inputs, by path.
+        vectors: of the layers' inputs, by path.
     """
-    moved = moved_ranks(fitted.sites, directions, rho=config.eva_rho, use_rslora=config.use_rslora)
+    moved = moved_ranks(fitted.sites, vectors, rho=config.eva_rho, use_rslora=config.use_rslora)
     matches = (
         replace(match_of(model.get_submodule(site.path), None, site, config), role=match.role)
         for match, site in zip(fitted.matches, moved, strict=True)
@@ -252,7 +255,7 @@ def _check_apart(copies: Iterable[str], adapted: Sequence[str]) -> None:
     Raises:
         TargetError: there are such.
     """
-    clash = [copy for copy in copies if any(lies_in(path, (copy,)) for path in adapted)]
+    clash = [copy for copy in copies if any(is_within(path, (copy,)) for path in adapted)]
     if clash:
         more = f" and {len(clash) - 1} more" if len(clash) > 1 else ""
         raise TargetError(

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.attachment.original_weights import Pristine
+from lorakit.attachment.original_weights import OriginalWeight
 from lorakit.attachment.verify import Layout
-from lorakit.data.virtual_tokens import PromptTokens
+from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import AttachError, RouteError, did_you_mean
 from lorakit.layers.checkpointing import keep_routes, stacks_of_blocks
-from lorakit.layers.layer import AdaptedLayer, Changes, Route, Update, adopt
+from lorakit.layers.layer import AdaptedLayer, Operations, Route, Update, convert
 from lorakit.models.base import base_modules, base_parameters
-from lorakit.models.families import direct_reads, layers_of_shared_inputs
+from lorakit.models.families import layers_shared_by_batch, uncalled_weights
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
 from lorakit.models.quantized import original_identity
 from lorakit.models.roles import output_head, shared_inputs, task_heads
 
-FORGOTTEN: Changes = {}
+FORGOTTEN: Operations = {}
 """Takes the place of changes whose memory may go; nothing that comes is this object."""
 
 
@@ -56,7 +56,7 @@ class Attachment:
     """requires_grad of the base's parameters before the first adapter came."""
     adapters: dict[str, Adapter] = field(default_factory=dict)
     """What was attached, by name, without tensors: those live in the layers."""
-    pristine: dict[str, dict[str, Pristine]] = field(default_factory=dict)
+    original_weights: dict[str, dict[str, OriginalWeight]] = field(default_factory=dict)
     """Unmerged weights by module path and parameter name, while an adapter is merged."""
     hooks: dict[str, RemovableHandle] = field(default_factory=dict)
     """On the model what counts a batch's rows, on its output head what keeps a frozen one fast, on
@@ -69,13 +69,13 @@ class Attachment:
     """What each adapter does, by its name and the layer's number."""
     inputs: dict[str, str] = field(default_factory=dict)
     """A word for the input of those layers that read the same as their neighbours, by path."""
-    direct: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    uncalled: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """The parameters that are read outside of any layer's call, by their module's path."""
-    rowless: frozenset[str] = frozenset()
+    shared_by_batch: frozenset[str] = frozenset()
     """The paths of the layers whose input all rows share."""
     compiled: bool = False
     """Whether routes take the one form that torch.compile need not compile again."""
-    mixed: tuple[Any, Changes, Any] | None = None
+    mixed: tuple[Any, Operations, Any] | None = None
     """The latest mixed batch: what it was made from, what it does to each layer, and the memory
     that it was made from."""
     layout: Layout | None = None
@@ -88,10 +88,10 @@ class Attachment:
         # A copy's parameters lie elsewhere, so it makes its mixed batches anew.
         return vars(self) | {"mixed": None, "layout": None}
 
-    def adopt(self, path: str, layer: nn.Module) -> AdaptedLayer:
+    def convert(self, path: str, layer: nn.Module) -> AdaptedLayer:
         """Turn a layer into an adapted layer, if it is not one yet, and know it by its number."""
-        reads, direct = self.inputs.get(path, path), self.direct.get(path, ())
-        adapted = adopt(layer, self.route, reads=reads, direct=direct)
+        reads, uncalled = self.inputs.get(path, path), self.uncalled.get(path, ())
+        adapted = convert(layer, self.route, reads=reads, uncalled=uncalled)
         self.layers[adapted.adapter_number] = adapted
         self.paths[adapted.adapter_number] = path
         return adapted
@@ -101,10 +101,10 @@ class Attachment:
         route = self.route
         with self.lock:
             plain = name is None or name == route.merged
-            route.changes = None if plain else self.updates[cast(str, name)]
+            route.operations = None if plain else self.updates[cast(str, name)]
             route.active = name
             if not route.depth:
-                route.switched, route.outside = name, route.changes
+                route.switched, route.outside = name, route.operations
 
     def replace(self, name: str, updates: dict[int, Update], record: Adapter) -> None:
         """Let a name mean other updates from now on; a block that is open keeps what it has."""
@@ -116,7 +116,7 @@ class Attachment:
             if route.switched == name and route.merged != name:
                 route.outside = updates
                 if not route.depth:
-                    route.changes = updates
+                    route.operations = updates
 
     def forget(self, name: str) -> dict[int, Update]:
         """Return a name's updates, and know it no more; a block that is open keeps what it has."""
@@ -129,28 +129,28 @@ class Attachment:
             if route.switched == name:
                 route.switched = route.outside = None
                 if not route.depth:
-                    route.changes = route.active = None
+                    route.operations = route.active = None
             return self.updates.pop(name)
 
     @contextmanager
     def routed(
-        self, changes: Changes | None, active: str | None, rows: int | None
+        self, operations: Operations | None, active: str | None, rows: int | None
     ) -> Iterator[None]:
         """Change the route for the time of a block; it is restored also after an error."""
         route = self.route
         with self.lock:
-            before = route.changes, route.active, route.rows
+            before = route.operations, route.active, route.rows
             route.depth += 1
-            route.changes, route.active, route.rows = changes, active, rows
+            route.operations, route.active, route.rows = operations, active, rows
         try:
             yield
         finally:
             with self.lock:
                 route.depth -= 1
-                if route.recorded is changes is not before[0]:
+                if route.recorded is operations is not before[0]:
                     route.recorded = FORGOTTEN
                 # Outside, what answered before may have been replaced or taken out meanwhile.
-                route.changes, route.active, route.rows = (
+                route.operations, route.active, route.rows = (
                     before if route.depth else (route.outside, route.switched, None)
                 )
                 route.repeats = 1
@@ -215,8 +215,8 @@ def attached(model: nn.Module) -> Attachment:
     if state is None:
         frozen = {path: p.requires_grad for path, p in base_parameters(model)}
         state = Attachment(route=Route(), identity=identity_of(model), frozen=frozen)
-        state.inputs, state.direct = shared_inputs(model), direct_reads(model)
-        state.rowless = layers_of_shared_inputs(model)
+        state.inputs, state.uncalled = shared_inputs(model), uncalled_weights(model)
+        state.shared_by_batch = layers_shared_by_batch(model)
         state.hooks[""] = model.register_forward_pre_hook(check_rows, with_kwargs=True)
         for path, stack in stacks_of_blocks(model):
             state.hooks[f"blocks of {path}"] = stack.register_forward_pre_hook(keep_routes)
@@ -253,11 +253,11 @@ def active_name(model: nn.Module) -> str | None:
     return None if state is None else state.route.active
 
 
-def trained_tokens(model: nn.Module, name: str | None) -> PromptTokens | None:
-    """Return the trained tokens that rows of an adapter get; None: it has none, or is none."""
+def virtual_tokens(model: nn.Module, name: str | None) -> VirtualTokens | None:
+    """Return the virtual tokens that rows of an adapter get; None: it has none, or is none."""
     state = attachment_of(model)
     updates = state.updates[name].values() if state and name is not None else ()
-    return next((each.trained_tokens for each in updates if each.trained_tokens), None)
+    return next((each.virtual_tokens for each in updates if each.virtual_tokens), None)
 
 
 def make_contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ from lorakit.methods.component import Part
 from lorakit.methods.lora.lora import is_adaptable, is_linear, kind_of, matrix_shape, tensor_shapes
 from lorakit.models.base import base_modules
 from lorakit.models.identity import BaseIdentity
-from lorakit.models.paths import lies_in
+from lorakit.models.paths import is_within
 from lorakit.models.quantized import quantized_within
 from lorakit.models.roles import select
 
@@ -116,7 +116,7 @@ def _parts(
         return ()
     if keeps_ties(adapter.configs):
         problems += _other_copies(adapter, copies)
-    biases = (path for claim in claims for path in claim.biases if not lies_in(path, copies))
+    biases = (path for claim in claims for path in claim.biases if not is_within(path, copies))
     expected.update(f"{path}.bias" for path in biases)
     parts = parts_of(claims)
     for part in parts:

@@ -12,7 +12,7 @@ LIBRARIES = ("lorakit", "torch", "transformers", "peft", "sacrebleu")
 """Whose versions are told."""
 
 
-def circumstances() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Return commit, versions and hardware: to be asked before the work starts."""
     return {
         "commit": _commit(),

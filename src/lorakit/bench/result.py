@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lorakit.bench.environment import circumstances
+from lorakit.bench.environment import environment
 from lorakit.bench.peers import require_peft
 from lorakit.bench.rounds import Seconds
 from lorakit.config.base import DType, PositiveInt, Settings
@@ -128,7 +128,7 @@ def run_bench(name: str, settings: C, measure: Callable[[C], Findings]) -> dict[
     if isinstance(settings, BenchConfig) and settings.peer:
         require_peft()
     with threads(settings.threads):
-        start = circumstances()
+        start = environment()
         findings = measure(settings)
     result = {
         "bench": name,

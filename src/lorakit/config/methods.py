@@ -139,13 +139,13 @@ class BitFitConfig(MethodConfig):
 
 
 class PrefixSettings(MethodConfig):
-    """Trained tokens before and after the prompt."""
+    """Virtual tokens before and after the prompt."""
 
     prefix: Annotated[int, Field(ge=0)] = 8
-    """Trained tokens l_p before the prompt."""
+    """Virtual tokens l_p before the prompt."""
 
     infix: Annotated[int, Field(ge=0)] = 8
-    """Trained tokens l_i right after the prompt."""
+    """Virtual tokens l_i right after the prompt."""
 
     init: Literal["tokens", "random"] = "tokens"
     """How they start. tokens: as randomly drawn tokens of the vocabulary, and for prefix-layer as
@@ -321,7 +321,7 @@ def combination_problems(methods: Sequence[str]) -> list[str]:
     whole = [name for name in methods if name == "full"]
     if whole and len(methods) > 1:
         problems.append("full trains every weight already, so it goes with no other method")
-    for family, words in (("prefix-", "trained tokens"), ("adapter-", "bottlenecks")):
+    for family, words in (("prefix-", "virtual tokens"), ("adapter-", "bottlenecks")):
         named = list(dict.fromkeys(name for name in methods if name.startswith(family)))
         if len(named) > 1:
             problems.append(f"{' and '.join(named)} both put {words} into the model: choose one")

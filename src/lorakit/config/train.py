@@ -85,7 +85,7 @@ class TrainConfig(Settings):
     """What bitfit trains."""
 
     prefix: PrefixSettings = PrefixSettings()
-    """The trained tokens of prefix-embedding and prefix-layer."""
+    """The virtual tokens of prefix-embedding and prefix-layer."""
 
     bottleneck: BottleneckSettings = BottleneckSettings()
     """The bottlenecks of adapter-h, adapter-l, adapter-p and adapter-d."""

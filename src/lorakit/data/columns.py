@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, TypeVar
 from lorakit.config.train import DataConfig, RowField
 from lorakit.data.fields import FieldMap
 from lorakit.data.problems import Problems, UnusableRowError
-from lorakit.data.row_types import Kind
+from lorakit.data.row_types import RowType
 from lorakit.data.sources import Record
 from lorakit.errors import DataError
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 Values: TypeAlias = dict[str, Any]
 """A record's values by column."""
 
-_NEEDED: dict[Kind, tuple[RowField, ...]] = {
+_NEEDED: dict[RowType, tuple[RowField, ...]] = {
     "messages": ("messages",),
     "prompt": ("prompt", "completion"),
     "classification": ("text", "label"),
@@ -55,7 +55,7 @@ class Table:
         problems.raise_if_any()
         return tuple(rows)
 
-    def kind(self, data: DataConfig, *, answered: bool) -> Kind:
+    def kind(self, data: DataConfig, *, answered: bool) -> RowType:
         """Return what the rows are: the asked format, or the first that the columns can give.
 
         Args:
@@ -84,7 +84,7 @@ class Table:
             f" Say in data.fields which is which, as in fields: {{{example}}}."
         )
 
-    def _lacking(self, kind: Kind, columns: Sequence[str], *, answered: bool) -> list[str]:
+    def _lacking(self, kind: RowType, columns: Sequence[str], *, answered: bool) -> list[str]:
         """Return a line for each column that rows of this kind need and that is not there."""
         spared = not answered or not self.fields.absent("references", columns)
         needed = [name for name in _NEEDED[kind] if not (name == "completion" and spared)]

@@ -32,13 +32,13 @@ class ByLength(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        dice = torch.Generator().manual_seed(self._seed + self._epoch)
-        rows = torch.randperm(len(self._lengths), generator=dice).tolist()
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        rows = torch.randperm(len(self._lengths), generator=generator).tolist()
         pool = BATCHES_TO_SORT * self._batch_size
         for start in range(0, len(rows), pool):
             # Stable, so that rows of equal length stay in random order.
             drawn = sorted(rows[start : start + pool], key=self._lengths.__getitem__)
             full = len(drawn) // self._batch_size
             # A batch that is not full can only be the last one of the epoch.
-            for batch in [*torch.randperm(full, generator=dice).tolist(), full]:
+            for batch in [*torch.randperm(full, generator=generator).tolist(), full]:
                 yield from drawn[batch * self._batch_size : (batch + 1) * self._batch_size]

@@ -130,9 +130,9 @@ def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 def _examples(model: PreTrainedModel) -> list[Example]:
     """Return rows of tokens that are drawn always alike; none is 0, with which they are padded."""
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     most = embeddings.num_embeddings
-    rows = (torch.randint(1, most, (n,), generator=dice).tolist() for n in _LENGTHS)
+    rows = (torch.randint(1, most, (n,), generator=generator).tolist() for n in _LENGTHS)
     return [Example(input_ids=row, labels=row) for row in rows]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lorakit.data.row_types import Kind
+from lorakit.data.row_types import RowType
 
 _INPUT = {"classification": "text", "prompt": "prompt"}
 _OUTPUT = {"messages": "conversation", "text": "text", "prompt": "completion"}
@@ -14,7 +14,7 @@ class EncodingReport:
     """How many rows were read, kept, dropped and cut, and how long they are in tokens."""
 
     source: str
-    kind: Kind
+    kind: RowType
     rows: int
     """Rows that were read."""
     kept: int

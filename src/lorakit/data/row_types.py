@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Kind = Literal["prompt", "messages", "text", "classification"]
+RowType = Literal["prompt", "messages", "text", "classification"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +57,7 @@ Row: TypeAlias = PromptRow | MessagesRow | TextRow | ClassificationRow
 class Rows:
     """Rows of one kind, read from one source."""
 
-    kind: Kind
+    kind: RowType
     rows: tuple[Row, ...]
     source: str
     """Where they came from, as the user named it."""

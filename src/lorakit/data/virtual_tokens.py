@@ -1,4 +1,4 @@
-"""Where trained tokens stand in a row: before the prompt, and right after it."""
+"""Where virtual tokens stand in a row: before the prompt, and right after it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lorakit.data.encode import Encoded, Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptTokens:
-    """The trained tokens of one adapter. Their ids follow the last one of the base's vocabulary."""
+class VirtualTokens:
+    """The virtual tokens of one adapter. Their ids follow the last one of the base's vocabulary."""
 
     first: int
     """Id of the first of them: the rows of the base's input embedding."""
@@ -29,7 +29,7 @@ class PromptTokens:
     def order(self, length: int, prompt: int) -> list[int]:
         """Return what stands at each place of the longer row.
 
-        That is a place in the row, or ~n for the trained token with number n. Where no prompt
+        That is a place in the row, or ~n for the virtual token with number n. Where no prompt
         precedes, there is no infix.
 
         Args:
@@ -42,10 +42,10 @@ class PromptTokens:
         return [*range(lead), *before, *range(lead, prompt), *after, *range(prompt, length)]
 
     def into(self, example: Example) -> Example:
-        """Return a row with the trained tokens; they have no labels.
+        """Return a row with the virtual tokens; they have no labels.
 
         The prompt ends before the first label; of a row to classify, with the row. A first token
-        that has a label is given to the model without trained tokens, and is not learnt here
+        that has a label is given to the model without virtual tokens, and is not learnt here
         either, so that losses are of the same tokens.
         """
         ids, labels, types = example.input_ids, example.labels, example.token_type_ids
@@ -64,7 +64,7 @@ class PromptTokens:
         )
 
     def into_all(self, encoded: Encoded) -> Encoded:
-        """Return rows with the trained tokens."""
+        """Return rows with the virtual tokens."""
         return replace(encoded, examples=tuple(self.into(each) for each in encoded.examples))
 
 

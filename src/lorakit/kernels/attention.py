@@ -55,7 +55,7 @@ def segment_attention(
     if rule.softcap is None and (q.is_cuda or segments.longest > most):
         return fused_attention(q, k, v, segments, rule)
     seed = int(torch.randint(2**62, ())) if rule.dropout else 0
-    return ProductAttention.apply(q, k, v, segments, rule, seed)
+    return MatmulAttention.apply(q, k, v, segments, rule, seed)
 
 
 def fused_attention(
@@ -90,7 +90,7 @@ def fused_attention(
     return out[:-1].view(q.shape[0], q.shape[2], heads, -1)
 
 
-class ProductAttention(torch.autograd.Function):
+class MatmulAttention(torch.autograd.Function):
     """Attention by batched products; only q, k and v wait for the backward pass."""
 
     @staticmethod
@@ -100,17 +100,17 @@ class ProductAttention(torch.autograd.Function):
         """Return attention within each segment, as `segment_attention`."""
         ctx.save_for_backward(q, k, v)
         ctx.how = (segments, rule, seed)
-        return product_attention(q, k, v, *ctx.how)
+        return matmul_attention(q, k, v, *ctx.how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k and v."""
-        found = product_gradients(gradient, *ctx.saved_tensors, *ctx.how)
+        found = matmul_gradients(gradient, *ctx.saved_tensors, *ctx.how)
         return (*(x.transpose(1, 2) for x in found), None, None, None)
 
 
-def product_attention(
+def matmul_attention(
     q: Float[Tensor, "rows heads width d"],
     k: Float[Tensor, "rows kv_heads width d"],
     v: Float[Tensor, "rows kv_heads width d_v"],
@@ -121,16 +121,16 @@ def product_attention(
     """Return attention within each segment by batched products; dropout comes from the seed."""
     tables = [_table(x) for x in (q, k, v)]
     out = _room(tables[0], v.shape[-1], segments)
-    dice = torch.Generator(q.device).manual_seed(seed)
+    generator = torch.Generator(q.device).manual_seed(seed)
     for step in _steps(tables, (q.shape[1], k.shape[1]), segments, rule):
         probabilities, _ = step.probabilities()
         if rule.dropout:
-            probabilities.mul_(_kept(probabilities, rule.dropout, dice))
+            probabilities.mul_(_kept(probabilities, rule.dropout, generator))
         step.queries.scatter(torch.bmm(probabilities, step.v), out)
     return out[:-1].view(q.shape[0], q.shape[2], q.shape[1], -1)
 
 
-def product_gradients(
+def matmul_gradients(
     gradient: Float[Tensor, "rows width heads d_v"],
     q: Float[Tensor, "rows heads width d"],
     k: Float[Tensor, "rows kv_heads width d"],
@@ -147,9 +147,9 @@ def product_gradients(
     tables = [_table(x) for x in (q, k, v)]
     outer = gradient.reshape(-1, v.shape[-1])
     found = [_room(table, table.shape[-1], segments) for table in tables]
-    dice = torch.Generator(q.device).manual_seed(seed)
+    generator = torch.Generator(q.device).manual_seed(seed)
     for step in _steps(tables, (q.shape[1], k.shape[1]), segments, rule):
-        of_q, of_k, of_v = step.gradients(step.queries.gather_or_zero(outer), dice)
+        of_q, of_k, of_v = step.gradients(step.queries.gather_or_zero(outer), generator)
         step.queries.scatter(of_q, found[0])
         step.keys.scatter(of_k, found[1])
         step.keys.scatter(of_v, found[2])
@@ -185,12 +185,12 @@ class _Step:
         # In half precision, too, the kernel sums in float32.
         return torch.softmax(scores, -1), tanh
 
-    def gradients(self, outer: Tensor, dice: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(self, outer: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v, given that of the output."""
         probabilities, tanh = self.probabilities()
         used, inner = probabilities, torch.bmm(outer, self.v.transpose(1, 2))
         if self.rule.dropout:
-            kept = _kept(probabilities, self.rule.dropout, dice)
+            kept = _kept(probabilities, self.rule.dropout, generator)
             used, inner = probabilities * kept, inner.mul_(kept)
         of_v = torch.bmm(used.transpose(1, 2), outer)
         inner = torch.ops.aten._softmax_backward_data(inner, probabilities, -1, inner.dtype)
@@ -212,9 +212,9 @@ def _room(table: Tensor, width: int, segments: Segments) -> Tensor:
     return table.new_empty(shape) if covered else table.new_zeros(shape)
 
 
-def _kept(like: Tensor, dropout: float, dice: torch.Generator) -> Tensor:
+def _kept(like: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
     """Return the factors of dropout, the same ones for dice in the same state."""
-    return torch.empty_like(like).bernoulli_(1 - dropout, generator=dice).div_(1 - dropout)
+    return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
 def _steps(

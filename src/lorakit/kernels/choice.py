@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-Kind = Literal["auto", "plain"]
+KernelChoice = Literal["auto", "plain"]
 
 
 class _Block:
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: KernelChoice) -> None:
         self.kind = kind
 
 
 _lock = threading.Lock()
 _open: list[_Block] = []
-_current: Kind = "auto"
+_current: KernelChoice = "auto"
 
 
 def fast() -> bool:
@@ -31,7 +31,7 @@ def fast() -> bool:
 
 
 @contextmanager
-def use(kind: Kind) -> Iterator[None]:
+def use(kind: KernelChoice) -> Iterator[None]:
     """Choose the kernels for the time of a block.
 
     Of several open blocks the one that was opened last decides, also where threads close theirs in

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lorakit.kernels.grouping import Kernels, choose_kernels
-from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
+from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 """Size of a chunk's logits, by the kind of device. Each chunk reads the head's weight twice, and a
@@ -62,7 +62,7 @@ def head_cross_entropy(
     *,
     label_smoothing: PerToken = 0.0,
     z_loss: PerToken = 0.0,
-    change: LogitChange = UNCHANGED,
+    change: LogitTransform = IDENTITY,
     chunk_tokens: int | None = None,
     kernels: Kernels = "auto",
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "*rows tokens"]]:
@@ -164,7 +164,7 @@ class _Work:
     """Tokens of each row in a chunk."""
     dtype: torch.dtype
     """The loss's precision."""
-    change: LogitChange
+    change: LogitTransform
     """What makes logits of the head's answer."""
     kernels: Kernels
 
@@ -247,7 +247,7 @@ def token_losses(
     answer: Float[Tensor, "tokens vocabulary"],
     asked: Asked,
     *,
-    change: LogitChange = UNCHANGED,
+    change: LogitTransform = IDENTITY,
     gradient: Float[Tensor, "tokens vocabulary"] | None = None,
     kernels: Kernels = "auto",
 ) -> Float[Tensor, " tokens"]:
@@ -290,7 +290,7 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 
 def _losses_of_block(
-    x: Tensor, asked: Asked, change: LogitChange, *, wants_gradient: bool
+    x: Tensor, asked: Asked, change: LogitTransform, *, wants_gradient: bool
 ) -> Tensor:
     """Return losses for an answer in the loss's precision; the gradient takes its place."""
     change.apply_(x)

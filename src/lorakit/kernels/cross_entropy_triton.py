@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
+from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 from lorakit.kernels.tuning_triton import autotuned, is_many
 
 # No shape checks (`no_type_check`), because Triton reads the kernel's source.
@@ -140,7 +140,7 @@ def token_losses(
     weights: Float[Tensor, " tokens"],
     label_smoothing: Float[Tensor, " tokens"] | None,
     z_loss: Float[Tensor, " tokens"] | None,
-    change: LogitChange = UNCHANGED,
+    change: LogitTransform = IDENTITY,
 ) -> Float[Tensor, " tokens"]:
     """Return each token's loss in float32; see `lorakit.kernels.cross_entropy.token_losses`.
 

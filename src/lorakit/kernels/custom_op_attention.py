@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorakit.errors import ModelError
-from lorakit.kernels.attention import Rule, product_attention, product_gradients
+from lorakit.kernels.attention import Rule, matmul_attention, matmul_gradients
 from lorakit.kernels.packed_sequences import Segments
 
 in_force: dict[int, Segments] = {}
@@ -22,7 +22,7 @@ in_force: dict[int, Segments] = {}
 _HOW = "Tensor? seed, int key, float scale, bool causal, int? window, float? softcap, float dropout"
 
 
-def opaque_attention(
+def custom_op_attention(
     q: Float[Tensor, "rows heads width d"],
     k: Float[Tensor, "rows kv_heads width d"],
     v: Float[Tensor, "rows kv_heads width d_v"],
@@ -61,7 +61,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
             f"queries of {q.shape[0]}×{q.shape[2]} tokens and keys of {k.shape[2]} cannot be kept "
             f"apart by segments of {expected[0]}×{expected[1]}"
         )
-    return product_attention(q, k, v, segments, rule, seed)
+    return matmul_attention(q, k, v, segments, rule, seed)
 
 
 @torch.library.custom_op(
@@ -72,7 +72,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
 def _gradients(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return product_gradients(gradient, q, k, v, *_read(*how))
+    return matmul_gradients(gradient, q, k, v, *_read(*how))
 
 
 def _read(seed: Tensor | None, key: int, *rule: Any) -> tuple[Segments, Rule, int]:

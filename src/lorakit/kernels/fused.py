@@ -118,7 +118,7 @@ def add_updates(
         # Writing into a view would make autograd copy the gradient of what it is a view of.
         output = output.clone(memory_format=torch.contiguous_format)
     weights = (weight for each in factors for weight in (each.a, each.b))
-    return _AddUpdates.apply(output, x, _Plan.of(x, factors, spans), *weights)
+    return _AddUpdates.apply(output, x, _Schedule.of(x, factors, spans), *weights)
 
 
 class _Piece(NamedTuple):
@@ -143,7 +143,7 @@ def _pieces(spans: tuple[Span, ...], factors: int, size: int) -> tuple[_Piece, .
     return tuple(pieces)
 
 
-class _Plan(NamedTuple):
+class _Schedule(NamedTuple):
     """What is computed, apart from all values."""
 
     uses: tuple[Use, ...]
@@ -152,12 +152,12 @@ class _Plan(NamedTuple):
     """A precision that holds that of every A."""
 
     @staticmethod
-    def of(x: Tensor, factors: Sequence[Factors], spans: Sequence[Span]) -> _Plan:
+    def of(x: Tensor, factors: Sequence[Factors], spans: Sequence[Span]) -> _Schedule:
         uses = tuple(each.use for each in factors)
         widest = functools.reduce(torch.promote_types, (each.a.dtype for each in factors))
         copies = x.dtype != widest or any(use.dropout for use in uses)
         size = _PIECE if copies and x.device.type == "cpu" else max(1, x.shape[:-1].numel())
-        return _Plan(uses, _pieces(tuple(spans), len(uses), size), widest)
+        return _Schedule(uses, _pieces(tuple(spans), len(uses), size), widest)
 
     def masks(self, width: int, device: torch.device) -> list[Tensor | None]:
         """Return what each factor keeps of the inputs of its tokens."""
@@ -173,7 +173,7 @@ class _Plan(NamedTuple):
 
 class _AddUpdates(Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, plan: _Plan, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, plan: _Schedule, *weights: Tensor) -> Tensor:
         ctx.mark_dirty(output)
         a, b = weights[::2], weights[1::2]
         tokens, into = _flat(x), output.view(-1, output.shape[-1])

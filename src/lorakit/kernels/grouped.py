@@ -19,42 +19,42 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorakit.kernels import plain
-from lorakit.kernels.grouping import Arrangement
+from lorakit.kernels.grouping import Grouping
 
 
 def gather(
-    stack: Float[Tensor, "slots *inner"], arrangement: Arrangement
+    stack: Float[Tensor, "slots *inner"], grouping: Grouping
 ) -> Float[Tensor, "chosen *inner"]:
     """Return the weights as `narrow` and `widen` want them: a copy per chunk, or the stack itself.
 
     The Triton kernels look up each row's slot, so they take the stack.
     """
-    if arrangement.kernels == "triton":
+    if grouping.kernels == "triton":
         return stack
-    if arrangement.chunk_slot is None:
-        return stack[: arrangement.chunks]
-    return stack.index_select(0, arrangement.chunk_slot)
+    if grouping.chunk_slot is None:
+        return stack[: grouping.chunks]
+    return stack.index_select(0, grouping.chunk_slot)
 
 
-def in_order(x: Tensor, arrangement: Arrangement) -> Tensor:
+def in_order(x: Tensor, grouping: Grouping) -> Tensor:
     """Return an input (rows·k, …, d) in the order of h, which is private to the arrangement.
 
     Raises:
         RouteError: the batch has another number of rows than the route.
     """
-    per_row = arrangement.per_row(x)
-    if arrangement.kernels == "triton":
+    per_row = grouping.per_row(x)
+    if grouping.kernels == "triton":
         return x.reshape(-1, x.shape[-1])
-    if arrangement.order is not None:
-        rows = x.reshape(arrangement.rows, per_row, x.shape[-1])
-        x = rows.index_select(0, arrangement.order)
-    return x.reshape(arrangement.chunks, arrangement.rows_per_chunk * per_row, x.shape[-1])
+    if grouping.order is not None:
+        rows = x.reshape(grouping.rows, per_row, x.shape[-1])
+        x = rows.index_select(0, grouping.order)
+    return x.reshape(grouping.chunks, grouping.rows_per_chunk * per_row, x.shape[-1])
 
 
-def narrow(
+def down_project(
     x: Float[Tensor, "tokens *more d_in"],
     a: Float[Tensor, "chosen rank d_in"],
-    arrangement: Arrangement,
+    grouping: Grouping,
 ) -> Float[Tensor, "*ordered rank"]:
     """Return h = A·x of each row's own A, in the dtype of A (see also `plain.working_dtype`).
 
@@ -66,19 +66,19 @@ def narrow(
     Raises:
         RouteError: the batch has another number of rows than the route.
     """
-    if arrangement.kernels == "triton":
+    if grouping.kernels == "triton":
         from lorakit.kernels import segments_triton
 
-        return segments_triton.narrow(x, a, arrangement)
-    ordered = in_order(x, arrangement)
+        return segments_triton.down_project(x, a, grouping)
+    ordered = in_order(x, grouping)
     dtype = plain.working_dtype(x, a, tokens=ordered.shape[1])
     return torch.bmm(ordered.to(dtype), a.to(dtype).mT)
 
 
-def widen(
+def up_project(
     h: Float[Tensor, "*ordered rank"],
     b: Float[Tensor, "chosen rank d_out"],
-    arrangement: Arrangement,
+    grouping: Grouping,
 ) -> Float[Tensor, "adapted per_row d_out"]:
     """Return the update scale·B·h of the rows that have a slot, in ascending order.
 
@@ -87,21 +87,21 @@ def widen(
         b: gathered.
         arrangement: of the rows.
     """
-    if arrangement.kernels == "triton":
-        zeros = h.new_zeros(arrangement.rows, len(h) // arrangement.rows, b.shape[-1])
-        update = widen_onto(zeros, h, b, arrangement)
-        return update if arrangement.adapted is None else update[arrangement.adapted]
-    places = arrangement.chunks * arrangement.rows_per_chunk
-    per_row = h.shape[1] // arrangement.rows_per_chunk
+    if grouping.kernels == "triton":
+        zeros = h.new_zeros(grouping.rows, len(h) // grouping.rows, b.shape[-1])
+        update = up_project_onto(zeros, h, b, grouping)
+        return update if grouping.adapted is None else update[grouping.adapted]
+    places = grouping.chunks * grouping.rows_per_chunk
+    per_row = h.shape[1] // grouping.rows_per_chunk
     update = torch.bmm(h, b.to(h.dtype)).view(places, per_row, b.shape[-1])
-    return update if arrangement.back is None else update.index_select(0, arrangement.back)
+    return update if grouping.back is None else update.index_select(0, grouping.back)
 
 
-def widen_onto(
+def up_project_onto(
     output: Float[Tensor, "tokens *more d_out"],
     h: Float[Tensor, "*ordered rank"],
     b: Float[Tensor, "chosen rank d_out"],
-    arrangement: Arrangement,
+    grouping: Grouping,
 ) -> Float[Tensor, "tokens *more d_out"]:
     """Add the update to a layer's output in place, and return the output.
 
@@ -113,22 +113,22 @@ def widen_onto(
         b: gathered.
         arrangement: of the rows.
     """
-    if arrangement.kernels == "triton":
+    if grouping.kernels == "triton":
         from lorakit.kernels import segments_triton
 
-        return segments_triton.widen_onto(output, h, b, arrangement)
+        return segments_triton.up_project_onto(output, h, b, grouping)
     b = b.to(h.dtype)
-    if _is_one_product(output, h, b, arrangement):
-        output.view(arrangement.chunks, -1, b.shape[-1]).baddbmm_(h, b)
+    if _is_one_product(output, h, b, grouping):
+        output.view(grouping.chunks, -1, b.shape[-1]).baddbmm_(h, b)
         return output
-    return add_update(output, widen(h, b, arrangement), arrangement)
+    return add_update(output, up_project(h, b, grouping), grouping)
 
 
-def _is_one_product(output: Tensor, h: Tensor, b: Tensor, arrangement: Arrangement) -> bool:
+def _is_one_product(output: Tensor, h: Tensor, b: Tensor, grouping: Grouping) -> bool:
     """Tell whether product and sum can be one call, which halves the time of a decoding step."""
     # Autograd would copy the gradient of the view that is needed for it.
     return (
-        arrangement.order is None
+        grouping.order is None
         and output.dtype == h.dtype == b.dtype
         and output.is_contiguous()
         and not torch.is_grad_enabled()
@@ -138,7 +138,7 @@ def _is_one_product(output: Tensor, h: Tensor, b: Tensor, arrangement: Arrangeme
 def add_update(
     output: Float[Tensor, "tokens *more d_out"],
     update: Float[Tensor, "adapted per_row d_out"],
-    arrangement: Arrangement,
+    grouping: Grouping,
 ) -> Float[Tensor, "tokens *more d_out"]:
     """Add what `widen` returns to a layer's output in place, and return the output.
 
@@ -147,13 +147,13 @@ def add_update(
     """
     # A sum of two dtypes is up to sixteen times slower on CPUs: both are converted into new memory.
     update = update.to(output.dtype)
-    if arrangement.adapted is None:
+    if grouping.adapted is None:
         return output.add_(update.view(output.shape))
-    if len(output) == arrangement.rows:
+    if len(output) == grouping.rows:
         rows = output
     else:
-        rows = output.view(arrangement.rows, -1, output.shape[-1])
-    rows.index_add_(0, arrangement.adapted, update.view(len(update), *rows.shape[1:]))
+        rows = output.view(grouping.rows, -1, output.shape[-1])
+    rows.index_add_(0, grouping.adapted, update.view(len(update), *rows.shape[1:]))
     return output
 
 
@@ -161,12 +161,12 @@ def grouped_update(
     x: Float[Tensor, "tokens *more d_in"],
     a: Float[Tensor, "slots rank d_in"],
     b: Float[Tensor, "slots rank d_out"],
-    arrangement: Arrangement,
+    grouping: Grouping,
 ) -> Float[Tensor, "adapted per_row d_out"]:
     """Return scale·B·(A·x) of the rows that have a slot, from the stacks of all slots.
 
     Raises:
         RouteError: the batch has another number of rows than the route.
     """
-    h = narrow(x, gather(a, arrangement), arrangement)
-    return widen(h, gather(b, arrangement), arrangement)
+    h = down_project(x, gather(a, grouping), grouping)
+    return up_project(h, gather(b, grouping), grouping)

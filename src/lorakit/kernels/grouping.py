@@ -20,7 +20,7 @@ _CHUNK_COST, _ROW_COST = 1.0, 0.5  # A chunk reads its weights once; a row of it
 
 
 @dataclass(frozen=True, eq=False)
-class Arrangement:
+class Grouping:
     """Rows in chunks: each chunk has one slot and the same number of rows; see `arrange`.
 
     All tensors are int64, on the device of the batch.
@@ -64,13 +64,13 @@ class Arrangement:
         return x.shape[:-1].numel() // self.rows
 
 
-def arrange(
+def group_rows(
     slot_of_row: Sequence[int],
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     kernels: Kernels = "auto",
-) -> Arrangement:
+) -> Grouping:
     """Group the rows of a batch.
 
     Args:
@@ -95,7 +95,7 @@ def arrange(
     def index(values: list[int], size: int) -> Tensor | None:
         return None if values == list(range(size)) else torch.tensor(values, device=device).long()
 
-    return Arrangement(
+    return Grouping(
         slot_of_row=tuple(slot_of_row),
         rows_per_chunk=len(chunks[0]) if chunks else 1,
         chunks=len(chunks),

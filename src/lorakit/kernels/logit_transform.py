@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitChange:
+class LogitTransform:
     """A change of each logit by itself, with its derivative."""
 
     scale: float = 1.0
@@ -39,4 +39,4 @@ class LogitChange:
         return y.div(self.cap).square_().neg_().add_(1).mul_(self.scale)
 
 
-UNCHANGED = LogitChange()
+IDENTITY = LogitTransform()

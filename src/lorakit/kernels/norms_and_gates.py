@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.kernels.grouping import choose_kernels
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
+GateActivation = Literal["silu", "gelu", "gelu_tanh"]
 
 _ATEN = torch.ops.aten
 _ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
@@ -45,7 +45,7 @@ def rms_norm(
 
 
 def gated(
-    gate: Float[Tensor, "*rows d"], up: Float[Tensor, "*rows d"], activation: Activation
+    gate: Float[Tensor, "*rows d"], up: Float[Tensor, "*rows d"], activation: GateActivation
 ) -> Float[Tensor, "*rows d"]:
     """Return activation(gate)·up (SwiGLU and GeGLU, Shazeer 2020)."""
     return _Gated.apply(gate, up, activation)
@@ -97,7 +97,7 @@ def _rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor)
 
 class _Gated(Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: GateActivation) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         if _in_triton(gate):
@@ -119,7 +119,7 @@ class _Gated(Function):
 
 
 def _gated_gradients(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: Activation
+    grad: Tensor, gate: Tensor, up: Tensor, activation: GateActivation
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up, with no more memory than they take themselves."""
     function, gradient, options = _ACTIVATIONS[activation]

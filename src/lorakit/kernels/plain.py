@@ -25,11 +25,11 @@ def linear_update(
     """Return scale·B·(A·x) (Eq. 3), with elements of x dropped."""
     dtype = working_dtype(x, a, tokens=x.shape[:-1].numel())
     x = x.to(dtype)
-    narrow = F.linear(x if dropout is None else dropout.of(x), a.to(dtype))
+    down_project = F.linear(x if dropout is None else dropout.of(x), a.to(dtype))
     if dtype != a.dtype:
-        return F.linear(narrow * scale, b.to(dtype))
+        return F.linear(down_project * scale, b.to(dtype))
     # The scale comes last, as in PEFT, so that both round alike: logits of 30 agree in every bit.
-    return F.linear(narrow, b) * scale
+    return F.linear(down_project, b) * scale
 
 
 MANY_TOKENS = 16
@@ -59,10 +59,10 @@ def embedding_update(
 
     Dropping an element of a one-hot input drops the whole token, so dropout works per token.
     """
-    narrow = F.embedding(ids, a.T)
+    down_project = F.embedding(ids, a.T)
     if dropout:
-        narrow = narrow * F.dropout(narrow.new_ones((*ids.shape, 1)), dropout)
-    return F.linear(narrow, b) * scale
+        down_project = down_project * F.dropout(down_project.new_ones((*ids.shape, 1)), dropout)
+    return F.linear(down_project, b) * scale
 
 
 def conv_update(
@@ -84,9 +84,9 @@ def conv_update(
         scale: the factor on the update.
         groups: the base layer's groups.
     """
-    narrow = convolve(x.to(a.dtype), a.repeat(groups, *[1] * (a.dim() - 1)), None)
+    down_project = convolve(x.to(a.dtype), a.repeat(groups, *[1] * (a.dim() - 1)), None)
     pointwise = (F.conv1d, F.conv2d, F.conv3d)[a.dim() - 3]
-    return pointwise(narrow, b, groups=groups) * scale
+    return pointwise(down_project, b, groups=groups) * scale
 
 
 def add_delta(
@@ -104,7 +104,7 @@ ROWS = 1024
 """Rows whose lengths are computed at once: 16 MB of float32 at 4096 columns."""
 
 
-def row_lengths(
+def row_norms(
     weight: Float[Tensor, "d_out d_in"],
     a: Float[Tensor, "rank d_in"],
     b: Float[Tensor, "d_out rank"],
@@ -114,9 +114,9 @@ def row_lengths(
     dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
     a, b = a.to(dtype), b.to(dtype)
     pieces = zip(weight.split(ROWS), b.split(ROWS), strict=True)
-    return torch.cat([lengths(torch.addmm(w.to(dtype), own, a, alpha=scale)) for w, own in pieces])
+    return torch.cat([norms(torch.addmm(w.to(dtype), own, a, alpha=scale)) for w, own in pieces])
 
 
-def lengths(rows: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " d_out"]:
+def norms(rows: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " d_out"]:
     """Return the Euclidean norm of each row; where that is zero, the least that can divide."""
     return rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.grouping import Arrangement
+from lorakit.kernels.grouping import Grouping
 
 # The kernels have no shape checks (`no_type_check`), because Triton reads their source.
 
@@ -189,9 +189,7 @@ class Segments:
 
 
 @functools.lru_cache(maxsize=64)
-def segments(
-    arrangement: Arrangement, *, per_row: int, slots: int, device: torch.device
-) -> Segments:
+def segments(grouping: Grouping, *, per_row: int, slots: int, device: torch.device) -> Segments:
     """Return the segments of a batch; they are kept, as every layer asks for the same.
 
     Args:
@@ -201,7 +199,7 @@ def segments(
         device: where the batch is.
     """
     rows_of: list[list[int]] = [[] for _ in range(slots)]
-    for row, slot in enumerate(arrangement.slot_of_row):
+    for row, slot in enumerate(grouping.slot_of_row):
         if slot >= 0:
             rows_of[slot].append(row)
     bounds = [0]
@@ -242,7 +240,7 @@ def _precision(dtype: torch.dtype) -> str:
 class _Batch:
     """An arrangement with what the kernels know only from the layer: tokens per row, slots."""
 
-    arrangement: Arrangement
+    grouping: Grouping
     per_row: int
 
     def multiply(
@@ -256,7 +254,7 @@ class _Batch:
         """Return x[token] · w[slot of token], zero without a slot; or add it to a tensor."""
         out = onto
         if out is None:
-            new = torch.zeros if self.arrangement.adapted is not None else torch.empty
+            new = torch.zeros if self.grouping.adapted is not None else torch.empty
             out = new(x.shape[0], w.shape[2], dtype=dtype, device=x.device)
         found = self._segments(w.shape[0], x.device)
         if found.slots.numel() == 0:
@@ -323,10 +321,10 @@ class _Batch:
         return out
 
     def _segments(self, slots: int, device: torch.device) -> Segments:
-        return segments(self.arrangement, per_row=self.per_row, slots=slots, device=device)
+        return segments(self.grouping, per_row=self.per_row, slots=slots, device=device)
 
 
-class _Narrow(Function):
+class _DownProject(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, batch: _Batch) -> Tensor:
         ctx.save_for_backward(x, a)
@@ -345,7 +343,7 @@ class _Narrow(Function):
         )
 
 
-class _WidenOnto(Function):
+class _UpProjectOnto(Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, h: Tensor, b: Tensor, batch: _Batch) -> Tensor:
         ctx.save_for_backward(h, b)
@@ -368,28 +366,28 @@ class _WidenOnto(Function):
         )
 
 
-def narrow(
+def down_project(
     x: Float[Tensor, "tokens *more d_in"],
     a: Float[Tensor, "slots rank d_in"],
-    arrangement: Arrangement,
+    grouping: Grouping,
 ) -> Float[Tensor, "all_tokens rank"]:
     """Return h = A·x of each token's own A, in the dtype of A; zero for tokens without a slot.
 
     Raises:
         RouteError: the batch has another number of rows than the route.
     """
-    batch = _Batch(arrangement, arrangement.per_row(x))
-    return _Narrow.apply(x.reshape(-1, x.shape[-1]), a, batch)
+    batch = _Batch(grouping, grouping.per_row(x))
+    return _DownProject.apply(x.reshape(-1, x.shape[-1]), a, batch)
 
 
-def widen_onto(
+def up_project_onto(
     output: Float[Tensor, "tokens *more d_out"],
     h: Float[Tensor, "all_tokens rank"],
     b: Float[Tensor, "slots rank d_out"],
-    arrangement: Arrangement,
+    grouping: Grouping,
 ) -> Float[Tensor, "tokens *more d_out"]:
     """Add the update scale·B·h to a layer's output in place, and return the output.
 
     The sum is rounded once, to the output's dtype. Tokens without a slot keep every bit.
     """
-    return _WidenOnto.apply(output, h, b, _Batch(arrangement, len(h) // arrangement.rows))
+    return _UpProjectOnto.apply(output, h, b, _Batch(grouping, len(h) // grouping.rows))

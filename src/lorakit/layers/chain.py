@@ -19,28 +19,28 @@ class Chain(Update):
         self.links = nn.ModuleList(links)
         self.replaces_output = self._each()[0].replaces_output
         self.is_whole = any(link.is_whole for link in links)
-        tokens = (link.trained_tokens for link in links if link.trained_tokens)
-        self.trained_tokens = next(tokens, None)
+        tokens = (link.virtual_tokens for link in links if link.virtual_tokens)
+        self.virtual_tokens = next(tokens, None)
 
-    def change(
+    def adapt(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Any,
         *,
-        strength: float = 1.0,
+        weight: float = 1.0,
         base: Any = None,
     ) -> Any:
         """Return what the last update makes; with a strength, the whole of their change counts."""
-        if strength == 1 and base is None:
+        if weight == 1 and base is None:
             for link in self._each():
-                output = link.change(layer, inputs, output)
+                output = link.adapt(layer, inputs, output)
             return output
         start = output if base is None else base
         changed = start.clone()
         for link in self._each():
-            changed = link.change(layer, inputs, changed)
-        return output + strength * (changed - start)
+            changed = link.adapt(layer, inputs, changed)
+        return output + weight * (changed - start)
 
     def read(self, name: str, weight: Tensor) -> Tensor:
         """Return what is read in place of a parameter, after each update."""

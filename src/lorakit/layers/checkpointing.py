@@ -30,13 +30,13 @@ class RoutedCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
         """Return function(*inputs), which the backward pass will call once more."""
-        changes, calls = self.route.changes, self.route.prompted.calls
+        operations, calls = self.route.operations, self.route.prompted.calls
         placed = calls[-1].placed if calls else None
 
         def under_one_route(*args: Any) -> Any:
             if not in_backward():
                 return function(*args)
-            with self.route.replaying(changes, placed):
+            with self.route.replaying(operations, placed):
                 return function(*args)
 
         # torch's own default is to be reentrant.

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.data.virtual_tokens import PromptTokens
+from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import RouteError
 from lorakit.layers.token_positions import Placed, Prompted
 from lorakit.models.base import base_modules
@@ -23,18 +23,18 @@ def bank_key(name: str) -> str:
     return "@" + name.replace("%", "%25").replace(".", "%2E")
 
 
-class Change(ABC):
+class Operation(ABC):
     """What is done to one layer's output: by one adapter, or by several to rows of their own."""
 
     replaces_output = False
     """Whether the base's own output is not needed."""
     is_whole = False
     """Whether it counts only by itself in a row, at strength 1."""
-    trained_tokens: PromptTokens | None = None
+    virtual_tokens: VirtualTokens | None = None
     """The tokens that rows get, where this is done to the input embedding."""
 
     @abstractmethod
-    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         """Return the adapted output for a layer's inputs and its own output.
 
         May write into `output`, which is the layer's own, fresh result.
@@ -44,12 +44,12 @@ class Change(ABC):
         """Return what is read in place of a parameter that is used outside of any layer's call."""
         return weight
 
-    def tokens_of_rows(self, found: int) -> list[PromptTokens | None]:
-        """Return the trained tokens of each of so many rows."""
-        return [self.trained_tokens] * found
+    def tokens_of_rows(self, found: int) -> list[VirtualTokens | None]:
+        """Return the virtual tokens of each of so many rows."""
+        return [self.virtual_tokens] * found
 
 
-Changes = Mapping[int, Change]
+Operations = Mapping[int, Operation]
 """What a route does, by the number of the adapted layer; layers that are not in it stay as is."""
 
 
@@ -60,13 +60,13 @@ class Route:
     A switch is one assignment to `changes`; a forward pass reads nothing else.
     """
 
-    changes: Changes | None = None
+    operations: Operations | None = None
     """What is done to each layer; None: the base."""
     active: str | None = None
     """The adapter of every row; None: the base, or rows differ."""
     switched: str | None = None
     """What answers outside all `with` blocks: an adapter, or None for the base."""
-    outside: Changes | None = None
+    outside: Operations | None = None
     """What is done outside all `with` blocks."""
     depth: int = 0
     """How many `with` blocks of routes are open."""
@@ -78,16 +78,16 @@ class Route:
     """The adapter that the base's weights hold at present."""
     layers: int = 0
     """How many layers were adopted so far; the next one gets this number."""
-    recorded: Changes | None = None
+    recorded: Operations | None = None
     """What the latest forward pass did that was made for training."""
-    replayed: tuple[Changes | None, Placed | None] | None = None
+    replayed: tuple[Operations | None, Placed | None] | None = None
     """What a backward pass repeats at the moment; None: it repeats nothing."""
     prompted: Prompted = field(default_factory=Prompted)
-    """Where the trained tokens of the batch at hand stand."""
+    """Where the virtual tokens of the batch at hand stand."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which is outside of all blocks."""
-        closed = {"changes": self.outside, "active": self.switched}
+        closed = {"operations": self.outside, "active": self.switched}
         closed |= {"recorded": None, "replayed": None}
         return vars(self) | closed | {"depth": 0, "rows": None, "repeats": 1}
 
@@ -99,21 +99,21 @@ class Route:
                 than the one of the forward pass, which would give the gradients of another model.
         """
         if not in_backward():
-            self.recorded = self.changes
-        elif self.replayed is None and self.recorded is not self.changes:
+            self.recorded = self.operations
+        elif self.replayed is None and self.recorded is not self.operations:
             raise RouteError(
                 "the backward pass recomputes activations (gradient checkpointing), but the route "
                 "of the forward pass is over: call backward() inside its `with` block"
             )
 
     @property
-    def in_force(self) -> Changes | None:
+    def in_force(self) -> Operations | None:
         """Return what is done to each layer at the moment."""
-        return self.changes if self.replayed is None else self.replayed[0]
+        return self.operations if self.replayed is None else self.replayed[0]
 
     @property
     def placed(self) -> Placed | None:
-        """Return where trained tokens stand in the rows at hand; None: there are none.
+        """Return where virtual tokens stand in the rows at hand; None: there are none.
 
         Raises:
             RouteError: no call of the model is under way, which alone knows.
@@ -122,16 +122,16 @@ class Route:
             return self.prompted.narrowed(self.replayed[1])
         if not self.prompted.calls:
             raise RouteError(
-                "the adapter in use has trained tokens, which the model itself puts into its rows: "
+                "the adapter in use has virtual tokens, which the model itself puts into its rows: "
                 "call the model, not a part of it, or switch the adapter off"
             )
         return self.prompted.narrowed(self.prompted.calls[-1].placed)
 
     @contextmanager
-    def replaying(self, changes: Changes | None, placed: Placed | None) -> Iterator[None]:
+    def replaying(self, operations: Operations | None, placed: Placed | None) -> Iterator[None]:
         """Do what an earlier forward pass did, inside a block, whatever the route is by now."""
         before = self.replayed
-        self.replayed = (changes, placed)
+        self.replayed = (operations, placed)
         try:
             yield
         finally:
@@ -143,7 +143,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class Update(nn.Module, Change):
+class Update(nn.Module, Operation):
     """What one adapter does to one layer; made frozen and in eval mode."""
 
     def __init__(self) -> None:
@@ -151,13 +151,13 @@ class Update(nn.Module, Change):
         vars(self)["training"] = False
 
     @abstractmethod
-    def change(
+    def adapt(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Any,
         *,
-        strength: float = 1.0,
+        weight: float = 1.0,
         base: Any = None,
     ) -> Any:
         """Return the adapted output for a layer's inputs and its own output.
@@ -201,42 +201,42 @@ class AdaptedLayer(nn.Module):
     adapter_route: Route
     adapter_number: int
     """The key of this layer in `Route.changes`."""
-    adapter_pinned: tuple[Change | None] | None = None
+    adapter_pinned: tuple[Operation | None] | None = None
     """What compiled code does in place of what the route says, if it is pinned.
 
     Layers whose blocks share compiled code must not be told apart by their numbers in it.
     """
     adapter_input: str
     """Layers with the same word here read one input: q, k and v of one attention, for example."""
-    direct: tuple[str, ...]
+    uncalled: tuple[str, ...]
     """Parameters that are read outside of any layer's call."""
 
-    def current_change(self) -> Change | None:
+    def current_operation(self) -> Operation | None:
         """Return what the route does to this layer, if anything."""
         if torch.compiler.is_compiling() and self.adapter_pinned is not None:
             return self.adapter_pinned[0]
-        changes = self.adapter_route.in_force
-        return None if changes is None else changes.get(self.adapter_number)
+        operations = self.adapter_route.in_force
+        return None if operations is None else operations.get(self.adapter_number)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output, changed as the route says."""
         # Reentrant checkpointing runs its forward pass without gradients, but in training.
         if (torch.is_grad_enabled() or self.training) and not torch.compiler.is_compiling():
             self.adapter_route.check_recomputation()
-        change = self.current_change()
-        if change is None:
+        operation = self.current_operation()
+        if operation is None:
             return super().forward(*args, **kwargs)
-        output = None if change.replaces_output else super().forward(*args, **kwargs)
+        output = None if operation.replaces_output else super().forward(*args, **kwargs)
         if kwargs:
             args = _in_places(self.base_class.forward, self, args, kwargs)
         if isinstance(output, tuple):
             # Blocks of some families return more than the hidden states.
-            return (change.change(self, args, output[0]), *output[1:])
-        return change.change(self, args, output)
+            return (operation.adapt(self, args, output[0]), *output[1:])
+        return operation.adapt(self, args, output)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists only in this process; a copy or a pickle makes it anew.
-        return _blank, (self.base_class, self.direct), self.__dict__
+        return _blank, (self.base_class, self.uncalled), self.__dict__
 
 
 def _in_places(
@@ -251,34 +251,38 @@ def _in_places(
 _ADAPTED: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedLayer]] = {}
 
 
-def adapted_class(base: type[nn.Module], direct: tuple[str, ...] = ()) -> type[AdaptedLayer]:
+def adapted_class(base: type[nn.Module], uncalled: tuple[str, ...] = ()) -> type[AdaptedLayer]:
     """Return the subclass of a layer's class that looks for updates; there is one of each sort.
 
     Args:
         base: the layer's own class.
         direct: parameters that are read outside of any layer's call.
     """
-    if (base, direct) not in _ADAPTED:
-        members = {"base_class": base, "direct": direct, **{n: _read_as_routed(n) for n in direct}}
-        _ADAPTED[base, direct] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), members)
-    return _ADAPTED[base, direct]
+    if (base, uncalled) not in _ADAPTED:
+        members = {
+            "base_class": base,
+            "uncalled": uncalled,
+            **{n: _read_as_routed(n) for n in uncalled},
+        }
+        _ADAPTED[base, uncalled] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), members)
+    return _ADAPTED[base, uncalled]
 
 
 def _read_as_routed(name: str) -> property:
     def read(layer: AdaptedLayer) -> Tensor:
-        weight, change = cast(Tensor, layer._parameters[name]), layer.current_change()
-        return weight if change is None else change.read(name, weight)
+        weight, operation = cast(Tensor, layer._parameters[name]), layer.current_operation()
+        return weight if operation is None else operation.read(name, weight)
 
     return property(read)
 
 
-def _blank(base: type[nn.Module], direct: tuple[str, ...]) -> nn.Module:
-    made = adapted_class(base, direct)
+def _blank(base: type[nn.Module], uncalled: tuple[str, ...]) -> nn.Module:
+    made = adapted_class(base, uncalled)
     return made.__new__(made)
 
 
-def adopt(
-    layer: nn.Module, route: Route, *, reads: str, direct: tuple[str, ...] = ()
+def convert(
+    layer: nn.Module, route: Route, *, reads: str, uncalled: tuple[str, ...] = ()
 ) -> AdaptedLayer:
     """Turn a layer into an adapted layer, in place; one that is adapted already stays as it is.
 
@@ -297,11 +301,11 @@ def adopt(
         layer.adapter_number = route.layers  # type: ignore[assignment]
         layer.adapter_input = reads  # type: ignore[assignment]
         route.layers += 1
-        layer.__class__ = adapted_class(type(layer), direct)
+        layer.__class__ = adapted_class(type(layer), uncalled)
     return cast(AdaptedLayer, layer)
 
 
-def release(layer: nn.Module) -> None:
+def restore(layer: nn.Module) -> None:
     """Turn an adapted layer into what it was before `adopt`."""
     assert isinstance(layer, AdaptedLayer)
     layer.__class__ = layer.base_class  # type: ignore[assignment]

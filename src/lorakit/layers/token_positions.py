@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Placed:
-    """Where the trained tokens of a batch stand."""
+    """Where the virtual tokens of a batch stand."""
 
     numbers: Int[Tensor, "rows tokens"]
-    """The number of each trained token, and less than 0 for all others."""
+    """The number of each virtual token, and less than 0 for all others."""
 
     @cached_property
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ class Placed:
         return Placed(self.numbers[rows])
 
     def rows_with_tokens(self) -> list[bool]:
-        """Return which rows have trained tokens."""
+        """Return which rows have virtual tokens."""
         return (self.numbers >= 0).any(1).tolist()
 
     def put(self, vectors: Tensor, output: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Prompted(threading.local):
         self.rows: Tensor | None = None
         """The rows that a layer's change is about at the moment; None: all."""
         self.here = False
-        """Whether the input embedding was given trained tokens."""
+        """Whether the input embedding was given virtual tokens."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Prompted, ()

@@ -9,7 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.attachment.attach import detach, restore_module, restore_pristine, set_parameter
+from lorakit.attachment.attach import (
+    detach,
+    restore_module,
+    restore_original_weights,
+    set_parameter,
+)
 from lorakit.attachment.original_weights import Checkpoint
 from lorakit.attachment.state import (
     Attachment,
@@ -108,7 +113,7 @@ def merge(
     *,
     probe: Mapping[str, Tensor] | None = None,
     round_to: torch.dtype | None = None,
-    pristine: Literal["copy", "checkpoint"] = "copy",
+    original_weights: Literal["copy", "checkpoint"] = "copy",
     measure: bool = True,
 ) -> MergeReport:
     """Write W + scale·B·A into the weights, so that the model runs with no extra latency.
@@ -131,7 +136,7 @@ def merge(
             the merge several times faster.
 
     Raises:
-        MergeError: no adapter is active, this one cannot be merged (bottlenecks, trained tokens,
+        MergeError: no adapter is active, this one cannot be merged (bottlenecks, virtual tokens,
             quantised weights), is merged already, or a route is open.
     """
     state = require_attachment(model)
@@ -146,21 +151,21 @@ def merge(
     _check_mergeable(state, name)
     probe = (default_probe(model) if probe is None else probe) if measure else None
     if probe is not None and state.route.merged is not None:
-        restore_pristine(model, state)
+        restore_original_weights(model, state)
     before = None
     if probe is not None:
         with route(model, name):
             before = outputs_on(model, probe)
     try:
-        weights = tuple(_merge_layers(model, state, name, round_to, pristine, measure))
+        weights = tuple(_merge_layers(model, state, name, round_to, original_weights, measure))
     except BaseException:
-        restore_pristine(model, state)
+        restore_original_weights(model, state)
         raise
     state.route.merged = name
     state.activate(name)
     after = outputs_on(model, probe)
-    change = None if before is None or after is None else (after - before).abs().max().item()
-    return MergeReport(adapter=name, weights=weights, logit_change=change)
+    operation = None if before is None or after is None else (after - before).abs().max().item()
+    return MergeReport(adapter=name, weights=weights, logit_change=operation)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -172,7 +177,7 @@ def unmerge(model: nn.Module) -> None:
     state = attachment_of(model)
     if state is None or state.route.merged is None:
         raise MergeError("no adapter is merged into this model")
-    restore_pristine(model, state)
+    restore_original_weights(model, state)
 
 
 def _check_mergeable(state: Attachment, name: str) -> None:
@@ -210,21 +215,23 @@ def _merge_layers(
     state: Attachment,
     name: str,
     round_to: torch.dtype | None,
-    pristine: str,
+    original_weights: str,
     measure: bool,
 ) -> Iterator[MergedWeight]:
     tied = _tied_parameters(model)
     # What the adapter that is merged now has untied.
-    kept_whole = (weight for weights in state.pristine.values() for weight in weights.values())
+    kept_whole = (
+        weight for weights in state.original_weights.values() for weight in weights.values()
+    )
     tied |= {id(weight) for weight in kept_whole if isinstance(weight, nn.Parameter)}
-    checkpoint = Checkpoint(model) if pristine == "checkpoint" else None
+    checkpoint = Checkpoint(model) if original_weights == "checkpoint" else None
     updates = state.updates[name]
     untied: dict[int, nn.Parameter] = {}
-    for path in state.pristine.keys() - {state.paths[number] for number in updates}:
-        restore_module(model, path, state.pristine.pop(path))
+    for path in state.original_weights.keys() - {state.paths[number] for number in updates}:
+        restore_module(model, path, state.original_weights.pop(path))
     for number, update in updates.items():
         layer, path = state.layers[number], state.paths[number]
-        kept = state.pristine.setdefault(path, {})
+        kept = state.original_weights.setdefault(path, {})
         restore_module(model, path, kept)
         for inner, merged in update.merged(layer, exact=torch.float32):
             full_name = f"{path}.{inner}"
@@ -310,7 +317,7 @@ def finalize(model: nn.Module) -> None:
     if state is None or state.route.merged is None:
         raise MergeError("no adapter is merged into this model")
     untied = _came_apart(model, state)
-    state.pristine.clear()
+    state.original_weights.clear()
     state.route.merged = None
     detach(model)
     config = getattr(model, "config", None)
@@ -322,7 +329,7 @@ def finalize(model: nn.Module) -> None:
 def _came_apart(model: nn.Module, state: Attachment) -> bool:
     """Tell whether weights that were one are several by a merge."""
     now: dict[int, set[int]] = {}
-    for path, weights in state.pristine.items():
+    for path, weights in state.original_weights.items():
         for name, weight in weights.items():
             if isinstance(weight, nn.Parameter):
                 merged = base_parameter(model.get_submodule(path), name)

@@ -61,7 +61,7 @@ class TrainedModel:
             for w in report.weights
         )
         after = outputs_on(merged, default_probe(merged))
-        change = None
+        operation = None
         if after is not None and self.outputs is not None:
-            change = (after - self.outputs).abs().max().item()
-        return replace(report, weights=weights, trained_change=change)
+            operation = (after - self.outputs).abs().max().item()
+        return replace(report, weights=weights, trained_change=operation)

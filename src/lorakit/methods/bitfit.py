@@ -14,10 +14,10 @@ from lorakit.errors import TargetError
 from lorakit.layers.layer import AdaptedLayer, Update
 from lorakit.methods.claims import Claims
 from lorakit.methods.component import Part, Shape
-from lorakit.methods.direct import direct_part
 from lorakit.methods.lora.lora import ConvNd, is_linear, matrix_shape
+from lorakit.methods.uncalled import uncalled_part
 from lorakit.models.base import base_modules
-from lorakit.models.families import direct_reads, family_name
+from lorakit.models.families import family_name, uncalled_weights
 from lorakit.models.paths import block_number
 from lorakit.models.roles import task_heads
 
@@ -33,11 +33,11 @@ def claim(model: nn.Module, config: BitFitConfig) -> Claims:
         TargetError: the model has no biases, or one of another kind than is known.
     """
     parts: list[Part] = []
-    for path, names in direct_reads(model).items():
+    for path, names in uncalled_weights(model).items():
         biases = tuple(name for name in names if name.endswith("bias"))
         if biases:
             module = model.get_submodule(path)
-            parts.append(direct_part(module, path, biases, dtype=config.dtype))
+            parts.append(uncalled_part(module, path, biases, dtype=config.dtype))
     if config.add_missing:
         parts += [
             AddedBias(path=path, what="added bias", size=size, dtype=config.dtype)
@@ -132,17 +132,17 @@ class AddedBiasUpdate(Update):
         super().__init__()
         self.bias = nn.Parameter(bias, requires_grad=False)
 
-    def change(
+    def adapt(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Tensor,
         *,
-        strength: float = 1.0,
+        weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
         """Return output + strength·bias."""
-        return output + (self.bias * strength).to(output.dtype)
+        return output + (self.bias * weight).to(output.dtype)
 
     @property
     def unmergeable(self) -> str:

@@ -26,7 +26,7 @@ from lorakit.models.blocks import OUTPUTS, Block, blocks, named_modules
 SIZES = {"h": 16, "l": 32, "p": 32, "d": 48}
 """Inner width of each variant, where the settings have none: 32 for each block, in two halves for
 h; d has fewer blocks. Saved adapters rely on these numbers."""
-ROLES = {"h": ("o", "down"), "l": (), "p": ("down",), "d": ("down",)}
+OUTPUT_ROLES = {"h": ("o", "down"), "l": (), "p": ("down",), "d": ("down",)}
 """Which outputs of a block each variant changes; l: the block's own."""
 DROPPED = 5, 12
 """Share of the blocks that adapter-d leaves out by itself (Rücklé 2020 drops 5 of 12)."""
@@ -97,7 +97,7 @@ def _left_out(config: BottleneckConfig, depth: int) -> int:
 
 def _lacking(adapted: Sequence[Block], config: BottleneckConfig) -> Iterator[str]:
     """Yield what is wrong with blocks in which an output cannot be found."""
-    for role in ROLES[config.variant]:
+    for role in OUTPUT_ROLES[config.variant]:
         without = [block.path for block in adapted if not block.paths(role)]
         if without:
             yield f"no {OUTPUTS[role]} ({role}) is known in {', '.join(without)}: {ELSEWHERE}"
@@ -105,7 +105,7 @@ def _lacking(adapted: Sequence[Block], config: BottleneckConfig) -> Iterator[str
 
 def _outputs(block: Block, config: BottleneckConfig) -> tuple[str, ...]:
     """Return the paths of the modules of one block that get a bottleneck, in module order."""
-    roles = ROLES[config.variant]
+    roles = OUTPUT_ROLES[config.variant]
     return tuple(path for role, path in block.outputs if role in roles) if roles else (block.path,)
 
 
@@ -262,18 +262,18 @@ class Bottleneck(Update):
         drawn = Dropout.drawn(self.dropout)
         return inner if drawn is None else drawn.of(inner)
 
-    def change(
+    def adapt(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Tensor,
         *,
-        strength: float = 1.0,
+        weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
         """Return output + strength·bottleneck(base), or of the output itself, as a new tensor."""
         update = self(output if base is None else base)
-        update = update if strength == 1 else update * strength
+        update = update if weight == 1 else update * weight
         return output + update.to(output.dtype)
 
     @property

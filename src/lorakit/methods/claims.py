@@ -11,7 +11,7 @@ from lorakit.adapter.site import Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.methods.component import Part
 from lorakit.methods.lora.lora import parameter_shapes
-from lorakit.models.roles import Place
+from lorakit.models.roles import Target
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Claims:
     """Everything else."""
 
 
-def match_of(layer: nn.Module, place: Place | None, site: Site, config: LoRAConfig) -> Match:
+def match_of(layer: nn.Module, target: Target | None, site: Site, config: LoRAConfig) -> Match:
     """Return the row of the match table for a site on a layer."""
     a, b = parameter_shapes(layer, site)
-    role, shape = place.role if place else site.role, (b[0], math.prod(a[1:]))
+    role, shape = target.role if target else site.role, (b[0], math.prod(a[1:]))
     of_rank = b[0] if config.freeze_a else b[0] + math.prod(a[1:])
     lengths = b[0] if config.use_dora else 0
     return Match(site, role, shape, (site.rank - site.frozen) * of_rank + lengths)

@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Part(ABC):
-    """One trained thing: a bottleneck behind a layer, the trained tokens of an embedding, …
+    """One trained thing: a bottleneck behind a layer, the virtual tokens of an embedding, …
 
     It follows from the method's settings and the model alone, so that files need not hold it.
     """

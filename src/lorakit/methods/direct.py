@@ -14,7 +14,7 @@ from lorakit.methods.component import Part, Shape
 from lorakit.models.base import base_parameter
 
 
-class DirectWeights(Update):
+class UncalledWeights(Update):
     """The adapter's own values of such weights; a call of the layer is left as it is."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -22,13 +22,13 @@ class DirectWeights(Update):
         for name, value in values.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
-    def change(
+    def adapt(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Any,
         *,
-        strength: float = 1.0,
+        weight: float = 1.0,
         base: Any = None,
     ) -> Any:
         """Return the output as it is: it was made with what `read` returns."""
@@ -51,7 +51,7 @@ class DirectWeights(Update):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DirectPart(Part):
+class UncalledPart(Part):
     """Weights of one module that are trained, and read by the model itself."""
 
     sizes: Mapping[str, Shape]
@@ -66,7 +66,7 @@ class DirectPart(Part):
 
     def update(
         self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
-    ) -> DirectWeights:
+    ) -> UncalledWeights:
         """Return the update; it starts as the base's own values."""
         values = {}
         for name in self.sizes:
@@ -74,10 +74,12 @@ class DirectPart(Part):
             saved = None if tensors is None else tensors[f"{self.path}.{name}"].to(base.device)
             dtype = getattr(torch, self.dtype) if saved is None else saved.dtype
             values[name] = (base if saved is None else saved).to(dtype, copy=True)
-        return DirectWeights(values)
+        return UncalledWeights(values)
 
 
-def direct_part(module: nn.Module, path: str, names: tuple[str, ...], *, dtype: str) -> DirectPart:
+def uncalled_part(
+    module: nn.Module, path: str, names: tuple[str, ...], *, dtype: str
+) -> UncalledPart:
     """Return the part that trains some weights of a module, which the model reads by itself."""
     sizes = {name: tuple(base_parameter(module, name).shape) for name in names}
-    return DirectPart(path=path, what=", ".join(names), sizes=sizes, dtype=dtype)
+    return UncalledPart(path=path, what=", ".join(names), sizes=sizes, dtype=dtype)

@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lorakit.config.methods import FullConfig
 from lorakit.errors import TargetError
 from lorakit.methods.claims import Claims
-from lorakit.methods.direct import direct_part
+from lorakit.methods.uncalled import uncalled_part
 from lorakit.models.base import base_modules
 from lorakit.models.blocks import blocks, named_modules
-from lorakit.models.families import direct_reads
-from lorakit.models.paths import lies_in, outermost
+from lorakit.models.families import uncalled_weights
+from lorakit.models.paths import is_within, outermost
 
 
 def claim(model: nn.Module, config: FullConfig) -> Claims:
@@ -28,13 +28,13 @@ def claim(model: nn.Module, config: FullConfig) -> Claims:
         TargetError: the model lacks what it needs.
     """
     within = last_blocks(model, config) if config.only_top else ("",)
-    direct = direct_reads(model)
-    copies = outermost([p for p in _holders(model, direct) if lies_in(p, within)])
+    uncalled = uncalled_weights(model)
+    copies = outermost([p for p in _holders(model, uncalled) if is_within(p, within)])
     _check_copies(model, copies)
     parts = [
-        direct_part(model.get_submodule(path), path, names, dtype=config.dtype)
-        for path, names in direct.items()
-        if lies_in(path, within)
+        uncalled_part(model.get_submodule(path), path, names, dtype=config.dtype)
+        for path, names in uncalled.items()
+        if is_within(path, within)
     ]
     return Claims(copies=copies, parts=tuple(parts))
 
@@ -72,11 +72,11 @@ def _known_blocks(model: nn.Module) -> tuple[str, ...]:
     return tuple(stacks[chosen[0]])
 
 
-def _holders(model: nn.Module, direct: dict[str, tuple[str, ...]]) -> Iterator[str]:
+def _holders(model: nn.Module, uncalled: dict[str, tuple[str, ...]]) -> Iterator[str]:
     """Yield the paths of modules with parameters of their own that count when they are called."""
     for path, module in base_modules(model):
         own = {name for name, parameter in module._parameters.items() if parameter is not None}
-        if own.difference(direct.get(path, ())):
+        if own.difference(uncalled.get(path, ())):
             yield path
 
 

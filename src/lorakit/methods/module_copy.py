@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.layer import AdaptedLayer, Route, Update, adapted_layers, release
+from lorakit.layers.layer import AdaptedLayer, Route, Update, adapted_layers, restore
 from lorakit.models.base import base_modules, base_parameters
 
 
@@ -44,7 +44,7 @@ class ModuleCopy(Update):
         memo |= shared or {}
         self.copy = copy.deepcopy(module, memo).to(dtype).eval().requires_grad_(False)
         for _, layer in list(adapted_layers(self.copy)):
-            release(layer)
+            restore(layer)
         self.tied = frozenset(self._share(module, shared) if shared is not None else ())
         """Parameters that belong to another copy."""
         self.resized = False
@@ -59,13 +59,13 @@ class ModuleCopy(Update):
             else:
                 shared[id(parameter)] = own[name]
 
-    def change(
+    def adapt(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Any,
         *,
-        strength: float = 1.0,
+        weight: float = 1.0,
         base: Any = None,
     ) -> Any:
         """Return what the copy computes, in the input's precision, or for token ids the layer's.
@@ -74,9 +74,9 @@ class ModuleCopy(Update):
         output.
         """
         own = self._run(layer, inputs)
-        if strength == 1 and base is None:
+        if weight == 1 and base is None:
             return own
-        return output + strength * (own - (output if base is None else base))
+        return output + weight * (own - (output if base is None else base))
 
     def _run(self, layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
         own = next(self.copy.parameters()).dtype

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import ModelError
 from lorakit.kernels.attention import Rule, segment_attention
-from lorakit.kernels.custom_op_attention import in_force, opaque_attention
+from lorakit.kernels.custom_op_attention import custom_op_attention, in_force
 from lorakit.kernels.packed_sequences import Segments
 from lorakit.models.base import base_modules
 
@@ -128,7 +128,7 @@ def _attend(
     if problems:
         raise ModelError.listing(f"{type(module).__name__} cannot keep segments apart", problems)
     if is_compiling:
-        return opaque_attention(query, key, value, id(module.config), rule), None
+        return custom_op_attention(query, key, value, id(module.config), rule), None
     return segment_attention(query, key, value, in_force[id(module.config)], rule), None
 
 

@@ -43,12 +43,12 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
         TargetError: lorakit does not know the roles of this architecture.
     """
     outputs: dict[str, list[tuple[str, str]]] = {}
-    for place in places(model):
-        if place.role is None or place.rows is not None or block_number(place.path) is None:
+    for target in places(model):
+        if target.role is None or target.rows is not None or block_number(target.path) is None:
             continue
-        found = outputs.setdefault(_up_to_number(place.path), [])
-        if place.role in OUTPUTS:
-            found.append((place.role, place.path))
+        found = outputs.setdefault(_up_to_number(target.path), [])
+        if target.role in OUTPUTS:
+            found.append((target.role, target.path))
     if not outputs:
         name = family_name(model)
         raise TargetError(f"lorakit does not know the blocks of {name}")

@@ -26,10 +26,10 @@ class Family:
     fused: Mapping[str, Split] = field(default_factory=dict)
     """End of a fused projection's path: how its output rows are divided."""
 
-    direct: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    uncalled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """End of a module's path: its parameters that are read outside of any layer's call."""
 
-    rowless: tuple[str, ...] = ()
+    shared_by_batch: tuple[str, ...] = ()
     """Ends of the paths of layers whose input all rows share."""
 
 
@@ -184,7 +184,7 @@ _T5 = Family(
         "DenseReluDense.wi_1": "up",
         "DenseReluDense.wo": "down",
     },
-    rowless=("SelfAttention.relative_attention_bias",),
+    shared_by_batch=("SelfAttention.relative_attention_bias",),
 )
 
 # transformers renamed ViT's layers within version 5: both sets of names are in use.
@@ -227,8 +227,13 @@ FAMILIES: Mapping[str, Family] = {
     "deberta": Family(
         roles=_BERT_OUTPUTS,
         fused={"self.in_proj": _per_head},
-        direct={"encoder.rel_embeddings": ("weight",), "attention.self": ("q_bias", "v_bias")},
-        rowless=("encoder.rel_embeddings", "attention.self", "self.pos_proj", "self.pos_q_proj"),
+        uncalled={"encoder.rel_embeddings": ("weight",), "attention.self": ("q_bias", "v_bias")},
+        shared_by_batch=(
+            "encoder.rel_embeddings",
+            "attention.self",
+            "self.pos_proj",
+            "self.pos_q_proj",
+        ),
     ),
     "deberta-v2": Family(
         roles={
@@ -237,8 +242,8 @@ FAMILIES: Mapping[str, Family] = {
             "self.key_proj": "k",
             "self.value_proj": "v",
         },
-        direct={"encoder.rel_embeddings": ("weight",)},
-        rowless=(
+        uncalled={"encoder.rel_embeddings": ("weight",)},
+        shared_by_batch=(
             "encoder.rel_embeddings",
             "encoder.LayerNorm",
             "self.pos_key_proj",
@@ -265,12 +270,12 @@ def family_name(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
 
 
-def direct_reads(model: nn.Module) -> dict[str, tuple[str, ...]]:
+def uncalled_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """The parameters that are used without a module call, by their module's path.
 
     DeBERTa's relative positions are the weight of an embedding that is never called.
     """
-    ends = family_of(model).direct
+    ends = family_of(model).uncalled
     found: dict[str, tuple[str, ...]] = {}
     for path, module in base_modules(model) if ends else ():
         for end, names in ends.items():
@@ -280,8 +285,8 @@ def direct_reads(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def layers_of_shared_inputs(model: nn.Module) -> frozenset[str]:
+def layers_shared_by_batch(model: nn.Module) -> frozenset[str]:
     """The paths of the layers whose input is shared by the batch."""
-    ends = family_of(model).rowless
+    ends = family_of(model).shared_by_batch
     paths = (path for path, _ in base_modules(model))
     return frozenset(path for path in paths if any(ends_with(path, end) for end in ends))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.models.base import base_modules, base_parameters
-from lorakit.models.paths import lies_in
+from lorakit.models.paths import is_within
 from lorakit.models.quantized_weight import is_quantized
 
 SAMPLES_PER_TENSOR = 8
@@ -77,12 +77,12 @@ def identify(
     parameters = {
         path: parameter.detach()
         for path, parameter in sorted(base_parameters(model))
-        if parameter.is_floating_point() and not lies_in(path, skip)
+        if parameter.is_floating_point() and not is_within(path, skip)
     }
     if not parameters or any(p.is_meta for p in parameters.values()):
         return None
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
-    unknown = {n: w for n, w in _unknown_weights(model) if not lies_in(n, skip)}
+    unknown = {n: w for n, w in _unknown_weights(model) if not is_within(n, skip)}
     parameters = dict(sorted((parameters | unknown).items()))
     shapes = "\n".join(f"{path} {tuple(p.shape)}" for path, p in parameters.items())
     samples = torch.cat([_sample(p) for p in parameters.values()]).numpy().astype("<f4")

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
+from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 from lorakit.kernels.packed_sequences import Segments
 from lorakit.models.attention import attention_within, takes_attention_functions
 
@@ -23,10 +23,10 @@ _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multi
 # Granite divides by what HyperCLOVA X multiplies with, under one name; the trial tells.
 _DIVISORS = ("logits_scaling",)
 
-_FOUND: WeakKeyDictionary[nn.Module, LogitChange | None] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[nn.Module, LogitTransform | None] = WeakKeyDictionary()
 
 
-def logit_change(base: nn.Module, head: nn.Module, *, rows: int) -> LogitChange | None:
+def logit_transform(base: nn.Module, head: nn.Module, *, rows: int) -> LogitTransform | None:
     """Return what a language model does to its head's answer; None: something not known here.
 
     One trial for each model, in which the head answers with known numbers, decides; a config only
@@ -38,20 +38,20 @@ def logit_change(base: nn.Module, head: nn.Module, *, rows: int) -> LogitChange 
         rows: of the trial's batch, since routes know how many rows there are.
     """
     if base not in _FOUND:
-        _FOUND[base] = _tried(base, head, rows)
+        _FOUND[base] = _probed(base, head, rows)
     return _FOUND[base]
 
 
-def _tried(base: nn.Module, head: nn.Module, rows: int) -> LogitChange | None:
-    answers, logits = _trial(base, head, rows)
+def _probed(base: nn.Module, head: nn.Module, rows: int) -> LogitTransform | None:
+    answers, logits = _probe(base, head, rows)
     if len(answers) != 1:
         return None
     if torch.equal(logits.to(answers[0]), answers[0]):
-        return UNCHANGED
+        return IDENTITY
     return next((d for d in _described(base) if _explains(d, answers[0], logits)), None)
 
 
-def _described(base: nn.Module) -> Iterator[LogitChange]:
+def _described(base: nn.Module) -> Iterator[LogitTransform]:
     """Yield the changes that the numbers in a model's config can mean."""
     config: Any = base.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -62,12 +62,12 @@ def _described(base: nn.Module) -> Iterator[LogitChange]:
 
     scales = [1.0, *numbers(_FACTORS), *(1 / number for number in numbers(_DIVISORS))]
     for scale, cap in product(scales, [None, *numbers(_CAPS)]):
-        change = LogitChange(scale=scale, cap=cap)
+        change = LogitTransform(scale=scale, cap=cap)
         if not change.is_none:
             yield change
 
 
-def _explains(change: LogitChange, answer: Tensor, logits: Tensor) -> bool:
+def _explains(change: LogitTransform, answer: Tensor, logits: Tensor) -> bool:
     """Tell whether a change makes a model's logits of its head's answer, but for rounding.
 
     The model rounds up to three times to its own precision, half a unit each, and both sides to
@@ -80,7 +80,7 @@ def _explains(change: LogitChange, answer: Tensor, logits: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _trial(base: nn.Module, head: nn.Module, rows: int) -> tuple[list[Tensor], Tensor]:
+def _probe(base: nn.Module, head: nn.Module, rows: int) -> tuple[list[Tensor], Tensor]:
     """Let a head answer with numbers of all sizes; return its answers and the model's logits."""
     answers: list[Tensor] = []
 

@@ -10,7 +10,7 @@ def ends_with(path: str, end: str) -> bool:
     return f".{path}".endswith(f".{end}")
 
 
-def lies_in(path: str, modules: Collection[str]) -> bool:
+def is_within(path: str, modules: Collection[str]) -> bool:
     """Whether a path is one of the modules or lies in one; "" is the whole model."""
     return any(not module or f"{path}.".startswith(f"{module}.") for module in modules)
 

@@ -13,7 +13,7 @@ from lorakit.config.methods import layer_numbers
 from lorakit.errors import TargetError, did_you_mean
 from lorakit.models.base import base_modules
 from lorakit.models.families import UNKNOWN, Family, Split, family_name, family_of
-from lorakit.models.paths import block_number, ends_with, lies_in
+from lorakit.models.paths import block_number, ends_with, is_within
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head")
 """Roles a layer can have, in the order in which messages name them."""
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Target:
     """A layer of the base, or a slice of a fused one, that can be adapted."""
 
     path: str
@@ -47,7 +47,7 @@ class Place:
         return self.path if self.rows is None else f"{self.path}[{self.role}]"
 
 
-def places(model: nn.Module) -> tuple[Place, ...]:
+def places(model: nn.Module) -> tuple[Target, ...]:
     """Return every adaptable layer in module order, each fused one followed by its slices.
 
     Raises:
@@ -56,14 +56,14 @@ def places(model: nn.Module) -> tuple[Place, ...]:
     family = family_of(model)
     heads = task_heads(model)
     ends = _embedding_roles(model, family)
-    found: list[Place] = []
+    found: list[Target] = []
     for path, module in base_modules(model):
         if not isinstance(module, _ADAPTABLE):
             continue
-        inside_head = lies_in(path, heads)
+        inside_head = is_within(path, heads)
         role = None if inside_head else ends.get(path) or _longest_end(family.roles, path)
         split = None if inside_head else _longest_end(family.fused, path)
-        found.append(Place(path=path, role=role, rows=None))
+        found.append(Target(path=path, role=role, rows=None))
         if split is not None:
             found.extend(_slices(model, path, split))
     return tuple(found)
@@ -71,7 +71,7 @@ def places(model: nn.Module) -> tuple[Place, ...]:
 
 def named(
     model: nn.Module, words: Iterable[str], *, what: str = "targets"
-) -> dict[str, tuple[Place, ...]]:
+) -> dict[str, tuple[Target, ...]]:
     """Return the places that each word names, in module order.
 
     A word is a role or a group of roles, `all-linear`, the end of a dotted path, or a glob or
@@ -99,7 +99,7 @@ def select(
     layers: str | None = None,
     exclude: Iterable[str] = (),
     what: str = "targets",
-) -> tuple[Place, ...]:
+) -> tuple[Target, ...]:
     """Return the places to adapt, in module order and without duplicates.
 
     Args:
@@ -121,7 +121,7 @@ def select(
     if layers is not None:
         problems += _missing_blocks(model, layers)
         chosen = {word: _within_blocks(model, names, layers) for word, names in chosen.items()}
-    left_out = {place for names in excluded.values() for place in names}
+    left_out = {target for names in excluded.values() for target in names}
     kept = {word: [p for p in names if p not in left_out] for word, names in chosen.items()}
     limits = [f"layers {layers!r}"] * (layers is not None) + ["exclude"] * bool(left_out)
     problems += [
@@ -131,8 +131,8 @@ def select(
     ]
     problems += _half_chosen(kept, left_out)
     _raise_any(model, problems)
-    selected = {place for names in kept.values() for place in names}
-    return tuple(place for place in everything if place in selected)
+    selected = {target for names in kept.values() for target in names}
+    return tuple(target for target in everything if target in selected)
 
 
 def shared_inputs(model: nn.Module) -> dict[str, str]:
@@ -142,9 +142,9 @@ def shared_inputs(model: nn.Module) -> dict[str, str]:
     """
     together = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate-up", "up": "gate-up"}
     return {
-        place.path: f"{place.path.rpartition('.')[0]}:{together[place.role]}"
-        for place in places(model)
-        if place.rows is None and place.role in together
+        target.path: f"{target.path.rpartition('.')[0]}:{together[target.role]}"
+        for target in places(model)
+        if target.rows is None and target.role in together
     }
 
 
@@ -200,7 +200,7 @@ def _embedding_roles(model: nn.Module, family: Family) -> dict[str, str]:
     return roles
 
 
-def _slices(model: nn.Module, path: str, split: Split) -> Iterator[Place]:
+def _slices(model: nn.Module, path: str, split: Split) -> Iterator[Target]:
     """Yield the slices of a fused layer, whose roles repeat down its output rows."""
     layer = model.get_submodule(path)
     total = layer.nf if isinstance(layer, Conv1D) else layer.out_features
@@ -215,15 +215,15 @@ def _slices(model: nn.Module, path: str, split: Split) -> Iterator[Place]:
     start = 0
     for role, width in widths:
         rows = tuple((at + start, at + start + width) for at in range(0, total, period))
-        yield Place(path=path, role=role, rows=rows)
+        yield Target(path=path, role=role, rows=rows)
         start += width
 
 
 def _look_up(
-    model: nn.Module, words: Iterable[str], what: str, everything: tuple[Place, ...]
-) -> tuple[dict[str, tuple[Place, ...]], list[str]]:
+    model: nn.Module, words: Iterable[str], what: str, everything: tuple[Target, ...]
+) -> tuple[dict[str, tuple[Target, ...]], list[str]]:
     """Return the places of each word that names some, and what is wrong with the other words."""
-    found: dict[str, tuple[Place, ...]] = {}
+    found: dict[str, tuple[Target, ...]] = {}
     unknown: list[str] = []
     problems: list[str] = []
     for word in words:
@@ -242,22 +242,24 @@ def _look_up(
     return found, problems
 
 
-def _named_by(word: str, model: nn.Module, everything: tuple[Place, ...]) -> tuple[Place, ...]:
+def _named_by(word: str, model: nn.Module, everything: tuple[Target, ...]) -> tuple[Target, ...]:
     """Return the places that a word names; where the model has the role, the role comes first."""
     roles = GROUPS.get(word, (word,))
-    by_role = tuple(place for place in everything if place.role in roles)
+    by_role = tuple(target for target in everything if target.role in roles)
     if by_role:
         return by_role
     if word == ALL_LINEAR:
         linear = _linear_paths(model)
-        return tuple(place for place in everything if place.path in linear)
+        return tuple(target for target in everything if target.path in linear)
     if word.startswith("re:"):
         pattern = re.compile(word.removeprefix("re:"))
-        return tuple(place for place in everything if pattern.fullmatch(place.path))
+        return tuple(target for target in everything if pattern.fullmatch(target.path))
     if "*" in word or "?" in word:
-        return tuple(place for place in everything if fnmatch.fnmatchcase(place.path, word))
+        return tuple(target for target in everything if fnmatch.fnmatchcase(target.path, word))
     return tuple(
-        place for place in everything if ends_with(place.path, word) or ends_with(place.name, word)
+        target
+        for target in everything
+        if ends_with(target.path, word) or ends_with(target.name, word)
     )
 
 
@@ -270,13 +272,13 @@ def _linear_paths(model: nn.Module) -> set[str]:
         for path, module in base_modules(model)
         if isinstance(module, (nn.Linear, Conv1D))
         and module is not output
-        and not lies_in(path, heads)
+        and not is_within(path, heads)
     }
 
 
-def _unknown_words(model: nn.Module, words: list[str], everything: tuple[Place, ...]) -> str:
+def _unknown_words(model: nn.Module, words: list[str], everything: tuple[Target, ...]) -> str:
     """Return what to tell someone whose words name nothing in the model."""
-    roles = [role for role in ROLES if any(place.role == role for place in everything)]
+    roles = [role for role in ROLES if any(target.role == role for target in everything)]
     candidates = {*roles, *GROUPS, ALL_LINEAR}
     shown = ", ".join(repr(word) + _nearest(word, candidates, everything) for word in words)
     text = f"{family_name(model)} has no layer{'s' if len(words) > 1 else ''} called {shown}."
@@ -285,15 +287,15 @@ def _unknown_words(model: nn.Module, words: list[str], everything: tuple[Place, 
         return f"{text} Its layers are {', '.join(own)}."
     if any(word in ROLES or word in GROUPS for word in words):
         text += " lorakit does not know the roles of this architecture: name its modules instead."
-    leaves = list(dict.fromkeys(_last_parts(place.path, 1) for place in everything))
+    leaves = list(dict.fromkeys(_last_parts(target.path, 1) for target in everything))
     more = ", …" if len(leaves) > _LISTED_NAMES else ""
     return f"{text} Its modules are {', '.join(leaves[:_LISTED_NAMES])}{more}."
 
 
-def _nearest(word: str, candidates: Collection[str], everything: tuple[Place, ...]) -> str:
+def _nearest(word: str, candidates: Collection[str], everything: tuple[Target, ...]) -> str:
     """Return " (did you mean 'x'?)" for the nearest word that would name something."""
     depth = word.count(".") + 1
-    ends = dict.fromkeys(_last_parts(place.path, depth) for place in everything)
+    ends = dict.fromkeys(_last_parts(target.path, depth) for target in everything)
     hint = did_you_mean(word, [*candidates, *ends]).removeprefix("; ")
     return f" ({hint})" if hint else ""
 
@@ -301,7 +303,7 @@ def _nearest(word: str, candidates: Collection[str], everything: tuple[Place, ..
 def _missing_blocks(model: nn.Module, layers: str) -> list[str]:
     """Return what is wrong with a range of blocks in this model."""
     heads = task_heads(model)
-    paths = [place.path for place in places(model) if not lies_in(place.path, heads)]
+    paths = [target.path for target in places(model) if not is_within(target.path, heads)]
     last = max((number for path in paths if (number := block_number(path)) is not None), default=-1)
     if max(layer_numbers(layers)) <= last:
         return []
@@ -311,27 +313,27 @@ def _missing_blocks(model: nn.Module, layers: str) -> list[str]:
     ]
 
 
-def _within_blocks(model: nn.Module, names: tuple[Place, ...], layers: str) -> tuple[Place, ...]:
+def _within_blocks(model: nn.Module, names: tuple[Target, ...], layers: str) -> tuple[Target, ...]:
     """Return the places that lie in one of the blocks."""
     numbers, heads = layer_numbers(layers), task_heads(model)
     return tuple(
-        place
-        for place in names
-        if block_number(place.path) in numbers and not lies_in(place.path, heads)
+        target
+        for target in names
+        if block_number(target.path) in numbers and not is_within(target.path, heads)
     )
 
 
-def _without_covered_slices(names: tuple[Place, ...]) -> tuple[Place, ...]:
+def _without_covered_slices(names: tuple[Target, ...]) -> tuple[Target, ...]:
     """Return the places without those slices whose whole layer is there too."""
-    whole = {place.path for place in names if place.rows is None}
-    return tuple(place for place in names if place.rows is None or place.path not in whole)
+    whole = {target.path for target in names if target.rows is None}
+    return tuple(target for target in names if target.rows is None or target.path not in whole)
 
 
-def _half_chosen(kept: Mapping[str, Iterable[Place]], left_out: set[Place]) -> list[str]:
+def _half_chosen(kept: Mapping[str, Iterable[Target]], left_out: set[Target]) -> list[str]:
     """Return what is wrong where a fused layer is chosen whole and also spoken of by slice."""
-    by_word = [(place, repr(word)) for word, names in kept.items() for place in names]
-    slices = [*by_word, *((place, "exclude") for place in left_out)]
-    slice_of = {place.path: (place, who) for place, who in slices if place.rows is not None}
+    by_word = [(target, repr(word)) for word, names in kept.items() for target in names]
+    slices = [*by_word, *((target, "exclude") for target in left_out)]
+    slice_of = {target.path: (target, who) for target, who in slices if target.rows is not None}
     problems: dict[tuple[str, str], str] = {}
     for whole, word in by_word:
         if whole.rows is None and whole.path in slice_of:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lorakit.layers.layer import Update
 
-Blend = tuple[tuple[str, float], ...]
+Combination = tuple[tuple[str, float], ...]
 """The adapters that one row uses, each with its strength; empty: the base."""
 
 
@@ -15,17 +15,17 @@ Blend = tuple[tuple[str, float], ...]
 class Batch:
     """Which blend each row of a batch uses."""
 
-    blends: tuple[Blend, ...]
+    combinations: tuple[Combination, ...]
     """The distinct ones that are not empty, called slots below."""
     slot_of_row: tuple[int, ...]
     """A place in `blends`; -1: the base."""
 
     @staticmethod
-    def of(rows: Sequence[Blend]) -> Batch:
+    def of(rows: Sequence[Combination]) -> Batch:
         """Return the batch with these rows."""
-        blends = tuple(dict.fromkeys(blend for blend in rows if blend))
-        place = {blend: slot for slot, blend in enumerate(blends)}
-        return Batch(blends, tuple(place.get(blend, -1) for blend in rows))
+        combinations = tuple(dict.fromkeys(combination for combination in rows if combination))
+        place = {combination: slot for slot, combination in enumerate(combinations)}
+        return Batch(combinations, tuple(place.get(combination, -1) for combination in rows))
 
     def only(self, slots: Sequence[int]) -> tuple[int, ...]:
         """Return each row's place among some of the slots; -1 where it is not among them."""

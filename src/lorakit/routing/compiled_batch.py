@@ -13,18 +13,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.layer import AdaptedLayer, Change, Update
+from lorakit.layers.layer import AdaptedLayer, Operation, Update
 from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, matrix_shape, positions
-from lorakit.routing.batch import Batch, Blend, Updates
-from lorakit.routing.stacked_lora import bias_shifts, is_sum, mixed_changes
+from lorakit.routing.batch import Batch, Combination, Updates
+from lorakit.routing.stacked_lora import bias_shifts, is_sum, mixed_operations
 
 LEAST_RANK = 2
 """torch.compile makes another graph for a size of 0 or 1."""
 
 
-def static_changes(
+def static_operations(
     layers: Mapping[int, AdaptedLayer], updates: Updates, batch: Batch, device: torch.device
-) -> dict[int, Change]:
+) -> dict[int, Operation]:
     """Return what is done to each layer, in a form that is the same for every batch of one length.
 
     Layers that are not linear, full copies, and DoRA are done as in any mixed batch, where another
@@ -36,19 +36,19 @@ def static_changes(
         batch: its rows; one row stands for any number of rows that use the same blend.
         device: where the rows are.
     """
-    changes: dict[int, Change] = {}
+    operations: dict[int, Operation] = {}
     others: dict[str, dict[int, Update]] = {name: {} for name in updates}
     for number, layer in layers.items():
         mine = {name: ups[number] for name, ups in updates.items() if number in ups}
         if is_linear(layer) and all(map(is_sum, mine.values())):
-            changes[number] = StaticLinear(layer, cast(Any, mine), batch, device)
+            operations[number] = StaticLoRA(layer, cast(Any, mine), batch, device)
         else:
             for name, update in mine.items():
                 others[name][number] = update
-    return changes | mixed_changes(layers, others, batch, device)
+    return operations | mixed_operations(layers, others, batch, device)
 
 
-class StaticLinear(Change):
+class StaticLoRA(Operation):
     """The updates of a linear layer, as one A and one B for each row."""
 
     def __init__(
@@ -61,7 +61,7 @@ class StaticLinear(Change):
         d_out, d_in = matrix_shape(layer)
         weight = cast(Tensor, layer.weight)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        terms = [_terms(blend, updates) for blend in batch.blends]
+        terms = [_terms(combination, updates) for combination in batch.combinations]
         rank = max([LEAST_RANK, *(sum(p.site.rank for p, _ in of_slot) for of_slot in terms)])
         a = torch.zeros(len(terms) + 1, rank, d_in, dtype=dtype, device=device)
         b = torch.zeros(len(terms) + 1, rank, d_out, dtype=dtype, device=device)
@@ -76,7 +76,7 @@ class StaticLinear(Change):
         for tensor in (self._a, self._b):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
-    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Return the output with each row's own update added."""
         rows = self._a.shape[0]
         x = inputs[0].reshape(rows, -1, inputs[0].shape[-1]).to(self._a.dtype)
@@ -86,10 +86,12 @@ class StaticLinear(Change):
         return (output + update.reshape(output.shape)).to(output.dtype)
 
 
-def _terms(blend: Blend, updates: Mapping[str, LoRAUpdate]) -> list[tuple[LowRank, float]]:
+def _terms(
+    combination: Combination, updates: Mapping[str, LoRAUpdate]
+) -> list[tuple[LowRank, float]]:
     return [
-        (part, strength)
-        for name, strength in blend
+        (part, weight)
+        for name, weight in combination
         if name in updates
         for part in updates[name].parts.values()
     ]
@@ -99,10 +101,10 @@ def _terms(blend: Blend, updates: Mapping[str, LoRAUpdate]) -> list[tuple[LowRan
 def _fill(a: Tensor, b: Tensor, terms: list[tuple[LowRank, float]]) -> None:
     """Write A (rank, d_in) and scale·Bᵀ (rank, d_out) of one blend."""
     start = 0
-    for part, strength in terms:
+    for part, weight in terms:
         stop = start + part.site.rank
         a[start:stop] = part.a
-        scaled = part.b.T.to(b.dtype) * (part.site.scale * strength)
+        scaled = part.b.T.to(b.dtype) * (part.site.scale * weight)
         if part.site.rows is None:
             b[start:stop] = scaled
         else:
@@ -115,5 +117,8 @@ def _shifts(
     bias: Tensor, updates: Mapping[str, LoRAUpdate], batch: Batch, dtype: torch.dtype
 ) -> Tensor:
     """Return what trained biases add to the base's own, for the base and each blend."""
-    own = [[(updates[n].bias, w) for n, w in blend if n in updates] for blend in batch.blends]
+    own = [
+        [(updates[n].bias, w) for n, w in combination if n in updates]
+        for combination in batch.combinations
+    ]
     return bias_shifts(bias, [[(b, w) for b, w in of if b is not None] for of in own], dtype)

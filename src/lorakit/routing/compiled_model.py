@@ -23,7 +23,7 @@ def prepare_for_compile(model: nn.Module) -> None:
     state.compiled = True
     for path, layer in base_modules(inner):
         if is_linear(layer) and is_adaptable(layer):
-            state.adopt(path, layer)
+            state.convert(path, layer)
     _check_outside(model)
 
 

@@ -13,10 +13,10 @@ from torch import nn
 from lorakit.attachment.state import Attachment, require_attachment, require_name
 from lorakit.errors import MergeError, RouteError, did_you_mean
 from lorakit.kernels import choice
-from lorakit.layers.layer import Changes
-from lorakit.routing.batch import Batch, Blend, Updates
-from lorakit.routing.compiled_batch import static_changes
-from lorakit.routing.stacked_lora import mixed_changes
+from lorakit.layers.layer import Operations
+from lorakit.routing.batch import Batch, Combination, Updates
+from lorakit.routing.compiled_batch import static_operations
+from lorakit.routing.stacked_lora import mixed_operations
 
 Choice = str | Mapping[str, float] | None
 """What a row uses: an adapter, several with their strengths, or None for the base."""
@@ -59,7 +59,7 @@ def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
             weights, or (in the forward pass) the batch has another number of rows.
     """
     state = require_attachment(model)
-    rows = blends(names)
+    rows = combinations(names)
     with state.lock:
         check_names(rows, state.adapters)
         updates = {name: state.updates[name] for row in rows for name, _ in row}
@@ -69,33 +69,33 @@ def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
             f"adapter {state.route.merged!r} is merged into the weights, so no row can have "
             "another, or the base: lk.unmerge(model) first"
         )
-    changes, active = _changes(state, updates, rows, next(model.parameters()).device)
+    operations, active = _changes(state, updates, rows, next(model.parameters()).device)
     length = None if _is_single(names) else len(rows)
-    with state.routed(changes, active, length):
+    with state.routed(operations, active, length):
         yield
 
 
-def blends(names: Choice | Sequence[Choice]) -> list[Blend]:
+def combinations(names: Choice | Sequence[Choice]) -> list[Combination]:
     """Return what each row uses; one entry where one choice serves all rows.
 
     Raises:
         RouteError: a choice is neither a name, None, nor names with numbers.
     """
     rows: Any = [names] if _is_single(names) else names
-    return [_blend(each, row) for row, each in enumerate(rows)]
+    return [_combination(each, row) for row, each in enumerate(rows)]
 
 
 def _is_single(names: Choice | Sequence[Choice]) -> bool:
     return names is None or isinstance(names, str | Mapping)
 
 
-def _blend(choice: Choice, row: int) -> Blend:
+def _combination(choice: Choice, row: int) -> Combination:
     if choice is None:
         return ()
     if isinstance(choice, str):
         return ((choice, 1.0),)
     try:
-        return tuple(sorted((name, float(strength)) for name, strength in choice.items()))
+        return tuple(sorted((name, float(weight)) for name, weight in choice.items()))
     except (AttributeError, TypeError, ValueError):
         raise RouteError(
             f"row {row} asks for {choice!r}: give a name, None for the base, or a dictionary of "
@@ -103,7 +103,7 @@ def _blend(choice: Choice, row: int) -> Blend:
         ) from None
 
 
-def check_names(rows: Sequence[Blend], known: Mapping[str, Any]) -> None:
+def check_names(rows: Sequence[Combination], known: Mapping[str, Any]) -> None:
     """Check the names and strengths of a route.
 
     Raises:
@@ -112,22 +112,22 @@ def check_names(rows: Sequence[Blend], known: Mapping[str, Any]) -> None:
     problems: dict[str, None] = {}
     if not rows:
         problems["no rows: give a choice for each row of the batch, or one for all"] = None
-    for row, blend in enumerate(rows):
-        for name, strength in blend:
+    for row, combination in enumerate(rows):
+        for name, weight in combination:
             if name not in known:
                 problems[f"no such adapter: {name!r}{did_you_mean(name, known)}"] = None
-            elif not math.isfinite(strength):
-                problems[f"row {row} asks for {name!r} at strength {strength}"] = None
+            elif not math.isfinite(weight):
+                problems[f"row {row} asks for {name!r} at strength {weight}"] = None
     if problems:
         attached = f"; attached: {list(known)}"
         raise RouteError("; ".join(problems) + attached)
 
 
 def _changes(
-    state: Attachment, updates: Updates, rows: Sequence[Blend], device: torch.device
-) -> tuple[Changes | None, str | None]:
+    state: Attachment, updates: Updates, rows: Sequence[Combination], device: torch.device
+) -> tuple[Operations | None, str | None]:
     """Return what is done to each layer, and the adapter's name where one serves all rows."""
-    if all(blend == rows[0] for blend in rows):
+    if all(combination == rows[0] for combination in rows):
         if not rows[0]:
             return None, None
         if len(rows[0]) == 1 and rows[0][0][1] == 1 and not state.compiled:
@@ -147,7 +147,7 @@ def _check_rows_apart(state: Attachment, updates: Updates) -> None:
         RouteError: with the first such layer.
     """
     numbers = {number for of_name in updates.values() for number in of_name}
-    found = sorted(path for n in numbers if (path := state.paths[n]) in state.rowless)
+    found = sorted(path for n in numbers if (path := state.paths[n]) in state.shared_by_batch)
     if found:
         raise RouteError(
             f"the rows cannot differ: {len(found)} adapted layers, such as {found[0]}, have an "
@@ -155,21 +155,21 @@ def _check_rows_apart(state: Attachment, updates: Updates) -> None:
         )
 
 
-def _mixed(state: Attachment, updates: Updates, batch: Batch, device: torch.device) -> Changes:
+def _mixed(state: Attachment, updates: Updates, batch: Batch, device: torch.device) -> Operations:
     """Return a mixed batch's changes: those of the last one, if nothing is new since."""
-    names = dict.fromkeys(name for blend in batch.blends for name, _ in blend)
+    names = dict.fromkeys(name for combination in batch.combinations for name, _ in combination)
     used = {name: updates[name] for name in names}
     parameters = [p for ups in used.values() for u in ups.values() for p in u.parameters()]
     token = (batch, device, choice.fast(), _fingerprint(parameters))
     if state.mixed is None or state.mixed[0] != token:
         trains = any(p.requires_grad for p in parameters)
         # The unchanging form holds copies of A and B, which would get no gradients.
-        make = static_changes if state.compiled and not trains else mixed_changes
-        changes = make(dict(state.layers), used, batch, device)
+        make = static_operations if state.compiled and not trains else mixed_operations
+        operations = make(dict(state.layers), used, batch, device)
         # While the memory is held, nothing else can lie at its address.
         memory = [p.untyped_storage() for p in parameters]
-        state.mixed = (token, changes, memory)
-        return changes
+        state.mixed = (token, operations, memory)
+        return operations
     return state.mixed[1]
 
 

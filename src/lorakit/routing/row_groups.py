@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.data.virtual_tokens import PromptTokens
+from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import RouteError
-from lorakit.layers.layer import AdaptedLayer, Change, Update
+from lorakit.layers.layer import AdaptedLayer, Operation, Update
 from lorakit.methods.module_copy import ModuleCopy
 from lorakit.routing.batch import Batch, Terms
 
@@ -26,7 +26,7 @@ class RowGroup:
     terms: tuple[tuple[Update, float], ...]
 
 
-class ByRows(Change):
+class ByRowGroup(Operation):
     """Any updates of any layer, one blend after the other: convolutions, embeddings, full copies.
 
     Copies of a head may differ in width: then the output is as wide as the widest, and the places
@@ -46,16 +46,16 @@ class ByRows(Change):
         for of_slot in terms.values():
             _check_addable(layer, of_slot)
 
-    def tokens_of_rows(self, found: int) -> list[PromptTokens | None]:
-        """Return the trained tokens of each of so many rows."""
-        tokens: list[PromptTokens | None] = [None] * found
+    def tokens_of_rows(self, found: int) -> list[VirtualTokens | None]:
+        """Return the virtual tokens of each of so many rows."""
+        tokens: list[VirtualTokens | None] = [None] * found
         for group in self._groups:
-            own = next((u.trained_tokens for u, _ in group.terms if u.trained_tokens), None)
+            own = next((u.virtual_tokens for u, _ in group.terms if u.virtual_tokens), None)
             for row in _positions(group.index, found, self._rows).tolist():
                 tokens[row] = own
         return tokens
 
-    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Return the output with each row's own update."""
         if self._rows == 1:
             return _applied(self._groups[0].terms, layer, inputs, output)
@@ -88,8 +88,8 @@ class ByRows(Change):
     def read(self, name: str, weight: Tensor) -> Tensor:
         """Return a parameter with the changes of one blend, which all rows use."""
         changed = weight
-        for update, strength in self._groups[0].terms:
-            changed = changed + strength * (update.read(name, weight) - weight)
+        for update, factor in self._groups[0].terms:
+            changed = changed + factor * (update.read(name, weight) - weight)
         return changed
 
 
@@ -98,16 +98,16 @@ def _applied(
 ) -> Any:
     """Return a layer's own output with the updates of one blend."""
     if len(terms) == 1:
-        update, strength = terms[0]
-        return update.change(layer, inputs, base, strength=strength)
+        update, weight = terms[0]
+        return update.adapt(layer, inputs, base, weight=weight)
     changed = base.clone()
-    for update, strength in terms:
-        changed = update.change(layer, inputs, changed, strength=strength, base=base)
+    for update, weight in terms:
+        changed = update.adapt(layer, inputs, changed, weight=weight, base=base)
     return changed
 
 
 def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -> None:
-    """Refuse to add up what cannot be: trained tokens, heads of other widths than the base's.
+    """Refuse to add up what cannot be: virtual tokens, heads of other widths than the base's.
 
     Raises:
         RouteError: there are such.
@@ -115,7 +115,7 @@ def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -
     plain = len(terms) == 1 and terms[0][1] == 1
     if not plain and any(u.is_whole for u, _ in terms):
         raise RouteError(
-            "a row can't mix or weaken adapters with trained tokens: use such an adapter at "
+            "a row can't mix or weaken adapters with virtual tokens: use such an adapter at "
             "strength 1, beside none that has tokens of its own or changes the input embedding"
         )
     if not plain and any(isinstance(u, ModuleCopy) and u.resized for u, _ in terms):

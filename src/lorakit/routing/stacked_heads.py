@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorakit.kernels.grouped import gather
-from lorakit.kernels.grouping import arrange
+from lorakit.kernels.grouping import group_rows
 from lorakit.layers.layer import AdaptedLayer
 from lorakit.methods.module_copy import ModuleCopy
 from lorakit.models.base import base_parameters
 from lorakit.routing.batch import Batch, Terms
-from lorakit.routing.row_groups import ByRows, widened
+from lorakit.routing.row_groups import ByRowGroup, widened
 
 LARGEST = 2**22
 """Parameters of a copy that is stacked. A larger one keeps the machine busy by itself, and the
@@ -39,7 +39,7 @@ def _is_small(update: ModuleCopy) -> bool:
     return 0 < parameters <= LARGEST and not any(True for _ in update.copy.buffers())
 
 
-class Heads(ByRows):
+class StackedHeads(ByRowGroup):
     """Full copies of a layer: as many calls as there are different shapes, however many copies.
 
     What torch can't batch (a forward pass that looks at values, token ids, inputs that all rows
@@ -56,7 +56,7 @@ class Heads(ByRows):
         self._whole, self._weighted = list(map(make, whole)), list(map(make, weighted))
         self._refused = False
 
-    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Return the output with each row's own head."""
         x = inputs[0]
         fits = x.is_floating_point() and x.shape[0] % self._rows == 0
@@ -66,7 +66,7 @@ class Heads(ByRows):
             except RuntimeError:
                 # Whatever else was wrong, the loop will say it again.
                 self._refused = True
-        return super().change(layer, inputs, output)
+        return super().adapt(layer, inputs, output)
 
     def _stacked(self, x: Tensor, output: Tensor) -> Tensor:
         x = x.unflatten(0, (self._rows, -1))
@@ -90,12 +90,12 @@ def _by_shape(terms: Terms, batch: Batch) -> tuple[list[Uses], list[Uses]]:
     weighted: dict[tuple[int, Shapes], Uses] = {}
     for row, slot in enumerate(batch.slot_of_row):
         of_slot = terms.get(slot, [])
-        for place, (update, strength) in enumerate(of_slot):
+        for place, (update, weight) in enumerate(of_slot):
             own = cast(ModuleCopy, update)
-            if len(of_slot) == 1 and strength == 1:
-                whole.setdefault(_shapes(own), {})[row] = own, strength
+            if len(of_slot) == 1 and weight == 1:
+                whole.setdefault(_shapes(own), {})[row] = own, weight
             else:
-                weighted.setdefault((place, _shapes(own)), {})[row] = own, strength
+                weighted.setdefault((place, _shapes(own)), {})[row] = own, weight
     return list(whole.values()), list(weighted.values())
 
 
@@ -112,11 +112,11 @@ class Stack:
         self._copies = list(dict.fromkeys(own for own, _ in uses.values()))
         place = {own: at for at, own in enumerate(self._copies)}
         slots = [place[uses[row][0]] if row in uses else -1 for row in range(batch_rows)]
-        self._arrangement = arrange(slots, device=device, kernels="plain")
+        self._arrangement = group_rows(slots, device=device, kernels="plain")
         self.rows = torch.tensor(sorted(uses), device=device)
         """The rows that the copies answer, ascending."""
-        strengths = [uses[row][1] for row in sorted(uses)]
-        self._strengths = torch.tensor(strengths, dtype=dtype, device=device)
+        weights = [uses[row][1] for row in sorted(uses)]
+        self._weights = torch.tensor(weights, dtype=dtype, device=device)
         # Of its own, because a call puts the stacked parameters into the module for its time.
         self._module = copy.deepcopy(self._copies[0].copy).to("meta")
         trains = any(p.requires_grad for own in self._copies for p in own.parameters())
@@ -136,14 +136,14 @@ class Stack:
         Args:
             x: of all rows, (rows, k, …).
         """
-        arrangement, parameters = self._arrangement, self._frozen or self._gathered()
-        ordered = x if arrangement.order is None else x.index_select(0, arrangement.order)
-        ordered = ordered.reshape(arrangement.chunks, -1, *x.shape[2:])
+        grouping, parameters = self._arrangement, self._frozen or self._gathered()
+        ordered = x if grouping.order is None else x.index_select(0, grouping.order)
+        ordered = ordered.reshape(grouping.chunks, -1, *x.shape[2:])
         ordered = ordered.to(next(iter(parameters.values())).dtype)
         self._module.train(self._copies[0].training)
         own = torch.vmap(self._call, randomness="different")(parameters, ordered)
         own = own.reshape(-1, x.shape[1], *own.shape[2:]).to(x.dtype)
-        return own if arrangement.back is None else own.index_select(0, arrangement.back)
+        return own if grouping.back is None else own.index_select(0, grouping.back)
 
     def _call(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return cast(Tensor, functional_call(self._module, parameters, (x,)))
@@ -157,5 +157,5 @@ class Stack:
             x: the input, (rows, k, …).
         """
         shift = self.answers(x) - base.index_select(0, self.rows)
-        strengths = self._strengths.reshape(-1, *[1] * (shift.dim() - 1))
-        return output.index_add(0, self.rows, (strengths * shift).to(output.dtype))
+        weights = self._weights.reshape(-1, *[1] * (shift.dim() - 1))
+        return output.index_add(0, self.rows, (weights * shift).to(output.dtype))

@@ -13,20 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.adapter.site import Rows
+from lorakit.adapter.site import RowRanges
 from lorakit.errors import RouteError
 from lorakit.kernels import choice, fused, grouped
-from lorakit.kernels.grouping import Arrangement, arrange
-from lorakit.layers.layer import AdaptedLayer, Change, Update
+from lorakit.kernels.grouping import Grouping, group_rows
+from lorakit.layers.layer import AdaptedLayer, Operation, Update
 from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, positions
 from lorakit.routing.batch import Batch, Terms, Updates
-from lorakit.routing.row_groups import ByRows
-from lorakit.routing.stacked_heads import Heads, are_heads
+from lorakit.routing.row_groups import ByRowGroup
+from lorakit.routing.stacked_heads import StackedHeads, are_heads
 
 
-def mixed_changes(
+def mixed_operations(
     layers: Mapping[int, AdaptedLayer], updates: Updates, batch: Batch, device: torch.device
-) -> dict[int, Change]:
+) -> dict[int, Operation]:
     """Return what is done to each layer, so that every row gets its own blend.
 
     Frozen A and B are gathered here, once; those under training are gathered in each forward pass.
@@ -41,7 +41,7 @@ def mixed_changes(
         RouteError: full copies of one module that can't be added up.
     """
     arranged = _Arranged(batch, device)
-    changes: dict[int, Change] = {}
+    operations: dict[int, Operation] = {}
     for numbers in _by_input(layers, updates, batch):
         terms = {number: _terms(number, updates, batch) for number in numbers}
         stacked = [number for number in numbers if _is_stackable(layers[number], terms[number])]
@@ -49,8 +49,8 @@ def mixed_changes(
         inputs = [SharedInput(same, arranged) for same in _of_like_slots(pieces)]
         for number in numbers:
             if number not in stacked:
-                kind = Heads if are_heads(terms[number]) else ByRows
-                changes[number] = kind(layers[number], terms[number], batch, device)
+                kind = StackedHeads if are_heads(terms[number]) else ByRowGroup
+                operations[number] = kind(layers[number], terms[number], batch, device)
                 continue
             parts = tuple(
                 (shared, at)
@@ -58,8 +58,10 @@ def mixed_changes(
                 for at, piece in enumerate(shared.pieces)
                 if piece.number == number
             )
-            changes[number] = MixedLinear(parts, cast(LowRankTerms, terms[number]), batch, device)
-    return changes
+            operations[number] = StackedLoRA(
+                parts, cast(LowRankTerms, terms[number]), batch, device
+            )
+    return operations
 
 
 LowRankTerms = dict[int, list[tuple[LoRAUpdate, float]]]
@@ -72,12 +74,12 @@ class _Arranged:
     def __init__(self, batch: Batch, device: torch.device) -> None:
         self._batch = batch
         self._device = device
-        self._made: dict[tuple[tuple[int, ...], torch.dtype], Arrangement] = {}
+        self._made: dict[tuple[tuple[int, ...], torch.dtype], Grouping] = {}
 
-    def of(self, slots: tuple[int, ...], dtype: torch.dtype) -> Arrangement:
+    def of(self, slots: tuple[int, ...], dtype: torch.dtype) -> Grouping:
         if (slots, dtype) not in self._made:
             rows = self._batch.only(slots)
-            self._made[slots, dtype] = arrange(rows, device=self._device, dtype=dtype)
+            self._made[slots, dtype] = group_rows(rows, device=self._device, dtype=dtype)
         return self._made[slots, dtype]
 
 
@@ -85,7 +87,7 @@ def _by_input(
     layers: Mapping[int, AdaptedLayer], updates: Updates, batch: Batch
 ) -> Iterator[list[int]]:
     """Yield the numbers of the touched layers, those that read one input together."""
-    names = {name for blend in batch.blends for name, _ in blend}
+    names = {name for combination in batch.combinations for name, _ in combination}
     together: dict[str, list[int]] = {}
     for number in sorted({number for name in names for number in updates[name]}):
         together.setdefault(layers[number].adapter_input, []).append(number)
@@ -94,8 +96,8 @@ def _by_input(
 
 def _terms(number: int, updates: Updates, batch: Batch) -> Terms:
     found = {
-        slot: [(updates[name][number], w) for name, w in blend if number in updates[name]]
-        for slot, blend in enumerate(batch.blends)
+        slot: [(updates[name][number], w) for name, w in combination if number in updates[name]]
+        for slot, combination in enumerate(batch.combinations)
     }
     return {slot: terms for slot, terms in found.items() if terms}
 
@@ -117,7 +119,7 @@ class Piece:
 
     number: int
     """The layer's."""
-    rows: Rows | None
+    rows: RowRanges | None
     """Output rows; None: all."""
     slots: tuple[int, ...]
     terms: tuple[tuple[tuple[LowRank, float], ...], ...]
@@ -144,13 +146,13 @@ def _dtype(terms: Sequence[tuple[LowRank, float]]) -> torch.dtype:
 
 def _pieces(number: int, terms: LowRankTerms) -> Iterator[Piece]:
     """Yield the pieces of a layer; padding a slot's rank to its piece's less than doubles it."""
-    by_rows: dict[Rows | None, dict[int, list[tuple[LowRank, float]]]] = {}
+    by_rows: dict[RowRanges | None, dict[int, list[tuple[LowRank, float]]]] = {}
     for slot, of_slot in terms.items():
-        for update, strength in of_slot:
+        for update, weight in of_slot:
             for part in update.parts.values():
                 assert isinstance(part, LowRank)
                 at = by_rows.setdefault(part.site.rows, {})
-                at.setdefault(slot, []).append((part, strength))
+                at.setdefault(slot, []).append((part, weight))
     for rows, by_slot in by_rows.items():
         alike: dict[tuple[int, torch.dtype], list[int]] = {}
         for slot, parts in by_slot.items():
@@ -178,7 +180,7 @@ class SharedInput:
         self.pieces = tuple(pieces)
         parts = [part for piece in pieces for terms in piece.terms for part, _ in terms]
         self._dtype = pieces[0].dtype
-        self.arrangement = arranged.of(pieces[0].slots, self._dtype)
+        self.grouping = arranged.of(pieces[0].slots, self._dtype)
         self._drops = any(part.dropout for part in parts)
         self._trains = any(p.requires_grad for part in parts for p in part.parameters())
         stops = torch.tensor([piece.rank for piece in pieces]).cumsum(0).tolist()
@@ -196,25 +198,25 @@ class SharedInput:
     def add(self, at: int, x: Tensor, output: Tensor) -> Tensor:
         """Add the update of one piece to a layer's output, or to the piece's entries of it."""
         b = self._stacked_b(at) if self._b is None else self._b[at]
-        return grouped.widen_onto(output, self._narrow(at, x), b, self.arrangement)
+        return grouped.up_project_onto(output, self._down_project(at, x), b, self.grouping)
 
-    def _narrow(self, at: int, x: Tensor) -> Tensor:
+    def _down_project(self, at: int, x: Tensor) -> Tensor:
         """Return A·x of one piece, (chunks, tokens, rank)."""
         columns = self._columns[at]
         terms = self.pieces[at].terms
         if self._drops and any(part.training for of_slot in terms for part, _ in of_slot):
             # Every layer drops other elements, so that nothing can be shared.
             a = self._stacked_a() if self._a is None else self._a
-            return grouped.narrow(self._dropped(at, x), a[:, columns], self.arrangement)
+            return grouped.down_project(self._dropped(at, x), a[:, columns], self.grouping)
         if len(self.pieces) == 1 or torch.compiler.is_compiling():
             a = self._stacked_a() if self._a is None else self._a
-            return grouped.narrow(x, a[:, columns], self.arrangement)
+            return grouped.down_project(x, a[:, columns], self.grouping)
         kept = self._kept
         # Torch counts no writes in inference mode.
         same = torch.is_grad_enabled(), None if x.is_inference() else x._version
         if kept is None or kept[0] is not x or kept[1] != same:
             a = self._stacked_a() if self._a is None else self._a
-            kept = (x, same, grouped.narrow(x, a, self.arrangement))
+            kept = (x, same, grouped.down_project(x, a, self.grouping))
             self._waiting = len(self.pieces)
         self._waiting -= 1
         self._kept = kept if self._waiting else None
@@ -223,7 +225,7 @@ class SharedInput:
     def _dropped(self, at: int, x: Tensor) -> Tensor:
         """Return x with elements dropped, in each row with its own adapter's probability."""
         by_slot = [max(part.dropout for part, _ in terms) for terms in self.pieces[at].terms]
-        by_row = [1 - by_slot[slot] if slot >= 0 else 1.0 for slot in self.arrangement.slot_of_row]
+        by_row = [1 - by_slot[slot] if slot >= 0 else 1.0 for slot in self.grouping.slot_of_row]
         keep = torch.tensor(by_row, device=x.device).repeat_interleave(x.shape[0] // len(by_row))
         keep = keep.reshape(-1, *[1] * (x.dim() - 1))
         kept = torch.rand(x.shape, device=x.device) < keep
@@ -233,7 +235,7 @@ class SharedInput:
         """Return A, (chunks, ranks of all pieces, d_in)."""
         slots = range(len(self.pieces[0].slots))
         stack = torch.stack([torch.cat([_a(p, slot) for p in self.pieces]) for slot in slots])
-        return grouped.gather(stack.to(self._dtype), self.arrangement)
+        return grouped.gather(stack.to(self._dtype), self.grouping)
 
     def _stacked_b(self, at: int) -> Tensor:
         """Return scale·Bᵀ of one piece, (chunks, rank, d_out)."""
@@ -242,7 +244,7 @@ class SharedInput:
         scales = [_scales(piece, slot) for slot in range(len(piece.slots))]
         factors = torch.tensor(scales, dtype=self._dtype, device=stack.device)
         scaled = stack.to(self._dtype) * factors[:, None]
-        return grouped.gather(scaled.mT.contiguous(), self.arrangement)
+        return grouped.gather(scaled.mT.contiguous(), self.grouping)
 
 
 def _a(piece: Piece, slot: int) -> Tensor:
@@ -338,12 +340,12 @@ class Unstacked:
 
     def add(self, x: Tensor, output: Tensor, *, per_row: int) -> Tensor:
         """Return the output with each row's own update added; a row has so many tokens."""
-        factors = [each for update, strength in self._terms for each in update.factors(strength)]
+        factors = [each for update, weight in self._terms for each in update.factors(weight)]
         spans = [fused.Span(i * per_row, j * per_row, numbers) for i, j, numbers in self._runs]
         return fused.add_updates(output, x, factors, spans)
 
 
-class MixedLinear(Change):
+class StackedLoRA(Operation):
     """Low-rank updates of a Linear or Conv1D, all rows at once."""
 
     def __init__(
@@ -355,15 +357,15 @@ class MixedLinear(Change):
     ) -> None:
         self._parts = tuple(parts)
         self._bias = _bias(terms, batch, device)
-        triton = any(shared.arrangement.kernels == "triton" for shared, _ in parts)
+        triton = any(shared.grouping.kernels == "triton" for shared, _ in parts)
         fixed = all(shared.is_fixed for shared, _ in parts)
         self._unstacked = None if triton or fixed else Unstacked(terms, batch)
 
-    def change(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Return the output with each row's own update added."""
         x = inputs[0]
         if self._unstacked is not None and fused.available(x, training=layer.training):
-            per_row = self._parts[0][0].arrangement.per_row(x)
+            per_row = self._parts[0][0].grouping.per_row(x)
             output = self._unstacked.add(x, output, per_row=per_row)
         else:
             output = self._add_stacked(x, output)

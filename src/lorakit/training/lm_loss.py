@@ -21,10 +21,10 @@ from lorakit.attachment.state import attachment_of, is_compiled, unwrapped
 from lorakit.data.chat import IGNORED
 from lorakit.kernels.choice import fast
 from lorakit.kernels.cross_entropy import head_cross_entropy
-from lorakit.kernels.logit_transform import UNCHANGED, LogitChange
+from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 from lorakit.kernels.packed_sequences import FEW_SIZES
 from lorakit.layers.layer import AdaptedLayer
-from lorakit.models.logits import logit_change
+from lorakit.models.logits import logit_transform
 from lorakit.models.roles import output_head
 from lorakit.training.loss import Loss
 
@@ -215,24 +215,24 @@ def _tells_rows_apart(model: nn.Module, head: nn.Module | None) -> bool:
 
 def _run(
     model: nn.Module, inputs: Mapping[str, Any], chosen: _Chosen, head: nn.Module | None
-) -> tuple[Tensor, nn.Module, LogitChange]:
+) -> tuple[Tensor, nn.Module, LogitTransform]:
     """Return what a head reads at the chosen positions, the head, and what follows it.
 
     Where the model must make its logits, they are returned, and Identity as their head.
     """
     if head is None:
         logits = chosen.take(model(**inputs, use_cache=False).logits)
-        return logits, nn.Identity(), UNCHANGED
+        return logits, nn.Identity(), IDENTITY
     base = unwrapped(model)
     with _plain(base):
-        change = logit_change(base, head, rows=chosen.shape[0])
+        change = logit_transform(base, head, rows=chosen.shape[0])
     if change is not None:
         with _given_to(head, lambda states: states[..., :0, :]) as read:
             model(**inputs, use_cache=False)
         return chosen.take(read[0]), head, change
     with _given_to(head, chosen.take) as read:
         logits = model(**inputs, use_cache=False).logits
-    return (logits if read else chosen.take(logits)), nn.Identity(), UNCHANGED
+    return (logits if read else chosen.take(logits)), nn.Identity(), IDENTITY
 
 
 @contextmanager
@@ -252,6 +252,6 @@ def _given_to(head: nn.Module, given: Callable[[Tensor], Tensor]) -> Iterator[li
 
 
 def _plain(base: nn.Module) -> AbstractContextManager[None]:
-    """Return a block in which a model puts no trained tokens into its rows."""
+    """Return a block in which a model puts no virtual tokens into its rows."""
     state = attachment_of(base)
     return nullcontext() if state is None else state.routed(None, None, None)

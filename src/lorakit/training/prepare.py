@@ -237,7 +237,7 @@ class _Encodings:
         self._made: dict[tuple[str, int | None, bool], Encoded] = {}
 
     def __call__(self, config: TrainConfig, name: str) -> tuple[Encoded, Encoded | None]:
-        """Return training and validation rows of a run, with its adapter's trained tokens."""
+        """Return training and validation rows of a run, with its adapter's virtual tokens."""
         source = self._source_of[name]
         rows = self._read[source]
         check_infix(self._model, name, rows.training.kind)

@@ -23,7 +23,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.attach import adapter_parameters, extract
 from lorakit.config.train import TrainConfig
 from lorakit.errors import TrainingError
-from lorakit.methods.lora.pissa import apart
+from lorakit.methods.lora.pissa import split_frozen_factors
 from lorakit.training.batch_trainer import BatchTrainer
 from lorakit.training.rates import split_by_rate
 
@@ -158,7 +158,7 @@ class AdapterTrainer(BatchTrainer):
     ) -> None:
         saved = Adapter.load(resume_from_checkpoint)
         _check_same(saved, extract(self.adapted, self.adapter_name), resume_from_checkpoint)
-        tensors = apart(saved.sites, saved.tensors)
+        tensors = split_frozen_factors(saved.sites, saved.tensors)
         with torch.no_grad():
             for name, parameter in self.weights.items():
                 parameter.copy_(tensors[name])

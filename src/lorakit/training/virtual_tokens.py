@@ -1,11 +1,11 @@
-"""Rows for one adapter: cut so that its trained tokens have room, and with these put in."""
+"""Rows for one adapter: cut so that its virtual tokens have room, and with these put in."""
 
 from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.attachment.state import trained_tokens
+from lorakit.attachment.state import virtual_tokens
 from lorakit.config.train import DataConfig
 from lorakit.data.encode import Encoded, encode_rows
 from lorakit.data.row_types import Rows
@@ -15,17 +15,17 @@ from lorakit.models.shape import context_length
 
 def longest_row(model: nn.Module, name: str | None) -> int | None:
     """Return the most tokens of a row that leave room for an adapter's own; None: any number."""
-    tokens, context = trained_tokens(model, name), context_length(model)
+    tokens, context = virtual_tokens(model, name), context_length(model)
     return None if tokens is None or context is None else context - len(tokens)
 
 
 def check_infix(model: nn.Module, name: str, kind: str) -> None:
-    """Make sure that rows have a prompt, where an adapter has trained tokens behind it.
+    """Make sure that rows have a prompt, where an adapter has virtual tokens behind it.
 
     Raises:
         ConfigError: they are texts.
     """
-    tokens = trained_tokens(model, name)
+    tokens = virtual_tokens(model, name)
     if kind == "text" and tokens is not None and tokens.infix:
         raise ConfigError(
             "rows are texts without a prompt, behind which infix tokens would stand: "
@@ -34,8 +34,8 @@ def check_infix(model: nn.Module, name: str, kind: str) -> None:
 
 
 def with_tokens(encoded: Encoded, model: nn.Module, name: str | None) -> Encoded:
-    """Return rows with the trained tokens of an adapter, or as they are, if it has none."""
-    tokens = trained_tokens(model, name)
+    """Return rows with the virtual tokens of an adapter, or as they are, if it has none."""
+    tokens = virtual_tokens(model, name)
     return encoded if tokens is None else tokens.into_all(encoded)
 
 

@@ -212,8 +212,8 @@ def test_files_hold_the_lengths(family, tmp_path):
     plan = lk.plan(model, lk.LoRAConfig(use_dora=True, **TINY[family]))
     attach_random(model, use_dora=True, **TINY[family])
     adapter, expected = lk.extract(model), outputs(model, example_inputs(model))
-    lengths = [t for n, t in adapter.tensors.items() if n.endswith("magnitude")]
-    assert len(lengths) == len(adapter.sites)
+    norms = [t for n, t in adapter.tensors.items() if n.endswith("magnitude")]
+    assert len(norms) == len(adapter.sites)
     assert plan.parameters == adapter.parameters == sum(t.numel() for t in adapter.tensors.values())
     loaded = lk.Adapter.load(adapter.save(tmp_path / "a"))
     assert loaded.content_hash() == adapter.content_hash()

@@ -38,9 +38,9 @@ LAYERS = {
 def test_orthogonal_rows_are_orthonormal_up_to_a_factor_and_as_large_as_kaiming_s(layer, rank):
     a, b = started(LAYERS[layer](), rank=rank, init="orthogonal")
     a = a.flatten(1)
-    directions = a @ a.T if rank <= 24 else a.T @ a
-    expected = torch.eye(len(directions)).double() * directions[0, 0]
-    torch.testing.assert_close(directions, expected, rtol=0, atol=1e-6 * directions[0, 0].item())
+    gram = a @ a.T if rank <= 24 else a.T @ a
+    expected = torch.eye(len(gram)).double() * gram[0, 0]
+    torch.testing.assert_close(gram, expected, rtol=0, atol=1e-6 * gram[0, 0].item())
     assert not b.any()
     kaiming, _ = started(LAYERS[layer](), rank=rank)
     assert a.norm().item() == pytest.approx(kaiming.norm().item(), rel=0.1)

@@ -1,4 +1,4 @@
-"""Calls of a model that get trained tokens: generation, routes, labels, caches, and refusals."""
+"""Calls of a model that get virtual tokens: generation, routes, labels, caches, and refusals."""
 
 import copy
 import os
@@ -274,7 +274,7 @@ REFUSED = {
     "StaticCache has a fixed length": lambda m: m.generate(
         IDS, max_new_tokens=2, cache_implementation="static"
     ),
-    "filled without the trained tokens": lambda m: m(IDS[:, :1], past_key_values=filled(m, None)),
+    "filled without the virtual tokens": lambda m: m(IDS[:, :1], past_key_values=filled(m, None)),
     "cut or filled meanwhile: 4 tokens, not 9": lambda m: m(IDS[:, :1], past_key_values=cropped(m)),
     "2 tokens are given at once": lambda m: m(IDS[:, :2], past_key_values=filled(m, "default")),
     "not one of 5 tokens": lambda m: m(
@@ -284,7 +284,7 @@ REFUSED = {
         IDS[:, :1].expand(2, 1), past_key_values=filled(m, "default")
     ),
     "position_ids are not consecutive": lambda m: m(IDS, position_ids=torch.tensor([[0, 1, 0, 1]])),
-    "row 0 has trained token 5, but its adapter has 5": lambda m: m(torch.tensor([[69, 5]])),
+    "row 0 has virtual token 5, but its adapter has 5": lambda m: m(torch.tensor([[69, 5]])),
     "33 tokens with the trained ones, and the model's context is 32": lambda m: m(
         torch.ones(1, 28).long()
     ),
@@ -317,7 +317,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused_by_the_base_too():
     "choice", [{"layer": 0.5}, {"layer": 1.0, "short": 1.0}, {"layer": 1.0, "both": 1.0}], ids=str
 )
 def test_prefixes_are_neither_weakened_nor_mixed(several, choice):
-    refusal = "can't mix or weaken adapters with trained tokens"
+    refusal = "can't mix or weaken adapters with virtual tokens"
     with pytest.raises(RouteError, match=refusal), lk.route(several, choice):
         pass
 

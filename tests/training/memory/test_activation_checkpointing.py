@@ -16,9 +16,9 @@ import lorakit.training.memory.activation_checkpointing as recompute
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.training.memory.activation_checkpointing import (
-    KeptResults,
-    narrow_products,
-    products,
+    SavedActivations,
+    matmuls,
+    narrow_matmuls,
     recomputing,
 )
 from lorakit.training.memory.training_memory import check_memory, training_memory
@@ -30,8 +30,8 @@ MEMORY = ("fast", "balanced", "low")
 SOME = ("llama", "gpt2", "opt", "bert", "gpt_neox")
 
 
-def settings(memory, **changes):
-    return TrainConfig(out="unused", memory=memory, **changes)
+def settings(memory, **operations):
+    return TrainConfig(out="unused", memory=memory, **operations)
 
 
 def gradients(model):
@@ -128,11 +128,11 @@ def test_low_computes_no_narrow_product_twice(monkeypatch):
 
     def note(result, operation, arguments):
         made = take(result, operation, arguments)
-        taken.append((made is not None, narrow_products(operation, *arguments)))
+        taken.append((made is not None, narrow_matmuls(operation, *arguments)))
         return made
 
     monkeypatch.setattr(recompute._Result, "take", note)
-    with recomputing(model, narrow_products):
+    with recomputing(model, narrow_matmuls):
         gradients(model)
     narrow = [found for found, is_narrow in taken if is_narrow]
     assert len(narrow) == 2 * 7
@@ -242,7 +242,7 @@ def test_offload_keeps_the_gradients():
     model = build("llama").train()
     attach_random(model)
     expected = gradients(model)
-    with recomputing(model, products, offload=True):
+    with recomputing(model, matmuls, offload=True):
         for _ in range(2):
             assert_equal_gradients(gradients(model), expected)
 
@@ -252,7 +252,7 @@ def recomputed(function, x, memory):
 
 
 def keep_all():
-    return KeptResults(products, offload=False)
+    return SavedActivations(matmuls, offload=False)
 
 
 def test_a_product_that_is_written_into_is_not_kept():
@@ -297,10 +297,10 @@ def test_results_that_no_recomputation_reaches_are_not_kept():
 def test_attention_with_dropout_is_not_kept():
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     q = torch.zeros(1, 2, 3, 8)
-    assert products(attention, q, q, q)
-    assert products(attention, q, q, q, 0.0, True)
-    assert not products(attention, q, q, q, 0.1)
-    assert not products(attention, q, q, q, dropout_p=0.1)
+    assert matmuls(attention, q, q, q)
+    assert matmuls(attention, q, q, q, 0.0, True)
+    assert not matmuls(attention, q, q, q, 0.1)
+    assert not matmuls(attention, q, q, q, dropout_p=0.1)
 
 
 def test_another_operation_than_in_the_forward_pass_takes_nothing_that_was_kept():

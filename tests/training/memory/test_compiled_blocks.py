@@ -145,8 +145,8 @@ def test_what_the_compiler_refuses_is_told_in_one_message():
 
 
 def test_only_what_it_was_made_for_goes_through_compiled_code():
-    block, route = Linear(2, 2), Route(changes={})
-    compiled = _CompiledBlock(block, lambda block, x: "compiled", route, route.changes)
+    block, route = Linear(2, 2), Route(operations={})
+    compiled = _CompiledBlock(block, lambda block, x: "compiled", route, route.operations)
     x = torch.ones(1, 2, requires_grad=True)
     assert compiled(x) == "compiled"
     assert isinstance(compiled(x.detach()), torch.Tensor)
@@ -155,7 +155,7 @@ def test_only_what_it_was_made_for_goes_through_compiled_code():
     block.eval()
     assert isinstance(compiled(x), torch.Tensor)
     block.train()
-    route.changes = {}
+    route.operations = {}
     assert isinstance(compiled(x), torch.Tensor)
 
 

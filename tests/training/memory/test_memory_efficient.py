@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.training.memory.memory_efficient import EconomicalModule, economical
+from lorakit.training.memory.memory_efficient import MemoryEfficientModule, memory_efficient
 from oracles import attach_random, base_hash, outputs
 from tiny_models import build, example_inputs
 
@@ -48,7 +48,7 @@ def test_gradients_are_those_of_the_modules_own(family):
     model = build(family).double().train()
     attach_random(model, targets=("all-linear",), dropout=0.1)
     expected = gradients(model)
-    with economical(model) as paths:
+    with memory_efficient(model) as paths:
         found = gradients(model)
     assert (sum("norm" in p for p in paths), sum("mlp" in p for p in paths)) == TAKE_PART[family]
     assert found.keys() == expected.keys()
@@ -62,7 +62,7 @@ def test_gradients_are_those_of_the_modules_own(family):
 def test_bfloat16_gradients_differ_by_its_rounding(model):
     model.to(torch.bfloat16)
     expected = gradients(model)
-    with economical(model):
+    with memory_efficient(model):
         found = gradients(model)
     for name, gradient in found.items():
         norm = expected[name].float().norm()
@@ -77,7 +77,7 @@ def test_values_stay_the_same_bit_for_bit(model):
         return trained, outputs(model.eval(), inputs)
 
     expected = values()
-    with economical(model):
+    with memory_efficient(model):
         assert all(map(torch.equal, values(), expected))
 
 
@@ -85,8 +85,8 @@ def test_values_stay_the_same_bit_for_bit(model):
 def test_classes_and_weights_come_back(model, fails):
     before, weights, names = classes(model), base_hash(model), list(model.state_dict())
     try:
-        with economical(model):
-            assert any(isinstance(module, EconomicalModule) for module in model.modules())
+        with memory_efficient(model):
+            assert any(isinstance(module, MemoryEfficientModule) for module in model.modules())
             assert list(model.state_dict()) == names
             if fails:
                 raise KeyboardInterrupt
@@ -99,7 +99,7 @@ def test_classes_and_weights_come_back(model, fails):
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_is_not_part_of_the_run(model, make):
     before, expected = classes(model), gradients(model)
-    with economical(model):
+    with memory_efficient(model):
         twin = make(model)
         changed = classes(model)
     assert classes(twin) == before == classes(model) != changed
@@ -123,7 +123,7 @@ def test_a_norm_or_an_activation_of_another_kind_is_left_alone(model):
     model.model.layers[1].mlp.act_fn = nn.ReLU()
     model.model.layers[1].input_layernorm.forward = lambda x: x
     model.model.norm.weight.requires_grad_()
-    with economical(model) as paths:
+    with memory_efficient(model) as paths:
         left = {f"model.layers.{i}.post_attention_layernorm" for i in (0, 1)}
         assert set(paths) == left
 
@@ -131,7 +131,7 @@ def test_a_norm_or_an_activation_of_another_kind_is_left_alone(model):
 def test_a_hook_on_an_activation_goes_on_to_be_called(model):
     seen = []
     model.model.layers[0].mlp.act_fn.register_forward_hook(lambda m, i, o: seen.append(o.shape))
-    with economical(model) as paths:
+    with memory_efficient(model) as paths:
         assert "model.layers.0.mlp" not in paths
         assert not seen
         gradients(model)
@@ -140,6 +140,6 @@ def test_a_hook_on_an_activation_goes_on_to_be_called(model):
 
 def test_a_weight_that_begins_to_train_gets_its_gradient(model):
     norm = model.model.layers[1].input_layernorm
-    with economical(model):
+    with memory_efficient(model):
         norm.weight.requires_grad_()
         assert gradients(model)["model.layers.1.input_layernorm.weight"].any()

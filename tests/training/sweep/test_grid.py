@@ -5,19 +5,19 @@ import pytest
 from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError
-from lorakit.training.sweep.grid import members_of
+from lorakit.training.sweep.grid import trials_of
 
 
 def test_a_mapping_makes_all_combinations_and_a_list_its_members(tmp_path):
     grid = TrainConfig(out=tmp_path, sweep={"lora.rank": [1, 2], "seed": [0, 1]})
     names = ["rank=1,seed=0", "rank=1,seed=1", "rank=2,seed=0", "rank=2,seed=1"]
-    assert [member.name for member in members_of(grid)] == names
+    assert [trial.name for trial in trials_of(grid)] == names
     listed = TrainConfig(
         out=tmp_path,
         lora=LoRAConfig(alpha=4, targets=("k",)),
         sweep=[{"lora.rank": 2}, {"lora.targets": "q, v", "data.train": "x/a.csv", "name": "b"}],
     )
-    first, second = members_of(listed)
+    first, second = trials_of(listed)
     assert first.name == "rank=2,targets=k,train=none"
     assert first.config.lora == LoRAConfig(rank=2, alpha=4, targets=("k",))
     assert (second.name, second.config.out) == ("b", tmp_path / "b")
@@ -53,6 +53,6 @@ MISTAKES = [
 @pytest.mark.parametrize(("asked", "texts"), MISTAKES)
 def test_wrong_sweeps_are_told_in_one_message(tmp_path, asked, texts):
     with pytest.raises(ConfigError) as raised:
-        members_of(TrainConfig(out=tmp_path, sweep=asked))
+        trials_of(TrainConfig(out=tmp_path, sweep=asked))
     for text in texts:
         assert text in str(raised.value)

@@ -29,7 +29,7 @@ FIRST = ("red", "green", "blue", "small", "old", "new")
 def settings(tiny_llama, prompt_rows, tmp_path):
     """Return a maker of settings for a short sweep."""
 
-    def make(sweep=None, **changes):
+    def make(sweep=None, **operations):
         values = {
             "model": str(tiny_llama),
             "out": tmp_path / "sweep",
@@ -43,7 +43,7 @@ def settings(tiny_llama, prompt_rows, tmp_path):
             "learning_rate": 1e-2,
             "sweep": sweep,
         }
-        return TrainConfig(**{**values, **changes})
+        return TrainConfig(**{**values, **operations})
 
     return make
 
@@ -79,9 +79,9 @@ def assert_same_adapter(found, expected, *, tolerance):
 
 def assert_members_equal_separate_runs(config, tmp_path, *, tolerance):
     result = sweep(config)
-    assert [each.status for each in result.members] == ["finished"] * len(result.members)
-    for each in result.members:
-        own = each.member.config
+    assert [each.status for each in result.trials] == ["finished"] * len(result.trials)
+    for each in result.trials:
+        own = each.trial.config
         separate = train(own.model_copy(update={"out": tmp_path / "alone" / each.name}))
         assert each.trained.steps == separate.steps
         assert each.trained.best_step == separate.best_step
@@ -101,14 +101,14 @@ def test_members_equal_separate_runs(settings, tmp_path, in_float64):
     # Texts, unlike answers, have a label on their first token.
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": f"{w} cat dog big"}) for w in FIRST))
-    members = [
+    trials = [
         {"lora.rank": 1, "name": "one", "weight_decay": 0.1, "steps": 9, "schedule": "cosine"},
         {"lora.alpha": 32, "seed": 1, "batch_size": 3, "learning_rate": 2e-3},
         {"lora.layers": "1", "seed": 2, "max_grad_norm": 0.05, "label_smoothing": 0.1, "steps": 5},
         {"accumulate": 3, "batch_size": 2, "data.train_rows": 11, "data.max_length": 6},
         {"data.train": str(texts), "data.validation": str(texts), "batch_size": 4, "steps": 4},
     ]
-    assert_members_equal_separate_runs(settings(members), tmp_path, tolerance=1e-6)
+    assert_members_equal_separate_runs(settings(trials), tmp_path, tolerance=1e-6)
 
 
 def test_members_equal_separate_runs_in_float32(settings, tmp_path):
@@ -128,7 +128,7 @@ def test_members_with_heads_and_biases_equal_separate_runs(
     result = assert_members_equal_separate_runs(config, tmp_path, tolerance=1e-6)
     assert result.metric == "accuracy"
     heads = [
-        Adapter.load(each.member.config.out).tensors["classifier.weight"] for each in result.members
+        Adapter.load(each.trial.config.out).tensors["classifier.weight"] for each in result.trials
     ]
     assert not torch.equal(heads[0], heads[1])
 
@@ -172,7 +172,7 @@ def test_patience_ends_one_member_alone(settings, monkeypatch):
 
     monkeypatch.setattr(training, "score", decide)
     result = sweep(settings({"lora.rank": [1, 4]}, steps=20, eval_every=4, patience=1))
-    early, late = (each.trained for each in result.members)
+    early, late = (each.trained for each in result.trials)
     assert (early.steps, early.best_step) == (12, 8)
     assert (late.steps, late.best_step) == (20, 20)
 
@@ -180,9 +180,9 @@ def test_patience_ends_one_member_alone(settings, monkeypatch):
 def test_the_base_is_unchanged_and_scored_under_each_members_own_adapter(settings, tiny_llama):
     result = sweep(settings({"lora.rank": [1, 8]}, learning_rate=0.05, steps=12))
     losses = []
-    for each in result.members:
+    for each in result.trials:
         model, _ = lk.load_model(str(tiny_llama))
-        adapter = Adapter.load(each.member.config.out)
+        adapter = Adapter.load(each.trial.config.out)
         lk.attach(model, adapter)
         losses.append(adapter.card["scores"]["loss"])
         assert each.trained.scores["loss"] == losses[-1]
@@ -192,14 +192,14 @@ def test_the_base_is_unchanged_and_scored_under_each_members_own_adapter(setting
 def test_nan_stops_one_member_and_the_others_equal_separate_runs(settings, tmp_path, in_float64):
     wild = {"learning_rate": 1e30, "max_grad_norm": 1e30, "name": "wild"}
     result = sweep(settings([wild, {"lora.rank": 1, "name": "last"}]))
-    assert [each.status for each in result.members] == ["stopped", "finished"]
-    stopped, other = result.members
+    assert [each.status for each in result.trials] == ["stopped", "finished"]
+    stopped, other = result.trials
     assert "the loss became" in str(stopped.error)
-    kept = Adapter.load(stopped.member.config.out / "last")
+    kept = Adapter.load(stopped.trial.config.out / "last")
     assert all(tensor.isfinite().all() for tensor in kept.tensors.values())
     assert "wild was stopped: the loss became" in (result.out / "sweep.md").read_text()
-    separate = train(other.member.config.model_copy(update={"out": tmp_path / "alone"}))
-    assert_same_adapter(other.member.config.out, separate.out, tolerance=1e-6)
+    separate = train(other.trial.config.model_copy(update={"out": tmp_path / "alone"}))
+    assert_same_adapter(other.trial.config.out, separate.out, tolerance=1e-6)
 
 
 def test_a_sweep_without_a_finished_member_is_an_error(settings):
@@ -227,7 +227,7 @@ def test_a_defect_in_one_member_is_raised_after_the_others_are_written(settings,
 def at_pass(monkeypatch):
     """Return a function that has something happen in one of a sweep's joint passes."""
 
-    def arrange(number, happen):
+    def group_rows(number, happen):
         passes = iter(range(1, 1000))
 
         def disturbed(*args, **kwargs):
@@ -237,7 +237,7 @@ def at_pass(monkeypatch):
 
         monkeypatch.setattr(sweeping, "joint_losses", disturbed)
 
-    return arrange
+    return group_rows
 
 
 class PowerCut(BaseException):
@@ -259,10 +259,10 @@ ENDS = [(press_ctrl_c, KeyboardInterrupt, 0.0), (cut_power, PowerCut, 1e-4)]
 def test_an_ended_sweep_resumes_to_the_same_adapters(
     settings, tmp_path, at_pass, end, error, tolerance
 ):
-    members = [{"steps": 4, "name": "short"}, {"seed": 1, "name": "first"}, {"seed": 2}]
-    changes = {"steps": 12, "learning_rate": 1e-3, "eval_every": 6}
-    whole = sweep(settings(members, **changes, out=tmp_path / "whole"))
-    config = settings(members, **changes, out=tmp_path / "ended")
+    trials = [{"steps": 4, "name": "short"}, {"seed": 1, "name": "first"}, {"seed": 2}]
+    operations = {"steps": 12, "learning_rate": 1e-3, "eval_every": 6}
+    whole = sweep(settings(trials, **operations, out=tmp_path / "whole"))
+    config = settings(trials, **operations, out=tmp_path / "ended")
     at_pass(8, end)
     with pytest.raises(error) as raised:
         sweep(config)
@@ -272,12 +272,12 @@ def test_an_ended_sweep_resumes_to_the_same_adapters(
     recorded = json.loads((config.out / "sweep.json").read_text())["members"]
     assert [each["status"] for each in recorded] == ["finished", "unfinished", "unfinished"]
     resumed = sweep(config.model_copy(update={"resume": True}))
-    for found, expected in zip(resumed.members, whole.members, strict=True):
+    for found, expected in zip(resumed.trials, whole.trials, strict=True):
         assert found.trained.steps == expected.trained.steps
         assert found.trained.best_step == expected.trained.best_step
         assert found.trained.scores == pytest.approx(expected.trained.scores, rel=1e-4)
         for folder in ("", "last"):
-            paths = (each.member.config.out / folder for each in (found, expected))
+            paths = (each.trial.config.out / folder for each in (found, expected))
             assert_same_adapter(*paths, tolerance=tolerance)
 
 
@@ -295,7 +295,7 @@ def test_a_finished_member_is_not_trained_again(settings):
     before = file.stat().st_mtime_ns
     more = settings({"lora.rank": [1, 4, 8]}, resume=True)
     result = sweep(more)
-    assert [each.status for each in result.members] == ["finished"] * 3
+    assert [each.status for each in result.trials] == ["finished"] * 3
     assert file.stat().st_mtime_ns == before
 
 

@@ -32,7 +32,7 @@ def rescaled(output: Tensor, factor: Tensor, bias: Tensor | None, entries: Tenso
     return part if entries is None else output.index_copy(-1, entries, part)
 
 
-class Lengths:
+class RowNorms:
     """Lengths of a weight's rows, which inference keeps until what they follow from changes.
 
     Computing them reads the whole weight, as often as a model writes a token.

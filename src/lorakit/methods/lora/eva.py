@@ -21,7 +21,7 @@ from lorakit.errors import AttachError, TargetError
 
 
 @dataclass(frozen=True)
-class Directions:
+class SingularVectors:
     """The directions in which a layer's inputs vary."""
 
     rows: Tensor
@@ -31,12 +31,12 @@ class Directions:
 
 
 @torch.no_grad()
-def input_directions(
+def input_singular_vectors(
     model: nn.Module,
     paths: Sequence[str],
     shared: Mapping[str, str],
     batches: Iterable[Mapping[str, Any]],
-) -> dict[str, Directions]:
+) -> dict[str, SingularVectors]:
     """Return the directions of each layer's inputs, by its path.
 
     Args:
@@ -58,20 +58,20 @@ def input_directions(
     unread = [path for path in paths if path not in sums.summed_as]
     if unread:
         raise TargetError.listing("init eva looks at inputs, but layers have read nothing", unread)
-    found = {path: _directions(total) for path, total in sums.of.items()}
+    found = {path: _singular_vectors(total) for path, total in sums.of.items()}
     return {path: found[sums.summed_as[path]] for path in paths}
 
 
-def _directions(total: Tensor) -> Directions:
+def _singular_vectors(total: Tensor) -> SingularVectors:
     values, vectors = torch.linalg.eigh(total)  # sorted upwards
     variances = values.flip(0).clamp_min(0)
     shares = variances / variances.sum().clamp_min(torch.finfo(values.dtype).tiny)
-    return Directions(vectors.T.flip(0), shares)
+    return SingularVectors(vectors.T.flip(0), shares)
 
 
 def moved_ranks(
     sites: Sequence[Site],
-    directions: Mapping[str, Directions],
+    vectors: Mapping[str, SingularVectors],
     *,
     rho: float,
     use_rslora: bool = False,
@@ -80,14 +80,14 @@ def moved_ranks(
 
     Args:
         sites: updates, each with its rank.
-        directions: of each layer's inputs, by its path.
+        vectors: of each layer's inputs, by its path.
         rho: how many times its rank an update may get.
         use_rslora: whether scales are α/√r; each update keeps its scale, and α follows.
     """
     spare = [
         (-float(share), number)
         for number, site in enumerate(sites)
-        for share in directions[site.path].shares[1 : int(rho * site.rank)]
+        for share in vectors[site.path].shares[1 : int(rho * site.rank)]
     ]
     ranks = Counter(range(len(sites)))  # one each, or the file would lack a layer of its targets
     ranks.update(number for _, number in sorted(spare)[: sum(s.rank for s in sites) - len(sites)])

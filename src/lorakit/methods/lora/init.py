@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.adapter.site import Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.kernels import plain
-from lorakit.methods.lora.eva import Directions
+from lorakit.methods.lora.eva import SingularVectors
 from lorakit.methods.lora.lora import matrix_of, parameter_shapes, tensor_shapes
 
 
@@ -20,7 +20,7 @@ def fresh_tensors(
     modules: Mapping[str, nn.Module],
     sites: Iterable[Site],
     config: LoRAConfig,
-    directions: Mapping[str, Directions],
+    vectors: Mapping[str, SingularVectors],
 ) -> dict[str, Tensor]:
     """Return the tensors of fresh updates, by their names in an adapter.
 
@@ -28,7 +28,7 @@ def fresh_tensors(
         modules: of the base, by path.
         sites: the updates; random numbers are drawn in their order, from torch's global generator.
         config: how they start.
-        directions: for init eva, the directions of each layer's inputs, by its path.
+        vectors: for init eva, the directions of each layer's inputs, by its path.
     """
     found: dict[str, Tensor] = {}
     for site in sites:
@@ -38,20 +38,23 @@ def fresh_tensors(
             shapes = tensor_shapes(layer, site, config)
             found |= {n: torch.empty(s, device="meta", dtype=dtype) for n, s in shapes.items()}
             continue
-        made = _tensors(layer, site, config, directions)
+        made = _tensors(layer, site, config, vectors)
         found |= {f"{site.name}.{end}": t.to(device, dtype) for end, t in made.items()}
     return found
 
 
 def _tensors(
-    layer: nn.Module, site: Site, config: LoRAConfig, directions: Mapping[str, Directions]
+    layer: nn.Module,
+    site: Site,
+    config: LoRAConfig,
+    vectors: Mapping[str, SingularVectors],
 ) -> dict[str, Tensor]:
     shape_a, shape_b = parameter_shapes(layer, site)
     if config.init == "pissa":
         a, b = _principal(matrix_of(layer, site), site, config)
     elif config.init == "eva":
         # A copy: layers that read the same have the same directions, and each trains its own A.
-        a, b = directions[site.path].rows[: site.rank].clone(), torch.zeros(shape_b)
+        a, b = vectors[site.path].rows[: site.rank].clone(), torch.zeros(shape_b)
     else:
         a, b = fresh_a(shape_a, layer, config), torch.zeros(shape_b)
     made = {"lora_a": a.reshape(shape_a), "lora_b": b.reshape(shape_b)}
@@ -60,7 +63,7 @@ def _tensors(
         matrix = matrix_of(layer, site)
         none = torch.zeros(1, sum(matrix.shape), device=matrix.device)
         of_a, of_b = none.split([matrix.shape[1], matrix.shape[0]], dim=1)
-        made["lora_magnitude"] = plain.row_lengths(matrix, of_a, of_b.T, 1.0)
+        made["lora_magnitude"] = plain.row_norms(matrix, of_a, of_b.T, 1.0)
     return made
 
 
@@ -76,8 +79,8 @@ def fresh_a(shape: tuple[int, ...], layer: nn.Module, config: LoRAConfig) -> Ten
         return nn.init.normal_(a, std=1 / math.sqrt(fan_in))
     if config.init == "orthogonal":
         # kaiming's entries have variance 1/(3·fan-in); this spreads their sum over the directions.
-        directions = min(shape[0], a[0].numel())
-        return nn.init.orthogonal_(a, gain=math.sqrt(a.numel() / (3 * fan_in * directions)))
+        vectors = min(shape[0], a[0].numel())
+        return nn.init.orthogonal_(a, gain=math.sqrt(a.numel() / (3 * fan_in * vectors)))
     bound = 1 / math.sqrt(fan_in)  # kaiming_uniform_(a=√5) of torch's own Linear
     return nn.init.uniform_(a, -bound, bound)
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapter.site import Kind, Rows, Site
+from lorakit.adapter.site import LayerKind, RowRanges, Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.kernels import fused, plain
 from lorakit.kernels.dropout import Dropout
 from lorakit.layers.layer import AdaptedLayer, Update
-from lorakit.methods.lora.dora import Lengths, rescaled
+from lorakit.methods.lora.dora import RowNorms, rescaled
 from lorakit.models.quantized_weight import float_weight, is_quantized
 
 ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -64,7 +64,7 @@ def tensor_shapes(layer: nn.Module, site: Site, config: LoRAConfig) -> dict[str,
     return shapes | ({f"{site.name}.lora_magnitude": b[:1]} if config.use_dora else {})
 
 
-def kind_of(layer: nn.Module) -> Kind:
+def kind_of(layer: nn.Module) -> LayerKind:
     """Return how a layer holds its matrix."""
     if isinstance(layer, nn.Embedding):
         return "embedding"
@@ -90,12 +90,12 @@ def is_adaptable(layer: nn.Module) -> bool:
         return True
     # A subclass may compute something else, as OPT's positions do, or the same, as FalconLinear.
     if isinstance(layer, nn.Linear):
-        return _is_product(layer, own)
+        return _is_matmul(layer, own)
     return isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale")
 
 
 @torch.no_grad()
-def _is_product(layer: nn.Linear, own: type[nn.Module]) -> bool:
+def _is_matmul(layer: nn.Linear, own: type[nn.Module]) -> bool:
     """Tell by trial whether a layer's forward is W·x + b."""
     if layer.weight.is_meta:
         return True
@@ -114,7 +114,7 @@ class LowRank(nn.Module):
     site: Site
     dropout: float
     freezes_a: bool
-    lengths: Lengths
+    norms: RowNorms
     lora_a: nn.Parameter
     lora_b: nn.Parameter
     lora_magnitude: nn.Parameter | None
@@ -129,7 +129,7 @@ class LowRank(nn.Module):
             site=site,
             dropout=config.dropout,
             freezes_a=config.freeze_a,
-            lengths=Lengths(),
+            norms=RowNorms(),
             training=False,
         )
         self._parameters.update(dict.fromkeys(ENDS))
@@ -160,13 +160,13 @@ class LowRank(nn.Module):
         entries = None if self.site.rows is None else positions(self.site.rows, output.device)
         with torch.no_grad():
             weight = cast(Tensor, layer.weight)
-            lengths = self.lengths.of(
+            norms = self.norms.of(
                 [weight, *self.parameters()],
-                lambda: plain.row_lengths(
+                lambda: plain.row_norms(
                     matrix_of(layer, self.site), self.a, self.b, self.site.scale
                 ),
             )
-        factor = self.lora_magnitude / lengths
+        factor = self.lora_magnitude / norms
         return rescaled(output, factor, cast("Tensor | None", layer.bias), entries)
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -174,9 +174,9 @@ class LowRank(nn.Module):
         a, b, scale = self.a, self.b, self.site.scale
         dropout = self.dropout if self.training else 0.0
         if isinstance(layer, nn.Embedding):
-            change = plain.embedding_update(x, a, b, scale, dropout=dropout)
+            operation = plain.embedding_update(x, a, b, scale, dropout=dropout)
             # Gemma's embedding multiplies what it looks up.
-            return change * getattr(layer, "embed_scale", 1.0)
+            return operation * getattr(layer, "embed_scale", 1.0)
         if isinstance(layer, ConvNd):
             x = F.dropout(x, dropout) if dropout else x
             convolve = cast(Any, layer)._conv_forward
@@ -187,10 +187,10 @@ class LowRank(nn.Module):
             return plain.linear_update(x, a, b, scale)
         return plain.linear_update(x, a, b, scale, dropout=Dropout.drawn(dropout))
 
-    def factors(self, strength: float) -> fused.Factors:
+    def factors(self, weight: float) -> fused.Factors:
         """Return the update of a linear layer's output in one forward pass."""
         use = fused.Use(
-            scale=self.site.scale * strength,
+            scale=self.site.scale * weight,
             entries=_entries(self.site.rows, self.lora_a.device),
             dropout=Dropout.drawn(self.dropout if self.training else 0.0),
         )
@@ -204,8 +204,8 @@ class LowRank(nn.Module):
             own, rows = slice(start, start + last - first), matrix[first:last]
             plain.add_delta(rows, a, b[own], self.site.scale)
             if self.lora_magnitude is not None:
-                lengths = self.lora_magnitude.detach()[own].to(matrix)
-                rows *= (lengths / plain.lengths(rows))[:, None]
+                norms = self.lora_magnitude.detach()[own].to(matrix)
+                rows *= (norms / plain.norms(rows))[:, None]
             start += last - first
 
 
@@ -228,41 +228,41 @@ class LoRAUpdate(Update):
         """Return the updates by role, or by "whole" for the layer: the children of this module."""
         return cast(Mapping[str, LowRank], self._modules)
 
-    def change(
+    def adapt(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Tensor,
         *,
-        strength: float = 1.0,
+        weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
         """Return output + strength·scale·B·A·x, and the trained bias in place of the base's.
 
         DoRA's rows get their lengths after that.
         """
-        if not self.is_additive and (strength != 1 or base is not None):
+        if not self.is_additive and (weight != 1 or base is not None):
             own = output if base is None else base
-            return output + strength * (self.change(layer, inputs, own.clone()) - own)
-        output = self._added(layer, inputs[0], output, strength)
+            return output + weight * (self.adapt(layer, inputs, own.clone()) - own)
+        output = self._added(layer, inputs[0], output, weight)
         for part in self.low_ranks():
             if part.lora_magnitude is not None:
                 output = part.rescaled(layer, output)
         if self.bias is not None:
-            shift = (self.bias - cast(Tensor, layer.bias)).to(output.dtype) * strength
+            shift = (self.bias - cast(Tensor, layer.bias)).to(output.dtype) * weight
             if isinstance(layer, ConvNd):
                 shift = shift.reshape(-1, *[1] * len(layer.kernel_size))
             output = output + shift
         return output
 
-    def _added(self, layer: nn.Module, x: Tensor, output: Tensor, strength: float) -> Tensor:
+    def _added(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
         if self.parts and is_linear(layer) and fused.available(x, training=self.training):
-            factors = self.factors(strength)
+            factors = self.factors(weight)
             everywhere = fused.Span(0, x.shape[:-1].numel(), tuple(range(len(factors))))
             return fused.add_updates(output, x, factors, [everywhere])
         for part in self.low_ranks():
             update = part(layer, x)
-            update = update if strength == 1 else update * strength
+            update = update if weight == 1 else update * weight
             output = _add(output, update.to(output.dtype), part.site.rows)
         return output
 
@@ -282,9 +282,9 @@ class LoRAUpdate(Update):
         """Yield A and B of the layer, or of each of its slices."""
         return iter(self.parts.values())
 
-    def factors(self, strength: float) -> list[fused.Factors]:
+    def factors(self, weight: float) -> list[fused.Factors]:
         """Return the updates of a linear layer's output in one forward pass."""
-        return [part.factors(strength) for part in self.low_ranks()]
+        return [part.factors(weight) for part in self.low_ranks()]
 
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the weight plus ΔW, and the trained bias."""
@@ -306,7 +306,7 @@ class LoRAUpdate(Update):
             yield f"{path}.bias", self.bias
 
 
-def _add(output: Tensor, update: Tensor, rows: Rows | None) -> Tensor:
+def _add(output: Tensor, update: Tensor, rows: RowRanges | None) -> Tensor:
     """Return the output with an update added, at some of its last dimension's entries only."""
     if rows is None:
         return output + update if torch.is_grad_enabled() else output.add_(update)
@@ -316,7 +316,7 @@ def _add(output: Tensor, update: Tensor, rows: Rows | None) -> Tensor:
     return output.index_add(-1, positions(rows, output.device), update)
 
 
-def _entries(rows: Rows | None, device: torch.device) -> slice | Tensor | None:
+def _entries(rows: RowRanges | None, device: torch.device) -> slice | Tensor | None:
     """Return the entries of an output's last dimension that a site changes; None: all."""
     if rows is None:
         return None
@@ -324,7 +324,7 @@ def _entries(rows: Rows | None, device: torch.device) -> slice | Tensor | None:
 
 
 @cache
-def positions(rows: Rows, device: torch.device) -> Tensor:
+def positions(rows: RowRanges, device: torch.device) -> Tensor:
     """Return the output rows of an interleaved slice, int64."""
     # What is made in inference mode could not be kept for a backward pass later.
     with torch.inference_mode(False):

@@ -15,7 +15,9 @@ from torch import Tensor
 from lorakit.adapter.site import Site
 
 
-def apart(sites: Iterable[Site], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def split_frozen_factors(
+    sites: Iterable[Site], tensors: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
     """Return an adapter's tensors with those of frozen ranks under names of their own.
 
     `<site>.lora_a` (rank, …) becomes `<site>.lora_a` and `<site>.frozen_a`, B likewise.
@@ -31,7 +33,9 @@ def apart(sites: Iterable[Site], tensors: Mapping[str, Tensor]) -> Mapping[str, 
     return {**tensors, **divided} if divided else tensors
 
 
-def together(sites: Iterable[Site], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def join_frozen_factors(
+    sites: Iterable[Site], tensors: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
     """Return an adapter's tensors from those that a model keeps apart."""
     joined = dict(tensors)
     for site in sites:

@@ -13,7 +13,7 @@ from lorakit.errors import TargetError
 from lorakit.methods.bitfit import bias_paths
 from lorakit.methods.claims import Claims, match_of
 from lorakit.methods.lora.lora import is_adaptable, is_linear, kind_of, matrix_shape
-from lorakit.models.roles import Place, named, select
+from lorakit.models.roles import Target, named, select
 
 V = TypeVar("V")
 
@@ -29,33 +29,33 @@ def claim(model: nn.Module, config: LoRAConfig) -> Claims:
     _check_form(model, kept, config)
     ranks = _by_place(model, kept, config.rank_pattern, "rank_pattern")
     alphas = _by_place(model, kept, config.alpha_pattern, "alpha_pattern")
-    _check_ranks(model, {place: ranks.get(place, config.rank) for place in kept}, config)
-    sites = [(place, _site(model, place, config, ranks, alphas)) for place in kept]
-    adapted = {place.path for place in kept} if config.bias == "lora" else None
+    _check_ranks(model, {target: ranks.get(target, config.rank) for target in kept}, config)
+    sites = [(target, _site(model, target, config, ranks, alphas)) for target in kept]
+    adapted = {target.path for target in kept} if config.bias == "lora" else None
     return Claims(
         matches=tuple(match_of(model.get_submodule(p.path), p, site, config) for p, site in sites),
         biases=() if config.bias == "none" else bias_paths(model, only=adapted),
     )
 
 
-def _check_adaptable(model: nn.Module, kept: Sequence[Place]) -> None:
+def _check_adaptable(model: nn.Module, kept: Sequence[Target]) -> None:
     problems = [
-        f"{place.path} is a {type(model.get_submodule(place.path)).__name__}"
-        for place in kept
-        if not is_adaptable(model.get_submodule(place.path))
+        f"{target.path} is a {type(model.get_submodule(target.path)).__name__}"
+        for target in kept
+        if not is_adaptable(model.get_submodule(target.path))
     ]
     if problems:
         raise TargetError.listing("LoRA has no update for some targets; exclude them", problems)
 
 
-def _check_form(model: nn.Module, kept: Sequence[Place], config: LoRAConfig) -> None:
+def _check_form(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) -> None:
     """Refuse layers that are no product with a matrix, for the forms that need one.
 
     Raises:
         TargetError: there are such.
     """
     form = "use_dora" if config.use_dora else "init eva" if config.init == "eva" else None
-    others = {place.path: model.get_submodule(place.path) for place in kept}
+    others = {target.path: model.get_submodule(target.path) for target in kept}
     problems = [
         f"{path} is a {type(layer).__name__}"
         for path, layer in others.items()
@@ -67,26 +67,26 @@ def _check_form(model: nn.Module, kept: Sequence[Place], config: LoRAConfig) -> 
         )
 
 
-def _check_ranks(model: nn.Module, ranks: Mapping[Place, int], config: LoRAConfig) -> None:
+def _check_ranks(model: nn.Module, ranks: Mapping[Target, int], config: LoRAConfig) -> None:
     """Refuse ranks beyond the directions that a start from the weight or the data has.
 
     Raises:
         TargetError: there are such.
     """
     problems = []
-    for place, rank in ranks.items():
-        d_out, d_in = matrix_shape(model.get_submodule(place.path))
-        d_out = d_out if place.rows is None else sum(stop - start for start, stop in place.rows)
+    for target, rank in ranks.items():
+        d_out, d_in = matrix_shape(model.get_submodule(target.path))
+        d_out = d_out if target.rows is None else sum(stop - start for start, stop in target.rows)
         most = {"pissa": min(d_out, d_in), "eva": d_in}.get(config.init, rank)
         if rank > most:
-            problems.append(f"{place.name}  has rank {rank}, and there are {most} directions")
+            problems.append(f"{target.name}  has rank {rank}, and there are {most} directions")
     if problems:
         raise TargetError.listing(f"init {config.init} cannot start from so many ranks", problems)
 
 
 def _by_place(
-    model: nn.Module, kept: Sequence[Place], pattern: Mapping[str, V], setting: str
-) -> dict[Place, V]:
+    model: nn.Module, kept: Sequence[Target], pattern: Mapping[str, V], setting: str
+) -> dict[Target, V]:
     """Return the value that a pattern gives to each place; the last word that names it counts.
 
     Raises:
@@ -100,34 +100,34 @@ def _by_place(
     ]
     if idle:
         raise TargetError.listing(f"{setting} says something of layers that are not adapted", idle)
-    return {place: pattern[word] for word, its_places in found.items() for place in its_places}
+    return {target: pattern[word] for word, its_places in found.items() for target in its_places}
 
 
 def _site(
     model: nn.Module,
-    place: Place,
+    target: Target,
     config: LoRAConfig,
-    ranks: Mapping[Place, int],
-    alphas: Mapping[Place, float],
+    ranks: Mapping[Target, int],
+    alphas: Mapping[Target, float],
 ) -> Site:
-    rank = ranks.get(place, config.rank)
-    alpha = alphas.get(place, config.alpha)
+    rank = ranks.get(target, config.rank)
+    alpha = alphas.get(target, config.alpha)
     numerator = float(rank if alpha is None else alpha)
-    layer = model.get_submodule(place.path)
+    layer = model.get_submodule(target.path)
     scale = scale_of(rank, numerator, use_rslora=config.use_rslora)
     frozen = rank if config.init == "pissa" else 0
     if frozen:
         rank += frozen
         numerator = scale / scale_of(rank, 1.0, use_rslora=config.use_rslora)
     return Site(
-        path=place.path,
-        role=place.role if place.rows is not None else None,
-        rows=place.rows,
+        path=target.path,
+        role=target.role if target.rows is not None else None,
+        rows=target.rows,
         rank=rank,
         alpha=numerator,
         scale=scale,
         frozen=frozen,
         groups=getattr(layer, "groups", 1),
         kind=kind_of(layer),
-        layer_rows=None if place.rows is None else matrix_shape(layer)[0],
+        layer_rows=None if target.rows is None else matrix_shape(layer)[0],
     )

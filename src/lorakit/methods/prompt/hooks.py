@@ -1,4 +1,4 @@
-"""What is done around each call of a model with trained tokens: they are put in, and taken out.
+"""What is done around each call of a model with virtual tokens: they are put in, and taken out.
 
 Three hooks without state of their own: in front of the model, behind it, and in front of its input
 embedding, which must not see ids beyond its rows.
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lorakit.data.virtual_tokens import PromptTokens
+from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import RouteError
-from lorakit.layers.layer import AdaptedLayer, Change, Route
+from lorakit.layers.layer import AdaptedLayer, Operation, Route
 from lorakit.layers.token_positions import Placed
 from lorakit.methods.prompt.insert import LongerRows, rows_of
 from lorakit.methods.prompt.kv_cache import CacheRecord, begun, go_on, is_filled, record_of
 from lorakit.models.shape import context_length
 
-HOOKS = ("trained tokens in", "trained tokens out", "ids of trained tokens")
+HOOKS = ("virtual tokens in", "virtual tokens out", "ids of virtual tokens")
 """What the hooks are called in an attachment."""
 
 COMPILED = (
-    "the adapter in use has trained tokens, which can't be put into the rows of a compiled model: "
+    "the adapter in use has virtual tokens, which can't be put into the rows of a compiled model: "
     "use the model as it was before torch.compile"
 )
 
@@ -43,7 +43,7 @@ class Call:
     """What is known of one call of a model."""
 
     placed: Placed | None = None
-    """Where its trained tokens stand."""
+    """Where its virtual tokens stand."""
     answers: Tensor | None = None
     """The places of the tokens that the caller knows of, where others were put between them."""
     longer: int = 0
@@ -83,7 +83,7 @@ def hide_ids(embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
 def put_in(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Put trained tokens into the rows that have none and need some: a forward pre-hook.
+    """Put virtual tokens into the rows that have none and need some: a forward pre-hook.
 
     Raises:
         RouteError: they cannot be put in, or a row has others than its adapter's.
@@ -92,7 +92,7 @@ def put_in(
     route: Route | None = getattr(embedding, "adapter_route", None)
     if route is None:
         return None
-    batch = _Batch(model, embedding, _named(model, args, kwargs), route)
+    batch = _ModelCall(model, embedding, _named(model, args, kwargs), route)
     if _is_compiled():
         _check_none(batch)
         return None
@@ -120,7 +120,7 @@ def take_out(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if call.answers is None:
         return None
     if isinstance(output, tuple | Tensor):
-        raise RouteError("a model that gets trained tokens must answer with return_dict=True")
+        raise RouteError("a model that gets virtual tokens must answer with return_dict=True")
     for name in ("logits", *STATES):
         if name in output and output[name] is not None:
             output[name] = _for_tokens(output[name], call, is_logits=name == "logits")
@@ -147,8 +147,8 @@ def _is_compiled() -> bool:
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
-def _check_none(batch: _Batch) -> None:
-    """Make sure that no row of a compiled model would get trained tokens.
+def _check_none(batch: _ModelCall) -> None:
+    """Make sure that no row of a compiled model would get virtual tokens.
 
     Raises:
         RouteError: one would.
@@ -166,7 +166,7 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _ModelCall:
     """One call: the model, and what it is called with."""
 
     model: nn.Module
@@ -188,11 +188,11 @@ class _Batch:
         named = (self.ids, *self.named.values())
         return len(next((each for each in named if isinstance(each, Tensor)), ()))
 
-    def tokens(self, rows: int) -> list[PromptTokens | None]:
-        """Return the trained tokens of each row's adapter."""
-        changes = self.route.in_force
-        change: Change | None = (changes or {}).get(self.embedding.adapter_number)
-        return [None] * rows if change is None else change.tokens_of_rows(rows)
+    def tokens(self, rows: int) -> list[VirtualTokens | None]:
+        """Return the virtual tokens of each row's adapter."""
+        operations = self.route.in_force
+        operation: Operation | None = (operations or {}).get(self.embedding.adapter_number)
+        return [None] * rows if operation is None else operation.tokens_of_rows(rows)
 
     def takes(self, name: str) -> bool:
         """Tell whether the model has an argument of this name."""
@@ -205,13 +205,13 @@ class _Batch:
         return token if isinstance(token, int) and 0 <= token < self.vocabulary else 0
 
 
-def _prepared(batch: _Batch, call: Call) -> dict[str, Any] | None:
+def _prepared(batch: _ModelCall, call: Call) -> dict[str, Any] | None:
     """Note what a call is about, and return its arguments, if they must be others."""
     named, ids, cache = batch.named, batch.ids, batch.named.get("past_key_values")
     if ids is None:
         if any(batch.tokens(batch.rows)):
             raise RouteError(
-                "the adapter in use puts trained tokens into rows of input_ids, and there are none"
+                "the adapter in use puts virtual tokens into rows of input_ids, and there are none"
             )
         return None
     tokens = batch.tokens(len(ids))
@@ -223,7 +223,7 @@ def _prepared(batch: _Batch, call: Call) -> dict[str, Any] | None:
             return go_on(named, call.record, takes_positions=takes)
         if any(tokens):
             raise RouteError(
-                "the cache was filled without the trained tokens of the adapter in use: begin "
+                "the cache was filled without the virtual tokens of the adapter in use: begin "
                 "anew, with an empty one"
             )
         return None
@@ -234,8 +234,8 @@ def _prepared(batch: _Batch, call: Call) -> dict[str, Any] | None:
     return _longer(batch, call, lacking)
 
 
-def _placed(numbers: Tensor, tokens: Sequence[PromptTokens | None]) -> Placed | None:
-    """Return where trained tokens stand in a batch already.
+def _placed(numbers: Tensor, tokens: Sequence[VirtualTokens | None]) -> Placed | None:
+    """Return where virtual tokens stand in a batch already.
 
     Raises:
         RouteError: a row has others than its adapter's.
@@ -244,7 +244,7 @@ def _placed(numbers: Tensor, tokens: Sequence[PromptTokens | None]) -> Placed | 
     if all(number < 0 for number in most):
         return None
     wrong = [
-        f"row {row} has trained token {number}, but its adapter has {len(own) if own else 0}"
+        f"row {row} has virtual token {number}, but its adapter has {len(own) if own else 0}"
         for row, (number, own) in enumerate(zip(most, tokens, strict=True))
         if number >= 0 and (own is None or number >= len(own))
     ]
@@ -254,9 +254,9 @@ def _placed(numbers: Tensor, tokens: Sequence[PromptTokens | None]) -> Placed | 
 
 
 def _longer(
-    batch: _Batch, call: Call, tokens: Sequence[PromptTokens | None]
+    batch: _ModelCall, call: Call, tokens: Sequence[VirtualTokens | None]
 ) -> dict[str, Any] | None:
-    """Return the arguments for rows with their trained tokens, and note where these stand."""
+    """Return the arguments for rows with their virtual tokens, and note where these stand."""
     named, ids = batch.named, cast(Tensor, batch.ids)
     mask, labels = named.get("attention_mask"), _labels_by_token(named, ids)
     cache = named.get("past_key_values")
@@ -299,10 +299,10 @@ def _labels_by_token(named: Mapping[str, Any], ids: Tensor) -> Tensor | None:
 def _check(
     named: Mapping[str, Any],
     ids: Tensor,
-    tokens: Sequence[PromptTokens | None],
+    tokens: Sequence[VirtualTokens | None],
     labels: Tensor | None,
 ) -> None:
-    """Refuse what trained tokens cannot be put into without a silent error.
+    """Refuse what virtual tokens cannot be put into without a silent error.
 
     Raises:
         RouteError: with every problem.
@@ -327,7 +327,7 @@ def _check(
         if name not in BY_TOKEN and isinstance(each, Tensor) and ids.shape[1] in each.shape[1:]
     ]
     if problems:
-        raise RouteError.listing("trained tokens cannot be put into these rows", problems)
+        raise RouteError.listing("virtual tokens cannot be put into these rows", problems)
 
 
 def _generates_without_cache(named: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""How trained tokens start: as tokens of the vocabulary, or at random."""
+"""How virtual tokens start: as tokens of the vocabulary, or at random."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Start:
 
     config: PrefixConfig
     count: int
-    """How many trained tokens there are."""
+    """How many virtual tokens there are."""
     embedding: str
     """Path of the input embedding."""
     blocks: tuple[str, ...]

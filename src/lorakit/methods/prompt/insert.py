@@ -1,4 +1,4 @@
-"""A batch whose rows get their trained tokens: what stands where before, and where after."""
+"""A batch whose rows get their virtual tokens: what stands where before, and where after."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lorakit.data.chat import IGNORED
-from lorakit.data.virtual_tokens import PromptTokens, neighbours, prompt_length
+from lorakit.data.virtual_tokens import VirtualTokens, neighbours, prompt_length
 from lorakit.errors import RouteError
 
 Ids = Int[Tensor, "rows tokens"]
@@ -18,7 +18,7 @@ Longer = Int[Tensor, "rows longer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class RowTokens:
     """One row of a batch."""
 
     length: int
@@ -29,7 +29,7 @@ class Row:
     """The place behind the last one that is not padding."""
     prompt: int
     """How many of its tokens are the prompt."""
-    tokens: PromptTokens | None
+    tokens: VirtualTokens | None
     """What it gets; None: it stays as it is."""
 
     def order(self) -> list[int]:
@@ -42,9 +42,9 @@ class Row:
 
 
 class LongerRows:
-    """The rows of a batch with the trained tokens that they get, padded to one length."""
+    """The rows of a batch with the virtual tokens that they get, padded to one length."""
 
-    def __init__(self, rows: Sequence[Row], *, left: bool, device: torch.device) -> None:
+    def __init__(self, rows: Sequence[RowTokens], *, left: bool, device: torch.device) -> None:
         """Lay the rows out.
 
         Args:
@@ -57,7 +57,7 @@ class LongerRows:
         self.length = rows[0].length
         self.longer = max(map(len, orders))
         self.added = [len(order) - self.length for order in orders]
-        """Trained tokens of each row."""
+        """Virtual tokens of each row."""
         self.extra = [self.longer - len(order) for order in orders]
         """Padding that each row gets beside its own."""
         self.left = left
@@ -67,7 +67,7 @@ class LongerRows:
         self._near = self._padded(near, fill=0)
         self.answers = self._tensor([self._answers(at) for at in range(len(rows))])
         """(rows, length): the place in the longer row that answers for each token: its own, and
-        in causal models the last of the trained tokens right behind it."""
+        in causal models the last of the virtual tokens right behind it."""
 
     @property
     def is_longer(self) -> bool:
@@ -123,7 +123,7 @@ class LongerRows:
         return self._taken(labels, trained=IGNORED, padding=IGNORED)
 
     def types(self, types: Tensor) -> Tensor:
-        """Return a token's type, which trained tokens have from their neighbour."""
+        """Return a token's type, which virtual tokens have from their neighbour."""
         return types.expand(len(self.rows), -1).gather(1, self._near)
 
     def positions(self, given: Tensor | None) -> Tensor | None:
@@ -137,7 +137,7 @@ class LongerRows:
         if given is None:
             return (places - front).clamp(min=0) if any(self.extra) and self.left else None
         if given.dim() != 2:
-            raise RouteError("trained tokens go with positions of shape (rows, tokens) alone")
+            raise RouteError("virtual tokens go with positions of shape (rows, tokens) alone")
         given = given.expand(len(self.rows), -1)
         starts = self._tensor([[min(row.start, self.length - 1)] for row in self.rows])
         inside = self._tensor([[row.start, row.stop] for row in self.rows])
@@ -147,7 +147,7 @@ class LongerRows:
         if bool(((given - (begin + columns - starts)) * real).any()):
             raise RouteError(
                 "position_ids are not consecutive within a row: where a row holds several texts, "
-                "put their trained tokens in beforehand, as training does"
+                "put their virtual tokens in beforehand, as training does"
             )
         shifted = begin + places - (front + starts)
         added = self._tensor([[each] for each in self.added])
@@ -159,8 +159,8 @@ def rows_of(
     ids: Ids,
     mask: Tensor | None,
     labels: Tensor | None,
-    tokens: Sequence[PromptTokens | None],
-) -> list[Row]:
+    tokens: Sequence[VirtualTokens | None],
+) -> list[RowTokens]:
     """Return what is to be known of each row of a batch.
 
     The prompt ends before the first label of a causal model; without labels, with the row.
@@ -185,5 +185,5 @@ def rows_of(
         own, prompt = tokens[number], stop - start
         if labels is not None and own is not None and own.causal:
             prompt = prompt_length(labels[number, start:stop].tolist())
-        rows.append(Row(length=length, start=start, stop=stop, prompt=prompt, tokens=own))
+        rows.append(RowTokens(length=length, start=start, stop=stop, prompt=prompt, tokens=own))
     return rows

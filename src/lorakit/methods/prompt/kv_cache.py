@@ -1,4 +1,4 @@
-"""Caches of keys and values that hold trained tokens, which the caller does not count.
+"""Caches of keys and values that hold virtual tokens, which the caller does not count.
 
 What was put in is kept with the cache object itself. In each later call the mask gets longer and
 positions move on by that much, after a check that the cache is as the latest call left it.
@@ -30,11 +30,11 @@ class CacheRecord:
     mask: Tensor | None
     """(rows, longer), 0 on padding; None: there is none."""
     added: tuple[int, ...]
-    """Trained tokens of each row."""
+    """Virtual tokens of each row."""
     extra: tuple[int, ...]
     """Padding of each row that the caller does not know of."""
     has_infix: bool
-    """Whether trained tokens stand behind prompts."""
+    """Whether virtual tokens stand behind prompts."""
     cached: int = 0
     """Tokens in the cache after the latest call."""
 
@@ -130,7 +130,7 @@ def _check(
         if last != seen - 1:
             problems.append(f"the last position is {last}, not {seen - 1}")
     if problems:
-        raise RouteError.listing("the cache holds trained tokens, so this can't go on", problems)
+        raise RouteError.listing("the cache holds virtual tokens, so this can't go on", problems)
 
 
 def _longer_mask(record: CacheRecord, ids: Tensor, mask: Tensor | None, total: int) -> Tensor:

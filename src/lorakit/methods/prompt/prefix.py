@@ -1,6 +1,6 @@
-"""PreEmbed and PreLayer: trained tokens around the prompt (section 5.1).
+"""PreEmbed and PreLayer: virtual tokens around the prompt (section 5.1).
 
-Trained tokens have ids beyond the base's vocabulary, so that rows which hold them are padded and
+Virtual tokens have ids beyond the base's vocabulary, so that rows which hold them are padded and
 joined as any others. Where they stand in a batch is noted when the model is called
 (`methods/prompt/hooks.py`); here their vectors take the place of what the base computes there.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config.methods import PrefixConfig
-from lorakit.data.virtual_tokens import PromptTokens
+from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import TargetError
 from lorakit.layers.layer import AdaptedLayer, Update
 from lorakit.methods.claims import Claims
@@ -38,7 +38,7 @@ def claim(model: nn.Module, config: PrefixConfig) -> Claims:
             blocks are not known, or its context has no room for so many tokens.
     """
     path, embedding = input_embedding(model)
-    tokens = PromptTokens(
+    tokens = VirtualTokens(
         first=embedding.num_embeddings,
         prefix=config.prefix,
         infix=config.infix,
@@ -49,17 +49,17 @@ def claim(model: nn.Module, config: PrefixConfig) -> Claims:
     start = Start(config=config, count=len(tokens), embedding=path, blocks=behind)
     width = _width(model) if behind else 0
     inner = tuple(
-        TrainedVectors(
+        VirtualTokenVectors(
             path=block,
-            what="trained tokens",
+            what="virtual tokens",
             shape=(len(tokens), width),
             start=start,
         )
         for block in behind
     )
-    first = TrainedVectors(
+    first = VirtualTokenVectors(
         path=path,
-        what="trained tokens",
+        what="virtual tokens",
         shape=(len(tokens), embedding.embedding_dim),
         start=start,
         tokens=tokens,
@@ -76,17 +76,17 @@ def input_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
     name = family_name(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TargetError(
-            f"{name} has an encoder and a decoder, and trained tokens are for models of one stack"
+            f"{name} has an encoder and a decoder, and virtual tokens are for models of one stack"
         )
     getter = getattr(model, "get_input_embeddings", None)
     embedding = getter() if getter is not None else None
     for path, module in base_modules(model):
         if module is embedding and isinstance(module, nn.Embedding):
             return path, module
-    raise TargetError(f"{name} has no embedding of tokens, which trained tokens would follow")
+    raise TargetError(f"{name} has no embedding of tokens, which virtual tokens would follow")
 
 
-def _check_room(model: nn.Module, tokens: PromptTokens) -> None:
+def _check_room(model: nn.Module, tokens: VirtualTokens) -> None:
     context = context_length(model)
     if context is not None and len(tokens) >= context:
         raise TargetError(
@@ -117,13 +117,13 @@ def _width(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedVectors(Part):
-    """The vectors of trained tokens behind one module: the input embedding, or a block."""
+class VirtualTokenVectors(Part):
+    """The vectors of virtual tokens behind one module: the input embedding, or a block."""
 
     shape: tuple[int, int]
     """(tokens, d)."""
     start: Start = field(compare=False, repr=False)
-    tokens: PromptTokens | None = None
+    tokens: VirtualTokens | None = None
     """The tokens themselves, at the input embedding."""
 
     @property
@@ -147,7 +147,7 @@ class TrainedVectors(Part):
 
 
 class TokenVectors(Update):
-    """Replaces a block's output at the trained tokens."""
+    """Replaces a block's output at the virtual tokens."""
 
     is_whole = True
 
@@ -155,13 +155,13 @@ class TokenVectors(Update):
         super().__init__()
         self.prompt = nn.Parameter(vectors, requires_grad=False)
 
-    def change(
+    def adapt(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Tensor,
         *,
-        strength: float = 1.0,
+        weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
         """Return the output with the vectors at their places.
@@ -187,19 +187,19 @@ class TokenVectors(Update):
 
 
 class TokenEmbeddings(TokenVectors):
-    """Replaces what the input embedding finds for the trained tokens."""
+    """Replaces what the input embedding finds for the virtual tokens."""
 
-    def __init__(self, vectors: Tensor, tokens: PromptTokens) -> None:
+    def __init__(self, vectors: Tensor, tokens: VirtualTokens) -> None:
         super().__init__(vectors)
-        self.trained_tokens = tokens
+        self.virtual_tokens = tokens
 
-    def change(
+    def adapt(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Tensor,
         *,
-        strength: float = 1.0,
+        weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
         """Return the output with the vectors at their places, where the layer got such tokens.
@@ -212,4 +212,4 @@ class TokenEmbeddings(TokenVectors):
         route = cast(AdaptedLayer, layer).adapter_route
         if route.placed is None or not route.prompted.here:
             return output
-        return super().change(layer, inputs, output)
+        return super().adapt(layer, inputs, output)

@@ -43,11 +43,11 @@ _OPERATIONS = {*_PRODUCTS, *_ATTENTIONS}
 NARROW = 8
 """A·x has fewer columns than x by this factor at least; any other product has not."""
 
-Worth = Callable[..., bool]
+SavePolicy = Callable[..., bool]
 """Tells whether a result is worth its memory, from the operation and its arguments."""
 
 
-def products(operation: Any, *arguments: Any, **options: Any) -> bool:
+def matmuls(operation: Any, *arguments: Any, **options: Any) -> bool:
     """Tell what `balanced` keeps: products with a weight, A·x, and attention in one operation.
 
     B·(A·x) costs little, and attention that shows its probabilities has large ones.
@@ -57,10 +57,10 @@ def products(operation: Any, *arguments: Any, **options: Any) -> bool:
     if operation in (_ATEN.mm.default, _ATEN.addmm.default):
         inner, columns = _sizes(operation, arguments)
         return columns <= NARROW * inner
-    return narrow_products(operation, *arguments)
+    return narrow_matmuls(operation, *arguments)
 
 
-def narrow_products(operation: Any, *arguments: Any, **options: Any) -> bool:
+def narrow_matmuls(operation: Any, *arguments: Any, **options: Any) -> bool:
     """Tell what `low` keeps: A·x, which is as narrow as the rank, lying or standing."""
     if operation not in _PRODUCTS:
         return False
@@ -82,15 +82,15 @@ def _is_random(operation: Any, arguments: tuple[Any, ...], options: Mapping[str,
     return bool(given.get("dropout_p", 0.0))
 
 
-class KeptResults:
+class SavedActivations:
     """What one block keeps: it makes the two modes that `checkpoint` runs a block under.
 
     The forward pass notes the results that are worth it, the recomputation takes them in the same
     order. Where it stops, because autograd has all it needs, nothing further is kept next time.
     """
 
-    def __init__(self, worth: Worth, *, offload: bool) -> None:
-        self.worth = worth
+    def __init__(self, save_policy: SavePolicy, *, offload: bool) -> None:
+        self.save_policy = save_policy
         self.offload = offload
         self.spare = 0
         """Results at the end of the forward pass that the latest recomputation did not reach."""
@@ -185,7 +185,7 @@ def _to(value: Any, device: torch.device) -> Any:
 class _Keep(TorchDispatchMode):
     """Notes results of a forward pass."""
 
-    def __init__(self, memory: KeptResults, results: list[_Result]) -> None:
+    def __init__(self, memory: SavedActivations, results: list[_Result]) -> None:
         super().__init__()
         self.memory = memory
         self.results = results
@@ -201,8 +201,8 @@ class _Keep(TorchDispatchMode):
                 owner = self.owners[memory]
                 owner.note_write() if is_written else owner.note_read()
         if func in _OPERATIONS:
-            worth = self.memory.worth(func, *args, **(kwargs or {}))
-            self.results.append(_Result(func, args, made if worth else None))
+            save_policy = self.memory.save_policy(func, *args, **(kwargs or {}))
+            self.results.append(_Result(func, args, made if save_policy else None))
             self.owners.update(dict.fromkeys(_memories(made), self.results[-1]))
         return made
 
@@ -217,7 +217,7 @@ class _Keep(TorchDispatchMode):
 class _Reuse(TorchDispatchMode):
     """Gives a recomputation the results that were kept."""
 
-    def __init__(self, memory: KeptResults, results: list[_Result]) -> None:
+    def __init__(self, memory: SavedActivations, results: list[_Result]) -> None:
         super().__init__()
         self.memory = memory
         self.results = results
@@ -255,7 +255,9 @@ class _Reuse(TorchDispatchMode):
 
 
 @contextmanager
-def recomputing(model: nn.Module, worth: Worth, *, offload: bool = False) -> Iterator[list[str]]:
+def recomputing(
+    model: nn.Module, save_policy: SavePolicy, *, offload: bool = False
+) -> Iterator[list[str]]:
     """Let the blocks of a model that have a backward pass recompute what is not worth its memory.
 
     Blocks below the lowest trained parameter have none, and stay as they are. Random numbers are
@@ -276,7 +278,7 @@ def recomputing(model: nn.Module, worth: Worth, *, offload: bool = False) -> Ite
             again = partial(
                 _offloading if offload else checkpoint,
                 use_reentrant=False,
-                context_fn=KeptResults(worth, offload=offload),
+                context_fn=SavedActivations(save_policy, offload=offload),
             )
             vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=again)
         yield list(blocks)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from lorakit.attachment.state import attached
 from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError, TrainingError
-from lorakit.layers.layer import Changes, Route, adapted_layers
+from lorakit.layers.layer import Operations, Route, adapted_layers
 from lorakit.training.memory.activation_checkpointing import blocks_with_gradients
 
 LENGTHS = 16
@@ -35,15 +35,17 @@ def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
     Compiled code does what the route says at the beginning.
     """
     route = attached(model).route
-    changes = route.changes
+    operations = route.operations
     layers = [layer for _, layer in adapted_layers(model)]
     run = _compiled_anew()
     chosen = [block for _, block in blocks_with_gradients(model)]
     before = [block._compiled_call_impl for block in chosen]
     for layer in layers:
-        layer.adapter_pinned = (None if changes is None else changes.get(layer.adapter_number),)
+        layer.adapter_pinned = (
+            None if operations is None else operations.get(layer.adapter_number),
+        )
     for block in chosen:
-        block._compiled_call_impl = _CompiledBlock(block, run, route, changes)
+        block._compiled_call_impl = _CompiledBlock(block, run, route, operations)
     try:
         yield
     finally:
@@ -73,12 +75,12 @@ class _CompiledBlock:
     """
 
     def __init__(
-        self, block: nn.Module, run: Callable[..., Any], route: Route, changes: Changes | None
+        self, block: nn.Module, run: Callable[..., Any], route: Route, operations: Operations | None
     ) -> None:
         self.block = block
         self.run = run
         self.route = route
-        self.changes = changes
+        self.operations = operations
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the block's output.
@@ -102,7 +104,7 @@ class _CompiledBlock:
     def _is_for(self, *inputs: Any) -> bool:
         trains = self.block.training and torch.is_grad_enabled()
         receives = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        return trains and receives and self.route.changes is self.changes
+        return trains and receives and self.route.operations is self.operations
 
 
 def check_compile(config: TrainConfig) -> None:
@@ -127,7 +129,7 @@ def check_compile(config: TrainConfig) -> None:
         )
     if any(method.startswith("prefix-") for method in config.method):
         problems.append(
-            "method: trained tokens are put into rows by code that a compiler can't follow"
+            "method: virtual tokens are put into rows by code that a compiler can't follow"
         )
     if problems:
         raise ConfigError.listing("compile cannot be used with these settings", problems)

@@ -16,14 +16,14 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from lorakit.kernels.norms_and_gates import Activation, gated, rms_norm
+from lorakit.kernels.norms_and_gates import GateActivation, gated, rms_norm
 from lorakit.models.base import base_modules
 from lorakit.models.quantized_weight import float_weight
 
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
-class EconomicalModule(nn.Module):
+class MemoryEfficientModule(nn.Module):
     """Mixed into a module's own class for as long as a run lasts."""
 
     own_class: type[nn.Module]
@@ -34,7 +34,7 @@ class EconomicalModule(nn.Module):
         return own.__new__, (own,), self.__dict__
 
 
-class EconomicalNorm(EconomicalModule):
+class MemoryEfficientNorm(MemoryEfficientModule):
     """A root-mean-square norm with a frozen weight."""
 
     weight: nn.Parameter
@@ -48,10 +48,10 @@ class EconomicalNorm(EconomicalModule):
         return rms_norm(x, weight, self.variance_epsilon)
 
 
-class EconomicalMLP(EconomicalModule):
+class MemoryEfficientMLP(MemoryEfficientModule):
     """A feed-forward part with a gate: down(activation(gate(x))·up(x))."""
 
-    activation: Activation
+    activation: GateActivation
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the module's own class does, with less kept for the backward pass."""
@@ -73,7 +73,7 @@ def _is_special(x: Tensor) -> bool:
 _MADE: dict[tuple[type[nn.Module], type[nn.Module], str | None], type[nn.Module]] = {}
 
 
-def _economical_class(
+def _memory_efficient_class(
     kind: type[nn.Module], own: type[nn.Module], activation: str | None
 ) -> type[nn.Module]:
     """Return the subclass of a module's class that keeps less; there is one of each sort."""
@@ -85,7 +85,7 @@ def _economical_class(
 
 
 @contextmanager
-def economical(model: nn.Module) -> Iterator[list[str]]:
+def memory_efficient(model: nn.Module) -> Iterator[list[str]]:
     """Let a model's frozen norms and gated activations keep less for the backward pass.
 
     Values stay the same bit for bit on CPUs, gradients to rounding. Parameters, names and hooks
@@ -110,14 +110,14 @@ def economical(model: nn.Module) -> Iterator[list[str]]:
 def _better_class(module: nn.Module) -> type[nn.Module] | None:
     """Return the class that computes the same as a module and keeps less, if there is one."""
     own = type(module)
-    if "forward" in vars(module) or isinstance(module, EconomicalModule):
+    if "forward" in vars(module) or isinstance(module, MemoryEfficientModule):
         # A forward of the object's own belongs to whoever put it there.
         return None
     if _looks_like_norm(module) and _is_rms_norm(module):
-        return _economical_class(EconomicalNorm, own, None)
+        return _memory_efficient_class(MemoryEfficientNorm, own, None)
     if set(module._modules) == MLP_PARTS and not module._parameters:
         activation = _activation_of(module)
-        return activation and _economical_class(EconomicalMLP, own, activation)
+        return activation and _memory_efficient_class(MemoryEfficientMLP, own, activation)
     return None
 
 
@@ -141,7 +141,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
     return _agree(module.forward, lambda x: rms_norm(x, weight, eps), x)
 
 
-def _activation_of(module: nn.Module) -> Activation | None:
+def _activation_of(module: nn.Module) -> GateActivation | None:
     """Return the activation of a feed-forward part, found by trial without its weights.
 
     The module's own lines run with simple functions in the place of its projections.
@@ -156,10 +156,10 @@ def _activation_of(module: nn.Module) -> Activation | None:
     own: Any = type(module).forward
     x = _sample(64, float_weight(cast(Any, module).gate_proj))
 
-    def ours(x: Tensor, *, activation: Activation) -> Tensor:
+    def ours(x: Tensor, *, activation: GateActivation) -> Tensor:
         return _reversed(gated(1.5 * x, _reversed(x), activation))
 
-    for activation in get_args(Activation):
+    for activation in get_args(GateActivation):
         if _agree(partial(own, stand_in), partial(ours, activation=activation), x):
             return activation
     return None

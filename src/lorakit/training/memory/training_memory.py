@@ -13,26 +13,26 @@ from lorakit.errors import ConfigError
 from lorakit.kernels.choice import fast
 from lorakit.training.memory.activation_checkpointing import (
     has_blocks,
-    narrow_products,
-    products,
+    matmuls,
+    narrow_matmuls,
     recomputing,
 )
-from lorakit.training.memory.memory_efficient import economical
+from lorakit.training.memory.memory_efficient import memory_efficient
 
-WORTH = {"balanced": products, "low": narrow_products}
+SAVE_POLICIES = {"balanced": matmuls, "low": narrow_matmuls}
 """Which results blocks keep, by setting; those of `fast` keep all that autograd asks for."""
 
 
 @contextmanager
 def training_memory(model: PreTrainedModel, config: TrainConfig) -> Iterator[None]:
     """Let a model keep what `config.memory` says, for as long as the context lasts."""
-    worth = WORTH.get(config.memory)
+    save_policy = SAVE_POLICIES.get(config.memory)
     # What a compiler fuses keeps no more than ours.
     is_ours = fast() and not config.compile
     with (
         _without_cache(model),
-        economical(model) if is_ours else nullcontext(),
-        recomputing(model, worth, offload=config.offload) if worth else nullcontext(),
+        memory_efficient(model) if is_ours else nullcontext(),
+        recomputing(model, save_policy, offload=config.offload) if save_policy else nullcontext(),
     ):
         yield
 
@@ -44,7 +44,7 @@ def check_memory(model: PreTrainedModel, config: TrainConfig) -> None:
         ConfigError: it cannot.
     """
     problems = []
-    if config.memory in WORTH and not has_blocks(model):
+    if config.memory in SAVE_POLICIES and not has_blocks(model):
         problems.append(
             f"memory: {config.memory} recomputes blocks, and {type(model).__name__} has none that "
             "transformers can checkpoint: use memory: fast"

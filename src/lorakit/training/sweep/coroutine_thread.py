@@ -15,7 +15,7 @@ Answer = TypeVar("Answer")
 Made = TypeVar("Made")
 
 
-class Strand(Generic[Asked, Answer, Made]):
+class CoroutineThread(Generic[Asked, Answer, Made]):
     """Work that runs only while `advance` waits for it, and has its own random numbers.
 
     So of a strand and its owner, and of all strands of one owner, exactly one runs at a time:

@@ -58,7 +58,7 @@ LONGEST_NAME = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
+class Trial:
     """One run of a sweep."""
 
     name: str
@@ -69,7 +69,7 @@ class Member:
     """All its settings, as if it were alone."""
 
 
-def members_of(config: TrainConfig) -> tuple[Member, ...]:
+def trials_of(config: TrainConfig) -> tuple[Trial, ...]:
     """Return the runs that `config.sweep` asks for.
 
     Raises:
@@ -83,11 +83,11 @@ def members_of(config: TrainConfig) -> tuple[Member, ...]:
     made = [] if problems else [_config(config, settings, problems) for settings in asked]
     configs = [each for each in made if each is not None]
     if not problems:
-        members = _named(config, configs, keys, [settings.get("name") for settings in asked])
-        problems += _clashes(members)
+        trials = _named(config, configs, keys, [settings.get("name") for settings in asked])
+        problems += _clashes(trials)
     if problems:
         raise ConfigError.listing("sweep cannot be used", list(dict.fromkeys(problems)))
-    return tuple(members)
+    return tuple(trials)
 
 
 def _asked(sweep: Any, problems: list[str]) -> Iterator[dict[str, Any]]:
@@ -152,16 +152,16 @@ def _config(
 
 def _named(
     config: TrainConfig, configs: Sequence[TrainConfig], keys: Sequence[str], names: Sequence[Any]
-) -> list[Member]:
+) -> list[Trial]:
     """Return the members, with names made of what varies for those that were given none."""
-    members = []
+    trials = []
     for number, (each, given) in enumerate(zip(configs, names, strict=True), start=1):
         values = each.model_dump(mode="json")
         settings = {key: _value(values, key) for key in keys}
         name = str(given) if given is not None else _name(settings) or f"member-{number}"
         own = each.model_copy(update={"out": config.out / name})
-        members.append(Member(name=name, settings=settings, config=own))
-    return members
+        trials.append(Trial(name=name, settings=settings, config=own))
+    return trials
 
 
 def _value(values: Mapping[str, Any], key: str) -> Any:
@@ -194,28 +194,26 @@ def word(value: Any) -> str:
     return str(value).rstrip("/").rpartition("/")[2]
 
 
-def _clashes(members: Sequence[Member]) -> list[str]:
+def _clashes(trials: Sequence[Trial]) -> list[str]:
     """Return what is wrong with the names, and which members are one and the same."""
     problems = []
-    by_name: dict[str, Member] = {}
-    by_content: dict[str, Member] = {}
-    for member in members:
-        if not re.fullmatch(rf"[\w+=,-][\w.+=,-]{{,{LONGEST_NAME - 1}}}", member.name, re.ASCII):
+    by_name: dict[str, Trial] = {}
+    by_content: dict[str, Trial] = {}
+    for trial in trials:
+        if not re.fullmatch(rf"[\w+=,-][\w.+=,-]{{,{LONGEST_NAME - 1}}}", trial.name, re.ASCII):
             problems.append(
-                f"name: {member.name!r} is not fit for a folder: letters, digits and ._+=,- only, "
+                f"name: {trial.name!r} is not fit for a folder: letters, digits and ._+=,- only, "
                 f"at most {LONGEST_NAME}"
             )
-        content = json.dumps(member.config.model_dump(mode="json", exclude={"out"}))
-        twin = by_content.setdefault(content, member)
+        content = json.dumps(trial.config.model_dump(mode="json", exclude={"out"}))
+        twin = by_content.setdefault(content, trial)
         # Some file systems do not tell capitals from small letters.
-        namesake = by_name.setdefault(member.name.casefold(), member)
-        if twin is not member:
+        namesake = by_name.setdefault(trial.name.casefold(), trial)
+        if twin is not trial:
+            problems.append(f"{trial.name}: has the settings of {twin.name}, so it would repeat it")
+        elif namesake is not trial:
             problems.append(
-                f"{member.name}: has the settings of {twin.name}, so it would repeat it"
-            )
-        elif namesake is not member:
-            problems.append(
-                f"{member.name}: two members have this name; write the sweep as a list, and give "
+                f"{trial.name}: two members have this name; write the sweep as a list, and give "
                 "each member a name"
             )
     return problems

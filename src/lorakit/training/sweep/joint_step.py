@@ -150,7 +150,7 @@ class OwnParameters(nn.Module):
         self.trained = nn.ParameterList(p for _, p in adapter_parameters(model, name))
 
 
-class MemberTrainer(AdapterTrainer):
+class TrialTrainer(AdapterTrainer):
     """Trains one adapter of several; its forward and backward passes happen elsewhere, jointly."""
 
     def __init__(

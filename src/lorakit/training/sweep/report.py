@@ -15,7 +15,7 @@ from lorakit.config.train import TrainConfig
 from lorakit.errors import MissingExtraError
 from lorakit.training.run import BEST_BY, TrainResult
 from lorakit.training.sweep import plot as sweep_plot
-from lorakit.training.sweep.grid import Member, word
+from lorakit.training.sweep.grid import Trial, word
 
 FIGURES, TABLE, PLOT = "sweep.json", "sweep.md", "sweep.png"
 NOT_COMPARED = {"out", "resume", "overwrite", "dry_run", "sweep"}
@@ -23,10 +23,10 @@ NOT_COMPARED = {"out", "resume", "overwrite", "dry_run", "sweep"}
 
 
 @dataclass(frozen=True)
-class MemberResult:
+class TrialResult:
     """What became of one member."""
 
-    member: Member
+    trial: Trial
     trained: TrainResult | None = None
     """What its run made; None if it has not ended, or was stopped."""
     error: BaseException | None = None
@@ -35,7 +35,7 @@ class MemberResult:
     @property
     def name(self) -> str:
         """Return the member's name, which is that of its folder."""
-        return self.member.name
+        return self.trial.name
 
     @property
     def status(self) -> str:
@@ -48,7 +48,7 @@ class MemberResult:
     @property
     def adapter_bytes(self) -> int:
         """Return the size of the adapter's weights file."""
-        file = self.member.config.out / WEIGHTS_FILE
+        file = self.trial.config.out / WEIGHTS_FILE
         return file.stat().st_size if file.is_file() else 0
 
 
@@ -57,7 +57,7 @@ class SweepResult:
     """What a sweep made."""
 
     config: TrainConfig
-    members: tuple[MemberResult, ...]
+    trials: tuple[TrialResult, ...]
     seconds: float
     """Time in the training loops of all members together, evaluation included."""
 
@@ -69,7 +69,7 @@ class SweepResult:
     @property
     def finished(self) -> dict[str, TrainResult]:
         """Return what the members that came to their end made, by name."""
-        return {each.name: each.trained for each in self.members if each.trained is not None}
+        return {each.name: each.trained for each in self.trials if each.trained is not None}
 
     @property
     def metric(self) -> str | None:
@@ -105,11 +105,11 @@ def write_table_and_plot(result: SweepResult) -> None:
     _put(result.out / TABLE, f"# {result.summary}\n")
     points = [
         sweep_plot.Point(
-            settings=each.member.settings,
+            settings=each.trial.settings,
             parameters=each.trained.parameters,
             score=result.score(each.trained),
         )
-        for each in result.members
+        for each in result.trials
         if each.trained is not None
     ]
     if points and sweep_plot.is_available():
@@ -131,21 +131,21 @@ def figures(result: SweepResult) -> dict[str, Any]:
         "sweep": result.config.sweep,
         "score": result.score_name,
         "seconds": result.seconds,
-        "members": [_member_figures(result, each) for each in result.members],
+        "members": [_trial_figures(result, each) for each in result.trials],
     }
     return to_jsonable_python(data, inf_nan_mode="null")
 
 
-def _member_figures(result: SweepResult, each: MemberResult) -> dict[str, Any]:
+def _trial_figures(result: SweepResult, each: TrialResult) -> dict[str, Any]:
     return {
         "name": each.name,
-        "settings": dict(each.member.settings),
+        "settings": dict(each.trial.settings),
         "status": each.status,
         "error": str(each.error) if each.status == "stopped" else None,
         "score": result.score(each.trained) if each.trained else None,
         "adapter_bytes": each.adapter_bytes,
         "result": asdict(each.trained) | {"out": each.name} if each.trained else None,
-        "config": _comparable(each.member.config),
+        "config": _comparable(each.trial.config),
     }
 
 
@@ -153,44 +153,44 @@ def _comparable(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=NOT_COMPARED)
 
 
-def read_finished(out: Path, members: Sequence[Member]) -> dict[str, TrainResult]:
+def read_finished(out: Path, trials: Sequence[Trial]) -> dict[str, TrainResult]:
     """Return what the members that a sweep's folder has complete, with the same settings, made."""
     file = out / FIGURES
     if not file.is_file():
         return {}
     recorded = {each["name"]: each for each in json.loads(file.read_text("utf-8"))["members"]}
     return {
-        member.name: _read_result(member, recorded[member.name]["result"])
-        for member in members
-        if recorded.get(member.name, {}).get("status") == "finished"
-        and recorded[member.name]["config"] == _comparable(member.config)
-        and (member.config.out / WEIGHTS_FILE).is_file()
+        trial.name: _read_result(trial, recorded[trial.name]["result"])
+        for trial in trials
+        if recorded.get(trial.name, {}).get("status") == "finished"
+        and recorded[trial.name]["config"] == _comparable(trial.config)
+        and (trial.config.out / WEIGHTS_FILE).is_file()
     }
 
 
-def _read_result(member: Member, result: Mapping[str, Any]) -> TrainResult:
+def _read_result(trial: Trial, result: Mapping[str, Any]) -> TrainResult:
     scores = {name: float("inf") if v is None else v for name, v in result["scores"].items()}
-    return TrainResult(**{**result, "out": member.config.out, "scores": scores})
+    return TrainResult(**{**result, "out": trial.config.out, "scores": scores})
 
 
 def _headline(result: SweepResult) -> str:
-    count = len(result.members)
+    count = len(result.trials)
     return f"{count} adapters on {result.config.model}, trained together in {result.seconds:.0f} s"
 
 
 def _table(result: SweepResult) -> str:
-    keys = list(result.members[0].member.settings)
+    keys = list(result.trials[0].trial.settings)
     head = [*(key.rpartition(".")[2] for key in keys), "parameters", "file", result.score_name]
     rows = [["member", *head, "best step" if result.metric else "steps"]]
-    for each in result.members:
-        varied = [word(each.member.settings[key]) for key in keys]
+    for each in result.trials:
+        varied = [word(each.trial.settings[key]) for key in keys]
         rows.append([each.name, *varied, *_outcome(result, each)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
-def _outcome(result: SweepResult, each: MemberResult) -> list[str]:
+def _outcome(result: SweepResult, each: TrialResult) -> list[str]:
     if each.trained is None:
         return ["", "", each.status, ""]
     step = each.trained.best_step if result.metric else each.trained.steps
@@ -204,7 +204,7 @@ def _size(size_bytes: int) -> str:
 
 def _notes(result: SweepResult) -> list[str]:
     """Return what stopped members, and why there is no plot."""
-    lines = [f"{e.name} was stopped: {e.error}" for e in result.members if e.status == "stopped"]
+    lines = [f"{e.name} was stopped: {e.error}" for e in result.trials if e.status == "stopped"]
     if not sweep_plot.is_available():
         lines.append(f"No {PLOT}: {MissingExtraError('the plot', 'plots')}")
     return lines

@@ -18,19 +18,19 @@ from lorakit.training.memory.training_memory import training_memory
 from lorakit.training.prepare import Prepared, prepare_all
 from lorakit.training.record import SharedBar
 from lorakit.training.run import Run, TrainResult, check_free, execute
-from lorakit.training.sweep.coroutine_thread import Strand
-from lorakit.training.sweep.grid import Member, members_of
-from lorakit.training.sweep.joint_step import MemberTrainer, MicroBatch, joint_losses
+from lorakit.training.sweep.coroutine_thread import CoroutineThread
+from lorakit.training.sweep.grid import Trial, trials_of
+from lorakit.training.sweep.joint_step import MicroBatch, TrialTrainer, joint_losses
 from lorakit.training.sweep.report import (
-    MemberResult,
     SweepResult,
+    TrialResult,
     read_finished,
     write_figures,
     write_table_and_plot,
 )
 from lorakit.training.trainer import list_checkpoints
 
-MemberStrand = Strand[MicroBatch, Tensor, TrainResult]
+TrialThread = CoroutineThread[MicroBatch, Tensor, TrainResult]
 
 
 def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -> SweepResult:
@@ -55,17 +55,17 @@ def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -
         KeyboardInterrupt: it was interrupted; each member has a checkpoint, the text says how to
             go on.
     """
-    members = members_of(config)
-    finished = _open(config, members)
-    left = {member.name: member for member in members if member.name not in finished}
+    trials = trials_of(config)
+    finished = _open(config, trials)
+    left = {trial.name: trial for trial in trials if trial.name not in finished}
     runs = [_run(left[name], prepared) for name, prepared in _prepare(left).items()]
     if table:
         print("\n".join(_outline(run) for run in runs), file=sys.stderr)
     started = time.perf_counter()
-    results = {member.name: MemberResult(member, finished.get(member.name)) for member in members}
+    results = {trial.name: TrialResult(trial, finished.get(trial.name)) for trial in trials}
 
-    def record(name: str, ended: MemberStrand) -> None:
-        results[name] = MemberResult(results[name].member, ended.made, ended.error)
+    def record(name: str, ended: TrialThread) -> None:
+        results[name] = TrialResult(results[name].trial, ended.made, ended.error)
         write_figures(_result(config, results, started))
 
     config.out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def prepare_sweep(config: TrainConfig) -> dict[str, Prepared]:
     Raises:
         LorakitError: whatever stands in the way of the sweep.
     """
-    return _prepare({member.name: member for member in members_of(config)})
+    return _prepare({trial.name: trial for trial in trials_of(config)})
 
 
 def describe(prepared: Mapping[str, Prepared]) -> str:
@@ -99,13 +99,13 @@ def _outline(run: Run) -> str:
     )
 
 
-def _prepare(members: Mapping[str, Member]) -> dict[str, Prepared]:
-    if not members:
+def _prepare(trials: Mapping[str, Trial]) -> dict[str, Prepared]:
+    if not trials:
         return {}
-    return prepare_all({name: member.config for name, member in members.items()})
+    return prepare_all({name: trial.config for name, trial in trials.items()})
 
 
-def _open(config: TrainConfig, members: Sequence[Member]) -> dict[str, TrainResult]:
+def _open(config: TrainConfig, trials: Sequence[Trial]) -> dict[str, TrainResult]:
     """Return the results of members that are finished already, or make sure the folder is free.
 
     Raises:
@@ -115,24 +115,24 @@ def _open(config: TrainConfig, members: Sequence[Member]) -> dict[str, TrainResu
     if not config.resume:
         check_free(config)
         return {}
-    finished = read_finished(config.out, members)
-    if not finished and not any(_checkpoints(member) for member in members):
+    finished = read_finished(config.out, trials)
+    if not finished and not any(_checkpoints(trial) for trial in trials):
         raise TrainingError(f"{config.out} has no member to resume: leave out --resume")
     return finished
 
 
-def _checkpoints(member: Member) -> list[str]:
-    return [str(path) for path in list_checkpoints(member.config.out / "checkpoints")]
+def _checkpoints(trial: Trial) -> list[str]:
+    return [str(path) for path in list_checkpoints(trial.config.out / "checkpoints")]
 
 
-def _run(member: Member, prepared: Prepared) -> Run:
+def _run(trial: Trial, prepared: Prepared) -> Run:
     # A sweep that was interrupted early may have members without a checkpoint: they start anew.
-    found = list_checkpoints(member.config.out / "checkpoints") if member.config.resume else []
-    return Run(config=member.config, prepared=prepared, checkpoint=found[-1] if found else None)
+    found = list_checkpoints(trial.config.out / "checkpoints") if trial.config.resume else []
+    return Run(config=trial.config, prepared=prepared, checkpoint=found[-1] if found else None)
 
 
 def _train(
-    runs: Sequence[Run], record: Callable[[str, MemberStrand], None], *, progress: bool
+    runs: Sequence[Run], record: Callable[[str, TrialThread], None], *, progress: bool
 ) -> None:
     """Train all runs to their ends, and tell of each when it has ended.
 
@@ -145,49 +145,49 @@ def _train(
         SharedBar(runs=len(runs), steps=steps, done=done, show=progress) as bar,
         training_memory(runs[0].prepared.model, runs[0].config),
     ):
-        strands = {
-            run.prepared.name: MemberStrand(
-                run.prepared.name, partial(_member, run, interruption, bar)
+        threads = {
+            run.prepared.name: TrialThread(
+                run.prepared.name, partial(_trial, run, interruption, bar)
             )
             for run in runs
         }
         try:
-            _take_turns(strands, runs, record)
+            _take_turns(threads, runs, record)
         finally:
-            for strand in strands.values():
-                strand.close()
-    unfinished = [n for n, s in strands.items() if isinstance(s.error, KeyboardInterrupt)]
+            for thread in threads.values():
+                thread.close()
+    unfinished = [n for n, s in threads.items() if isinstance(s.error, KeyboardInterrupt)]
     if unfinished:
         raise KeyboardInterrupt(
             f"{len(unfinished)} of {len(runs)} members are unfinished, and each has saved a "
-            f"checkpoint: give --resume to go on. {strands[unfinished[0]].error}"
+            f"checkpoint: give --resume to go on. {threads[unfinished[0]].error}"
         )
 
 
-def _member(
+def _trial(
     run: Run,
     interruption: Interruption,
     bar: SharedBar,
     hand_in: Callable[[MicroBatch], Tensor],
 ) -> TrainResult:
-    make_trainer = partial(MemberTrainer, hand_in=hand_in)
+    make_trainer = partial(TrialTrainer, hand_in=hand_in)
     return execute(run, interruption, bar=bar, make_trainer=make_trainer)
 
 
 def _take_turns(
-    strands: Mapping[str, MemberStrand],
+    threads: Mapping[str, TrialThread],
     runs: Sequence[Run],
-    record: Callable[[str, MemberStrand], None],
+    record: Callable[[str, TrialThread], None],
 ) -> None:
     """Let each member run until it has a batch, train on all batches at once, and again."""
 
     def advance(name: str, loss: Tensor | None = None) -> MicroBatch | None:
-        asked = strands[name].advance(loss)
+        asked = threads[name].advance(loss)
         if asked is None:
-            record(name, strands[name])
+            record(name, threads[name])
         return asked
 
-    waiting = [batch for name in strands if (batch := advance(name)) is not None]
+    waiting = [batch for name in threads if (batch := advance(name)) is not None]
     while waiting:
         shared = runs[0].prepared
         losses = joint_losses(shared.model, waiting, pad_id=pad_token(shared.tokenizer))
@@ -196,11 +196,9 @@ def _take_turns(
         waiting = [batch for batch in answered if batch is not None]
 
 
-def _result(
-    config: TrainConfig, results: Mapping[str, MemberResult], started: float
-) -> SweepResult:
+def _result(config: TrainConfig, results: Mapping[str, TrialResult], started: float) -> SweepResult:
     seconds = time.perf_counter() - started
-    return SweepResult(config=config, members=tuple(results.values()), seconds=seconds)
+    return SweepResult(config=config, trials=tuple(results.values()), seconds=seconds)
 
 
 def _checked(result: SweepResult) -> SweepResult:
@@ -209,12 +207,12 @@ def _checked(result: SweepResult) -> SweepResult:
     Raises:
         TrainingError: no member came to its end.
     """
-    errors = {each.name: each.error for each in result.members if each.error is not None}
+    errors = {each.name: each.error for each in result.trials if each.error is not None}
     for error in errors.values():
         if not isinstance(error, LorakitError):
             # A defect, or the disk: the others' results are written, but this must not go unseen.
             raise error
-    if len(errors) == len(result.members):
+    if len(errors) == len(result.trials):
         lines = [f"{name}: {error}" for name, error in errors.items()]
         raise TrainingError.listing("no member of the sweep came to its end", lines)
     return result
