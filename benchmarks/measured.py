@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorakit.bench.environment import environment
+
 __all__ = ["environment", "write_result"]
 
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
