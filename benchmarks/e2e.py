@@ -32,7 +32,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "e2e.yaml"
 
 
 def settings(data: Path, out: Path, steps: int) -> lk.TrainConfig:
-    """Return the settings of the example, for a copy of the data."""
+    """The settings of the example, for a copy of the data."""
     values = yaml.safe_load(EXAMPLE.read_text())
     values["data"]["train"] = str(data / "train.jsonl")
     return lk.TrainConfig(**{**values, "out": out, "steps": steps})

@@ -44,7 +44,7 @@ class Layer:
         self.b = random(adapters, RANK, D, dtype=torch.float32)
 
     def forward(self, kernels: str) -> Callable[[], None]:
-        """Return a forward without gradients, of gathered weights."""
+        """A forward without gradients, of gathered weights."""
         grouping = self._arranged(kernels)
         a, b = (gather(stack.detach(), grouping) for stack in (self.a, self.b))
         output = self.output.detach().clone()
@@ -56,7 +56,7 @@ class Layer:
         return run
 
     def backward(self, kernels: str) -> Callable[[], None]:
-        """Return a forward and its backward, from the stacks of weights."""
+        """A forward and its backward, from the stacks of weights."""
         grouping = self._arranged(kernels)
         grad = torch.ones_like(self.output)
 
@@ -72,7 +72,7 @@ class Layer:
 
 
 def microseconds(call: Callable[[], None]) -> float:
-    """Return the time of one call, from some calls in a row."""
+    """The time of one call, from some calls in a row."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(CALLS):
@@ -83,7 +83,7 @@ def microseconds(call: Callable[[], None]) -> float:
 
 
 def medians(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Return the median time of each call, measured in turn."""
+    """The median time of each call, measured in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(WARM_UPS + REPEATS):
         for name, call in calls.items():
@@ -94,7 +94,7 @@ def medians(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
 
 
 def measure() -> list[dict[str, object]]:
-    """Return one row of figures per kind of work, number of adapters and direction."""
+    """One row of figures per kind of work, number of adapters and direction."""
     rows = []
     for work, (batch, tokens) in WORK.items():
         for adapters in (count for count in ADAPTERS if count <= batch):
@@ -107,7 +107,7 @@ def measure() -> list[dict[str, object]]:
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Return the figures as a Markdown table."""
+    """The figures as a Markdown table."""
     heads = list(rows[0])
     lines = [heads, ["---"] * len(heads), *([str(row[head]) for head in heads] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -56,7 +56,7 @@ class Work:
 
 
 def llama(width: int, inner: int, layers: int, heads: int, keys: int, **more: Any) -> LlamaConfig:
-    """Return the shape of a Llama."""
+    """The shape of a Llama."""
     return LlamaConfig(
         hidden_size=width,
         intermediate_size=inner,
@@ -89,7 +89,7 @@ class Stopwatch(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Return the median time of a step."""
+        """The median time of a step."""
         counted = self.ends[WARM_UPS - 1 :]
         return statistics.median(b - a for a, b in itertools.pairwise(counted))
 
@@ -169,7 +169,7 @@ class Race:
 
 
 def ceiling(side: int) -> float:
-    """Return the operations per second of a product of large matrices."""
+    """The operations per second of a product of large matrices."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.ones(side, side, device=device, dtype=torch.bfloat16)
     best = float("inf")
@@ -183,7 +183,7 @@ def ceiling(side: int) -> float:
 
 
 def measure(name: str, work: Work, until: float, most: float) -> list[dict[str, Any]]:
-    """Return a line for each contestant that there is time for."""
+    """A line for each contestant that there is time for."""
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         race = Race(work, Path(folder))
@@ -214,7 +214,7 @@ def measure(name: str, work: Work, until: float, most: float) -> list[dict[str, 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the figures as a Markdown table."""
+    """The figures as a Markdown table."""
     heads = list(rows[0])
     lines = [heads, ["---"] * len(heads), *([str(row[head]) for head in heads] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

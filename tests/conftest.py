@@ -67,25 +67,25 @@ def _save(folder, family):
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
-    """Return the folder of a tiny causal language model."""
+    """The folder of a tiny causal language model."""
     return _save(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
 
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
-    """Return the folder of a tiny encoder."""
+    """The folder of a tiny encoder."""
     return _save(tmp_path_factory.mktemp("models") / "tiny-bert", "bert")
 
 
 @pytest.fixture(scope="session")
 def prompt_rows(tmp_path_factory):
-    """Return a file of rows: three words, and the same words backwards."""
+    """A file of rows: three words, and the same words backwards."""
     return _write(tmp_path_factory, "prompts", lambda w: {"prompt": w, "completion": _back(w)})
 
 
 @pytest.fixture(scope="session")
 def label_rows(tmp_path_factory):
-    """Return a file of texts with a class: whether there is a cat."""
+    """A file of texts with a class: whether there is a cat."""
     return _write(
         tmp_path_factory, "labels", lambda w: {"text": w, "label": "yes" if "cat" in w else "no"}
     )

@@ -28,13 +28,13 @@ def attach_random(
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return a model's logits without gradients."""
+    """A model's logits without gradients."""
     with torch.no_grad():
         return model(**inputs).logits
 
 
 def alone(model: nn.Module, inputs: dict[str, Tensor], names: list) -> list[Tensor]:
-    """Return each row's logits, computed for that row alone with its own choice."""
+    """Each row's logits, computed for that row alone with its own choice."""
     found = []
     for row, name in enumerate(names):
         with lk.route(model, name):
@@ -43,7 +43,7 @@ def alone(model: nn.Module, inputs: dict[str, Tensor], names: list) -> list[Tens
 
 
 def with_updates(base: nn.Module, adapters: dict[str, lk.Adapter], combination: dict) -> nn.Module:
-    """Return a copy of a plain base with strength·scale·B·A and the rest summed into it."""
+    """A copy of a plain base with strength·scale·B·A and the rest summed into it."""
     plain, original = copy.deepcopy(base), dict(base.named_parameters())
     written = dict(plain.named_parameters())
     with torch.no_grad():

@@ -15,7 +15,7 @@ PREFIX, INFIX = 2, 3
 
 
 def prefixed(family, *, every_layer=True, name="default", seed=0, model=None, **settings):
-    """Return a tiny model in float64 with random virtual tokens."""
+    """A tiny model in float64 with random virtual tokens."""
     model = build(family, num_hidden_layers=3) if model is None else model
     config = PrefixConfig(
         **{"prefix": PREFIX, "infix": INFIX, "every_layer": every_layer, **settings}
@@ -27,14 +27,14 @@ def prefixed(family, *, every_layer=True, name="default", seed=0, model=None, **
 
 
 def bare(model):
-    """Return the base alone."""
+    """The base alone."""
     base = copy.deepcopy(model)
     lk.detach(base)
     return base
 
 
 def row_with_tokens(ids, *, causal, prompt=None, prefix=PREFIX, infix=INFIX):
-    """Return a row as a list of token ids and, as ~n, of virtual tokens."""
+    """A row as a list of token ids and, as ~n, of virtual tokens."""
     ids = list(ids)
     prompt = len(ids) if prompt is None else prompt
     lead = 0 if causal else 1
@@ -45,7 +45,7 @@ def row_with_tokens(ids, *, causal, prompt=None, prefix=PREFIX, infix=INFIX):
 
 @torch.no_grad()
 def expected(base, tensors, row):
-    """Return the logits of one row of ids and virtual tokens, without gradients."""
+    """The logits of one row of ids and virtual tokens, without gradients."""
     return run(base, tensors, row)
 
 
@@ -79,7 +79,7 @@ def run(base, tensors, row):
 
 
 def own_places(row, *, causal):
-    """Return the place that answers for each token of the row without trained ones."""
+    """The place that answers for each token of the row without trained ones."""
     found = []
     for place, at in enumerate(row):
         if at >= 0:

@@ -14,7 +14,7 @@ SHAPED = {
 
 
 def with_shaped_logits(family, **overrides):
-    """Return a model of the family whose logits are not what its head answers.
+    """A model of the family whose logits are not what its head answers.
 
     Args:
         family: one of `SHAPED`.

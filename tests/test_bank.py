@@ -24,7 +24,7 @@ KINDS = {
 
 
 def made(family="llama", *, seed=0, name="default", **config):
-    """Return an adapter with random weights."""
+    """An adapter with random weights."""
     model = build(family)
     attach_random(model, name, seed=seed, **config)
     return lk.extract(model, name)
@@ -48,7 +48,7 @@ def bank():
 
 @pytest.fixture
 def full(bank, folders):
-    """Return a bank with all adapters."""
+    """A bank with all adapters."""
     for name, folder in folders.items():
         bank.load(name, folder)
     return bank
@@ -232,7 +232,7 @@ def test_a_bad_adapter_is_an_error_of_its_own(full, folders, adapters, inputs, k
 
 
 def limited(adapters, folders, *names):
-    """Return a bank with room for the named adapters, and loaded with them."""
+    """A bank with room for the named adapters, and loaded with them."""
     budget = sum(adapters[name].size_bytes for name in names)
     bank = lk.AdapterBank(build("llama"), budget_bytes=budget)
     for name in names:

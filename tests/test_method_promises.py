@@ -49,14 +49,14 @@ def hidden(c):
 
 
 def kv_width(c):
-    """Return the width of keys and values together over the heads."""
+    """The width of keys and values together over the heads."""
     if c.model_type != "llama":
         return hidden(c)[0]
     return c.hidden_size // c.num_attention_heads * c.num_key_value_heads
 
 
 def block(c):
-    """Return the values in one block: attention, MLP and two norms."""
+    """The values in one block: attention, MLP and two norms."""
     d, f, _ = hidden(c)
     if c.model_type == "llama":
         return 2 * d * d + 2 * d * kv_width(c) + 3 * d * f + 2 * d
@@ -65,7 +65,7 @@ def block(c):
 
 
 def everything(c):
-    """Return all values but those of a fresh classifier; a tied embedding counts once."""
+    """All values but those of a fresh classifier; a tied embedding counts once."""
     d, _, layers = hidden(c)
     around = {
         "llama": lambda: c.vocab_size * d + d,
@@ -84,12 +84,12 @@ def everything(c):
 
 
 def tokens(c):
-    """Return the values in an encoder's embeddings."""
+    """The values in an encoder's embeddings."""
     return (c.vocab_size + c.max_position_embeddings + c.type_vocab_size) * c.hidden_size
 
 
 def biases(c):
-    """Return all biases but those of a fresh classifier: of products and of LayerNorms."""
+    """All biases but those of a fresh classifier: of products and of LayerNorms."""
     d, f, layers = hidden(c)
     relative = 2 * d if c.model_type == "deberta-v2" else 0
     pooler = d if c.model_type == "bert" else 0
@@ -115,7 +115,7 @@ def with_lengths(c):
 
 
 def classifier(c):
-    """Return the values in a fresh classifier, with the layers made for it."""
+    """The values in a fresh classifier, with the layers made for it."""
     if c.model_type in DECODERS:
         return 0
     d, own = c.hidden_size, c.hidden_size * c.num_labels + c.num_labels
@@ -409,7 +409,7 @@ def test_generation_with_a_cache_is_that_without(method, model):
 
 
 def settings_of(configs):
-    """Return the settings of a run that trains these methods."""
+    """The settings of a run that trains these methods."""
     sections = {"lora": "lora", "full": "full", "top-k": "full", "bitfit": "bitfit"}
     values = {"method": [config.method for config in configs]}
     for config in configs:

@@ -42,7 +42,7 @@ def test_the_bank_of_the_readme_answers_a_mixed_batch(tmp_path, monkeypatch):
 
 
 def commands(page):
-    """Return the words of each lorakit command in a page's shell blocks."""
+    """The words of each lorakit command in a page's shell blocks."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
         words = shlex.split(block.replace("\\\n", " "), comments=True)

@@ -119,7 +119,7 @@ FAMILIES: tuple[str, ...] = tuple(_RECIPES)
 def build(
     family: str, *, head: str | None = None, seed: int = 0, **overrides: object
 ) -> PreTrainedModel:
-    """Return a tiny random model of the family: 2 blocks, width 32, eval mode.
+    """A tiny random model of the family: 2 blocks, width 32, eval mode.
 
     Args:
         family: One of `FAMILIES`.
@@ -142,7 +142,7 @@ def build(
 def example_inputs(
     model: PreTrainedModel, *, rows: int = 2, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Return a small valid batch for the model: token ids and a mask, or pixels; no labels."""
+    """A small valid batch for the model: token ids and a mask, or pixels; no labels."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     if config.model_type == "vit":

@@ -17,7 +17,7 @@ def build_tokenizer(
     merges: tuple[str, ...] = (),
     **settings: str | None,
 ) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer.
+    """A byte-level tokenizer.
 
     Args:
         starts: write <s> before a text.

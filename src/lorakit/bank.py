@@ -148,19 +148,19 @@ class AdapterBank:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return every adapter that a route may name, resident or not."""
+        """Every adapter that a route may name, resident or not."""
         self._notice()
         return tuple(self._entries)
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Return the adapters in memory."""
+        """The adapters in memory."""
         self._notice()
         return tuple(name for name in list(self._entries) if self._is_resident(name))
 
     @property
     def resident_bytes(self) -> int:
-        """Return the memory of the adapters in it."""
+        """The memory of the adapters in it."""
         return sum(self._entries[name].size_bytes for name in self.resident)
 
     def __contains__(self, name: str) -> bool:

@@ -27,7 +27,7 @@ class LorakitError(Exception):
 
     @classmethod
     def listing(cls: type[Error], headline: str, problems: Sequence[str]) -> Error:
-        """Return one error that lists every problem under a headline."""
+        """One error that lists every problem under a headline."""
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
         return cls("\n  ".join([f"{headline} ({count}):", *problems]))
 

@@ -25,7 +25,7 @@ CARD = {"task_type": "CAUSAL_LM", "seed": 3, "scores": {"bleu": 65.6}, "note": '
 def site(
     path: str, *, rank: int = 4, alpha: float = 8.0, rslora: bool = False, **facts: Any
 ) -> Site:
-    """Return a site whose scale follows from its rank and alpha."""
+    """A site whose scale follows from its rank and alpha."""
     scale = scale_of(rank, alpha, use_rslora=rslora)
     return Site(path=path, rank=rank, alpha=alpha, scale=scale, **facts)
 
@@ -33,7 +33,7 @@ def site(
 def slice_of(
     path: str, role: str, *rows: tuple[int, int], layer_rows: int = 24, **facts: Any
 ) -> Site:
-    """Return the site of a slice."""
+    """The site of a slice."""
     return site(path, role=role, rows=rows, layer_rows=layer_rows, **facts)
 
 
@@ -45,7 +45,7 @@ def adapter(
     config: LoRAConfig | None = None,
     **facts: Any,
 ) -> Adapter:
-    """Return an adapter with random tensors.
+    """An adapter with random tensors.
 
     Args:
         sites: each has A (rank, 8) and B (16 or the slice's rows, rank), if `shapes` has no other.

@@ -12,7 +12,7 @@ from adapter.handmade import adapter, site, slice_of
 
 
 def counted(**tensors):
-    """Return an adapter whose values are 0, 1, 2, …, with more tensors beside A and B."""
+    """An adapter whose values are 0, 1, 2, …, with more tensors beside A and B."""
     sites = (site("b.é"), slice_of("a", "q", (0, 8)))
     made = adapter(*sites, copied_modules=("head", "body"))
     values = {
@@ -23,7 +23,7 @@ def counted(**tensors):
 
 
 def naive_hash(made):
-    """Return the hash with each tensor and each site fed by itself."""
+    """The hash with each tensor and each site fed by itself."""
     digest = hashlib.sha256()
     for name, tensor in sorted(made.tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

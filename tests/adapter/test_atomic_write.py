@@ -26,7 +26,7 @@ def held(folder: Path) -> str:
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Return the process id of a copy of this process that does the work and then ends."""
+    """The process id of a copy of this process that does the work and then ends."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forking while other threads exist
         child = os.fork()

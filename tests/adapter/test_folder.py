@@ -47,7 +47,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def foreign(saved: Path) -> Path:
-    """Return a folder such as PEFT writes: without lorakit.json."""
+    """A folder such as PEFT writes: without lorakit.json."""
     (saved / RECORD).unlink()
     return saved
 

@@ -220,7 +220,7 @@ class Pictures(nn.Module):
         self.head = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (rows, 2)."""
+        """(rows, 2)."""
         x = self.point(self.second(torch.relu(self.first(x))))
         return self.head(x.mean((2, 3)))
 
@@ -259,7 +259,7 @@ def convolution_file(path: Path) -> Path:
 
 
 def as_loralib_computes(path: Path) -> Tensor:
-    """Return the output with ΔW = (B·A).view(the weight's shape)·α/r in every layer."""
+    """The output with ΔW = (B·A).view(the weight's shape)·α/r in every layer."""
     tensors, model = torch.load(path), pictures()
     with torch.no_grad():
         for name in (*KERNELS, "head"):

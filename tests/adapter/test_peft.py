@@ -42,7 +42,7 @@ class Convolutions(nn.Module):
         self.time = nn.Conv1d(4, 5, 3, padding=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (rows, 5, length)."""
+        """(rows, 5, length)."""
         x = self.point(self.grouped(self.image(x)))
         return self.time(x.flatten(2))
 
@@ -57,7 +57,7 @@ class Tables(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (rows, length, 3)."""
+        """(rows, length, 3)."""
         return self.head(self.body(self.table(x)))
 
 
@@ -256,7 +256,7 @@ def test_a_grouped_convolution_of_ours_is_read_back_without_its_record(tmp_path:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of PEFT's with a head and a bias."""
+    """A folder of PEFT's with a head and a bias."""
     config = peft.LoraConfig(
         target_modules=["body.0"], r=4, lora_alpha=8, bias="lora_only", modules_to_save=["head"]
     )

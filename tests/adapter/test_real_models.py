@@ -14,7 +14,7 @@ PROMPT = "The nearest library to the harbour opens at"
 
 
 def load(name, task, *, seed=0):
-    """Return a real model, whose classifier, if it has one, depends on the seed; and a batch."""
+    """A real model, whose classifier, if it has one, depends on the seed; and a batch."""
     torch.manual_seed(seed)
     labels = ("no", "yes") if task == "classification" else None
     model, tokenizer = lk.load_model(name, task=task, labels=labels)

@@ -50,7 +50,7 @@ MEASURED = {
 
 @pytest.fixture
 def bench(tiny_llama, capsys):
-    """Return a function that runs a benchmark on the tiny model and gives back code and JSON."""
+    """A function that runs a benchmark on the tiny model and gives back code and JSON."""
 
     def run(name, *words):
         words = ["--model", tiny_llama, "--repeats", 2, *SMALL[name], *words, "--json"]

@@ -8,7 +8,7 @@ from lorakit.bench.train_processes import Record
 
 
 def turn(seconds):
-    """Return a turn of four steps."""
+    """A turn of four steps."""
     parts = dict.fromkeys(PARTS, 0.0) | {"forward": seconds}
     return Turn(parts=parts, losses=(1.0,) * 4, tokens=1, rows=(1, 2, 3, 4), most_bytes=None)
 

@@ -16,7 +16,7 @@ SMALL = ("--steps", "25", "--batch-size", "2", "--data.max-length", "16", "--dty
 
 @pytest.fixture
 def compare(tiny_llama, prompt_rows, capsys, monkeypatch):
-    """Return a function that compares methods on a tiny model, and gives back code and output."""
+    """A function that compares methods on a tiny model, and gives back code and output."""
     monkeypatch.setattr(methods, "_workers", ThreadPoolExecutor)  # a process takes seconds to start
 
     def run(*words):

@@ -26,7 +26,7 @@ ROWS = [
 
 @pytest.fixture
 def shape():
-    """Return the sizes of a tiny model: 2 blocks, width 32, MLP 48, 4 heads of 8, 2 of keys."""
+    """The sizes of a tiny model: 2 blocks, width 32, MLP 48, 4 heads of 8, 2 of keys."""
     model = build("llama")
     lk.attach(model, lk.LoRAConfig(rank=2, targets=("q", "v")))
     return Shape.of(model, "default")
@@ -83,7 +83,7 @@ def test_a_model_that_is_built_otherwise_is_refused():
 
 
 def event(name, start=0.0, *, took=1.0, shapes=()):
-    """Return an event of a profile, which begins and takes so many seconds."""
+    """An event of a profile, which begins and takes so many seconds."""
     begun, ended = start * 1e6, (start + took) * 1e6
     return FunctionEvent(0, name, 0, begun, ended, input_shapes=list(shapes))
 

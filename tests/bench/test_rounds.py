@@ -11,7 +11,7 @@ class Clock:
         self.order = []
 
     def taking(self, name, *seconds):
-        """Return a function that takes so long on its first, second, … call."""
+        """A function that takes so long on its first, second, … call."""
         left = list(seconds)
 
         def run():

@@ -41,7 +41,7 @@ def start_thread(way, task, plan, connection):
 
 @pytest.fixture(scope="module")
 def uneven_rows(tmp_path_factory):
-    """Return a file of rows of two to nine words."""
+    """A file of rows of two to nine words."""
     words = ["red", "cat", "old", "dog", "new", "bird", "big"]
     rows = [
         {"prompt": " ".join(words[: 1 + number % 7]), "completion": words[number % 5]}
@@ -54,7 +54,7 @@ def uneven_rows(tmp_path_factory):
 
 @pytest.fixture
 def bench(tiny_llama, prompt_rows, capsys, monkeypatch):
-    """Return a function that runs the benchmark on the tiny model and gives back code and JSON."""
+    """A function that runs the benchmark on the tiny model and gives back code and JSON."""
     monkeypatch.setattr(train_race, "_start", start_thread)
 
     def run(*words):
@@ -201,7 +201,7 @@ def test_contestants_can_be_left_out_and_ours_can_have_settings_of_its_own(bench
 
 
 def record(*, tokens_per_s=100.0, used=1000, most=2000, loss=2.0):
-    """Return the record of a contestant that took one turn of a second."""
+    """The record of a contestant that took one turn of a second."""
     parts = dict.fromkeys(PARTS, 0.2)
     turn = Turn(parts=parts, losses=(3.0,), tokens=int(tokens_per_s), rows=(1,), most_bytes=most)
     return Record(

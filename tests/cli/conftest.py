@@ -9,7 +9,7 @@ from lorakit.cli.main import main
 
 @pytest.fixture
 def run(capsys):
-    """Return a function that runs a command line and gives back its exit code and JSON."""
+    """A function that runs a command line and gives back its exit code and JSON."""
 
     def command(*words):
         code = main([*map(str, words), "--json"])

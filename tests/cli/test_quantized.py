@@ -17,7 +17,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
 
 
 def made(model, rows, out, **operations):
-    """Return the settings of a short run on a 4-bit base."""
+    """The settings of a short run on a 4-bit base."""
     values = {
         "model": str(model),
         "out": out,
@@ -33,19 +33,19 @@ def made(model, rows, out, **operations):
 
 @pytest.fixture
 def settings(tiny_llama, prompt_rows, tmp_path):
-    """Return a maker of settings for a short run on a 4-bit base."""
+    """A maker of settings for a short run on a 4-bit base."""
     return partial(made, tiny_llama, prompt_rows, tmp_path / "adapter")
 
 
 @pytest.fixture(scope="module")
 def result(tiny_llama, prompt_rows, tmp_path_factory):
-    """Return the result of one short run."""
+    """The result of one short run."""
     return train(made(tiny_llama, prompt_rows, tmp_path_factory.mktemp("trained") / "adapter"))
 
 
 @pytest.fixture
 def opened(result):
-    """Return the folder of an adapter, and the model that was trained."""
+    """The folder of an adapter, and the model that was trained."""
     return result.out, lk.open_model(result.out)
 
 

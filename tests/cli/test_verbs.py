@@ -17,7 +17,7 @@ import lorakit as lk
 
 @pytest.fixture
 def trained(tiny_llama, prompt_rows, tmp_path, run):
-    """Return the folder of an adapter trained by the command line."""
+    """The folder of an adapter trained by the command line."""
     out = tmp_path / "adapter"
     words = ["train", "--model", tiny_llama, "--out", out, "--data.train", prompt_rows]
     code, result = run(

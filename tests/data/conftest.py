@@ -6,5 +6,5 @@ from tiny_tokenizers import build_tokenizer
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer that adds nothing to a text."""
+    """A tokenizer that adds nothing to a text."""
     return build_tokenizer()

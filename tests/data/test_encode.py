@@ -39,7 +39,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
 
 
 def learnt(tokenizer: Tokenizer, example: Example) -> str:
-    """Return the tokens that have a label, as text, a bar where some between have none."""
+    """The tokens that have a label, as text, a bar where some between have none."""
     assert isinstance(example.labels, list)
     assert len(example.labels) == len(example.input_ids)
     parts = [""]

@@ -206,7 +206,7 @@ def test_a_model_that_takes_no_positions_or_raises_is_left_padded(monkeypatch):
 
 @pytest.fixture
 def uneven_rows(tmp_path):
-    """Return a file of rows of very different lengths."""
+    """A file of rows of very different lengths."""
     file = tmp_path / "uneven.jsonl"
     words = ("red", "green", "blue", "cat", "dog", "bird", "fish")
     rows = [" ".join(words[(row + i) % 7] for i in range(1 + row % 9)) for row in range(64)]
@@ -216,7 +216,7 @@ def uneven_rows(tmp_path):
 
 @pytest.fixture
 def settings(tiny_llama, uneven_rows, tmp_path):
-    """Return a maker of settings for a short run."""
+    """A maker of settings for a short run."""
 
     def make(**operations):
         values = {
@@ -236,7 +236,7 @@ def settings(tiny_llama, uneven_rows, tmp_path):
 
 @pytest.fixture
 def tiny_bloom(tiny_llama, tmp_path):
-    """Return the folder of a tiny model that cannot join rows."""
+    """The folder of a tiny model that cannot join rows."""
     folder = tmp_path / "tiny-bloom"
     build("bloom").save_pretrained(folder)
     for file in tiny_llama.glob("tokenizer*"):

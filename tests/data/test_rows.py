@@ -22,7 +22,7 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
 
 @pytest.fixture
 def read(tmp_path: Path) -> Any:
-    """Return a function that writes rows to a file and reads it."""
+    """A function that writes rows to a file and reads it."""
 
     def write_and_read(rows: list[dict[str, Any]], **settings: Any) -> Rows:
         path = tmp_path / "rows.jsonl"

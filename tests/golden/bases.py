@@ -26,7 +26,7 @@ _BLOCKS = {
 
 
 def build(family: str) -> PreTrainedModel:
-    """Return a base in eval mode: a llama with grouped heads, a gpt2, or a bert that classifies."""
+    """A base in eval mode: a llama with grouped heads, a gpt2, or a bert that classifies."""
     if family == "llama":
         config = transformers.LlamaConfig(
             **_BLOCKS, num_key_value_heads=2, tie_word_embeddings=False
@@ -76,7 +76,7 @@ def logits(model: nn.Module, *, recorded: bool = False) -> Tensor:
 
 
 def arithmetic() -> str:
-    """Return a fingerprint of this machine's floating-point results: a base's gradients, hashed.
+    """A fingerprint of this machine's floating-point results: a base's gradients, hashed.
 
     Where it is the same, so are the bits of a training run; elsewhere they differ by rounding.
     """

@@ -22,7 +22,7 @@ FOREIGN = {"llama-peft": "llama-peft", "gpt2-loralib": "gpt2-loralib.pt"}
 
 
 def build(name):
-    """Return the base of an adapter or a run, which its name begins with."""
+    """The base of an adapter or a run, which its name begins with."""
     return bases.build(name.partition("-")[0])
 
 
@@ -107,7 +107,7 @@ def test_another_tool_s_file_is_read_as_the_same_adapter(name):
 
 
 def repeats_bits():
-    """Return whether this processor rounds as that of the files' writer: so training repeats."""
+    """Whether this processor rounds as that of the files' writer: so training repeats."""
     return (HERE / "runs" / "arithmetic.txt").read_text().strip() == bases.arithmetic()
 
 

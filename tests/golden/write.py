@@ -165,7 +165,7 @@ def on_its_base(adapter: lk.Adapter, family: str) -> lk.Adapter:
 
 
 def logits_of(adapter: Path) -> dict[str, Tensor]:
-    """Return the logits with an adapter attached and, where that can be done, merged."""
+    """The logits with an adapter attached and, where that can be done, merged."""
     model = bases.build(adapter.name.partition("-")[0])
     lk.attach(model, lk.Adapter.load(adapter))
     found = {f"{adapter.name}.attached": bases.logits(model)}

@@ -34,7 +34,7 @@ class Batch:
 
 
 def mixed_batch(rows, shape=(), *, x_dtype=torch.float32, dtype=torch.float32, seed=0) -> Batch:
-    """Return a random batch, x (rows, *shape, d), whose slots have ranks of 1 to 5, padded to 5."""
+    """A random batch, x (rows, *shape, d), whose slots have ranks of 1 to 5, padded to 5."""
     draw = torch.Generator().manual_seed(seed)
 
     def random(*size):
@@ -47,7 +47,7 @@ def mixed_batch(rows, shape=(), *, x_dtype=torch.float32, dtype=torch.float32, s
 
 
 def expected(batch: Batch, slot_of_row: list[int]) -> Tensor:
-    """Return output + B·A·x in float64, row for row, with each slot's A and B at their own rank."""
+    """Output + B·A·x in float64, row for row, with each slot's A and B at their own rank."""
     x, output, a, b = (part.detach().double() for part in batch.parts())
     each = len(x) // len(slot_of_row)
     found = output.clone()

@@ -41,7 +41,7 @@ def gradients(batch, slot_of_row, kernels):
 
 
 def near(found, wanted, tolerance=1e-5):
-    """Tell whether two tensors differ by at most so much of the largest entry."""
+    """Whether two tensors differ by at most so much of the largest entry."""
     assert found.shape == wanted.shape
     scale = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
     return torch.allclose(found.double(), wanted.double(), rtol=0, atol=tolerance * scale)

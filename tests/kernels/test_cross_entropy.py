@@ -86,7 +86,7 @@ def asked(dtype, *, tokens=TOKENS, scale=2.0):
 
 
 def expected(hidden, head, targets, weights, *, label_smoothing=0.0, z_loss=0.0, change=IDENTITY):
-    """Return the same as plain torch computes it, all at once."""
+    """The same as plain torch computes it, all at once."""
     logits = head(hidden) * change.scale
     logits = logits if change.cap is None else change.cap * torch.tanh(logits / change.cap)
     logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -27,12 +27,12 @@ def small_pieces(monkeypatch):
 
 
 def numbers(use):
-    """Return the output rows that an update changes."""
+    """The output rows that an update changes."""
     return torch.arange(D_OUT)[slice(None) if use.entries is None else use.entries]
 
 
 def oracle(output, x, factors, spans):
-    """Return the same from plain torch, one factor after the other, by autograd."""
+    """The same from plain torch, one factor after the other, by autograd."""
     output, tokens = output.reshape(-1, D_OUT), x.reshape(-1, D_IN)
     for number, each in enumerate(factors):
         own = [t for s in spans if number in s.factors for t in range(s.start, s.stop)]
@@ -47,7 +47,7 @@ def oracle(output, x, factors, spans):
 
 
 def gradients(function, output, x, factors, spans, *, of_x=True):
-    """Return a function's output, and the gradients of the layer's output, of x, A and B."""
+    """A function's output, and the gradients of the layer's output, of x, A and B."""
     leaves = [output.clone(), x.clone(), *(w.clone() for f in factors for w in (f.a, f.b))]
     for leaf in leaves:
         leaf.requires_grad_()

@@ -19,7 +19,7 @@ SHAPES = {"2-D": (1, ()), "3-D": (1, (3,)), "4-D": (1, (2, 3)), "beams": (2, (3,
 
 
 def answer(batch, slot_of_row, **options):
-    """Return the output with the update added to a copy of it."""
+    """The output with the update added to a copy of it."""
     grouping = group_rows(slot_of_row, dtype=batch.a.dtype, **options)
     h = down_project(batch.x, gather(batch.a, grouping), grouping)
     return up_project_onto(batch.output.clone(), h, gather(batch.b, grouping), grouping)

@@ -28,7 +28,7 @@ VARIANTS = ("h", "l", "p", "d")
 
 
 def places(family, variant, blocks=(0, 1)):
-    """Return the modules that a variant of the paper changes, written down by hand."""
+    """The modules that a variant of the paper changes, written down by hand."""
     ends = {
         "h": (f".{ATTENTION[family]}", f".{MLP[family]}"),
         "l": ("",),
@@ -70,7 +70,7 @@ def of(tensors, path):
 
 
 def hooked(model, paths, add):
-    """Return the logits of a copy in float64 where `add(path, h)` comes to some outputs."""
+    """The logits of a copy in float64 where `add(path, h)` comes to some outputs."""
 
     def hook(path, output):
         if isinstance(output, tuple):

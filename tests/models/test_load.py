@@ -39,7 +39,7 @@ def llama_folder(tmp_path_factory):
 
 @pytest.fixture
 def copy(llama_folder, tmp_path):
-    """Return a copy of the folder that a test may spoil."""
+    """A copy of the folder that a test may spoil."""
     for file in llama_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -153,7 +153,7 @@ def test_a_trained_classifier_keeps_its_head_and_labels(tmp_path):
 
 @pytest.fixture
 def logged():
-    """Return a list of what transformers logs, at its usual verbosity."""
+    """A list of what transformers logs, at its usual verbosity."""
     records = []
     handler = Handler()
     handler.emit = records.append
@@ -305,7 +305,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Return the GGUF file of an installed package that must not be imported."""
+    """The GGUF file of an installed package that must not be imported."""
     folder = tmp_path / "site" / "tiny_gguf_package"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")

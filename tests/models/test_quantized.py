@@ -46,7 +46,7 @@ QUANTIZABLE = tuple(family for family in FAMILIES if family != "falcon")
 
 
 def quantized(family, way="4bit", *, double=True):
-    """Return a tiny quantised model and its float original."""
+    """A tiny quantised model and its float original."""
     original = build(family)
     model = copy.deepcopy(original)
     quantize(model, Quantization.of(way, "float32", double=double))
@@ -229,7 +229,7 @@ def test_a_quantised_base_says_how(double):
 
 
 def held_bytes(model):
-    """Return the memory of all parameters, and of the scales of those that are quantised."""
+    """The memory of all parameters, and of the scales of those that are quantised."""
     own = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     states = (getattr(p, "quant_state", None) for p in model.parameters())
     scales = (s.absmax for s in states if s is not None)
@@ -279,7 +279,7 @@ def test_an_adapter_of_another_quantised_base_is_refused():
     params=[{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}]
 )
 def foreign(request, tiny_llama, tmp_path):
-    """Return the folder of a checkpoint that transformers and bitsandbytes quantised."""
+    """The folder of a checkpoint that transformers and bitsandbytes quantised."""
     config = transformers.BitsAndBytesConfig(**request.param)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tiny_llama, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}

@@ -214,7 +214,7 @@ def test_vit_of_earlier_transformers_is_known():
 
 
 def nested(*wanted):
-    """Return a module with a Linear at each path."""
+    """A module with a Linear at each path."""
     root = nn.Module()
     for path in wanted:
         parent = root
@@ -246,14 +246,14 @@ class AttentionInputs(TorchFunctionMode):
 
 
 def attention_inputs(model, **more):
-    """Return the q, k and v of the first block, by role; for each attention that it has."""
+    """The q, k and v of the first block, by role; for each attention that it has."""
     with torch.no_grad(), AttentionInputs() as seen:
         model(**example_inputs(model), **more)
     return seen.calls[: len(seen.calls) // model.config.num_hidden_layers]
 
 
 def bloom_inputs(model, monkeypatch):
-    """Return the q, k and v of the first block of BLOOM, which has its own attention."""
+    """The q, k and v of the first block of BLOOM, which has its own attention."""
     calls, split = [], BloomAttention._reshape
 
     def spy(self, fused):

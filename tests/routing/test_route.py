@@ -22,7 +22,7 @@ COPIES = [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
 
 
 def adapted(family="llama", *, blocks=None, **config):
-    """Return a model with two adapters that change much; the base answers."""
+    """A model with two adapters that change much; the base answers."""
     model = build(family, **({} if blocks is None else {"num_hidden_layers": blocks}))
     attach_random(model, "one", std=0.5, rank=2, **config)
     attach_random(model, "two", std=0.5, seed=1, rank=5, targets=("q", "down"), **config)

@@ -13,7 +13,7 @@ BEAMS = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False}
 
 
 def prompts(model, rows=3):
-    """Return prompts of several lengths, padded on the left."""
+    """Prompts of several lengths, padded on the left."""
     inputs = example_inputs(model, rows=rows)
     inputs.pop("decoder_input_ids", None)
     if not model.config.is_encoder_decoder:

@@ -39,7 +39,7 @@ def adapter(family: str, classes: int, seed: int, **settings: str) -> lk.Adapter
 
 
 def adapted(family: str, *, train: bool = False, **settings: str):
-    """Return a model with adapters whose heads have three classes, as the base's, or others."""
+    """A model with adapters whose heads have three classes, as the base's, or others."""
     model = build(family)
     bank = lk.AdapterBank(model)
     for seed, (name, classes) in enumerate(CLASSES.items()):
@@ -48,7 +48,7 @@ def adapted(family: str, *, train: bool = False, **settings: str):
 
 
 def stacks(model) -> list[StackedHeads]:
-    """Return the heads of the route that is open, of which there is at least one."""
+    """The heads of the route that is open, of which there is at least one."""
     found = [c for c in model._lorakit.route.operations.values() if isinstance(c, StackedHeads)]
     assert found
     assert not any(each._refused for each in found)

@@ -36,7 +36,7 @@ def configs(family: str) -> dict[str, dict]:
 
 @functools.cache
 def adapted(family: str):
-    """Return a model with four adapters, its plain base, and the adapters."""
+    """A model with four adapters, its plain base, and the adapters."""
     model = build(family)
     base = build(family)
     for seed, (name, config) in enumerate(configs(family).items()):
@@ -151,7 +151,7 @@ def test_position_embeddings_that_all_rows_share_may_differ():
 
 
 def classifier(labels: int, seed: int) -> lk.Adapter:
-    """Return an adapter with a head of so many classes."""
+    """An adapter with a head of so many classes."""
     model = build("bert", num_labels=labels)
     attach_random(model, rank=2, seed=seed)
     return dataclasses.replace(lk.extract(model), base=None)

@@ -35,7 +35,7 @@ def batch(model, *, rows=3):
 
 
 def plain(model, inputs, labels, *, label_smoothing=0.0, z_loss=0.0):
-    """Return the mean loss and each position's, from the logits of all positions."""
+    """The mean loss and each position's, from the logits of all positions."""
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     targets = labels[:, 1:]
     losses = cross_entropy(
@@ -71,7 +71,7 @@ def check(model, inputs, labels, *, called=None):
 
 
 def hand_over(model):
-    """Return the numbers of positions that the head saw in a pass, and how many have a label."""
+    """The numbers of positions that the head saw in a pass, and how many have a label."""
     inputs, labels = batch(model)
     seen = []
     head = model.get_output_embeddings()

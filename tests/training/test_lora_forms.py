@@ -25,7 +25,7 @@ WHOLE, CHECKPOINT = 9, 6
 
 @pytest.fixture(scope="module", params=FORMS)
 def run(request, tiny_llama, prompt_rows, tmp_path_factory):
-    """Return the settings of a short run of one form, and its result."""
+    """The settings of a short run of one form, and its result."""
     config = TrainConfig(
         model=str(tiny_llama),
         out=tmp_path_factory.mktemp("forms") / "run",
@@ -44,7 +44,7 @@ def run(request, tiny_llama, prompt_rows, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first_loss(tiny_llama, prompt_rows, tmp_path_factory):
-    """Return the loss of the bare base on the first batch."""
+    """The loss of the bare base on the first batch."""
     config = TrainConfig(
         model=str(tiny_llama),
         out=tmp_path_factory.mktemp("forms") / "base",

@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
 
 def groups(model, config):
-    """Return the names of the tensors in each group of an optimizer, by the group's rate."""
+    """The names of the tensors in each group of an optimizer, by the group's rate."""
     lk.attach(model, config.methods())
     record = lk.extract(model)
     trained = {n: torch.nn.Parameter(t) for n, t in record.tensors.items()}

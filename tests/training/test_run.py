@@ -27,7 +27,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
 
 @pytest.fixture
 def settings(tiny_llama, prompt_rows, tmp_path):
-    """Return a maker of settings for a short run."""
+    """A maker of settings for a short run."""
 
     def make(**operations):
         values = {
@@ -86,7 +86,7 @@ def test_identical_settings_give_identical_bytes(settings, tmp_path):
 
 
 def losses_of_all_logits(model, inputs, labels, *, loss, items):
-    """Return the loss of a batch as plain torch finds it."""
+    """The loss of a batch as plain torch finds it."""
     logits, targets = model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     smoothing = loss.label_smoothing
     summed = cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
@@ -183,7 +183,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):
 
 @pytest.fixture
 def scores(monkeypatch):
-    """Return a function that decides what the evaluations of a run will find."""
+    """A function that decides what the evaluations of a run will find."""
 
     def decide(*losses):
         coming = iter(losses)

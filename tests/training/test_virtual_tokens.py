@@ -31,7 +31,7 @@ TOKENS = PrefixSettings(prefix=2, infix=3)
 
 @pytest.fixture
 def settings(tiny_llama, prompt_rows, tmp_path):
-    """Return a maker of settings for a short run."""
+    """A maker of settings for a short run."""
 
     def make(**operations):
         values = {

@@ -89,7 +89,7 @@ def write_new_file(path: Path, content: bytes) -> None:
 
 
 def read_file(folder: Path, name: str) -> bytes | None:
-    """Return a file of a folder as it counts at present, or None if it is not there."""
+    """A file of a folder as it counts at present, or None if it is not there."""
     for path in (folder / PENDING / name, folder / name):
         try:
             return path.read_bytes()

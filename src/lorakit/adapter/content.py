@@ -40,7 +40,7 @@ def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
 
 
 def _bits(tensor: Tensor) -> memoryview:
-    """Return a tensor's bits in one piece, in the tensor's own memory where that is possible."""
+    """A tensor's bits in one piece, in the tensor's own memory where that is possible."""
     return np.ascontiguousarray(tensor.detach().view(INTEGERS[tensor.itemsize]).numpy()).data
 
 
@@ -70,16 +70,16 @@ class AdapterContent:
 
     @property
     def method(self) -> str:
-        """Return the names of its methods, with a plus between them."""
+        """The names of its methods, with a plus between them."""
         return "+".join(config.method for config in self.configs)
 
     @property
     def lora(self) -> LoRAConfig | None:
-        """Return the settings of its low-rank updates, if LoRA is among its methods."""
+        """The settings of its low-rank updates, if LoRA is among its methods."""
         return next((each for each in self.configs if isinstance(each, LoRAConfig)), None)
 
     def method_of(self, tensor: str) -> str:
-        """Return the method that trains a tensor; copies of a task's head go with the first."""
+        """The method that trains a tensor; copies of a task's head go with the first."""
         named = [config.method for config in self.configs]
         for start, word in WORDS.items():
             own = [method for method in named if method.startswith(start)]
@@ -97,12 +97,12 @@ class AdapterContent:
 
     @property
     def size_bytes(self) -> int:
-        """Return the memory of all tensors."""
+        """The memory of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @property
     def parameters(self) -> int:
-        """Return the number of trained values."""
+        """The number of trained values."""
         fixed_a = self.lora is not None and self.lora.freeze_a
         total = sum(tensor.numel() for tensor in self.tensors.values())
         for site in self.sites:
@@ -111,7 +111,7 @@ class AdapterContent:
         return total
 
     def content_hash(self) -> str:
-        """Return the SHA-256 of all that changes the output: tensors, sites and scales."""
+        """The SHA-256 of all that changes the output: tensors, sites and scales."""
         # Kept until a tensor is written to, because a bank asks for what loading has computed.
         tensors = list(self.tensors.values())
         # Torch counts no writes to what was made in inference mode: NaN differs from itself.

@@ -71,7 +71,7 @@ def save_folder(adapter: AdapterContent, folder: Path, *, overwrite: bool = Fals
 
 
 def _files(adapter: AdapterContent) -> dict[str, bytes]:
-    """Return the content of the folder's files by name."""
+    """The content of the folder's files by name."""
     reasons = reasons_against(adapter)
     if reasons:
         config, tensors = _own_form(adapter, reasons), dict(adapter.tensors)
@@ -181,7 +181,7 @@ def _not_as_saved(folder: Path, problems: Sequence[str]) -> AdapterFileError:
 
 
 def _read(folder: Path) -> dict[str, bytes]:
-    """Return the content of those of the adapter's files that are in the folder."""
+    """The content of those of the adapter's files that are in the folder."""
     names = (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE)
     try:
         files = {name: read_file(folder, name) for name in names}
@@ -206,7 +206,7 @@ def _load_file(
 
 
 def _neighbours(path: Path) -> str:
-    """Return the name that was perhaps meant, or the adapters that lie beside a path."""
+    """The name that was perhaps meant, or the adapters that lie beside a path."""
     if not path.parent.is_dir():
         return f"; nor is there a folder {path.parent}"
     folders = [entry for entry in path.parent.iterdir() if entry.is_dir()]
@@ -216,7 +216,7 @@ def _neighbours(path: Path) -> str:
 
 
 def _adapter_from(files: Mapping[str, bytes], folder: Path) -> tuple[AdapterContent, str | None]:
-    """Return the adapter that a folder's files hold, and the hash of what was saved, if known."""
+    """The adapter that a folder's files hold, and the hash of what was saved, if known."""
     _check_present(files, folder)
     problems: list[str] = []
     raw = _json(files, CONFIG_FILE, problems)
@@ -344,7 +344,7 @@ def _tensors(files: Mapping[str, bytes], problems: list[str]) -> dict[str, Tenso
 def _recorded(
     record: Record, config: PeftConfig | None, found: Mapping[str, Tensor], folder: Path
 ) -> AdapterContent:
-    """Return the adapter that lorakit.json describes; its hash is not computed yet.
+    """The adapter that lorakit.json describes; its hash is not computed yet.
 
     Raises:
         AdapterFileError: the other two files are not those that were saved with it.

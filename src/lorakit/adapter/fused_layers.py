@@ -34,28 +34,28 @@ class WholeLayer:
 
     @property
     def path(self) -> str:
-        """Return the dotted path of the module."""
+        """The dotted path of the module."""
         return self.sites[0].path
 
     @property
     def groups(self) -> int:
-        """Return the groups of a convolution."""
+        """The groups of a convolution."""
         return self.sites[0].groups
 
     @property
     def rank(self) -> int:
-        """Return PEFT's rank: it gives each group of a convolution its own part of A."""
+        """PEFT's rank: it gives each group of a convolution its own part of A."""
         return self.width * self.groups
 
     @property
     def is_plain(self) -> bool:
-        """Tell whether PEFT's A and B are those of the only site."""
+        """Whether PEFT's A and B are those of the only site."""
         only = self.sites[0]
         return len(self.sites) == self.groups == 1 and only.rows is None and self.width == only.rank
 
 
 def whole_layers(sites: Sequence[Site], *, use_rslora: bool) -> tuple[WholeLayer, ...]:
-    """Return the sites gathered by layer, in the order of the first site of each."""
+    """The sites gathered by layer, in the order of the first site of each."""
     by_path: dict[str, list[Site]] = {}
     for site in sites:
         by_path.setdefault(site.path, []).append(site)
@@ -104,7 +104,7 @@ def _ratio(site: Site, layer: WholeLayer) -> float:
 
 
 def stack(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return A and B of a whole layer.
+    """A and B of a whole layer.
 
     Args:
         layer: what is stacked.
@@ -140,7 +140,7 @@ def _row_blocks(site: Site, b: Tensor) -> Iterator[tuple[tuple[int, int], Tensor
 
 
 def _spread(a: Tensor, groups: int) -> Tensor:
-    """Return A once for each group along the diagonal: (groups·width, groups·inner, …)."""
+    """A once for each group along the diagonal: (groups·width, groups·inner, …)."""
     if groups == 1:
         return a
     width, inner = a.shape[:2]
@@ -151,7 +151,7 @@ def _spread(a: Tensor, groups: int) -> Tensor:
 
 
 def unstack(layer: WholeLayer, a: Tensor, b: Tensor) -> dict[str, Tensor] | None:
-    """Return the tensors that `stack` made A and B from, or None if it cannot have made these."""
+    """The tensors that `stack` made A and B from, or None if it cannot have made these."""
     if layer.is_plain:
         name = layer.sites[0].name
         return {f"{name}.lora_a": a, f"{name}.lora_b": b}

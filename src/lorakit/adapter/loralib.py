@@ -61,7 +61,7 @@ class _Layer:
 
     @property
     def shapes(self) -> str:
-        """Return both shapes in words."""
+        """Both shapes in words."""
         return f"A {tuple(self.a.shape)}, B {tuple(self.b.shape)}"
 
 
@@ -114,7 +114,7 @@ def _layers(
     kernel_sizes: Mapping[str, int],
     problems: list[str],
 ) -> list[_Layer]:
-    """Return the layers that have both A and B, in the file's order."""
+    """The layers that have both A and B, in the file's order."""
     names = [name.rpartition(".")[0] for name in tensors if name.endswith(_ENDS)]
     paths = list(dict.fromkeys(names))
     if not paths:
@@ -142,7 +142,7 @@ def _layers(
 def _by_path(
     values: Mapping[str, V], paths: list[str], setting: str, problems: list[str]
 ) -> dict[str, V]:
-    """Return the value of each layer that a word names; the last word that names it counts."""
+    """The value of each layer that a word names; the last word that names it counts."""
     found: dict[str, V] = {}
     unknown = []
     for word, value in values.items():
@@ -162,7 +162,7 @@ def _by_path(
 def _sites(
     layers: Iterable[_Layer], config: LoRAConfig, problems: list[str]
 ) -> tuple[list[Site], dict[str, Tensor]]:
-    """Return the sites in the file's order, and their tensors under lorakit's names."""
+    """The sites in the file's order, and their tensors under lorakit's names."""
     sites: list[Site] = []
     named: dict[str, Tensor] = {}
     for layer in layers:
@@ -214,7 +214,7 @@ def _conv_misfit(layer: _Layer, kernel: int) -> str | None:
 
 
 def _enabled(config: LoRAConfig) -> tuple[str, ...]:
-    """Return the slices that the targets name, in the order in which they lie in the layer."""
+    """The slices that the targets name, in the order in which they lie in the layer."""
     named = {"q", "k", "v"} if "attention" in config.targets else set(config.targets)
     return tuple(part for part in PARTS if part in named)
 
@@ -230,7 +230,7 @@ def _updates(layer: _Layer, config: LoRAConfig) -> Iterator[tuple[Site, Tensor, 
 
 
 def _convolution(layer: _Layer, kernel: int, *, use_rslora: bool) -> tuple[Site, Tensor, Tensor]:
-    """Return the convolution of rank r·k·k that has the same ΔW; the module says why."""
+    """The convolution of rank r·k·k that has the same ΔW; the module says why."""
     rank = layer.rank * kernel**2
     # Such that the scale stays that of the rank r.
     alpha = layer.alpha * (kernel if use_rslora else kernel**2)
@@ -240,7 +240,7 @@ def _convolution(layer: _Layer, kernel: int, *, use_rslora: bool) -> tuple[Site,
 
 
 def _matrix_sites(layer: _Layer, slices: tuple[str, ...]) -> list[Site]:
-    """Return one site for a whole layer, or one for each slice of a MergedLinear."""
+    """One site for a whole layer, or one for each slice of a MergedLinear."""
     leaf = layer.path.rpartition(".")[2]
     if layer.slices == 1 and not (len(slices) == 1 and leaf in FUSED):
         kind: Literal["embedding", "linear"] = "embedding" if leaf in EMBEDDINGS else "linear"
@@ -263,7 +263,7 @@ def _matrix_sites(layer: _Layer, slices: tuple[str, ...]) -> list[Site]:
 
 
 def _base_name(name: str, layers: Iterable[_Layer]) -> str:
-    """Return the base's own name of a tensor: loralib keeps a convolution in a child, `conv`."""
+    """The base's own name of a tensor: loralib keeps a convolution in a child, `conv`."""
     owner, _, leaf = name.rpartition(".")
     inner = {f"{layer.path}.conv": layer.path for layer in layers if layer.kernel is not None}
     return f"{inner[owner]}.{leaf}" if owner in inner else name
@@ -272,7 +272,7 @@ def _base_name(name: str, layers: Iterable[_Layer]) -> str:
 def _copied(
     others: Mapping[str, Tensor], adapted: set[str], problems: list[str]
 ) -> tuple[str, ...]:
-    """Return the modules that the file holds in full: those with a parameter that is no bias."""
+    """The modules that the file holds in full: those with a parameter that is no bias."""
     owners = [name.rpartition(".")[0] for name in others if not name.endswith(".bias")]
     problems += [
         f"{path}.weight  is the base's own: save lora_state_dict(model), not model.state_dict()"
@@ -285,7 +285,7 @@ def _copied(
 def _with_extras(
     config: LoRAConfig, others: Mapping[str, Tensor], adapted: set[str], copied: tuple[str, ...]
 ) -> LoRAConfig:
-    """Return the config with the biases and copies that the file turned out to hold."""
+    """The config with the biases and copies that the file turned out to hold."""
     owners = {name.rpartition(".")[0] for name in others}.difference(copied)
     bias = "none" if not owners else "lora" if owners <= adapted else "all"
     return config.model_copy(update={"bias": bias, "modules_to_save": copied})

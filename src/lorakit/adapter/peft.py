@@ -23,7 +23,7 @@ TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def keys_of(layer: WholeLayer) -> tuple[str, str]:
-    """Return the names of a layer's A and B in the file."""
+    """The names of a layer's A and B in the file."""
     start = f"{PREFIX}{layer.path}.lora_"
     if layer.sites[0].kind == "embedding":
         return f"{start}embedding_A", f"{start}embedding_B"
@@ -31,7 +31,7 @@ def keys_of(layer: WholeLayer) -> tuple[str, str]:
 
 
 def site_names(layers: Iterable[WholeLayer]) -> list[str]:
-    """Return the adapter's names of the tensors of all sites."""
+    """The adapter's names of the tensors of all sites."""
     sites = [site for layer in layers for site in layer.sites]
     return [f"{site.name}.lora_{end}" for site in sites for end in ("a", "b", "magnitude")]
 
@@ -45,7 +45,7 @@ def magnitudes(layers: Iterable[WholeLayer], names: Collection[str]) -> Iterator
 
 
 def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, str]:
-    """Return the name in the file of each tensor that replaces a parameter of the base."""
+    """The name in the file of each tensor that replaces a parameter of the base."""
     adapted = {layer.path for layer in layers}
     owners = {name: name.rpartition(".") for name in names}
     return {
@@ -56,7 +56,7 @@ def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, s
 
 
 def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return PEFT's tensors for an adapter's; those on the meta device give names and shapes."""
+    """PEFT's tensors for an adapter's; those on the meta device give names and shapes."""
     encoded: dict[str, Tensor] = {}
     for layer in layers:
         encoded.update(zip(keys_of(layer), stack(layer, tensors), strict=True))
@@ -68,7 +68,7 @@ def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[
 def decode(
     layers: Sequence[WholeLayer], names: Collection[str], encoded: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the adapter's tensors from PEFT's, and what is wrong with these.
+    """The adapter's tensors from PEFT's, and what is wrong with these.
 
     Args:
         layers: the adapter's sites by layer.
@@ -90,12 +90,12 @@ def decode(
 
 
 def layers_of(adapter: AdapterContent) -> tuple[WholeLayer, ...]:
-    """Return an adapter's sites by layer."""
+    """An adapter's sites by layer."""
     return whole_layers(adapter.sites, use_rslora=_settings(adapter).use_rslora)
 
 
 def _settings(adapter: AdapterContent) -> LoRAConfig:
-    """Return the settings of an adapter's low-rank updates."""
+    """The settings of an adapter's low-rank updates."""
     return adapter.lora or LoRAConfig()
 
 
@@ -159,12 +159,12 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
 
 
 def base_name(adapter: AdapterContent) -> str | None:
-    """Return the name of the base, from its identity or else from the training card."""
+    """The name of the base, from its identity or else from the training card."""
     return (adapter.base.name if adapter.base else adapter.card.get("base_model")) or None
 
 
 def _short(number: float) -> int | float:
-    """Return a whole number as an int: some readers of the file want one."""
+    """A whole number as an int: some readers of the file want one."""
     return int(number) if number == int(number) else number
 
 
@@ -205,7 +205,7 @@ def _as_set(value: list[str] | str | None) -> set[str]:
 
 
 def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Return a line for each tensor of a file that is missing, unexpected or of another shape.
+    """A line for each tensor of a file that is missing, unexpected or of another shape.
 
     Args:
         expected: what should be there; the values do not matter, so they may be on meta.

@@ -77,11 +77,11 @@ class PeftConfig(BaseModel):
     init_lora_weights: bool | str = True
 
     def rank_of(self, path: str) -> int:
-        """Return the rank of the update of a layer."""
+        """The rank of the update of a layer."""
         return first_match(self.rank_pattern or {}, path, self.r)
 
     def alpha_of(self, path: str) -> float:
-        """Return the numerator of a layer's scale."""
+        """The numerator of a layer's scale."""
         return first_match(self.alpha_pattern or {}, path, self.lora_alpha)
 
     def scale_of(self, path: str) -> float:
@@ -90,7 +90,7 @@ class PeftConfig(BaseModel):
 
 
 def first_match(pattern: Mapping[str, V], path: str, default: V) -> V:
-    """Return a pattern's value for a path by PEFT's rule: the first key that ends the path.
+    """A pattern's value for a path by PEFT's rule: the first key that ends the path.
 
     Raises:
         re.error: a key is not a regular expression.
@@ -102,7 +102,7 @@ def first_match(pattern: Mapping[str, V], path: str, default: V) -> V:
 
 
 def parse_config(raw: Any) -> PeftConfig:
-    """Return the configuration.
+    """The configuration.
 
     Raises:
         ValidationError: fields are missing, of a wrong type or out of range.
@@ -111,7 +111,7 @@ def parse_config(raw: Any) -> PeftConfig:
 
 
 def file_problem_lines(file: str, error: ValidationError) -> list[str]:
-    """Return a line for each of pydantic's problems with a file."""
+    """A line for each of pydantic's problems with a file."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
@@ -122,7 +122,7 @@ def file_problem_lines(file: str, error: ValidationError) -> list[str]:
 
 
 def unsupported(config: PeftConfig) -> list[str]:
-    """Return a line for each thing the configuration asks for that lorakit can't do."""
+    """A line for each thing the configuration asks for that lorakit can't do."""
     extra = config.model_extra or {}
     lines = [
         f"{CONFIG_FILE}  {key}: {reason}, which lorakit does not do"
@@ -144,7 +144,7 @@ def unsupported(config: PeftConfig) -> list[str]:
 
 
 def unknown_values(config: PeftConfig) -> list[str]:
-    """Return a line for each unknown number or word, which cannot switch anything on by itself."""
+    """A line for each unknown number or word, which cannot switch anything on by itself."""
     return [
         f"what {key}={value!r} in {CONFIG_FILE} means: lorakit does not know it"
         for key, value in _unknown(config.model_extra or {})

@@ -56,7 +56,7 @@ class _Sorted:
 def read_peft(
     config: PeftConfig, tensors: Mapping[str, Tensor]
 ) -> tuple[AdapterContent | None, list[str]]:
-    """Return the adapter in a file of PEFT's, or None and what is wrong with it."""
+    """The adapter in a file of PEFT's, or None and what is wrong with it."""
     found = _sort(config, tensors)
     problems = found.problems + list(_absent_copies(config, found))
     sites: list[Site] = []
@@ -164,7 +164,7 @@ def _is_lora(name: str) -> bool:
 
 
 def _copied_path(config: PeftConfig, name: str) -> str | None:
-    """Return the path of the copied module that a tensor lies in: PEFT goes by the path's end."""
+    """The path of the copied module that a tensor lies in: PEFT goes by the path's end."""
     parts = name.split(".")[:-1]
     paths = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
     words = config.modules_to_save or []
@@ -181,7 +181,7 @@ def _absent_copies(config: PeftConfig, found: _Sorted) -> Iterator[str]:
 def _site(
     config: PeftConfig, path: str, kind: LayerKind, update: Mapping[str, Tensor]
 ) -> tuple[Site | None, dict[str, Tensor], list[str]]:
-    """Return a layer's site and its tensors, or what is wrong with them."""
+    """A layer's site and its tensors, or what is wrong with them."""
     missing = [end for end in "ab" if end not in update]
     if missing:
         return None, {}, [f"{PREFIX}{path}  has no lora_{missing[0].upper()} in the file"]
@@ -273,14 +273,14 @@ def _target_words(config: PeftConfig, sites: list[Site]) -> tuple[str, ...]:
 
 
 def _words(modules: list[str] | str | None) -> tuple[str, ...]:
-    """Return PEFT's names of modules in lorakit's words."""
+    """PEFT's names of modules in lorakit's words."""
     if isinstance(modules, str):
         return (f"re:{modules}",)
     return tuple(_word(name) for name in sorted(modules or ()))
 
 
 def _word(name: str) -> str:
-    """Return a module's name as the end of a path, spelt so that it cannot be read as a role."""
+    """A module's name as the end of a path, spelt so that it cannot be read as a role."""
     plain = name not in (*ROLES, *GROUPS, "all-linear") and re.fullmatch(r"[\w.-]+", name)
     return name if plain else rf"re:(.*\.)?{re.escape(name)}"
 
@@ -293,7 +293,7 @@ def _layers(config: PeftConfig) -> str | None:
 
 
 def _plain_targets(config: PeftConfig) -> tuple[str, ...]:
-    """Return PEFT's own words where they alone select the layers."""
+    """PEFT's own words where they alone select the layers."""
     narrowed = config.exclude_modules or config.layers_to_transform is not None
     words = config.target_modules
     return () if narrowed or not isinstance(words, list) else tuple(sorted(words))

@@ -34,12 +34,12 @@ class MethodRecord(BaseModel):
 
     @classmethod
     def of(cls, config: MethodConfig) -> MethodRecord:
-        """Return the record of a method's settings."""
+        """The record of a method's settings."""
         _, implied = METHODS[config.method]
         return cls(method=config.method, own=config.model_dump(mode="json", exclude=set(implied)))
 
     def settings(self) -> MethodConfig:
-        """Return the settings.
+        """The settings.
 
         Raises:
             ConfigError: there is no such method, or the settings are wrong.
@@ -71,12 +71,12 @@ class SiteRecord(BaseModel):
 
     @classmethod
     def of(cls, site: Site) -> SiteRecord:
-        """Return the record of a site."""
+        """The record of a site."""
         rows = None if site.rows is None else ",".join(f"{a}:{b}" for a, b in site.rows)
         return cls(**{**vars(site), "rows": rows})
 
     def site(self) -> Site:
-        """Return the site."""
+        """The site."""
         return Site(**{**vars(self), "rows": None if self.rows is None else _rows(self.rows)})
 
 
@@ -102,7 +102,7 @@ class Record(BaseModel):
 
     @classmethod
     def of(cls, adapter: AdapterContent) -> Record:
-        """Return the record of an adapter."""
+        """The record of an adapter."""
         return cls(
             method=adapter.method,
             content_hash=adapter.content_hash(),
@@ -117,7 +117,7 @@ class Record(BaseModel):
         )
 
     def adapter(self, tensors: Mapping[str, Tensor]) -> AdapterContent:
-        """Return the adapter with its tensors."""
+        """The adapter with its tensors."""
         return AdapterContent(
             configs=tuple(config.settings() for config in self.configs),
             sites=tuple(site.site() for site in self.sites),
@@ -130,12 +130,12 @@ class Record(BaseModel):
         )
 
     def empty_tensors(self) -> dict[str, Tensor]:
-        """Return tensors of the recorded shapes on the meta device."""
+        """Tensors of the recorded shapes on the meta device."""
         empty = {text: _empty(text) for text in set(self.tensors.values())}
         return {name: empty[text] for name, text in self.tensors.items()}
 
     def text(self) -> str:
-        """Return the file: JSON with sorted keys and a checksum over all of them."""
+        """The file: JSON with sorted keys and a checksum over all of them."""
         # Pydantic would write NaN as null.
         content = self.model_dump(mode="json", exclude={"card"}) | {"card": self.card}
         content["sites"] = [
@@ -146,7 +146,7 @@ class Record(BaseModel):
 
 
 def checksum(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the file's content but for the checksum itself."""
+    """The SHA-256 of the file's content but for the checksum itself."""
     kept = {key: value for key, value in content.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

@@ -39,10 +39,10 @@ class Site:
 
     @property
     def name(self) -> str:
-        """Return the path, with the role in brackets for a slice."""
+        """The path, with the role in brackets for a slice."""
         return self.path if self.rows is None else f"{self.path}[{self.role}]"
 
 
 def scale_of(rank: int, alpha: float, *, use_rslora: bool) -> float:
-    """Return the factor on B·A: α/r (section 4.1), or α/√r (Kalajdzievski 2023)."""
+    """The factor on B·A: α/r (section 4.1), or α/√r (Kalajdzievski 2023)."""
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank

@@ -16,7 +16,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
+    """The tensors of a safetensors file.
 
     Args:
         data: the whole file.
@@ -35,7 +35,7 @@ def read_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
 
 
 def read_pickle(data: bytes, name: str) -> dict[str, Tensor]:
-    """Return the tensors of a file that torch.save wrote; code in it is never run.
+    """The tensors of a file that torch.save wrote; code in it is never run.
 
     Args:
         data: the whole file.
@@ -75,7 +75,7 @@ def _first_line(error: Exception) -> str:
 
 
 def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return a line for each tensor that is not floating point, or not finite."""
+    """A line for each tensor that is not floating point, or not finite."""
     problems = []
     floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype in FLOATS}
     for name in tensors.keys() - floats.keys():
@@ -90,7 +90,7 @@ def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _suspects(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the tensors whose sum is not finite: those with NaN or infinity, and huge ones."""
+    """The tensors whose sum is not finite: those with NaN or infinity, and huge ones."""
     # One pass over the values; looking at each of them takes three times as long.
     sums = torch.tensor([tensor.sum(dtype=torch.float32) for tensor in tensors.values()])
     return [

@@ -147,7 +147,7 @@ def _singular_vectors(
     fitted: Plan,
     data: Iterable[Mapping[str, Tensor]] | None,
 ) -> dict[str, SingularVectors]:
-    """Return the directions of the layers' inputs in the base, for init eva."""
+    """The directions of the layers' inputs in the base, for init eva."""
     if data is None:
         return {}
     paths = list(dict.fromkeys(site.path for site in fitted.sites))
@@ -201,7 +201,7 @@ def _build(
     *,
     copy: bool = True,
 ) -> dict[str, Update]:
-    """Return the update of each touched module, by path; the modules are not changed.
+    """The update of each touched module, by path; the modules are not changed.
 
     Args:
         modules: of the base, by path.
@@ -357,7 +357,7 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
 
 
 def extract(model: nn.Module, name: str | None = None) -> Adapter:
-    """Return an attached adapter as it is now, with its tensors copied to the CPU.
+    """An attached adapter as it is now, with its tensors copied to the CPU.
 
     Args:
         model: a model with adapters.

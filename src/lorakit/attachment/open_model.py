@@ -43,7 +43,7 @@ def open_model(
     quantize: str = "as-trained",
     allow_other_base: bool = False,
 ) -> Opened:
-    """Return a base with the adapter attached that a folder holds, or the base alone.
+    """A base with the adapter attached that a folder holds, or the base alone.
 
     Args:
         adapter_path: the adapter's folder; None: no adapter.

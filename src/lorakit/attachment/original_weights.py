@@ -22,7 +22,7 @@ class FileWeight:
         self._checksum = checksum
 
     def read(self) -> Tensor:
-        """Return the weight.
+        """The weight.
 
         Raises:
             MergeError: somebody has changed the file meanwhile.
@@ -40,7 +40,7 @@ class FileWeight:
 
 
 def checksum_of(weight: Tensor) -> str:
-    """Return the SHA-256 of a weight's bits."""
+    """The SHA-256 of a weight's bits."""
     bits = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(bits.numpy().data).hexdigest()
 
@@ -55,7 +55,7 @@ class Checkpoint:
         self._where = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118
 
     def holds(self, name: str, current: Tensor) -> FileWeight | None:
-        """Return the weight in the file if it has the same bits as the model's."""
+        """The weight in the file if it has the same bits as the model's."""
         handle = self._where.get(name)
         if handle is None:
             return None

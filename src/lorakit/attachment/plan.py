@@ -58,17 +58,17 @@ class Plan:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Return every low-rank update."""
+        """Every low-rank update."""
         return tuple(match.site for match in self.matches)
 
     @property
     def parameters(self) -> int:
-        """Return the number of values that are trained."""
+        """The number of values that are trained."""
         found = sum(match.parameters for match in self.matches) + self.extra_parameters
         return found + sum(math.prod(s) for part in self.parts for s in part.shapes.values())
 
     def __str__(self) -> str:
-        """Return the match table as text."""
+        """The match table as text."""
         head = ("module", "role", "shape", "rank", "scale", "parameters")
         rows = [head, *(_table_row(match) for match in self.matches)]
         rows += _alike((path, "bias", "") for path in self.biases)
@@ -102,7 +102,7 @@ def _alike(rows: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, ...]]:
 
 
 def as_configs(what: MethodConfig | Sequence[MethodConfig]) -> tuple[MethodConfig, ...]:
-    """Return the settings of one method or of several as a tuple.
+    """The settings of one method or of several as a tuple.
 
     Raises:
         ConfigError: they cannot be combined.
@@ -141,7 +141,7 @@ def plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) -> Plan:
 
 
 def parts_of(claims: Iterable[Claims]) -> tuple[Part, ...]:
-    """Return the parts of all claims, without those whose weights an earlier one trains.
+    """The parts of all claims, without those whose weights an earlier one trains.
 
     Of a block's q_bias in DeBERTa, top-k and BitFit each want the same.
     """
@@ -154,14 +154,14 @@ def parts_of(claims: Iterable[Claims]) -> tuple[Part, ...]:
 def copies_of(
     model: nn.Module, configs: Sequence[MethodConfig], claims: Sequence[Claims]
 ) -> tuple[str, ...]:
-    """Return the modules that are trained as full copies, none of which lies in another."""
+    """The modules that are trained as full copies, none of which lies in another."""
     paths = [path for claim in claims for path in claim.copies]
     saved = [path for each in configs for path in _modules_to_save(model, each.modules_to_save)]
     return outermost(paths + saved)
 
 
 def keeps_ties(configs: Iterable[MethodConfig]) -> bool:
-    """Tell whether copies of tied weights are tied again, as full fine-tuning has them.
+    """Whether copies of tied weights are tied again, as full fine-tuning has them.
 
     LoRA's modules_to_save are copies apart, as they are in PEFT.
     """
@@ -205,7 +205,7 @@ def completed(
     *,
     tied: bool = False,
 ) -> Plan:
-    """Return a plan with the number of values in its biases and copies."""
+    """A plan with the number of values in its biases and copies."""
     extra = sum(cast(Tensor, model.get_submodule(path).bias).numel() for path in biases)
     extra += sum(p.numel() for _, p in copied_parameters(model, copies, tied=tied))
     return Plan(found, tuple(biases), tuple(copies), extra, parts)
@@ -217,7 +217,7 @@ def with_moved_ranks(
     config: LoRAConfig,
     vectors: Mapping[str, SingularVectors],
 ) -> Plan:
-    """Return a plan whose ranks are moved to where they explain most of the layers' inputs.
+    """A plan whose ranks are moved to where they explain most of the layers' inputs.
 
     Args:
         model: the base.
@@ -280,7 +280,7 @@ def _check_float(model: nn.Module, copies: Iterable[str]) -> None:
 
 
 def short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
-    """Return the paths' last parts if they name exactly the adapted layers, else the paths."""
+    """The paths' last parts if they name exactly the adapted layers, else the paths."""
     chosen = {site.path for site in sites}
     leaves = {path.rpartition(".")[2] for path in chosen}
     named = {path for path, _ in base_modules(model) if path.rpartition(".")[2] in leaves}

@@ -84,7 +84,7 @@ class Attachment:
     """Held for moments, where the route changes, or what an adapter does."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy or a pickle."""
+        """The state of a copy or a pickle."""
         # A copy's parameters lie elsewhere, so it makes its mixed batches anew.
         return vars(self) | {"mixed": None, "layout": None}
 
@@ -119,7 +119,7 @@ class Attachment:
                     route.operations = updates
 
     def forget(self, name: str) -> dict[int, Update]:
-        """Return a name's updates, and know it no more; a block that is open keeps what it has."""
+        """A name's updates, and know it no more; a block that is open keeps what it has."""
         route = self.route
         with self.lock:
             del self.adapters[name]
@@ -165,14 +165,14 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile's or DDP's wrapper."""
+    """The model inside torch.compile's or DDP's wrapper."""
     for wrapper in ("module", "_orig_mod"):
         model = cast(nn.Module, getattr(model, wrapper, model))
     return model
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Tell whether a model's forward pass goes through torch.compile."""
+    """Whether a model's forward pass goes through torch.compile."""
     return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
 
 
@@ -189,7 +189,7 @@ def require_attachment(model: nn.Module) -> Attachment:
 
 
 def identity_of(model: nn.Module) -> BaseIdentity | None:
-    """Return the identity of a model's base, which is taken once, before the first adapter."""
+    """The identity of a model's base, which is taken once, before the first adapter."""
     state = attachment_of(model)
     if state is not None:
         return state.identity
@@ -200,7 +200,7 @@ def identity_of(model: nn.Module) -> BaseIdentity | None:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Return a base's modules by path, and what is remembered of them while they stay the same."""
+    """A base's modules by path, and what is remembered of them while they stay the same."""
     layout, state = Layout(dict(base_modules(model))), attachment_of(model)
     if state is None:
         return layout
@@ -242,26 +242,26 @@ def require_name(state: Attachment, name: str) -> None:
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the attached adapters, in the order in which they came."""
+    """The names of the attached adapters, in the order in which they came."""
     state = attachment_of(model)
     return tuple(state.adapters) if state else ()
 
 
 def active_name(model: nn.Module) -> str | None:
-    """Return the name of the adapter in use, or None for the base."""
+    """The name of the adapter in use, or None for the base."""
     state = attachment_of(model)
     return None if state is None else state.route.active
 
 
 def virtual_tokens(model: nn.Module, name: str | None) -> VirtualTokens | None:
-    """Return the virtual tokens that rows of an adapter get; None: it has none, or is none."""
+    """The virtual tokens that rows of an adapter get; None: it has none, or is none."""
     state = attachment_of(model)
     updates = state.updates[name].values() if state and name is not None else ()
     return next((each.virtual_tokens for each in updates if each.virtual_tokens), None)
 
 
 def make_contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return an output head's input in one piece: a forward pre-hook.
+    """An output head's input in one piece: a forward pre-hook.
 
     transformers gives it the last positions of each row, which do not lie together, and then torch
     copies the weight once per row, if it is frozen (aten's matmul folds rows otherwise).
@@ -290,14 +290,14 @@ def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Return the rows of a model's first tensor."""
+    """The rows of a model's first tensor."""
     named = (kwargs.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids"))
     tensors = (x for x in (*args, *named, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
     return next((x.shape[0] for x in tensors), None)
 
 
 def _is_repeated(route: Route, found: int, kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether `generate` made several rows of each, and not a caller who gave too many.
+    """Whether `generate` made several rows of each, and not a caller who gave too many.
 
     Its first pass, where its cache is empty, has the same prompt in each of them.
     """
@@ -316,7 +316,7 @@ def _is_repeated(route: Route, found: int, kwargs: Mapping[str, Any]) -> bool:
 
 
 def _has_equal_rows(x: Tensor, groups: int) -> bool:
-    """Tell whether each of so many groups of neighbours is one row several times, NaN included."""
+    """Whether each of so many groups of neighbours is one row several times, NaN included."""
     grouped = x.unflatten(0, (groups, -1))
     first = grouped[:, :1]
     return bool(((grouped == first) | ((grouped != grouped) & (first != first))).all())

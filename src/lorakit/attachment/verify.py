@@ -40,7 +40,7 @@ class Layout:
     _selected: dict[tuple[object, ...], frozenset[str]] = field(default_factory=dict)
 
     def names(self, config: LoRAConfig) -> frozenset[str]:
-        """Return the names of the layers and slices that a configuration's targets select."""
+        """The names of the layers and slices that a configuration's targets select."""
         words = config.targets, config.layers, config.exclude
         if words not in self._selected:
             self._selected[words] = self._select(config)
@@ -144,7 +144,7 @@ def _other_copies(adapter: Adapter, copies: Sequence[str]) -> list[str]:
 
 
 def _as_on(layer: nn.Module, site: Site) -> Site:
-    """Return a site with the facts about its layer that the layer itself shows."""
+    """A site with the facts about its layer that the layer itself shows."""
     rows = None if site.rows is None else matrix_shape(layer)[0]
     kind = kind_of(layer)
     if (site.kind, site.layer_rows) == (kind, rows):
@@ -163,7 +163,7 @@ def _misfits(
     lora: LoRAConfig,
     other_heads: Sequence[str],
 ) -> tuple[list[str], set[str]]:
-    """Return the problems of an adapter's own tensors, and the names it should have."""
+    """The problems of an adapter's own tensors, and the names it should have."""
     ends = ("lora_a", "lora_b", "lora_magnitude") if lora.use_dora else ("lora_a", "lora_b")
     expected = {f"{site.name}.{end}" for site in adapter.sites for end in ends}
     problems = [
@@ -232,7 +232,7 @@ def _bias_misfits(modules: Mapping[str, nn.Module], adapter: Adapter) -> tuple[l
 
 
 def _classes(head: nn.Module, path: str, adapter: Adapter) -> dict[str, int]:
-    """Return the number of classes that each parameter of a head's last layer has in an adapter."""
+    """The number of classes that each parameter of a head's last layer has in an adapter."""
     linear = [n for n, module in base_modules(head) if isinstance(module, nn.Linear)]
     if not linear:
         return {}
@@ -253,7 +253,7 @@ def _shape_problem(name: str, tensor: Tensor | None, expected: tuple[int, ...]) 
 
 
 def _missed_by_targets(layout: Layout, adapter: Adapter) -> list[str]:
-    """Return the layers that the adapter's targets name in this model and its sites leave out."""
+    """The layers that the adapter's targets name in this model and its sites leave out."""
     if adapter.lora is None or not adapter.lora.targets:
         return []
     missing = sorted(layout.names(adapter.lora) - {site.name for site in adapter.sites})

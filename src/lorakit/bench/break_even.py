@@ -16,7 +16,7 @@ COMPILED = {"compiled": OURS, "peft_compiled": "peft"}
 
 
 def start_ups(records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """Return each contestant's seconds of start-up, and where it has caught up with its like.
+    """Each contestant's seconds of start-up, and where it has caught up with its like.
 
     Start-up is the time of the turns of warm-up above that of as many usual turns; all turns have
     equally many steps. The last column is the number of steps from which on compiling has saved
@@ -50,5 +50,5 @@ def break_even(compiled: Record, eager: Record) -> int | str:
 
 
 def _step(turns: Sequence[Turn]) -> float:
-    """Return the usual seconds of a step."""
+    """The usual seconds of a step."""
     return statistics.median(turn.seconds / len(turn.rows) for turn in turns)

@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of these sources; None where they are not in a git checkout."""
+    """The commit of these sources; None where they are not in a git checkout."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     folder = Path(__file__).parent
     try:

@@ -94,7 +94,7 @@ class Setting:
         return rows, self.tokens
 
     def methods(self, settings: LatencyConfig) -> dict[str, MethodConfig]:
-        """Return the settings of each contestant's adapter."""
+        """The settings of each contestant's adapter."""
         lora = LoRAConfig(rank=settings.rank, dtype=settings.adapter_dtype)
         return {
             OURS: lora,
@@ -236,7 +236,7 @@ def _bottleneck(variant: Literal["h", "l"], size: int, settings: LatencyConfig) 
 
 
 def _adapted(base: Any, config: MethodConfig) -> tuple[nn.Module, int]:
-    """Return a copy with an adapter of random weights, and the number of these."""
+    """A copy with an adapter of random weights, and the number of these."""
     model = _copy(base)
     parameters = attach(model, config, trainable=False).parameters
     draw = torch.Generator().manual_seed(0)
@@ -246,7 +246,7 @@ def _adapted(base: Any, config: MethodConfig) -> tuple[nn.Module, int]:
 
 
 def _copy(base: Any) -> nn.Module:
-    """Return a copy whose embedding, which nobody changes, is the base's own."""
+    """A copy whose embedding, which nobody changes, is the base's own."""
     model: nn.Module = copy.deepcopy(base, {id(base.wte): base.wte})
     return model
 

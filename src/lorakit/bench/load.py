@@ -65,12 +65,12 @@ def measure_load(settings: LoadConfig) -> Findings:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return a file's tensors in memory of their own, so that each byte was read."""
+    """A file's tensors in memory of their own, so that each byte was read."""
     return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(file).items()}
 
 
 def _ours(settings: LoadConfig, folder: Path, *, resident: int) -> Contestant:
-    """Return a load that makes so many adapters resident, and the unloading after it."""
+    """A load that makes so many adapters resident, and the unloading after it."""
     bank = AdapterBank(load_model(settings.model, dtype=settings.dtype)[0])
     for number in range(resident - 1):
         bank.load(f"resident-{number}", folder)

@@ -13,7 +13,7 @@ def used_bytes() -> int | None:
 
 
 def most_bytes() -> int | None:
-    """Return the most that was held since `forget_peak`, as `used_bytes` counts."""
+    """The most that was held since `forget_peak`, as `used_bytes` counts."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return peak_bytes()
@@ -31,7 +31,7 @@ def forget_peak() -> None:
 
 
 def peak_bytes() -> int | None:
-    """Return the largest resident set of this process so far; None where Linux does not tell.
+    """The largest resident set of this process so far; None where Linux does not tell.
 
     Not getrusage's, which a child inherits from the process that started it.
     """
@@ -39,7 +39,7 @@ def peak_bytes() -> int | None:
 
 
 def _status(entry: str) -> int | None:
-    """Return an entry of Linux's account of this process, in bytes."""
+    """An entry of Linux's account of this process, in bytes."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:

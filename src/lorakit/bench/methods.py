@@ -296,7 +296,7 @@ def _bleu(
 
 
 def _best(rows: list[_Row]) -> list[_Row]:
-    """Return each method's row with the lowest held-out loss."""
+    """Each method's row with the lowest held-out loss."""
     best: dict[str, _Row] = {}
     for row in rows:
         name = row["method"]

@@ -67,7 +67,7 @@ class Work:
 
     @torch.inference_mode()
     def do(self, model: Any, **more: Any) -> Tensor:
-        """Return the decoded tokens, or the logits."""
+        """The decoded tokens, or the logits."""
         if self.new_tokens is None:
             logits: Tensor = model(input_ids=self.ids, logits_to_keep=1, **more).logits
             return logits
@@ -112,7 +112,7 @@ def measure_mixed(settings: MixedConfig) -> Findings:
 
 
 def _peer(settings: MixedConfig, folders: list[Path]) -> Any:
-    """Return PEFT's model with some adapters, or None where it is left out."""
+    """PEFT's model with some adapters, or None where it is left out."""
     if not settings.peer:
         return None
     base, _ = load_model(settings.model, dtype=settings.dtype)
@@ -120,7 +120,7 @@ def _peer(settings: MixedConfig, folders: list[Path]) -> Any:
 
 
 def _difference(settings: MixedConfig, folders: list[Path]) -> float:
-    """Return the largest difference between our logits and PEFT's, over the largest logit.
+    """The largest difference between our logits and PEFT's, over the largest logit.
 
     Both do the same work only if this is rounding.
     """
@@ -146,14 +146,14 @@ def _ids(model: PreTrainedModel, rows: int, tokens: int) -> Int[Tensor, "rows to
 
 
 def _names(names: Sequence[str], rows: int) -> list[str]:
-    """Return the adapter of each row: all of them in turn."""
+    """The adapter of each row: all of them in turn."""
     return [names[row % len(names)] for row in range(rows)]
 
 
 def _work(
     settings: MixedConfig, model: PreTrainedModel, rows: int, prefill_tokens: int
 ) -> tuple[Work, Work]:
-    """Return the decoding and the prefill of so many rows."""
+    """The decoding and the prefill of so many rows."""
     prompts = _ids(model, rows, settings.prompt_tokens)
     return (
         Work(name="decode", ids=prompts, new_tokens=settings.new_tokens),
@@ -162,7 +162,7 @@ def _work(
 
 
 def _ours(bank: AdapterBank, work: Work, names: Any) -> Contestant:
-    """Return the work under a route, made each time."""
+    """The work under a route, made each time."""
     return Contestant(run=lambda: _routed(bank, work, names))
 
 

@@ -35,7 +35,7 @@ def save_random_adapters(
 
 
 def _random(fresh: Adapter, seed: int) -> Adapter:
-    """Return an adapter of the same shapes, whose A and B are drawn from a seed."""
+    """An adapter of the same shapes, whose A and B are drawn from a seed."""
     draw = torch.Generator().manual_seed(seed)
 
     def drawn(name: str, like: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def _random(fresh: Adapter, seed: int) -> Adapter:
 
 
 def require_peft() -> Any:
-    """Return PEFT's module.
+    """PEFT's module.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -59,7 +59,7 @@ def require_peft() -> Any:
 
 
 def peft_model(model: PreTrainedModel, folders: Sequence[Path], *, adapter_dtype: str) -> Any:
-    """Return PEFT's model with the adapters of some folders, called by the folders' names.
+    """PEFT's model with the adapters of some folders, called by the folders' names.
 
     It is set for the least work: eval mode, nothing trainable, A and B in the precision that
     lorakit has them in, no random start for weights that the file fills.
@@ -73,6 +73,6 @@ def peft_model(model: PreTrainedModel, folders: Sequence[Path], *, adapter_dtype
 
 
 def peft_loading(adapter_dtype: str) -> dict[str, Any]:
-    """Return the keywords with which PEFT loads fastest, and A and B in the asked precision."""
+    """The keywords with which PEFT loads fastest, and A and B in the asked precision."""
     # Without the cast to float32, PEFT gives A and B the precision of the base.
     return {"autocast_adapter_dtype": adapter_dtype == "float32", "low_cpu_mem_usage": True}

@@ -72,11 +72,11 @@ class Goal:
 
     @property
     def met(self) -> bool:
-        """Return whether it was reached."""
+        """Whether it was reached."""
         return self.got >= self.limit if self.at_least else self.got <= self.limit
 
     def to_json(self) -> dict[str, Any]:
-        """Return the goal as plain values."""
+        """The goal as plain values."""
         kind = "at_least" if self.at_least else "at_most"
         return {"what": self.what, kind: self.limit, "unit": self.unit} | {
             "got": self.got,
@@ -101,7 +101,7 @@ class Findings:
     """Contestant: the loss of each step."""
 
     def ratios(self) -> dict[str, dict[str, float]]:
-        """Return each peer's time (or memory) over ours, by peer and measurement.
+        """Each peer's time (or memory) over ours, by peer and measurement.
 
         More than 1 is in our favour.
         """
@@ -118,7 +118,7 @@ class Findings:
 
 
 def run_bench(name: str, settings: C, measure: Callable[[C], Findings]) -> dict[str, Any]:
-    """Return a benchmark's result as plain values, written to `settings.out` too.
+    """A benchmark's result as plain values, written to `settings.out` too.
 
     Raises:
         OutputError: `settings.out` cannot be written; said before anything is measured.

@@ -74,7 +74,7 @@ def _profiled(settings: RooflineConfig, folder: Path) -> tuple[Prepared, Profile
 
 
 def _row(part: str, work: Work, machine: Ceilings, measured_s: float) -> dict[str, Any]:
-    """Return a part's line in the table."""
+    """A part's line in the table."""
     limit_s = work.seconds(
         operations_per_s=machine.operations_per_s, bytes_per_s=machine.bytes_per_s
     )

@@ -50,7 +50,7 @@ def ceilings(model: PreTrainedModel, batch: Batch, *, repeats: int) -> Ceilings:
 
 
 def _products(model: PreTrainedModel, batch: Batch) -> dict[str, Callable[[], object]]:
-    """Return the products with each weight of the blocks and the head, forward and backward."""
+    """The products with each weight of the blocks and the head, forward and backward."""
     blocks = [layer.weight for layer in block_layers(model)]
     output = model.get_output_embeddings()
     assert isinstance(output, nn.Module)

@@ -39,7 +39,7 @@ class Work:
     bytes: int
 
     def seconds(self, *, operations_per_s: float, bytes_per_s: float) -> float:
-        """Return the least time on a machine that does both at once."""
+        """The least time on a machine that does both at once."""
         return max(self.operations / operations_per_s, self.bytes / bytes_per_s)
 
 
@@ -93,7 +93,7 @@ class Shape:
 
     @classmethod
     def of(cls, model: PreTrainedModel, adapter_name: str) -> Shape:
-        """Return the sizes of a model.
+        """The sizes of a model.
 
         Raises:
             ModelError: it is not built as Llama is.
@@ -120,7 +120,7 @@ class Shape:
 
 
 def block_layers(model: PreTrainedModel) -> list[nn.Linear]:
-    """Return the linear layers of the blocks, those with an adapter among them.
+    """The linear layers of the blocks, those with an adapter among them.
 
     Raises:
         ModelError: the model is not built as Llama is: q, k, v, o, gate, up, down in each block.
@@ -142,7 +142,7 @@ def block_layers(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 def count(shape: Shape, batch: Batch) -> dict[str, Work]:
-    """Return the work of one step, by part."""
+    """The work of one step, by part."""
     linear = sum(out * inner for out, inner in shape.weights)
     through = sum(out + inner for out, inner in shape.weights)
     learnt = linear - shape.without_input_gradient

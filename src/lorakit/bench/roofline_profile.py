@@ -31,7 +31,7 @@ class ProfiledTrainer(AdapterTrainer):
     """The trainer of `lorakit train`, whose forward pass can be told in a profile."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss, under a name."""
+        """The loss, under a name."""
         with record_function(FORWARD):
             return super().compute_loss(*args, **kwargs)
 
@@ -61,7 +61,7 @@ class Profiles(TrainerCallback):
 
 
 def _profile() -> profile:
-    """Return a profile of the CPU, and of the GPU where there is one."""
+    """A profile of the CPU, and of the GPU where there is one."""
     # torch's profiler writes lines to stderr that nobody asked for, unless this is set before it
     # first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -96,7 +96,7 @@ class Sorter:
         return found
 
     def part_of(self, event: FunctionEvent, *, is_forward: bool) -> str:
-        """Return the part of an operator outside of the optimizer's step."""
+        """The part of an operator outside of the optimizer's step."""
         name = event.name.rpartition("::")[2].strip("_").removesuffix("_backward").lower()
         if any(word in name for word in ATTENTION):
             return "attention"
@@ -112,7 +112,7 @@ class Sorter:
 
 
 def medians(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the median of each part over some steps."""
+    """The median of each part over some steps."""
     return {part: statistics.median(step[part] for step in steps) for part in steps[0]}
 
 
@@ -127,7 +127,7 @@ def _within(moment: float, spans: Sequence[tuple[float, float]]) -> bool:
 
 
 def _self_us(event: FunctionEvent) -> float:
-    """Return the time of an operator without those that it calls, in microseconds."""
+    """The time of an operator without those that it calls, in microseconds."""
     if torch.cuda.is_available():
         return event.self_device_time_total
     return event.self_cpu_time_total

@@ -32,12 +32,12 @@ class Seconds:
 
     @property
     def median(self) -> float:
-        """Return the middle of the turns."""
+        """The middle of the turns."""
         return statistics.median(self.turns)
 
     @property
     def minimum(self) -> float:
-        """Return the fastest turn."""
+        """The fastest turn."""
         return min(self.turns)
 
     def to_json(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def interleaved(
     there_and_back: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Seconds]:
-    """Return the time of each contestant: all have their first turn, then all their second, …
+    """The time of each contestant: all have their first turn, then all their second, …
 
     Args:
         contestants: who takes part, in the order of their turns.

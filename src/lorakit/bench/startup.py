@@ -59,7 +59,7 @@ def _once(settings: Path, out: Path, threads: int | None) -> float:
 
 
 def _has_lines(log: Path) -> bool:
-    """Tell whether a step was logged: the log begins empty, and the first step is the first."""
+    """Whether a step was logged: the log begins empty, and the first step is the first."""
     return log.is_file() and log.stat().st_size > 0
 
 

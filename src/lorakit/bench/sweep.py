@@ -58,7 +58,7 @@ def measure_sweep(settings: SweepConfig) -> Findings:
 
 
 def joint(settings: SweepConfig) -> Callable[[], list[float]]:
-    """Return a step of all adapters in one batch; it returns each adapter's loss."""
+    """A step of all adapters in one batch; it returns each adapter's loss."""
     model, tokenizer = load_model(settings.model, dtype=settings.dtype)
     groups = _examples(settings, tokenizer)
     names = [f"adapter-{number}" for number in range(len(groups))]
@@ -82,7 +82,7 @@ def joint(settings: SweepConfig) -> Callable[[], list[float]]:
 
 
 def separate(settings: SweepConfig) -> Callable[[], list[float]]:
-    """Return a step of one adapter after the other, each with its own rows and optimizer state.
+    """A step of one adapter after the other, each with its own rows and optimizer state.
 
     One adapter stands for all: which weights it has does not change the time.
     """
@@ -92,7 +92,7 @@ def separate(settings: SweepConfig) -> Callable[[], list[float]]:
 
 
 def peft_separate(settings: SweepConfig) -> Callable[[], list[float]]:
-    """Return the same step with PEFT's adapter, and the same loss."""
+    """The same step with PEFT's adapter, and the same loss."""
     peft = require_peft()
     base, tokenizer = load_model(settings.model, dtype=settings.dtype)
     lora = peft.LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules="all-linear")
@@ -112,7 +112,7 @@ WAYS: dict[str, Callable[[SweepConfig], Callable[[], list[float]]]] = {
 def _one_by_one(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: SweepConfig
 ) -> Callable[[], list[float]]:
-    """Return a step for each adapter's rows in turn, with the adapter that the model has."""
+    """A step for each adapter's rows in turn, with the adapter that the model has."""
     collate = Collator(tokenizer)
     batches = [collate(rows) for rows in _examples(settings, tokenizer)]
     loss = Loss("generation")
@@ -138,7 +138,7 @@ def _lora(settings: SweepConfig) -> LoRAConfig:
 
 
 def _examples(settings: SweepConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sequence[Example]]:
-    """Return the rows of each adapter, which no other one has.
+    """The rows of each adapter, which no other one has.
 
     Raises:
         DataError: there are too few.
@@ -159,7 +159,7 @@ def _optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _memory(settings: SweepConfig, ways: Sequence[str]) -> dict[str, int]:
-    """Return the largest resident set of a process that trains in each way; {} off Linux."""
+    """The largest resident set of a process that trains in each way; {} off Linux."""
     start_afresh = multiprocessing.get_context("spawn")
     found = {}
     for way in ways:

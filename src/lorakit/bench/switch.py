@@ -64,7 +64,7 @@ def measure_switch(settings: SwitchConfig) -> Findings:
 
 
 def _peer(settings: SwitchConfig, folders: list[Path]) -> Any:
-    """Return PEFT's model with both adapters, or None where it is left out."""
+    """PEFT's model with both adapters, or None where it is left out."""
     if not settings.peer:
         return None
     base, _ = load_model(settings.model, dtype=settings.dtype)
@@ -72,7 +72,7 @@ def _peer(settings: SwitchConfig, folders: list[Path]) -> Any:
 
 
 def _in_turn(names: list[str], change: Callable[[str], object]) -> Contestant:
-    """Return a contestant that changes to the first adapter, the second, the first, …"""
+    """A contestant that changes to the first adapter, the second, the first, …"""
     coming = itertools.cycle(names)
     return Contestant(run=lambda: change(next(coming)))
 
@@ -137,7 +137,7 @@ def _peer_checks(peer: Any, plain: nn.Module) -> dict[str, Any]:
 
 
 def _changed_share(model: nn.Module, plain: nn.Module) -> float:
-    """Return the share of the values of adapted weights that differ from the plain model's."""
+    """The share of the values of adapted weights that differ from the plain model's."""
     kept: dict[str, Tensor] = dict(base_parameters(plain))
     pairs = [(tensor, kept[path]) for path, tensor in base_parameters(model)]
     changed = [(int((a != b).sum()), a.numel()) for a, b in pairs if not torch.equal(a, b)]

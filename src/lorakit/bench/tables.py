@@ -17,7 +17,7 @@ NOT_MEASURED = "Not measured yet."
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a benchmark's result as Markdown: goals, times, memory, more figures and checks."""
+    """A benchmark's result as Markdown: goals, times, memory, more figures and checks."""
     more = map(_more, result.get("tables", {}).values())
     parts = [_goals(result), _seconds(result), _memory(result), *more, _checks(result)]
     parts.append(_where(result))
@@ -25,7 +25,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def rewritten(page: str, results: Path) -> str:
-    """Return a page with a fresh table between <!-- NAME --> and <!-- end of NAME -->.
+    """A page with a fresh table between <!-- NAME --> and <!-- end of NAME -->.
 
     The table of NAME is that of NAME.json in the folder of results.
     """
@@ -40,7 +40,7 @@ def rewritten(page: str, results: Path) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time with three digits, in the unit that suits it."""
+    """A time with three digits, in the unit that suits it."""
     if seconds < 0:
         return f"-{duration(-seconds)}"
     if seconds >= 100:
@@ -100,7 +100,7 @@ UNITS: dict[str, Callable[[float], str]] = {
 
 
 def _more(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows of figures as a table."""
+    """Rows of figures as a table."""
     heads = [_head(column) for column in rows[0]]
     return _markdown(heads, [[_cell(column, row[column]) for column in row] for row in rows])
 
@@ -172,7 +172,7 @@ def _rows(settings: dict[str, Any]) -> str:
 
 
 def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table whose columns stand under each other in plain text too; "" without rows."""
+    """A table whose columns stand under each other in plain text too; "" without rows."""
     rows = [heads, *rows]
     if len(rows) == 1:
         return ""

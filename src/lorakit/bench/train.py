@@ -50,7 +50,7 @@ class TrainBenchConfig(RunSettings):
 
     @property
     def all_steps(self) -> int:
-        """Return the steps of each contestant, those of the warm-up among them."""
+        """The steps of each contestant, those of the warm-up among them."""
         return self.steps * (WARM_UPS + self.repeats)
 
 
@@ -97,7 +97,7 @@ def _title(settings: TrainBenchConfig) -> str:
 
 
 def _ways(settings: TrainBenchConfig) -> list[str]:
-    """Return the names of the contestants in the order of their turns."""
+    """The names of the contestants in the order of their turns."""
     asked = {
         OURS: True,
         "compiled": settings.compiled and not (settings.ours or {}).get("compile"),
@@ -142,13 +142,13 @@ def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, Task]:
 
 
 def _own_settings(way: str, settings: TrainBenchConfig) -> dict[str, Any]:
-    """Return the settings of `lorakit train` that not all contestants share."""
+    """The settings of `lorakit train` that not all contestants share."""
     ours = settings.ours or {}
     return {OURS: ours, "compiled": {**ours, "compile": True}}.get(way, {})
 
 
 def _started(settings: TrainBenchConfig, run: TrainConfig) -> dict[str, dict[str, Seconds]]:
-    """Return the time to the first step of `lorakit train` on all rows, where it is asked for."""
+    """The time to the first step of `lorakit train` on all rows, where it is asked for."""
     if not settings.starts:
         return {}
     out = run.out.with_name("first_step")
@@ -165,7 +165,7 @@ def _goals_of_starts(started: Mapping[str, Mapping[str, Seconds]]) -> list[Goal]
 
 
 def _timings(records: Mapping[str, Record], steps: int) -> dict[str, dict[str, Seconds]]:
-    """Return the seconds of a step, and of each of its parts, by contestant."""
+    """The seconds of a step, and of each of its parts, by contestant."""
 
     def per_step(part: str, record: Record) -> Seconds:
         turns = (t.seconds if part == "step" else t.parts[part] for t in record.turns)
@@ -178,7 +178,7 @@ def _timings(records: Mapping[str, Record], steps: int) -> dict[str, dict[str, S
 
 
 def _row(way: str, record: Record) -> dict[str, Any]:
-    """Return a contestant's line in the table."""
+    """A contestant's line in the table."""
     return {
         "who": way,
         "useful tokens per second": record.tokens_per_s,
@@ -191,7 +191,7 @@ def _row(way: str, record: Record) -> dict[str, Any]:
 
 
 def _checks(records: Mapping[str, Record]) -> dict[str, Any]:
-    """Tell whether all saw the same rows, and how far the losses of ours are from PEFT's."""
+    """Whether all saw the same rows, and how far the losses of ours are from PEFT's."""
     ours, peft = records[OURS], records.get("peft")
     checks: dict[str, Any] = {
         "same_rows_in_each_step": len({record.rows for record in records.values()}) == 1

@@ -108,7 +108,7 @@ CONTESTANTS: dict[str, Callable[[Task, Gate], float]] = {
 
 
 def _peft_model(prepared: Prepared, config: TrainConfig) -> Any:
-    """Return PEFT's model, whose adapter has the A of ours, in the place of ours."""
+    """PEFT's model, whose adapter has the A of ours, in the place of ours."""
     start = extract(prepared.model, prepared.name).save(config.out / "start")
     detach(prepared.model)
     how = peft_loading(config.lora.dtype)
@@ -134,7 +134,7 @@ def _peers_collator(prepared: Prepared) -> Callable[[list[Example]], Any]:
 
 
 def _peers_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
-    """Return the arguments that ours has, without the checkpoints: of a full model they are big."""
+    """The arguments that ours has, without the checkpoints: of a full model they are big."""
     arguments = make_arguments(config, steps)
     arguments.save_strategy = SaveStrategy.NO
     return arguments

@@ -46,7 +46,7 @@ class Turn:
 
     @property
     def seconds(self) -> float:
-        """Return the time of the turn."""
+        """The time of the turn."""
         return sum(self.parts.values())
 
 
@@ -122,7 +122,7 @@ class Gate(TrainerCallback):
         self._done: list[tuple[int, int]] = []
 
     def counted(self, collate: Callable[[Sequence[Example]], Any]) -> Callable[..., Any]:
-        """Return a collator that also notes the tokens and the rows of each batch."""
+        """A collator that also notes the tokens and the rows of each batch."""
 
         def collated(examples: Sequence[Example]) -> Any:
             ids = [tuple(example.input_ids) for example in examples]

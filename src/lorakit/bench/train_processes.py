@@ -48,7 +48,7 @@ class Record:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """Return the loss of every step."""
+        """The loss of every step."""
         return tuple(loss for turn in (*self.warm_ups, *self.turns) for loss in turn.losses)
 
     @property
@@ -58,12 +58,12 @@ class Record:
 
     @property
     def tokens_per_s(self) -> float:
-        """Return the median of the turns' useful tokens per second."""
+        """The median of the turns' useful tokens per second."""
         return statistics.median(turn.tokens / turn.seconds for turn in self.turns)
 
     @property
     def most_bytes(self) -> int | None:
-        """Return the most memory that was used while training."""
+        """The most memory that was used while training."""
         return self.turns[-1].most_bytes
 
     @property

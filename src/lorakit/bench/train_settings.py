@@ -48,7 +48,7 @@ class RunSettings(BenchConfig):
 
 
 def draw_rows(settings: RunSettings, count: int, *, what_for: str) -> list[PromptRow]:
-    """Return so many of all the rows that there are, in the order in which they were drawn.
+    """So many of all the rows that there are, in the order in which they were drawn.
 
     Raises:
         DataError: there are too few, or they have no prompts.
@@ -77,7 +77,7 @@ def write_rows(rows: Iterable[PromptRow], file: Path) -> None:
 def run_settings(
     settings: RunSettings, *, rows: Path, out: Path, steps: int, own: Mapping[str, Any] | None
 ) -> TrainConfig:
-    """Return the settings with which `lorakit train` trains on written rows.
+    """The settings with which `lorakit train` trains on written rows.
 
     Args:
         settings: what all contestants share.

@@ -180,7 +180,7 @@ def _training(task: str, settings: DemoConfig, out: Path) -> TrainConfig:
 
 
 def _sweep(settings: DemoConfig, out: Path) -> TrainConfig:
-    """Return a sweep with as many rows in a step as one training has."""
+    """A sweep with as many rows in a step as one training has."""
     steps = min(SWEEP_STEPS, settings.steps or SWEEP_STEPS)
     return TrainConfig(
         model=MODEL,
@@ -207,7 +207,7 @@ def _held_out(task: str, count: int) -> Sequence[PromptRow]:
 def _score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow]
 ) -> tuple[float, str]:
-    """Return the share of exact answers, and one example."""
+    """The share of exact answers, and one example."""
     prompts = [encode_prompt(row, tokenizer, DataConfig()) for row in rows]
     answers = answer(model, tokenizer, prompts, max_new_tokens=48, batch_size=32)
     example = f"{rows[0].prompt}\n  -> {answers[0].splitlines()[0] if answers[0] else ''}"

@@ -81,7 +81,7 @@ def _result(words: list[str], switches: set[str]) -> Result:
 
 
 def _verb_and_rest(words: list[str]) -> tuple[str, list[str]]:
-    """Return the verb, of one word or two, with which a command line starts, and what follows it.
+    """The verb, of one word or two, with which a command line starts, and what follows it.
 
     Raises:
         ConfigError: there is no such verb.
@@ -116,12 +116,12 @@ def _fail(error: BaseException, switches: set[str]) -> int:
 
 
 def _message(error: BaseException) -> str:
-    """Return the error's own words; Ctrl-C has none unless a verb gave it some."""
+    """The error's own words; Ctrl-C has none unless a verb gave it some."""
     return str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else repr(error))
 
 
 def _error_json(error: BaseException) -> str:
-    """Return the object that --json prints for an error."""
+    """The object that --json prints for an error."""
     return _json({"error": {"type": type(error).__name__, "message": _message(error)}})
 
 

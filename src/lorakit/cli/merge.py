@@ -117,7 +117,7 @@ def _check_saved(opened: Opened, folder: Path, settings: MergeConfig) -> None:
 
 
 def _changed(model: transformers.PreTrainedModel, again: transformers.PreTrainedModel) -> list[str]:
-    """Return the names of the tensors that are not bit for bit the same in two models."""
+    """The names of the tensors that are not bit for bit the same in two models."""
     ours, theirs = model.state_dict(), again.state_dict()
     return [
         name

@@ -27,7 +27,7 @@ the result, or `{"error": {"type": …, "message": …}}`.
 
 
 def reference() -> str:
-    """Return the text of docs/cli.md: every verb and every setting."""
+    """The text of docs/cli.md: every verb and every setting."""
     helps = {"lorakit": overview()} | {
         f"lorakit {name}": verb_help(name, load_verb(name).SETTINGS) for name in VERBS
     }

@@ -65,7 +65,7 @@ def second_words(first: str) -> list[str]:
 
 
 def load_verb(name: str) -> Verb:
-    """Return the module of a verb, importing it now: torch and transformers take seconds."""
+    """The module of a verb, importing it now: torch and transformers take seconds."""
     first, _, second = name.partition(" ")
     module = importlib.import_module(f"lorakit.cli.{first}")
     return cast(Verb, module.VERBS[second] if second else module)

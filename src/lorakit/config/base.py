@@ -54,14 +54,14 @@ class Settings(BaseModel):
 
 
 def config_error(settings: type[BaseModel], error: ValidationError) -> ConfigError:
-    """Return one ConfigError with a line for each of pydantic's problems."""
+    """One ConfigError with a line for each of pydantic's problems."""
     return ConfigError.listing(
         f"{settings.__name__} has settings that cannot be used", problem_lines(settings, error)
     )
 
 
 def problem_lines(settings: type[BaseModel], error: ValidationError) -> list[str]:
-    """Return a line for each of pydantic's problems: the setting, and what is wrong with it."""
+    """A line for each of pydantic's problems: the setting, and what is wrong with it."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "(the whole)"

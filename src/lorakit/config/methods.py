@@ -26,7 +26,7 @@ class MethodConfig(Settings):
 
     @property
     def method(self) -> str:
-        """Return the method's name."""
+        """The method's name."""
         raise NotImplementedError
 
 
@@ -89,7 +89,7 @@ class LoRAConfig(MethodConfig):
 
     @property
     def method(self) -> str:
-        """Return the method's name."""
+        """The method's name."""
         return "lora"
 
     @model_validator(mode="after")
@@ -122,7 +122,7 @@ class FullConfig(FullSettings):
 
     @property
     def method(self) -> str:
-        """Return the method's name."""
+        """The method's name."""
         return "top-k" if self.only_top else "full"
 
 
@@ -134,7 +134,7 @@ class BitFitConfig(MethodConfig):
 
     @property
     def method(self) -> str:
-        """Return the method's name."""
+        """The method's name."""
         return "bitfit"
 
 
@@ -170,7 +170,7 @@ class PrefixConfig(PrefixSettings):
 
     @property
     def method(self) -> str:
-        """Return the method's name."""
+        """The method's name."""
         return "prefix-layer" if self.every_layer else "prefix-embedding"
 
 
@@ -228,7 +228,7 @@ class BottleneckConfig(BottleneckSettings):
 
     @property
     def method(self) -> str:
-        """Return the method's name."""
+        """The method's name."""
         return f"adapter-{self.variant}"
 
     @model_validator(mode="after")
@@ -296,7 +296,7 @@ def defaults_of(method: str, lora: LoRAConfig) -> Defaults:
 
 
 def config_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
-    """Return the settings of a method by its name.
+    """The settings of a method by its name.
 
     Raises:
         ConfigError: there is no such method, or the settings are wrong.
@@ -329,7 +329,7 @@ def combination_problems(methods: Sequence[str]) -> list[str]:
 
 
 def layer_numbers(text: str) -> frozenset[int]:
-    """Return the block numbers that a range such as "0-5,11" names.
+    """The block numbers that a range such as "0-5,11" names.
 
     Raises:
         ValueError: the text is not a list of numbers and ranges.

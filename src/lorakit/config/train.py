@@ -208,7 +208,7 @@ class TrainConfig(Settings):
     """Print what would be adapted and read, and stop before training."""
 
     def methods(self) -> tuple[MethodConfig, ...]:
-        """Return the settings of each method that is trained."""
+        """The settings of each method that is trained."""
         sections = {"lora": self.lora, "full": self.full, "top-k": self.full, "bitfit": self.bitfit}
         return tuple(
             config_of(name, (sections.get(name) or self._section(name)).model_dump())
@@ -219,7 +219,7 @@ class TrainConfig(Settings):
         return self.prefix if method.startswith("prefix-") else self.bottleneck
 
     def rate_of(self, method: str) -> float:
-        """Return the peak learning rate of a method's weights."""
+        """The peak learning rate of a method's weights."""
         return self.learning_rate or defaults_of(method, self.lora).learning_rate
 
     def warmup_of(self, steps: int) -> int:

@@ -13,7 +13,7 @@ from lorakit.data.encode import Example
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that fills a batch: the pad token, else the end token, else token 0.
+    """The token that fills a batch: the pad token, else the end token, else token 0.
 
     The attention mask hides it, and no label is on it, whatever it is.
     """

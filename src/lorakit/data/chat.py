@@ -33,7 +33,7 @@ class ChatTemplate:
         self._special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens up to where the assistant speaks next, or spoke last.
+        """The tokens up to where the assistant speaks next, or spoke last.
 
         Raises:
             UnusableRowError: nothing precedes the assistant, or the template refuses the messages.
@@ -99,7 +99,7 @@ class ChatTemplate:
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that ends an answer.
+    """The token that ends an answer.
 
     Raises:
         DataError: the tokenizer has none.

@@ -24,7 +24,7 @@ class Collator:
         self._pad_id = pad_token(tokenizer)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return the batch, labels included; the layout says in what form."""
+        """The batch, labels included; the layout says in what form."""
         lengths = tuple(len(example.input_ids) for example in examples)
         if self._layout.joined:
             joined = joined_batch(examples, pad_id=self._pad_id, multiple=self._layout.multiple)

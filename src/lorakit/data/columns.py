@@ -85,13 +85,13 @@ class Table:
         )
 
     def _lacking(self, kind: RowType, columns: Sequence[str], *, answered: bool) -> list[str]:
-        """Return a line for each column that rows of this kind need and that is not there."""
+        """A line for each column that rows of this kind need and that is not there."""
         spared = not answered or not self.fields.absent("references", columns)
         needed = [name for name in _NEEDED[kind] if not (name == "completion" and spared)]
         return self._absent(needed, columns)
 
     def _mistaken(self, data: DataConfig, columns: Sequence[str]) -> list[str]:
-        """Return a line for each column that the user named and that is not there.
+        """A line for each column that the user named and that is not there.
 
         Under one setting, training files often have a completion and test files references: of
         these two, one may be absent.

@@ -62,7 +62,7 @@ def encode_rows(
     *,
     longest: int | None = None,
 ) -> Encoded:
-    """Return the rows as examples of at most `data.max_length` tokens.
+    """The rows as examples of at most `data.max_length` tokens.
 
     - A prompt row is the prompt, the separator, the completion and the end token; its labels are on
       the last two. If it is too long, the prompt is cut from the left. If no token of the prompt
@@ -100,7 +100,7 @@ def encode_rows(
 
 
 def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[int]:
-    """Return the tokens after which the model's answer begins, exactly as in training, never cut.
+    """The tokens after which the model's answer begins, exactly as in training, never cut.
 
     Of a conversation, that is what precedes the assistant's last turn if the conversation ends
     with it, else all of it; of a text, the text.
@@ -196,7 +196,7 @@ class _Encoder:
         )
 
     def _continuous(self, ids: list[int], labels: list[int]) -> _Draft:
-        """Return the draft of a text or conversation, whose end is cut."""
+        """The draft of a text or conversation, whose end is cut."""
         kept = labels[: self.limit]
         # The first token is given, not predicted.
         if all(label == IGNORED for label in kept[1:]):
@@ -219,7 +219,7 @@ class _Encoder:
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
-    """Return each text's tokens with what the tokenizer puts before it, but not what it puts after.
+    """Each text's tokens with what the tokenizer puts before it, but not what it puts after.
 
     Lists are shared between equal texts.
     """
@@ -231,7 +231,7 @@ def _openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
-    """Return each text's own tokens."""
+    """Each text's own tokens."""
     return _tokens(tokenizer, texts, add_special_tokens=False)
 
 
@@ -252,7 +252,7 @@ def _tokens(
 
 
 def _last(ids: list[int], room: int, *, start: int | None) -> list[int]:
-    """Return the last tokens that there is room for, and before them the start token if it led."""
+    """The last tokens that there is room for, and before them the start token if it led."""
     if len(ids) <= room:
         return ids
     if ids[0] == start and room > 1:

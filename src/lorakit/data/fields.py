@@ -19,7 +19,7 @@ class FieldMap:
         self._fields = fields
 
     def __contains__(self, name: RowField) -> bool:
-        """Tell whether the user said what the field is made from."""
+        """Whether the user said what the field is made from."""
         return name in self._fields
 
     def absent(self, name: RowField, columns: Collection[str]) -> list[str]:
@@ -28,7 +28,7 @@ class FieldMap:
         return [f"{c!r}{did_you_mean(c, columns)}" for c in made_from if c not in columns]
 
     def value(self, name: RowField, record: Mapping[str, Any]) -> Any:
-        """Return a field's value as it stands in the record, or the filled template; else None."""
+        """A field's value as it stands in the record, or the filled template; else None."""
         source = self._fields.get(name, name)
         if source in record:
             return record[source]
@@ -38,7 +38,7 @@ class FieldMap:
         return _PLACEHOLDER.sub(lambda found: as_text(found[1], record[found[1]]), source)
 
     def text(self, name: RowField, record: Mapping[str, Any]) -> str:
-        """Return a field's value as text.
+        """A field's value as text.
 
         Raises:
             UnusableRowError: it is absent, or is no text.
@@ -59,7 +59,7 @@ class FieldMap:
 
 
 def as_text(name: str, value: Any) -> str:
-    """Return a value that is text, or a number written as text.
+    """A value that is text, or a number written as text.
 
     Raises:
         UnusableRowError: it is neither, or has characters that no file can hold.
@@ -74,7 +74,7 @@ def as_text(name: str, value: Any) -> str:
 
 
 def as_number(value: Any) -> float:
-    """Return a label that is a finite number, or the text of one.
+    """A label that is a finite number, or the text of one.
 
     Raises:
         UnusableRowError: it is not.

@@ -13,7 +13,7 @@ _DECIMAL = re.compile(r"(-?\d*)\.(\d+)")
 
 
 def class_name(value: Any, *, known: tuple[str, ...] | None) -> str:
-    """Return the name of the class that a label means.
+    """The name of the class that a label means.
 
     1, 1.0 and "1" are all the class "1". Where the known names are words, a whole number is a
     position among them, counted from 0.
@@ -45,7 +45,7 @@ def _known_name(name: str, known: tuple[str, ...]) -> str:
 
 
 def class_order(names: Collection[str], *, source: str) -> tuple[str, ...]:
-    """Return the distinct names, sorted: as numbers where all are numbers, else as text.
+    """The distinct names, sorted: as numbers where all are numbers, else as text.
 
     Raises:
         DataError: there is only one, so that there is nothing to tell apart.

@@ -9,7 +9,7 @@ from lorakit.errors import DataError, MissingExtraError
 
 
 def exact_match(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return the share of outputs, from 0 to 1, that equal one of their references.
+    """The share of outputs, from 0 to 1, that equal one of their references.
 
     White space at either end does not count; everything else does.
 
@@ -25,7 +25,7 @@ def exact_match(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def accuracy(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> float:
-    """Return the share of predictions, from 0 to 1, that are right.
+    """The share of predictions, from 0 to 1, that are right.
 
     Raises:
         DataError: there is no prediction, or not one expectation for each.
@@ -35,7 +35,7 @@ def accuracy(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> flo
 
 
 def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
-    """Return Pearson's correlation, from -1 to 1; 0 where one side is constant.
+    """Pearson's correlation, from -1 to 1; 0 where one side is constant.
 
     Raises:
         DataError: there is no prediction, or not one expectation for each.
@@ -49,7 +49,7 @@ def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def matthews(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> float:
-    """Return Matthews' correlation, from -1 to 1; 0 where one side is constant.
+    """Matthews' correlation, from -1 to 1; 0 where one side is constant.
 
     For more than two classes it is Gorodkin's R_K (2004, equation 8), of which the usual formula
     is the case of two.

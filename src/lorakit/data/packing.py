@@ -55,7 +55,7 @@ PLAIN = Layout()
 
 
 def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> Layout:
-    """Return the best layout of which the model gives the same logits as of padded rows.
+    """The best layout of which the model gives the same logits as of padded rows.
 
     It is tried on a few rows, without gradients; weights and random state stay as they are.
 
@@ -129,7 +129,7 @@ def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _examples(model: PreTrainedModel) -> list[Example]:
-    """Return rows of tokens that are drawn always alike; none is 0, with which they are padded."""
+    """Rows of tokens that are drawn always alike; none is 0, with which they are padded."""
     generator = torch.Generator().manual_seed(0)
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)

@@ -35,7 +35,7 @@ class EncodingReport:
     """What was odd when the rows were read."""
 
     def __str__(self) -> str:
-        """Return the report as a few plain lines."""
+        """The report as a few plain lines."""
         lines = [
             f"{self.source}: {self.rows:,} {self.kind} rows read, {self.kept:,} kept;"
             f" tokens per row {self.mean:.1f} on average, {self.longest:,} at most"

@@ -71,7 +71,7 @@ class Rows:
 
 
 def references_of(row: Row) -> tuple[str, ...]:
-    """Return the texts that a generated answer to this row is compared with; perhaps none."""
+    """The texts that a generated answer to this row is compared with; perhaps none."""
     match row:
         case PromptRow():
             return row.references or ((row.completion,) if row.completion else ())

@@ -29,7 +29,7 @@ def read_rows(
     regression: bool = False,
     answered: bool = True,
 ) -> Rows:
-    """Return the rows of a file, a hub data set or a built-in task.
+    """The rows of a file, a hub data set or a built-in task.
 
     Args:
         source: what `DataConfig.train` may be.

@@ -25,7 +25,7 @@ class Record:
 
 
 def read_records(source: str, *, limit: int | None, split: str) -> list[Record]:
-    """Return the first records of a file or of a hub data set; all where limit is None.
+    """The first records of a file or of a hub data set; all where limit is None.
 
     Args:
         source: a .jsonl, .json, .csv or .parquet file, or hub:OWNER/NAME[/SUBSET][:SPLIT].
@@ -52,7 +52,7 @@ def read_records(source: str, *, limit: int | None, split: str) -> list[Record]:
 
 
 def _existing(path: Path) -> Path:
-    """Return the path of a file, or raise an error that names what is there in its place."""
+    """The path of a file, or raise an error that names what is there in its place."""
     if path.is_file():
         return path
     if path.is_dir():

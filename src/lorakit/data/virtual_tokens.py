@@ -42,7 +42,7 @@ class VirtualTokens:
         return [*range(lead), *before, *range(lead, prompt), *after, *range(prompt, length)]
 
     def into(self, example: Example) -> Example:
-        """Return a row with the virtual tokens; they have no labels.
+        """A row with the virtual tokens; they have no labels.
 
         The prompt ends before the first label; of a row to classify, with the row. A first token
         that has a label is given to the model without virtual tokens, and is not learnt here

@@ -65,7 +65,7 @@ def fused_attention(
     segments: Segments,
     rule: Rule,
 ) -> Float[Tensor, "rows width heads d_v"]:
-    """Return the same by torch's scaled_dot_product_attention, which knows no softcap."""
+    """The same by torch's scaled_dot_product_attention, which knows no softcap."""
     heads, kv_heads = q.shape[1], k.shape[1]
     tables = [_table(q), *(_table(x.repeat_interleave(heads // kv_heads, 1)) for x in (k, v))]
     out = _room(tables[0], tables[2].shape[-1], segments)
@@ -105,7 +105,7 @@ class MatmulAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of q, k and v."""
+        """The gradients of q, k and v."""
         found = matmul_gradients(gradient, *ctx.saved_tensors, *ctx.how)
         return (*(x.transpose(1, 2) for x in found), None, None, None)
 
@@ -143,7 +143,7 @@ def matmul_gradients(
     Float[Tensor, "rows width kv_heads d"],
     Float[Tensor, "rows width kv_heads d_v"],
 ]:
-    """Return the gradients of q, k and v, token by token, given that of `product_attention`."""
+    """The gradients of q, k and v, token by token, given that of `product_attention`."""
     tables = [_table(x) for x in (q, k, v)]
     outer = gradient.reshape(-1, v.shape[-1])
     found = [_room(table, table.shape[-1], segments) for table in tables]
@@ -186,7 +186,7 @@ class _Step:
         return torch.softmax(scores, -1), tanh
 
     def gradients(self, outer: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v, given that of the output."""
+        """The gradients of q, k and v, given that of the output."""
         probabilities, tanh = self.probabilities()
         used, inner = probabilities, torch.bmm(outer, self.v.transpose(1, 2))
         if self.rule.dropout:
@@ -201,7 +201,7 @@ class _Step:
 
 
 def _table(x: Float[Tensor, "rows heads width d"]) -> Float[Tensor, "vectors d"]:
-    """Return one vector per line: token by token, and head by head within a token."""
+    """One vector per line: token by token, and head by head within a token."""
     return x.transpose(1, 2).reshape(-1, x.shape[-1])
 
 
@@ -213,7 +213,7 @@ def _room(table: Tensor, width: int, segments: Segments) -> Tensor:
 
 
 def _kept(like: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-    """Return the factors of dropout, the same ones for dice in the same state."""
+    """The factors of dropout, the same ones for dice in the same state."""
     return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 

@@ -26,7 +26,7 @@ _current: KernelChoice = "auto"
 
 
 def fast() -> bool:
-    """Tell whether a fast path may be taken."""
+    """Whether a fast path may be taken."""
     return _current == "auto"
 
 

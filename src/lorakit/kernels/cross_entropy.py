@@ -41,7 +41,7 @@ class Asked:
     z_loss: Float[Tensor, "*tokens"] | None
 
     def part(self, tokens: slice) -> Asked:
-        """Return the part for some tokens of each row, (tokens,)."""
+        """The part for some tokens of each row, (tokens,)."""
 
         def cut(values: Tensor) -> Tensor:
             return values[..., tokens].flatten()
@@ -66,7 +66,7 @@ def head_cross_entropy(
     chunk_tokens: int | None = None,
     kernels: Kernels = "auto",
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "*rows tokens"]]:
-    """Return Σ weight·loss, and each token's loss, without its weight and without a gradient.
+    """Σ weight·loss, and each token's loss, without its weight and without a gradient.
 
     With logits x, label smoothing ε and z-loss z (nats):
 
@@ -149,7 +149,7 @@ class _Gradients:
                 self._sums[at] = wide if old is None else old.add_(wide)
 
     def finished(self) -> list[Tensor | None]:
-        """Return the gradients, each in the precision of its tensor; None: there is none."""
+        """The gradients, each in the precision of its tensor; None: there is none."""
         pairs = zip(self._sums, self.trained, strict=True)
         return [self.hidden, *(s if s is None else s.to(p.dtype) for s, p in pairs)]
 
@@ -169,7 +169,7 @@ class _Work:
     kernels: Kernels
 
     def run(self, hidden: Tensor, gradients: _Gradients | None) -> tuple[Tensor, Tensor]:
-        """Return the sum and each token's loss; add to the gradients, where some are wanted."""
+        """The sum and each token's loss; add to the gradients, where some are wanted."""
         losses = torch.zeros(hidden.shape[:-1], dtype=self.dtype, device=hidden.device)
         for start in range(0, hidden.shape[-2], self.step):
             tokens = slice(start, min(start + self.step, hidden.shape[-2]))
@@ -191,7 +191,7 @@ class _Work:
         )
 
     def _is_plain(self) -> bool:
-        """Tell whether the head is W·x + b with nothing to train."""
+        """Whether the head is W·x + b with nothing to train."""
         # accelerate gives an object a forward of its own where weights move between devices.
         own_forward = "forward" in vars(self.head)
         frozen = not any(p.requires_grad for p in self.head.parameters())
@@ -251,7 +251,7 @@ def token_losses(
     gradient: Float[Tensor, "tokens vocabulary"] | None = None,
     kernels: Kernels = "auto",
 ) -> Float[Tensor, " tokens"]:
-    """Return each token's loss, and write the gradient of Σ weight·loss with regard to the answer.
+    """Each token's loss, and write the gradient of Σ weight·loss with regard to the answer.
 
     Args:
         answer: the head's, for the tokens.

@@ -142,7 +142,7 @@ def token_losses(
     z_loss: Float[Tensor, " tokens"] | None,
     change: LogitTransform = IDENTITY,
 ) -> Float[Tensor, " tokens"]:
-    """Return each token's loss in float32; see `lorakit.kernels.cross_entropy.token_losses`.
+    """Each token's loss in float32; see `lorakit.kernels.cross_entropy.token_losses`.
 
     Args:
         answer: the head's, of at most 32 bits.

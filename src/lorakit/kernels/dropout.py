@@ -26,7 +26,7 @@ class Dropout:
 
     @staticmethod
     def drawn(probability: float) -> Dropout | None:
-        """Return a new one, its seed drawn from torch's global generator; None: nothing drops."""
+        """A new one, its seed drawn from torch's global generator; None: nothing drops."""
         if not probability:
             return None
         return Dropout(probability, int(torch.randint(2**31, ())))
@@ -51,6 +51,6 @@ class Dropout:
         return (bits[:size] >= _STEPS // 2 - self._kept).view(torch.uint8).view(tokens, width)
 
     def of(self, x: Tensor) -> Tensor:
-        """Return an input (…, features) with elements dropped, by operations of autograd."""
+        """An input (…, features) with elements dropped, by operations of autograd."""
         mask = self.mask(x.shape[:-1].numel(), x.shape[-1], x.device)
         return x * mask.view(x.shape) * self.factor

@@ -41,7 +41,7 @@ class Use(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """Return the factor on B·A·x, where dropped elements of x are 0 and the others as is."""
+        """The factor on B·A·x, where dropped elements of x are 0 and the others as is."""
         return self.scale * self.dropout.factor if self.dropout else self.scale
 
     def add(self, onto: Tensor, h: Tensor, b: Tensor) -> None:
@@ -59,7 +59,7 @@ class Use(NamedTuple):
             onto.add_(update)
 
     def of_output(self, grad: Tensor) -> Tensor:
-        """Return those entries of an output's gradient, (tokens, d_out), that B has rows for."""
+        """Those entries of an output's gradient, (tokens, d_out), that B has rows for."""
         if isinstance(self.entries, Tensor):
             return grad.index_select(1, self.entries)
         return grad if self.entries is None else grad[:, self.entries]
@@ -83,7 +83,7 @@ class Span(NamedTuple):
 
 
 def available(x: Tensor, *, training: bool) -> bool:
-    """Tell whether a layer with this input is to be computed here.
+    """Whether a layer with this input is to be computed here.
 
     Args:
         x: the input.
@@ -131,7 +131,7 @@ class _Piece(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _pieces(spans: tuple[Span, ...], factors: int, size: int) -> tuple[_Piece, ...]:
-    """Return the spans in pieces of at most so many tokens; all layers ask for the same."""
+    """The spans in pieces of at most so many tokens; all layers ask for the same."""
     pieces, done = [], [0] * factors
     for span in spans:
         for start in range(span.start, span.stop, size):
@@ -228,7 +228,7 @@ class _Sums:
         self._sums: list[Tensor | None] = [None] * len(weights)
 
     def of_h(self, n: int, of_output: Tensor, h: Tensor) -> Tensor:
-        """Return the gradient of one factor's A·x, (rank, tokens), and add what is B's."""
+        """The gradient of one factor's A·x, (rank, tokens), and add what is B's."""
         use, b = self._uses[n], self._weights[2 * n + 1]
         own = use.of_output(of_output).to(b.dtype)
         # Transposed, as the product is quicker so.
@@ -241,7 +241,7 @@ class _Sums:
         self._add(2 * n, of_h, x)
 
     def gradients(self) -> list[Tensor | None]:
-        """Return the gradients of all A and B, in their order."""
+        """The gradients of all A and B, in their order."""
         found: list[Tensor | None] = []
         for number, (total, weight) in enumerate(zip(self._sums, self._weights, strict=True)):
             if total is None:
@@ -265,7 +265,7 @@ class _Sums:
 
 
 def _joined(pieces: Sequence[_Piece], parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
-    """Return the gradient of x from that of each piece; it is zero at other tokens."""
+    """The gradient of x from that of each piece; it is zero at other tokens."""
     if sum(map(len, parts)) == shape[:-1].numel():
         return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).view(shape)
     joined = parts[0].new_zeros(shape)

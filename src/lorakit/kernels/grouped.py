@@ -25,7 +25,7 @@ from lorakit.kernels.grouping import Grouping
 def gather(
     stack: Float[Tensor, "slots *inner"], grouping: Grouping
 ) -> Float[Tensor, "chosen *inner"]:
-    """Return the weights as `narrow` and `widen` want them: a copy per chunk, or the stack itself.
+    """The weights as `narrow` and `widen` want them: a copy per chunk, or the stack itself.
 
     The Triton kernels look up each row's slot, so they take the stack.
     """
@@ -37,7 +37,7 @@ def gather(
 
 
 def in_order(x: Tensor, grouping: Grouping) -> Tensor:
-    """Return an input (rows·k, …, d) in the order of h, which is private to the arrangement.
+    """An input (rows·k, …, d) in the order of h, which is private to the arrangement.
 
     Raises:
         RouteError: the batch has another number of rows than the route.
@@ -80,7 +80,7 @@ def up_project(
     b: Float[Tensor, "chosen rank d_out"],
     grouping: Grouping,
 ) -> Float[Tensor, "adapted per_row d_out"]:
-    """Return the update scale·B·h of the rows that have a slot, in ascending order.
+    """The update scale·B·h of the rows that have a slot, in ascending order.
 
     Args:
         h: from `narrow` or `in_order`, or a slice of its last dimension.
@@ -125,7 +125,7 @@ def up_project_onto(
 
 
 def _is_one_product(output: Tensor, h: Tensor, b: Tensor, grouping: Grouping) -> bool:
-    """Tell whether product and sum can be one call, which halves the time of a decoding step."""
+    """Whether product and sum can be one call, which halves the time of a decoding step."""
     # Autograd would copy the gradient of the view that is needed for it.
     return (
         grouping.order is None

@@ -50,7 +50,7 @@ class Grouping:
         return len(self.slot_of_row)
 
     def per_row(self, x: Tensor) -> int:
-        """Return the tokens of each row in an input (rows·k, …, d).
+        """The tokens of each row in an input (rows·k, …, d).
 
         Raises:
             RouteError: the batch has another number of rows than the route.
@@ -108,7 +108,7 @@ def group_rows(
 
 
 def _chunked(slot_of_row: Sequence[int]) -> list[list[int]]:
-    """Return the rows of each chunk, in the order of the chunks' first rows.
+    """The rows of each chunk, in the order of the chunks' first rows.
 
     This order leaves rows with distinct slots where they are. Ordering chunks by slot would spare
     the gathering of weights, once per route, and cost a gathering of rows in every layer.
@@ -127,7 +127,7 @@ def _chunked(slot_of_row: Sequence[int]) -> list[list[int]]:
 
 
 def _rows_per_chunk(counts: list[int]) -> int:
-    """Return the cheapest number of rows for slots that are used so many times."""
+    """The cheapest number of rows for slots that are used so many times."""
     largest = max(counts, default=1)
     sizes = [2**power for power in range(largest.bit_length()) if 2**power < largest] + [largest]
 

@@ -20,7 +20,7 @@ class LogitTransform:
 
     @property
     def is_none(self) -> bool:
-        """Tell whether logits stay as they are."""
+        """Whether logits stay as they are."""
         return self.scale == 1 and self.cap is None
 
     def apply_(self, x: Float[Tensor, "*tokens vocabulary"]) -> None:

@@ -81,14 +81,14 @@ class _RMSNorm(Function):
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the norm of x, and 1/√(mean(x²) + eps) in float32, one per token."""
+    """The norm of x, and 1/√(mean(x²) + eps) in float32, one per token."""
     exact = x.float()
     inverse = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
     return weight * (exact * inverse).to(x.dtype), inverse
 
 
 def _rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Return the gradient of x: (g − n·mean(g·n))·inverse, for n = x·inverse, g = grad·weight."""
+    """The gradient of x: (g − n·mean(g·n))·inverse, for n = x·inverse, g = grad·weight."""
     g = (grad * weight).to(torch.float32, copy=True)
     n = x.float() * inverse
     mean = torch.linalg.vecdot(g, n).unsqueeze(-1) / x.shape[-1]
@@ -121,7 +121,7 @@ class _Gated(Function):
 def _gated_gradients(
     grad: Tensor, gate: Tensor, up: Tensor, activation: GateActivation
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up, with no more memory than they take themselves."""
+    """The gradients of gate and up, with no more memory than they take themselves."""
     function, gradient, options = _ACTIVATIONS[activation]
     for_up = function(gate, **options).mul_(grad)
     for_gate = grad * up

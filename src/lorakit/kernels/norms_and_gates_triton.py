@@ -139,7 +139,7 @@ def _gated_gradients(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the norm of x, and 1/√(mean(x²) + eps) in float32, one per token."""
+    """The norm of x, and 1/√(mean(x²) + eps) in float32, one per token."""
     x = x.contiguous()
     y = torch.empty_like(x)
     inverse = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
@@ -149,7 +149,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Return the gradient of the norm's input."""
+    """The gradient of the norm's input."""
     grad, x = grad.contiguous(), x.contiguous()
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
@@ -174,7 +174,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def gated_gradients(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up."""
+    """The gradients of gate and up."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     for_gate, for_up = torch.empty_like(gate), torch.empty_like(up)
     with torch.cuda.device_of(gate):

@@ -41,33 +41,33 @@ class Segments:
 
     @staticmethod
     def stacked(parts: Sequence[Segments]) -> Segments:
-        """Return the segments of batches whose rows come to lie in one, padded to the widest."""
+        """The segments of batches whose rows come to lie in one, padded to the widest."""
         lengths = tuple(row for part in parts for row in part.lengths)
         return Segments(lengths, max(part.width for part in parts))
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens without padding."""
+        """The number of tokens without padding."""
         return sum(map(sum, self.lengths))
 
     @property
     def places(self) -> int:
-        """Return the number of tokens, padding included."""
+        """The number of tokens, padding included."""
         return len(self.lengths) * self.width
 
     @property
     def longest(self) -> int:
-        """Return the tokens of the longest segment."""
+        """The tokens of the longest segment."""
         return max(length for row in self.lengths for length in row)
 
     def groups(self, device: torch.device) -> tuple[Group, ...]:
-        """Return the segments in groups of like length."""
+        """The segments in groups of like length."""
         if device not in self._made:
             self._made[device] = tuple(Group(spans, device) for spans in self._grouped())
         return self._made[device]
 
     def _grouped(self) -> list[list[tuple[int, int]]]:
-        """Return the first token and the length of each segment, by group."""
+        """The first token and the length of each segment, by group."""
         spans = []
         for row, lengths in enumerate(self.lengths):
             start = row * self.width
@@ -161,7 +161,7 @@ class Vectors:
 
     @staticmethod
     def of(group: Group, heads: int, share: int, places: int) -> Vectors:
-        """Return the vectors of a group of segments; the arguments are those of `vectors`."""
+        """The vectors of a group of segments; the arguments are those of `vectors`."""
         device = group.tokens.device
         head = torch.arange(heads * share, device=device).view(heads, 1, share, 1)
         source = group.tokens[:, None, :] * (heads * share) + head
@@ -175,11 +175,11 @@ class Vectors:
         )
 
     def gather(self, table: Float[Tensor, "rows d"]) -> Float[Tensor, "products vectors d"]:
-        """Return the vectors; beyond a segment's end, those of its last token."""
+        """The vectors; beyond a segment's end, those of its last token."""
         return table.index_select(0, self.source).view(*self.shape, -1)
 
     def gather_or_zero(self, table: Float[Tensor, "rows d"]) -> Float[Tensor, "products vectors d"]:
-        """Return the vectors; zero beyond a segment's end, as gradients of what nobody uses."""
+        """The vectors; zero beyond a segment's end, as gradients of what nobody uses."""
         found = table.index_select(0, self.source)
         if len(self.beyond):
             found.index_fill_(0, self.beyond, 0)

@@ -37,7 +37,7 @@ MANY_TOKENS = 16
 
 
 def working_dtype(x: Tensor, a: Tensor, *, tokens: int) -> torch.dtype:
-    """Return the precision in which an update is computed: that of A and B, or that of x.
+    """The precision in which an update is computed: that of A and B, or that of x.
 
     It is that of x for many tokens of a half-precision base, where nothing is trained: the update
     is rounded to that precision anyway, sums are in float32 either way, and a prefill, which is
@@ -118,5 +118,5 @@ def row_norms(
 
 
 def norms(rows: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " d_out"]:
-    """Return the Euclidean norm of each row; where that is zero, the least that can divide."""
+    """The Euclidean norm of each row; where that is zero, the least that can divide."""
     return rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)

@@ -42,7 +42,7 @@ def _configs(names: Sequence[str], sizes: Sequence[Sequence[int]]) -> list[trito
 def _sensible(
     configs: list[triton.Config], arguments: Mapping[str, Any], **others: Any
 ) -> list[triton.Config]:
-    """Return the configurations whose tiles are not mostly empty, and quick to compile.
+    """The configurations whose tiles are not mostly empty, and quick to compile.
 
     Products of float32 are unrolled: more than 2¹⁷ of them took the compiler three to ten seconds.
     """
@@ -190,7 +190,7 @@ class Segments:
 
 @functools.lru_cache(maxsize=64)
 def segments(grouping: Grouping, *, per_row: int, slots: int, device: torch.device) -> Segments:
-    """Return the segments of a batch; they are kept, as every layer asks for the same.
+    """The segments of a batch; they are kept, as every layer asks for the same.
 
     Args:
         arrangement: of the rows.
@@ -226,7 +226,7 @@ def segments(grouping: Grouping, *, per_row: int, slots: int, device: torch.devi
 
 
 def _tile(size: int, most: int) -> int:
-    """Return the power of two that covers a size; a GPU's matrix units want 16 or more."""
+    """The power of two that covers a size; a GPU's matrix units want 16 or more."""
     return max(16, min(most, triton.next_power_of_2(size)))
 
 
@@ -288,7 +288,7 @@ class _Batch:
     def outer(
         self, h: Float[Tensor, "tokens rank"], y: Float[Tensor, "tokens d"], like: Tensor
     ) -> Float[Tensor, "slots rank d"]:
-        """Return Σ h[token]ᵀ · y[token] for each slot of the stack that this is the gradient of."""
+        """Σ h[token]ᵀ · y[token] for each slot of the stack that this is the gradient of."""
         out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         found = self._segments(like.shape[0], h.device)
         if found.slots.numel() == 0:

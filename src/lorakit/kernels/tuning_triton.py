@@ -16,7 +16,7 @@ _MANY = 2**22  # Elements: some ten microseconds of a GPU's memory, more than a 
 
 
 def is_many(x: Tensor) -> bool:
-    """Tell whether a call that reads this is worth measuring: a kernel's argument MANY."""
+    """Whether a call that reads this is worth measuring: a kernel's argument MANY."""
     return x.numel() >= _MANY
 
 
@@ -27,7 +27,7 @@ def autotuned(
     overwrites: Sequence[str] = (),
     prune: Callable[..., list[triton.Config]] | None = None,
 ) -> Any:
-    """Return a decorator that lets a kernel find its configuration, once for each key.
+    """A decorator that lets a kernel find its configuration, once for each key.
 
     Args:
         configs: what is tried. In the interpreter, which cannot measure, the first alone.

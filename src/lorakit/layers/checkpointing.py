@@ -76,7 +76,7 @@ def forget_routes(stack: nn.Module) -> None:
 
 
 def let_input_require_grad(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a block's inputs, one of which requires grad where only that makes the block train.
+    """A block's inputs, one of which requires grad where only that makes the block train.
 
     That is so at the lowest adapted block only: what lies below stays without a backward pass.
     """

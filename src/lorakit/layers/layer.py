@@ -19,7 +19,7 @@ from lorakit.models.base import base_modules
 
 
 def bank_key(name: str) -> str:
-    """Return the child name for an adapter: torch allows no dots, and its own methods' names."""
+    """The child name for an adapter: torch allows no dots, and its own methods' names."""
     return "@" + name.replace("%", "%25").replace(".", "%2E")
 
 
@@ -35,7 +35,7 @@ class Operation(ABC):
 
     @abstractmethod
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        """Return the adapted output for a layer's inputs and its own output.
+        """The adapted output for a layer's inputs and its own output.
 
         May write into `output`, which is the layer's own, fresh result.
         """
@@ -45,7 +45,7 @@ class Operation(ABC):
         return weight
 
     def tokens_of_rows(self, found: int) -> list[VirtualTokens | None]:
-        """Return the virtual tokens of each of so many rows."""
+        """The virtual tokens of each of so many rows."""
         return [self.virtual_tokens] * found
 
 
@@ -86,7 +86,7 @@ class Route:
     """Where the virtual tokens of the batch at hand stand."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy or a pickle, which is outside of all blocks."""
+        """The state of a copy or a pickle, which is outside of all blocks."""
         closed = {"operations": self.outside, "active": self.switched}
         closed |= {"recorded": None, "replayed": None}
         return vars(self) | closed | {"depth": 0, "rows": None, "repeats": 1}
@@ -139,7 +139,7 @@ class Route:
 
 
 def in_backward() -> bool:
-    """Tell whether this is called by autograd, in a backward pass."""
+    """Whether this is called by autograd, in a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -160,7 +160,7 @@ class Update(nn.Module, Operation):
         weight: float = 1.0,
         base: Any = None,
     ) -> Any:
-        """Return the adapted output for a layer's inputs and its own output.
+        """The adapted output for a layer's inputs and its own output.
 
         Args:
             layer: the adapted layer.
@@ -219,7 +219,7 @@ class AdaptedLayer(nn.Module):
         return None if operations is None else operations.get(self.adapter_number)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the base's output, changed as the route says."""
+        """The base's output, changed as the route says."""
         # Reentrant checkpointing runs its forward pass without gradients, but in training.
         if (torch.is_grad_enabled() or self.training) and not torch.compiler.is_compiling():
             self.adapter_route.check_recomputation()
@@ -242,7 +242,7 @@ class AdaptedLayer(nn.Module):
 def _in_places(
     forward: Callable[..., Any], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """Return the arguments of a call by place, as far as the signature has places for them."""
+    """The arguments of a call by place, as far as the signature has places for them."""
     bound = inspect.signature(forward).bind(layer, *args, **kwargs)
     bound.apply_defaults()
     return bound.args[1:]
@@ -252,7 +252,7 @@ _ADAPTED: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedLayer]] = {}
 
 
 def adapted_class(base: type[nn.Module], uncalled: tuple[str, ...] = ()) -> type[AdaptedLayer]:
-    """Return the subclass of a layer's class that looks for updates; there is one of each sort.
+    """The subclass of a layer's class that looks for updates; there is one of each sort.
 
     Args:
         base: the layer's own class.

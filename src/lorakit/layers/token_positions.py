@@ -27,7 +27,7 @@ class Placed:
         return rows, columns, self.numbers[rows, columns]
 
     def of_rows(self, rows: Int[Tensor, " chosen"]) -> Placed:
-        """Return the same of some rows."""
+        """The same of some rows."""
         return Placed(self.numbers[rows])
 
     def rows_with_tokens(self) -> list[bool]:
@@ -35,7 +35,7 @@ class Placed:
         return (self.numbers >= 0).any(1).tolist()
 
     def put(self, vectors: Tensor, output: Tensor) -> Tensor:
-        """Return a layer's output (rows, tokens, d) with vectors (count, d) at their places."""
+        """A layer's output (rows, tokens, d) with vectors (count, d) at their places."""
         rows, columns, numbers = self._entries
         # The gradient of F.embedding sums up in the same order each time, on GPUs too.
         values = F.embedding(numbers, vectors).to(output.dtype)

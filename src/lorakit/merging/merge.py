@@ -62,12 +62,12 @@ class MergeReport:
 
     @property
     def worst(self) -> MergedWeight | None:
-        """Return the weight that lost the largest share of its update."""
+        """The weight that lost the largest share of its update."""
         return max(self.weights, key=lambda w: w.rounding_error, default=None)
 
     @property
     def warning(self) -> str | None:
-        """Return a warning where rounding destroyed much of the update, else None."""
+        """A warning where rounding destroyed much of the update, else None."""
         worst = self.worst
         if worst is None or worst.rounding_error <= WARN_ABOVE:
             return None
@@ -77,7 +77,7 @@ class MergeReport:
         )
 
     def __str__(self) -> str:
-        """Return the report as a table."""
+        """The report as a table."""
         width = max((len(w.name) for w in self.weights), default=6)
         compared = any(w.base_error is not None for w in self.weights)
         last = "  |W-Q(W)|/|dW|" if compared else ""
@@ -97,7 +97,7 @@ class MergeReport:
         return "\n".join([*lines, *([f"warning: {self.warning}"] if self.warning else [])])
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as plain values."""
+        """The report as plain values."""
         return {
             "adapter": self.adapter,
             "logit_change": self.logit_change,
@@ -271,7 +271,7 @@ def _measure(
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:
-    """Return the ids of the parameters that the model holds under more than one name."""
+    """The ids of the parameters that the model holds under more than one name."""
     seen: dict[int, int] = {}
     for _, module in base_modules(model):
         for parameter in module._parameters.values():
@@ -281,7 +281,7 @@ def _tied_parameters(model: nn.Module) -> set[int]:
 
 
 def default_probe(model: nn.Module) -> Mapping[str, Tensor] | None:
-    """Return a fixed batch of 1×16 token ids, or None for a model that takes no token ids."""
+    """A fixed batch of 1×16 token ids, or None for a model that takes no token ids."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     if not isinstance(embedding, nn.Embedding) or embedding.weight.is_meta:
         return None
@@ -295,7 +295,7 @@ def default_probe(model: nn.Module) -> Mapping[str, Tensor] | None:
 
 @torch.no_grad()
 def outputs_on(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor | None:
-    """Return a model's outputs for a batch, in float32 and eval mode; None: there is no batch."""
+    """A model's outputs for a batch, in float32 and eval mode; None: there is no batch."""
     if probe is None:
         return None
     training = model.training
@@ -327,7 +327,7 @@ def finalize(model: nn.Module) -> None:
 
 
 def _came_apart(model: nn.Module, state: Attachment) -> bool:
-    """Tell whether weights that were one are several by a merge."""
+    """Whether weights that were one are several by a merge."""
     now: dict[int, set[int]] = {}
     for path, weights in state.original_weights.items():
         for name, weight in weights.items():

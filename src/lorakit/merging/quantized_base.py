@@ -46,7 +46,7 @@ class TrainedModel:
     def compare(
         self, report: MergeReport, merged: nn.Module, distances: Mapping[str, float]
     ) -> MergeReport:
-        """Return a report with how far the merged model is from this one.
+        """A report with how far the merged model is from this one.
 
         Args:
             report: of the merge.

@@ -56,13 +56,13 @@ def claim(model: nn.Module, config: BitFitConfig) -> Claims:
 
 
 def _pre_trained(model: nn.Module, paths: Collection[str]) -> list[str]:
-    """Return the paths that lie in no head of a task, which is trained anyway."""
+    """The paths that lie in no head of a task, which is trained anyway."""
     heads = task_heads(model)
     return [path for path in paths if path.partition(".")[0] not in heads]
 
 
 def bias_paths(model: nn.Module, *, only: Collection[str] | None = None) -> tuple[str, ...]:
-    """Return the paths of the modules whose bias LoRA can train as well.
+    """The paths of the modules whose bias LoRA can train as well.
 
     Args:
         model: the base.
@@ -104,13 +104,13 @@ def _biased(model: nn.Module, *, only: Collection[str] | None = None) -> tuple[s
 
 
 def adds_bias(module: nn.Module) -> bool:
-    """Tell whether a module's output is its product plus its bias."""
+    """Whether a module's output is its product plus its bias."""
     own = module.base_class if isinstance(module, AdaptedLayer) else type(module)
     return isinstance(module, BIASED) or own.__name__ in BIASED_BY_NAME
 
 
 def _without_bias(model: nn.Module) -> dict[str, int]:
-    """Return the linear layers inside blocks that have no bias, with their output widths.
+    """The linear layers inside blocks that have no bias, with their output widths.
 
     Embeddings and output heads lie outside of all blocks.
     """
@@ -141,7 +141,7 @@ class AddedBiasUpdate(Update):
         weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
-        """Return output + strength·bias."""
+        """Output + strength·bias."""
         return output + (self.bias * weight).to(output.dtype)
 
     @property
@@ -169,13 +169,13 @@ class AddedBias(Part):
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Return (d_out,)."""
+        """(d_out,)."""
         return {f"{self.path}.added_bias": (self.size,)}
 
     def update(
         self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
     ) -> AddedBiasUpdate:
-        """Return the update of the layer."""
+        """The update of the layer."""
         weight = modules[self.path]._parameters["weight"]
         assert weight is not None
         if tensors is not None:

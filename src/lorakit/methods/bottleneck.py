@@ -53,7 +53,7 @@ def claim(model: nn.Module, config: BottleneckConfig) -> Claims:
 
 
 def _adapted_blocks(model: nn.Module, config: BottleneckConfig) -> tuple[Block, ...]:
-    """Return the blocks that get bottlenecks.
+    """The blocks that get bottlenecks.
 
     Raises:
         TargetError: they are not known, not there, or lack an output.
@@ -104,13 +104,13 @@ def _lacking(adapted: Sequence[Block], config: BottleneckConfig) -> Iterator[str
 
 
 def _outputs(block: Block, config: BottleneckConfig) -> tuple[str, ...]:
-    """Return the paths of the modules of one block that get a bottleneck, in module order."""
+    """The paths of the modules of one block that get a bottleneck, in module order."""
     roles = OUTPUT_ROLES[config.variant]
     return tuple(path for role, path in block.outputs if role in roles) if roles else (block.path,)
 
 
 def _width(model: nn.Module, path: str) -> int | None:
-    """Return the size of the last dimension of a module's output; None: it cannot be told."""
+    """The size of the last dimension of a module's output; None: it cannot be told."""
     module = model.get_submodule(path)
     # Linear and Conv1D say it themselves; all else is taken to put out hidden states.
     own = getattr(module, "out_features", getattr(module, "nf", None))
@@ -141,7 +141,7 @@ def _check_widths(widths: Mapping[str, int | None], size: int | None) -> None:
 
 
 def _norms(model: nn.Module, adapted: Sequence[Block]) -> tuple[str, ...]:
-    """Return the paths of the norms inside blocks, by the ends of their classes' names."""
+    """The paths of the norms inside blocks, by the ends of their classes' names."""
     return tuple(
         f"{block.path}.{path}"
         for block in adapted
@@ -151,7 +151,7 @@ def _norms(model: nn.Module, adapted: Sequence[Block]) -> tuple[str, ...]:
 
 
 def _part(path: str, width: int, config: BottleneckConfig) -> BottleneckPart:
-    """Return one bottleneck, with the variant's own settings where the user gave none."""
+    """One bottleneck, with the variant's own settings where the user gave none."""
     variant = config.variant
     return BottleneckPart(
         path=path,
@@ -190,14 +190,14 @@ class BottleneckPart(Part):
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Return the shape of each trained tensor: 2·d·r + r + d values, and 2·d of a norm."""
+        """The shape of each trained tensor: 2·d·r + r + d values, and 2·d of a norm."""
         inside = self._shapes_inside.items()
         return {f"{self.path}.bottleneck.{name}": shape for name, shape in inside}
 
     def update(
         self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
     ) -> Bottleneck:
-        """Return the bottleneck; a fresh one changes nothing."""
+        """The bottleneck; a fresh one changes nothing."""
         # A dropout, say, has no parameters; its model has.
         near = itertools.chain(*(base_parameters(modules[path]) for path in (self.path, "")))
         device = next(near)[1].device
@@ -271,7 +271,7 @@ class Bottleneck(Update):
         weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
-        """Return output + strength·bottleneck(base), or of the output itself, as a new tensor."""
+        """Output + strength·bottleneck(base), or of the output itself, as a new tensor."""
         update = self(output if base is None else base)
         update = update if weight == 1 else update * weight
         return output + update.to(output.dtype)

@@ -42,7 +42,7 @@ class Claims:
 
 
 def match_of(layer: nn.Module, target: Target | None, site: Site, config: LoRAConfig) -> Match:
-    """Return the row of the match table for a site on a layer."""
+    """The row of the match table for a site on a layer."""
     a, b = parameter_shapes(layer, site)
     role, shape = target.role if target else site.role, (b[0], math.prod(a[1:]))
     of_rank = b[0] if config.freeze_a else b[0] + math.prod(a[1:])

@@ -28,13 +28,13 @@ class Part(ABC):
     @property
     @abstractmethod
     def shapes(self) -> Mapping[str, Shape]:
-        """Return the shape of each trained tensor, by the tensor's name in the adapter."""
+        """The shape of each trained tensor, by the tensor's name in the adapter."""
 
     @abstractmethod
     def update(
         self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
     ) -> Update:
-        """Return the update of the module; the modules are not changed.
+        """The update of the module; the modules are not changed.
 
         Args:
             modules: of the base, by path.

@@ -40,7 +40,7 @@ def claim(model: nn.Module, config: FullConfig) -> Claims:
 
 
 def last_blocks(model: nn.Module, config: FullConfig) -> tuple[str, ...]:
-    """Return the paths of the blocks that top-k trains; of an encoder-decoder, the decoder's.
+    """The paths of the blocks that top-k trains; of an encoder-decoder, the decoder's.
 
     Raises:
         TargetError: the blocks are not known, or there are fewer.

@@ -31,11 +31,11 @@ class UncalledWeights(Update):
         weight: float = 1.0,
         base: Any = None,
     ) -> Any:
-        """Return the output as it is: it was made with what `read` returns."""
+        """The output as it is: it was made with what `read` returns."""
         return output
 
     def read(self, name: str, weight: Tensor) -> Tensor:
-        """Return the adapter's own value, in the precision of the base's."""
+        """The adapter's own value, in the precision of the base's."""
         own = self._parameters.get(name)
         return weight if own is None else own.to(weight.dtype)
 
@@ -61,13 +61,13 @@ class UncalledPart(Part):
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Return the shape of each tensor, which has the name of the base's parameter."""
+        """The shape of each tensor, which has the name of the base's parameter."""
         return {f"{self.path}.{name}": shape for name, shape in self.sizes.items()}
 
     def update(
         self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
     ) -> UncalledWeights:
-        """Return the update; it starts as the base's own values."""
+        """The update; it starts as the base's own values."""
         values = {}
         for name in self.sizes:
             base = base_parameter(modules[self.path], name).detach()
@@ -80,6 +80,6 @@ class UncalledPart(Part):
 def uncalled_part(
     module: nn.Module, path: str, names: tuple[str, ...], *, dtype: str
 ) -> UncalledPart:
-    """Return the part that trains some weights of a module, which the model reads by itself."""
+    """The part that trains some weights of a module, which the model reads by itself."""
     sizes = {name: tuple(base_parameter(module, name).shape) for name in names}
     return UncalledPart(path=path, what=", ".join(names), sizes=sizes, dtype=dtype)

@@ -29,7 +29,7 @@ UNKNOWN = ("s_aux", "position_bias", "head_mask")
 
 
 def takes_attention_functions(model: nn.Module) -> bool:
-    """Tell whether a model's layers look their attention up, and say all in keywords."""
+    """Whether a model's layers look their attention up, and say all in keywords."""
     # transformers' own flags, for serving engines and for flash attention.
     flags = ("_supports_attention_backend", "_supports_flash_attn")
     return all(getattr(model, flag, False) for flag in flags)

@@ -27,7 +27,7 @@ def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[
 
 
 def base_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """Return a parameter by its dotted name, whatever adapters let be read in its place."""
+    """A parameter by its dotted name, whatever adapters let be read in its place."""
     owner, _, leaf = name.rpartition(".")
     parameter = module.get_submodule(owner)._parameters[leaf]
     assert parameter is not None

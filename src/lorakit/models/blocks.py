@@ -32,12 +32,12 @@ class Block:
     """Role (`o` or `down`) and path of each layer whose output goes to the residual stream."""
 
     def paths(self, role: str) -> tuple[str, ...]:
-        """Return the paths of those of its outputs that have a role."""
+        """The paths of those of its outputs that have a role."""
         return tuple(path for each, path in self.outputs if each == role)
 
 
 def blocks(model: nn.Module) -> tuple[Block, ...]:
-    """Return the blocks of all stacks, in module order.
+    """The blocks of all stacks, in module order.
 
     Raises:
         TargetError: lorakit does not know the roles of this architecture.
@@ -64,7 +64,7 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
 
 
 def named_modules(model: nn.Module, words: Sequence[str], *, what: str) -> tuple[str, ...]:
-    """Return the paths of the modules that globs or re:REGEX name, in module order.
+    """The paths of the modules that globs or re:REGEX name, in module order.
 
     Args:
         model: any module.
@@ -90,7 +90,7 @@ def _names(word: str, path: str) -> bool:
 
 
 def _up_to_number(path: str) -> str:
-    """Return a path up to its first number: that of the block it lies in."""
+    """A path up to its first number: that of the block it lies in."""
     parts = path.split(".")
     end = next(at for at, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: end + 1])

@@ -34,7 +34,7 @@ class Family:
 
 
 def equal_parts(*roles: str) -> Split:
-    """Return a split into blocks of equal height, one after the other."""
+    """A split into blocks of equal height, one after the other."""
 
     def split(_config: Any, rows: int) -> Widths:
         return tuple((role, rows // len(roles)) for role in roles)

@@ -67,7 +67,7 @@ class BaseIdentity:
 def identify(
     model: nn.Module, *, name: str = "", skip: Collection[str] = ()
 ) -> BaseIdentity | None:
-    """Return the identity of a model's weights, or None on the meta device.
+    """The identity of a model's weights, or None on the meta device.
 
     Args:
         model: the base, with no adapter merged.
@@ -128,7 +128,7 @@ def _same_weights(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _both_rounded(half: Tensor, brain: Tensor) -> bool:
-    """Tell whether one side is a float16 and the other a bfloat16 copy of the same weights."""
+    """Whether one side is a float16 and the other a bfloat16 copy of the same weights."""
     is_half = torch.equal(half.half().float(), half)
     is_brain = torch.equal(brain.bfloat16().float(), brain)
     if not (is_half and is_brain):
@@ -140,7 +140,7 @@ def _both_rounded(half: Tensor, brain: Tensor) -> bool:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Return the SHA-256 of every bit of the base's parameters, their names and precisions."""
+    """The SHA-256 of every bit of the base's parameters, their names and precisions."""
     digest = hashlib.sha256()
     for path, parameter in base_parameters(model):
         bits = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -37,7 +37,7 @@ def load_model(
     labels: Sequence[str] | None = None,
     quantize: str | Quantization | None = None,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """Return a base model in eval mode, and its tokenizer, which has a padding token.
+    """A base model in eval mode, and its tokenizer, which has a padding token.
 
     A classifier's or regressor's head is made afresh, from torch's random state, where the
     checkpoint has none: call `torch.manual_seed` first to get the same one again.
@@ -98,7 +98,7 @@ def redraw_fresh_head(model: nn.Module) -> None:
 
 
 def model_name(model: nn.Module) -> str:
-    """Return the packaged name, folder or hub id that a model was loaded by; "" if it was not."""
+    """The packaged name, folder or hub id that a model was loaded by; "" if it was not."""
     source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return packaged_name(source) or source
 
@@ -122,7 +122,7 @@ def _check_arguments(
 
 
 def _source(name: str) -> str:
-    """Return the folder or hub id that transformers is to load.
+    """The folder or hub id that transformers is to load.
 
     Raises:
         ModelError: the name is neither packaged, nor a model's folder, nor a hub id within reach.
@@ -174,7 +174,7 @@ def _auto_class(task: str) -> Any:
 
 
 def _head_settings(task: str, labels: Sequence[str] | None) -> dict[str, Any]:
-    """Return the config entries that shape the task's head."""
+    """The config entries that shape the task's head."""
     if task == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
     if labels is None:

@@ -68,7 +68,7 @@ def _described(base: nn.Module) -> Iterator[LogitTransform]:
 
 
 def _explains(change: LogitTransform, answer: Tensor, logits: Tensor) -> bool:
-    """Tell whether a change makes a model's logits of its head's answer, but for rounding.
+    """Whether a change makes a model's logits of its head's answer, but for rounding.
 
     The model rounds up to three times to its own precision, half a unit each, and both sides to
     that of the change, where devices compute tanh to a few units.

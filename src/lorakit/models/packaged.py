@@ -50,7 +50,7 @@ PACKAGES = {
 
 
 def packaged_folder(name: str) -> Path:
-    """Return the transformers folder of a packaged model, converting a GGUF file on first use.
+    """The transformers folder of a packaged model, converting a GGUF file on first use.
 
     Raises:
         ModelError: the package is not installed, its file cannot be read, or the cache cannot be
@@ -67,7 +67,7 @@ def packaged_folder(name: str) -> Path:
 
 
 def packaged_name(folder: str) -> str | None:
-    """Return the packaged name whose folder this is, or None."""
+    """The packaged name whose folder this is, or None."""
     converted = re.fullmatch(rf"({'|'.join(PACKAGES)})-gguf-[0-9a-f]{{16}}", Path(folder).name)
     if converted:
         return converted[1]
@@ -75,14 +75,14 @@ def packaged_name(folder: str) -> str | None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of converted models: LORAKIT_CACHE, or lorakit in the user's cache."""
+    """The folder of converted models: LORAKIT_CACHE, or lorakit in the user's cache."""
     if own := os.environ.get("LORAKIT_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit"
 
 
 def _installed(package: Package) -> Path | None:
-    """Return the path of a package's file if it is installed."""
+    """The path of a package's file if it is installed."""
     spec = importlib.util.find_spec(package.module)
     locations = (spec and spec.submodule_search_locations) or []
     paths = [Path(location, package.file) for location in locations]
@@ -90,7 +90,7 @@ def _installed(package: Package) -> Path | None:
 
 
 def _converted(name: str, gguf: Path) -> Path:
-    """Return the folder of a converted GGUF file, which is named after the file's content."""
+    """The folder of a converted GGUF file, which is named after the file's content."""
     with gguf.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     key = hashlib.sha256(f"{CONVERTER_VERSION} {content}".encode()).hexdigest()[:16]
@@ -111,7 +111,7 @@ def _converted(name: str, gguf: Path) -> Path:
 def _read_gguf(
     name: str, gguf: Path
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """Return the model in float32, no longer marked as quantised, and its tokenizer."""
+    """The model in float32, no longer marked as quantised, and its tokenizer."""
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"unpacking {name!r}, which ships as a GGUF file,", "gguf")
     try:

@@ -151,7 +151,7 @@ def drop_quantisation_mark(model: nn.Module) -> None:
 
 
 def original_identity(model: nn.Module) -> BaseIdentity | None:
-    """Return the identity that a model had before `quantize`, or None if it was not called."""
+    """The identity that a model had before `quantize`, or None if it was not called."""
     return cast("BaseIdentity | None", getattr(model, "_lorakit_original", None))
 
 
@@ -218,7 +218,7 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _float_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a layer of the class that was quantised, with a float weight and the same bias."""
+    """A layer of the class that was quantised, with a float weight and the same bias."""
     quantised: Any = layer
     weight = float_weight(layer).to(dtype)
     with torch.device("meta"):
@@ -233,5 +233,5 @@ def _float_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def quantized_within(module: nn.Module) -> str | None:
-    """Return the path of a quantised layer in a module, or None where there is none."""
+    """The path of a quantised layer in a module, or None where there is none."""
     return next((path for path, layer in base_modules(module) if is_quantized(layer)), None)

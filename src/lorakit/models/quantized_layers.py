@@ -52,7 +52,7 @@ class Linear4bit(bnb.Linear4bit):
     weight: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W·x + b in the precision of x."""
+        """W·x + b in the precision of x."""
         return cast(Tensor, _Product.apply(x, self.bias, self))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear4bit:
@@ -69,7 +69,7 @@ class Linear8bit(bnb.Linear8bitLt):
     """Precision of the weight that was quantised, where that is known."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W·x + b in the precision of x."""
+        """W·x + b in the precision of x."""
         return cast(Tensor, _Product.apply(x, self.bias, self))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear8bit:
@@ -79,7 +79,7 @@ class Linear8bit(bnb.Linear8bitLt):
 
 
 def quantized_layer(layer: nn.Module, bits: int, double: bool, dtype: str) -> nn.Module:
-    """Return a quantised layer in the place of a Linear or Conv1D, with the same bias.
+    """A quantised layer in the place of a Linear or Conv1D, with the same bias.
 
     Args:
         layer: what to quantise.

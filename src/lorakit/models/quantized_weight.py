@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Tell whether a layer is one of bitsandbytes' whose weight is in 4 or 8 bits."""
+    """Whether a layer is one of bitsandbytes' whose weight is in 4 or 8 bits."""
     # Who has such a layer has imported the library; importing lorakit must not.
     library: Any = sys.modules.get("bitsandbytes")
     if library is None or not isinstance(layer, nn.Linear):
@@ -19,7 +19,7 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def float_weight(layer: nn.Module) -> Tensor:
-    """Return a layer's weight as floats, in the layer's own shape.
+    """A layer's weight as floats, in the layer's own shape.
 
     Of a quantised layer it is made anew at each call, (d_out, d_in), also where the layer was a
     Conv1D; of any other it is the parameter itself, which must not be written to.

@@ -43,12 +43,12 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Return the path, with the role in brackets for a slice."""
+        """The path, with the role in brackets for a slice."""
         return self.path if self.rows is None else f"{self.path}[{self.role}]"
 
 
 def places(model: nn.Module) -> tuple[Target, ...]:
-    """Return every adaptable layer in module order, each fused one followed by its slices.
+    """Every adaptable layer in module order, each fused one followed by its slices.
 
     Raises:
         TargetError: a fused layer has other rows than the model's config implies.
@@ -72,7 +72,7 @@ def places(model: nn.Module) -> tuple[Target, ...]:
 def named(
     model: nn.Module, words: Iterable[str], *, what: str = "targets"
 ) -> dict[str, tuple[Target, ...]]:
-    """Return the places that each word names, in module order.
+    """The places that each word names, in module order.
 
     A word is a role or a group of roles, `all-linear`, the end of a dotted path, or a glob or
     re:REGEX over whole paths. A word for a fused layer names its slices as well, so that what is
@@ -100,7 +100,7 @@ def select(
     exclude: Iterable[str] = (),
     what: str = "targets",
 ) -> tuple[Target, ...]:
-    """Return the places to adapt, in module order and without duplicates.
+    """The places to adapt, in module order and without duplicates.
 
     Args:
         model: Any module; roles need a transformers model of a known architecture.
@@ -149,12 +149,12 @@ def shared_inputs(model: nn.Module) -> dict[str, str]:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the layer that makes logits of a language model, or None where there is none."""
+    """The layer that makes logits of a language model, or None where there is none."""
     return _embedding(model, "get_output_embeddings")
 
 
 def task_heads(model: nn.Module) -> tuple[str, ...]:
-    """Return the paths of the modules that a task put on top of a pre-trained backbone.
+    """The paths of the modules that a task put on top of a pre-trained backbone.
 
     They are the children beside the backbone that have parameters, such as a classifier and the
     pooler made for it. A language model has none: what is beside its backbone was pre-trained too.
@@ -170,7 +170,7 @@ def task_heads(model: nn.Module) -> tuple[str, ...]:
 
 
 def _backbone(model: nn.Module) -> list[nn.Module]:
-    """Return the children that hold the pre-trained model; none if `model` itself is bare."""
+    """The children that hold the pre-trained model; none if `model` itself is bare."""
     prefix = getattr(model, "base_model_prefix", "")
     names = [prefix] if hasattr(model, prefix) else []
     if not names and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -180,7 +180,7 @@ def _backbone(model: nn.Module) -> list[nn.Module]:
 
 
 def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
-    """Return the model's input or output embedding, None if it has none or is not transformers'."""
+    """The model's input or output embedding, None if it has none or is not transformers'."""
     try:
         return getattr(model, getter)()
     except (AttributeError, NotImplementedError):
@@ -188,7 +188,7 @@ def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
 
 
 def _embedding_roles(model: nn.Module, family: Family) -> dict[str, str]:
-    """Return the paths of the embedding and the output head, which the model hands out itself."""
+    """The paths of the embedding and the output head, which the model hands out itself."""
     output = output_head(model)
     inputs = None
     if "embed" not in family.roles.values():
@@ -222,7 +222,7 @@ def _slices(model: nn.Module, path: str, split: Split) -> Iterator[Target]:
 def _look_up(
     model: nn.Module, words: Iterable[str], what: str, everything: tuple[Target, ...]
 ) -> tuple[dict[str, tuple[Target, ...]], list[str]]:
-    """Return the places of each word that names some, and what is wrong with the other words."""
+    """The places of each word that names some, and what is wrong with the other words."""
     found: dict[str, tuple[Target, ...]] = {}
     unknown: list[str] = []
     problems: list[str] = []
@@ -243,7 +243,7 @@ def _look_up(
 
 
 def _named_by(word: str, model: nn.Module, everything: tuple[Target, ...]) -> tuple[Target, ...]:
-    """Return the places that a word names; where the model has the role, the role comes first."""
+    """The places that a word names; where the model has the role, the role comes first."""
     roles = GROUPS.get(word, (word,))
     by_role = tuple(target for target in everything if target.role in roles)
     if by_role:
@@ -264,7 +264,7 @@ def _named_by(word: str, model: nn.Module, everything: tuple[Target, ...]) -> tu
 
 
 def _linear_paths(model: nn.Module) -> set[str]:
-    """Return the paths of the layers that `all-linear` names."""
+    """The paths of the layers that `all-linear` names."""
     heads = task_heads(model)
     output = output_head(model)
     return {
@@ -314,7 +314,7 @@ def _missing_blocks(model: nn.Module, layers: str) -> list[str]:
 
 
 def _within_blocks(model: nn.Module, names: tuple[Target, ...], layers: str) -> tuple[Target, ...]:
-    """Return the places that lie in one of the blocks."""
+    """The places that lie in one of the blocks."""
     numbers, heads = layer_numbers(layers), task_heads(model)
     return tuple(
         target
@@ -324,7 +324,7 @@ def _within_blocks(model: nn.Module, names: tuple[Target, ...], layers: str) -> 
 
 
 def _without_covered_slices(names: tuple[Target, ...]) -> tuple[Target, ...]:
-    """Return the places without those slices whose whole layer is there too."""
+    """The places without those slices whose whole layer is there too."""
     whole = {target.path for target in names if target.rows is None}
     return tuple(target for target in names if target.rows is None or target.path not in whole)
 
@@ -355,11 +355,11 @@ def _raise_any(model: nn.Module, problems: list[str]) -> None:
 
 
 def _longest_end(ends: Mapping[str, T], path: str) -> T | None:
-    """Return the entry of the longest end that fits a path."""
+    """The entry of the longest end that fits a path."""
     fitting = [end for end in ends if ends_with(path, end)]
     return ends[max(fitting, key=len)] if fitting else None
 
 
 def _last_parts(path: str, count: int) -> str:
-    """Return the last components of a dotted path."""
+    """The last components of a dotted path."""
     return ".".join(path.split(".")[-count:])

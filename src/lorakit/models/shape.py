@@ -13,7 +13,7 @@ SILENT = ("bloom",)
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return the most tokens that a row may have; None: the model has no limit of its own."""
+    """The most tokens that a row may have; None: the model has no limit of its own."""
     config: Any = getattr(model, "config", None)
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int):
@@ -22,13 +22,13 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Tell whether tokens see those before them alone."""
+    """Whether tokens see those before them alone."""
     if getattr(getattr(model, "config", None), "model_type", "") in SILENT:
         return True
     return any(getattr(module, "is_causal", False) for module in model.modules())
 
 
 def hidden_size(model: nn.Module) -> int | None:
-    """Return the width of the residual stream; None: the model's config does not say."""
+    """The width of the residual stream; None: the model's config does not say."""
     size = getattr(getattr(model, "config", None), "hidden_size", None)
     return size if isinstance(size, int) else None

@@ -22,13 +22,13 @@ class Batch:
 
     @staticmethod
     def of(rows: Sequence[Combination]) -> Batch:
-        """Return the batch with these rows."""
+        """The batch with these rows."""
         combinations = tuple(dict.fromkeys(combination for combination in rows if combination))
         place = {combination: slot for slot, combination in enumerate(combinations)}
         return Batch(combinations, tuple(place.get(combination, -1) for combination in rows))
 
     def only(self, slots: Sequence[int]) -> tuple[int, ...]:
-        """Return each row's place among some of the slots; -1 where it is not among them."""
+        """Each row's place among some of the slots; -1 where it is not among them."""
         place = {slot: at for at, slot in enumerate(slots)}
         return tuple(place.get(slot, -1) for slot in self.slot_of_row)
 

@@ -77,7 +77,7 @@ class StaticLoRA(Operation):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Return the output with each row's own update added."""
+        """The output with each row's own update added."""
         rows = self._a.shape[0]
         x = inputs[0].reshape(rows, -1, inputs[0].shape[-1]).to(self._a.dtype)
         update = torch.bmm(torch.bmm(x, self._a.mT), self._b)

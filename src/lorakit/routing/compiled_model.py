@@ -35,7 +35,7 @@ class CheckedCall:
         self.compiled = compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's output.
+        """The model's output.
 
         Raises:
             RouteError: the batch has another number of rows than the route.

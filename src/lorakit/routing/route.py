@@ -156,7 +156,7 @@ def _check_rows_apart(state: Attachment, updates: Updates) -> None:
 
 
 def _mixed(state: Attachment, updates: Updates, batch: Batch, device: torch.device) -> Operations:
-    """Return a mixed batch's changes: those of the last one, if nothing is new since."""
+    """A mixed batch's changes: those of the last one, if nothing is new since."""
     names = dict.fromkeys(name for combination in batch.combinations for name, _ in combination)
     used = {name: updates[name] for name in names}
     parameters = [p for ups in used.values() for u in ups.values() for p in u.parameters()]

@@ -47,7 +47,7 @@ class ByRowGroup(Operation):
             _check_addable(layer, of_slot)
 
     def tokens_of_rows(self, found: int) -> list[VirtualTokens | None]:
-        """Return the virtual tokens of each of so many rows."""
+        """The virtual tokens of each of so many rows."""
         tokens: list[VirtualTokens | None] = [None] * found
         for group in self._groups:
             own = next((u.virtual_tokens for u, _ in group.terms if u.virtual_tokens), None)
@@ -56,7 +56,7 @@ class ByRowGroup(Operation):
         return tokens
 
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Return the output with each row's own update."""
+        """The output with each row's own update."""
         if self._rows == 1:
             return _applied(self._groups[0].terms, layer, inputs, output)
         if inputs[0].shape[0] == 1 and not inputs[0].is_floating_point():
@@ -86,7 +86,7 @@ class ByRowGroup(Operation):
         return _applied(group.terms, layer, mine, output[index])
 
     def read(self, name: str, weight: Tensor) -> Tensor:
-        """Return a parameter with the changes of one blend, which all rows use."""
+        """A parameter with the changes of one blend, which all rows use."""
         changed = weight
         for update, factor in self._groups[0].terms:
             changed = changed + factor * (update.read(name, weight) - weight)
@@ -96,7 +96,7 @@ class ByRowGroup(Operation):
 def _applied(
     terms: Sequence[tuple[Update, float]], layer: nn.Module, inputs: tuple[Any, ...], base: Any
 ) -> Any:
-    """Return a layer's own output with the updates of one blend."""
+    """A layer's own output with the updates of one blend."""
     if len(terms) == 1:
         update, weight = terms[0]
         return update.adapt(layer, inputs, base, weight=weight)
@@ -126,13 +126,13 @@ def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -
 
 
 def widened(output: Tensor, width: int) -> Tensor:
-    """Return an output of at least so many entries; those added are minus infinity."""
+    """An output of at least so many entries; those added are minus infinity."""
     missing = width - output.shape[-1]
     return F.pad(output, (0, missing), value=float("-inf")) if missing else output
 
 
 def _positions(index: Tensor, found: int, rows: int) -> Tensor:
-    """Return the places of batch rows in an input that holds several entries for each row."""
+    """The places of batch rows in an input that holds several entries for each row."""
     each = found // rows
     if found % rows:
         raise RouteError(

@@ -28,7 +28,7 @@ Uses = dict[int, tuple[ModuleCopy, float]]
 
 
 def are_heads(terms: Terms) -> bool:
-    """Tell whether several slots each have small copies of a layer, and nothing else."""
+    """Whether several slots each have small copies of a layer, and nothing else."""
     updates = [update for of_slot in terms.values() for update, _ in of_slot]
     return len(terms) > 1 and all(isinstance(u, ModuleCopy) and _is_small(u) for u in updates)
 
@@ -57,7 +57,7 @@ class StackedHeads(ByRowGroup):
         self._refused = False
 
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Return the output with each row's own head."""
+        """The output with each row's own head."""
         x = inputs[0]
         fits = x.is_floating_point() and x.shape[0] % self._rows == 0
         if fits and len(inputs) == 1 and not self._refused:
@@ -82,7 +82,7 @@ class StackedHeads(ByRowGroup):
 
 
 def _by_shape(terms: Terms, batch: Batch) -> tuple[list[Uses], list[Uses]]:
-    """Return the uses of copies of equal shapes: as a row's only answer, and weighted.
+    """The uses of copies of equal shapes: as a row's only answer, and weighted.
 
     No group has a row twice: the terms of a blend are in groups by their place in it.
     """
@@ -123,7 +123,7 @@ class Stack:
         self._frozen = None if trains else self._gathered()
 
     def _gathered(self) -> dict[str, Tensor]:
-        """Return the parameters, each (chunks, …)."""
+        """The parameters, each (chunks, …)."""
         named = [dict(own.copy.named_parameters()) for own in self._copies]
         return {
             name: gather(torch.stack([each[name] for each in named]), self._arrangement)
@@ -149,7 +149,7 @@ class Stack:
         return cast(Tensor, functional_call(self._module, parameters, (x,)))
 
     def added(self, output: Tensor, base: Tensor, x: Tensor) -> Tensor:
-        """Return the output with strength·(answer - base) added to each row's own.
+        """The output with strength·(answer - base) added to each row's own.
 
         Args:
             output: of all rows, (rows, k, …, classes).

@@ -103,13 +103,13 @@ def _terms(number: int, updates: Updates, batch: Batch) -> Terms:
 
 
 def _is_stackable(layer: nn.Module, terms: Terms) -> bool:
-    """Tell whether all rows can be computed at once, and not one group after the other."""
+    """Whether all rows can be computed at once, and not one group after the other."""
     every = (update for of_slot in terms.values() for update, _ in of_slot)
     return choice.fast() and is_linear(layer) and all(map(is_sum, every))
 
 
 def is_sum(update: Update) -> bool:
-    """Tell whether an update only adds B·A·x and a bias, so that several can be stacked."""
+    """Whether an update only adds B·A·x and a bias, so that several can be stacked."""
     return isinstance(update, LoRAUpdate) and update.is_additive
 
 
@@ -127,12 +127,12 @@ class Piece:
 
     @cached_property
     def rank(self) -> int:
-        """Return the rank to which the slots are padded."""
+        """The rank to which the slots are padded."""
         return max(map(_rank, self.terms))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the precision in which it is computed."""
+        """The precision in which it is computed."""
         return _dtype(self.terms[0])
 
 
@@ -192,7 +192,7 @@ class SharedInput:
 
     @property
     def is_fixed(self) -> bool:
-        """Tell whether nothing of it is trained or dropped."""
+        """Whether nothing of it is trained or dropped."""
         return not (self._trains or self._drops)
 
     def add(self, at: int, x: Tensor, output: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class SharedInput:
 
 
 def _a(piece: Piece, slot: int) -> Tensor:
-    """Return A of one slot, (the piece's rank, d_in)."""
+    """A of one slot, (the piece's rank, d_in)."""
     matrices = [part.a for part, _ in piece.terms[slot]]
     joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     missing = piece.rank - joined.shape[0]
@@ -264,7 +264,7 @@ def _b(piece: Piece, slot: int) -> Tensor:
 
 
 def _scales(piece: Piece, slot: int) -> list[float]:
-    """Return the factor on each column of B."""
+    """The factor on each column of B."""
     factors = [part.site.scale * w for part, w in piece.terms[slot] for _ in range(part.site.rank)]
     return factors + [0.0] * (piece.rank - len(factors))
 
@@ -278,7 +278,7 @@ class BiasShift:
     terms: tuple[tuple[tuple[nn.Parameter, float], ...], ...]
 
     def add(self, layer: nn.Module, output: Tensor) -> Tensor:
-        """Return the output, (rows·k, …, d_out), with each row's shift added."""
+        """The output, (rows·k, …, d_out), with each row's shift added."""
         shifts = bias_shifts(cast(Tensor, layer.bias), self.terms, self.terms[0][0][0].dtype)
         shift = shifts[self.slot_of_row].to(output.dtype)
         if output.shape[0] % len(shift):
@@ -339,7 +339,7 @@ class Unstacked:
             start = stop
 
     def add(self, x: Tensor, output: Tensor, *, per_row: int) -> Tensor:
-        """Return the output with each row's own update added; a row has so many tokens."""
+        """The output with each row's own update added; a row has so many tokens."""
         factors = [each for update, weight in self._terms for each in update.factors(weight)]
         spans = [fused.Span(i * per_row, j * per_row, numbers) for i, j, numbers in self._runs]
         return fused.add_updates(output, x, factors, spans)
@@ -362,7 +362,7 @@ class StackedLoRA(Operation):
         self._unstacked = None if triton or fixed else Unstacked(terms, batch)
 
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Return the output with each row's own update added."""
+        """The output with each row's own update added."""
         x = inputs[0]
         if self._unstacked is not None and fused.available(x, training=layer.training):
             per_row = self._parts[0][0].grouping.per_row(x)

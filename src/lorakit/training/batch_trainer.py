@@ -25,7 +25,7 @@ class BatchTrainer(Trainer):
 
     @property
     def adapted(self) -> nn.Module:
-        """Return the model that is trained, out of its wrappers."""
+        """The model that is trained, out of its wrappers."""
         assert isinstance(self.model, nn.Module)
         return self.model
 
@@ -41,7 +41,7 @@ class BatchTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the loss of one batch, and add its gradients to `.grad`."""
+        """The loss of one batch, and add its gradients to `.grad`."""
         self.count(inputs)
         # Gradient checkpointing runs layers again in the backward pass, which needs this too.
         with attention_within(self.adapted, inputs.pop(SEGMENTS, None)):
@@ -68,7 +68,7 @@ class BatchTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of a batch, without logits that no label asks for."""
+        """The loss of a batch, without logits that no label asks for."""
         how = self.compute_loss_func
         if isinstance(how, Loss) and how.task == "generation":
             assert not return_outputs, "only Trainer's own evaluation asks for outputs"

@@ -29,7 +29,7 @@ def score(
     batch_size: int,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Return the mean loss per labelled item, and what follows from the task.
+    """The mean loss per labelled item, and what follows from the task.
 
     Returns:
         `loss` (nats), and `perplexity` for texts, `accuracy` (0 to 1) for classes, `pearson` (-1 to

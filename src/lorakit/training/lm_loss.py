@@ -40,7 +40,7 @@ def text_loss(
     loss: Loss,
     items: Tensor | int | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the summed loss of a batch over so many items; see `text_losses`.
+    """The summed loss of a batch over so many items; see `text_losses`.
 
     Args:
         model: a language model.
@@ -61,7 +61,7 @@ def text_loss(
 
 
 def item_weight(labels: Int[Tensor, "rows length"], items: Tensor | int | None) -> float:
-    """Return the weight of one item in a mean over so many, or over those of this batch."""
+    """The weight of one item in a mean over so many, or over those of this batch."""
     count = labelled(labels).sum() if items is None else items
     return 1 / max(float(count), 1.0)
 
@@ -80,7 +80,7 @@ def text_losses(
     label_smoothing: PerRow = 0.0,
     z_loss: PerRow = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows length"]]:
-    """Return Σ weight·loss, and the loss of what each position predicts, without a gradient.
+    """Σ weight·loss, and the loss of what each position predicts, without a gradient.
 
     Position t predicts the token at t+1; where that has no label, the loss is 0. The sum can be
     differentiated, once.
@@ -122,7 +122,7 @@ def plain_losses(
     label_smoothing: Float[Tensor, "#rows 1"],
     z_loss: Float[Tensor, "#rows 1"],
 ) -> Float[Tensor, "rows length"]:
-    """Return the loss of what each position predicts, from all logits; 0 without a label."""
+    """The loss of what each position predicts, from all logits; 0 without a label."""
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(logits.device)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     likely = logits.log_softmax(-1)
@@ -166,7 +166,7 @@ class _Chosen:
         return _Chosen(index, following.flatten()[index], labels.shape)
 
     def rounded(self) -> _Chosen:
-        """Return the same and some positions without a label, so that few numbers of them occur."""
+        """The same and some positions without a label, so that few numbers of them occur."""
         missing = -self.index.shape[1] % FEW_SIZES
         return _Chosen(
             F.pad(self.index, (0, missing)),
@@ -181,7 +181,7 @@ class _Chosen:
         return taken.view(*self.index.shape, x.shape[-1])
 
     def spread(self, value: PerRow) -> Float[Tensor, "groups tokens"]:
-        """Return a row's value for each of its chosen positions, in float64."""
+        """A row's value for each of its chosen positions, in float64."""
         if not isinstance(value, Tensor):
             return torch.full(self.index.shape, value, dtype=torch.float64)
         return value.double()[(self.index // self.shape[1]).to(value.device)]
@@ -195,7 +195,7 @@ class _Chosen:
 
 
 def _hooked_head(model: nn.Module) -> nn.Module | None:
-    """Return a language model's output head, or None where hooks on it cannot be relied on.
+    """A language model's output head, or None where hooks on it cannot be relied on.
 
     DataParallel runs copies of it in several threads, and a compiled model has no regard for hooks
     that come later. There the model computes all logits.
@@ -206,7 +206,7 @@ def _hooked_head(model: nn.Module) -> nn.Module | None:
 
 
 def _tells_rows_apart(model: nn.Module, head: nn.Module | None) -> bool:
-    """Tell whether rows use adapters of their own in the output head."""
+    """Whether rows use adapters of their own in the output head."""
     state = attachment_of(model)
     if head is None or state is None or state.route.rows is None:
         return False
@@ -252,6 +252,6 @@ def _given_to(head: nn.Module, given: Callable[[Tensor], Tensor]) -> Iterator[li
 
 
 def _plain(base: nn.Module) -> AbstractContextManager[None]:
-    """Return a block in which a model puts no virtual tokens into its rows."""
+    """A block in which a model puts no virtual tokens into its rows."""
     state = attachment_of(base)
     return nullcontext() if state is None else state.routed(None, None, None)

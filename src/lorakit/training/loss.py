@@ -23,13 +23,13 @@ class Loss:
     def __call__(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Return the summed loss over `num_items_in_batch`, or over the items of this batch."""
+        """The summed loss over `num_items_in_batch`, or over the items of this batch."""
         logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
         return self.summed(logits, labels) / count
 
     def summed(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum of the loss over rows that each have a class, or a number."""
+        """The sum of the loss over rows that each have a class, or a number."""
         assert self.task != "generation", "the loss of texts is computed by training/lm_loss.py"
         if self.task == "regression":
             return F.mse_loss(logits.float().squeeze(-1), labels.float(), reduction="sum")

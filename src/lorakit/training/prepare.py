@@ -54,7 +54,7 @@ class Prepared:
     """How rows become batches."""
 
     def __str__(self) -> str:
-        """Return the match table and what was read, as text."""
+        """The match table and what was read, as text."""
         parts = [str(self.plan), f"training rows: {self.training.report}"]
         if self.validation is not None:
             parts.append(f"validation rows: {self.validation.report}")
@@ -207,7 +207,7 @@ def _task(config: TrainConfig, rows: Rows) -> str:
 
 
 def _shared(read: Mapping[str, _Rows]) -> tuple[str, tuple[str, ...] | None]:
-    """Return the task and the classes, which the model's one head needs to be the same for all.
+    """The task and the classes, which the model's one head needs to be the same for all.
 
     Raises:
         ConfigError: they differ.
@@ -269,7 +269,7 @@ def _steps(config: TrainConfig, rows: int) -> int:
 def _looked_at(
     config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]] | None:
-    """Return the batches of training rows from which an adapter starts, or None."""
+    """The batches of training rows from which an adapter starts, or None."""
     if config.init_from is not None or "lora" not in config.method or config.lora.init != "eva":
         return None
     draw, size = torch.Generator().manual_seed(config.seed), config.batch_size

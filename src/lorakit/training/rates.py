@@ -12,7 +12,7 @@ from lorakit.config.train import TrainConfig
 
 
 def learning_rates(config: TrainConfig, record: Adapter, names: Iterable[str]) -> dict[str, float]:
-    """Return the peak learning rate of each tensor of an adapter, by its name.
+    """The peak learning rate of each tensor of an adapter, by its name.
 
     B's is `lora_plus_ratio` times its method's own (LoRA+, Hayou et al. 2024, section 4).
     """

@@ -87,7 +87,7 @@ class Run:
 
     @property
     def steps_done(self) -> int:
-        """Return the steps behind the checkpoint."""
+        """The steps behind the checkpoint."""
         return step_of(self.checkpoint) if self.checkpoint else 0
 
 
@@ -138,7 +138,7 @@ def run_alone(
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """Return the checkpoint to resume from, or make sure that the folder is free.
+    """The checkpoint to resume from, or make sure that the folder is free.
 
     Raises:
         OutputError: the folder is in use.
@@ -346,6 +346,6 @@ def _finish(run: Run, trainer: AdapterTrainer, seconds: float) -> TrainResult:
 
 
 def _padding(history: Sequence[Mapping[str, Any]]) -> float:
-    """Return the share of padding over all that was logged."""
+    """The share of padding over all that was logged."""
     logged = [(entry["tokens"], entry["padding"]) for entry in history if "padding" in entry]
     return sum(n * share for n, share in logged) / max(sum(n for n, _ in logged), 1)

@@ -67,7 +67,7 @@ class AdapterTrainer(BatchTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss, and remember the weights that gave a finite one.
+        """The loss, and remember the weights that gave a finite one.
 
         Raises:
             TrainingError: the loss is not a number.
@@ -100,7 +100,7 @@ class AdapterTrainer(BatchTrainer):
                 self.trained[name].copy_(good)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return the optimizer, in which each tensor has its own rate."""
+        """The optimizer, in which each tensor has its own rate."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh:
@@ -191,17 +191,17 @@ def _check_same(saved: Adapter, asked: Adapter, checkpoint: str) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     return sorted(folder.glob("checkpoint-*") if folder.is_dir() else (), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step after which a checkpoint was saved."""
+    """The step after which a checkpoint was saved."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def make_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
-    """Return Trainer's arguments for a run of so many steps."""
+    """Trainer's arguments for a run of so many steps."""
     every = config.eval_every
     return TrainingArguments(
         output_dir=str(config.out),

@@ -14,7 +14,7 @@ from lorakit.models.shape import context_length
 
 
 def longest_row(model: nn.Module, name: str | None) -> int | None:
-    """Return the most tokens of a row that leave room for an adapter's own; None: any number."""
+    """The most tokens of a row that leave room for an adapter's own; None: any number."""
     tokens, context = virtual_tokens(model, name), context_length(model)
     return None if tokens is None or context is None else context - len(tokens)
 

@@ -19,7 +19,7 @@ def place_of(row: PromptRow) -> Place:
 
 
 def query_of(row: PromptRow) -> tuple[str, str, list[str]]:
-    """Return the table, the function and the comparisons of a row's SQL."""
+    """The table, the function and the comparisons of a row's SQL."""
     found = re.fullmatch(r"SELECT ([A-Z]+)\((?:\w+|\*)\) FROM (\w+) WHERE (.+)", row.completion)
     assert found
     function, table, where = found.groups()

@@ -41,7 +41,7 @@ def weight_of(weight, adapter, site, tensors):
 
 
 def with_lengths(model: nn.Module) -> nn.Module:
-    """Return a plain float64 copy of a model with DoRA in its weights."""
+    """A plain float64 copy of a model with DoRA in its weights."""
     adapter, plain = lk.extract(model), copy.deepcopy(model)
     lk.detach(plain)
     plain.double()

@@ -32,7 +32,7 @@ def batches(model, count=3):
 
 
 def inputs_of(model, data):
-    """Return all tokens that each linear layer reads, (tokens, d_in), without padding."""
+    """All tokens that each linear layer reads, (tokens, d_in), without padding."""
     read = {}
 
     def note(path):

@@ -32,7 +32,7 @@ def small_pieces(monkeypatch):
 
 
 def adapted(family, *, dropout=0.2):
-    """Return a float64 model in training mode with two adapters that overlap."""
+    """A float64 model in training mode with two adapters that overlap."""
     model = build(family).double()
     targets, bias = ("q", "v", "embed"), "none" if family == "llama" else "lora"
     config = {"dropout": dropout, "dtype": "float32"}
@@ -42,7 +42,7 @@ def adapted(family, *, dropout=0.2):
 
 
 def gradients(model, route, *, seed=0):
-    """Return the output and all gradients of one forward and backward pass."""
+    """The output and all gradients of one forward and backward pass."""
     inputs = example_inputs(model, rows=5)
     model.zero_grad()
     torch.manual_seed(seed)

@@ -42,7 +42,7 @@ class One(nn.Module):
 
 
 def with_delta(model: One) -> nn.Module:
-    """Return a plain float64 layer whose weight is W + scale·B·A, summed entry by entry."""
+    """A plain float64 layer whose weight is W + scale·B·A, summed entry by entry."""
     adapter = lk.extract(model)
     plain = copy.deepcopy(model)
     lk.detach(plain)

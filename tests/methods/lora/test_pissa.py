@@ -159,7 +159,7 @@ def test_the_gradient_is_that_of_the_half_that_trains(kernels):
 
 
 def unfrozen(adapter):
-    """Return an adapter of which all ranks train."""
+    """An adapter of which all ranks train."""
     return replace(adapter, sites=tuple(replace(site, frozen=0) for site in adapter.sites))
 
 

@@ -73,7 +73,7 @@ def test_beams_find_the_likeliest_of_all_answers(family):
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def several(request):
-    """Return a model with two prefix adapters, LoRA, and both in one."""
+    """A model with two prefix adapters, LoRA, and both in one."""
     model = prefixed(request.param, name="layer", seed=1)
     prefixed(request.param, model=model, name="short", prefix=1, infix=0, every_layer=False, seed=2)
     lk.attach(model, LoRAConfig(targets=("q", "v")), name="lora")

@@ -31,7 +31,7 @@ LENGTHS = (7, 4, 6)
 
 
 def padded(side, *, seed=0):
-    """Return rows of several lengths, and the batch that pads them."""
+    """Rows of several lengths, and the batch that pads them."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(3, 64, (n,), generator=generator).tolist() for n in LENGTHS]
     longest = max(LENGTHS)
@@ -45,7 +45,7 @@ def padded(side, *, seed=0):
 
 
 def with_positions(model, batch):
-    """Return a batch with the positions that generate would give."""
+    """A batch with the positions that generate would give."""
     if model.config.model_type in ("bloom",):
         return batch
     return batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}

@@ -18,7 +18,7 @@ from lorakit.training.run import Run, run_alone
 
 
 def losses(config):
-    """Return the losses of a run, and the words for how its rows were laid out."""
+    """The losses of a run, and the words for how its rows were laid out."""
     prepared = prepare(config)
     run_alone(
         Run(config=config, prepared=prepared, checkpoint=None),

@@ -73,7 +73,7 @@ def test_dropout_in_attention_has_the_same_masks(attention):
 
 @pytest.fixture
 def held_bytes(monkeypatch):
-    """Return a function that counts the bytes a forward pass leaves behind, weights apart."""
+    """A function that counts the bytes a forward pass leaves behind, weights apart."""
     kept = {}
 
     def note(value):

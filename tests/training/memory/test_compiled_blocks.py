@@ -44,7 +44,7 @@ def run_process(backend, *runs):
 
 @pytest.fixture(scope="module")
 def deep(tiny_llama, tmp_path_factory):
-    """Return a function that gives the folder of a tiny model of many blocks."""
+    """A function that gives the folder of a tiny model of many blocks."""
 
     def make(family, **settings):
         folder = tmp_path_factory.mktemp("deep") / family

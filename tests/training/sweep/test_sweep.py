@@ -27,7 +27,7 @@ FIRST = ("red", "green", "blue", "small", "old", "new")
 
 @pytest.fixture
 def settings(tiny_llama, prompt_rows, tmp_path):
-    """Return a maker of settings for a short sweep."""
+    """A maker of settings for a short sweep."""
 
     def make(sweep=None, **operations):
         values = {
@@ -135,7 +135,7 @@ def test_members_with_heads_and_biases_equal_separate_runs(
 
 @pytest.fixture
 def tiny_bert_without_dropout(tiny_bert, tmp_path):
-    """Return a tiny encoder whose runs do not depend on the random numbers of dropout."""
+    """A tiny encoder whose runs do not depend on the random numbers of dropout."""
     folder = tmp_path / "no-dropout"
     folder.mkdir()
     for file in tiny_bert.iterdir():
@@ -225,7 +225,7 @@ def test_a_defect_in_one_member_is_raised_after_the_others_are_written(settings,
 
 @pytest.fixture
 def at_pass(monkeypatch):
-    """Return a function that has something happen in one of a sweep's joint passes."""
+    """A function that has something happen in one of a sweep's joint passes."""
 
     def group_rows(number, happen):
         passes = iter(range(1, 1000))

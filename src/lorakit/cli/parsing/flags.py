@@ -50,7 +50,7 @@ class Flag:
 
     @property
     def is_boolean(self) -> bool:
-        """Return whether the flag stands without a value, and has a --no- form."""
+        """Whether the flag stands without a value, and has a --no- form."""
         return set(_types(self.field.annotation)) <= {bool, NoneType}
 
     @property
@@ -60,7 +60,7 @@ class Flag:
         return "|".join(dict.fromkeys(kinds))
 
     def parse(self, text: str) -> Any:
-        """Return the value that a text stands for, or the text itself for pydantic to judge."""
+        """The value that a text stands for, or the text itself for pydantic to judge."""
         types = _types(self.field.annotation)
         if NoneType in types and text.lower() in ("none", "null"):
             return None
@@ -73,7 +73,7 @@ class Flag:
 
 
 def flags_of(settings: type[BaseModel], within: Key = ()) -> list[Flag]:
-    """Return the flags of a class's settings and of its sections, in the order of the class."""
+    """The flags of a class's settings and of its sections, in the order of the class."""
     flags = []
     for name, field in settings.model_fields.items():
         section = section_of(field)
@@ -83,7 +83,7 @@ def flags_of(settings: type[BaseModel], within: Key = ()) -> list[Flag]:
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the class of the settings that a field nests, or None for a plain value."""
+    """The class of the settings that a field nests, or None for a plain value."""
     for each in _types(field.annotation):
         if isinstance(each, type) and issubclass(each, BaseModel):
             return each
@@ -123,7 +123,7 @@ def read_flags(settings: type[BaseModel], argv: Sequence[str]) -> tuple[list[str
 def _read_flag(
     word: str, left: deque[str], flags: Mapping[str, Flag], settings: type[BaseModel]
 ) -> tuple[Key, Any]:
-    """Return the key and the value of one flag, taking the value from the words that are left."""
+    """The key and the value of one flag, taking the value from the words that are left."""
     name, equals, text = word.removeprefix("--").partition("=")
     dotted = name.replace("-", "_")
     flag = flags.get(dotted) or flags.get(dotted.removeprefix("no_"))
@@ -138,13 +138,13 @@ def _read_flag(
 
 
 def _is_nearly_boolean(dotted: str, flags: Mapping[str, Flag]) -> bool:
-    """Return whether an unknown flag looks like a mistyped boolean, which takes no word."""
+    """Whether an unknown flag looks like a mistyped boolean, which takes no word."""
     nearest = difflib.get_close_matches(dotted, flags, n=1)
     return dotted not in flags and bool(nearest) and flags[nearest[0]].is_boolean
 
 
 def _unknown_key(settings: type[BaseModel], name: str) -> Key:
-    """Return a key for an unknown flag, in the section it means, where no setting can be."""
+    """A key for an unknown flag, in the section it means, where no setting can be."""
     first, _, rest = name.partition(".")
     known = first.replace("-", "_")
     if known not in settings.model_fields:
@@ -154,7 +154,7 @@ def _unknown_key(settings: type[BaseModel], name: str) -> Key:
 
 
 def _types(annotation: Any) -> list[Any]:
-    """Return the members of a type: of A | None both, of any other only itself."""
+    """The members of a type: of A | None both, of any other only itself."""
     if get_origin(annotation) is Annotated:
         return _types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -163,7 +163,7 @@ def _types(annotation: Any) -> list[Any]:
 
 
 def _kind(type_: Any) -> str:
-    """Return the word that stands for a value of a type."""
+    """The word that stands for a value of a type."""
     origin = get_origin(type_)
     if origin is Literal:
         return "|".join(map(str, get_args(type_)))

@@ -53,7 +53,7 @@ def verb_help(name: str, settings: type[Settings]) -> str:
 
 
 def _section(settings: type[BaseModel], defaults: BaseModel | None, within: Key = ()) -> str:
-    """Return the entries of a class's settings, then its sections under their headings.
+    """The entries of a class's settings, then its sections under their headings.
 
     The defaults are those of the object that stands in the field, where one does, since it may set
     other values than its class.
@@ -71,7 +71,7 @@ def _section(settings: type[BaseModel], defaults: BaseModel | None, within: Key 
 
 
 def _entry(flag: Flag, default: Any) -> str:
-    """Return a flag's line, and its meaning below it."""
+    """A flag's line, and its meaning below it."""
     typed = f"--[no-]{flag.name[2:]}" if flag.is_boolean else f"{flag.name} {flag.kind}"
     fallback = "required" if flag.field.is_required() else f"default: {_word(default)}"
     meaning = textwrap.fill(

@@ -16,7 +16,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def parse(settings: type[S], argv: Sequence[str]) -> S:
-    """Return a verb's settings from its command line: the words after the verb.
+    """A verb's settings from its command line: the words after the verb.
 
     A bare word, or --config FILE, names a YAML file. A flag overrides one setting of the file, in
     a section too: --lora.rank 4 leaves the file's lora.targets as they are. A list or a mapping
@@ -44,7 +44,7 @@ def parse(settings: type[S], argv: Sequence[str]) -> S:
 
 
 def to_yaml(settings: Settings) -> str:
-    """Return all settings as YAML that `parse` reads back as the same settings."""
+    """All settings as YAML that `parse` reads back as the same settings."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

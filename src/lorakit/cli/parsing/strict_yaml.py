@@ -10,7 +10,7 @@ from lorakit.errors import ConfigError
 
 
 def load(text: str) -> Any:
-    """Return the plain data that a text is in YAML.
+    """The plain data that a text is in YAML.
 
     Raises:
         yaml.YAMLError: the text breaks the syntax, names a Python object, or gives a key twice.
@@ -20,7 +20,7 @@ def load(text: str) -> Any:
 
 
 def read_mapping(file: Path) -> dict[Any, Any]:
-    """Return the mapping in a file; an empty file is an empty mapping.
+    """The mapping in a file; an empty file is an empty mapping.
 
     Raises:
         ConfigError: the file cannot be read, is not UTF-8 or not YAML, gives a key twice, or holds
@@ -59,7 +59,7 @@ class _Loader(yaml.SafeLoader):
     """The safe loader, but for keys given twice, of which YAML would drop the first."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return the mapping that comes next, before its `<<` keys bring in other mappings."""
+        """The mapping that comes next, before its `<<` keys bring in other mappings."""
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:

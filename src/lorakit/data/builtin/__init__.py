@@ -14,7 +14,7 @@ class BuiltinTask(Protocol):
     """A module that makes the rows of a task."""
 
     def rows(self, split: str, *, seed: int = 0) -> tuple[PromptRow, ...]:
-        """Return the rows of the train, validation or test split."""
+        """The rows of the train, validation or test split."""
 
 
 BUILTIN: Mapping[str, BuiltinTask] = MappingProxyType({"places": places, "sql": sql})
@@ -22,7 +22,7 @@ BUILTIN: Mapping[str, BuiltinTask] = MappingProxyType({"places": places, "sql": 
 
 
 def builtin_task(name: str) -> BuiltinTask:
-    """Return a built-in task.
+    """A built-in task.
 
     Raises:
         DataError: none has this name.

@@ -17,7 +17,7 @@ Draw = Callable[[random.Random, Split], PromptRow]
 
 
 def draw_rows(draw: Draw, split: str, *, seed: int) -> tuple[PromptRow, ...]:
-    """Return the rows of a split, no prompt twice.
+    """The rows of a split, no prompt twice.
 
     Raises:
         DataError: there is no such split.

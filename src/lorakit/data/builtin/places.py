@@ -64,12 +64,12 @@ class Place:
     known: str | None = None
 
     def __str__(self) -> str:
-        """Return the attributes in a line, as the prompt states them."""
+        """The attributes in a line, as the prompt states them."""
         return ", ".join(f"{key}: {value}" for key, value in vars(self).items() if value)
 
 
 def rows(split: str, *, seed: int = 0) -> tuple[PromptRow, ...]:
-    """Return the task's train, validation or test rows.
+    """The task's train, validation or test rows.
 
     Raises:
         DataError: there is no such split.
@@ -78,7 +78,7 @@ def rows(split: str, *, seed: int = 0) -> tuple[PromptRow, ...]:
 
 
 def split_of(kind: str, area: str) -> Split:
-    """Return the only split in which this kind of place occurs in this area."""
+    """The only split in which this kind of place occurs in this area."""
     kinds, areas = list(KNOWN_FOR), list(AREAS)
     held_out: dict[int, Split] = {0: "test", 1: "validation"}
     return held_out.get((kinds.index(kind) - areas.index(area)) % len(areas), "train")

@@ -54,7 +54,7 @@ NUMBER_COMPARISONS = (">", "<")
 
 
 def rows(split: str, *, seed: int = 0) -> tuple[PromptRow, ...]:
-    """Return the task's train, validation or test rows.
+    """The task's train, validation or test rows.
 
     Raises:
         DataError: there is no such split.
@@ -63,7 +63,7 @@ def rows(split: str, *, seed: int = 0) -> tuple[PromptRow, ...]:
 
 
 def split_of(table: str, function: str, comparison: str) -> Split:
-    """Return the split that this combination belongs to.
+    """The split that this combination belongs to.
 
     A row is of a held-out split if one of its combinations is, and has the others from train.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def rescaled(output: Tensor, factor: Tensor, bias: Tensor | None, entries: Tensor | None) -> Tensor:
-    """Return a layer's output with W·x in it multiplied.
+    """A layer's output with W·x in it multiplied.
 
     Args:
         output: W·x + bias, (…, d_out).
@@ -57,5 +57,5 @@ class RowNorms:
         return kept[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy or a pickle, whose tensors lie elsewhere."""
+        """The state of a copy or a pickle, whose tensors lie elsewhere."""
         return {"_kept": None}

@@ -37,7 +37,7 @@ def input_singular_vectors(
     shared: Mapping[str, str],
     batches: Iterable[Mapping[str, Any]],
 ) -> dict[str, SingularVectors]:
-    """Return the directions of each layer's inputs, by its path.
+    """The directions of each layer's inputs, by its path.
 
     Args:
         model: the base, which answers without any adapter meanwhile.

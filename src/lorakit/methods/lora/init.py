@@ -22,7 +22,7 @@ def fresh_tensors(
     config: LoRAConfig,
     vectors: Mapping[str, SingularVectors],
 ) -> dict[str, Tensor]:
-    """Return the tensors of fresh updates, by their names in an adapter.
+    """The tensors of fresh updates, by their names in an adapter.
 
     Args:
         modules: of the base, by path.
@@ -68,7 +68,7 @@ def _tensors(
 
 
 def fresh_a(shape: tuple[int, ...], layer: nn.Module, config: LoRAConfig) -> Tensor:
-    """Return a random A in float32, drawn from torch's global generator.
+    """A random A in float32, drawn from torch's global generator.
 
     The fan-in is that of the layer's weight, except for an embedding: its input is one-hot, so one
     entry counts, whatever the vocabulary.

@@ -25,7 +25,7 @@ ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def parameter_shapes(layer: nn.Module, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of A and B for a site on a layer (the table in docs/design/adapter.md)."""
+    """The shapes of A and B for a site on a layer (the table in docs/design/adapter.md)."""
     if isinstance(layer, nn.Embedding):
         return (site.rank, layer.num_embeddings), (layer.embedding_dim, site.rank)
     if isinstance(layer, ConvNd):
@@ -39,7 +39,7 @@ def parameter_shapes(layer: nn.Module, site: Site) -> tuple[tuple[int, ...], tup
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """Return (d_out, d_in) of a layer's weight seen as a matrix."""
+    """(d_out, d_in) of a layer's weight seen as a matrix."""
     if is_quantized(layer):
         return cast(int, layer.out_features), cast(int, layer.in_features)
     first, *others = cast(Tensor, layer.weight).shape
@@ -49,7 +49,7 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def matrix_of(layer: nn.Module, site: Site) -> Tensor:
-    """Return the part of a layer's weight that a site changes, as a matrix (d_out, d_in)."""
+    """The part of a layer's weight that a site changes, as a matrix (d_out, d_in)."""
     weight = float_weight(layer).detach()
     matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight.flatten(1)
     if site.rows is None:
@@ -58,7 +58,7 @@ def matrix_of(layer: nn.Module, site: Site) -> Tensor:
 
 
 def tensor_shapes(layer: nn.Module, site: Site, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of a site in an adapter, by its name."""
+    """The shape of each tensor of a site in an adapter, by its name."""
     a, b = parameter_shapes(layer, site)
     shapes: dict[str, tuple[int, ...]] = {f"{site.name}.lora_a": a, f"{site.name}.lora_b": b}
     return shapes | ({f"{site.name}.lora_magnitude": b[:1]} if config.use_dora else {})
@@ -74,12 +74,12 @@ def kind_of(layer: nn.Module) -> LayerKind:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Tell whether a layer is a product with a matrix."""
+    """Whether a layer is a product with a matrix."""
     return isinstance(layer, nn.Linear | Conv1D)
 
 
 def is_adaptable(layer: nn.Module) -> bool:
-    """Tell whether LoRA knows what this layer computes from its weight."""
+    """Whether LoRA knows what this layer computes from its weight."""
     kinds = (nn.Linear, Conv1D, nn.Embedding, *ConvNd)
     kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
     own = layer.base_class if isinstance(layer, AdaptedLayer) else type(layer)
@@ -137,7 +137,7 @@ class LowRank(nn.Module):
 
     @property
     def a(self) -> Tensor:
-        """Return A of all ranks, (rank, d_in)."""
+        """A of all ranks, (rank, d_in)."""
         return self.lora_a if self.frozen_a is None else torch.cat([self.lora_a, self.frozen_a])
 
     @property
@@ -155,7 +155,7 @@ class LowRank(nn.Module):
             self.lora_magnitude.requires_grad_()
 
     def rescaled(self, layer: nn.Module, output: Tensor) -> Tensor:
-        """Return W·x + bias with the rows of W at the trained lengths."""
+        """W·x + bias with the rows of W at the trained lengths."""
         assert self.lora_magnitude is not None
         entries = None if self.site.rows is None else positions(self.site.rows, output.device)
         with torch.no_grad():
@@ -170,7 +170,7 @@ class LowRank(nn.Module):
         return rescaled(output, factor, cast("Tensor | None", layer.bias), entries)
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Return the update of the layer's output, (…, rows of the site)."""
+        """The update of the layer's output, (…, rows of the site)."""
         a, b, scale = self.a, self.b, self.site.scale
         dropout = self.dropout if self.training else 0.0
         if isinstance(layer, nn.Embedding):
@@ -188,7 +188,7 @@ class LowRank(nn.Module):
         return plain.linear_update(x, a, b, scale, dropout=Dropout.drawn(dropout))
 
     def factors(self, weight: float) -> fused.Factors:
-        """Return the update of a linear layer's output in one forward pass."""
+        """The update of a linear layer's output in one forward pass."""
         use = fused.Use(
             scale=self.site.scale * weight,
             entries=_entries(self.site.rows, self.lora_a.device),
@@ -225,7 +225,7 @@ class LoRAUpdate(Update):
 
     @property
     def parts(self) -> Mapping[str, LowRank]:
-        """Return the updates by role, or by "whole" for the layer: the children of this module."""
+        """The updates by role, or by "whole" for the layer: the children of this module."""
         return cast(Mapping[str, LowRank], self._modules)
 
     def adapt(
@@ -237,7 +237,7 @@ class LoRAUpdate(Update):
         weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
-        """Return output + strength·scale·B·A·x, and the trained bias in place of the base's.
+        """Output + strength·scale·B·A·x, and the trained bias in place of the base's.
 
         DoRA's rows get their lengths after that.
         """
@@ -268,7 +268,7 @@ class LoRAUpdate(Update):
 
     @property
     def is_additive(self) -> bool:
-        """Tell whether the update only adds B·A·x and a bias to what the layer computes."""
+        """Whether the update only adds B·A·x and a bias to what the layer computes."""
         return all(part.lora_magnitude is None for part in self.low_ranks())
 
     def let_train(self) -> None:
@@ -283,7 +283,7 @@ class LoRAUpdate(Update):
         return iter(self.parts.values())
 
     def factors(self, weight: float) -> list[fused.Factors]:
-        """Return the updates of a linear layer's output in one forward pass."""
+        """The updates of a linear layer's output in one forward pass."""
         return [part.factors(weight) for part in self.low_ranks()]
 
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -307,7 +307,7 @@ class LoRAUpdate(Update):
 
 
 def _add(output: Tensor, update: Tensor, rows: RowRanges | None) -> Tensor:
-    """Return the output with an update added, at some of its last dimension's entries only."""
+    """The output with an update added, at some of its last dimension's entries only."""
     if rows is None:
         return output + update if torch.is_grad_enabled() else output.add_(update)
     if len(rows) == 1:
@@ -317,7 +317,7 @@ def _add(output: Tensor, update: Tensor, rows: RowRanges | None) -> Tensor:
 
 
 def _entries(rows: RowRanges | None, device: torch.device) -> slice | Tensor | None:
-    """Return the entries of an output's last dimension that a site changes; None: all."""
+    """The entries of an output's last dimension that a site changes; None: all."""
     if rows is None:
         return None
     return slice(*rows[0]) if len(rows) == 1 else positions(rows, device)
@@ -325,7 +325,7 @@ def _entries(rows: RowRanges | None, device: torch.device) -> slice | Tensor | N
 
 @cache
 def positions(rows: RowRanges, device: torch.device) -> Tensor:
-    """Return the output rows of an interleaved slice, int64."""
+    """The output rows of an interleaved slice, int64."""
     # What is made in inference mode could not be kept for a backward pass later.
     with torch.inference_mode(False):
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in rows])

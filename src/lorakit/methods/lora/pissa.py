@@ -18,7 +18,7 @@ from lorakit.adapter.site import Site
 def split_frozen_factors(
     sites: Iterable[Site], tensors: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """Return an adapter's tensors with those of frozen ranks under names of their own.
+    """An adapter's tensors with those of frozen ranks under names of their own.
 
     `<site>.lora_a` (rank, …) becomes `<site>.lora_a` and `<site>.frozen_a`, B likewise.
     """
@@ -36,7 +36,7 @@ def split_frozen_factors(
 def join_frozen_factors(
     sites: Iterable[Site], tensors: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """Return an adapter's tensors from those that a model keeps apart."""
+    """An adapter's tensors from those that a model keeps apart."""
     joined = dict(tensors)
     for site in sites:
         if site.frozen:

@@ -87,7 +87,7 @@ def _check_ranks(model: nn.Module, ranks: Mapping[Target, int], config: LoRAConf
 def _by_place(
     model: nn.Module, kept: Sequence[Target], pattern: Mapping[str, V], setting: str
 ) -> dict[Target, V]:
-    """Return the value that a pattern gives to each place; the last word that names it counts.
+    """The value that a pattern gives to each place; the last word that names it counts.
 
     Raises:
         TargetError: a word names none of the adapted places.

@@ -103,7 +103,7 @@ def put_in(
 
 
 def take_out(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Return the output for the tokens that the caller knows of: a forward hook.
+    """The output for the tokens that the caller knows of: a forward hook.
 
     Raises:
         RouteError: it is a tuple, whose parts have no names.
@@ -142,7 +142,7 @@ def _for_tokens(found: Any, call: Call, *, is_logits: bool) -> Any:
 
 
 def _is_compiled() -> bool:
-    """Tell whether this runs within torch.compile, traced or between two graphs."""
+    """Whether this runs within torch.compile, traced or between two graphs."""
     # What graphs have read of the notes about a call would be theirs for all later calls.
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
@@ -158,7 +158,7 @@ def _check_none(batch: _ModelCall) -> None:
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return all arguments by their names."""
+    """All arguments by their names."""
     if not args:
         return dict(kwargs)
     names = list(inspect.signature(model.forward).parameters)
@@ -184,23 +184,23 @@ class _ModelCall:
 
     @property
     def rows(self) -> int:
-        """Return the rows of the first tensor."""
+        """The rows of the first tensor."""
         named = (self.ids, *self.named.values())
         return len(next((each for each in named if isinstance(each, Tensor)), ()))
 
     def tokens(self, rows: int) -> list[VirtualTokens | None]:
-        """Return the virtual tokens of each row's adapter."""
+        """The virtual tokens of each row's adapter."""
         operations = self.route.in_force
         operation: Operation | None = (operations or {}).get(self.embedding.adapter_number)
         return [None] * rows if operation is None else operation.tokens_of_rows(rows)
 
     def takes(self, name: str) -> bool:
-        """Tell whether the model has an argument of this name."""
+        """Whether the model has an argument of this name."""
         return name in inspect.signature(self.model.forward).parameters
 
     @property
     def padding(self) -> int:
-        """Return a token to pad with."""
+        """A token to pad with."""
         token = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         return token if isinstance(token, int) and 0 <= token < self.vocabulary else 0
 
@@ -256,7 +256,7 @@ def _placed(numbers: Tensor, tokens: Sequence[VirtualTokens | None]) -> Placed |
 def _longer(
     batch: _ModelCall, call: Call, tokens: Sequence[VirtualTokens | None]
 ) -> dict[str, Any] | None:
-    """Return the arguments for rows with their virtual tokens, and note where these stand."""
+    """The arguments for rows with their virtual tokens, and note where these stand."""
     named, ids = batch.named, cast(Tensor, batch.ids)
     mask, labels = named.get("attention_mask"), _labels_by_token(named, ids)
     cache = named.get("past_key_values")

@@ -28,7 +28,7 @@ class Start:
     _found: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, modules: Mapping[str, nn.Module], path: str, shape: tuple[int, int]) -> Tensor:
-        """Return the vectors of one module (count, d), in the settings' precision.
+        """The vectors of one module (count, d), in the settings' precision.
 
         Random numbers come from torch's global generator.
         """

@@ -71,7 +71,7 @@ class LongerRows:
 
     @property
     def is_longer(self) -> bool:
-        """Tell whether any row gets a token."""
+        """Whether any row gets a token."""
         return any(self.added)
 
     def _tensor(self, rows: list[list[int]]) -> Ids:
@@ -101,13 +101,13 @@ class LongerRows:
         return torch.where(self._source < 0, trained, taken)
 
     def ids(self, ids: Ids, *, padding: int) -> Longer:
-        """Return the token ids."""
+        """The token ids."""
         first = [0 if row.tokens is None else row.tokens.first for row in self.rows]
         numbers = ~self._source + self._tensor([[each] for each in first])
         return self._taken(ids, trained=numbers, padding=padding)
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
-        """Return the attention mask; None where there is no padding."""
+        """The attention mask; None where there is no padding."""
         if mask is None:
             if not any(self.extra):
                 return None
@@ -115,7 +115,7 @@ class LongerRows:
         return self._taken(mask, trained=1, padding=0).to(mask.dtype)
 
     def labels(self, labels: Tensor) -> Tensor:
-        """Return a label per token; nothing predicts a row's first token, as without the others."""
+        """A label per token; nothing predicts a row's first token, as without the others."""
         if any(row.tokens is not None and row.tokens.causal for row in self.rows):
             labels = labels.clone()
             starts = self._tensor([[min(row.start, self.length - 1)] for row in self.rows])
@@ -123,11 +123,11 @@ class LongerRows:
         return self._taken(labels, trained=IGNORED, padding=IGNORED)
 
     def types(self, types: Tensor) -> Tensor:
-        """Return a token's type, which virtual tokens have from their neighbour."""
+        """A token's type, which virtual tokens have from their neighbour."""
         return types.expand(len(self.rows), -1).gather(1, self._near)
 
     def positions(self, given: Tensor | None) -> Tensor | None:
-        """Return each token's position; None where the model need not be told.
+        """Each token's position; None where the model need not be told.
 
         Raises:
             RouteError: those given are not consecutive.

@@ -47,7 +47,7 @@ class CacheRecord:
 
 
 def begun(rows: LongerRows, mask: Tensor | None) -> CacheRecord:
-    """Return the record of a cache that begins with these rows.
+    """The record of a cache that begins with these rows.
 
     Args:
         rows: as the model gets them.
@@ -65,7 +65,7 @@ def begun(rows: LongerRows, mask: Tensor | None) -> CacheRecord:
 
 
 def is_filled(cache: Any) -> bool:
-    """Tell whether a cache holds tokens already."""
+    """Whether a cache holds tokens already."""
     return hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0
 
 
@@ -77,7 +77,7 @@ def record_of(cache: Any) -> CacheRecord | None:
 def go_on(
     named: dict[str, Any], record: CacheRecord, *, takes_positions: bool
 ) -> dict[str, Any] | None:
-    """Return the arguments of a call that goes on with a cache, for the rows that it holds.
+    """The arguments of a call that goes on with a cache, for the rows that it holds.
 
     Args:
         named: the arguments by name.

@@ -96,7 +96,7 @@ def _check_room(model: nn.Module, tokens: VirtualTokens) -> None:
 
 
 def _replaced_blocks(model: nn.Module, config: PrefixConfig) -> tuple[str, ...]:
-    """Return the paths of all blocks but the last.
+    """The paths of all blocks but the last.
 
     Raises:
         TargetError: they are not known.
@@ -128,13 +128,13 @@ class VirtualTokenVectors(Part):
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Return the shape of the vectors."""
+        """The shape of the vectors."""
         return {f"{self.path}.prompt": self.shape}
 
     def update(
         self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
     ) -> Update:
-        """Return the update of the module."""
+        """The update of the module."""
         if tensors is None:
             vectors = self.start.of(modules, self.path, self.shape)
         else:
@@ -164,7 +164,7 @@ class TokenVectors(Update):
         weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
-        """Return the output with the vectors at their places.
+        """The output with the vectors at their places.
 
         Raises:
             RouteError: no call of the model is under way.
@@ -202,7 +202,7 @@ class TokenEmbeddings(TokenVectors):
         weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
-        """Return the output with the vectors at their places, where the layer got such tokens.
+        """The output with the vectors at their places, where the layer got such tokens.
 
         GPT-2 looks its token types up in the same embedding.
 

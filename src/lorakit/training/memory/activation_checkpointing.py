@@ -76,7 +76,7 @@ def _sizes(operation: Any, arguments: tuple[Any, ...]) -> tuple[int, int]:
 
 
 def _is_random(operation: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-    """Tell whether attention has dropout: to skip it would give what follows other numbers."""
+    """Whether attention has dropout: to skip it would give what follows other numbers."""
     names = [argument.name for argument in operation._schema.arguments]
     given = dict(zip(names, arguments, strict=False)) | dict(options)
     return bool(given.get("dropout_p", 0.0))
@@ -96,7 +96,7 @@ class SavedActivations:
         """Results at the end of the forward pass that the latest recomputation did not reach."""
 
     def __call__(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Return the modes of one forward pass and of its recomputation."""
+        """The modes of one forward pass and of its recomputation."""
         results: list[_Result] = []
         return _Keep(self, results), _Reuse(self, results)
 
@@ -154,7 +154,7 @@ def _touched(operation: Any, arguments: tuple[Any, ...]) -> Iterator[tuple[int, 
 
 
 def _memories(value: Any) -> list[int]:
-    """Return numbers of the memory behind all tensors in a value."""
+    """Numbers of the memory behind all tensors in a value."""
     tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
     return [tensor.untyped_storage()._cdata for tensor in tensors]
 
@@ -304,7 +304,7 @@ def _offloading(function: Callable[..., Any], *arguments: Any, **options: Any) -
 
 
 def has_blocks(model: nn.Module) -> bool:
-    """Tell whether transformers can checkpoint a model block by block."""
+    """Whether transformers can checkpoint a model block by block."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())

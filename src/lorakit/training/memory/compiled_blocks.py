@@ -56,7 +56,7 @@ def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _compiled_anew() -> Callable[..., Any]:
-    """Return a function that runs a block in compiled code, which goes when the function does."""
+    """A function that runs a block in compiled code, which goes when the function does."""
     # The compiler keeps what it made beside a function's code, and at most eight of it: other runs
     # of the same process have code of their own.
     fresh = FunctionType(_run.__code__.replace(), _run.__globals__)
@@ -83,7 +83,7 @@ class _CompiledBlock:
         self.operations = operations
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the block's output.
+        """The block's output.
 
         Raises:
             TrainingError: the compiler cannot compile it.

@@ -66,7 +66,7 @@ def _records(x: Tensor) -> bool:
 
 
 def _is_special(x: Tensor) -> bool:
-    """Tell whether something else than these lines decides precisions or keeps activations."""
+    """Whether something else than these lines decides precisions or keeps activations."""
     return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
 
 
@@ -76,7 +76,7 @@ _MADE: dict[tuple[type[nn.Module], type[nn.Module], str | None], type[nn.Module]
 def _memory_efficient_class(
     kind: type[nn.Module], own: type[nn.Module], activation: str | None
 ) -> type[nn.Module]:
-    """Return the subclass of a module's class that keeps less; there is one of each sort."""
+    """The subclass of a module's class that keeps less; there is one of each sort."""
     key = (kind, own, activation)
     if key not in _MADE:
         members = {"own_class": own, "activation": activation}
@@ -108,7 +108,7 @@ def memory_efficient(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _better_class(module: nn.Module) -> type[nn.Module] | None:
-    """Return the class that computes the same as a module and keeps less, if there is one."""
+    """The class that computes the same as a module and keeps less, if there is one."""
     own = type(module)
     if "forward" in vars(module) or isinstance(module, MemoryEfficientModule):
         # A forward of the object's own belongs to whoever put it there.
@@ -142,7 +142,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 
 def _activation_of(module: nn.Module) -> GateActivation | None:
-    """Return the activation of a feed-forward part, found by trial without its weights.
+    """The activation of a feed-forward part, found by trial without its weights.
 
     The module's own lines run with simple functions in the place of its projections.
     """
@@ -177,7 +177,7 @@ def _sample(width: int, like: Tensor) -> Tensor:
 
 
 def _agree(own: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Tell whether two functions have the same values, bit for bit on CPUs, and near gradients."""
+    """Whether two functions have the same values, bit for bit on CPUs, and near gradients."""
     try:
         with torch.enable_grad():
             (wanted, slope), (found, own_slope) = (_with_gradient(f, x) for f in (own, ours))

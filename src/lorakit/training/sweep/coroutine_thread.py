@@ -83,7 +83,7 @@ class CoroutineThread(Generic[Asked, Answer, Made]):
 
 
 def random_state() -> tuple[Any, ...]:
-    """Return the state of the random generators of Python, NumPy and torch."""
+    """The state of the random generators of Python, NumPy and torch."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 

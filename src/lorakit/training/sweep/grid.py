@@ -70,7 +70,7 @@ class Trial:
 
 
 def trials_of(config: TrainConfig) -> tuple[Trial, ...]:
-    """Return the runs that `config.sweep` asks for.
+    """The runs that `config.sweep` asks for.
 
     Raises:
         ConfigError: settings are unknown, may not vary, or have wrong values; or names are not
@@ -126,7 +126,7 @@ def _first_of(section: str) -> str:
 
 
 def _nearest(key: str) -> str:
-    """Return the setting that was perhaps meant, also where its section was left out."""
+    """The setting that was perhaps meant, also where its section was left out."""
     short = {known.rpartition(".")[2]: known for known in VARYING}
     close = difflib.get_close_matches(key.rpartition(".")[2], short, n=1)
     if close:
@@ -137,7 +137,7 @@ def _nearest(key: str) -> str:
 def _config(
     config: TrainConfig, settings: Mapping[str, Any], problems: list[str]
 ) -> TrainConfig | None:
-    """Return a member's settings without a folder of its own, or add what is wrong with them."""
+    """A member's settings without a folder of its own, or add what is wrong with them."""
     values = {**config.model_dump(), "sweep": None}
     for key, value in settings.items():
         section, dot, name = key.rpartition(".")
@@ -153,7 +153,7 @@ def _config(
 def _named(
     config: TrainConfig, configs: Sequence[TrainConfig], keys: Sequence[str], names: Sequence[Any]
 ) -> list[Trial]:
-    """Return the members, with names made of what varies for those that were given none."""
+    """The members, with names made of what varies for those that were given none."""
     trials = []
     for number, (each, given) in enumerate(zip(configs, names, strict=True), start=1):
         values = each.model_dump(mode="json")
@@ -181,7 +181,7 @@ def _name(settings: Mapping[str, Any]) -> str:
 
 
 def word(value: Any) -> str:
-    """Return one value as people write it."""
+    """One value as people write it."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):

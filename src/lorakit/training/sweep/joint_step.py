@@ -40,19 +40,19 @@ class MicroBatch:
 
     @property
     def rows(self) -> int:
-        """Return the number of rows."""
+        """The number of rows."""
         return len(self.inputs["input_ids"])
 
     @property
     def length(self) -> int:
-        """Return the length to which the rows are padded."""
+        """The length to which the rows are padded."""
         return self.inputs["input_ids"].shape[1]
 
 
 def joint_losses(
     model: PreTrainedModel, batches: Sequence[MicroBatch], *, pad_id: int
 ) -> list[Tensor]:
-    """Return each adapter's loss, and add its gradient to `.grad` of its parameters.
+    """Each adapter's loss, and add its gradient to `.grad` of its parameters.
 
     Args:
         model: the base with all the adapters.
@@ -74,7 +74,7 @@ def joint_losses(
 
 
 def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
-    """Return the inputs of all rows, padded on the right to the longest, without labels."""
+    """The inputs of all rows, padded on the right to the longest, without labels."""
     length = max(batch.length for batch in batches)
     special = {"labels", SEGMENTS}
     joined = {}
@@ -92,7 +92,7 @@ def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
 
 
 def _segments(batches: Sequence[MicroBatch]) -> Segments | None:
-    """Return the segments of the joined rows, if they come with segments."""
+    """The segments of the joined rows, if they come with segments."""
     parts = [batch.inputs[SEGMENTS] for batch in batches if SEGMENTS in batch.inputs]
     return Segments.stacked(parts) if parts else None
 
@@ -100,7 +100,7 @@ def _segments(batches: Sequence[MicroBatch]) -> Segments | None:
 def _losses_of_texts(
     model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the sum of the losses, and the loss of each batch."""
+    """The sum of the losses, and the loss of each batch."""
     length = inputs["input_ids"].shape[1]
     labels = [F.pad(b.inputs["labels"], (0, length - b.length), value=IGNORED) for b in batches]
     weights = [item_weight(own, batch.items) for own, batch in zip(labels, batches, strict=True)]
@@ -117,7 +117,7 @@ def _losses_of_texts(
 
 
 def _of_rows(values: Sequence[float], batches: Sequence[MicroBatch]) -> float | Tensor:
-    """Return each row's value, or the one value that all batches have."""
+    """Each row's value, or the one value that all batches have."""
     if len(set(values)) == 1:
         return values[0]
     rows = torch.tensor([batch.rows for batch in batches])
@@ -127,7 +127,7 @@ def _of_rows(values: Sequence[float], batches: Sequence[MicroBatch]) -> float | 
 def _losses(
     model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the same for rows that each have a class, or a number."""
+    """The same for rows that each have a class, or a number."""
     logits = model(**inputs).logits
     losses = [
         batch.loss({"logits": own}, batch.inputs["labels"].to(logits.device), batch.items)
@@ -170,7 +170,7 @@ class TrialTrainer(AdapterTrainer):
 
     @property
     def adapted(self) -> nn.Module:
-        """Return the model that has the adapter."""
+        """The model that has the adapter."""
         return self._base
 
     def training_step(
@@ -179,7 +179,7 @@ class TrialTrainer(AdapterTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the loss of one batch, and add its gradients to `.grad`.
+        """The loss of one batch, and add its gradients to `.grad`.
 
         Raises:
             TrainingError: the loss is not a number.

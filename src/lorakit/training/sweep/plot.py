@@ -26,7 +26,7 @@ class Point:
 
 
 def is_available() -> bool:
-    """Tell whether matplotlib is installed."""
+    """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -63,7 +63,7 @@ def draw(points: Sequence[Point], file: Path, *, score_name: str, title: str) ->
 
 
 def lines_of(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Return the points of each line, by the line's name, from few parameters to many.
+    """The points of each line, by the line's name, from few parameters to many.
 
     A setting that the rank decides, such as an alpha of twice the rank, makes no lines of its own.
     """
@@ -76,7 +76,7 @@ def lines_of(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def _follows_rank(points: Sequence[Point], key: str) -> bool:
-    """Tell whether all points of one rank have one value of a setting, and ranks differ."""
+    """Whether all points of one rank have one value of a setting, and ranks differ."""
     values: dict[Any, set[str]] = {}
     for point in points:
         values.setdefault(point.settings.get(RANK), set()).add(repr(point.settings[key]))
@@ -105,7 +105,7 @@ def _write_ranks(axes: Any, points: Sequence[Point], *, falling: bool) -> None:
 
 
 def _ticks(points: Sequence[Point]) -> list[int]:
-    """Return the numbers of parameters, but for those too near to the one before to be read."""
+    """The numbers of parameters, but for those too near to the one before to be read."""
     counts = sorted({point.parameters for point in points})
     nearest = (counts[-1] / counts[0]) ** 0.12
     ticks = counts[:1]
@@ -126,7 +126,7 @@ def _unit(score_name: str) -> str:
 
 
 def _count(value: float) -> str:
-    """Return a number of parameters in three figures: 1,234,567 as 1.23M."""
+    """A number of parameters in three figures: 1,234,567 as 1.23M."""
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{suffix}"

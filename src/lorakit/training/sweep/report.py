@@ -34,7 +34,7 @@ class TrialResult:
 
     @property
     def name(self) -> str:
-        """Return the member's name, which is that of its folder."""
+        """The member's name, which is that of its folder."""
         return self.trial.name
 
     @property
@@ -47,7 +47,7 @@ class TrialResult:
 
     @property
     def adapter_bytes(self) -> int:
-        """Return the size of the adapter's weights file."""
+        """The size of the adapter's weights file."""
         file = self.trial.config.out / WEIGHTS_FILE
         return file.stat().st_size if file.is_file() else 0
 
@@ -63,7 +63,7 @@ class SweepResult:
 
     @property
     def out(self) -> Path:
-        """Return the sweep's folder."""
+        """The sweep's folder."""
         return self.config.out
 
     @property
@@ -73,7 +73,7 @@ class SweepResult:
 
     @property
     def metric(self) -> str | None:
-        """Return the validation score that all finished members have and are compared by."""
+        """The validation score that all finished members have and are compared by."""
         scored = [set(trained.scores) for trained in self.finished.values()]
         common = set.intersection(*scored) if scored else set()
         # Classifiers have a loss as well, but accuracy decides: the loss is the last to be taken.
@@ -125,7 +125,7 @@ def _put(file: Path, text: str) -> None:
 
 
 def figures(result: SweepResult) -> dict[str, Any]:
-    """Return all figures of a sweep, as JSON has them: null for what is infinite."""
+    """All figures of a sweep, as JSON has them: null for what is infinite."""
     data = {
         "model": result.config.model,
         "sweep": result.config.sweep,

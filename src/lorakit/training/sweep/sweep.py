@@ -87,7 +87,7 @@ def prepare_sweep(config: TrainConfig) -> dict[str, Prepared]:
 
 
 def describe(prepared: Mapping[str, Prepared]) -> str:
-    """Return each member's match table and what was read for it, as text."""
+    """Each member's match table and what was read for it, as text."""
     return "\n\n".join(f"{name}\n{each}" for name, each in prepared.items())
 
 
@@ -106,7 +106,7 @@ def _prepare(trials: Mapping[str, Trial]) -> dict[str, Prepared]:
 
 
 def _open(config: TrainConfig, trials: Sequence[Trial]) -> dict[str, TrainResult]:
-    """Return the results of members that are finished already, or make sure the folder is free.
+    """The results of members that are finished already, or make sure the folder is free.
 
     Raises:
         OutputError: the folder is in use.
@@ -202,7 +202,7 @@ def _result(config: TrainConfig, results: Mapping[str, TrialResult], started: fl
 
 
 def _checked(result: SweepResult) -> SweepResult:
-    """Return the result of a sweep, if it is one.
+    """The result of a sweep, if it is one.
 
     Raises:
         TrainingError: no member came to its end.
