@@ -1,13 +1,10 @@
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from kernels.mixed_batches import USES
-from kernels.triton_process import ROOT, needs_gpu, run_checks
+from kernels.triton_process import needs_gpu, run_checks
 from lorakit.kernels.arrangement import arrange
 from lorakit.kernels.grouped import gather, narrow, widen_onto
 
@@ -106,11 +103,6 @@ compile(
 """
 
 
-def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path, forks):
     # The interpreter accepts what the compiler may not: shapes of products, mixed types.
-    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE]
-    found = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
+    forks.run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

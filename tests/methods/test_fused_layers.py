@@ -1,8 +1,6 @@
 """Adapted models trained by the fused kernel, beside plain torch (`--kernels plain`)."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -127,7 +125,7 @@ def test_the_numbers_of_interleaved_rows_serve_training_after_inference():
         assert all(p.grad is not None and p.grad.any() for p in trained)
 
 
-def test_a_compiled_model_trains_as_an_eager_one():
+def test_a_compiled_model_trains_as_an_eager_one(forks):
     # In a process of its own, because the shape checks of the tests are not for compiling.
     program = """
 import torch, lorakit as lk
@@ -150,4 +148,4 @@ torch._dynamo.reset()
 compiled = torch.compile(model.train(), backend="aot_eager")
 compiled(x).square().sum().backward()
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    forks.run(program)

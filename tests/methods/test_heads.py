@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import functools
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -250,16 +249,10 @@ torch.testing.assert_close(*found)
 """
 
 
-def test_compiled_heads_answer_and_train_alike():
+def test_compiled_heads_answer_and_train_alike(forks):
     # Apart, because the compiler can't trace through the shape checks that tests run with.
     here = str(Path(__file__).parent)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILED],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks.run(COMPILED, PYTHONPATH=os.pathsep.join([here, *sys.path]))
 
 
 class Choosy(nn.Module):
