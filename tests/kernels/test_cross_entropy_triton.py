@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels.triton_process import needs_gpu, run_checks
+from kernels.triton_process import check_in_the_interpreter, check_on_the_device, needs_gpu
 from lorakit.kernels.cross_entropy import head_cross_entropy
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -15,13 +15,13 @@ def fused(monkeypatch):
 
 
 def test_the_kernel_keeps_its_promises_in_the_interpreter():
-    run_checks("cross_entropy_checks.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    check_in_the_interpreter("cross_entropy_checks.py")
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_the_kernel_keeps_its_promises_on_the_device():
-    run_checks("cross_entropy_checks.py", TRITON_INTERPRET="0")
+    check_on_the_device("cross_entropy_checks.py")
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.mixed_batches import USES
-from kernels.triton_process import needs_gpu, run_checks
+from kernels.triton_process import check_in_the_interpreter, check_on_the_device, needs_gpu
 from lorakit.kernels.arrangement import arrange
 from lorakit.kernels.grouped import gather, narrow, widen_onto
 
@@ -19,13 +19,13 @@ def fused(monkeypatch):
 
 
 def test_the_kernels_keep_their_promises_in_the_interpreter():
-    run_checks("segments_checks.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    check_in_the_interpreter("segments_checks.py")
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_the_kernels_keep_their_promises_on_the_device():
-    run_checks("segments_checks.py", TRITON_INTERPRET="0")
+    check_on_the_device("segments_checks.py")
 
 
 @pytest.mark.gpu

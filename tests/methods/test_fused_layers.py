@@ -1,11 +1,13 @@
 """Adapted models trained by the fused kernel, beside plain torch (`--kernels plain`)."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 
 import lorakit as lk
+from covering import covering
 from lorakit.kernels import fused
 from lorakit.kernels.choice import use
 from lorakit.methods.lora import positions
@@ -57,10 +59,9 @@ def assert_equal(found, expected):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_equal_plain_torch_with_all_options_together(family, route, monkeypatch):
-    model = adapted(family)
+@covering(("family", "named"), itertools.product(FAMILIES, ROUTES))
+def test_gradients_equal_plain_torch_with_all_options_together(family, named, monkeypatch):
+    model, route = adapted(family), ROUTES[named]
     with use("plain"):
         expected = gradients(model, route)
     calls = []

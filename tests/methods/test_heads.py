@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorakit as lk
+from covering import covering
 from lorakit.attach import adapter_parameters
 from lorakit.errors import RouteError
 from lorakit.methods import heads
@@ -66,12 +68,14 @@ def check_rows(model, names, **close) -> None:
         assert (found[len(expected) :] == float("-inf")).all()
 
 
-@pytest.mark.parametrize("names", [EQUAL, WIDTHS, BLENDS, [*BLENDS, *WIDTHS]], ids=len)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_row_is_answered_by_its_own_head_as_if_alone(family, names):
+ROWS = {"equal": EQUAL, "widths": WIDTHS, "blends": BLENDS, "all": [*BLENDS, *WIDTHS]}
+
+
+@covering(("family", "rows"), itertools.product(FAMILIES, ROWS))
+def test_every_row_is_answered_by_its_own_head_as_if_alone(family, rows):
     model = adapted(family)
-    check_rows(model, names, rtol=1e-5, atol=1e-5)
-    check_rows(model.double(), names, **EXACT)
+    check_rows(model, ROWS[rows], rtol=1e-5, atol=1e-5)
+    check_rows(model.double(), ROWS[rows], **EXACT)
 
 
 def test_heads_of_several_precisions_answer_in_one_batch():

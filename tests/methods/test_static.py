@@ -105,7 +105,9 @@ assert torch.equal(*texts)
 # Programs run apart, since the compiler can't trace through the checks of shapes.
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", pytest.param("gpt_neox", marks=pytest.mark.thorough)]
+)
 def test_a_new_route_and_a_new_resident_compile_nothing(family, forks):
     forks.run(PROGRAM.format(family=family))
 
