@@ -32,6 +32,16 @@ def pytest_collection(session):
         importlib.import_module("transformers.trainer")
 
 
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Return what runs programs in processes of their own, without the checks of shapes."""
+    from forks import Forks
+
+    made = Forks(tmp_path_factory.mktemp("forks"))
+    yield made
+    made.close()
+
+
 WORDS = ("red", "green", "blue", "big", "small", "old", "new", "cat", "dog", "bird", "fish")
 
 

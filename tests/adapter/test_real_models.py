@@ -1,10 +1,13 @@
 """Real models with adapters made in lorakit and in PEFT: the same logits in both."""
 
+import itertools
+
 import peft
 import pytest
 import torch
 
 import lorakit as lk
+from covering import covering
 from oracles import outputs, randomise
 
 # PEFT asks transformers by a name that 5.23 has replaced.
@@ -46,7 +49,10 @@ def train_in_peft(model, inputs):
 @pytest.mark.parametrize(
     ("name", "task", "config"),
     [
-        ("smollm2", "generation", {"rank": 8, "alpha": 16, "targets": ("q", "v")}),
+        pytest.param(
+            *("smollm2", "generation", {"rank": 8, "alpha": 16, "targets": ("q", "v")}),
+            marks=pytest.mark.thorough,
+        ),
         (
             "smollm2",
             "generation",
@@ -69,29 +75,21 @@ def test_an_adapter_made_here_gives_the_same_logits_in_peft(name, task, config, 
     assert (ours - theirs).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("change", ["randomised", "trained"])
-@pytest.mark.parametrize(
-    ("name", "task", "config"),
-    [
-        (
-            "smollm2",
-            "generation",
-            {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
-        ),
-        (
-            "smollm2",
-            "generation",
-            {
-                "target_modules": "all-linear",
-                "rank_pattern": {"q_proj": 4, r"layers\.1\d\.mlp\.up_proj": 3},
-                "use_rslora": True,
-            },
-        ),
-        ("minilm", "classification", {"target_modules": ["query", "value"], "bias": "lora_only"}),
-    ],
-    ids=["smollm2", "smollm2-patterns", "minilm-head"],
-)
-def test_an_adapter_of_peft_gives_the_same_logits_here(name, task, config, change, tmp_path):
+CONFIGS = {
+    "smollm2": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "smollm2-patterns": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 4, r"layers\.1\d\.mlp\.up_proj": 3},
+        "use_rslora": True,
+    },
+    "minilm-head": {"target_modules": ["query", "value"], "bias": "lora_only"},
+}
+
+
+@covering(("made", "change"), itertools.product(CONFIGS, ["randomised", "trained"]), each=1)
+def test_an_adapter_of_peft_gives_the_same_logits_here(made, change, tmp_path):
+    name, config = made.partition("-")[0], CONFIGS[made]
+    task = "generation" if name == "smollm2" else "classification"
     task_type = "CAUSAL_LM" if task == "generation" else "SEQ_CLS"
     model, inputs = load(name, task)
     base = outputs(model, inputs)

@@ -28,7 +28,7 @@ def test_the_demo_trains_switches_merges_and_leaves_the_base_unchanged(
 
 def test_the_demo_prints_a_table_and_what_to_do_next(tiny_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "MODEL", str(tiny_llama))
-    assert main(["demo", "--out", str(tmp_path / "demo"), "--steps", "4", "--rows", "2"]) == 0
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--steps", "2", "--rows", "1"]) == 0
     text = capsys.readouterr().out
     assert "task      before   after   adapter" in text
     assert text.count("\n  lorakit ") == 3

@@ -10,7 +10,13 @@ from lorakit.config.methods import METHODS
 MERGE = ("lora", "full", "top-k")
 
 
-@pytest.mark.parametrize("method", METHODS)
+# In `make test`: those that can be merged, but for one, and one of each other kind.
+SHOWN = ("lora", "full", "bitfit", "prefix-layer", "adapter-d")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in SHOWN else pytest.mark.thorough) for m in METHODS]
+)
 def test_a_method_learns_and_its_folder_goes_through_every_verb(
     method, tiny_llama, prompt_rows, tmp_path, run
 ):

@@ -1,7 +1,9 @@
 """The verbs end to end, on tiny models: train, evaluate, generate, merge, convert."""
 
+import contextlib
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,27 +15,25 @@ from transformers import (
 )
 
 import lorakit as lk
+from lorakit.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def trained_once(tiny_llama, prompt_rows, tmp_path_factory):
+    """Return the folder of an adapter trained by the command line."""
+    out = tmp_path_factory.mktemp("trained") / "adapter"
+    words = ["train", "--model", tiny_llama, "--out", out, "--data.train", prompt_rows, "--json"]
+    more = ["--steps", 8, "--warmup-steps", 2, "--lora.targets", "all-linear", "--dtype", "float32"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([str(word) for word in (*words, *more)]) == 0
+    assert json.loads(printed.getvalue())["steps"] == 8
+    return out
 
 
 @pytest.fixture
-def trained(tiny_llama, prompt_rows, tmp_path, run):
-    """The folder of an adapter trained by the command line."""
-    out = tmp_path / "adapter"
-    words = ["train", "--model", tiny_llama, "--out", out, "--data.train", prompt_rows]
-    code, result = run(
-        *words,
-        "--steps",
-        8,
-        "--warmup-steps",
-        2,
-        "--lora.targets",
-        "all-linear",
-        "--dtype",
-        "float32",
-    )
-    assert code == 0
-    assert result["steps"] == 8
-    return out
+def trained(trained_once, tmp_path):
+    """Return the folder of a copy that belongs to one test."""
+    return shutil.copytree(trained_once, tmp_path / "adapter")
 
 
 def test_train_dry_run_shows_what_would_be_trained_and_writes_nothing(

@@ -1,5 +1,7 @@
 """The loss behind an output head: exact for all options together, and small."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorakit as lk
+from covering import covering
 from lorakit.kernels.cross_entropy import CHUNK_BYTES, head_cross_entropy
 from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 
@@ -132,8 +135,11 @@ def assert_equal(found, plain, **tolerance):
         torch.testing.assert_close(found[2][name], gradient, **tolerance)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, TOKENS, 1000, None])
-@pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
+@covering(
+    ("make", "chunk_tokens"),
+    itertools.product(HEADS, [1, 4, TOKENS, 1000, None]),
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_loss_and_gradients_equal_plain_torch(make, chunk_tokens):
     for name in ("all", "each its own"):
         found, plain = both(make, torch.float64, OPTIONS[name], chunk_tokens=chunk_tokens)
@@ -147,8 +153,11 @@ def test_loss_and_gradients_equal_plain_torch_in_float32(make):
         assert_equal(found, plain, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
+@covering(
+    ("make", "change"),
+    itertools.product(HEADS, CHANGES),
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_changed_logits_have_the_loss_and_gradients_of_plain_torch(make, change):
     for dtype, rtol, atol in ((torch.float64, 1e-12, 1e-13), (torch.float32, 1e-5, 1e-6)):
         for options in OPTIONS.values():

@@ -1,12 +1,8 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
 
-from kernels.triton_process import ROOT, needs_gpu, run_checks
+from kernels.triton_process import check_in_the_interpreter, check_on_the_device, needs_gpu
 from lorakit.kernels.cross_entropy import head_cross_entropy
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -19,13 +15,13 @@ def fused(monkeypatch):
 
 
 def test_the_kernel_keeps_its_promises_in_the_interpreter():
-    run_checks("cross_entropy_checks.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    check_in_the_interpreter("cross_entropy_checks.py")
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_the_kernel_keeps_its_promises_on_the_device():
-    run_checks("cross_entropy_checks.py", TRITON_INTERPRET="0")
+    check_on_the_device("cross_entropy_checks.py")
 
 
 @pytest.mark.gpu
@@ -67,11 +63,6 @@ for choice in (True, False):
 """
 
 
-def test_the_kernel_compiles_for_a_gpu_that_is_not_there(tmp_path):
+def test_the_kernel_compiles_for_a_gpu_that_is_not_there(tmp_path, forks):
     # The interpreter accepts what the compiler may not: a variable that changes its type.
-    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE]
-    found = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
+    forks.run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

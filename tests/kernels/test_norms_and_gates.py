@@ -1,19 +1,11 @@
 """Norms and gated activations of frozen blocks against the plain lines that they stand for."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels.triton_process import check_in_the_interpreter, check_on_the_device, needs_gpu
 from lorakit.kernels.norms_and_gates import gated, rms_norm
-
-ROOT = Path(__file__).parents[2]
-GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device of compute capability 8")
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -81,31 +73,15 @@ def test_only_what_is_needed_is_kept():
     assert all(any(k is own for own in (x, weight, gate, up)) for k in kept if k.shape != (4, 1))
 
 
-def run_checks(**environment):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    options = "--import-mode=importlib"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"addopts={options}"]
-    checks = Path(__file__).with_name("norm_and_gate_checks.py")
-    found = subprocess.run(
-        [*command, str(checks)],
-        cwd=ROOT,
-        # Triton 3.9 warns while the last one is not set.
-        env=os.environ | environment | {"TRITON_DEFAULT_FP_FUSION": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert " passed" in found.stdout
-
-
 def test_the_kernels_equal_plain_torch_in_the_interpreter():
-    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    check_in_the_interpreter("norm_and_gate_checks.py")
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_the_kernels_equal_plain_torch_on_the_device():
-    run_checks(TRITON_INTERPRET="0")
+    check_on_the_device("norm_and_gate_checks.py")
 
 
 COMPILE = """
@@ -131,14 +107,6 @@ for kind in ("silu", "gelu", "gelu_tanh"):
 """
 
 
-def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path, forks):
     pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    found = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr
+    forks.run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

@@ -1,13 +1,10 @@
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from kernels.mixed_batches import USES
-from kernels.triton_process import ROOT, needs_gpu, run_checks
+from kernels.triton_process import check_in_the_interpreter, check_on_the_device, needs_gpu
 from lorakit.kernels.grouped import down_project, gather, up_project_onto
 from lorakit.kernels.grouping import group_rows
 
@@ -22,13 +19,13 @@ def fused(monkeypatch):
 
 
 def test_the_kernels_keep_their_promises_in_the_interpreter():
-    run_checks("segments_checks.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    check_in_the_interpreter("segments_checks.py")
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_the_kernels_keep_their_promises_on_the_device():
-    run_checks("segments_checks.py", TRITON_INTERPRET="0")
+    check_on_the_device("segments_checks.py")
 
 
 @pytest.mark.gpu
@@ -106,11 +103,6 @@ compile(
 """
 
 
-def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path, forks):
     # The interpreter accepts what the compiler may not: shapes of products, mixed types.
-    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE]
-    found = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
+    forks.run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

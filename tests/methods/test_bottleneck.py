@@ -16,7 +16,7 @@ from transformers import (
 import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, TargetError
-from lorakit.training.memory.activation_checkpointing import narrow_matmuls, products, recomputing
+from lorakit.training.memory.activation_checkpointing import matmuls, narrow_matmuls, recomputing
 from oracles import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 

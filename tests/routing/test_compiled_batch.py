@@ -1,9 +1,5 @@
 """Compiled models: another route, or another resident adapter, compiles nothing again."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -106,26 +102,18 @@ assert torch.equal(*texts)
 """
 
 
-def run_apart(program):
-    """Run a program in a process of its own, since the compiler can't trace through the checks of
-    shapes that tests run with."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+# Programs run apart, since the compiler can't trace through the checks of shapes.
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_a_new_route_and_a_new_resident_compile_nothing(family):
-    run_apart(PROGRAM.format(family=family))
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", pytest.param("gpt_neox", marks=pytest.mark.thorough)]
+)
+def test_a_new_route_and_a_new_resident_compile_nothing(family, forks):
+    forks.run(PROGRAM.format(family=family))
 
 
-def test_rows_are_counted_in_front_of_the_compiled_code_and_beams_are_known():
-    run_apart(ROWS)
+def test_rows_are_counted_in_front_of_the_compiled_code_and_beams_are_known(forks):
+    forks.run(ROWS)
 
 
 def test_a_bank_knows_a_compiled_model():

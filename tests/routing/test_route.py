@@ -3,9 +3,6 @@
 import copy
 import inspect
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -301,14 +298,6 @@ def test_detaching_inside_a_route_leaves_the_base(model, inputs):
     assert base_hash(model) == base_hash(plain)
 
 
-def _in_a_process(program: str) -> None:
-    # Without the shape checks of the tests, which are not for compiling.
-    path = str(Path(__file__).parents[1])
-    text = f"import sys; sys.path.insert(0, {path!r})\n{program}"
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.parametrize("wrong", [7, ["one"], {"one": "much"}, {"one": None}], ids=str)
 def test_a_choice_of_a_wrong_kind_is_told(wrong):
     # Unwrapped, because the shape checks of the tests would see it first.
@@ -316,8 +305,9 @@ def test_a_choice_of_a_wrong_kind_is_told(wrong):
         inspect.unwrap(routing._combination)(wrong, 1)
 
 
-def test_compiled_models_answer_and_train_alike():
-    _in_a_process("""
+def test_compiled_models_answer_and_train_alike(forks):
+    # Apart, without the shape checks of the tests, which are not for compiling.
+    forks.run("""
 import torch, lorakit as lk
 from routing.test_route import NAMES, adapted
 from tiny_models import example_inputs
@@ -374,9 +364,10 @@ def run(rank, file):
 """
 
 
-def test_processes_with_other_routes_average_their_gradients(tmp_path):
+def test_processes_with_other_routes_average_their_gradients(tmp_path, forks):
     (tmp_path / "ddp_routes.py").write_text(DDP)
-    _in_a_process(f"""
+    forks.run(f"""
+import sys
 sys.path.insert(0, {str(tmp_path)!r})
 import torch.multiprocessing as mp
 from ddp_routes import run

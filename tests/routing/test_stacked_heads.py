@@ -3,8 +3,8 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorakit as lk
+from covering import covering
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import RouteError
 from lorakit.routing import stacked_heads as heads
@@ -67,12 +68,14 @@ def check_rows(model, names, **close) -> None:
         assert (found[len(expected) :] == float("-inf")).all()
 
 
-@pytest.mark.parametrize("names", [EQUAL, WIDTHS, BLENDS, [*BLENDS, *WIDTHS]], ids=len)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_row_is_answered_by_its_own_head_as_if_alone(family, names):
+ROWS = {"equal": EQUAL, "widths": WIDTHS, "blends": BLENDS, "all": [*BLENDS, *WIDTHS]}
+
+
+@covering(("family", "rows"), itertools.product(FAMILIES, ROWS))
+def test_every_row_is_answered_by_its_own_head_as_if_alone(family, rows):
     model = adapted(family)
-    check_rows(model, names, rtol=1e-5, atol=1e-5)
-    check_rows(model.double(), names, **EXACT)
+    check_rows(model, ROWS[rows], rtol=1e-5, atol=1e-5)
+    check_rows(model.double(), ROWS[rows], **EXACT)
 
 
 def test_heads_of_several_precisions_answer_in_one_batch():
@@ -250,16 +253,10 @@ torch.testing.assert_close(*found)
 """
 
 
-def test_compiled_heads_answer_and_train_alike():
+def test_compiled_heads_answer_and_train_alike(forks):
     # Apart, because the compiler can't trace through the shape checks that tests run with.
     here = str(Path(__file__).parent)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILED],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks.run(COMPILED, PYTHONPATH=os.pathsep.join([here, *sys.path]))
 
 
 class Choosy(nn.Module):

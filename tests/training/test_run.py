@@ -137,7 +137,7 @@ def wait_for_step(folder, step, process):
     raise AssertionError(f"no checkpoint of step {step}: {process.communicate()[1][-2000:]}")
 
 
-@pytest.mark.parametrize("step", [3, 15])
+@pytest.mark.parametrize("step", [3, pytest.param(15, marks=pytest.mark.thorough)])
 def test_a_killed_run_resumes_to_the_same_bytes(settings, tmp_path, step):
     whole = train(settings(out=tmp_path / "whole", steps=24))
     config = settings(out=tmp_path / "killed", steps=24)

@@ -1,13 +1,13 @@
 """Adapted models trained by the fused kernel, beside plain torch (`--kernels plain`)."""
 
 import copy
-import subprocess
-import sys
+import itertools
 
 import pytest
 import torch
 
 import lorakit as lk
+from covering import covering
 from lorakit.kernels import fused
 from lorakit.kernels.choice import use
 from lorakit.methods.lora.lora import positions
@@ -59,10 +59,9 @@ def assert_equal(found, expected):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_equal_plain_torch_with_all_options_together(family, route, monkeypatch):
-    model = adapted(family)
+@covering(("family", "named"), itertools.product(FAMILIES, ROUTES))
+def test_gradients_equal_plain_torch_with_all_options_together(family, named, monkeypatch):
+    model, route = adapted(family), ROUTES[named]
     with use("plain"):
         expected = gradients(model, route)
     calls = []
@@ -127,7 +126,7 @@ def test_the_numbers_of_interleaved_rows_serve_training_after_inference():
         assert all(p.grad is not None and p.grad.any() for p in trained)
 
 
-def test_a_compiled_model_trains_as_an_eager_one():
+def test_a_compiled_model_trains_as_an_eager_one(forks):
     # In a process of its own, because the shape checks of the tests are not for compiling.
     program = """
 import torch, lorakit as lk
@@ -150,4 +149,4 @@ torch._dynamo.reset()
 compiled = torch.compile(model.train(), backend="aot_eager")
 compiled(x).square().sum().backward()
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    forks.run(program)

@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -201,7 +199,7 @@ def test_a_forward_never_forms_b_times_a(kernels):
     assert (64, 64) not in sizes
 
 
-def test_compile_makes_one_graph_of_adapted_layers():
+def test_compile_makes_one_graph_of_adapted_layers(forks):
     # In a process of its own, because the shape checks of the tests are not for compiling.
     program = """
 import torch, lorakit as lk
@@ -213,4 +211,4 @@ compiled = torch.compile(model, backend=counter, fullgraph=True)
 torch.testing.assert_close(compiled(x), model(x))
 assert counter.frame_count == 1, counter.frame_count
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    forks.run(program)

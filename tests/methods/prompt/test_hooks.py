@@ -1,10 +1,6 @@
 """Calls of a model that get virtual tokens: generation, routes, labels, caches, and refusals."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -206,7 +202,7 @@ def test_token_types_and_hidden_states_are_those_of_the_caller_s_tokens():
     torch.testing.assert_close(found.hidden_states[2], wanted.hidden_states[2][:, own])
 
 
-def test_gpt2_s_token_types_are_no_trained_tokens():
+def test_gpt2_s_token_types_are_no_virtual_tokens():
     model = prefixed("gpt2")
     base, tensors = bare(model), lk.extract(model).tensors
     ids, types = torch.tensor([[5, 6, 7]]), torch.tensor([[3, 3, 3]])
@@ -372,12 +368,8 @@ print("refused")
 """
 
 
-def test_a_compiled_model_is_refused_and_its_base_is_not():
-    tests = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
-    command = [sys.executable, "-W", "ignore", "-c", COMPILED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert "refused" in done.stdout, done.stderr[-2000:]
+def test_a_compiled_model_is_refused_and_its_base_is_not(forks):
+    assert "refused" in forks.run(COMPILED)
 
 
 def test_the_hooks_go_with_the_last_prefix_and_not_before():

@@ -1,10 +1,7 @@
 """Training through torch.compile: the same run, one graph for all blocks, a model as it was."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,22 +21,15 @@ from lorakit.training.memory.training_memory import check_memory
 from lorakit.training.prepare import prepare
 from tiny_models import build
 
+PROGRAM = Path(__file__).with_name("compiled_process.py").read_text(encoding="utf-8")
 BLOCKS = 10
 """More than the eight graphs that the compiler makes of one function before it gives up."""
 
 
-def run_process(backend, *runs):
+def run_process(forks, backend, *runs):
     """Return what `compiled_process` tells of each run."""
-    paths = [str(Path(__file__).parents[2]), *sys.path]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", Path(__file__).with_name("compiled_process.py"), backend]
-        + [run.model_dump_json(exclude={"compile", "overwrite"}) for run in runs],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    given = [run.model_dump_json(exclude={"compile", "overwrite"}) for run in runs]
+    return json.loads(forks.run(PROGRAM, backend, *given).splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +65,7 @@ def settings(model, rows, out, **others):
 
 
 @pytest.fixture(scope="module")
-def runs(deep, prompt_rows, tmp_path_factory):
+def runs(deep, prompt_rows, tmp_path_factory, forks):
     """Return what runs of several layouts and families came to, in one process.
 
     Their backend runs the graphs as they are: what the compiler is given is the same for all.
@@ -88,7 +78,7 @@ def runs(deep, prompt_rows, tmp_path_factory):
         "padded": settings(llama, prompt_rows, out / "padded", packing="off"),
         "slices": settings(gpt2, prompt_rows, out / "slices"),
     }
-    return dict(zip(asked, run_process("eager", *asked.values()), strict=True))
+    return dict(zip(asked, run_process(forks, "eager", *asked.values()), strict=True))
 
 
 NAMES = ("joined", "padded", "slices")
@@ -110,11 +100,11 @@ def test_compiled_rows_are_joined_where_others_are(runs):
     assert runs["padded"]["layout"] == "padded"
 
 
-def test_the_real_compiler_gives_the_same_losses(deep, prompt_rows, tmp_path):
+def test_the_real_compiler_gives_the_same_losses(deep, prompt_rows, tmp_path, forks):
     backend = "inductor" if shutil.which("g++") else "aot_eager"
     folder = deep("llama", num_hidden_layers=3)
     few = settings(folder, prompt_rows, tmp_path / "run", steps=3, eval_every=3)
-    (told,) = run_process(backend, few)
+    (told,) = run_process(forks, backend, few)
     assert told["graphs"] == 1
     assert told["breaks"] == {}
     assert told["compiled"] == pytest.approx(told["plain"], rel=1e-3)
