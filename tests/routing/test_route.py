@@ -155,7 +155,7 @@ def _parameter(model, layer):
     layer.lora_b = torch.nn.Parameter(layer.lora_b + 1, requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [_step, _load, _data, _precision, _parameter])
+@pytest.mark.parametrize("operation", [_step, _load, _data, _precision, _parameter])
 def test_a_weight_that_changed_between_two_routes_is_never_served_old(model, inputs, operation):
     model.requires_grad_(False)
     with lk.route(model, NAMES):

@@ -82,7 +82,7 @@ def test_a_layer_whose_input_all_rows_share_is_told(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "bert", "vit", "t5"])
-@pytest.mark.parametrize("blend", [*BLENDS, {"small": 1.0, "wide": 1.0, "other": 2.0}])
+@pytest.mark.parametrize("combination", [*BLENDS, {"small": 1.0, "wide": 1.0, "other": 2.0}])
 def test_a_blend_is_the_sum_of_updates(family, combination):
     model, base, adapters = adapted(family)
     inputs = example_inputs(model, rows=2)

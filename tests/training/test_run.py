@@ -158,12 +158,12 @@ def test_a_killed_run_resumes_to_the_same_bytes(settings, tmp_path, step):
         ({"method": "bitfit", "bitfit": {"add_missing": True}}, "bitfit: add_missing is True"),
     ],
 )
-def test_a_run_is_not_resumed_as_another(settings, operations, problem):
+def test_a_run_is_not_resumed_as_another(settings, changes, problem):
     config = settings(steps=4, save_every=2, warmup_steps=1)
     train(config)
     before = contents(config.out)
     with pytest.raises(TrainingError, match="can't be resumed with other settings") as caught:
-        train(settings(steps=4, save_every=2, warmup_steps=1, resume=True, **operations))
+        train(settings(steps=4, save_every=2, warmup_steps=1, resume=True, **changes))
     assert problem in str(caught.value)
     assert contents(config.out) == before
 
