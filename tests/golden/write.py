@@ -119,8 +119,8 @@ def write(folder: Path) -> None:
     for adapter in sorted((folder / "adapters").iterdir()):
         found |= logits_of(adapter)
     safetensors.torch.save_file(found, folder / "logits.safetensors")
-    for name, operations in RUNS.items():
-        write_run(folder.resolve() / "runs" / name, {**RUN, **operations})
+    for name, changes in RUNS.items():
+        write_run(folder.resolve() / "runs" / name, {**RUN, **changes})
     (folder / "runs" / "arithmetic.txt").write_text(bases.arithmetic() + "\n")
 
 

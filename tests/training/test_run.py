@@ -29,7 +29,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
 def settings(tiny_llama, prompt_rows, tmp_path):
     """A maker of settings for a short run."""
 
-    def make(**operations):
+    def make(**changes):
         values = {
             "model": str(tiny_llama),
             "out": tmp_path / "run",
@@ -42,7 +42,7 @@ def settings(tiny_llama, prompt_rows, tmp_path):
             "warmup_steps": 2,
             "learning_rate": 1e-2,
         }
-        return TrainConfig(**{**values, **operations})
+        return TrainConfig(**{**values, **changes})
 
     return make
 

@@ -33,7 +33,7 @@ TOKENS = PrefixSettings(prefix=2, infix=3)
 def settings(tiny_llama, prompt_rows, tmp_path):
     """A maker of settings for a short run."""
 
-    def make(**operations):
+    def make(**changes):
         values = {
             "model": str(tiny_llama),
             "out": tmp_path / "run",
@@ -45,7 +45,7 @@ def settings(tiny_llama, prompt_rows, tmp_path):
             "batch_size": 4,
             "warmup_steps": 1,
         }
-        return TrainConfig(**{**values, **operations})
+        return TrainConfig(**{**values, **changes})
 
     return make
 

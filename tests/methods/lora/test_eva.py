@@ -216,9 +216,9 @@ def test_what_cannot_be_is_told():
     config = {"rank": 2, "init": "eva"}
     data = [{"x": torch.randn(3, 4)}]
 
-    def refusal(error, targets=("used",), *, data=data, **operations):
+    def refusal(error, targets=("used",), *, data=data, **changes):
         with pytest.raises(error) as caught:
-            lk.attach(Unused(), lk.LoRAConfig(targets=targets, **config | operations), data=data)
+            lk.attach(Unused(), lk.LoRAConfig(targets=targets, **config | changes), data=data)
         return str(caught.value)
 
     assert "give batches, as in lk.attach(model, config, data=" in refusal(AttachError, data=None)

@@ -30,8 +30,8 @@ MEMORY = ("fast", "balanced", "low")
 SOME = ("llama", "gpt2", "opt", "bert", "gpt_neox")
 
 
-def settings(memory, **operations):
-    return TrainConfig(out="unused", memory=memory, **operations)
+def settings(memory, **changes):
+    return TrainConfig(out="unused", memory=memory, **changes)
 
 
 def gradients(model):

@@ -75,10 +75,10 @@ def check_gradients(model, batches, *, rtol, atol):
             torch.testing.assert_close(found[name], gradient, rtol=rtol, atol=atol, msg=name)
 
 
-def with_adapters(model, changes_of=None, **operations):
+def with_adapters(model, changes_of=None, **changes):
     for number, (name, config) in enumerate(ADAPTERS.items()):
         torch.manual_seed(number)
-        own = operations | (changes_of or {}).get(name, {})
+        own = changes | (changes_of or {}).get(name, {})
         lk.attach(model, config.model_copy(update=own), name=name)
         # With B at zero A would have no gradient.
         for path, parameter in adapter_parameters(model, name):

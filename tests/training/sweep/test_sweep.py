@@ -29,7 +29,7 @@ FIRST = ("red", "green", "blue", "small", "old", "new")
 def settings(tiny_llama, prompt_rows, tmp_path):
     """A maker of settings for a short sweep."""
 
-    def make(sweep=None, **operations):
+    def make(sweep=None, **changes):
         values = {
             "model": str(tiny_llama),
             "out": tmp_path / "sweep",
@@ -43,7 +43,7 @@ def settings(tiny_llama, prompt_rows, tmp_path):
             "learning_rate": 1e-2,
             "sweep": sweep,
         }
-        return TrainConfig(**{**values, **operations})
+        return TrainConfig(**{**values, **changes})
 
     return make
 
@@ -260,9 +260,9 @@ def test_an_ended_sweep_resumes_to_the_same_adapters(
     settings, tmp_path, at_pass, end, error, tolerance
 ):
     trials = [{"steps": 4, "name": "short"}, {"seed": 1, "name": "first"}, {"seed": 2}]
-    operations = {"steps": 12, "learning_rate": 1e-3, "eval_every": 6}
-    whole = sweep(settings(trials, **operations, out=tmp_path / "whole"))
-    config = settings(trials, **operations, out=tmp_path / "ended")
+    changes = {"steps": 12, "learning_rate": 1e-3, "eval_every": 6}
+    whole = sweep(settings(trials, **changes, out=tmp_path / "whole"))
+    config = settings(trials, **changes, out=tmp_path / "ended")
     at_pass(8, end)
     with pytest.raises(error) as raised:
         sweep(config)
