@@ -70,7 +70,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def logits(model: nn.Module, *, recorded: bool = False) -> Tensor:
-    """Return a model's logits for the fixed rows, by a forward pass that autograd records or not."""
+    """Return a model's logits for the fixed rows, of a forward pass recorded by autograd or not."""
     with torch.set_grad_enabled(recorded):
         return model(**inputs()).logits.detach().contiguous()
 
