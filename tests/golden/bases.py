@@ -26,7 +26,7 @@ _BLOCKS = {
 
 
 def build(family: str) -> PreTrainedModel:
-    """A base in eval mode: a llama with grouped heads, a gpt2, or a bert that classifies."""
+    """Return a base in eval mode: a llama with grouped heads, a gpt2, or a bert that classifies."""
     if family == "llama":
         config = transformers.LlamaConfig(
             **_BLOCKS, num_key_value_heads=2, tie_word_embeddings=False
@@ -70,13 +70,13 @@ def inputs() -> dict[str, Tensor]:
 
 
 def logits(model: nn.Module, *, recorded: bool = False) -> Tensor:
-    """A model's logits for the fixed rows, by a forward pass that autograd records or not."""
+    """Return a model's logits for the fixed rows, of a forward pass recorded by autograd or not."""
     with torch.set_grad_enabled(recorded):
         return model(**inputs()).logits.detach().contiguous()
 
 
 def arithmetic() -> str:
-    """A fingerprint of this machine's floating-point results: a base's gradients, hashed.
+    """Return a fingerprint of this machine's floating-point results: a base's gradients, hashed.
 
     Where it is the same, so are the bits of a training run; elsewhere they differ by rounding.
     """

@@ -118,6 +118,10 @@ def run(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bases.save(request.param.partition("-")[0], Path("base"))
     bases.write_rows(Path("."))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the writer had: sums of several threads round otherwise
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("run", RUNS, indirect=True)
