@@ -1,6 +1,7 @@
 """Joined rows train as padded ones do, and models that cannot join rows are told from others."""
 
 import contextlib
+import itertools
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 import lorakit as lk
 import lorakit.train.layout as layouts
 import lorakit.train.prepare as preparation
+from covering import covering
 from lorakit.attach import adapter_parameters
 from lorakit.config import DataConfig, TrainConfig
 from lorakit.errors import ConfigError
@@ -80,8 +82,7 @@ def assert_equal(found, expected, *, tolerance):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", JOINING)
+@covering(("family", "checkpointing"), itertools.product(JOINING, [False, True]), each=1)
 def test_joined_rows_have_the_loss_and_gradients_of_padded_ones(tokenizer, family, checkpointing):
     # Of float64 and padding this family's own code makes NaN, where a window is all padding.
     dtype, tolerance = (torch.float32, 1e-5) if family == "gemma2" else (torch.float64, 1e-10)
