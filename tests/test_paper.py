@@ -23,6 +23,17 @@ DEBERTA_XXL = DebertaV2Config(
 GPT2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
 GPT2_LARGE = GPT2Config(n_embd=1280, n_layer=36, n_head=20)
 GPT3 = GPT2Config(n_embd=12288, n_layer=96, n_head=96)
+MADE = {}
+"""Models of this module's configs: a plan leaves them as they are."""
+
+
+def made(kind, config):
+    """Return the model of a config, made once, on the device without memory."""
+    key = kind, id(config)
+    if key not in MADE:
+        with torch.device("meta"):
+            MADE[key] = kind.from_config(config)
+    return MADE[key]
 
 
 @pytest.mark.parametrize(
@@ -44,13 +55,9 @@ GPT3 = GPT2Config(n_embd=12288, n_layer=96, n_head=96)
     ],
 )
 def test_parameter_counts_are_those_of_the_paper(config, rank, targets, count):
-    with torch.device("meta"):
-        kind = (
-            AutoModelForCausalLM
-            if isinstance(config, GPT2Config)
-            else AutoModelForSequenceClassification
-        )
-        model = kind.from_config(config)
+    generates = isinstance(config, GPT2Config)
+    kind = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
+    model = made(kind, config)
     plan = lk.plan(model, lk.LoRAConfig(rank=rank, targets=targets, modules_to_save=()))
     assert plan.parameters == count
     width = getattr(config, "hidden_size", None) or config.n_embd
@@ -69,8 +76,7 @@ def test_parameter_counts_are_those_of_the_paper(config, rank, targets, count):
     ],
 )
 def test_other_methods_have_the_paper_s_counts(kind, config, method, count, printed):
-    with torch.device("meta"):
-        model = kind.from_config(config)
+    model = made(kind, config)
     parameters = lk.plan(model, method.model_copy(update={"modules_to_save": ()})).parameters
     digits = len(str(printed).partition(".")[2])
     assert (parameters, round(parameters / 1e6, digits)) == (count, printed)
@@ -81,8 +87,7 @@ def test_other_methods_have_the_paper_s_counts(kind, config, method, count, prin
 )
 def test_no_number_of_tokens_gives_the_paper_s_counts_of_prelayer(config, printed):
     # L·d·(l_p + l_i) with whole l_p + l_i: Tables 3 and 4 must have counted something more.
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = made(AutoModelForCausalLM, config)
     digits = len(str(printed).partition(".")[2])
     counts = {
         lk.plan(model, lk.PrefixConfig(every_layer=True, prefix=n, infix=0)).parameters

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import lorakit as lk
+from covering import covering
 from oracles import attach_random, base_hash, outputs, randomise
 from tiny_models import FAMILIES, build, example_inputs
 
 ADAPTED = {"rank": 2, "targets": ("q", "v")}
 REENTRANT = {"use_reentrant": True}
+CHECKPOINTING = (({}, None), (REENTRANT, None), (REENTRANT, "1"))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -98,8 +100,11 @@ def test_a_copy_is_equal_and_independent(model, make):
 
 # Torch says of the blocks below the adapted ones that they get no gradient, which is the aim.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-@pytest.mark.parametrize(
-    ("settings", "blocks"), [({}, None), (REENTRANT, None), (REENTRANT, "1")], ids=str
+@covering(
+    ("model", "settings", "blocks"),
+    [(family, *how) for family in FAMILIES for how in CHECKPOINTING],
+    each=1,
+    indirect=["model"],
 )
 def test_gradients_reach_every_part_under_gradient_checkpointing(model, settings, blocks):
     attach_random(model, **ADAPTED, layers=blocks)

@@ -53,7 +53,7 @@ def test_train_dry_run_shows_what_would_be_trained_and_writes_nothing(
 def test_evaluate_gives_the_scores_of_base_and_adapter(
     trained, tiny_llama, prompt_rows, run, tmp_path
 ):
-    rows = ["--data.validation", prompt_rows]
+    rows = ["--data.validation", prompt_rows, "--data.validation-rows", 16]
     code, with_adapter = run("evaluate", "--adapter", trained, *rows)
     assert code == 0
     assert with_adapter.keys() >= {"loss", "perplexity", "exact_match", "bleu"}

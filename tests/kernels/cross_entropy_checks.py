@@ -1,8 +1,10 @@
 """What the Triton kernel of the loss promises, on a GPU, or in Triton's interpreter.
 
-`test_cross_entropy_triton.py` runs this file in a process of its own.
+`test_interpreter.py` runs this file in a process of its own, and `test_cross_entropy_triton.py`
+does on a GPU.
 """
 
+import itertools
 import os
 
 import pytest
@@ -11,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
+from covering import covering
 from lorakit.kernels import cross_entropy_triton
 from lorakit.kernels.cross_entropy import head_cross_entropy
 from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
@@ -36,7 +39,10 @@ CHANGES = {
 }
 
 
-@pytest.fixture(params=[3, 32, 70], ids="vocabulary={}".format)
+VOCABULARIES = (3, 32, 70)
+
+
+@pytest.fixture(params=VOCABULARIES, ids="vocabulary={}".format)
 def vocabulary(request, monkeypatch):
     """Return sizes that are less than a block of the kernel, one, and several and a part."""
     monkeypatch.setattr(KERNEL, "configs", [triton.Config({"BLOCK": 32}, num_warps=4)])
@@ -63,7 +69,12 @@ def made(vocabulary, *, dtype=torch.float32):
     return torch.randn(TOKENS, D).mul(3).to(DEVICE, dtype), head.to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@covering(
+    ("vocabulary", "options"),
+    itertools.product(VOCABULARIES, OPTIONS),
+    each=1,
+    indirect=["vocabulary"],
+)
 def test_loss_and_gradient_equal_plain_torch(vocabulary, options):
     for dtype in (torch.float32, torch.float16):
         hidden, head = made(vocabulary, dtype=dtype)
@@ -76,7 +87,12 @@ def test_loss_and_gradient_equal_plain_torch(vocabulary, options):
         torch.testing.assert_close(found[2], plain[2], rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@covering(
+    ("vocabulary", "change"),
+    itertools.product(VOCABULARIES, CHANGES),
+    each=1,
+    indirect=["vocabulary"],
+)
 def test_changed_logits_have_the_loss_and_gradient_of_plain_torch(vocabulary, change):
     for dtype in (torch.float32, torch.float16):
         hidden, head = made(vocabulary, dtype=dtype)
@@ -173,7 +189,14 @@ def tuned(monkeypatch):
     return made, runs
 
 
-@pytest.mark.parametrize("change", [IDENTITY, *CHANGES.values()])
+@pytest.mark.parametrize(
+    "change",
+    [
+        IDENTITY,
+        CHANGES["both"],
+        *(pytest.param(CHANGES[n], marks=pytest.mark.thorough) for n in ("multiplied", "capped")),
+    ],
+)
 def test_trying_configurations_leaves_the_gradient_over_the_logits_right(tuned, change):
     hidden, head = made(40)
     options = {**OPTIONS["all"], "change": change}

@@ -1,7 +1,7 @@
 """The Triton kernels of blocks against plain torch, on a GPU or where TRITON_INTERPRET=1.
 
-`test_blocks.py` runs this file in a process of its own, because the interpreter is chosen when
-Triton is imported, which other tests do too.
+`test_interpreter.py` and, on a GPU, `test_blocks.py` run this file in a process of its own, because
+the interpreter is chosen when Triton is imported, which other tests do too.
 """
 
 import os

@@ -1,6 +1,7 @@
 """What the Triton kernels promise, on a GPU, or in Triton's interpreter where TRITON_INTERPRET=1.
 
-`test_segments_triton.py` runs this file in a process of its own.
+`test_interpreter.py` runs this file in a process of its own, and `test_segments_triton.py` does
+on a GPU.
 """
 
 import os

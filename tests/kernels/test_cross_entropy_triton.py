@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels.triton_process import check_in_the_interpreter, check_on_the_device, needs_gpu
+from kernels.triton_process import needs_gpu, run_checks
 from lorakit.kernels.cross_entropy import head_cross_entropy
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -14,14 +14,10 @@ def fused(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-def test_the_kernel_keeps_its_promises_in_the_interpreter():
-    check_in_the_interpreter("cross_entropy_checks.py")
-
-
 @pytest.mark.gpu
 @needs_gpu
 def test_the_kernel_keeps_its_promises_on_the_device():
-    check_on_the_device("cross_entropy_checks.py")
+    run_checks("cross_entropy_checks.py", TRITON_INTERPRET="0")
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.triton_process import check_in_the_interpreter, check_on_the_device, needs_gpu
+from kernels.triton_process import needs_gpu, run_checks
 from lorakit.kernels.norms_and_gates import gated, rms_norm
 
 ACTIVATIONS = {
@@ -73,15 +73,10 @@ def test_only_what_is_needed_is_kept():
     assert all(any(k is own for own in (x, weight, gate, up)) for k in kept if k.shape != (4, 1))
 
 
-def test_the_kernels_equal_plain_torch_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    check_in_the_interpreter("norm_and_gate_checks.py")
-
-
 @pytest.mark.gpu
 @needs_gpu
 def test_the_kernels_equal_plain_torch_on_the_device():
-    check_on_the_device("norm_and_gate_checks.py")
+    run_checks("norm_and_gate_checks.py", TRITON_INTERPRET="0")
 
 
 COMPILE = """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.mixed_batches import USES
-from kernels.triton_process import check_in_the_interpreter, check_on_the_device, needs_gpu
+from kernels.triton_process import needs_gpu, run_checks
 from lorakit.kernels.grouped import down_project, gather, up_project_onto
 from lorakit.kernels.grouping import group_rows
 
@@ -18,14 +18,10 @@ def fused(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-def test_the_kernels_keep_their_promises_in_the_interpreter():
-    check_in_the_interpreter("segments_checks.py")
-
-
 @pytest.mark.gpu
 @needs_gpu
 def test_the_kernels_keep_their_promises_on_the_device():
-    check_on_the_device("segments_checks.py")
+    run_checks("segments_checks.py", TRITON_INTERPRET="0")
 
 
 @pytest.mark.gpu

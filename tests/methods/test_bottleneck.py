@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import pickle
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 import lorakit as lk
+from covering import covering
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, TargetError
 from lorakit.training.memory.activation_checkpointing import matmuls, narrow_matmuls, recomputing
@@ -346,10 +348,10 @@ def gradients(model, inputs, *, seed=0):
 
 # Torch says of the blocks below the adapted ones that they get no gradient, which is the aim.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("blocks", [None, "1"])
-@pytest.mark.parametrize("variant", ["h", "l"])
-@pytest.mark.parametrize("family", TINY)
+@covering(
+    ("family", "variant", "blocks", "reentrant"),
+    itertools.product(TINY, ["h", "l"], [None, "1"], [False, True]),
+)
 def test_recomputed_blocks_drop_the_same_and_have_the_same_gradients(
     family, variant, blocks, reentrant
 ):

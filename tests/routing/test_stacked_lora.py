@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
+from covering import covering
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import RouteError
 from oracles import alone, attach_random, outputs, randomise, with_updates
@@ -81,8 +83,13 @@ def test_a_layer_whose_input_all_rows_share_is_told(family):
         outputs(model, inputs)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "bert", "vit", "t5"])
-@pytest.mark.parametrize("combination", [*BLENDS, {"small": 1.0, "wide": 1.0, "other": 2.0}])
+@covering(
+    ("family", "combination"),
+    itertools.product(
+        ["llama", "gpt2", "bloom", "bert", "vit", "t5"],
+        [*BLENDS, {"small": 1.0, "wide": 1.0, "other": 2.0}],
+    ),
+)
 def test_a_blend_is_the_sum_of_updates(family, combination):
     model, base, adapters = adapted(family)
     inputs = example_inputs(model, rows=2)
@@ -105,8 +112,11 @@ def test_a_row_without_adapter_keeps_every_bit_of_the_base(family):
     assert not torch.isclose(mixed[0], expected[0]).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit"])
-@pytest.mark.parametrize("poison", [float("nan"), 1e30])
+@covering(
+    ("family", "poison"),
+    itertools.product(["llama", "gpt2", "bert", "vit"], [float("nan"), 1e30]),
+    each=1,
+)
 def test_a_spoiled_adapter_changes_no_bit_of_other_rows(family, poison):
     model = build(family)
     for seed, (name, config) in enumerate(configs(family).items()):

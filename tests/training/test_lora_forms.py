@@ -23,7 +23,14 @@ FORMS = {
 WHOLE, CHECKPOINT = 9, 6
 
 
-@pytest.fixture(scope="module", params=FORMS)
+# In `make test` not those that train as others do: other tests see how they start.
+LIKE_OTHERS = ("orthogonal", "dora")
+PARAMETERS = [
+    pytest.param(form, marks=pytest.mark.thorough if form in LIKE_OTHERS else ()) for form in FORMS
+]
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
 def run(request, tiny_llama, prompt_rows, tmp_path_factory):
     """The settings of a short run of one form, and its result."""
     config = TrainConfig(

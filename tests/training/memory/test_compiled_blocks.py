@@ -103,7 +103,7 @@ def test_compiled_rows_are_joined_where_others_are(runs):
 def test_the_real_compiler_gives_the_same_losses(deep, prompt_rows, tmp_path, forks):
     backend = "inductor" if shutil.which("g++") else "aot_eager"
     folder = deep("llama", num_hidden_layers=3)
-    few = settings(folder, prompt_rows, tmp_path / "run", steps=3, eval_every=3)
+    few = settings(folder, prompt_rows, tmp_path / "run", steps=2, eval_every=2)
     (told,) = run_process(forks, backend, few)
     assert told["graphs"] == 1
     assert told["breaks"] == {}
