@@ -66,11 +66,11 @@ class LowRankComponent(Component):
         layer = materials.modules[self.path]
         device = cast(Tensor, layer.weight).device
         if materials.tensors is None:
-            own = self._fresh(layer, device)
+            own, copy = self._fresh(layer, device), False
         else:
-            own = {name: materials.tensors[name] for name in self.shapes}
+            own, copy = {n: materials.tensors[n] for n in self.shapes}, materials.copy
         weights = {
-            name.rpartition(".")[2]: values.to(device, copy=materials.copy and own[name] is values)
+            name.rpartition(".")[2]: values.to(device, copy=copy)
             for name, values in split_frozen_factors((self.site,), own).items()
         }
         return LoRAUpdate({self.site.role or "whole": LowRank(self.site, self.config, weights)})
