@@ -13,7 +13,7 @@ from torch import nn
 import lorakit as lk
 import lorakit.bank
 from lorakit.adapter import folder as formats
-from lorakit.attachment.state import layout_of
+from lorakit.attachment.state import modules_of
 from lorakit.errors import AdapterFileError
 from oracles import attach_random, outputs
 from tiny_models import build, example_inputs
@@ -152,9 +152,9 @@ def test_a_layer_that_was_exchanged_is_the_one_that_is_adapted(bank, saved):
 def test_what_is_remembered_of_a_base_goes_with_detach_and_does_not_travel(bank, saved):
     bank.load("first", saved)
     state = bank.model._lorakit
-    assert layout_of(bank.model) is state.layout
+    assert modules_of(bank.model) is state.modules
     again = copy.deepcopy(bank.model)
-    assert again._lorakit.layout is None
+    assert again._lorakit.modules is None
     lk.AdapterBank(again).load("second", saved)
     assert again.model.layers[0].self_attn.q_proj.adapter_bank["@second"].parts
     lk.detach(bank.model)

@@ -8,9 +8,8 @@ lk.attach(model, lk.LoRAConfig(rank=8, alpha=16, targets=("q", "v")))
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.site import Site
-from lorakit.attachment.attach import attach, detach, extract
+from lorakit.attachment.attach import attach, detach, extract, plan
 from lorakit.attachment.open_model import Opened, open_model
-from lorakit.attachment.plan import plan
 from lorakit.attachment.state import active_name, adapter_names
 from lorakit.bank import AdapterBank
 from lorakit.config.methods import (

@@ -18,6 +18,8 @@ import lorakit as lk
 from covering import covering
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, TargetError
+from lorakit.methods.bottleneck import BottleneckComponent
+from lorakit.methods.module_copy import TrainedCopy
 from lorakit.training.memory.activation_checkpointing import matmuls, narrow_matmuls, recomputing
 from oracles import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
@@ -27,6 +29,11 @@ ATTENTION = {"llama": "self_attn.o_proj", "gpt2": "attn.c_proj", "bert": "attent
 MLP = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "bert": "output.dense"}
 TINY = tuple(BLOCKS)
 VARIANTS = ("h", "l", "p", "d")
+
+
+def bottlenecks(plan):
+    """The bottlenecks of a plan, without the norms that may be trained beside them."""
+    return plan.of_kind(BottleneckComponent)
 
 
 def places(family, variant, blocks=(0, 1)):
@@ -104,7 +111,7 @@ def test_each_variant_computes_its_formula_at_its_places(family, settings, nonli
     paths = places(family, settings["variant"])
     base = copy.deepcopy(model)
     plan = lk.attach(model, lk.BottleneckConfig(size=5, modules_to_save=(), **settings))
-    assert [part.path for part in plan.parts] == paths
+    assert [each.path for each in bottlenecks(plan)] == paths
     assert torch.equal(outputs(model, inputs), outputs(base, inputs))
     randomise(model)
     tensors = lk.extract(model).tensors
@@ -157,15 +164,15 @@ def test_both_stacks_and_cross_attention_have_their_outputs_changed():
             block.format("decoder", number, 1, "EncDecAttention", "o"),
             block.format("decoder", number, 2, "DenseReluDense", "wo"),
         ]
-    assert [part.path for part in plan.parts] == expected
-    whole = [part.path for part in lk.plan(model, lk.BottleneckConfig(variant="l")).parts]
+    assert [each.path for each in bottlenecks(plan)] == expected
+    whole = [each.path for each in bottlenecks(lk.plan(model, lk.BottleneckConfig(variant="l")))]
     assert whole == [f"{stack}.block.{n}" for stack in ("encoder", "decoder") for n in (0, 1)]
 
 
 def test_dropped_blocks_are_the_lowest_ones_of_each_stack():
     def numbers(model, **settings):
-        parts = lk.plan(model, lk.BottleneckConfig(variant="d", size=2, **settings)).parts
-        return [int(part.path.split(".")[2]) for part in parts]
+        plan = lk.plan(model, lk.BottleneckConfig(variant="d", size=2, **settings))
+        return [int(each.path.split(".")[2]) for each in bottlenecks(plan)]
 
     llama = build("llama", num_hidden_layers=12)
     assert numbers(llama) == [5, 6, 7, 8, 9, 10, 11]
@@ -197,11 +204,13 @@ def without_memory(name):
 def count(name, **settings):
     model = without_memory(name)
     plan = lk.plan(model, lk.BottleneckConfig(modules_to_save=(), **settings))
-    norms = sum(part.layer_norm for part in plan.parts)
-    width, size = plan.parts[0].width, plan.parts[0].size
+    found = bottlenecks(plan)
+    norms = sum(each.layer_norm for each in found)
+    width, size = found[0].width, found[0].size
     # L̂_adpt·(2·d·r + r + d) + 2·L̂_LN·d
-    formula = len(plan.parts) * (2 * width * size + size + width) + 2 * norms * width
-    assert plan.parameters == formula + plan.extra_parameters
+    formula = len(found) * (2 * width * size + size + width) + 2 * norms * width
+    copies = sum(each.parameters for each in plan.of_kind(TrainedCopy))
+    assert plan.parameters == formula + copies
     return plan.parameters
 
 
@@ -262,7 +271,7 @@ def test_the_bases_norms_in_adapted_blocks_can_be_trained_as_copies(
     config = lk.BottleneckConfig(size=4, layers="1", train_norms=True, modules_to_save=())
     plan = lk.attach(model, config)
     assert list(plan.copies) == [f"{BLOCKS[family]}.1.{norm}" for norm in norms]
-    assert plan.extra_parameters == 2 * values
+    assert sum(each.parameters for each in plan.of_kind(TrainedCopy)) == 2 * values
     assert torch.equal(outputs(model, inputs), base)
     randomise(model)
     adapted = outputs(model, inputs)
@@ -275,11 +284,12 @@ def test_the_bases_norms_in_adapted_blocks_can_be_trained_as_copies(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_defaults_are_those_of_the_variant_and_never_wider_than_the_layer(variant):
-    wide = lk.plan(build("llama", hidden_size=64), lk.BottleneckConfig(variant=variant)).parts[0]
+    config = lk.BottleneckConfig(variant=variant)
+    wide = bottlenecks(lk.plan(build("llama", hidden_size=64), config))[0]
     assert wide.size == {"h": 16, "l": 32, "p": 32, "d": 48}[variant]
     assert wide.activation == ("gelu" if variant == "h" else "relu")
     assert wide.layer_norm == (variant == "l")
-    slim = lk.plan(build("llama"), lk.BottleneckConfig(variant=variant)).parts[0]
+    slim = bottlenecks(lk.plan(build("llama"), config))[0]
     assert slim.size == min(32, wide.size)
 
 
@@ -556,7 +566,7 @@ def test_a_model_without_attention_outputs_has_no_place_for_adapter_h():
         r"modules whose output goes through a bottleneck in bottleneck.at",
     ):
         lk.plan(model, lk.BottleneckConfig())
-    assert len(lk.plan(model, lk.BottleneckConfig(variant="p")).parts) == 2
+    assert len(bottlenecks(lk.plan(model, lk.BottleneckConfig(variant="p")))) == 2
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,10 @@ RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
 def groups(model, config):
     """The names of the tensors in each group of an optimizer, by the group's rate."""
-    lk.attach(model, config.methods())
-    record = lk.extract(model)
-    trained = {n: torch.nn.Parameter(t) for n, t in record.tensors.items()}
+    plan = lk.attach(model, config.methods())
+    trained = {n: torch.nn.Parameter(t) for n, t in lk.extract(model).tensors.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=1.0)
-    split_by_rate(optimizer, trained, learning_rates(config, record, trained))
+    split_by_rate(optimizer, trained, learning_rates(config, plan))
     name_of = {id(p): name for name, p in trained.items()}
     return {g["lr"]: {name_of[id(p)] for p in g["params"]} for g in optimizer.param_groups}
 
@@ -78,19 +77,18 @@ def test_the_default_rate_is_the_one_that_did_well_on_both_tasks(method):
 def test_norms_beside_bottlenecks_have_the_bottlenecks_rate_and_a_head_that_of_the_first():
     model = build("bert")
     configs = [lk.LoRAConfig(), lk.BottleneckConfig(variant="h", train_norms=True)]
-    lk.attach(model, configs)
-    record = lk.extract(model)
-    norms = [name for name in record.tensors if "LayerNorm" in name]
+    methods = lk.plan(model, configs).methods
+    norms = [name for name in methods if "LayerNorm" in name]
     assert norms
-    assert {record.method_of(name) for name in norms} == {"adapter-h"}
-    assert record.method_of("classifier.weight") == "lora"
+    assert {methods[name] for name in norms} == {"adapter-h"}
+    assert methods["classifier.weight"] == "lora"
 
 
 def test_biases_that_top_k_reads_have_the_rate_of_top_k():
     model = build("deberta")
     config = [lk.LoRAConfig(layers="0"), lk.FullConfig(only_top=True, top=1)]
-    lk.attach(model, config)
-    assert lk.extract(model).method_of("deberta.encoder.layer.1.attention.self.q_bias") == "top-k"
+    methods = lk.plan(model, config).methods
+    assert methods["deberta.encoder.layer.1.attention.self.q_bias"] == "top-k"
 
 
 def test_methods_together_have_a_group_each(tmp_path):

@@ -18,8 +18,6 @@ from lorakit.adapter.site import Site
 from lorakit.config.methods import LoRAConfig, MethodConfig
 from lorakit.models.identity import BaseIdentity
 
-WORDS = {"lora": ".lora_", "prefix-": ".prompt", "adapter-": ".bottleneck."}
-"""How methods' names start, and what is in the names of their tensors."""
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size in bytes: what any value's bits can be read as; numpy has no bfloat16."""
 LUMP_BYTES = 16 * 2**20
@@ -77,23 +75,6 @@ class AdapterContent:
     def lora(self) -> LoRAConfig | None:
         """The settings of its low-rank updates, if LoRA is among its methods."""
         return next((each for each in self.configs if isinstance(each, LoRAConfig)), None)
-
-    def method_of(self, tensor: str) -> str:
-        """The method that trains a tensor; copies of a task's head go with the first."""
-        named = [config.method for config in self.configs]
-        for start, word in WORDS.items():
-            own = [method for method in named if method.startswith(start)]
-            if own and word in tensor:
-                return own[0]
-        if any(tensor.startswith(f"{path}.") for path in self.copied_modules):
-            likely = ["full", "top-k"]
-            if any(part.isdecimal() for part in tensor.split(".")):  # in a block, so no head
-                likely += [name for name in named if name.startswith("adapter-")]  # trained norms
-        elif tensor.endswith(".bias"):
-            likely = ["full", "bitfit", "lora"]
-        else:
-            likely = ["full", "top-k", "bitfit"]  # what the model reads without calling a layer
-        return next((method for method in likely if method in named), named[0])
 
     @property
     def size_bytes(self) -> int:

@@ -5,48 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.site import Site
 from lorakit.attachment.original_weights import OriginalWeight
-from lorakit.attachment.plan import (
-    Plan,
-    as_configs,
-    keeps_ties,
-    plan,
-    short_names,
-    with_moved_ranks,
-)
+from lorakit.attachment.plan import Plan, as_configs, fresh_plan, with_singular_vectors
 from lorakit.attachment.state import (
     Attachment,
     active_name,
     attached,
     attachment_of,
     identity_of,
-    layout_of,
+    modules_of,
     require_attachment,
     require_name,
 )
-from lorakit.attachment.verify import fit
+from lorakit.attachment.verify import saved_plan
 from lorakit.config.methods import LoRAConfig, MethodConfig
 from lorakit.errors import AttachError
-from lorakit.layers.chain import Chain
 from lorakit.layers.checkpointing import forget_routes, stacks_of_blocks
 from lorakit.layers.layer import (
     Update,
     bank_key,
     restore,
 )
-from lorakit.methods.lora.eva import SingularVectors, input_singular_vectors
-from lorakit.methods.lora.init import fresh_tensors
-from lorakit.methods.lora.lora import ENDS, LoRAUpdate, LowRank
-from lorakit.methods.lora.pissa import join_frozen_factors, split_frozen_factors
-from lorakit.methods.module_copy import ModuleCopy
+from lorakit.methods.component import Materials
+from lorakit.methods.lora.eva import input_singular_vectors
+from lorakit.methods.lora.pissa import join_frozen_factors
 from lorakit.methods.prompt.hooks import HOOKS, watch
-from lorakit.models.base import base_parameter
+from lorakit.models.base import base_modules, base_parameter
 from lorakit.models.quantized import card_of_base
 from lorakit.models.roles import shared_inputs, task_heads
 
@@ -88,32 +77,51 @@ def attach(
         _check_free(state, name)
     _check_data(what, data)
     if isinstance(what, Adapter):
-        fitted, updates, record = fit_and_build(model, what, allow_other_base=allow_other_base)
+        found, updates, record = fit_and_build(model, what, allow_other_base=allow_other_base)
     else:
         configs = as_configs(what)
-        fitted = plan(model, configs)
-        lora = next((each for each in configs if isinstance(each, LoRAConfig)), LoRAConfig())
-        vectors = _singular_vectors(model, state, fitted, data)
-        if lora.eva_rho > 1:
-            fitted = with_moved_ranks(model, fitted, lora, vectors)
-        modules = layout_of(model).modules
-        start = split_frozen_factors(
-            fitted.sites, fresh_tensors(modules, fitted.sites, lora, vectors)
-        )
-        updates = _build(modules, fitted, configs, None, start, copy=False)
+        found = fresh_plan(model, configs)
+        if data is not None:
+            found = _with_singular_vectors(model, state, found, configs, data)
+        updates = found.updates(Materials(modules=modules_of(model).by_path))
         record = Adapter(
             configs=configs,
-            sites=fitted.sites,
+            sites=found.sites,
             tensors={},
-            copied_modules=fitted.copies,
-            target_modules=short_names(model, fitted.sites),
+            copied_modules=found.copies,
+            target_modules=_short_names(model, found.sites),
             base=identity_of(model),
             card=card_of_base(model),
         )
     train = not isinstance(what, Adapter) if trainable is None else trainable
     install(model, updates, name, record, trainable=train)
     require_attachment(model).activate(name)
-    return fitted
+    return found
+
+
+def plan(
+    model: nn.Module,
+    what: MethodConfig | Sequence[MethodConfig] | Adapter,
+    *,
+    allow_other_base: bool = False,
+) -> Plan:
+    """What `attach(model, what)` would put into a model; nothing is changed.
+
+    Args:
+        model: a plain module, or one with adapters.
+        what: settings of one method or of several, or an `Adapter`.
+        allow_other_base: accept an adapter whose base has other weights.
+
+    Raises:
+        ConfigError: the methods cannot be combined.
+        TargetError: a name in the settings matches nothing, or a layer twice; or the model lacks
+            what a method needs.
+        AdapterFileError: the adapter does not fit this model; every problem is listed.
+    """
+    if isinstance(what, Adapter):
+        base, identity = modules_of(model), identity_of(model)
+        return saved_plan(base, what, identity, allow_other_base=allow_other_base)
+    return fresh_plan(model, as_configs(what))
 
 
 def _check_free(state: Attachment, name: str) -> None:
@@ -141,18 +149,19 @@ def _check_data(what: object, data: object) -> None:
         raise AttachError("data is given, but nothing looks at it: only LoRA's init eva does")
 
 
-def _singular_vectors(
+def _with_singular_vectors(
     model: nn.Module,
     state: Attachment | None,
-    fitted: Plan,
-    data: Iterable[Mapping[str, Tensor]] | None,
-) -> dict[str, SingularVectors]:
-    """The directions of the layers' inputs in the base, for init eva."""
-    if data is None:
-        return {}
-    paths = list(dict.fromkeys(site.path for site in fitted.sites))
+    found: Plan,
+    configs: Sequence[MethodConfig],
+    data: Iterable[Mapping[str, Tensor]],
+) -> Plan:
+    """A plan whose low-rank updates start from what their layers read of some data."""
+    config = next(each for each in configs if isinstance(each, LoRAConfig))
+    paths = list(dict.fromkeys(site.path for site in found.sites))
     with nullcontext() if state is None else state.routed(None, None, None):
-        return input_singular_vectors(model, paths, shared_inputs(model), data)
+        vectors = input_singular_vectors(model, paths, shared_inputs(model), data)
+    return with_singular_vectors(model, found, config, vectors)
 
 
 def fit_and_build(
@@ -167,88 +176,36 @@ def fit_and_build(
 
     Args:
         model: the base, with or without adapters.
-        adapter: what to fit.
+        adapter: what is to fit.
         allow_other_base: accept one whose base has other weights.
         other_heads: accept full copies of a task's head with another number of classes.
         copy: leave the adapter's own tensors alone; else the model may keep them.
 
     Returns:
-        The match table, the updates by module path, and the adapter without its tensors.
+        The plan, the updates by module path, and the adapter without its tensors.
 
     Raises:
         AdapterFileError: it does not fit; every problem is listed.
     """
-    layout = layout_of(model)
-    fitted = fit(
-        layout,
+    base = modules_of(model)
+    found = saved_plan(
+        base,
         adapter,
         identity_of(model),
         allow_other_base=allow_other_base,
         other_heads=task_heads(model) if other_heads else (),
     )
-    divided = split_frozen_factors(fitted.sites, adapter.tensors)
-    updates = _build(layout.modules, fitted, adapter.configs, divided, divided, copy=copy)
+    materials = Materials(modules=base.by_path, tensors=adapter.tensors, copy=copy)
     # Another tool's file may not say what kind of layer it adapts; the model does.
-    return fitted, updates, replace(adapter, tensors={}, sites=fitted.sites)
+    return found, found.updates(materials), replace(adapter, tensors={}, sites=found.sites)
 
 
-def _build(
-    modules: Mapping[str, nn.Module],
-    fitted: Plan,
-    configs: Sequence[MethodConfig],
-    tensors: Mapping[str, Tensor] | None,
-    low_rank: Mapping[str, Tensor],
-    *,
-    copy: bool = True,
-) -> dict[str, Update]:
-    """The update of each touched module, by path; the modules are not changed.
-
-    Args:
-        modules: of the base, by path.
-        fitted: what is made.
-        configs: of its methods.
-        tensors: the adapter's; None: a fresh start.
-        low_rank: those of low-rank updates, fresh or not.
-        copy: leave `low_rank` alone; else the updates may keep its tensors.
-    """
-    updates: dict[str, Update] = {}
-    parts: dict[str, dict[str, LowRank]] = {}
-    dtype = getattr(torch, configs[0].dtype)
-    config = next((each for each in configs if isinstance(each, LoRAConfig)), LoRAConfig())
-    for match in fitted.matches:
-        site, layer = match.site, modules[match.site.path]
-        device = cast(Tensor, layer.weight).device
-        weights = {
-            end: low_rank[name].to(device, copy=copy)
-            for end in ENDS
-            if (name := f"{site.name}.{end}") in low_rank
-        }
-        parts.setdefault(site.path, {})[site.role or "whole"] = LowRank(site, config, weights)
-    biases = {path: _starting_bias(modules, path, dtype, tensors) for path in fitted.biases}
-    for path in dict.fromkeys([*parts, *biases]):
-        updates[path] = LoRAUpdate(parts.get(path, {}), biases.get(path))
-    shared: dict[int, nn.Parameter] | None = {} if keeps_ties(configs) else None
-    for path in fitted.copies:
-        made = ModuleCopy(modules[path], dtype, shared=shared)
-        if tensors is not None:
-            made.fill(tensors, path)
-        updates[path] = made
-    for part in fitted.parts:
-        first, own = updates.get(part.path), part.update(modules, tensors)
-        updates[part.path] = own if first is None else Chain([first, own])
-    return updates
-
-
-def _starting_bias(
-    modules: Mapping[str, nn.Module],
-    path: str,
-    dtype: torch.dtype,
-    tensors: Mapping[str, Tensor] | None,
-) -> Tensor:
-    base = cast(Tensor, modules[path].bias).detach()
-    if tensors is None:
-        return base.to(dtype, copy=True)
-    return tensors[f"{path}.bias"].to(base.device, copy=True)
+def _short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
+    """The paths' last parts if they name exactly the adapted layers, else the paths."""
+    chosen = {site.path for site in sites}
+    leaves = {path.rpartition(".")[2] for path in chosen}
+    named = {path for path, _ in base_modules(model) if path.rpartition(".")[2] in leaves}
+    return tuple(sorted(leaves if named == chosen else chosen))
 
 
 def install(
@@ -265,7 +222,7 @@ def install(
     run in another thread see all of it or nothing.
     """
     state = attached(model)
-    modules, key = layout_of(model).modules, bank_key(name)
+    modules, key = modules_of(model).by_path, bank_key(name)
     by_number: dict[int, Update] = {}
     for path, update in updates.items():
         if trainable:

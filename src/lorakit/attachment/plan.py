@@ -1,14 +1,14 @@
-"""What the settings of methods mean for one model: the match table, before anything changes."""
+"""A plan: the components of one adapter on one model, fresh or saved, before anything changes."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.adapter.site import Site
 from lorakit.config.methods import (
@@ -21,84 +21,107 @@ from lorakit.config.methods import (
     combination_problems,
 )
 from lorakit.errors import ConfigError, TargetError, did_you_mean
+from lorakit.layers.chain import Chain
+from lorakit.layers.layer import Update
 from lorakit.methods import bitfit, bottleneck, full
-from lorakit.methods.claims import Claims, Match, match_of
-from lorakit.methods.component import Part
-from lorakit.methods.lora import targets as lora_places
+from lorakit.methods.bitfit import TrainedBias
+from lorakit.methods.component import Component, Materials, Shape
+from lorakit.methods.lora import targets
 from lorakit.methods.lora.eva import SingularVectors, moved_ranks
+from lorakit.methods.lora.lora import LoRAUpdate
+from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
+from lorakit.methods.module_copy import TrainedCopy, trained_copy
 from lorakit.methods.prompt import prefix
 from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.paths import is_within, outermost
 from lorakit.models.quantized import quantized_within
 from lorakit.models.roles import task_heads
 
-CLAIMS: Mapping[type[MethodConfig], Callable[[nn.Module, Any], Claims]] = {
-    LoRAConfig: lora_places.claim,
-    FullConfig: full.claim,
-    BitFitConfig: bitfit.claim,
-    PrefixConfig: prefix.claim,
-    BottleneckConfig: bottleneck.claim,
+COMPONENTS: Mapping[type[MethodConfig], Callable[[nn.Module, Any], tuple[Component, ...]]] = {
+    LoRAConfig: targets.components,
+    FullConfig: full.components,
+    BitFitConfig: bitfit.components,
+    PrefixConfig: prefix.components,
+    BottleneckConfig: bottleneck.components,
 }
 """What finds out what a method trains of a model, by the class of its settings."""
+
+FIRST = ("full", "top-k", "bitfit")
+"""The methods that a value of the base belongs to, whatever other method trains it too."""
+
+C = TypeVar("C", bound=Component)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What settings mean for one model, before anything is changed."""
+    """What an adapter is on one model: every component, before anything is changed."""
 
-    matches: tuple[Match, ...]
-    biases: tuple[str, ...] = ()
-    """Modules whose bias is trained."""
-    copies: tuple[str, ...] = ()
-    """Modules trained as full copies."""
-    extra_parameters: int = 0
-    """Trained values in biases and copies."""
-    parts: tuple[Part, ...] = ()
-    """What else is trained."""
+    components: tuple[Component, ...]
+    """In the order in which their updates are made."""
+
+    def of_kind(self, kind: type[C]) -> tuple[C, ...]:
+        """The components of one class."""
+        return tuple(each for each in self.components if isinstance(each, kind))
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Every low-rank update."""
-        return tuple(match.site for match in self.matches)
+        return tuple(each.site for each in self.of_kind(LowRankComponent))
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """The paths of the modules that are trained as full copies."""
+        return tuple(each.path for each in self.of_kind(TrainedCopy))
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The shape of each tensor of the adapter, by its name."""
+        return {name: shape for each in self.components for name, shape in each.shapes.items()}
+
+    @cached_property
+    def methods(self) -> Mapping[str, str]:
+        """The method that trains each tensor of the adapter, by the tensor's name."""
+        return {name: each.method for each in self.components for name in each.shapes}
 
     @property
     def parameters(self) -> int:
         """The number of values that are trained."""
-        found = sum(match.parameters for match in self.matches) + self.extra_parameters
-        return found + sum(math.prod(s) for part in self.parts for s in part.shapes.values())
+        return sum(each.parameters for each in self.components)
+
+    def updates(self, materials: Materials) -> dict[str, Update]:
+        """The update of each changed module, by its path; the modules are not changed."""
+        updates: dict[str, Update] = {}
+        for each in self.components:
+            first, own = updates.get(each.path), each.update(materials)
+            if isinstance(first, LoRAUpdate) and isinstance(own, LoRAUpdate):
+                first.join(own)
+            else:
+                updates[each.path] = own if first is None else Chain([first, own])
+        return updates
 
     def __str__(self) -> str:
         """The match table as text."""
         head = ("module", "role", "shape", "rank", "scale", "parameters")
-        rows = [head, *(_table_row(match) for match in self.matches)]
-        rows += _alike((path, "bias", "") for path in self.biases)
-        rows += _alike((path, "full copy", "") for path in self.copies)
-        rows += _alike(map(_part_row, self.parts))
+        others = (each.row for each in self.components if not isinstance(each, LowRankComponent))
+        rows = [head, *(each.row for each in self.of_kind(LowRankComponent)), *_alike(others)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         return "\n".join([*lines, f"{self.parameters:,} parameters are trained"])
 
 
-def _table_row(match: Match) -> tuple[str, ...]:
-    site, shape = match.site, match.shape
-    size = f"{shape[0]}x{shape[1]}"
-    role, rank = match.role or "", str(site.rank)
-    return site.name, role, size, rank, f"{site.scale:g}", f"{match.parameters:,}"
-
-
-def _part_row(part: Part) -> tuple[str, str, str]:
-    size = "+".join("x".join(map(str, shape)) for shape in part.shapes.values())
-    return part.path, part.what, size
-
-
-def _alike(rows: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, ...]]:
-    """Yield one row of the table for those that differ in a number in their path alone."""
-    together: dict[tuple[str, str, str], list[str]] = {}
-    for path, what, size in rows:
-        together.setdefault((re.sub(r"\b\d+\b", "*", path), what, size), []).append(path)
-    for (pattern, what, size), paths in together.items():
+def _alike(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """One row of the table for those that differ in a number in their path alone."""
+    together: dict[tuple[str, ...], list[str]] = {}
+    for path, *others in rows:
+        together.setdefault((re.sub(r"\b\d+\b", "*", path), *others), []).append(path)
+    for (pattern, *others), paths in together.items():
         name = paths[0] if len(paths) == 1 else f"{pattern} ({len(paths)} times)"
-        yield name, what, size, "", "", ""
+        yield name, *others
+
+
+def in_order(components: Iterable[Component]) -> Plan:
+    """The plan of components, in the order in which their updates are made."""
+    return Plan(tuple(sorted(components, key=lambda each: each.step)))
 
 
 def as_configs(what: MethodConfig | Sequence[MethodConfig]) -> tuple[MethodConfig, ...]:
@@ -117,47 +140,67 @@ def as_configs(what: MethodConfig | Sequence[MethodConfig]) -> tuple[MethodConfi
     return configs
 
 
-def plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) -> Plan:
-    """Return what `attach(model, what)` would train; nothing is changed.
+def fresh_plan(model: nn.Module, configs: Sequence[MethodConfig]) -> Plan:
+    """The plan of a fresh adapter.
 
     Raises:
-        ConfigError: the methods cannot be combined.
         TargetError: a name in the settings matches nothing, or a layer twice; or the model lacks
             what a method needs.
     """
-    configs = as_configs(what)
-    claims = [CLAIMS[type(config)](model, config) for config in configs]
-    copies = copies_of(model, configs, claims)
-    _check_float(model, copies)
-    matches = tuple(match for claim in claims for match in claim.matches)
-    parts = parts_of(claims)
+    found = in_order(wanted(model, configs))
+    _check_float(model, found.copies)
     # What changes the output of a copy as a whole comes after it; inside it would be lost.
-    inside = [part.path for part in parts if part.path not in copies]
-    _check_apart(copies, [*(match.site.path for match in matches), *inside])
-    biases = dict.fromkeys(path for claim in claims for path in claim.biases)
-    own = tuple(path for path in biases if not is_within(path, copies))
-    tied = keeps_ties(configs)
-    return completed(model, matches, own, copies, parts, tied=tied)
+    inside = [
+        each.path
+        for each in found.components
+        if not isinstance(each, TrainedCopy | TrainedBias)
+        and (isinstance(each, LowRankComponent) or each.path not in found.copies)
+    ]
+    _check_apart(found.copies, inside)
+    return found
 
 
-def parts_of(claims: Iterable[Claims]) -> tuple[Part, ...]:
-    """The parts of all claims, without those whose weights an earlier one trains.
+def wanted(
+    model: nn.Module, configs: Sequence[MethodConfig], *, beside_lora: bool = False
+) -> tuple[Component, ...]:
+    """What the settings of methods train of a model, each value of the base once.
 
-    Of a block's q_bias in DeBERTa, top-k and BitFit each want the same.
+    Copies are in no other copy, and biases in none; a block's q_bias in DeBERTa, which top-k and
+    BitFit each want, belongs to top-k.
+
+    Args:
+        model: the base.
+        configs: of the methods.
+        beside_lora: leave out what LoRA finds by its targets.
+
+    Raises:
+        TargetError: a name in the settings matches nothing, or a layer twice; or the model lacks
+            what a method needs.
     """
-    parts: dict[frozenset[str], Part] = {}
-    for part in (part for claim in claims for part in claim.parts):
-        parts.setdefault(frozenset(part.shapes), part)
-    return tuple(parts.values())
-
-
-def copies_of(
-    model: nn.Module, configs: Sequence[MethodConfig], claims: Sequence[Claims]
-) -> tuple[str, ...]:
-    """The modules that are trained as full copies, none of which lies in another."""
-    paths = [path for claim in claims for path in claim.copies]
-    saved = [path for each in configs for path in _modules_to_save(model, each.modules_to_save)]
-    return outermost(paths + saved)
+    by_claim = sorted(configs, key=lambda each: [*FIRST, each.method].index(each.method))
+    found = [
+        each
+        for config in by_claim
+        if not (beside_lora and isinstance(config, LoRAConfig))
+        for each in COMPONENTS[type(config)](model, config)
+    ]
+    found += [
+        trained_copy(model, path, configs[0].method, dtype=config.dtype)
+        for config in configs
+        for path in _modules_to_save(model, config.modules_to_save)
+    ]
+    paths = outermost([each.path for each in found if isinstance(each, TrainedCopy)])
+    unique: dict[object, Component] = {}
+    for each in found:
+        is_copy = isinstance(each, TrainedCopy)
+        if is_copy and each.path not in paths:
+            continue
+        if isinstance(each, TrainedBias) and is_within(each.path, paths):
+            continue
+        unique.setdefault(each.path if is_copy else frozenset(each.shapes), each)
+    copies = [each for each in unique.values() if isinstance(each, TrainedCopy)]
+    others = [each for each in unique.values() if not isinstance(each, TrainedCopy)]
+    return (*others, *(with_ties(model, copies) if keeps_ties(configs) else copies))
 
 
 def keeps_ties(configs: Iterable[MethodConfig]) -> bool:
@@ -168,69 +211,38 @@ def keeps_ties(configs: Iterable[MethodConfig]) -> bool:
     return any(isinstance(config, FullConfig) for config in configs)
 
 
-def copied_parameters(
-    model: nn.Module, copies: Iterable[str], *, tied: bool
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the name of each tensor of full copies, and the base's parameter.
-
-    Args:
-        model: the base.
-        copies: paths of modules.
-        tied: a parameter that several of them have counts once, under its first name.
-    """
+def with_ties(model: nn.Module, copies: Iterable[TrainedCopy]) -> Iterator[TrainedCopy]:
+    """Copies in which a parameter that several of them share counts once, under its first name."""
     seen: set[int] = set()
-    for path in copies:
-        for name, parameter in base_parameters(model.get_submodule(path)):
-            if not tied or id(parameter) not in seen:
-                yield f"{path}.{name}", parameter
-            seen.add(id(parameter))
+    for each in copies:
+        own = dict(base_parameters(model.get_submodule(each.path)))
+        sizes = {name: size for name, size in each.sizes.items() if id(own[name]) not in seen}
+        seen |= set(map(id, own.values()))
+        yield replace(each, sizes=sizes, keeps_ties=True)
 
 
-def claims_beside_lora(model: nn.Module, configs: Iterable[MethodConfig]) -> list[Claims]:
-    """Return what methods other than LoRA train of a model.
-
-    Raises:
-        TargetError: the model lacks what one of them needs.
-    """
-    others = (config for config in configs if not isinstance(config, LoRAConfig))
-    return [CLAIMS[type(config)](model, config) for config in others]
-
-
-def completed(
-    model: nn.Module,
-    found: tuple[Match, ...],
-    biases: Sequence[str],
-    copies: Sequence[str],
-    parts: tuple[Part, ...],
-    *,
-    tied: bool = False,
+def with_singular_vectors(
+    model: nn.Module, found: Plan, config: LoRAConfig, vectors: Mapping[str, SingularVectors]
 ) -> Plan:
-    """A plan with the number of values in its biases and copies."""
-    extra = sum(cast(Tensor, model.get_submodule(path).bias).numel() for path in biases)
-    extra += sum(p.numel() for _, p in copied_parameters(model, copies, tied=tied))
-    return Plan(found, tuple(biases), tuple(copies), extra, parts)
+    """A plan whose low-rank updates start from the inputs of their layers (init eva).
 
-
-def with_moved_ranks(
-    model: nn.Module,
-    fitted: Plan,
-    config: LoRAConfig,
-    vectors: Mapping[str, SingularVectors],
-) -> Plan:
-    """A plan whose ranks are moved to where they explain most of the layers' inputs.
+    With `eva_rho` above 1 the ranks are moved to where they explain most.
 
     Args:
         model: the base.
-        fitted: as the settings alone say.
+        found: as the settings alone say.
         config: of its low-rank updates.
-        vectors: of the layers' inputs, by path.
+        vectors: the right singular vectors of the layers' inputs, by path.
     """
-    moved = moved_ranks(fitted.sites, vectors, rho=config.eva_rho, use_rslora=config.use_rslora)
-    matches = (
-        replace(match_of(model.get_submodule(site.path), None, site, config), role=match.role)
-        for match, site in zip(fitted.matches, moved, strict=True)
-    )
-    return replace(fitted, matches=tuple(matches))
+    low_rank, sites = found.of_kind(LowRankComponent), list(found.sites)
+    if config.eva_rho > 1:
+        sites = moved_ranks(sites, vectors, rho=config.eva_rho, use_rslora=config.use_rslora)
+    made = []
+    for each, site in zip(low_rank, sites, strict=True):
+        layer = model.get_submodule(site.path)
+        moved = low_rank_component(layer, site, config, role=each.role)
+        made.append(replace(moved, vectors=vectors[site.path]))
+    return Plan((*made, *found.components[len(made) :]))
 
 
 def _modules_to_save(model: nn.Module, words: Sequence[str]) -> list[str]:
@@ -277,11 +289,3 @@ def _check_float(model: nn.Module, copies: Iterable[str]) -> None:
             f"{shown or 'the model'} would be copied and trained in full, but its weights are "
             "quantised: load the base without quantize, or use a method that adds weights (lora)"
         )
-
-
-def short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
-    """The paths' last parts if they name exactly the adapted layers, else the paths."""
-    chosen = {site.path for site in sites}
-    leaves = {path.rpartition(".")[2] for path in chosen}
-    named = {path for path, _ in base_modules(model) if path.rpartition(".")[2] in leaves}
-    return tuple(sorted(leaves if named == chosen else chosen))

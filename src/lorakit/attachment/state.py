@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.attachment.base_modules import BaseModules
 from lorakit.attachment.original_weights import OriginalWeight
-from lorakit.attachment.verify import Layout
 from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import AttachError, RouteError, did_you_mean
 from lorakit.layers.checkpointing import keep_routes, stacks_of_blocks
@@ -78,7 +78,7 @@ class Attachment:
     mixed: tuple[Any, Operations, Any] | None = None
     """The latest mixed batch: what it was made from, what it does to each layer, and the memory
     that it was made from."""
-    layout: Layout | None = None
+    modules: BaseModules | None = None
     """What adapters are compared with, as long as the base has these modules."""
     lock: Lock = field(default_factory=Lock)
     """Held for moments, where the route changes, or what an adapter does."""
@@ -86,7 +86,7 @@ class Attachment:
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy or a pickle."""
         # A copy's parameters lie elsewhere, so it makes its mixed batches anew.
-        return vars(self) | {"mixed": None, "layout": None}
+        return vars(self) | {"mixed": None, "modules": None}
 
     def convert(self, path: str, layer: nn.Module) -> AdaptedLayer:
         """Turn a layer into an adapted layer, if it is not one yet, and know it by its number."""
@@ -199,14 +199,14 @@ def identity_of(model: nn.Module) -> BaseIdentity | None:
     return identify(model, name=model_name(model), skip=task_heads(model))
 
 
-def layout_of(model: nn.Module) -> Layout:
+def modules_of(model: nn.Module) -> BaseModules:
     """A base's modules by path, and what is remembered of them while they stay the same."""
-    layout, state = Layout(dict(base_modules(model))), attachment_of(model)
+    found, state = BaseModules(dict(base_modules(model))), attachment_of(model)
     if state is None:
-        return layout
-    if state.layout is None or state.layout.modules != layout.modules:
-        state.layout = layout
-    return state.layout
+        return found
+    if state.modules is None or state.modules.by_path != found.by_path:
+        state.modules = found
+    return state.modules
 
 
 def attached(model: nn.Module) -> Attachment:

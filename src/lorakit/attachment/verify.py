@@ -1,74 +1,41 @@
-"""Whether a saved adapter fits one model, and every way in which it does not."""
+"""Whether a saved adapter fits one model: its plan, and every way in which it does not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.site import Site
-from lorakit.attachment.plan import (
-    Plan,
-    claims_beside_lora,
-    completed,
-    copied_parameters,
-    copies_of,
-    keeps_ties,
-    parts_of,
-)
+from lorakit.attachment.base_modules import BaseModules
+from lorakit.attachment.plan import Plan, in_order, keeps_ties, wanted, with_ties
 from lorakit.config.methods import LoRAConfig
-from lorakit.errors import AdapterFileError, LorakitError, TargetError
-from lorakit.methods.bitfit import adds_bias
-from lorakit.methods.claims import match_of
-from lorakit.methods.component import Part
-from lorakit.methods.lora.lora import is_adaptable, is_linear, kind_of, matrix_shape, tensor_shapes
+from lorakit.errors import AdapterFileError, LorakitError
+from lorakit.methods.bitfit import TrainedBias, adds_bias, trained_bias
+from lorakit.methods.component import Component, Shape
+from lorakit.methods.lora.lora import is_adaptable, is_linear, kind_of, matrix_shape
+from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
+from lorakit.methods.module_copy import TrainedCopy, trained_copy
 from lorakit.models.base import base_modules
 from lorakit.models.identity import BaseIdentity
-from lorakit.models.paths import is_within
 from lorakit.models.quantized import quantized_within
-from lorakit.models.roles import select
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The modules of a base, and what words select there: looked up once for all adapters."""
-
-    modules: Mapping[str, nn.Module]
-    """Every module by its path."""
-    _selected: dict[tuple[object, ...], frozenset[str]] = field(default_factory=dict)
-
-    def names(self, config: LoRAConfig) -> frozenset[str]:
-        """The names of the layers and slices that a configuration's targets select."""
-        words = config.targets, config.layers, config.exclude
-        if words not in self._selected:
-            self._selected[words] = self._select(config)
-        return self._selected[words]
-
-    def _select(self, config: LoRAConfig) -> frozenset[str]:
-        model = self.modules[""]
-        try:
-            kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
-        except TargetError:
-            # The words may be those of another tool, or of a family unknown here.
-            return frozenset()
-        return frozenset(place.name for place in kept)
-
-
-def fit(
-    layout: Layout,
+def saved_plan(
+    base: BaseModules,
     adapter: Adapter,
     identity: BaseIdentity | None,
     *,
     allow_other_base: bool = False,
     other_heads: Sequence[str] = (),
 ) -> Plan:
-    """Return how a saved adapter lies on a model.
+    """The plan of a saved adapter on a model.
 
     Args:
-        layout: of the base.
-        adapter: what to fit.
+        base: its modules.
+        adapter: what is to fit.
         identity: of the base.
         allow_other_base: accept an adapter whose base has other weights.
         other_heads: full copies that may have another number of classes than the base's.
@@ -76,18 +43,10 @@ def fit(
     Raises:
         AdapterFileError: every way in which it does not fit.
     """
-    modules = layout.modules
-    lora = adapter.lora or LoRAConfig()
-    problems, expected = _misfits(modules, adapter, lora, other_heads)
-    parts = _parts(modules[""], adapter, problems, expected)
-    problems += [
-        f"{name}  missing from the adapter" for name in sorted(expected - set(adapter.tensors))
-    ]
-    problems += [
-        f"{name}  in the adapter, but it has no place in this model"
-        for name in sorted(set(adapter.tensors) - expected)
-    ]
-    problems += _missed_by_targets(layout, adapter)
+    found = _Found(base, adapter)
+    plan = in_order(found.components(other_heads))
+    problems = [*found.problems, *_differences(plan.shapes, adapter, found.refused)]
+    problems += _missed_by_targets(base, adapter)
     if not allow_other_base and adapter.base is not None and identity is not None:
         other = adapter.base.difference(identity)
         if other:
@@ -97,53 +56,95 @@ def fit(
             )
     if problems:
         raise AdapterFileError.listing("the adapter does not fit this model", problems)
-    biases = [n.removesuffix(".bias") for n in adapter.tensors if _is_bias(n, adapter)]
-    layers = [(modules[site.path], site) for site in adapter.sites]
-    matched = tuple(match_of(layer, None, _as_on(layer, site), lora) for layer, site in layers)
-    tied = keeps_ties(adapter.configs)
-    return completed(modules[""], matched, biases, adapter.copied_modules, parts, tied=tied)
+    return plan
 
 
-def _parts(
-    model: nn.Module, adapter: Adapter, problems: list[str], expected: set[str]
-) -> tuple[Part, ...]:
-    """Return what methods other than LoRA have in a model; note their tensors and problems."""
-    try:
-        claims = claims_beside_lora(model, adapter.configs)
-        copies = copies_of(model, adapter.configs, claims)
-    except LorakitError as error:
-        problems.append(str(error))
-        return ()
-    if keeps_ties(adapter.configs):
-        problems += _other_copies(adapter, copies)
-    biases = (path for claim in claims for path in claim.biases if not is_within(path, copies))
-    expected.update(f"{path}.bias" for path in biases)
-    parts = parts_of(claims)
-    for part in parts:
-        expected.update(part.shapes)
-        for name, shape in part.shapes.items():
-            problems += _shape_problem(name, adapter.tensors.get(name), shape)
-    return parts
+class _Found:
+    """The components of a saved adapter that a model has a place for, and what has none."""
+
+    def __init__(self, base: BaseModules, adapter: Adapter) -> None:
+        self._base = base
+        self._adapter = adapter
+        self.problems: list[str] = []
+        self.refused: set[str] = set()
+        """The names of tensors whose module cannot have them, as a problem says already."""
+
+    def components(self, other_heads: Sequence[str]) -> list[Component]:
+        """Every component: those of files' sites and copies, and what follows from the settings."""
+        low_rank = list(self._low_rank())
+        copies = list(self._copies(other_heads))
+        others = self._wanted()
+        of_copy = {each.path: each.method for each in others if isinstance(each, TrainedCopy)}
+        kept = [replace(each, method=of_copy.get(each.path, each.method)) for each in copies]
+        if keeps_ties(self._adapter.configs):
+            self.problems += _other_copies(self._adapter, of_copy)
+            kept = list(with_ties(self._base.model, kept))
+        beside = [each for each in others if not isinstance(each, TrainedCopy)]
+        found = [*low_rank, *kept, *beside]
+        return [*found, *self._biases({name for each in found for name in each.shapes})]
+
+    def _low_rank(self) -> Iterator[LowRankComponent]:
+        config = self._adapter.lora or LoRAConfig()
+        ends = ("a", "b", "magnitude") if config.use_dora else ("a", "b")
+        for site in self._adapter.sites:
+            layer = self._base.by_path.get(site.path)
+            problem = _site_problem(layer, site, config)
+            if layer is None or problem is not None:
+                self.problems.append(f"{problem}")
+                self.refused |= {f"{site.name}.lora_{end}" for end in ends}
+            else:
+                yield low_rank_component(layer, _on_layer(site, layer), config)
+
+    def _copies(self, other_heads: Sequence[str]) -> Iterator[TrainedCopy]:
+        configs, tensors = self._adapter.configs, self._adapter.tensors
+        for path in self._adapter.copied_modules:
+            module = self._base.by_path.get(path)
+            if module is None:
+                self.problems.append(f"{path}  is not a module of this model")
+            elif quantized_within(module) is not None:
+                self.problems.append(
+                    f"{path}  is replaced in full, which a quantised base can't be"
+                )
+                self.refused |= {name for name in tensors if name.startswith(f"{path}.")}
+            else:
+                first = configs[0]
+                made = trained_copy(self._base.model, path, first.method, dtype=first.dtype)
+                yield _with_classes(made, module, tensors) if path in other_heads else made
+
+    def _wanted(self) -> tuple[Component, ...]:
+        """What the settings of methods ask for, but for low-rank updates."""
+        try:
+            return wanted(self._base.model, self._adapter.configs, beside_lora=True)
+        except LorakitError as error:
+            self.problems.append(str(error))
+            return ()
+
+    def _biases(self, known: set[str]) -> Iterator[TrainedBias]:
+        """The trained biases that only the adapter's own tensors tell of, as LoRA's do."""
+        for name in self._adapter.tensors:
+            path, _, leaf = name.rpartition(".")
+            layer = self._base.by_path.get(path)
+            if leaf != "bias" or name in known or name in self.refused or layer is None:
+                continue
+            if isinstance(layer._parameters.get("bias"), nn.Parameter) and adds_bias(layer):
+                config = self._adapter.lora or self._adapter.configs[0]
+                yield trained_bias(layer, path, config)
 
 
-def _other_copies(adapter: Adapter, copies: Sequence[str]) -> list[str]:
-    """Return how an adapter's full copies differ from those that its settings ask for."""
-    method, found = adapter.method, adapter.copied_modules
-    return [
-        *(
-            f"{p}  {method} trains it here, the adapter has no copy"
-            for p in copies
-            if p not in found
-        ),
-        *(
-            f"{p}  the adapter has a copy, {method} trains none here"
-            for p in found
-            if p not in copies
-        ),
-    ]
+def _site_problem(layer: nn.Module | None, site: Site, config: LoRAConfig) -> str | None:
+    """How one low-rank update does not fit its layer, if it does not."""
+    if layer is None:
+        return f"{site.path}  is not a module of this model"
+    if not is_adaptable(layer):
+        return f"{site.path}  is a {type(layer).__name__}, which LoRA can't adapt"
+    if site.rows is not None and site.rows[-1][1] > matrix_shape(layer)[0]:
+        return f"{site.name}  has rows beyond the layer's {matrix_shape(layer)[0]}"
+    if config.use_dora and not is_linear(layer):
+        return f"{site.path}  is a {type(layer).__name__}, which DoRA can't adapt"
+    return None
 
 
-def _as_on(layer: nn.Module, site: Site) -> Site:
+def _on_layer(site: Site, layer: nn.Module) -> Site:
     """A site with the facts about its layer that the layer itself shows."""
     rows = None if site.rows is None else matrix_shape(layer)[0]
     kind = kind_of(layer)
@@ -152,109 +153,52 @@ def _as_on(layer: nn.Module, site: Site) -> Site:
     return replace(site, kind=kind, layer_rows=rows)
 
 
-def _is_bias(name: str, adapter: Adapter) -> bool:
-    own = any(name.startswith(f"{path}.") for path in adapter.copied_modules)
-    return name.endswith(".bias") and ".bottleneck." not in name and not own
+def _other_copies(adapter: Adapter, copies: Iterable[str]) -> Iterator[str]:
+    """How an adapter's full copies differ from those that its settings ask for."""
+    method, wanted_here, found = adapter.method, list(copies), adapter.copied_modules
+    for path in wanted_here:
+        if path not in found:
+            yield f"{path}  {method} trains it here, the adapter has no copy"
+    for path in found:
+        if path not in wanted_here:
+            yield f"{path}  the adapter has a copy, {method} trains none here"
 
 
-def _misfits(
-    modules: Mapping[str, nn.Module],
-    adapter: Adapter,
-    lora: LoRAConfig,
-    other_heads: Sequence[str],
-) -> tuple[list[str], set[str]]:
-    """The problems of an adapter's own tensors, and the names it should have."""
-    ends = ("lora_a", "lora_b", "lora_magnitude") if lora.use_dora else ("lora_a", "lora_b")
-    expected = {f"{site.name}.{end}" for site in adapter.sites for end in ends}
-    problems = [
-        each for site in adapter.sites for each in _site_misfits(modules, site, adapter, lora)
-    ]
-    for found, names in (
-        _copy_misfits(modules, adapter, other_heads),
-        _bias_misfits(modules, adapter),
-    ):
-        problems += found
-        expected |= names
-    return problems, expected
+def _with_classes(copy: TrainedCopy, head: nn.Module, tensors: Mapping[str, object]) -> TrainedCopy:
+    """A copy of a head whose last layer has the number of classes that an adapter has."""
+    linear = [name for name, module in base_modules(head) if isinstance(module, nn.Linear)]
+    last = linear[-1] if linear else None
+    weight = tensors.get(".".join(filter(None, (copy.path, last, "weight"))))
+    shape: Shape = tuple(getattr(weight, "shape", ()))
+    if last is None or len(shape) != 2:
+        return copy
+    names = {".".join(filter(None, (last, leaf))) for leaf in ("weight", "bias")}
+    sizes = {
+        name: (shape[0], *size[1:]) if name in names else size for name, size in copy.sizes.items()
+    }
+    return replace(copy, sizes=sizes)
 
 
-def _site_misfits(
-    modules: Mapping[str, nn.Module], site: Site, adapter: Adapter, lora: LoRAConfig
+def _differences(
+    expected: Mapping[str, Shape], adapter: Adapter, refused: set[str]
 ) -> Iterator[str]:
-    """Yield how one low-rank update does not fit its layer."""
-    layer = modules.get(site.path)
-    if layer is None:
-        yield f"{site.path}  is not a module of this model"
-    elif not is_adaptable(layer):
-        yield f"{site.path}  is a {type(layer).__name__}, which LoRA can't adapt"
-    elif site.rows is not None and site.rows[-1][1] > matrix_shape(layer)[0]:
-        yield f"{site.name}  has rows beyond the layer's {matrix_shape(layer)[0]}"
-    elif lora.use_dora and not is_linear(layer):
-        yield f"{site.path}  is a {type(layer).__name__}, which DoRA can't adapt"
-    else:
-        for name, shape in tensor_shapes(layer, site, lora).items():
-            yield from _shape_problem(name, adapter.tensors.get(name), shape)
+    """How an adapter's tensors differ from those of its plan."""
+    tensors = adapter.tensors
+    for name, shape in expected.items():
+        found = tuple(tensors[name].shape) if name in tensors else shape
+        if found != shape:
+            is_other_rank = name.endswith(".lora_a") and found[1:] == shape[1:]
+            hint = f": was it trained with rank {found[0]}?" if is_other_rank else ""
+            yield f"{name}  shape {found} in the adapter, {shape} expected{hint}"
+    named = expected.keys() | refused
+    yield from (f"{name}  missing from the adapter" for name in sorted(named - tensors.keys()))
+    for name in sorted(tensors.keys() - named):
+        yield f"{name}  in the adapter, but it has no place in this model"
 
 
-def _copy_misfits(
-    modules: Mapping[str, nn.Module], adapter: Adapter, other_heads: Sequence[str]
-) -> tuple[list[str], set[str]]:
-    """Return how full copies do not fit, and the names of their tensors."""
-    absent = [path for path in adapter.copied_modules if path not in modules]
-    present = [path for path in adapter.copied_modules if path in modules]
-    held = [path for path in present if quantized_within(modules[path]) is not None]
-    problems = [f"{path}  is not a module of this model" for path in absent]
-    problems += [f"{path}  is replaced in full, which a quantised base can't be" for path in held]
-    expected = {name for name in adapter.tensors for p in held if name.startswith(f"{p}.")}
-    present = [path for path in present if path not in held]
-    heads = [_classes(modules[path], path, adapter) for path in present if path in other_heads]
-    classes = {name: count for head in heads for name, count in head.items()}
-    tied = keeps_ties(adapter.configs)
-    for name, parameter in copied_parameters(modules[""], present, tied=tied):
-        expected.add(name)
-        shape = tuple(parameter.shape)
-        shape = (classes[name], *shape[1:]) if name in classes else shape
-        problems += _shape_problem(name, adapter.tensors.get(name), shape)
-    return problems, expected
-
-
-def _bias_misfits(modules: Mapping[str, nn.Module], adapter: Adapter) -> tuple[list[str], set[str]]:
-    """Return how trained biases do not fit, and the names of those that have a place."""
-    problems: list[str] = []
-    expected: set[str] = set()
-    for name in adapter.tensors:
-        layer = modules.get(name.removesuffix(".bias")) if _is_bias(name, adapter) else None
-        bias = getattr(layer, "bias", None)
-        if layer is not None and isinstance(bias, nn.Parameter) and adds_bias(layer):
-            expected.add(name)
-            problems += _shape_problem(name, adapter.tensors[name], tuple(bias.shape))
-    return problems, expected
-
-
-def _classes(head: nn.Module, path: str, adapter: Adapter) -> dict[str, int]:
-    """The number of classes that each parameter of a head's last layer has in an adapter."""
-    linear = [n for n, module in base_modules(head) if isinstance(module, nn.Linear)]
-    if not linear:
-        return {}
-    last = ".".join(filter(None, (path, linear[-1])))
-    weight = adapter.tensors.get(f"{last}.weight")
-    if weight is None or weight.dim() != 2:
-        return {}
-    return {f"{last}.weight": weight.shape[0], f"{last}.bias": weight.shape[0]}
-
-
-def _shape_problem(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> list[str]:
-    if tensor is None or tuple(tensor.shape) == expected:
-        return []
-    hint = ""
-    if name.endswith(".lora_a") and tuple(tensor.shape[1:]) == expected[1:]:
-        hint = f": was it trained with rank {tensor.shape[0]}?"
-    return [f"{name}  shape {tuple(tensor.shape)} in the adapter, {expected} expected{hint}"]
-
-
-def _missed_by_targets(layout: Layout, adapter: Adapter) -> list[str]:
+def _missed_by_targets(base: BaseModules, adapter: Adapter) -> list[str]:
     """The layers that the adapter's targets name in this model and its sites leave out."""
     if adapter.lora is None or not adapter.lora.targets:
         return []
-    missing = sorted(layout.names(adapter.lora) - {site.name for site in adapter.sites})
+    missing = sorted(base.selected(adapter.lora) - {site.name for site in adapter.sites})
     return [f"{name}  is among the targets, but the adapter has nothing for it" for name in missing]

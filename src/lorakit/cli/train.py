@@ -36,7 +36,7 @@ def run(settings: TrainConfig) -> Result:
 def _data(prepared: Prepared) -> dict[str, Any]:
     return {
         "parameters": prepared.plan.parameters,
-        "sites": [vars(match.site) for match in prepared.plan.matches],
+        "sites": [vars(site) for site in prepared.plan.sites],
         "rows": len(prepared.training),
     }
 

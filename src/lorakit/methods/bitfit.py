@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.config.methods import BitFitConfig
+from lorakit.config.methods import BitFitConfig, MethodConfig
 from lorakit.errors import TargetError
 from lorakit.layers.layer import AdaptedLayer, Update
-from lorakit.methods.claims import Claims
-from lorakit.methods.component import Part, Shape
-from lorakit.methods.lora.lora import ConvNd, is_linear, matrix_shape
-from lorakit.methods.uncalled import uncalled_part
+from lorakit.methods.component import Component, Materials, Shape
+from lorakit.methods.lora.lora import ConvNd, LoRAUpdate, is_linear, matrix_shape
+from lorakit.methods.uncalled import uncalled_component
 from lorakit.models.base import base_modules
 from lorakit.models.families import family_name, uncalled_weights
 from lorakit.models.paths import block_number
@@ -26,33 +25,34 @@ BIASED_BY_NAME = ("Conv1D", "DebertaLayerNorm")
 """Classes of transformers, where importing them would load a model's code."""
 
 
-def claim(model: nn.Module, config: BitFitConfig) -> Claims:
-    """Return what BitFit trains of a model: all biases, and by `add_missing` new ones.
+def components(model: nn.Module, config: BitFitConfig) -> tuple[Component, ...]:
+    """What BitFit trains of a model: all biases, and by `add_missing` new ones.
 
     Raises:
         TargetError: the model has no biases, or one of another kind than is known.
     """
-    parts: list[Part] = []
+    others: list[Component] = []
     for path, names in uncalled_weights(model).items():
         biases = tuple(name for name in names if name.endswith("bias"))
         if biases:
-            module = model.get_submodule(path)
-            parts.append(uncalled_part(module, path, biases, dtype=config.dtype))
+            module, method = model.get_submodule(path), config.method
+            others.append(
+                uncalled_component(module, path, biases, method=method, dtype=config.dtype)
+            )
     if config.add_missing:
-        parts += [
-            AddedBias(path=path, what="added bias", size=size, dtype=config.dtype)
+        others += [
+            AddedBias(path=path, method=config.method, size=size, dtype=config.dtype)
             for path, size in _without_bias(model).items()
         ]
     paths = _biased(model)
-    if not parts and not _pre_trained(model, paths):
-        name = family_name(model)
+    if not others and not _pre_trained(model, paths):
         advice = (
             "and no linear layer in a numbered block to give one to"
             if config.add_missing
             else "bitfit.add_missing gives the linear layers of its blocks one that starts at zero"
         )
-        raise TargetError(f"BitFit trains biases, and {name} has none: {advice}")
-    return Claims(biases=paths, parts=tuple(parts))
+        raise TargetError(f"BitFit trains biases, and {family_name(model)} has none: {advice}")
+    return (*(trained_bias(model.get_submodule(path), path, config) for path in paths), *others)
 
 
 def _pre_trained(model: nn.Module, paths: Collection[str]) -> list[str]:
@@ -159,7 +159,7 @@ class AddedBiasUpdate(Update):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AddedBias(Part):
+class AddedBias(Component):
     """A bias for a linear layer that has none; it starts at zero."""
 
     size: int
@@ -167,19 +167,54 @@ class AddedBias(Part):
     dtype: str
     """Precision of the bias."""
 
+    what = "added bias"
+
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """(d_out,)."""
         return {f"{self.path}.added_bias": (self.size,)}
 
-    def update(
-        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
-    ) -> AddedBiasUpdate:
+    def update(self, materials: Materials) -> AddedBiasUpdate:
         """The update of the layer."""
-        weight = modules[self.path]._parameters["weight"]
+        weight = materials.modules[self.path]._parameters["weight"]
         assert weight is not None
-        if tensors is not None:
-            saved = tensors[f"{self.path}.added_bias"]
+        if materials.tensors is not None:
+            saved = materials.tensors[f"{self.path}.added_bias"]
             return AddedBiasUpdate(saved.to(weight.device, copy=True))
         dtype = getattr(torch, self.dtype)
         return AddedBiasUpdate(torch.zeros(self.size, dtype=dtype, device=weight.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedBias(Component):
+    """A trained value of a bias that a layer of the base has."""
+
+    size: Shape
+    dtype: str
+    """Precision of a fresh start."""
+
+    step = 1
+    what = "bias"
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The bias's shape; its name is that of the base's parameter."""
+        return {f"{self.path}.bias": self.size}
+
+    def update(self, materials: Materials) -> LoRAUpdate:
+        """The update of the layer, whose fresh bias is the base's own."""
+        base = cast(Tensor, materials.modules[self.path].bias).detach()
+        if materials.tensors is None:
+            return LoRAUpdate({}, base.to(getattr(torch, self.dtype), copy=True))
+        return LoRAUpdate({}, materials.tensors[f"{self.path}.bias"].to(base.device, copy=True))
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Its row of the match table, where biases of all sizes are one row."""
+        return self.path, self.what, "", "", "", ""
+
+
+def trained_bias(layer: nn.Module, path: str, config: MethodConfig) -> TrainedBias:
+    """The component that trains the bias of a layer."""
+    size = tuple(cast(Tensor, layer.bias).shape)
+    return TrainedBias(path=path, method=config.method, size=size, dtype=config.dtype)

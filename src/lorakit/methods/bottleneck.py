@@ -18,8 +18,8 @@ from lorakit.config.methods import Activation, BottleneckConfig, layer_numbers
 from lorakit.errors import TargetError
 from lorakit.kernels.dropout import Dropout
 from lorakit.layers.layer import Update
-from lorakit.methods.claims import Claims
-from lorakit.methods.component import Part, Shape
+from lorakit.methods.component import Component, Materials, Shape
+from lorakit.methods.module_copy import trained_copy
 from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.blocks import OUTPUTS, Block, blocks, named_modules
 
@@ -33,7 +33,7 @@ DROPPED = 5, 12
 ELSEWHERE = "name the modules whose output goes through a bottleneck in bottleneck.at"
 
 
-def claim(model: nn.Module, config: BottleneckConfig) -> Claims:
+def components(model: nn.Module, config: BottleneckConfig) -> tuple[Component, ...]:
     """Return what bottlenecks train of a model.
 
     Raises:
@@ -46,9 +46,10 @@ def claim(model: nn.Module, config: BottleneckConfig) -> Claims:
         paths = tuple(path for block in adapted for path in _outputs(block, config))
     widths = {path: _width(model, path) for path in paths}
     _check_widths(widths, config.size)
-    return Claims(
-        copies=_norms(model, adapted) if config.train_norms else (),
-        parts=tuple(_part(path, cast(int, widths[path]), config) for path in paths),
+    norms = _norms(model, adapted) if config.train_norms else ()
+    return (
+        *(trained_copy(model, path, config.method, dtype=config.dtype) for path in norms),
+        *(_component(path, cast(int, widths[path]), config) for path in paths),
     )
 
 
@@ -150,12 +151,12 @@ def _norms(model: nn.Module, adapted: Sequence[Block]) -> tuple[str, ...]:
     )
 
 
-def _part(path: str, width: int, config: BottleneckConfig) -> BottleneckPart:
+def _component(path: str, width: int, config: BottleneckConfig) -> BottleneckComponent:
     """One bottleneck, with the variant's own settings where the user gave none."""
     variant = config.variant
-    return BottleneckPart(
+    return BottleneckComponent(
         path=path,
-        what="bottleneck",
+        method=config.method,
         width=width,
         size=min(SIZES[variant], width) if config.size is None else config.size,
         activation=config.activation or ("gelu" if variant == "h" else "relu"),
@@ -166,7 +167,7 @@ def _part(path: str, width: int, config: BottleneckConfig) -> BottleneckPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BottleneckPart(Part):
+class BottleneckComponent(Component):
     """A bottleneck behind one module."""
 
     width: int
@@ -181,6 +182,8 @@ class BottleneckPart(Part):
     dtype: str
     """Precision of a fresh start."""
 
+    what = "bottleneck"
+
     @cached_property
     def _shapes_inside(self) -> dict[str, Shape]:
         narrow, wide = (self.size,), (self.width,)
@@ -194,10 +197,9 @@ class BottleneckPart(Part):
         inside = self._shapes_inside.items()
         return {f"{self.path}.bottleneck.{name}": shape for name, shape in inside}
 
-    def update(
-        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
-    ) -> Bottleneck:
+    def update(self, materials: Materials) -> Bottleneck:
         """The bottleneck; a fresh one changes nothing."""
+        modules, tensors = materials.modules, materials.tensors
         # A dropout, say, has no parameters; its model has.
         near = itertools.chain(*(base_parameters(modules[path]) for path in (self.path, "")))
         device = next(near)[1].device
@@ -232,7 +234,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Bottleneck(Update):
     """h + up(activation(down(norm(h)))), with h a module's output; norm only where asked for."""
 
-    def __init__(self, part: BottleneckPart, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, part: BottleneckComponent, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         # On no device, since the tensors take the place of what torch would draw.
         self.norm = nn.LayerNorm(part.width, device="meta") if part.layer_norm else None

@@ -1,10 +1,12 @@
-"""What a method trains at one module of the base, beside low-rank updates, biases and copies."""
+"""A component: one thing that an adapter trains at one module of the base."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -14,29 +16,52 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part(ABC):
-    """One trained thing: a bottleneck behind a layer, the virtual tokens of an embedding, …
+class Materials:
+    """What the updates of one adapter are made from; the modules are not changed."""
 
-    It follows from the method's settings and the model alone, so that files need not hold it.
-    """
+    modules: Mapping[str, nn.Module]
+    """Every module of the base, by its path."""
+    tensors: Mapping[str, Tensor] | None = None
+    """The adapter's tensors, by name; None: a fresh start."""
+    copy: bool = True
+    """Leave the tensors alone; else low-rank updates may keep them."""
+    tied: dict[int, nn.Parameter] = field(default_factory=dict)
+    """The parameter that was made for each parameter of the base that several modules share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component(ABC):
+    """One trained thing: a low-rank update, a bias, a copy, a bottleneck, virtual tokens, …"""
 
     path: str
-    """The module whose output it changes."""
-    what: str
-    """What it is, for the match table."""
+    """The module that it changes."""
+    method: str
+    """The method that trains it."""
+
+    step: ClassVar[int] = 3
+    """When its update of a module comes, among those of other components: lower is earlier."""
+
+    @property
+    @abstractmethod
+    def what(self) -> str:
+        """What it is, for the match table."""
 
     @property
     @abstractmethod
     def shapes(self) -> Mapping[str, Shape]:
-        """The shape of each trained tensor, by the tensor's name in the adapter."""
+        """The shape of each of its tensors, by the tensor's name in an adapter."""
+
+    @property
+    def parameters(self) -> int:
+        """The number of values that are trained."""
+        return sum(map(math.prod, self.shapes.values()))
 
     @abstractmethod
-    def update(
-        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
-    ) -> Update:
-        """The update of the module; the modules are not changed.
+    def update(self, materials: Materials) -> Update:
+        """The update of the module."""
 
-        Args:
-            modules: of the base, by path.
-            tensors: the adapter's, by name; they are copied. None: a fresh start.
-        """
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Its row of the match table: module, role, shape, rank, scale, parameters."""
+        size = "+".join("x".join(map(str, shape)) for shape in self.shapes.values())
+        return self.path, self.what, size, "", "", ""

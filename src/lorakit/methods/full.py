@@ -13,16 +13,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorakit.config.methods import FullConfig
 from lorakit.errors import TargetError
-from lorakit.methods.claims import Claims
-from lorakit.methods.uncalled import uncalled_part
+from lorakit.methods.component import Component
+from lorakit.methods.module_copy import trained_copy
+from lorakit.methods.uncalled import uncalled_component
 from lorakit.models.base import base_modules
 from lorakit.models.blocks import blocks, named_modules
 from lorakit.models.families import uncalled_weights
 from lorakit.models.paths import is_within, outermost
 
 
-def claim(model: nn.Module, config: FullConfig) -> Claims:
-    """Return what full fine-tuning trains of a model: all that holds parameters, or its blocks.
+def components(model: nn.Module, config: FullConfig) -> tuple[Component, ...]:
+    """What full fine-tuning trains of a model: all that holds parameters, or its blocks.
 
     Raises:
         TargetError: the model lacks what it needs.
@@ -31,12 +32,16 @@ def claim(model: nn.Module, config: FullConfig) -> Claims:
     uncalled = uncalled_weights(model)
     copies = outermost([p for p in _holders(model, uncalled) if is_within(p, within)])
     _check_copies(model, copies)
-    parts = [
-        uncalled_part(model.get_submodule(path), path, names, dtype=config.dtype)
-        for path, names in uncalled.items()
-        if is_within(path, within)
-    ]
-    return Claims(copies=copies, parts=tuple(parts))
+    return (
+        *(trained_copy(model, path, config.method, dtype=config.dtype) for path in copies),
+        *(
+            uncalled_component(
+                model.get_submodule(path), path, names, method=config.method, dtype=config.dtype
+            )
+            for path, names in uncalled.items()
+            if is_within(path, within)
+        ),
+    )
 
 
 def last_blocks(model: nn.Module, config: FullConfig) -> tuple[str, ...]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.layers.layer import AdaptedLayer, Route, Update, adapted_layers, restore
+from lorakit.methods.component import Component, Materials, Shape
 from lorakit.models.base import base_modules, base_parameters
 
 
@@ -111,3 +113,43 @@ class ModuleCopy(Update):
 
 def _is_floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedCopy(Component):
+    """A module trained as a full copy, which answers in the module's place."""
+
+    sizes: Mapping[str, Shape]
+    """The shape of each parameter, by its name in the module."""
+    dtype: str
+    """Precision of the copy."""
+    keeps_ties: bool = False
+    """Whether a parameter that several copied modules share is one parameter in the copies too."""
+
+    step = 2
+    what = "full copy"
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The shape of each parameter; the names are those of the base's parameters."""
+        return {f"{self.path}.{name}": size for name, size in self.sizes.items()}
+
+    def update(self, materials: Materials) -> ModuleCopy:
+        """The copy, whose fresh values are the module's own."""
+        dtype, shared = getattr(torch, self.dtype), materials.tied if self.keeps_ties else None
+        made = ModuleCopy(materials.modules[self.path], dtype, shared=shared)
+        if materials.tensors is not None:
+            made.fill(materials.tensors, self.path)
+        return made
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Its row of the match table, where copies of all sizes are one row."""
+        return self.path, self.what, "", "", "", ""
+
+
+def trained_copy(model: nn.Module, path: str, method: str, *, dtype: str) -> TrainedCopy:
+    """The component that trains a module of the base as a full copy."""
+    module = model.get_submodule(path)
+    sizes = {name: tuple(parameter.shape) for name, parameter in base_parameters(module)}
+    return TrainedCopy(path=path, method=method, sizes=sizes, dtype=dtype)

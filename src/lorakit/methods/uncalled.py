@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.layers.layer import Update
-from lorakit.methods.component import Part, Shape
+from lorakit.methods.component import Component, Materials, Shape
 from lorakit.models.base import base_parameter
 
 
@@ -51,8 +51,8 @@ class UncalledWeights(Update):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UncalledPart(Part):
-    """Weights of one module that are trained, and read by the model itself."""
+class UncalledComponent(Component):
+    """Trained weights of one module that the model uses without calling the module."""
 
     sizes: Mapping[str, Shape]
     """The shape of each, by its name in the module."""
@@ -64,10 +64,14 @@ class UncalledPart(Part):
         """The shape of each tensor, which has the name of the base's parameter."""
         return {f"{self.path}.{name}": shape for name, shape in self.sizes.items()}
 
-    def update(
-        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
-    ) -> UncalledWeights:
-        """The update; it starts as the base's own values."""
+    @property
+    def what(self) -> str:
+        """The names of the weights in their module."""
+        return ", ".join(self.sizes)
+
+    def update(self, materials: Materials) -> UncalledWeights:
+        """The update of the module; it starts as the base's own values."""
+        modules, tensors = materials.modules, materials.tensors
         values = {}
         for name in self.sizes:
             base = base_parameter(modules[self.path], name).detach()
@@ -77,9 +81,9 @@ class UncalledPart(Part):
         return UncalledWeights(values)
 
 
-def uncalled_part(
-    module: nn.Module, path: str, names: tuple[str, ...], *, dtype: str
-) -> UncalledPart:
-    """The part that trains some weights of a module, which the model reads by itself."""
+def uncalled_component(
+    module: nn.Module, path: str, names: tuple[str, ...], *, method: str, dtype: str
+) -> UncalledComponent:
+    """The component that trains weights of a module which are used without calling it."""
     sizes = {name: tuple(base_parameter(module, name).shape) for name in names}
-    return UncalledPart(path=path, what=", ".join(names), sizes=sizes, dtype=dtype)
+    return UncalledComponent(path=path, method=method, sizes=sizes, dtype=dtype)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from lorakit.adapter.adapter import Adapter
+from lorakit.attachment.plan import Plan
 from lorakit.config.train import TrainConfig
 
 
-def learning_rates(config: TrainConfig, record: Adapter, names: Iterable[str]) -> dict[str, float]:
+def learning_rates(config: TrainConfig, plan: Plan) -> dict[str, float]:
     """The peak learning rate of each tensor of an adapter, by its name.
 
     B's is `lora_plus_ratio` times its method's own (LoRA+, Hayou et al. 2024, section 4).
     """
     return {
-        name: config.rate_of(record.method_of(name))
-        * (config.lora_plus_ratio if name.endswith(".lora_b") else 1.0)
-        for name in names
+        name: config.rate_of(method) * (config.lora_plus_ratio if name.endswith(".lora_b") else 1.0)
+        for name, method in plan.methods.items()
     }
 
 

@@ -17,8 +17,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from lorakit.attachment.attach import adapter_parameters, extract
-from lorakit.attachment.state import require_attachment
+from lorakit.attachment.attach import extract
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.errors import ConfigError, OutputError, TrainingError
@@ -229,7 +228,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     trainer = make_trainer(
         adapter_name=prepared.name,
         checkpoints=config.out / "checkpoints",
-        rates=_rates(run),
+        rates=learning_rates(run.config, run.prepared.plan),
         scorer=scorer if validation else None,
         by_length=prepared.layout.by_length,
         model=prepared.model,
@@ -255,12 +254,6 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
             )
         )
     return trainer
-
-
-def _rates(run: Run) -> dict[str, float]:
-    model, name = run.prepared.model, run.prepared.name
-    names = [each for each, _ in adapter_parameters(model, name)]
-    return learning_rates(run.config, require_attachment(model).adapters[name], names)
 
 
 def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:

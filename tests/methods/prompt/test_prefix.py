@@ -113,8 +113,7 @@ def test_parameters_are_those_of_the_paper(family):
 
 def test_narrow_embeddings_get_narrow_vectors():
     layer = lk.plan(build("opt"), PrefixConfig(prefix=1, infix=0, every_layer=True))
-    shapes = {n: s for part in layer.parts for n, s in part.shapes.items()}
-    assert shapes == {
+    assert layer.shapes == {
         "model.decoder.embed_tokens.prompt": (1, 16),
         "model.decoder.layers.0.prompt": (1, 32),
     }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,48 +11,27 @@ from lorakit.adapter.site import Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.kernels import plain
 from lorakit.methods.lora.eva import SingularVectors
-from lorakit.methods.lora.lora import matrix_of, parameter_shapes, tensor_shapes
+from lorakit.methods.lora.lora import matrix_of, parameter_shapes
 
 
 def fresh_tensors(
-    modules: Mapping[str, nn.Module],
-    sites: Iterable[Site],
-    config: LoRAConfig,
-    vectors: Mapping[str, SingularVectors],
+    layer: nn.Module, site: Site, config: LoRAConfig, vectors: SingularVectors | None
 ) -> dict[str, Tensor]:
-    """The tensors of fresh updates, by their names in an adapter.
+    """The tensors of a fresh update, by the last parts of their names in an adapter.
 
     Args:
-        modules: of the base, by path.
-        sites: the updates; random numbers are drawn in their order, from torch's global generator.
-        config: how they start.
-        vectors: for init eva, the directions of each layer's inputs, by its path.
+        layer: the layer of the base.
+        site: the update; random numbers are drawn from torch's global generator.
+        config: how it starts.
+        vectors: for init eva, the right singular vectors of the layer's inputs.
     """
-    found: dict[str, Tensor] = {}
-    for site in sites:
-        layer = modules[site.path]
-        device, dtype = cast(Tensor, layer.weight).device, getattr(torch, config.dtype)
-        if device.type == "meta":
-            shapes = tensor_shapes(layer, site, config)
-            found |= {n: torch.empty(s, device="meta", dtype=dtype) for n, s in shapes.items()}
-            continue
-        made = _tensors(layer, site, config, vectors)
-        found |= {f"{site.name}.{end}": t.to(device, dtype) for end, t in made.items()}
-    return found
-
-
-def _tensors(
-    layer: nn.Module,
-    site: Site,
-    config: LoRAConfig,
-    vectors: Mapping[str, SingularVectors],
-) -> dict[str, Tensor]:
     shape_a, shape_b = parameter_shapes(layer, site)
     if config.init == "pissa":
         a, b = _principal(matrix_of(layer, site), site, config)
     elif config.init == "eva":
-        # A copy: layers that read the same have the same directions, and each trains its own A.
-        a, b = vectors[site.path].rows[: site.rank].clone(), torch.zeros(shape_b)
+        assert vectors is not None
+        # A copy: layers that read the same have the same vectors, and each trains its own A.
+        a, b = vectors.rows[: site.rank].clone(), torch.zeros(shape_b)
     else:
         a, b = fresh_a(shape_a, layer, config), torch.zeros(shape_b)
     made = {"lora_a": a.reshape(shape_a), "lora_b": b.reshape(shape_b)}

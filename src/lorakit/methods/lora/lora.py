@@ -57,13 +57,6 @@ def matrix_of(layer: nn.Module, site: Site) -> Tensor:
     return torch.cat([matrix[start:stop] for start, stop in site.rows])
 
 
-def tensor_shapes(layer: nn.Module, site: Site, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a site in an adapter, by its name."""
-    a, b = parameter_shapes(layer, site)
-    shapes: dict[str, tuple[int, ...]] = {f"{site.name}.lora_a": a, f"{site.name}.lora_b": b}
-    return shapes | ({f"{site.name}.lora_magnitude": b[:1]} if config.use_dora else {})
-
-
 def kind_of(layer: nn.Module) -> LayerKind:
     """Return how a layer holds its matrix."""
     if isinstance(layer, nn.Embedding):
@@ -265,6 +258,12 @@ class LoRAUpdate(Update):
             update = update if weight == 1 else update * weight
             output = _add(output, update.to(output.dtype), part.site.rows)
         return output
+
+    def join(self, other: LoRAUpdate) -> None:
+        """Take over what another update of the same adapter does to the layer."""
+        self._modules.update(other.parts)
+        if other.bias is not None:
+            self.bias = other.bias
 
     @property
     def is_additive(self) -> bool:

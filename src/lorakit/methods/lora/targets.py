@@ -10,16 +10,17 @@ from torch import nn
 from lorakit.adapter.site import Site, scale_of
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import TargetError
-from lorakit.methods.bitfit import bias_paths
-from lorakit.methods.claims import Claims, match_of
+from lorakit.methods.bitfit import bias_paths, trained_bias
+from lorakit.methods.component import Component
 from lorakit.methods.lora.lora import is_adaptable, is_linear, kind_of, matrix_shape
+from lorakit.methods.lora.low_rank import low_rank_component
 from lorakit.models.roles import Target, named, select
 
 V = TypeVar("V")
 
 
-def claim(model: nn.Module, config: LoRAConfig) -> Claims:
-    """Return what LoRA trains of a model.
+def components(model: nn.Module, config: LoRAConfig) -> tuple[Component, ...]:
+    """What LoRA trains of a model.
 
     Raises:
         TargetError: a name in the settings matches nothing, or a layer twice.
@@ -32,9 +33,13 @@ def claim(model: nn.Module, config: LoRAConfig) -> Claims:
     _check_ranks(model, {target: ranks.get(target, config.rank) for target in kept}, config)
     sites = [(target, _site(model, target, config, ranks, alphas)) for target in kept]
     adapted = {target.path for target in kept} if config.bias == "lora" else None
-    return Claims(
-        matches=tuple(match_of(model.get_submodule(p.path), p, site, config) for p, site in sites),
-        biases=() if config.bias == "none" else bias_paths(model, only=adapted),
+    biased = () if config.bias == "none" else bias_paths(model, only=adapted)
+    return (
+        *(
+            low_rank_component(model.get_submodule(target.path), site, config, role=target.role)
+            for target, site in sites
+        ),
+        *(trained_bias(model.get_submodule(path), path, config) for path in biased),
     )
 
 

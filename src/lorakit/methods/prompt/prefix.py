@@ -18,8 +18,7 @@ from lorakit.config.methods import PrefixConfig
 from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import TargetError
 from lorakit.layers.layer import AdaptedLayer, Update
-from lorakit.methods.claims import Claims
-from lorakit.methods.component import Part, Shape
+from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.prompt.init import Start
 from lorakit.models.base import base_modules
 from lorakit.models.blocks import blocks, named_modules
@@ -27,7 +26,7 @@ from lorakit.models.families import family_name
 from lorakit.models.shape import context_length, hidden_size, is_causal
 
 
-def claim(model: nn.Module, config: PrefixConfig) -> Claims:
+def components(model: nn.Module, config: PrefixConfig) -> tuple[Component, ...]:
     """Return what PreEmbed trains of a model: d·(l_p + l_i) values; PreLayer: L·d·(l_p + l_i).
 
     PreLayer has vectors for the embedding and behind every block but the last, whose output at the
@@ -51,7 +50,7 @@ def claim(model: nn.Module, config: PrefixConfig) -> Claims:
     inner = tuple(
         VirtualTokenVectors(
             path=block,
-            what="virtual tokens",
+            method=config.method,
             shape=(len(tokens), width),
             start=start,
         )
@@ -59,12 +58,12 @@ def claim(model: nn.Module, config: PrefixConfig) -> Claims:
     )
     first = VirtualTokenVectors(
         path=path,
-        what="virtual tokens",
+        method=config.method,
         shape=(len(tokens), embedding.embedding_dim),
         start=start,
         tokens=tokens,
     )
-    return Claims(parts=(first, *inner))
+    return (first, *inner)
 
 
 def input_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
@@ -117,7 +116,7 @@ def _width(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VirtualTokenVectors(Part):
+class VirtualTokenVectors(Component):
     """The vectors of virtual tokens behind one module: the input embedding, or a block."""
 
     shape: tuple[int, int]
@@ -126,15 +125,16 @@ class VirtualTokenVectors(Part):
     tokens: VirtualTokens | None = None
     """The tokens themselves, at the input embedding."""
 
+    what = "virtual tokens"
+
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """The shape of the vectors."""
         return {f"{self.path}.prompt": self.shape}
 
-    def update(
-        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None
-    ) -> Update:
+    def update(self, materials: Materials) -> Update:
         """The update of the module."""
+        modules, tensors = materials.modules, materials.tensors
         if tensors is None:
             vectors = self.start.of(modules, self.path, self.shape)
         else:

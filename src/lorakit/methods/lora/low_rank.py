@@ -1,0 +1,101 @@
+"""A low-rank update as a component: A and B of one site, with DoRA's magnitudes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter.site import Site
+from lorakit.config.methods import LoRAConfig
+from lorakit.methods.component import Component, Materials, Shape
+from lorakit.methods.lora.eva import SingularVectors
+from lorakit.methods.lora.init import fresh_tensors
+from lorakit.methods.lora.lora import LoRAUpdate, LowRank, parameter_shapes
+from lorakit.methods.lora.pissa import split_frozen_factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankComponent(Component):
+    """One low-rank update of a layer, or of a slice of a fused layer."""
+
+    site: Site
+    role: str | None
+    """What the layer is called in its family, where that is known."""
+    config: LoRAConfig
+    shape_a: Shape
+    """(rank, d_in), or as the kind of layer has it (docs/design/adapter.md)."""
+    shape_b: Shape
+    """(d_out, rank), likewise."""
+    vectors: SingularVectors | None = field(default=None, compare=False, repr=False)
+    """For init eva: the right singular vectors of the layer's inputs."""
+
+    step = 0
+    what = "low-rank update"
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The shapes of A, of B, and with DoRA of the magnitudes (rows of the site,)."""
+        name = self.site.name
+        shapes = {f"{name}.lora_a": self.shape_a, f"{name}.lora_b": self.shape_b}
+        magnitude = {f"{name}.lora_magnitude": self.shape_b[:1]}
+        return shapes | magnitude if self.config.use_dora else shapes
+
+    @property
+    def parameters(self) -> int:
+        """The number of values that are trained: those of frozen factors are not."""
+        d_out, d_in = self.shape_b[0], math.prod(self.shape_a[1:])
+        of_rank = d_out if self.config.freeze_a else d_out + d_in
+        trained = (self.site.rank - self.site.frozen) * of_rank
+        return trained + (d_out if self.config.use_dora else 0)
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Its row of the match table."""
+        site, size = self.site, f"{self.shape_b[0]}x{math.prod(self.shape_a[1:])}"
+        rank, scale, count = str(site.rank), f"{site.scale:g}", f"{self.parameters:,}"
+        return site.name, self.role or "", size, rank, scale, count
+
+    def update(self, materials: Materials) -> LoRAUpdate:
+        """The update of the layer; a fresh A is drawn from torch's global generator."""
+        layer = materials.modules[self.path]
+        device = cast(Tensor, layer.weight).device
+        if materials.tensors is None:
+            own, copy = self._fresh(layer, device), False
+        else:
+            own, copy = {n: materials.tensors[n] for n in self.shapes}, materials.copy
+        weights = {
+            name.rpartition(".")[2]: values.to(device, copy=copy)
+            for name, values in split_frozen_factors((self.site,), own).items()
+        }
+        return LoRAUpdate({self.site.role or "whole": LowRank(self.site, self.config, weights)})
+
+    def _fresh(self, layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of a fresh start, by their names in an adapter."""
+        dtype, name = getattr(torch, self.config.dtype), self.site.name
+        if device.type == "meta":
+            empty = torch.empty
+            return {n: empty(s, device="meta", dtype=dtype) for n, s in self.shapes.items()}
+        made = fresh_tensors(layer, self.site, self.config, self.vectors)
+        return {f"{name}.{end}": values.to(device, dtype) for end, values in made.items()}
+
+
+def low_rank_component(
+    layer: nn.Module, site: Site, config: LoRAConfig, *, role: str | None = None
+) -> LowRankComponent:
+    """The component of a site on a layer of a base."""
+    a, b = parameter_shapes(layer, site)
+    return LowRankComponent(
+        path=site.path,
+        method=config.method,
+        site=site,
+        role=role or site.role,
+        config=config,
+        shape_a=a,
+        shape_b=b,
+    )
