@@ -43,16 +43,16 @@ def alone(model: nn.Module, inputs: dict[str, Tensor], names: list) -> list[Tens
 
 
 def with_updates(base: nn.Module, adapters: dict[str, lk.Adapter], combination: dict) -> nn.Module:
-    """A copy of a plain base with strength·scale·B·A and the rest summed into it."""
+    """A copy of a plain base with weight·scale·B·A and the rest summed into it."""
     plain, original = copy.deepcopy(base), dict(base.named_parameters())
     written = dict(plain.named_parameters())
     with torch.no_grad():
-        for name, weight in combination.items():
+        for name, factor in combination.items():
             adapter = adapters[name]
             for site in adapter.sites:
                 layer = plain.get_submodule(site.path)
                 a, b = (adapter.tensors[f"{site.name}.lora_{x}"].flatten(1).double() for x in "ab")
-                delta = weight * site.scale * (b @ a)
+                delta = factor * site.scale * (b @ a)
                 # A tied weight changes in this layer alone.
                 layer.weight = nn.Parameter(layer.weight.clone())
                 turned = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
@@ -62,5 +62,5 @@ def with_updates(base: nn.Module, adapters: dict[str, lk.Adapter], combination: 
                 weight[chosen] += delta.reshape(weight[chosen].shape).to(weight.dtype)
             for key, tensor in adapter.tensors.items():
                 if key in original:
-                    written[key] += weight * (tensor - original[key])
+                    written[key] += factor * (tensor - original[key])
     return plain

@@ -9,9 +9,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.site import Site
 from lorakit.attachment.original_weights import OriginalWeight
-from lorakit.attachment.plan import Plan, as_configs, fresh_plan, with_singular_vectors
+from lorakit.attachment.plan import Plan, fresh_plan, with_singular_vectors
 from lorakit.attachment.state import (
     Attachment,
     active_name,
@@ -35,8 +34,7 @@ from lorakit.methods.component import Materials
 from lorakit.methods.lora.eva import input_singular_vectors
 from lorakit.methods.lora.pissa import join_frozen_factors
 from lorakit.methods.prompt.hooks import HOOKS, watch
-from lorakit.models.base import base_modules, base_parameter
-from lorakit.models.quantized import card_of_base
+from lorakit.models.base import base_parameter
 from lorakit.models.roles import shared_inputs, task_heads
 
 
@@ -79,23 +77,13 @@ def attach(
     if isinstance(what, Adapter):
         found, updates, record = fit_and_build(model, what, allow_other_base=allow_other_base)
     else:
-        configs = as_configs(what)
-        found = fresh_plan(model, configs)
+        found = fresh_plan(model, what)
         if data is not None:
-            found = _with_singular_vectors(model, state, found, configs, data)
+            found = _with_singular_vectors(model, state, found, data)
         updates = found.updates(Materials(modules=modules_of(model).by_path))
-        record = Adapter(
-            configs=configs,
-            sites=found.sites,
-            tensors={},
-            copied_modules=found.copies,
-            target_modules=_short_names(model, found.sites),
-            base=identity_of(model),
-            card=card_of_base(model),
-        )
+        record = found.adapter(model, identity_of(model))
     train = not isinstance(what, Adapter) if trainable is None else trainable
-    install(model, updates, name, record, trainable=train)
-    require_attachment(model).activate(name)
+    install(model, updates, name, record, trainable=train).activate(name)
     return found
 
 
@@ -121,7 +109,7 @@ def plan(
     if isinstance(what, Adapter):
         base, identity = modules_of(model), identity_of(model)
         return saved_plan(base, what, identity, allow_other_base=allow_other_base)
-    return fresh_plan(model, as_configs(what))
+    return fresh_plan(model, what)
 
 
 def _check_free(state: Attachment, name: str) -> None:
@@ -153,15 +141,13 @@ def _with_singular_vectors(
     model: nn.Module,
     state: Attachment | None,
     found: Plan,
-    configs: Sequence[MethodConfig],
     data: Iterable[Mapping[str, Tensor]],
 ) -> Plan:
     """A plan whose low-rank updates start from what their layers read of some data."""
-    config = next(each for each in configs if isinstance(each, LoRAConfig))
     paths = list(dict.fromkeys(site.path for site in found.sites))
     with nullcontext() if state is None else state.routed(None, None, None):
         vectors = input_singular_vectors(model, paths, shared_inputs(model), data)
-    return with_singular_vectors(model, found, config, vectors)
+    return with_singular_vectors(model, found, vectors)
 
 
 def fit_and_build(
@@ -200,14 +186,6 @@ def fit_and_build(
     return found, found.updates(materials), replace(adapter, tensors={}, sites=found.sites)
 
 
-def _short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
-    """The paths' last parts if they name exactly the adapted layers, else the paths."""
-    chosen = {site.path for site in sites}
-    leaves = {path.rpartition(".")[2] for path in chosen}
-    named = {path for path, _ in base_modules(model) if path.rpartition(".")[2] in leaves}
-    return tuple(sorted(leaves if named == chosen else chosen))
-
-
 def install(
     model: nn.Module,
     updates: Mapping[str, Update],
@@ -215,7 +193,7 @@ def install(
     record: Adapter,
     *,
     trainable: bool,
-) -> None:
+) -> Attachment:
     """Give a model's layers the updates of one adapter, by path; which is active stays as it is.
 
     What the name held before goes. The new one counts from one assignment on: forward passes that
@@ -238,6 +216,7 @@ def install(
     state.replace(name, by_number, record)
     for number in stale:
         state.layers[number].adapter_bank.pop(key)
+    return state
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

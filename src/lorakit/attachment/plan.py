@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.site import Site
 from lorakit.config.methods import (
     BitFitConfig,
@@ -33,8 +34,9 @@ from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
 from lorakit.methods.module_copy import TrainedCopy, trained_copy
 from lorakit.methods.prompt import prefix
 from lorakit.models.base import base_modules, base_parameters
+from lorakit.models.identity import BaseIdentity
 from lorakit.models.paths import is_within, outermost
-from lorakit.models.quantized import quantized_within
+from lorakit.models.quantized import card_of_base, quantized_within
 from lorakit.models.roles import task_heads
 
 COMPONENTS: Mapping[type[MethodConfig], Callable[[nn.Module, Any], tuple[Component, ...]]] = {
@@ -58,6 +60,8 @@ class Plan:
 
     components: tuple[Component, ...]
     """In the order in which their updates are made."""
+    configs: tuple[MethodConfig, ...]
+    """The settings of the adapter's methods."""
 
     def of_kind(self, kind: type[C]) -> tuple[C, ...]:
         """The components of one class."""
@@ -99,6 +103,18 @@ class Plan:
                 updates[each.path] = own if first is None else Chain([first, own])
         return updates
 
+    def adapter(self, model: nn.Module, identity: BaseIdentity | None) -> Adapter:
+        """The fresh adapter without its tensors, which are in the model's layers."""
+        return Adapter(
+            configs=self.configs,
+            sites=self.sites,
+            tensors={},
+            copied_modules=self.copies,
+            target_modules=_short_names(model, self.sites),
+            base=identity,
+            card=card_of_base(model),
+        )
+
     def __str__(self) -> str:
         """The match table as text."""
         head = ("module", "role", "shape", "rank", "scale", "parameters")
@@ -119,9 +135,17 @@ def _alike(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
         yield name, *others
 
 
-def in_order(components: Iterable[Component]) -> Plan:
+def _short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
+    """The paths' last parts if they name exactly the adapted layers, else the paths."""
+    chosen = {site.path for site in sites}
+    leaves = {path.rpartition(".")[2] for path in chosen}
+    named = {path for path, _ in base_modules(model) if path.rpartition(".")[2] in leaves}
+    return tuple(sorted(leaves if named == chosen else chosen))
+
+
+def in_order(components: Iterable[Component], configs: Sequence[MethodConfig]) -> Plan:
     """The plan of components, in the order in which their updates are made."""
-    return Plan(tuple(sorted(components, key=lambda each: each.step)))
+    return Plan(tuple(sorted(components, key=lambda each: each.step)), tuple(configs))
 
 
 def as_configs(what: MethodConfig | Sequence[MethodConfig]) -> tuple[MethodConfig, ...]:
@@ -140,14 +164,16 @@ def as_configs(what: MethodConfig | Sequence[MethodConfig]) -> tuple[MethodConfi
     return configs
 
 
-def fresh_plan(model: nn.Module, configs: Sequence[MethodConfig]) -> Plan:
+def fresh_plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) -> Plan:
     """The plan of a fresh adapter.
 
     Raises:
+        ConfigError: the methods cannot be combined.
         TargetError: a name in the settings matches nothing, or a layer twice; or the model lacks
             what a method needs.
     """
-    found = in_order(wanted(model, configs))
+    configs = as_configs(what)
+    found = in_order(wanted(model, configs), configs)
     _check_float(model, found.copies)
     # What changes the output of a copy as a whole comes after it; inside it would be lost.
     inside = [
@@ -222,7 +248,7 @@ def with_ties(model: nn.Module, copies: Iterable[TrainedCopy]) -> Iterator[Train
 
 
 def with_singular_vectors(
-    model: nn.Module, found: Plan, config: LoRAConfig, vectors: Mapping[str, SingularVectors]
+    model: nn.Module, found: Plan, vectors: Mapping[str, SingularVectors]
 ) -> Plan:
     """A plan whose low-rank updates start from the inputs of their layers (init eva).
 
@@ -231,9 +257,9 @@ def with_singular_vectors(
     Args:
         model: the base.
         found: as the settings alone say.
-        config: of its low-rank updates.
         vectors: the right singular vectors of the layers' inputs, by path.
     """
+    config = next(each for each in found.configs if isinstance(each, LoRAConfig))
     low_rank, sites = found.of_kind(LowRankComponent), list(found.sites)
     if config.eva_rho > 1:
         sites = moved_ranks(sites, vectors, rho=config.eva_rho, use_rslora=config.use_rslora)
@@ -242,7 +268,7 @@ def with_singular_vectors(
         layer = model.get_submodule(site.path)
         moved = low_rank_component(layer, site, config, role=each.role)
         made.append(replace(moved, vectors=vectors[site.path]))
-    return Plan((*made, *found.components[len(made) :]))
+    return replace(found, components=(*made, *found.components[len(made) :]))
 
 
 def _modules_to_save(model: nn.Module, words: Sequence[str]) -> list[str]:

@@ -44,7 +44,7 @@ def saved_plan(
         AdapterFileError: every way in which it does not fit.
     """
     found = _Found(base, adapter)
-    plan = in_order(found.components(other_heads))
+    plan = in_order(found.components(other_heads), adapter.configs)
     problems = [*found.problems, *_differences(plan.shapes, adapter, found.refused)]
     problems += _missed_by_targets(base, adapter)
     if not allow_other_base and adapter.base is not None and identity is not None:
