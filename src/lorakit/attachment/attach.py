@@ -196,8 +196,8 @@ def install(
 ) -> Attachment:
     """Give a model's layers the updates of one adapter, by path; which is active stays as it is.
 
-    What the name held before goes. The new one counts from one assignment on: forward passes that
-    run in another thread see all of it or nothing.
+    What the name meant before is removed. The new updates count from one assignment on, so that a
+    forward pass in another thread sees all of them or none.
     """
     state = attached(model)
     modules, key = modules_of(model).by_path, bank_key(name)
@@ -257,13 +257,13 @@ def _give_back(model: nn.Module, state: Attachment) -> None:
 
 
 def remove(state: Attachment, name: str) -> None:
-    """Take one adapter out; its layers stay adapted, and a route that uses it goes on."""
+    """Take one adapter out; its layers stay adapted, and an open route keeps its updates."""
     for number in state.forget(name):
         state.layers[number].adapter_bank.pop(bank_key(name))
 
 
 def restore_original_weights(model: nn.Module, state: Attachment) -> None:
-    """Copy every pristine weight back, retie what was untied, and forget the merge."""
+    """Copy every original weight back, tie again what the merge untied, and end the merge."""
     for path, weights in state.original_weights.items():
         restore_module(model, path, weights)
     state.original_weights.clear()
@@ -272,7 +272,7 @@ def restore_original_weights(model: nn.Module, state: Attachment) -> None:
 
 
 def restore_module(model: nn.Module, path: str, weights: Mapping[str, OriginalWeight]) -> None:
-    """Copy a module's pristine weights back, and retie those that were untied."""
+    """Copy a module's original weights back, and tie again those that the merge untied."""
     module = model.get_submodule(path)
     for name, original_weights in weights.items():
         if isinstance(original_weights, nn.Parameter):
@@ -287,7 +287,7 @@ def restore_module(model: nn.Module, path: str, weights: Mapping[str, OriginalWe
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter in the place of the one that a dotted name means."""
+    """Replace the parameter of a dotted name by another."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, parameter)
 

@@ -87,7 +87,7 @@ def open_model(
 
 
 def _quantization(asked: str, card: Mapping[str, Any]) -> str | Quantization | None:
-    """Return what `load_model` is to be told, for the weights that somebody asked for."""
+    """The `quantize` argument of `load_model` for a setting of `HeldIn`."""
     if asked == "as-trained":
         return quantization_on(card)
     return None if asked == "none" else asked

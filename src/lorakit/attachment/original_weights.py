@@ -1,4 +1,4 @@
-"""Where a weight waits, unchanged, while an adapter is merged into it: in memory or in its file."""
+"""The original weights of a merged model: copies in memory, or their places in the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorakit.errors import MergeError
 
 
 class FileWeight:
-    """A pristine weight that stays in its checkpoint file, and is read when it is needed."""
+    """An original weight that is read from its checkpoint file when it is needed."""
 
     def __init__(self, handle: Any, name: str, checksum: str) -> None:
         self._handle = handle
@@ -46,7 +46,7 @@ def checksum_of(weight: Tensor) -> str:
 
 
 class Checkpoint:
-    """The safetensors files that a model was loaded from, as a source of pristine weights."""
+    """The safetensors files that a model was loaded from, as a source of original weights."""
 
     def __init__(self, model: nn.Module) -> None:
         folder = Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or "."))
@@ -66,4 +66,4 @@ class Checkpoint:
 
 
 OriginalWeight = Tensor | FileWeight
-"""An unmerged weight: a copy of it, or of a tied one the parameter itself, or its place on file."""
+"""A weight before the merge: a copy, the parameter itself if it was tied, or a place in a file."""

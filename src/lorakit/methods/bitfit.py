@@ -104,7 +104,7 @@ def _biased(model: nn.Module, *, only: Collection[str] | None = None) -> tuple[s
 
 
 def adds_bias(module: nn.Module) -> bool:
-    """Whether a module's output is its product plus its bias."""
+    """Whether a module's output is its matmul, convolution or norm plus its bias."""
     own = module.base_class if isinstance(module, AdaptedLayer) else type(module)
     return isinstance(module, BIASED) or own.__name__ in BIASED_BY_NAME
 
@@ -141,12 +141,12 @@ class AddedBiasUpdate(Update):
         weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
-        """Output + strength·bias."""
+        """The output + weight·bias."""
         return output + (self.bias * weight).to(output.dtype)
 
     @property
     def unmergeable(self) -> str:
-        """Return why: a checkpoint of the architecture would have no place for it."""
+        """The reason: a checkpoint of the architecture has no parameter for an added bias."""
         return "the layer has no bias that could hold the added one"
 
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -34,10 +34,10 @@ ELSEWHERE = "name the modules whose output goes through a bottleneck in bottlene
 
 
 def components(model: nn.Module, config: BottleneckConfig) -> tuple[Component, ...]:
-    """Return what bottlenecks train of a model.
+    """The bottlenecks of a model, and the norms that are trained beside them.
 
     Raises:
-        TargetError: the places cannot be found, or a bottleneck would be wider than its layer.
+        TargetError: the modules cannot be found, or a bottleneck would be wider than its layer.
     """
     adapted = () if config.at else _adapted_blocks(model, config)
     if config.at:
@@ -90,7 +90,7 @@ def _adapted_blocks(model: nn.Module, config: BottleneckConfig) -> tuple[Block, 
 
 
 def _left_out(config: BottleneckConfig, depth: int) -> int:
-    """Return how many of a stack's lowest blocks have no bottleneck."""
+    """The number of lowest blocks of a stack that have no bottleneck."""
     if config.variant != "d":
         return 0
     return DROPPED[0] * depth // DROPPED[1] if config.dropped is None else config.dropped
@@ -211,7 +211,7 @@ class BottleneckComponent(Component):
         return Bottleneck(self, own)
 
     def _fresh(self, name: str, device: torch.device) -> Tensor:
-        """Return how a tensor starts: down random as LoRA's A (±1/√d), the norm 1, all else 0."""
+        """The fresh values of a tensor: down random as LoRA's A (±1/√d), the norm 1, all else 0."""
         values = torch.zeros(
             self._shapes_inside[name], device="meta" if device.type == "meta" else "cpu"
         )
@@ -234,21 +234,21 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Bottleneck(Update):
     """h + up(activation(down(norm(h)))), with h a module's output; norm only where asked for."""
 
-    def __init__(self, part: BottleneckComponent, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, component: BottleneckComponent, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        # On no device, since the tensors take the place of what torch would draw.
-        self.norm = nn.LayerNorm(part.width, device="meta") if part.layer_norm else None
-        self.down = nn.Linear(part.width, part.size, device="meta")
-        self.up = nn.Linear(part.size, part.width, device="meta")
-        self.activation = part.activation
-        self.dropout = part.dropout
+        # On the meta device: the given tensors replace what torch would draw.
+        self.norm = nn.LayerNorm(component.width, device="meta") if component.layer_norm else None
+        self.down = nn.Linear(component.width, component.size, device="meta")
+        self.up = nn.Linear(component.size, component.width, device="meta")
+        self.activation = component.activation
+        self.dropout = component.dropout
         for name, values in tensors.items():
             owner, _, leaf = name.partition(".")
             setattr(self.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
         self.eval()
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return what is added to h (…, d), in the precision of the bottleneck's weights."""
+        """The update of h (…, d), in the precision of the bottleneck's weights."""
         x = h.to(self.down.weight.dtype)
         if self.norm is not None:
             x = self.norm(x)
@@ -273,14 +273,14 @@ class Bottleneck(Update):
         weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
-        """Output + strength·bottleneck(base), or of the output itself, as a new tensor."""
+        """The output + weight·bottleneck(base), or bottleneck(output), as a new tensor."""
         update = self(output if base is None else base)
         update = update if weight == 1 else update * weight
         return output + update.to(output.dtype)
 
     @property
     def unmergeable(self) -> str | None:
-        """Return why no weights of the base can hold a bottleneck."""
+        """The reason why no weights of the base can hold a bottleneck."""
         return "a bottleneck has a nonlinearity, which no weight can hold: it stays a layer more"
 
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:

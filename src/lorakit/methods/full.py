@@ -1,7 +1,7 @@
 """Full fine-tuning, and that of the last blocks alone (FT and FT^Top2; section 5.1).
 
-Each module that holds parameters is trained as a copy of its own, which answers in its place, so
-that the base stays as it is and rows of a batch can choose.
+Each module that has parameters is trained as a full copy, which computes in the module's place. So
+the base is unchanged, and the rows of a batch can choose.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from lorakit.models.base import base_modules, base_parameters
 
 
 class ModuleCopy(Update):
-    """The adapter's own copy of one module, which answers in its place."""
+    """The adapter's own copy of one module, which computes in the module's place."""
 
     replaces_output = True
 
@@ -36,11 +36,11 @@ class ModuleCopy(Update):
                 again, so that tied weights stay tied; those that are made here are added.
         """
         super().__init__()
-        # Other adapters that sit on the module stay with the module, and so does the route.
+        # Other adapters of the module, and its route, are not copied.
         left = [m for _, m in base_modules(module) if isinstance(m, AdaptedLayer)]
         memo: dict[int, Any] = {id(layer.adapter_bank): nn.ModuleDict() for layer in left}
         memo |= {id(layer.adapter_route): Route() for layer in left}
-        # What is set in the model's configuration holds for the copy, too.
+        # The copy shares the model's configuration.
         configs = (getattr(m, "config", None) for _, m in base_modules(module))
         memo |= {id(config): config for config in configs}
         memo |= shared or {}
@@ -70,10 +70,10 @@ class ModuleCopy(Update):
         weight: float = 1.0,
         base: Any = None,
     ) -> Any:
-        """Return what the copy computes, in the input's precision, or for token ids the layer's.
+        """The copy's output, in the precision of the input, or for token ids of the layer.
 
-        With a strength, or beside other adapters, the copy counts by its difference from the base's
-        output.
+        With a weight, or beside other adapters, the copy's difference from the base's output is
+        added.
         """
         own = self._run(layer, inputs)
         if weight == 1 and base is None:
@@ -99,7 +99,7 @@ class ModuleCopy(Update):
                 yield f"{path}.{name}", parameter
 
     def fill(self, tensors: Mapping[str, Tensor], path: str) -> None:
-        """Set the copy's parameters from the tensors of the module that lies at a path."""
+        """Set the copy's parameters from an adapter's tensors of the module at a path."""
         for name, parameter in self.copy.named_parameters():
             if name in self.tied:
                 continue
@@ -117,7 +117,7 @@ def _is_floating(x: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedCopy(Component):
-    """A module trained as a full copy, which answers in the module's place."""
+    """A module trained as a full copy, which computes in the module's place."""
 
     sizes: Mapping[str, Shape]
     """The shape of each parameter, by its name in the module."""

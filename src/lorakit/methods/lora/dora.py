@@ -1,8 +1,8 @@
-"""DoRA: each row of W₀ + scale·B·A has a trained length m (Liu et al. 2024, section 4).
+"""DoRA: each row of W₀ + scale·B·A has a trained magnitude m (Liu et al. 2024, section 4).
 
     y = m / ‖W₀ + scale·B·A‖ · (W₀ + scale·B·A)·x + bias
 
-The lengths that are divided by count as constants in the backward pass (section 4.3). With dropout,
+The norms in the denominator are constants in the backward pass (section 4.3). With dropout,
 elements of x are dropped for B·A·x alone, as in LoRA; PEFT drops them for a part of W₀·x, too.
 """
 
@@ -27,13 +27,13 @@ def rescaled(output: Tensor, factor: Tensor, bias: Tensor | None, entries: Tenso
     part = output if entries is None else output.index_select(-1, entries)
     if bias is not None and entries is not None:
         bias = bias[entries]
-    product = part if bias is None else part - bias
-    part = part + ((factor - 1) * product).to(output.dtype)
+    matmul = part if bias is None else part - bias
+    part = part + ((factor - 1) * matmul).to(output.dtype)
     return part if entries is None else output.index_copy(-1, entries, part)
 
 
 class RowNorms:
-    """Lengths of a weight's rows, which inference keeps until what they follow from changes.
+    """The norms of a weight's rows, which inference keeps until a tensor behind them changes.
 
     Computing them reads the whole weight, as often as a model writes a token.
     """
@@ -42,7 +42,7 @@ class RowNorms:
         self._kept: tuple[Any, Sequence[Any], Tensor] | None = None
 
     def of(self, sources: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
-        """Return what a function of some tensors gives, from memory where they are as before."""
+        """The norms that a function computes from tensors, kept while these are unchanged."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return compute()
         if any(tensor.is_inference() for tensor in sources):

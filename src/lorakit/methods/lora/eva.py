@@ -1,8 +1,8 @@
-"""EVA: A starts as the directions in which a layer's inputs vary most (Paischer et al. 2024).
+"""EVA: A starts as right singular vectors of the layer's inputs (Paischer et al. 2024).
 
-Those are the right singular vectors of the inputs X over some batches, which are the eigenvectors
-of XᵀX: a sum over batches, of one size however many they are. Tokens that pad are left out.
-The eigenvalues say how much each explains, and so which layers need a higher rank than others.
+The right singular vectors of the inputs X of some batches are the eigenvectors of XᵀX, which is a
+sum over batches and has one size however many there are. Padding tokens are left out. The
+eigenvalues are the variance that each vector explains, and say which layers need a higher rank.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lorakit.errors import AttachError, TargetError
 
 @dataclass(frozen=True)
 class SingularVectors:
-    """The directions in which a layer's inputs vary."""
+    """The right singular vectors of a layer's inputs, and how much of them each explains."""
 
     rows: Tensor
-    """One direction a row, (d_in, d_in), the largest variance first."""
+    """One vector a row, (d_in, d_in), the largest variance first."""
     shares: Tensor
-    """The share of the whole variance in each, (d_in,); 0 where the layer read zeros alone."""
+    """The share of the whole variance of each, (d_in,); 0 where all inputs were zero."""
 
 
 @torch.no_grad()
@@ -37,13 +37,13 @@ def input_singular_vectors(
     shared: Mapping[str, str],
     batches: Iterable[Mapping[str, Any]],
 ) -> dict[str, SingularVectors]:
-    """The directions of each layer's inputs, by its path.
+    """The right singular vectors of each layer's inputs, by its path.
 
     Args:
         model: the base, which answers without any adapter meanwhile.
         paths: linear layers.
-        shared: a word for layers that may read the same, by path: those that are given the same
-            tensor are summed once, and get equal directions.
+        shared: a key for layers that may share their input, by path: those that are given the same
+            tensor are summed once, and get equal vectors.
         batches: what the model takes; `attention_mask` (rows, length) says which tokens pad.
 
     Raises:
@@ -76,7 +76,7 @@ def moved_ranks(
     rho: float,
     use_rslora: bool = False,
 ) -> list[Site]:
-    """Return updates with as many ranks in all, where they explain most (Paischer et al. 2024).
+    """The sites with as many ranks in all, moved to where they explain most (Paischer et al. 2024).
 
     Args:
         sites: updates, each with its rank.

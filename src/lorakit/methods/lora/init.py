@@ -55,7 +55,7 @@ def fresh_a(shape: tuple[int, ...], layer: nn.Module, config: LoRAConfig) -> Ten
     if config.init == "gaussian":
         return nn.init.normal_(a, std=1 / math.sqrt(fan_in))
     if config.init == "orthogonal":
-        # kaiming's entries have variance 1/(3·fan-in); this spreads their sum over the directions.
+        # kaiming's entries have variance 1/(3·fan-in); this spreads their sum.
         vectors = min(shape[0], a[0].numel())
         return nn.init.orthogonal_(a, gain=math.sqrt(a.numel() / (3 * fan_in * vectors)))
     bound = 1 / math.sqrt(fan_in)  # kaiming_uniform_(a=√5) of torch's own Linear
@@ -63,7 +63,7 @@ def fresh_a(shape: tuple[int, ...], layer: nn.Module, config: LoRAConfig) -> Ten
 
 
 def _principal(matrix: Tensor, site: Site, config: LoRAConfig) -> tuple[Tensor, Tensor]:
-    """Return [A; A₀] and [B, −B₀], where scale·B₀·A₀ is the best approximation of a weight.
+    """[A; A₀] and [B, −B₀], where scale·B₀·A₀ is the best approximation of a weight.
 
     PiSSA (Meng et al. 2024, section 3) takes that part out of the weight; here the weight stays,
     and the update takes it out.
@@ -76,11 +76,11 @@ def _principal(matrix: Tensor, site: Site, config: LoRAConfig) -> tuple[Tensor, 
 
 
 def _triplets(matrix: Tensor, rank: int, config: LoRAConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (d_out, n), S (n,) and Vᵀ (n, d_in) with n ≥ rank, the largest first."""
+    """U (d_out, n), S (n,) and Vᵀ (n, d_in) with n ≥ rank, the largest singular values first."""
     if config.svd_iterations is None:
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         return u, s, v
-    # Twice the rank, as the last of the directions that are looked for are the least exact.
+    # Twice the rank, since the last singular vectors are the least exact.
     wide = min(2 * rank, *matrix.shape)
     u, s, v = torch.svd_lowrank(matrix, q=wide, niter=config.svd_iterations)
     return u, s, v.T

@@ -58,7 +58,7 @@ def matrix_of(layer: nn.Module, site: Site) -> Tensor:
 
 
 def kind_of(layer: nn.Module) -> LayerKind:
-    """Return how a layer holds its matrix."""
+    """The form in which a layer holds its matrix."""
     if isinstance(layer, nn.Embedding):
         return "embedding"
     if isinstance(layer, ConvNd):
@@ -67,7 +67,7 @@ def kind_of(layer: nn.Module) -> LayerKind:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is a product with a matrix."""
+    """Whether a layer is a matmul with its weight."""
     return isinstance(layer, nn.Linear | Conv1D)
 
 
@@ -89,7 +89,7 @@ def is_adaptable(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def _is_matmul(layer: nn.Linear, own: type[nn.Module]) -> bool:
-    """Tell by trial whether a layer's forward is W·x + b."""
+    """Whether a layer's forward is W·x + b, by a probe."""
     if layer.weight.is_meta:
         return True
     x = torch.linspace(-1, 1, layer.in_features).to(layer.weight)[None]
@@ -102,7 +102,7 @@ ENDS = ("lora_a", "lora_b", "lora_magnitude", "frozen_a", "frozen_b")
 
 
 class LowRank(nn.Module):
-    """A and B of one site, with the ranks that do not train, and the lengths of its rows (DoRA)."""
+    """A and B of one site, with frozen factors (PiSSA) and the magnitudes of its rows (DoRA)."""
 
     site: Site
     dropout: float
@@ -135,20 +135,20 @@ class LowRank(nn.Module):
 
     @property
     def b(self) -> Tensor:
-        """Return B of all ranks, (d_out, rank)."""
+        """B of all ranks, (d_out, rank)."""
         if self.frozen_b is None:
             return self.lora_b
         return torch.cat([self.lora_b, self.frozen_b], dim=1)
 
     def let_train(self) -> None:
-        """Let take gradients what the settings train."""
+        """Let the tensors that the settings train take gradients."""
         self.lora_a.requires_grad_(not self.freezes_a)
         self.lora_b.requires_grad_()
         if self.lora_magnitude is not None:
             self.lora_magnitude.requires_grad_()
 
     def rescaled(self, layer: nn.Module, output: Tensor) -> Tensor:
-        """W·x + bias with the rows of W at the trained lengths."""
+        """W·x + bias, where the rows of W have the trained magnitudes."""
         assert self.lora_magnitude is not None
         entries = None if self.site.rows is None else positions(self.site.rows, output.device)
         with torch.no_grad():
@@ -190,7 +190,7 @@ class LowRank(nn.Module):
         return fused.Factors(self.a, self.b, use)
 
     def add_to(self, matrix: Tensor) -> None:
-        """Add ΔW to a weight in place, (d_out, …), and give its rows their lengths."""
+        """Add ΔW to a weight in place, (d_out, …), and give its rows their magnitudes."""
         a, b = (weight.detach().to(matrix) for weight in (self.a, self.b))
         start = 0
         for first, last in self.site.rows or ((0, matrix.shape[0]),):
@@ -230,9 +230,9 @@ class LoRAUpdate(Update):
         weight: float = 1.0,
         base: Tensor | None = None,
     ) -> Tensor:
-        """Output + strength·scale·B·A·x, and the trained bias in place of the base's.
+        """The output + weight·scale·B·A·x, with the trained bias in place of the base's.
 
-        DoRA's rows get their lengths after that.
+        DoRA's magnitudes are applied after that.
         """
         if not self.is_additive and (weight != 1 or base is not None):
             own = output if base is None else base
@@ -271,7 +271,7 @@ class LoRAUpdate(Update):
         return all(part.lora_magnitude is None for part in self.low_ranks())
 
     def let_train(self) -> None:
-        """Let take gradients what the settings train, and the bias."""
+        """Let the tensors that the settings train, and the bias, take gradients."""
         for part in self.low_ranks():
             part.let_train()
         if self.bias is not None:

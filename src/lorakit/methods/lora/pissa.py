@@ -1,4 +1,4 @@
-"""Ranks that do not train: an adapter holds them behind those that do, a model keeps them apart.
+"""Frozen factors: an adapter holds them behind the trained ones, a model keeps them apart.
 
 PiSSA needs them: its update is scale·(B·A − B₀·A₀), so that it is none at the start. In an adapter,
 and for other tools, that is one update of twice the rank, with [A; A₀] and [B, −B₀]; in training
@@ -18,7 +18,7 @@ from lorakit.adapter.site import Site
 def split_frozen_factors(
     sites: Iterable[Site], tensors: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """An adapter's tensors with those of frozen ranks under names of their own.
+    """An adapter's tensors with its frozen factors under names of their own.
 
     `<site>.lora_a` (rank, …) becomes `<site>.lora_a` and `<site>.frozen_a`, B likewise.
     """
@@ -36,7 +36,7 @@ def split_frozen_factors(
 def join_frozen_factors(
     sites: Iterable[Site], tensors: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """An adapter's tensors from those that a model keeps apart."""
+    """An adapter's tensors, in which the frozen factors are joined to the trained ones."""
     joined = dict(tensors)
     for site in sites:
         if site.frozen:

@@ -1,4 +1,4 @@
-"""Which layers LoRA adapts: the places that its settings select, with their ranks and scales."""
+"""The layers that LoRA adapts: the targets of its settings, with their ranks and scales."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def components(model: nn.Module, config: LoRAConfig) -> tuple[Component, ...]:
     kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
     _check_adaptable(model, kept)
     _check_form(model, kept, config)
-    ranks = _by_place(model, kept, config.rank_pattern, "rank_pattern")
-    alphas = _by_place(model, kept, config.alpha_pattern, "alpha_pattern")
+    ranks = _by_target(model, kept, config.rank_pattern, "rank_pattern")
+    alphas = _by_target(model, kept, config.alpha_pattern, "alpha_pattern")
     _check_ranks(model, {target: ranks.get(target, config.rank) for target in kept}, config)
     sites = [(target, _site(model, target, config, ranks, alphas)) for target in kept]
     adapted = {target.path for target in kept} if config.bias == "lora" else None
@@ -54,7 +54,7 @@ def _check_adaptable(model: nn.Module, kept: Sequence[Target]) -> None:
 
 
 def _check_form(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) -> None:
-    """Refuse layers that are no product with a matrix, for the forms that need one.
+    """Refuse layers that are no matmul, for the forms of LoRA that need one.
 
     Raises:
         TargetError: there are such.
@@ -73,7 +73,7 @@ def _check_form(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) ->
 
 
 def _check_ranks(model: nn.Module, ranks: Mapping[Target, int], config: LoRAConfig) -> None:
-    """Refuse ranks beyond the directions that a start from the weight or the data has.
+    """Refuse ranks above the number of singular vectors that the weight or the data has.
 
     Raises:
         TargetError: there are such.
@@ -84,28 +84,30 @@ def _check_ranks(model: nn.Module, ranks: Mapping[Target, int], config: LoRAConf
         d_out = d_out if target.rows is None else sum(stop - start for start, stop in target.rows)
         most = {"pissa": min(d_out, d_in), "eva": d_in}.get(config.init, rank)
         if rank > most:
-            problems.append(f"{target.name}  has rank {rank}, and there are {most} directions")
+            problems.append(
+                f"{target.name}  has rank {rank}, and there are {most} singular vectors"
+            )
     if problems:
         raise TargetError.listing(f"init {config.init} cannot start from so many ranks", problems)
 
 
-def _by_place(
+def _by_target(
     model: nn.Module, kept: Sequence[Target], pattern: Mapping[str, V], setting: str
 ) -> dict[Target, V]:
-    """The value that a pattern gives to each place; the last word that names it counts.
+    """The value that a pattern gives to each target; the last word that names it counts.
 
     Raises:
-        TargetError: a word names none of the adapted places.
+        TargetError: a word names none of the adapted targets.
     """
     found = named(model, pattern, what=setting)
     idle = [
         f"{word!r} names none of the adapted layers"
-        for word, its_places in found.items()
-        if not set(its_places) & set(kept)
+        for word, its_targets in found.items()
+        if not set(its_targets) & set(kept)
     ]
     if idle:
         raise TargetError.listing(f"{setting} says something of layers that are not adapted", idle)
-    return {target: pattern[word] for word, its_places in found.items() for target in its_places}
+    return {target: pattern[word] for word, its_targets in found.items() for target in its_targets}
 
 
 def _site(

@@ -48,7 +48,7 @@ class Start:
 
 @torch.no_grad()
 def outputs(model: nn.Module, tokens: Tensor, paths: Sequence[str]) -> dict[str, Tensor]:
-    """Return what the base computes for a row of tokens behind each module: (tokens, d)."""
+    """The base's output behind each module for a row of tokens: (tokens, d)."""
     found: dict[str, Tensor] = {}
 
     def note(path: str) -> Any:

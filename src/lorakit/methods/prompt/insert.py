@@ -1,4 +1,4 @@
-"""A batch whose rows get their virtual tokens: what stands where before, and where after."""
+"""Virtual tokens inserted into the rows of a batch: the order of each longer row."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class RowTokens:
     """One row of a batch."""
 
     length: int
-    """Its places, padding included."""
+    """Its positions, padding included."""
     start: int
-    """The first place that is not padding."""
+    """The first position that is not padding."""
     stop: int
-    """The place behind the last one that is not padding."""
+    """The position after the last one that is not padding."""
     prompt: int
     """How many of its tokens are the prompt."""
     tokens: VirtualTokens | None
     """What it gets; None: it stays as it is."""
 
     def order(self) -> list[int]:
-        """Return what stands at each place of the longer row; see `PromptTokens.order`."""
+        """The token at each position of the longer row; see `VirtualTokens.order`."""
         if self.tokens is None or self.start == self.stop:
             return list(range(self.length))
         inner = self.tokens.order(self.stop - self.start, self.prompt)
@@ -95,7 +95,7 @@ class LongerRows:
         return [found[at] for at in range(self.length)]
 
     def _taken(self, values: Tensor, *, trained: int | Tensor, padding: int) -> Tensor:
-        """Return what stands at each place of the longer rows."""
+        """The token at each position of the longer rows."""
         wider = torch.cat([values, values.new_full((len(values), 1), padding)], 1)
         taken = wider.gather(1, self._source.clamp(min=0))
         return torch.where(self._source < 0, trained, taken)
@@ -161,7 +161,7 @@ def rows_of(
     labels: Tensor | None,
     tokens: Sequence[VirtualTokens | None],
 ) -> list[RowTokens]:
-    """Return what is to be known of each row of a batch.
+    """The length, padding and prompt of each row of a batch.
 
     The prompt ends before the first label of a causal model; without labels, with the row.
 

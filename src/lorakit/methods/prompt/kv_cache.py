@@ -1,7 +1,7 @@
-"""Caches of keys and values that hold virtual tokens, which the caller does not count.
+"""Key-value caches that hold virtual tokens, which the caller does not count.
 
-What was put in is kept with the cache object itself. In each later call the mask gets longer and
-positions move on by that much, after a check that the cache is as the latest call left it.
+A record of the inserted tokens is kept on the cache object. In each later call the mask is extended
+and positions are shifted by it, after a check that the cache is as the latest call left it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def is_filled(cache: Any) -> bool:
 
 
 def record_of(cache: Any) -> CacheRecord | None:
-    """Return what was put into the rows of a cache, if that is known."""
+    """The record of the tokens inserted into a cache, if there is one."""
     return getattr(cache, NAME, None)
 
 

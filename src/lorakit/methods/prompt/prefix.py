@@ -27,7 +27,7 @@ from lorakit.models.shape import context_length, hidden_size, is_causal
 
 
 def components(model: nn.Module, config: PrefixConfig) -> tuple[Component, ...]:
-    """Return what PreEmbed trains of a model: d·(l_p + l_i) values; PreLayer: L·d·(l_p + l_i).
+    """The virtual tokens of a model. PreEmbed trains d·(l_p + l_i) values, PreLayer L·d·(l_p + l_i).
 
     PreLayer has vectors for the embedding and behind every block but the last, whose output at the
     last of these tokens is what predicts the answer.
@@ -67,7 +67,7 @@ def components(model: nn.Module, config: PrefixConfig) -> tuple[Component, ...]:
 
 
 def input_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
-    """Return path and module of what looks a model's tokens up.
+    """The path and the module of a model's input embedding.
 
     Raises:
         TargetError: it has none, or one for its encoder and one for its decoder.
@@ -174,7 +174,7 @@ class TokenVectors(Update):
 
     @property
     def unmergeable(self) -> str | None:
-        """Return why no weights can hold it."""
+        """The reason why no weights can hold it."""
         return "it adds tokens to each row, which weights can't, so its latency stays"
 
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
