@@ -95,7 +95,7 @@ def test_layers_that_read_the_same_train_each_their_own():
     lk.attach(model, config, data=batches(model))
     tensors = [p for name, p in adapter_parameters(model, "default") if name.endswith("lora_a")]
     assert len({p.untyped_storage().data_ptr() for p in tensors}) == len(tensors)
-    # Nor does a parameter hold on to all directions, of which it needs the first.
+    # Nor does a parameter hold on to all vectors, of which it needs the first.
     assert all(p.untyped_storage().nbytes() == 4 * p.numel() for p in tensors)
 
 
@@ -226,6 +226,6 @@ def test_what_cannot_be_is_told():
     assert "data is given, but nothing looks at it" in refusal(AttachError, init="kaiming")
     assert "have read nothing (1 problem):\n  idle" in refusal(TargetError, ("used", "idle"))
     assert "init eva is for linear layers alone" in refusal(TargetError, ("used", "table"))
-    assert "has rank 5, and there are 4 directions" in refusal(TargetError, rank=5)
+    assert "has rank 5, and there are 4 singular vectors" in refusal(TargetError, rank=5)
     with pytest.raises(ConfigError, match="eva_rho moves ranks in init eva, and init is kaiming"):
         lk.LoRAConfig(eva_rho=2.0)

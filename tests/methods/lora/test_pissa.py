@@ -211,5 +211,5 @@ def test_it_goes_with_dora_and_a_frozen_a():
 
 def test_more_ranks_than_the_weight_has_directions_are_refused():
     model = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 30))
-    with pytest.raises(TargetError, match="0  has rank 8, and there are 7 directions"):
+    with pytest.raises(TargetError, match="0  has rank 8, and there are 7 singular vectors"):
         lk.attach(model, lk.LoRAConfig(targets=("0", "1"), rank=8, init="pissa"))

@@ -27,7 +27,7 @@ from lorakit.models.shape import context_length, hidden_size, is_causal
 
 
 def components(model: nn.Module, config: PrefixConfig) -> tuple[Component, ...]:
-    """The virtual tokens of a model. PreEmbed trains d·(l_p + l_i) values, PreLayer L·d·(l_p + l_i).
+    """The virtual tokens: d·(l_p + l_i) values of PreEmbed, L·d·(l_p + l_i) of PreLayer.
 
     PreLayer has vectors for the embedding and behind every block but the last, whose output at the
     last of these tokens is what predicts the answer.
