@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from oracles import attach_random, base_hash, outputs, randomise
+from references import attach_random, base_hash, outputs, randomise
 from tiny_models import FAMILIES, build, example_inputs
 
 ADAPTED = {"rank": 2, "targets": ("q", "v")}

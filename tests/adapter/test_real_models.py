@@ -8,7 +8,7 @@ import torch
 
 import lorakit as lk
 from covering import covering
-from oracles import outputs, randomise
+from references import outputs, randomise
 
 # PEFT asks transformers by a name that 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

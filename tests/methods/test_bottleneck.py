@@ -17,7 +17,7 @@ import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, TargetError
 from lorakit.training.memory.activation_checkpointing import matmuls, narrow_matmuls, recomputing
-from oracles import base_hash, outputs, randomise
+from references import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer"}

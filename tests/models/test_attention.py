@@ -9,7 +9,7 @@ import lorakit as lk
 from lorakit.errors import ModelError
 from lorakit.kernels.packed_sequences import Segments
 from lorakit.models.attention import attention_within, takes_attention_functions
-from oracles import attach_random
+from references import attach_random
 from tiny_models import build
 
 LENGTHS = (5, 1, 7)

@@ -29,13 +29,13 @@ from lorakit.adapter.peft import (
 from lorakit.adapter.peft_config import (
     CONFIG_FILE,
     PeftConfig,
-    file_problem_lines,
+    file_problems,
     parse_config,
     unknown_values,
     unsupported,
 )
 from lorakit.adapter.peft_read import read_peft
-from lorakit.adapter.record import RECORD_FILE, VERSION, Record, checksum, to_json
+from lorakit.adapter.record import RECORD_FILE, VERSION, AdapterRecord, checksum, to_json
 from lorakit.adapter.tensor_files import read_pickle, read_safetensors, value_problems
 from lorakit.config.methods import LoRAConfig, combination_problems
 from lorakit.errors import AdapterFileError, ConfigError, OutputError, did_you_mean
@@ -80,7 +80,7 @@ def _files(adapter: AdapterContent) -> dict[str, bytes]:
         config, tensors = peft_config(adapter, layers), encode(layers, adapter.tensors)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
-        texts = {CONFIG_FILE: to_json(config), RECORD_FILE: Record.of(adapter).text()}
+        texts = {CONFIG_FILE: to_json(config), RECORD_FILE: AdapterRecord.of(adapter).text()}
     except (TypeError, ValueError) as error:
         raise OutputError(f"the training card cannot be written as JSON: {error}") from error
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
@@ -240,7 +240,7 @@ def _adapter_from(files: Mapping[str, bytes], folder: Path) -> tuple[AdapterCont
 
 
 def _own_form_problems(
-    raw: dict[str, Any], record: Record | None, files: Mapping[str, bytes]
+    raw: dict[str, Any], record: AdapterRecord | None, files: Mapping[str, bytes]
 ) -> list[str]:
     if RECORD_FILE not in files:
         return [f"{RECORD_FILE}  missing; an adapter in lorakit's own form needs it"]
@@ -287,13 +287,13 @@ def _config(raw: dict[str, Any], problems: list[str]) -> PeftConfig | None:
     try:
         config = parse_config(raw)
     except ValidationError as error:
-        problems += file_problem_lines(CONFIG_FILE, error)
+        problems += file_problems(CONFIG_FILE, error)
         return None
     problems += unsupported(config)
     return config
 
 
-def _record(files: Mapping[str, bytes], problems: list[str]) -> Record | None:
+def _record(files: Mapping[str, bytes], problems: list[str]) -> AdapterRecord | None:
     raw = _json(files, RECORD_FILE, problems)
     if raw is None:
         return None
@@ -307,15 +307,15 @@ def _record(files: Mapping[str, bytes], problems: list[str]) -> Record | None:
         problems.append(f"{RECORD_FILE}  was changed or damaged after it was written")
         return None
     try:
-        record = Record.model_validate_json(json.dumps(raw))
+        record = AdapterRecord.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        problems += file_problem_lines(RECORD_FILE, error)
+        problems += file_problems(RECORD_FILE, error)
         return None
     problems += _method_problems(record)
     return record
 
 
-def _method_problems(record: Record) -> list[str]:
+def _method_problems(record: AdapterRecord) -> list[str]:
     """Return what is wrong with the settings of a record's methods."""
     try:
         configs = [each.settings() for each in record.configs]
@@ -342,7 +342,7 @@ def _tensors(files: Mapping[str, bytes], problems: list[str]) -> dict[str, Tenso
 
 
 def _recorded(
-    record: Record, config: PeftConfig | None, found: Mapping[str, Tensor], folder: Path
+    record: AdapterRecord, config: PeftConfig | None, found: Mapping[str, Tensor], folder: Path
 ) -> AdapterContent:
     """The adapter that lorakit.json describes; its hash is not computed yet.
 

@@ -23,7 +23,7 @@ from lorakit.adapter.tensor_files import read_pickle, value_problems
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError
 
-PARTS = ("q", "k", "v")
+SLICES = ("q", "k", "v")
 """Slices of a MergedLinear, which divide its rows equally."""
 FUSED = ("c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value")
 """What a layer is called that can be a MergedLinear with one slice enabled."""
@@ -195,7 +195,7 @@ def _misfit(layer: _Layer, config: LoRAConfig) -> str | None:
         named = ", ".join(slices) or "none"
         return (
             f"has {layer.shapes}: {a.shape[0] / rank:g} slices of rank {rank}, but the "
-            f"targets name {named} of {', '.join(PARTS)}"
+            f"targets name {named} of {', '.join(SLICES)}"
         )
     return None
 
@@ -216,7 +216,7 @@ def _conv_misfit(layer: _Layer, kernel: int) -> str | None:
 def _enabled(config: LoRAConfig) -> tuple[str, ...]:
     """The slices that the targets name, in the order in which they lie in the layer."""
     named = {"q", "k", "v"} if "attention" in config.targets else set(config.targets)
-    return tuple(part for part in PARTS if part in named)
+    return tuple(part for part in SLICES if part in named)
 
 
 def _updates(layer: _Layer, config: LoRAConfig) -> Iterator[tuple[Site, Tensor, Tensor]]:
@@ -252,8 +252,8 @@ def _matrix_sites(layer: _Layer, slices: tuple[str, ...]) -> list[Site]:
         Site(
             path=layer.path,
             role=role,
-            rows=((PARTS.index(role) * height, (PARTS.index(role) + 1) * height),),
-            layer_rows=len(PARTS) * height,
+            rows=((SLICES.index(role) * height, (SLICES.index(role) + 1) * height),),
+            layer_rows=len(SLICES) * height,
             rank=layer.rank,
             alpha=layer.alpha,
             scale=layer.scale,

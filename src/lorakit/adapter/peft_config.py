@@ -44,10 +44,10 @@ WITHOUT_EFFECT = {
 }
 
 V = TypeVar("V")
-Word = Annotated[str, Field(min_length=1)]
-Block = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ModuleWord = Annotated[str, Field(min_length=1)]
+BlockNumber = Annotated[int, Field(ge=0)]
+Rank = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class PeftConfig(BaseModel):
@@ -60,20 +60,20 @@ class PeftConfig(BaseModel):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    r: Count = 8
-    lora_alpha: Positive = 8.0
+    r: Rank = 8
+    lora_alpha: PositiveFloat = 8.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[Word] | Word | None = None
-    exclude_modules: list[Word] | Word | None = None
-    layers_to_transform: list[Block] | Block | None = None
-    layers_pattern: list[Word] | Word | None = None
-    rank_pattern: dict[str, Count] | None = None
-    alpha_pattern: dict[str, Positive] | None = None
+    target_modules: list[ModuleWord] | ModuleWord | None = None
+    exclude_modules: list[ModuleWord] | ModuleWord | None = None
+    layers_to_transform: list[BlockNumber] | BlockNumber | None = None
+    layers_pattern: list[ModuleWord] | ModuleWord | None = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, PositiveFloat] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
     use_rslora: bool = False
     use_dora: bool = False
-    modules_to_save: list[Word] | None = None
+    modules_to_save: list[ModuleWord] | None = None
     init_lora_weights: bool | str = True
 
     def rank_of(self, path: str) -> int:
@@ -110,7 +110,7 @@ def parse_config(raw: Any) -> PeftConfig:
     return PeftConfig.model_validate(raw)
 
 
-def file_problem_lines(file: str, error: ValidationError) -> list[str]:
+def file_problems(file: str, error: ValidationError) -> list[str]:
     """A line for each of pydantic's problems with a file."""
     lines = []
     for problem in error.errors():

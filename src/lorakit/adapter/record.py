@@ -80,7 +80,7 @@ class SiteRecord(BaseModel):
         return Site(**{**vars(self), "rows": None if self.rows is None else _rows(self.rows)})
 
 
-class Record(BaseModel):
+class AdapterRecord(BaseModel):
     """The whole file, in the order of its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -101,7 +101,7 @@ class Record(BaseModel):
     unverified: tuple[str, ...]
 
     @classmethod
-    def of(cls, adapter: AdapterContent) -> Record:
+    def of(cls, adapter: AdapterContent) -> AdapterRecord:
         """The record of an adapter."""
         return cls(
             method=adapter.method,

@@ -28,7 +28,7 @@ from lorakit.models.base import base_modules
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.paths import is_within
 from lorakit.models.quantized import quantized_within
-from lorakit.models.roles import select
+from lorakit.models.roles import select_targets
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Layout:
     def _select(self, config: LoRAConfig) -> frozenset[str]:
         model = self.modules[""]
         try:
-            kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
+            kept = select_targets(
+                model, config.targets, layers=config.layers, exclude=config.exclude
+            )
         except TargetError:
             # The words may be those of another tool, or of a family unknown here.
             return frozenset()

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.batches import joined_batch, pad_token, training_batch
 from lorakit.data.encode import Example
-from lorakit.data.packing import PLAIN, Layout
+from lorakit.data.packing import PLAIN, BatchLayout
 from lorakit.kernels.packed_sequences import Segments
 
 SEGMENTS = "segments"
@@ -19,7 +19,7 @@ SEGMENTS = "segments"
 class Collator:
     """Turns examples into one batch, padded or joined."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: Layout = PLAIN) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: BatchLayout = PLAIN) -> None:
         self._layout = layout
         self._pad_id = pad_token(tokenizer)
 

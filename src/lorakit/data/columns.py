@@ -8,7 +8,7 @@ from lorakit.config.train import DataConfig, RowField
 from lorakit.data.fields import FieldMap
 from lorakit.data.problems import Problems, UnusableRowError
 from lorakit.data.row_types import RowType
-from lorakit.data.sources import Record
+from lorakit.data.sources import RawRow
 from lorakit.errors import DataError
 
 R = TypeVar("R")
@@ -27,11 +27,11 @@ _ANSWERS: tuple[RowField, ...] = ("completion", "references")
 
 
 @dataclass(frozen=True)
-class Table:
+class ColumnTable:
     """Records, and where our fields are found in them."""
 
     source: str
-    records: Sequence[Record]
+    records: Sequence[RawRow]
     fields: FieldMap
 
     @property

@@ -28,7 +28,7 @@ _LENGTHS = (5, 9, 1, 6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class BatchLayout:
     """How rows become batches."""
 
     joined: bool = False
@@ -50,11 +50,11 @@ class Layout:
         return f"{order}, because {self.reason}" if self.reason else order
 
 
-PLAIN = Layout()
+PLAIN = BatchLayout()
 """Padded rows in random order, and the model's own attention."""
 
 
-def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> Layout:
+def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> BatchLayout:
     """The best layout of which the model gives the same logits as of padded rows.
 
     It is tried on a few rows, without gradients; weights and random state stay as they are.
@@ -73,11 +73,11 @@ def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> Layout:
     if not reason:
         reason = _difference(model, joined=True)
     if not reason:
-        return Layout(joined=True, segmented=True, multiple=FEW_SIZES)
+        return BatchLayout(joined=True, segmented=True, multiple=FEW_SIZES)
     if packing == "on":
         raise ConfigError(f"packing is on, but {reason}: leave it at auto, or turn it off")
     segmented = takes_attention_functions(model) and not _difference(model, joined=False)
-    return Layout(segmented=segmented, by_length=True, reason=reason)
+    return BatchLayout(segmented=segmented, by_length=True, reason=reason)
 
 
 def _obstacle(model: PreTrainedModel, task: str) -> str:

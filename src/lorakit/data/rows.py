@@ -5,12 +5,12 @@ from typing import Any
 
 from lorakit.config.train import DataConfig
 from lorakit.data.builtin import builtin_task
-from lorakit.data.columns import Table, Values
+from lorakit.data.columns import ColumnTable, Values
 from lorakit.data.fields import FieldMap, as_number, as_text
 from lorakit.data.labels import class_name, class_order
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import ClassificationRow, Message, MessagesRow, PromptRow, Rows, TextRow
-from lorakit.data.sources import read_records
+from lorakit.data.sources import read_raw_rows
 from lorakit.errors import DataError
 
 BUILTIN_PREFIX = "builtin:"
@@ -47,8 +47,8 @@ def read_rows(
     """
     if source.startswith(BUILTIN_PREFIX):
         return _builtin_rows(source, data, limit=limit, split=split)
-    records = read_records(source, limit=limit, split=split)
-    table = Table(source, records, FieldMap(data.fields))
+    records = read_raw_rows(source, limit=limit, split=split)
+    table = ColumnTable(source, records, FieldMap(data.fields))
     match table.kind(data, answered=answered):
         case "messages":
             turns = table.rows(lambda values: _messages_row(table.fields, values))
@@ -72,7 +72,7 @@ def _builtin_rows(source: str, data: DataConfig, *, limit: int | None, split: st
     return Rows(kind="prompt", rows=rows[:limit], source=source)
 
 
-def _prompt_rows(table: Table, *, answered: bool) -> Rows:
+def _prompt_rows(table: ColumnTable, *, answered: bool) -> Rows:
     rows = table.rows(lambda values: _prompt_row(table.fields, values, answered=answered))
     empty = sum(not row.completion.strip() for row in rows)
     if answered and empty == len(rows):
@@ -99,7 +99,7 @@ def _references(fields: FieldMap, values: Values) -> tuple[str, ...]:
     return tuple(as_text("references", text) for text in texts)
 
 
-def _answer_notes(table: Table, *, empty: int) -> tuple[str, ...]:
+def _answer_notes(table: ColumnTable, *, empty: int) -> tuple[str, ...]:
     notes = (
         [f"empty completions: {empty}; there the model learns to answer nothing"] if empty else []
     )
@@ -128,7 +128,7 @@ def _message(number: int, turn: Any) -> Message:
     return Message(role=role, content=as_text(f"content of message {number}", turn["content"]))
 
 
-def _classification_rows(table: Table, *, known: tuple[str, ...] | None) -> Rows:
+def _classification_rows(table: ColumnTable, *, known: tuple[str, ...] | None) -> Rows:
     def named(label: Any) -> str:
         return class_name(label, known=known)
 
@@ -137,7 +137,7 @@ def _classification_rows(table: Table, *, known: tuple[str, ...] | None) -> Rows
     return Rows(kind="classification", rows=rows, source=table.source, labels=labels)
 
 
-def _regression_rows(table: Table) -> Rows:
+def _regression_rows(table: ColumnTable) -> Rows:
     rows = table.rows(lambda values: _labelled_row(table.fields, values, read_label=as_number))
     return Rows(kind="classification", rows=rows, source=table.source)
 

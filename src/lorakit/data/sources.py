@@ -16,7 +16,7 @@ HUB = "hub:"
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class RawRow:
     """One line of a file or row of a data set, before anything is known of its meaning."""
 
     where: str
@@ -24,7 +24,7 @@ class Record:
     values: dict[str, Any]
 
 
-def read_records(source: str, *, limit: int | None, split: str) -> list[Record]:
+def read_raw_rows(source: str, *, limit: int | None, split: str) -> list[RawRow]:
     """The first records of a file or of a hub data set; all where limit is None.
 
     Args:
@@ -68,7 +68,7 @@ def _existing(path: Path) -> Path:
     raise DataError(f"{path} does not exist{hint}")
 
 
-def _file(path: Path, problems: Problems) -> Iterator[Record]:
+def _file(path: Path, problems: Problems) -> Iterator[RawRow]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path} is of no kind that can be read: {', '.join(_READERS)}.")
@@ -90,7 +90,7 @@ def _lines(path: Path, problems: Problems) -> Iterator[str]:
             offset += len(line)
 
 
-def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
+def _json_lines(path: Path, problems: Problems) -> Iterator[RawRow]:
     for number, line in enumerate(_lines(path, problems), start=1):
         if not line.strip():
             continue
@@ -102,7 +102,7 @@ def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
             yield from _objects([(f"line {number}", value)], problems)
 
 
-def _json(path: Path, problems: Problems) -> Iterator[Record]:
+def _json(path: Path, problems: Problems) -> Iterator[RawRow]:
     """Yield the records of a .json file: JSON lines, or one array of objects."""
     with path.open("rb") as file:
         is_array = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
@@ -123,17 +123,17 @@ def _malformed(error: ValueError | RecursionError) -> str:
     return f"malformed JSON: {error}"
 
 
-def _objects(values: Iterable[tuple[str, Any]], problems: Problems) -> Iterator[Record]:
+def _objects(values: Iterable[tuple[str, Any]], problems: Problems) -> Iterator[RawRow]:
     """Yield a record for each JSON object; any other value becomes a problem."""
     for where, value in values:
         if isinstance(value, dict):
-            yield Record(where, value)
+            yield RawRow(where, value)
         else:
             example = 'an object such as {"prompt": "…", "completion": "…"}'
             problems.add(where, f"{example} is expected, found {json.dumps(value)[:40]}")
 
 
-def _csv(path: Path, problems: Problems) -> Iterator[Record]:
+def _csv(path: Path, problems: Problems) -> Iterator[RawRow]:
     """Yield the records of a .csv file, whose first line names the columns."""
     reader = csv.reader(_lines(path, problems), strict=True)
     try:
@@ -144,7 +144,7 @@ def _csv(path: Path, problems: Problems) -> Iterator[Record]:
         start = reader.line_num + 1
         for cells in reader:
             if len(cells) == len(header):
-                yield Record(f"line {start}", dict(zip(header, cells, strict=True)))
+                yield RawRow(f"line {start}", dict(zip(header, cells, strict=True)))
             elif cells:
                 counts = f"{len(cells)} cells, but the header has {len(header)}"
                 problems.add(f"line {start}", f"{counts} (quote a cell that has a comma)")
@@ -153,7 +153,7 @@ def _csv(path: Path, problems: Problems) -> Iterator[Record]:
         problems.add(f"line {reader.line_num}", f"malformed CSV: {error}")
 
 
-def _parquet(path: Path, problems: Problems) -> Iterator[Record]:
+def _parquet(path: Path, problems: Problems) -> Iterator[RawRow]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -162,7 +162,7 @@ def _parquet(path: Path, problems: Problems) -> Iterator[Record]:
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
         rows = (row for batch in batches for row in batch.to_pylist())
-        yield from (Record(f"row {number}", row) for number, row in enumerate(rows, start=1))
+        yield from (RawRow(f"row {number}", row) for number, row in enumerate(rows, start=1))
     except pyarrow.ArrowException as error:
         problems.add("the file", f"not Parquet, or damaged: {error}")
 
@@ -170,7 +170,7 @@ def _parquet(path: Path, problems: Problems) -> Iterator[Record]:
 _READERS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
-def _hub(source: str, *, split: str) -> Iterator[Record]:
+def _hub(source: str, *, split: str) -> Iterator[RawRow]:
     """Yield the rows of a data set of the hub, which is downloaded where it is not yet here."""
     name, _, named_split = source.removeprefix(HUB).partition(":")
     owner, _, rest = name.partition("/")
@@ -192,4 +192,4 @@ def _hub(source: str, *, split: str) -> Iterator[Record]:
             f" (hf download {owner}/{repository} --repo-type dataset --local-dir FOLDER)"
             " and give the path of its .parquet, .jsonl or .csv file."
         ) from error
-    return (Record(f"row {number}", row) for number, row in enumerate(found, start=1))
+    return (RawRow(f"row {number}", row) for number, row in enumerate(found, start=1))

@@ -12,7 +12,7 @@ from lorakit.models.paths import ends_with
 Widths = tuple[tuple[str, int], ...]
 """Roles and their numbers of output rows, in the order in which they repeat down a fused matrix."""
 
-Split = Callable[[Any, int], Widths]
+RowSplit = Callable[[Any, int], Widths]
 """From the model's config and the fused matrix's number of output rows to its widths."""
 
 
@@ -23,7 +23,7 @@ class Family:
     roles: Mapping[str, str]
     """End of a module's path: its role."""
 
-    fused: Mapping[str, Split] = field(default_factory=dict)
+    fused: Mapping[str, RowSplit] = field(default_factory=dict)
     """End of a fused projection's path: how its output rows are divided."""
 
     uncalled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Family:
     """Ends of the paths of layers whose input all rows share."""
 
 
-def equal_parts(*roles: str) -> Split:
+def equal_parts(*roles: str) -> RowSplit:
     """A split into blocks of equal height, one after the other."""
 
     def split(_config: Any, rows: int) -> Widths:
@@ -256,13 +256,13 @@ FAMILIES: Mapping[str, Family] = {
 }
 """transformers' `config.model_type`: the architecture's layer names."""
 
-UNKNOWN = Family(roles={})
+UNKNOWN_FAMILY = Family(roles={})
 """What is known of any other architecture."""
 
 
 def family_of(model: nn.Module) -> Family:
     """What is known of a model's architecture."""
-    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), UNKNOWN)
+    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), UNKNOWN_FAMILY)
 
 
 def family_name(model: nn.Module) -> str:

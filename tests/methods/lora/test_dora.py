@@ -13,7 +13,7 @@ from lorakit.attachment.attach import adapter_parameters
 from lorakit.attachment.state import attachment_of
 from lorakit.errors import AdapterFileError, TargetError
 from lorakit.kernels.choice import use
-from oracles import alone, attach_random, base_hash, outputs, randomise
+from references import alone, attach_random, base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 
 

@@ -9,8 +9,8 @@ from transformers import DynamicCache
 import lorakit as lk
 from lorakit.config.methods import LoRAConfig, PrefixConfig
 from lorakit.errors import RouteError
-from oracles import outputs, randomise
-from prefix_oracle import bare, expected, own_places, prefixed, row_with_tokens
+from prefix_reference import bare, expected, own_places, prefixed, row_with_tokens
+from references import outputs, randomise
 from tiny_models import build, example_inputs
 
 ROWS = ([5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17])
@@ -343,7 +343,7 @@ def test_a_cache_without_prefixes_is_none_of_its_business():
 COMPILED = """
 import torch, lorakit as lk
 from lorakit.errors import RouteError
-from prefix_oracle import prefixed
+from prefix_reference import prefixed
 BACKEND = "eager"
 model, ids = prefixed("llama"), torch.tensor([[5, 6, 7]])
 with lk.route(model, None):

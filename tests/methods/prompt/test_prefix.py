@@ -11,8 +11,7 @@ import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.config.methods import LoRAConfig, PrefixConfig
 from lorakit.errors import AdapterFileError, MergeError, RouteError, TargetError
-from oracles import base_hash, outputs, randomise, with_updates
-from prefix_oracle import (
+from prefix_reference import (
     CAUSAL,
     ENCODERS,
     INFIX,
@@ -24,6 +23,7 @@ from prefix_oracle import (
     row_with_tokens,
     run,
 )
+from references import base_hash, outputs, randomise, with_updates
 from tiny_models import build, example_inputs
 
 EVERY = pytest.mark.parametrize("every_layer", [False, True], ids=["embedding", "layer"])

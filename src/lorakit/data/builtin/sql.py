@@ -13,7 +13,7 @@ from lorakit.data.row_types import PromptRow
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class SqlTable:
     """Columns of words, with some values, and columns of numbers, with their range."""
 
     words: dict[str, tuple[str, ...]]
@@ -24,16 +24,22 @@ CITIES = ("Lisbon", "Oslo", "Turin", "Quito", "Cairo", "Perth")
 NAMES = ("Ada", "Boris", "Clara", "Dario", "Elena", "Felix")
 
 TABLES = {
-    "ships": Table(words={"port": CITIES}, numbers={"length": (20, 300), "crew_size": (5, 90)}),
-    "books": Table(words={"author": NAMES}, numbers={"price": (4, 80), "page_count": (90, 900)}),
-    "houses": Table(words={"city": CITIES}, numbers={"rent": (300, 900), "garden_area": (10, 90)}),
-    "lessons": Table(words={"teacher": NAMES}, numbers={"fee": (5, 60), "room_number": (1, 40)}),
-    "bridges": Table(words={"town": CITIES}, numbers={"width": (4, 40), "toll": (1, 20)}),
-    "horses": Table(words={"owner": NAMES}, numbers={"weight": (200, 900), "race_count": (1, 70)}),
-    "concerts": Table(
+    "ships": SqlTable(words={"port": CITIES}, numbers={"length": (20, 300), "crew_size": (5, 90)}),
+    "books": SqlTable(words={"author": NAMES}, numbers={"price": (4, 80), "page_count": (90, 900)}),
+    "houses": SqlTable(
+        words={"city": CITIES}, numbers={"rent": (300, 900), "garden_area": (10, 90)}
+    ),
+    "lessons": SqlTable(words={"teacher": NAMES}, numbers={"fee": (5, 60), "room_number": (1, 40)}),
+    "bridges": SqlTable(words={"town": CITIES}, numbers={"width": (4, 40), "toll": (1, 20)}),
+    "horses": SqlTable(
+        words={"owner": NAMES}, numbers={"weight": (200, 900), "race_count": (1, 70)}
+    ),
+    "concerts": SqlTable(
         words={"hall": CITIES}, numbers={"capacity": (50, 900), "ticket_price": (5, 90)}
     ),
-    "parcels": Table(words={"sender": NAMES}, numbers={"postage": (2, 50), "item_count": (1, 30)}),
+    "parcels": SqlTable(
+        words={"sender": NAMES}, numbers={"postage": (2, 50), "item_count": (1, 30)}
+    ),
 }
 
 AGGREGATES = {

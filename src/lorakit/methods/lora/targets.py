@@ -1,4 +1,4 @@
-"""Which layers LoRA adapts: the places that its settings select, with their ranks and scales."""
+"""Which layers LoRA adapts: the targets that its settings select, with their ranks and scales."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakit.errors import TargetError
 from lorakit.methods.bitfit import bias_paths
 from lorakit.methods.claims import Claims, match_of
 from lorakit.methods.lora.lora import is_adaptable, is_linear, kind_of, matrix_shape
-from lorakit.models.roles import Target, named, select
+from lorakit.models.roles import Target, select_targets, targets_by_word
 
 V = TypeVar("V")
 
@@ -24,7 +24,7 @@ def claim(model: nn.Module, config: LoRAConfig) -> Claims:
     Raises:
         TargetError: a name in the settings matches nothing, or a layer twice.
     """
-    kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
+    kept = select_targets(model, config.targets, layers=config.layers, exclude=config.exclude)
     _check_adaptable(model, kept)
     _check_form(model, kept, config)
     ranks = _by_place(model, kept, config.rank_pattern, "rank_pattern")
@@ -90,9 +90,9 @@ def _by_place(
     """The value that a pattern gives to each place; the last word that names it counts.
 
     Raises:
-        TargetError: a word names none of the adapted places.
+        TargetError: a word names none of the adapted targets.
     """
-    found = named(model, pattern, what=setting)
+    found = targets_by_word(model, pattern, what=setting)
     idle = [
         f"{word!r} names none of the adapted layers"
         for word, its_places in found.items()

@@ -6,7 +6,7 @@ import torch
 
 import lorakit as lk
 from lorakit.config.methods import PrefixConfig
-from oracles import randomise
+from references import randomise
 from tiny_models import build
 
 CAUSAL = ("llama", "gpt2", "opt", "bloom", "gemma")
