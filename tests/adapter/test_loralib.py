@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.folder import save_peft
+from lorakit.adapter.folder_write import save_peft
 from lorakit.cli.main import main
 from lorakit.errors import AdapterFileError
 from tiny_models import build, example_inputs

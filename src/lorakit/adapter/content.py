@@ -1,4 +1,4 @@
-"""What an adapter consists of: settings, named tensors, and where they came from."""
+"""The content of an adapter: its settings, its named tensors, and where they came from."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lorakit.config.methods import LoRAConfig, MethodConfig
 from lorakit.models.identity import BaseIdentity
 
 WORDS = {"lora": ".lora_", "prefix-": ".prompt", "adapter-": ".bottleneck."}
-"""How methods' names start, and what is in the names of their tensors."""
+"""How methods' names start: what the names of their tensors contain."""
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By size in bytes: what any value's bits can be read as; numpy has no bfloat16."""
+"""Integer types by size in bytes, to read the bits of any tensor; numpy has no bfloat16."""
 LUMP_BYTES = 16 * 2**20
-"""Other threads go on while hashlib reads, so it is given a lot at once."""
+"""Bytes hashed at once: other threads can run while hashlib reads a large buffer."""
 
 
 def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    """Yield the same bytes in lumps of `LUMP_BYTES` or a little more, the last one shorter."""
+    """The same bytes in lumps of `LUMP_BYTES` or a little more, the last one shorter."""
     lump: list[bytes | memoryview] = []
     size_bytes = 0
     for piece in pieces:
@@ -40,15 +40,15 @@ def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
 
 
 def _bits(tensor: Tensor) -> memoryview:
-    """A tensor's bits in one piece, in the tensor's own memory where that is possible."""
+    """A tensor's bits as one contiguous buffer: the tensor's own memory where it is contiguous."""
     return np.ascontiguousarray(tensor.detach().view(INTEGERS[tensor.itemsize]).numpy()).data
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterContent:
-    """What was trained, apart from any model and any file: the fields of an `Adapter`.
+    """The fields of an `Adapter`: what was trained, independent of any model and any file.
 
-    The modules that read and write files make and take this; `Adapter` adds the ways to them.
+    The modules that read and write files use this class; `Adapter` adds `save` and `load`.
     """
 
     configs: tuple[MethodConfig, ...]
@@ -79,7 +79,7 @@ class AdapterContent:
         return next((each for each in self.configs if isinstance(each, LoRAConfig)), None)
 
     def method_of(self, tensor: str) -> str:
-        """The method that trains a tensor; copies of a task's head go with the first."""
+        """The method that trains a tensor; copies of a task's head count as the first method's."""
         named = [config.method for config in self.configs]
         for start, word in WORDS.items():
             own = [method for method in named if method.startswith(start)]
@@ -112,7 +112,7 @@ class AdapterContent:
 
     def content_hash(self) -> str:
         """The SHA-256 of all that changes the output: tensors, sites and scales."""
-        # Kept until a tensor is written to, because a bank asks for what loading has computed.
+        # Kept until a tensor is written to: a bank needs the hash that loading has computed.
         tensors = list(self.tensors.values())
         # Torch counts no writes to what was made in inference mode: NaN differs from itself.
         versions = [math.nan if t.is_inference() else t._version for t in tensors]

@@ -1,4 +1,4 @@
-"""Reading a file of named tensors, safetensors or a pickle, without running anything in it."""
+"""Files of named tensors, safetensors or pickles: read without running any code in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,29 @@ from torch import Tensor
 
 from lorakit.errors import AdapterFileError
 
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+"""What older versions of PEFT wrote in its stead."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def read_tensors(files: Mapping[str, bytes], problems: list[str]) -> dict[str, Tensor]:
+    """The tensors of an adapter folder; none if they cannot be read.
+
+    Args:
+        files: content by name, with `WEIGHTS_FILE` or `PICKLE_FILE` among them.
+        problems: gets a line if they cannot be read, and one for each value problem.
+    """
+    try:
+        if WEIGHTS_FILE in files:
+            tensors = read_safetensors(files[WEIGHTS_FILE], WEIGHTS_FILE)
+        else:
+            tensors = read_pickle(files[PICKLE_FILE], PICKLE_FILE)
+    except AdapterFileError as error:
+        problems.append(str(error))
+        return {}
+    problems += value_problems(tensors)
+    return tensors
 
 
 def read_safetensors(data: bytes, name: str) -> dict[str, Tensor]:

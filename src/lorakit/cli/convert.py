@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.folder import save_peft
+from lorakit.adapter.folder_write import save_peft
 from lorakit.attachment.attach import attach, extract
 from lorakit.attachment.state import require_attachment
 from lorakit.cli.verbs import Result
@@ -15,7 +15,7 @@ from lorakit.models.load import load_model
 
 
 class ConvertConfig(Settings):
-    """What to read, and what to write."""
+    """Settings of convert: the adapter to read, and the format and folder to write."""
 
     source: Path
     """Adapter folder of lorakit or PEFT, or a loralib .pt file."""
@@ -41,7 +41,7 @@ SETTINGS: type[Settings] = ConvertConfig
 
 
 def run(settings: ConvertConfig) -> Result:
-    """Convert, and say what could not be verified."""
+    """Convert the adapter; the result lists what its files could not prove."""
     adapter = Adapter.load(
         settings.source, config=settings.lora, kernel_sizes=settings.kernel_sizes
     )
@@ -49,7 +49,7 @@ def run(settings: ConvertConfig) -> Result:
         task, labels = adapter.card.get("task", "generation"), adapter.card.get("labels")
         model, _ = load_model(settings.model, task=task, labels=labels)
         attach(model, adapter)
-        # Whoever names the base answers for it; that it was not proven stays in `unverified`.
+        # The user names the base, which the files do not prove: `unverified` keeps saying so.
         adapter = replace(extract(model), base=adapter.base or require_attachment(model).identity)
     if settings.to == "peft":
         save_peft(adapter, settings.out)

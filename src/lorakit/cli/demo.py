@@ -32,16 +32,16 @@ from lorakit.training.run import train
 from lorakit.training.sweep.sweep import sweep
 
 TASK_STEPS = {"places": 70, "sql": 30}
-"""The tasks, and the steps after which each is learned."""
+"""The tasks, and the number of training steps of each."""
 MODEL = "smollm2"
 SWEEP_RANKS = (1, 2, 4, 8)
 SWEEP_STEPS = 12
 MIXED_ROWS = 8
-"""Rows of the mixed batch, in turns of the tasks and the base."""
+"""Rows of the mixed batch; the tasks and the base take turns."""
 
 
 class DemoConfig(Settings):
-    """How long to train and how much to score."""
+    """Settings of demo: how long to train and how much to score."""
 
     out: Path | None = None
     """New folder for the adapters. None: a temporary one, which stays for you to look at."""
@@ -61,7 +61,7 @@ SETTINGS: type[Settings] = DemoConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What one task gained."""
+    """The scores of one task before and after training, and what the training took."""
 
     task: str
     before: float
@@ -180,7 +180,7 @@ def _training(task: str, settings: DemoConfig, out: Path) -> TrainConfig:
 
 
 def _sweep(settings: DemoConfig, out: Path) -> TrainConfig:
-    """A sweep with as many rows in a step as one training has."""
+    """The settings of a sweep whose joint step has as many rows as one training's step."""
     steps = min(SWEEP_STEPS, settings.steps or SWEEP_STEPS)
     return TrainConfig(
         model=MODEL,
@@ -207,7 +207,7 @@ def _held_out(task: str, count: int) -> Sequence[PromptRow]:
 def _score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow]
 ) -> tuple[float, str]:
-    """The share of exact answers, and one example."""
+    """The share of rows that are answered exactly, from 0 to 1, and one example."""
     prompts = [encode_prompt(row, tokenizer, DataConfig()) for row in rows]
     answers = answer(model, tokenizer, prompts, max_new_tokens=48, batch_size=32)
     example = f"{rows[0].prompt}\n  -> {answers[0].splitlines()[0] if answers[0] else ''}"
@@ -220,12 +220,12 @@ def _mix(
     tokenizer: PreTrainedTokenizerBase,
     held_out: Mapping[str, Sequence[PromptRow]],
 ) -> Mixed:
-    """Answer one batch whose rows use the adapters in turns, and each adapter's rows alone."""
+    """Generate answers for one batch with an adapter per row, and for each adapter's rows alone."""
     turns = [task for _, task in zip(range(MIXED_ROWS), itertools.cycle([*TASK_STEPS, None]))]
     source = {task: itertools.cycle(held_out[task or "places"]) for task in turns}
     rows = [next(source[task]) for task in turns]
     prompts = [encode_prompt(row, tokenizer, DataConfig()) for row in rows]
-    # `answer` sorts its rows by length, and the route must name them in that order.
+    # `answer` sorts its rows by length, so the route must name their adapters in that order.
     order = sorted(range(len(rows)), key=lambda row: len(prompts[row]))
     prompts, turns = [prompts[row] for row in order], [turns[row] for row in order]
 
@@ -321,8 +321,8 @@ def _report(
             "",
             f"{len(data['sweep'])} ranks trained in one batch ({data['sweep_seconds']:.0f} s), "
             f"validation loss: {ranks}",
-            f"one batch of {len(mixed.adapters)} rows with {len(TASK_STEPS)} adapters and the base: "
-            f"{mixed.seconds:.1f} s (the base alone {mixed.base_seconds:.1f} s), each row "
+            f"one batch of {len(mixed.adapters)} rows with {len(TASK_STEPS)} adapters and the base:"
+            f" {mixed.seconds:.1f} s (the base alone {mixed.base_seconds:.1f} s), each row "
             + ("answered as alone" if mixed.same_answers else "NOT ANSWERED AS ALONE"),
             f"one prompt: base {timing.base_ms:.1f} ms, unmerged {timing.unmerged_ms:.1f} ms, "
             f"merged {timing.merged_ms:.1f} ms; a switch takes {timing.switch_us:.1f} us",

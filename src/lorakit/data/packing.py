@@ -1,4 +1,8 @@
-"""How the rows of a training batch are laid out, which hangs on what the model can do."""
+"""The layout of training batches: packed or padded, as the model allows.
+
+Packing is used only if a probe shows that the model gives the same logits for packed sequences as
+for padded ones.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +20,34 @@ from lorakit.kernels.packed_sequences import FEW_SIZES, Segments
 from lorakit.models.attention import attention_within, takes_attention_functions
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-"""Largest error of logits, relative to their root mean square, that is rounding.
+"""The largest error of logits, relative to their root mean square, that counts as rounding.
 
-Models that do without torch's fused attention take softmax in float32 even of float64.
+Models without torch's fused attention compute softmax in float32 even in float64.
 """
 TOLERANCE_IN_HALF_PRECISION = 0.1
-"""SmolLM2 in bfloat16: 0.015 of rounding, and 0.3 where rows see each other."""
+"""SmolLM2 in bfloat16: 0.015 of rounding, and 0.3 where samples attend to each other."""
 
 _LENGTHS = (5, 9, 1, 6)
-"""Tokens of the rows with which a model is tried."""
+"""The lengths, in tokens, of the probe's samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLayout:
-    """How rows become batches."""
+    """The form of a batch of samples."""
 
     joined: bool = False
-    """One row, without padding but at its end, in place of a rectangle."""
+    """The samples are packed into one row, padded at its end alone; else each has a padded row."""
     segmented: bool = False
-    """Attention is computed for each row by itself, by `attention_within`."""
+    """Attention is computed for each sample by itself, by `attention_within`."""
     by_length: bool = False
-    """Rows of like length share a batch."""
+    """Samples of similar length share a batch."""
     multiple: int = 1
-    """Rows of a batch are so many tokens long, or a multiple of it."""
+    """The rows' length in tokens is a multiple of it."""
     reason: str = ""
-    """Why rows are not joined."""
+    """Why samples are not packed."""
 
     def __str__(self) -> str:
-        """Return what is done, and why nothing better."""
+        """The layout in words, with the reason why it is not packed."""
         if self.joined:
             return "rows joined without padding"
         order = "padded, rows of like length together" if self.by_length else "padded"
@@ -51,18 +55,19 @@ class BatchLayout:
 
 
 PLAIN = BatchLayout()
-"""Padded rows in random order, and the model's own attention."""
+"""Padded samples in random order, and the model's own attention."""
 
 
 def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> BatchLayout:
-    """The best layout of which the model gives the same logits as of padded rows.
+    """The best layout for which the model gives the same logits as for padded samples.
 
-    It is tried on a few rows, without gradients; weights and random state stay as they are.
+    A probe of a few samples, without gradients, decides; it changes neither weights nor random
+    state.
 
     Args:
         model: the base, without adapters in use.
         task: generation, classification or regression.
-        packing: the setting of that name.
+        packing: auto, on or off.
 
     Raises:
         ConfigError: packing is on, and the model cannot do it.
@@ -81,7 +86,7 @@ def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> BatchLa
 
 
 def _obstacle(model: PreTrainedModel, task: str) -> str:
-    """Return why rows cannot be joined, as far as that is known without a trial."""
+    """The reason why samples cannot be packed, if one is known without a probe; else ""."""
     family = model.config.model_type
     if task != "generation":
         return f"{task} reads one token of each row"
@@ -94,7 +99,13 @@ def _obstacle(model: PreTrainedModel, task: str) -> str:
 
 @torch.no_grad()
 def _difference(model: PreTrainedModel, *, joined: bool) -> str:
-    """Return how the logits with segments, joined or padded, differ from the model's own."""
+    """The probe: how logits with packed sequences differ from the model's own; "" if they do not.
+
+    Args:
+        model: the base.
+        joined: pack the samples into one row; else they are padded, and only attention is within
+            each of them.
+    """
     examples = _examples(model)
     padded = training_batch(examples, pad_id=0)
     width = padded["input_ids"].shape[1]
@@ -109,7 +120,7 @@ def _difference(model: PreTrainedModel, *, joined: bool) -> str:
         expected = _logits(model, padded)
         with attention_within(model, segments):
             found = _logits(model, batch)
-    # Whatever the code of a model that we do not know raises, it only means that it cannot.
+    # A model's code can raise any error; whatever it is, the model cannot do it.
     except Exception as error:
         return f"{model.config.model_type} fails with segments: {error}"
     finally:
@@ -129,7 +140,7 @@ def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _examples(model: PreTrainedModel) -> list[Example]:
-    """Rows of tokens that are drawn always alike; none is 0, with which they are padded."""
+    """The probe's samples: the same random tokens each time, without 0, the padding."""
     generator = torch.Generator().manual_seed(0)
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)

@@ -1,4 +1,4 @@
-"""Reads rows, and makes sure that they can be used before anything is trained on them."""
+"""Rows of a source, read and checked as a whole before anything is trained on them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from lorakit.errors import DataError
 BUILTIN_PREFIX = "builtin:"
 
 _UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "weight")
-"""Keys of a message that change what it means to train on it."""
+"""Keys of a message that would change how it is trained on."""
 
 
 def read_rows(
@@ -33,13 +33,13 @@ def read_rows(
 
     Args:
         source: what `DataConfig.train` may be.
-        data: the kind of row, the names of the columns, and the classes.
+        data: the type of row, the names of the columns, and the classes.
         limit: read only the first so many rows.
         split: the split to read where the source has several and names none.
         labels: the classes of the training rows, for validation rows. None: those of `data`, or
             the distinct labels found.
         regression: labels are numbers to predict.
-        answered: prompt rows need a completion; False for prompts that are only to be answered.
+        answered: prompt rows need a completion; False for prompts that are for generation alone.
 
     Raises:
         DataError: the source is missing, malformed or lacks fields; lists what is wrong.
@@ -47,8 +47,8 @@ def read_rows(
     """
     if source.startswith(BUILTIN_PREFIX):
         return _builtin_rows(source, data, limit=limit, split=split)
-    records = read_raw_rows(source, limit=limit, split=split)
-    table = ColumnTable(source, records, FieldMap(data.fields))
+    raw = read_raw_rows(source, limit=limit, split=split)
+    table = ColumnTable(source, raw, FieldMap(data.fields))
     match table.kind(data, answered=answered):
         case "messages":
             turns = table.rows(lambda values: _messages_row(table.fields, values))

@@ -1,4 +1,4 @@
-"""Where rows come from: files and data sets of the hub, read as records of named values."""
+"""The sources of rows: files and data sets of the hub, read as raw rows of named values."""
 
 import csv
 import difflib
@@ -17,7 +17,7 @@ HUB = "hub:"
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One line of a file or row of a data set, before anything is known of its meaning."""
+    """One line of a file or row of a data set: its values by column, not yet interpreted."""
 
     where: str
     """For messages: "line 12" or "row 12"."""
@@ -25,11 +25,11 @@ class RawRow:
 
 
 def read_raw_rows(source: str, *, limit: int | None, split: str) -> list[RawRow]:
-    """The first records of a file or of a hub data set; all where limit is None.
+    """The first raw rows of a file or of a hub data set; all where limit is None.
 
     Args:
         source: a .jsonl, .json, .csv or .parquet file, or hub:OWNER/NAME[/SUBSET][:SPLIT].
-        limit: how many records to read; what follows them is not looked at.
+        limit: how many to read; what follows is not checked.
         split: the split of a hub data set whose source names none.
 
     Raises:
@@ -42,17 +42,21 @@ def read_raw_rows(source: str, *, limit: int | None, split: str) -> list[RawRow]
             found = _hub(source, split=split)
         else:
             found = _file(_existing(Path(source).expanduser()), problems)
-        records = list(islice(found, limit))
+        raw = list(islice(found, limit))
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
     problems.raise_if_any()
-    if not records:
+    if not raw:
         raise DataError(f"{source} is empty: it has no rows.")
-    return records
+    return raw
 
 
 def _existing(path: Path) -> Path:
-    """The path of a file, or raise an error that names what is there in its place."""
+    """The path of a file that exists.
+
+    Raises:
+        DataError: it does not; names the files of similar name, or those of the folder.
+    """
     if path.is_file():
         return path
     if path.is_dir():
@@ -76,7 +80,7 @@ def _file(path: Path, problems: Problems) -> Iterator[RawRow]:
 
 
 def _lines(path: Path, problems: Problems) -> Iterator[str]:
-    """Yield a file's lines, each with its end; what is not UTF-8 becomes a problem."""
+    """The lines of a file, each with its line end; one that is not UTF-8 becomes a problem."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -85,7 +89,7 @@ def _lines(path: Path, problems: Problems) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 byte = f"byte 0x{line[error.start]:02x} at offset {offset + error.start}"
                 problems.add(f"line {number}", f"not UTF-8 ({byte}): save the file as UTF-8")
-                # A line must stand here still, so that the numbers of later ones are right.
+                # It still counts as a line, so that the numbers of later ones are right.
                 yield line.decode("utf-8", errors="replace")
             offset += len(line)
 
@@ -103,7 +107,7 @@ def _json_lines(path: Path, problems: Problems) -> Iterator[RawRow]:
 
 
 def _json(path: Path, problems: Problems) -> Iterator[RawRow]:
-    """Yield the records of a .json file: JSON lines, or one array of objects."""
+    """The raw rows of a .json file: JSON lines, or one array of objects."""
     with path.open("rb") as file:
         is_array = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     if not is_array:
@@ -124,7 +128,7 @@ def _malformed(error: ValueError | RecursionError) -> str:
 
 
 def _objects(values: Iterable[tuple[str, Any]], problems: Problems) -> Iterator[RawRow]:
-    """Yield a record for each JSON object; any other value becomes a problem."""
+    """A raw row for each JSON object; any other value becomes a problem."""
     for where, value in values:
         if isinstance(value, dict):
             yield RawRow(where, value)
@@ -134,7 +138,7 @@ def _objects(values: Iterable[tuple[str, Any]], problems: Problems) -> Iterator[
 
 
 def _csv(path: Path, problems: Problems) -> Iterator[RawRow]:
-    """Yield the records of a .csv file, whose first line names the columns."""
+    """The raw rows of a .csv file, whose first line names the columns."""
     reader = csv.reader(_lines(path, problems), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -171,7 +175,7 @@ _READERS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _pa
 
 
 def _hub(source: str, *, split: str) -> Iterator[RawRow]:
-    """Yield the rows of a data set of the hub, which is downloaded where it is not yet here."""
+    """The raw rows of a data set of the hub, which is downloaded if it is not in the cache."""
     name, _, named_split = source.removeprefix(HUB).partition(":")
     owner, _, rest = name.partition("/")
     if not owner or not rest:

@@ -91,11 +91,11 @@ class Condition:
     value: str
 
     def question(self) -> str:
-        """Return it in English."""
+        """The condition in English."""
         return f"whose {_spoken(self.column)} {COMPARISONS[self.comparison]} {self.value}"
 
     def sql(self) -> str:
-        """Return it in SQL, words in quotes."""
+        """The condition in SQL, words in quotes."""
         value = self.value if self.value.isdigit() else f"'{self.value}'"
         return f"{self.column} {self.comparison} {value}"
 
@@ -137,7 +137,7 @@ def _combinations(split: Split) -> tuple[tuple[str, str, str], ...]:
 
 
 def _other_comparisons(table: str, function: str, comparison: str) -> list[str]:
-    """Return what a second condition may use: columns of the other type, training combinations."""
+    """The comparisons for a second condition: of the other type, and in a training combination."""
     others = NUMBER_COMPARISONS if comparison in WORD_COMPARISONS else WORD_COMPARISONS
     return [other for other in others if split_of(table, function, other) == "train"]
 
@@ -155,7 +155,7 @@ def _condition(rng: random.Random, name: str, comparison: str) -> Condition:
 
 
 def _selection(rng: random.Random, name: str, function: str, column: str) -> tuple[str, str]:
-    """Return what SQL selects, and the beginning of the question that asks for it."""
+    """The selection in SQL, and the beginning of the question for it in English."""
     if function == COUNT:
         return "COUNT(*)", f"How many {name} are there"
     word = rng.choice(AGGREGATES[function])
