@@ -247,7 +247,7 @@ def look(model: nn.Module) -> Tensor:
 
 
 def convolution_file(path: Path) -> Path:
-    """Save what loralib's layers in place of `Pictures`' own would."""
+    """Save the tensors that loralib's layers would have if `Pictures` were made of them."""
     model = pictures()
     tensors = {"head.lora_A": random(2, 4), "head.lora_B": random(2, 2, seed=1)}
     for name, k in KERNELS.items():
@@ -264,8 +264,8 @@ def as_loralib_computes(path: Path) -> Tensor:
     with torch.no_grad():
         for name in (*KERNELS, "head"):
             weight = getattr(model, name).weight
-            product = tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"]
-            weight += product.view(weight.shape) * 3 / CONVOLUTIONS.rank_pattern.get(name, 2)
+            delta = tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"]
+            weight += delta.view(weight.shape) * 3 / CONVOLUTIONS.rank_pattern.get(name, 2)
         model.first.bias.copy_(tensors["first.conv.bias"])
     return look(model)
 

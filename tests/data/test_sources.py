@@ -170,7 +170,7 @@ def test_a_missing_library_is_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 class FakeHub:
-    """Stands in for the datasets library."""
+    """A stand-in for the datasets library."""
 
     def __init__(self, result: list[dict[str, int]] | Exception) -> None:
         self.result = result

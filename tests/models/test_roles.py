@@ -363,11 +363,11 @@ def test_phi3_rows_of_gate_and_up_make_exactly_their_halves(role):
     mlp.activation_fn.register_forward_hook(
         lambda _module, inputs, output: seen.update(gate=inputs[0], activated=output)
     )
-    mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.update(product=inputs[0]))
+    mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.update(hidden=inputs[0]))
     zero(model, select_targets(model, (role,), layers="0"))
     model(**example_inputs(model))
     assert (seen["gate"].abs().max() == 0) == (role == "gate")
-    assert seen["product"].abs().max() == 0
+    assert seen["hidden"].abs().max() == 0
 
 
 @pytest.mark.parametrize("layout", FUSED)

@@ -18,7 +18,7 @@ from lorakit.config.methods import LoRAConfig
 V = TypeVar("V")
 PREFIX = "base_model.model."
 BIAS_WORDS = {"none": "none", "lora": "lora_only", "all": "all"}
-# For these PEFT copies the head by itself, and then asks the file for it.
+# For these PEFT adds the head to modules_to_save, and then expects it in the file.
 TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 

@@ -38,10 +38,10 @@ class ChatTemplate:
         Raises:
             UnusableRowError: nothing precedes the assistant, or the template refuses the messages.
         """
-        asked = messages[:-1] if messages[-1].role == "assistant" else messages
-        if not asked:
+        before = messages[:-1] if messages[-1].role == "assistant" else messages
+        if not before:
             raise UnusableRowError("nothing precedes the assistant's turn")
-        return self._ids(self._render(asked, assistant_next=True))
+        return self._ids(self._render(before, assistant_next=True))
 
     def example(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """The tokens of a conversation and their labels, up to the assistant's last turn.

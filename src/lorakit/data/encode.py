@@ -16,7 +16,7 @@ from lorakit.errors import DataError
 
 TOGETHER = 10_000
 """The number of rows that are tokenized at once: the tokenizer then uses all cores."""
-NOTHING_TO_LEARN = "no token to learn within the limit"
+NO_TARGET = "no target token within the limit"
 NO_ANSWER = "no turn of the assistant that answers something"
 
 
@@ -189,7 +189,7 @@ class _Encoder:
         kept = _last(prompt, room, start=self._start)
         targets = completion[: self.limit - len(kept)]
         if not kept or not targets:
-            return _Draft(dropped=NOTHING_TO_LEARN)
+            return _Draft(dropped=NO_TARGET)
         return _Draft(
             example=Example(input_ids=kept + targets, labels=[IGNORED] * len(kept) + targets),
             cut_prompt=len(kept) < len(prompt),
@@ -201,7 +201,7 @@ class _Encoder:
         kept = labels[: self.limit]
         # The first token is given, not predicted.
         if all(label == IGNORED for label in kept[1:]):
-            return _Draft(dropped=NOTHING_TO_LEARN)
+            return _Draft(dropped=NO_TARGET)
         return _Draft(
             example=Example(input_ids=ids[: self.limit], labels=kept),
             cut_completion=len(kept) < len(labels),

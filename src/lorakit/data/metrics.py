@@ -59,7 +59,7 @@ def matthews(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> flo
     """
     _check(predicted, expected)
     classes = list(dict.fromkeys([*predicted, *expected]))
-    # One row per prediction, one column per class: its products count agreements.
+    # One row per prediction, one column per class: the sum of p·e counts agreements.
     p, e = (
         np.array([[v == c for c in classes] for v in side], float) for side in (predicted, expected)
     )

@@ -71,7 +71,7 @@ def identify(
 
     Args:
         model: the base, with no adapter merged.
-        name: how the base was asked for.
+        name: the name, folder or hub id by which the base was loaded.
         skip: paths of modules that are not part of the base: fresh task heads.
     """
     parameters = {
