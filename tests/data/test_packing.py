@@ -17,7 +17,7 @@ from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.batches import training_batch
 from lorakit.data.collate import SEGMENTS, Collator
 from lorakit.data.encode import Example
-from lorakit.data.packing import PLAIN, BatchLayout, choose_layout
+from lorakit.data.packing import PLAIN, Layout, choose_layout
 from lorakit.errors import ConfigError
 from lorakit.training.loss import Loss
 from lorakit.training.run import train
@@ -130,7 +130,7 @@ def test_padded_rows_of_classifiers_keep_their_loss_and_gradients(tokenizer, fam
 
 def test_a_joined_batch_holds_the_same_rows_in_the_same_order(tokenizer):
     rows = examples(5, 1, 3)
-    collate = Collator(tokenizer, BatchLayout(joined=True))
+    collate = Collator(tokenizer, Layout(joined=True))
     batch, padded = collate(rows), training_batch(rows, pad_id=0)
     real = padded["attention_mask"].bool()
     assert batch["input_ids"][0].tolist() == padded["input_ids"][real].tolist()

@@ -116,7 +116,7 @@ def test_a_cache_or_another_shape_is_refused_and_generation_works_afterwards():
 )
 def test_what_the_function_cannot_do_is_refused(keywords, problem):
     model = build("llama")
-    refusal = rf"LlamaAttention cannot keep segments apart.*\n.*{problem}"
+    refusal = rf"LlamaAttention cannot keep packed sequences apart.*\n.*{problem}"
     with (
         attention_within(model, Segments((LENGTHS,), 13)),
         pytest.raises(ModelError, match=refusal),

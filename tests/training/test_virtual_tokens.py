@@ -11,7 +11,7 @@ from lorakit.cli.main import main
 from lorakit.config.methods import PrefixSettings
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.collate import SEGMENTS, Collator
-from lorakit.data.packing import PLAIN, BatchLayout
+from lorakit.data.packing import PLAIN, Layout
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, TargetError
 from lorakit.kernels.choice import use
@@ -90,7 +90,7 @@ def test_loss_and_gradients_are_the_same_joined_padded_recomputed_and_plain(sett
     tokenizer = prepared.tokenizer
     wanted_loss = step(model, Collator(tokenizer, PLAIN)(rows))
     wanted = gradients(model)
-    joined = Collator(tokenizer, BatchLayout(joined=True, segmented=True, multiple=16))(rows)
+    joined = Collator(tokenizer, Layout(joined=True, segmented=True, multiple=16))(rows)
 
     def check():
         found = gradients(model)

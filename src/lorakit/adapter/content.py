@@ -19,7 +19,7 @@ from lorakit.config.methods import LoRAConfig, MethodConfig
 from lorakit.models.identity import BaseIdentity
 
 WORDS = {"lora": ".lora_", "prefix-": ".prompt", "adapter-": ".bottleneck."}
-"""How methods' names start: what the names of their tensors contain."""
+"""How methods' names start, and what is in the names of their tensors."""
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer types by size in bytes, to read the bits of any tensor; numpy has no bfloat16."""
 LUMP_BYTES = 16 * 2**20
@@ -79,7 +79,7 @@ class AdapterContent:
         return next((each for each in self.configs if isinstance(each, LoRAConfig)), None)
 
     def method_of(self, tensor: str) -> str:
-        """The method that trains a tensor; copies of a task's head count as the first method's."""
+        """The method that trains a tensor; copies of a task's head go with the first."""
         named = [config.method for config in self.configs]
         for start, word in WORDS.items():
             own = [method for method in named if method.startswith(start)]
@@ -112,7 +112,7 @@ class AdapterContent:
 
     def content_hash(self) -> str:
         """The SHA-256 of all that changes the output: tensors, sites and scales."""
-        # Kept until a tensor is written to: a bank needs the hash that loading has computed.
+        # Kept until a tensor is written to, because a bank asks for what loading has computed.
         tensors = list(self.tensors.values())
         # Torch counts no writes to what was made in inference mode: NaN differs from itself.
         versions = [math.nan if t.is_inference() else t._version for t in tensors]

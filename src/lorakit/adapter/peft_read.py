@@ -81,13 +81,14 @@ def read_peft(
         problems.append("it holds no update: no tensor is called ….lora_A.weight")
     if problems:
         return None, problems
+    facts = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
     adapter = AdapterContent(
         configs=(_lora_config(config, sites, named, tuple(sorted(found.copied))),),
         sites=tuple(sites),
         tensors=named,
         copied_modules=tuple(sorted(found.copied)),
         target_modules=_plain_targets(config),
-        card=_card(config),
+        card={key: value for key, value in facts.items() if value},
         unverified=(*_unproven(config), *found.notes, *_frozen_note(found.frozen)),
     )
     return adapter, []
@@ -204,6 +205,7 @@ def _site(
         text = f"A has rank {a.shape[0]}, but {CONFIG_FILE} says {rank}"
         return None, {}, [f"{PREFIX}{path}  {text}: was it trained with rank {a.shape[0]}?"]
     is_conv = a.dim() > 2
+    is_transposed = config.fan_in_fan_out and kind == "linear"
     groups = rank // b.shape[1] if is_conv else 1
     if b.shape[1] * groups != rank or a.shape[1] % groups or b.shape[2:].numel() != 1:
         text = f"B {tuple(b.shape)} does not go with rank {rank}"
@@ -215,7 +217,7 @@ def _site(
         alpha=config.alpha_of(path) / share,
         scale=config.scale_of(path),
         groups=groups,
-        kind="conv" if is_conv else "transposed" if _transposed(config, kind) else kind,
+        kind="conv" if is_conv else "transposed" if is_transposed else kind,
     )
     whole = WholeLayer(sites=(site,), width=site.rank, alpha=site.alpha, scale=site.scale)
     parts = unstack(whole, a, b)
@@ -238,10 +240,6 @@ def _magnitude_problem(kind: LayerKind, update: Mapping[str, Tensor]) -> str | N
         shape, rows = tuple(update["magnitude"].shape), update["b"].shape[0]
         return f"has a lora_magnitude_vector {shape} for {rows} rows"
     return None
-
-
-def _transposed(config: PeftConfig, kind: LayerKind) -> bool:
-    return config.fan_in_fan_out and kind == "linear"
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
@@ -306,11 +304,6 @@ def _plain_targets(config: PeftConfig) -> tuple[str, ...]:
     narrowed = config.exclude_modules or config.layers_to_transform is not None
     words = config.target_modules
     return () if narrowed or not isinstance(words, list) else tuple(sorted(words))
-
-
-def _card(config: PeftConfig) -> dict[str, str]:
-    facts = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
-    return {key: value for key, value in facts.items() if value}
 
 
 def _unproven(config: PeftConfig) -> tuple[str, ...]:

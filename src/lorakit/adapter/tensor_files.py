@@ -70,9 +70,9 @@ def read_pickle(data: bytes, name: str) -> dict[str, Tensor]:
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     # The bytes may be anything, and so may what the unpickler makes of them.
     except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise AdapterFileError(
-            f"{name} cannot be read as tensors alone, and nothing else in it is run: "
-            f"{_first_line(error)}"
+            f"{name} cannot be read as tensors alone, and nothing else in it is run: {reason}"
         ) from error
     # loralib's own training script puts the tensors one level down.
     if isinstance(loaded, Mapping) and set(loaded) == {"model_state_dict"}:
@@ -90,10 +90,6 @@ def _flat(loaded: Any, name: str) -> dict[str, Tensor]:
     if not tensors or len(tensors) != len(found):
         raise AdapterFileError(f"{name} is not a flat dictionary of names and tensors")
     return tensors
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -49,7 +49,7 @@ def run(settings: ConvertConfig) -> Result:
         task, labels = adapter.card.get("task", "generation"), adapter.card.get("labels")
         model, _ = load_model(settings.model, task=task, labels=labels)
         attach(model, adapter)
-        # The user names the base, which the files do not prove: `unverified` keeps saying so.
+        # Whoever names the base answers for it; that it was not proven stays in `unverified`.
         adapter = replace(extract(model), base=adapter.base or require_attachment(model).identity)
     if settings.to == "peft":
         save_peft(adapter, settings.out)

@@ -1,4 +1,4 @@
-"""The collator: samples to one batch, padded or packed as the layout says."""
+"""Batches as a model takes them, without padding where it can do without."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.batches import joined_batch, pad_token, training_batch
 from lorakit.data.encode import Example
-from lorakit.data.packing import PLAIN, BatchLayout
+from lorakit.data.packing import PLAIN, Layout
 from lorakit.kernels.packed_sequences import Segments
 
 SEGMENTS = "segments"
-"""The batch's key for its packed sequences: for `attention_within`, not for the model."""
+"""Key of a batch's segments: not for the model itself, but for `attention_within`."""
 
 
 class Collator:
-    """Makes one batch of samples, padded or packed."""
+    """Turns examples into one batch, padded or joined."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: BatchLayout = PLAIN) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: Layout = PLAIN) -> None:
         self._layout = layout
         self._pad_id = pad_token(tokenizer)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """The batch with its labels, as `joined_batch` or `training_batch` gives it.
-
-        Where the model computes attention within packed sequences, the key SEGMENTS has them.
-        """
+        """The batch, labels included; the layout says in what form."""
         lengths = tuple(len(example.input_ids) for example in examples)
         if self._layout.joined:
             joined = joined_batch(examples, pad_id=self._pad_id, multiple=self._layout.multiple)

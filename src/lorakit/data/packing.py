@@ -1,8 +1,4 @@
-"""The layout of training batches: packed or padded, as the model allows.
-
-Packing is used only if a probe shows that the model gives the same logits for packed sequences as
-for padded ones.
-"""
+"""How the rows of a training batch are laid out, which hangs on what the model can do."""
 
 from __future__ import annotations
 
@@ -20,54 +16,53 @@ from lorakit.kernels.packed_sequences import FEW_SIZES, Segments
 from lorakit.models.attention import attention_within, takes_attention_functions
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-"""The largest error of logits, relative to their root mean square, that counts as rounding.
+"""Largest error of logits, relative to their root mean square, that is rounding.
 
-Models without torch's fused attention compute softmax in float32 even in float64.
+Models that do without torch's fused attention take softmax in float32 even of float64.
 """
 TOLERANCE_IN_HALF_PRECISION = 0.1
-"""SmolLM2 in bfloat16: 0.015 of rounding, and 0.3 where samples attend to each other."""
+"""SmolLM2 in bfloat16: 0.015 of rounding, and 0.3 where rows see each other."""
 
 _LENGTHS = (5, 9, 1, 6)
-"""The lengths, in tokens, of the probe's samples."""
+"""Tokens of the rows with which a model is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchLayout:
-    """The form of a batch of samples."""
+class Layout:
+    """How rows become batches."""
 
     joined: bool = False
-    """The samples are packed into one row, padded at its end alone; else each has a padded row."""
+    """One row, without padding but at its end, in place of a rectangle."""
     segmented: bool = False
-    """Attention is computed for each sample by itself, by `attention_within`."""
+    """Attention is computed for each row by itself, by `attention_within`."""
     by_length: bool = False
-    """Samples of similar length share a batch."""
+    """Rows of like length share a batch."""
     multiple: int = 1
-    """The rows' length in tokens is a multiple of it."""
+    """Rows of a batch are so many tokens long, or a multiple of it."""
     reason: str = ""
-    """Why samples are not packed."""
+    """Why rows are not joined."""
 
     def __str__(self) -> str:
-        """The layout in words, with the reason why it is not packed."""
+        """Return what is done, and why nothing better."""
         if self.joined:
             return "rows joined without padding"
         order = "padded, rows of like length together" if self.by_length else "padded"
         return f"{order}, because {self.reason}" if self.reason else order
 
 
-PLAIN = BatchLayout()
-"""Padded samples in random order, and the model's own attention."""
+PLAIN = Layout()
+"""Padded rows in random order, and the model's own attention."""
 
 
-def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> BatchLayout:
-    """The best layout for which the model gives the same logits as for padded samples.
+def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> Layout:
+    """The best layout of which the model gives the same logits as of padded rows.
 
-    A probe of a few samples, without gradients, decides; it changes neither weights nor random
-    state.
+    It is tried on a few rows, without gradients; weights and random state stay as they are.
 
     Args:
         model: the base, without adapters in use.
         task: generation, classification or regression.
-        packing: auto, on or off.
+        packing: the setting of that name.
 
     Raises:
         ConfigError: packing is on, and the model cannot do it.
@@ -78,15 +73,15 @@ def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> BatchLa
     if not reason:
         reason = _difference(model, joined=True)
     if not reason:
-        return BatchLayout(joined=True, segmented=True, multiple=FEW_SIZES)
+        return Layout(joined=True, segmented=True, multiple=FEW_SIZES)
     if packing == "on":
         raise ConfigError(f"packing is on, but {reason}: leave it at auto, or turn it off")
     segmented = takes_attention_functions(model) and not _difference(model, joined=False)
-    return BatchLayout(segmented=segmented, by_length=True, reason=reason)
+    return Layout(segmented=segmented, by_length=True, reason=reason)
 
 
 def _obstacle(model: PreTrainedModel, task: str) -> str:
-    """The reason why samples cannot be packed, if one is known without a probe; else ""."""
+    """Return why rows cannot be joined, as far as that is known without a trial."""
     family = model.config.model_type
     if task != "generation":
         return f"{task} reads one token of each row"
@@ -99,13 +94,7 @@ def _obstacle(model: PreTrainedModel, task: str) -> str:
 
 @torch.no_grad()
 def _difference(model: PreTrainedModel, *, joined: bool) -> str:
-    """The probe: how logits with packed sequences differ from the model's own; "" if they do not.
-
-    Args:
-        model: the base.
-        joined: pack the samples into one row; else they are padded, and only attention is within
-            each of them.
-    """
+    """Return how the logits with segments, joined or padded, differ from the model's own."""
     examples = _examples(model)
     padded = training_batch(examples, pad_id=0)
     width = padded["input_ids"].shape[1]
@@ -120,7 +109,7 @@ def _difference(model: PreTrainedModel, *, joined: bool) -> str:
         expected = _logits(model, padded)
         with attention_within(model, segments):
             found = _logits(model, batch)
-    # A model's code can raise any error; whatever it is, the model cannot do it.
+    # Whatever the code of a model that we do not know raises, it only means that it cannot.
     except Exception as error:
         return f"{model.config.model_type} fails with segments: {error}"
     finally:
@@ -140,7 +129,7 @@ def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _examples(model: PreTrainedModel) -> list[Example]:
-    """The probe's samples: the same random tokens each time, without 0, the padding."""
+    """Rows of tokens that are drawn always alike; none is 0, with which they are padded."""
     generator = torch.Generator().manual_seed(0)
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)

@@ -56,7 +56,10 @@ def read_rows(
         case "prompt":
             return _prompt_rows(table, answered=answered)
         case "classification" if regression:
-            return _regression_rows(table)
+            numbers = table.rows(
+                lambda values: _labelled_row(table.fields, values, read_label=as_number)
+            )
+            return Rows(kind="classification", rows=numbers, source=source)
         case "classification":
             return _classification_rows(table, known=labels or data.labels)
         case "text":
@@ -135,11 +138,6 @@ def _classification_rows(table: ColumnTable, *, known: tuple[str, ...] | None) -
     rows = table.rows(lambda values: _labelled_row(table.fields, values, read_label=named))
     labels = known or class_order([str(row.label) for row in rows], source=table.source)
     return Rows(kind="classification", rows=rows, source=table.source, labels=labels)
-
-
-def _regression_rows(table: ColumnTable) -> Rows:
-    rows = table.rows(lambda values: _labelled_row(table.fields, values, read_label=as_number))
-    return Rows(kind="classification", rows=rows, source=table.source)
 
 
 def _labelled_row(

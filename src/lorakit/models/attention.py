@@ -50,7 +50,10 @@ def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[No
     if segments is None:
         yield
         return
-    _register()
+    # Imported late: importing lorakit must not import transformers' models.
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
     configs = list(_configs(model))
     before = [(c, c._attn_implementation_internal, in_force.get(id(c))) for c in configs]
     try:
@@ -82,13 +85,6 @@ def _configs(model: nn.Module) -> Iterator[Any]:
         if hasattr(config, "_attn_implementation_internal") and id(config) not in seen:
             seen.add(id(config))
             yield config
-
-
-def _register() -> None:
-    # Imported late: importing lorakit must not import transformers' models.
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
 
 
 def _attend(
@@ -134,7 +130,9 @@ def _attend(
     if not is_compiling:
         problems += _wrong_sizes(query, key, in_force[id(module.config)])
     if problems:
-        raise ModelError.listing(f"{type(module).__name__} cannot keep segments apart", problems)
+        raise ModelError.listing(
+            f"{type(module).__name__} cannot keep packed sequences apart", problems
+        )
     if is_compiling:
         return custom_op_attention(query, key, value, id(module.config), rule), None
     return segment_attention(query, key, value, in_force[id(module.config)], rule), None

@@ -61,11 +61,14 @@ def load_model(
     if quantize is not None:
         check_library()
     asked = os.fspath(name)
+    auto_class: Any = transformers.AutoModelForSequenceClassification
+    if task == "generation":
+        auto_class = transformers.AutoModelForCausalLM
     with _quiet():
         source = _source(asked)
         with _explained(asked, source, task):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            model, info = _auto_class(task).from_pretrained(
+            model, info = auto_class.from_pretrained(
                 source,
                 dtype=getattr(torch, dtype),
                 output_loading_info=True,
@@ -165,12 +168,6 @@ def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         problem += ", but an adapter: load the base that it names, then attach the adapter"
     raise ModelError(f"{problem}.")
-
-
-def _auto_class(task: str) -> Any:
-    if task == "generation":
-        return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForSequenceClassification
 
 
 def _head_settings(task: str, labels: Sequence[str] | None) -> dict[str, Any]:

@@ -191,8 +191,8 @@ def quantization_on(card: Mapping[str, Any]) -> Quantization | None:
 
 def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and layer of each layer that `quantize` replaces."""
-    kept = [*task_heads(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-    inside = tuple(f".{name}." for name in kept)
+    left = [*task_heads(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    inside = tuple(f".{name}." for name in left)
     head = output_head(model)
     holders: dict[int, int] = {}
     for _, module in base_modules(model):

@@ -16,7 +16,7 @@ from lorakit.attachment.plan import Plan
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import Encoded, encode_rows
-from lorakit.data.packing import PLAIN, BatchLayout, choose_layout
+from lorakit.data.packing import PLAIN, Layout, choose_layout
 from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
@@ -50,7 +50,7 @@ class Prepared:
     validation: Encoded | None
     steps: int
     """Optimizer steps of the whole run."""
-    layout: BatchLayout = PLAIN
+    layout: Layout = PLAIN
     """How rows become batches."""
 
     def __str__(self) -> str:
@@ -137,14 +137,12 @@ def _load(
     return load_model(config.model, dtype=config.dtype, task=task, labels=labels, quantize=how)
 
 
-def _layout(model: PreTrainedModel, task: str, config: TrainConfig) -> BatchLayout:
+def _layout(model: PreTrainedModel, task: str, config: TrainConfig) -> Layout:
     # Joined rows need attention of ours, which plain torch does not have.
     packing = "off" if config.kernels == "plain" else config.packing
     if config.compile and torch.cuda.is_available() and packing == "auto":
         # Attention within segments is made of products then, which suits short rows on a CPU.
-        return BatchLayout(
-            multiple=LENGTHS, by_length=True, reason="compile has the model's attention"
-        )
+        return Layout(multiple=LENGTHS, by_length=True, reason="compile has the model's attention")
     layout = choose_layout(model, task=task, packing=packing)
     own_attention = not (layout.joined or layout.segmented)
     return replace(layout, multiple=LENGTHS) if config.compile and own_attention else layout
