@@ -11,7 +11,7 @@ from lorakit.models.identity import weights_hash as base_hash  # noqa: F401
 
 
 def randomise(model: nn.Module, name: str = "default", *, seed: int = 0, std: float = 0.2) -> None:
-    """Give an adapter random weights, as if it had been trained."""
+    """Set an adapter's weights to random numbers, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in adapter_parameters(model, name):

@@ -35,7 +35,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def merged_linear_delta(a: Tensor, b: Tensor, enabled: list[bool]) -> Tensor:
-    """Return what loralib's MergedLinear adds to a (d_out, d_in) weight, without the scale."""
+    """The ΔW that loralib's MergedLinear adds to a (d_out, d_in) weight, without the scale."""
     delta = F.conv1d(a[None], b[..., None], groups=sum(enabled))[0]
     height = delta.shape[0] // sum(enabled)
     wide = torch.zeros(height * len(enabled), a.shape[1])

@@ -14,7 +14,7 @@ from lorakit.config.methods import LoRAConfig
 
 
 class Adapter(AdapterContent):
-    """What was trained, apart from any model and any file format.
+    """An adapter: what was trained, independent of any model and any file format.
 
     Tensors are named `<site>.lora_a` (rank, d_in) and `<site>.lora_b` (d_out, rank), and with DoRA
     `<site>.lora_magnitude` (d_out,). A tensor under one of the base's own parameter names replaces

@@ -171,7 +171,7 @@ def _settle(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or a folder's list of entries, written to the disk."""
+    """Write a file, or a folder's list of entries, through to the disk."""
     if path.is_dir():
         _sync_folder(path)
     else:

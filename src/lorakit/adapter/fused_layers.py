@@ -24,7 +24,7 @@ class WholeLayer:
     """One update of one layer as PEFT has it."""
 
     sites: tuple[Site, ...]
-    """What it is made of: one site, or the slices of a fused layer."""
+    """The sites that it is made of: one for the whole layer, or the slices of a fused layer."""
     width: int
     """Rows of the stacked A: the sites' ranks, and zeros where no alpha gives the exact scale."""
     alpha: float

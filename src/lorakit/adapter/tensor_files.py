@@ -14,7 +14,7 @@ from lorakit.errors import AdapterFileError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-"""What older versions of PEFT wrote in its stead."""
+"""The weights file of older versions of PEFT, a pickle."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

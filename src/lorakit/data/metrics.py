@@ -69,7 +69,7 @@ def matthews(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> flo
 
 
 def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return corpus BLEU from 0 to 100 in lower case, as sacrebleu computes it.
+    """The corpus BLEU, from 0 to 100, in lower case, as sacrebleu computes it.
 
     Each output may have another number of references.
 

@@ -24,7 +24,7 @@ from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.roles import task_heads
 
 TASKS = ("generation", "classification", "regression")
-"""What a base model can be loaded for."""
+"""The tasks that a base model can be loaded for."""
 
 _SHOWN_TENSORS = 5
 

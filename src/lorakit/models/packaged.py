@@ -29,7 +29,7 @@ class Package:
     module: str
     """Import name of the package, which is never imported."""
     requirement: str
-    """What pip is to install; its own dependencies are not needed."""
+    """The requirement for pip, to be installed without its dependencies."""
     file: str
     """A GGUF file, or a transformers folder, relative to the package."""
 

@@ -126,7 +126,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def convert_quantized(model: nn.Module) -> None:
-    """Give the layers of a checkpoint that bitsandbytes quantised lorakit's forward pass, in place.
+    """Convert the layers of a checkpoint that bitsandbytes quantised to lorakit's, in place.
 
     The weights before quantisation are not known, so they are no part of the base's identity.
     """
