@@ -12,7 +12,7 @@ import torch
 
 import lorakit as lk
 from lorakit.errors import AdapterFileError, BankError, RouteError
-from oracles import alone, attach_random, base_hash, outputs
+from references import alone, attach_random, base_hash, outputs
 from tiny_models import build, example_inputs
 
 KINDS = {

@@ -15,7 +15,7 @@ import lorakit.bank
 from lorakit.adapter import folder as formats
 from lorakit.attachment.state import modules_of
 from lorakit.errors import AdapterFileError
-from oracles import attach_random, outputs
+from references import attach_random, outputs
 from tiny_models import build, example_inputs
 
 WEIGHTS = "adapter_model.safetensors"

@@ -5,7 +5,7 @@ import torch
 
 import lorakit as lk
 from lorakit.errors import MergeError
-from oracles import attach_random, base_hash, outputs
+from references import attach_random, base_hash, outputs
 from test_bank import KINDS, answers, made
 from tiny_models import build, example_inputs
 

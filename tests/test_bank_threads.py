@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from oracles import attach_random, outputs
+from references import attach_random, outputs
 from tiny_models import build, example_inputs
 
 NAMES = ("one", "two", "three", "four")

@@ -15,7 +15,7 @@ from lorakit.config.methods import METHODS as NAMED
 from lorakit.config.methods import MethodConfig
 from lorakit.errors import MergeError, RouteError, TargetError
 from lorakit.training.run import train
-from oracles import base_hash, outputs, randomise
+from references import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 
 DECODERS = ("llama", "gpt2", "opt")

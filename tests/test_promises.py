@@ -8,7 +8,7 @@ import torch
 
 import lorakit as lk
 from covering import covering
-from oracles import attach_random, base_hash, outputs, randomise
+from references import attach_random, base_hash, outputs, randomise
 from tiny_models import FAMILIES, build, example_inputs
 
 ADAPTED = {"rank": 2, "targets": ("q", "v")}

@@ -9,7 +9,7 @@ import pytest
 
 import lorakit as lk
 from lorakit.cli.main import main
-from oracles import attach_random
+from references import attach_random
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

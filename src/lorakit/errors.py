@@ -84,11 +84,11 @@ class MissingExtraError(LorakitError):
         self._made_of = purpose, extra
 
     def __reduce__(self) -> tuple[type["MissingExtraError"], tuple[str, str]]:
-        """Return how it is made again in another process: its text is not what it is made of."""
+        """The class and arguments to unpickle it with: its text is not its argument."""
         return type(self), self._made_of
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the known word nearest to a wrong one, or nothing."""
+    """The end of a message, "; did you mean 'x'?", with the nearest known word; else ""."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""

@@ -141,7 +141,7 @@ def test_a_full_disk_leaves_what_was_there(
     with pytest.raises(OutputError, match=r"bytes could not be written to .*: No space left"):
         slices().save(folder, overwrite=True)
     monkeypatch.undo()
-    if counts:  # the new files had their place; only the proof that it lasts was missing
+    if counts:  # the new files were in the folder; only the last sync was missing
         assert held(folder) == NEW
     else:
         assert sorted(tmp_path.rglob("*")) == before

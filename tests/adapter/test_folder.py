@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import lorakit.adapter.folder as reader
 from adapter.handmade import IN_OWN_FORM, MAKERS, adapter, linear, site, slices
 from lorakit.adapter.adapter import Adapter
 from lorakit.config.methods import METHODS, LoRAConfig
@@ -372,6 +374,22 @@ def test_a_record_that_contradicts_itself_is_refused(saved: Path) -> None:
     content["sites"][0]["path"] = "elsewhere"
     (saved / RECORD).write_text(json.dumps(content | {"checksum": checksum(content)}))
     assert f"{RECORD} contradicts itself" in refusal(saved)
+
+
+def test_loading_a_folder_enters_its_reader_three_times(saved: Path) -> None:
+    entered: list[str] = []
+
+    def profile(frame: Any, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename == reader.__file__:
+            entered.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        Adapter.load(saved)
+    finally:
+        sys.setprofile(before)
+    assert entered == ["load_path", "_read_folder", "content_from"]
 
 
 def test_a_folder_of_many_gives_names_in_the_models_order(tmp_path: Path) -> None:

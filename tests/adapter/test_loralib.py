@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.folder import save_peft
+from lorakit.adapter.folder_write import save_peft
 from lorakit.cli.main import main
 from lorakit.errors import AdapterFileError
 from tiny_models import build, example_inputs
@@ -35,7 +35,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def merged_linear_delta(a: Tensor, b: Tensor, enabled: list[bool]) -> Tensor:
-    """Return what loralib's MergedLinear adds to a (d_out, d_in) weight, without the scale."""
+    """The ΔW that loralib's MergedLinear adds to a (d_out, d_in) weight, without the scale."""
     delta = F.conv1d(a[None], b[..., None], groups=sum(enabled))[0]
     height = delta.shape[0] // sum(enabled)
     wide = torch.zeros(height * len(enabled), a.shape[1])
@@ -247,7 +247,7 @@ def look(model: nn.Module) -> Tensor:
 
 
 def convolution_file(path: Path) -> Path:
-    """Save what loralib's layers in place of `Pictures`' own would."""
+    """Save the tensors that loralib's layers would have if `Pictures` were made of them."""
     model = pictures()
     tensors = {"head.lora_A": random(2, 4), "head.lora_B": random(2, 2, seed=1)}
     for name, k in KERNELS.items():
@@ -264,8 +264,8 @@ def as_loralib_computes(path: Path) -> Tensor:
     with torch.no_grad():
         for name in (*KERNELS, "head"):
             weight = getattr(model, name).weight
-            product = tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"]
-            weight += product.view(weight.shape) * 3 / CONVOLUTIONS.rank_pattern.get(name, 2)
+            delta = tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"]
+            weight += delta.view(weight.shape) * 3 / CONVOLUTIONS.rank_pattern.get(name, 2)
         model.first.bias.copy_(tensors["first.conv.bias"])
     return look(model)
 

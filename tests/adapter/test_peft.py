@@ -364,10 +364,10 @@ def test_words_that_are_roles_here_keep_peft_s_meaning(tmp_path: Path) -> None:
 def test_a_resized_embedding_is_taken_as_a_full_copy_and_reported(plain: Path) -> None:
     tensors = safetensors.torch.load((plain / "adapter_model.safetensors").read_bytes())
     tensors[f"{P}model.embed_tokens.weight"] = torch.ones(9, 8)
-    from lorakit.adapter.peft_config import parse_config
+    from lorakit.adapter.peft_config import PeftConfig
     from lorakit.adapter.peft_read import read_peft
 
-    config = parse_config(json.loads((plain / "adapter_config.json").read_text()))
+    config = PeftConfig.model_validate(json.loads((plain / "adapter_config.json").read_text()))
     adapter, problems = read_peft(config, tensors)
     assert adapter is not None
     assert problems == []

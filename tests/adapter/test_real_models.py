@@ -8,7 +8,7 @@ import torch
 
 import lorakit as lk
 from covering import covering
-from oracles import outputs, randomise
+from references import outputs, randomise
 
 # PEFT asks transformers by a name that 5.23 has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -101,7 +101,7 @@ def test_an_adapter_of_peft_gives_the_same_logits_here(made, change, tmp_path):
     theirs.eval().save_pretrained(tmp_path / "adapter")
     expected = outputs(theirs, inputs)
     adapter = lk.Adapter.load(tmp_path / "adapter")
-    # Another classifier than the one that PEFT trained on: the file's must take its place.
+    # Another classifier than the one that PEFT trained on: the file's must replace it.
     fresh, _ = load(name, task, seed=1)
     lk.attach(fresh, adapter)
     assert (expected - base).abs().max() > 0.01

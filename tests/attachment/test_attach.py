@@ -12,7 +12,7 @@ from lorakit.errors import (
     AttachError,
     TargetError,
 )
-from oracles import attach_random, base_hash, outputs, randomise
+from references import attach_random, base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 
 

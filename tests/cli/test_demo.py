@@ -1,4 +1,4 @@
-"""The demo's way through everything, on a tiny model that learns nothing."""
+"""The demo from end to end, on a tiny model that learns nothing."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The entry point: what goes to stdout and stderr, and the exit codes."""
+"""The entry point: what is printed on stdout and stderr, and the exit codes."""
 
 import gc
 import json

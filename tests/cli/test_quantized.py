@@ -11,7 +11,7 @@ from lorakit.cli.main import main
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.models.quantized import Quantization, quantization_of
 from lorakit.training.run import train
-from oracles import outputs
+from references import outputs
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
 

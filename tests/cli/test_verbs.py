@@ -20,7 +20,7 @@ from lorakit.cli.main import main
 
 @pytest.fixture(scope="module")
 def trained_once(tiny_llama, prompt_rows, tmp_path_factory):
-    """Return the folder of an adapter trained by the command line."""
+    """The folder of an adapter trained by the command line."""
     out = tmp_path_factory.mktemp("trained") / "adapter"
     words = ["train", "--model", tiny_llama, "--out", out, "--data.train", prompt_rows, "--json"]
     more = ["--steps", 8, "--warmup-steps", 2, "--lora.targets", "all-linear", "--dtype", "float32"]
@@ -32,7 +32,7 @@ def trained_once(tiny_llama, prompt_rows, tmp_path_factory):
 
 @pytest.fixture
 def trained(trained_once, tmp_path):
-    """Return the folder of a copy that belongs to one test."""
+    """The folder of a copy that belongs to one test."""
     return shutil.copytree(trained_once, tmp_path / "adapter")
 
 

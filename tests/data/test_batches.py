@@ -16,7 +16,7 @@ def test_examples_are_padded_on_the_right_to_the_longest() -> None:
     assert batch.keys() == {"input_ids", "attention_mask", "labels"}
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    # The pad token 9 is also a token to learn, and only as padding it has no label.
+    # The pad token 9 is also a target token, and only as padding it has no label.
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
 
 

@@ -38,8 +38,8 @@ def text_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     return tokenizer.decode(example.input_ids)
 
 
-def learnt(tokenizer: Tokenizer, example: Example) -> str:
-    """The tokens that have a label, as text, a bar where some between have none."""
+def target_text(tokenizer: Tokenizer, example: Example) -> str:
+    """The target tokens as text, with a bar where other tokens are between them."""
     assert isinstance(example.labels, list)
     assert len(example.labels) == len(example.input_ids)
     parts = [""]
@@ -59,7 +59,7 @@ def prompt_row(prompt: str, completion: str) -> PromptRow:
 def test_only_the_completion_and_its_end_are_learnt(tokenizer: Tokenizer) -> None:
     encoded = encode(tokenizer, prompt_row("ab", "cd"))
     assert text_of(tokenizer, encoded[0]) == "ab=cd</s>"
-    assert learnt(tokenizer, encoded[0]) == "cd</s>"
+    assert target_text(tokenizer, encoded[0]) == "cd</s>"
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -97,7 +97,7 @@ def test_a_completion_never_merges_with_its_prompt() -> None:
     tokenizer = build_tokenizer(merges=("==", "ab"))
     encoded = encode(tokenizer, prompt_row("ab", "=ab"))
     assert len(encoded[0].input_ids) == len(["ab", "=", "=", "ab", "</s>"])
-    assert learnt(tokenizer, encoded[0]) == "=ab</s>"
+    assert target_text(tokenizer, encoded[0]) == "=ab</s>"
 
 
 def test_the_start_token_is_written_once_if_the_tokenizer_writes_one() -> None:
@@ -139,7 +139,7 @@ def test_a_prompt_is_encoded_to_be_answered_as_it_was_to_be_learnt(starts: bool)
 def test_a_long_prompt_loses_its_beginning(tokenizer: Tokenizer) -> None:
     encoded = encode(tokenizer, prompt_row("abcdef", "gh"), prompt_row("a", "b"), max_length=6)
     assert text_of(tokenizer, encoded[0]) == "ef=gh</s>"
-    assert learnt(tokenizer, encoded[0]) == "gh</s>"
+    assert target_text(tokenizer, encoded[0]) == "gh</s>"
     assert (encoded.report.truncated_prompts, encoded.report.truncated_completions) == (1, 0)
 
 
@@ -156,7 +156,7 @@ def test_a_completion_is_cut_only_if_nothing_of_the_prompt_would_stay(tokenizer:
     assert text_of(tokenizer, fitting[0]) == "=defgh</s>"
     cut = encode(tokenizer, row, max_length=6)
     assert text_of(tokenizer, cut[0]) == "bc=def"
-    assert learnt(tokenizer, cut[0]) == "def"
+    assert target_text(tokenizer, cut[0]) == "def"
     assert (cut.report.truncated_prompts, cut.report.truncated_completions) == (1, 1)
 
 
@@ -174,7 +174,7 @@ def test_no_example_is_longer_than_the_limit(max_length: int, starts: bool) -> N
         row = prompt_row("p" * n, "c" * (8 - n))
         example = encode(tokenizer, row, max_length=max_length)[0]
         assert len(example.input_ids) == min(max_length, 10 + starts)
-        assert "c" in learnt(tokenizer, example)
+        assert "c" in target_text(tokenizer, example)
 
 
 def test_the_tokenizers_own_limit_holds_too() -> None:
@@ -189,15 +189,15 @@ def test_every_token_of_a_text_is_learnt(tokenizer: Tokenizer) -> None:
     encoded = encode(
         tokenizer, TextRow(text="abc"), TextRow(text="abcdef"), kind="text", max_length=4
     )
-    assert [learnt(tokenizer, example) for example in encoded.examples] == ["abc</s>", "abcd"]
+    assert [target_text(tokenizer, example) for example in encoded.examples] == ["abc</s>", "abcd"]
     assert encoded.report.truncated_completions == 1
 
 
 def test_rows_without_a_token_to_learn_are_dropped_and_counted(tokenizer: Tokenizer) -> None:
     encoded = encode(tokenizer, TextRow(text=""), TextRow(text="a"), kind="text")
     assert len(encoded) == 1
-    assert encoded.report.dropped == {"no token to learn within the limit": 1}
-    with pytest.raises(DataError, match=r"No row is left(.|\n)*dropped 1 row: no token to learn"):
+    assert encoded.report.dropped == {"no target token within the limit": 1}
+    with pytest.raises(DataError, match=r"No row is left(.|\n)*dropped 1 row: no target token"):
         encode(tokenizer, prompt_row("a", "b"), max_length=1)
 
 
@@ -218,7 +218,7 @@ def test_every_turn_of_the_assistant_is_learnt_to_its_end_token(tokenizer: Token
         "<|system|>S<|end|>\n<|user|>Hi<|end|>\n<|assistant|>Hello<|end|>\n"
         "<|user|>Bye<|end|>\n<|assistant|>Ciao<|end|>\n"
     )
-    assert learnt(tokenizer, example) == "Hello<|end|>|Ciao<|end|>"
+    assert target_text(tokenizer, example) == "Hello<|end|>|Ciao<|end|>"
 
 
 def test_words_of_the_user_are_not_learnt_even_if_the_assistant_says_them_too(
@@ -229,7 +229,7 @@ def test_words_of_the_user_are_not_learnt_even_if_the_assistant_says_them_too(
     assert len([label for label in example.labels if label != IGNORED]) == len(
         ["H", "i", "<|end|>"]
     )
-    assert learnt(tokenizer, example) == "Hi<|end|>"
+    assert target_text(tokenizer, example) == "Hi<|end|>"
 
 
 def test_what_follows_the_last_answer_is_left_out(tokenizer: Tokenizer) -> None:
@@ -252,7 +252,7 @@ def test_an_answer_that_merges_with_its_heading_is_learnt_with_the_merged_token(
     template += "{% if add_generation_prompt %}a:{% endif %}"
     tokenizer = build_tokenizer(merges=("::",), chat_template=template)
     example = encode(tokenizer, chat("user: x", "assistant: :y"), kind="messages")[0]
-    assert learnt(tokenizer, example) == "::y<|end|>"
+    assert target_text(tokenizer, example) == "::y<|end|>"
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_token() -> None:
@@ -260,7 +260,7 @@ def test_a_template_without_an_end_of_turn_gets_the_end_token() -> None:
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     tokenizer = build_tokenizer(chat_template=template)
     row = chat("user: a", "assistant: b", "user: c", "assistant: d")
-    assert learnt(tokenizer, encode(tokenizer, row, kind="messages")[0]) == "b\n|d\n</s>"
+    assert target_text(tokenizer, encode(tokenizer, row, kind="messages")[0]) == "b\n|d\n</s>"
 
 
 def test_conversations_without_an_answer_are_dropped_and_counted(tokenizer: Tokenizer) -> None:
@@ -272,14 +272,14 @@ def test_conversations_without_an_answer_are_dropped_and_counted(tokenizer: Toke
 
 def test_a_turn_that_opens_the_conversation_is_not_learnt(tokenizer: Tokenizer) -> None:
     row = chat("assistant: Welcome", "user: Hi", "assistant: Yes?")
-    assert learnt(tokenizer, encode(tokenizer, row, kind="messages")[0]) == "Yes?<|end|>"
+    assert target_text(tokenizer, encode(tokenizer, row, kind="messages")[0]) == "Yes?<|end|>"
 
 
 def test_a_long_conversation_loses_its_end(tokenizer: Tokenizer) -> None:
     row = chat("user: a", "assistant: b", "user: c", "assistant: d")
     first = len("?a?\n?b?")
     encoded = encode(tokenizer, row, kind="messages", max_length=first)
-    assert learnt(tokenizer, encoded[0]) == "b<|end|>"
+    assert target_text(tokenizer, encoded[0]) == "b<|end|>"
     assert encoded.report.truncated_completions == 1
     with pytest.raises(DataError, match="No row is left"):
         encode(tokenizer, row, kind="messages", max_length=first - 2)

@@ -24,7 +24,7 @@ from lorakit.errors import ConfigError
 from lorakit.training.loss import Loss
 from lorakit.training.run import train
 from lorakit.training.sweep.joint_step import MicroBatch, joint_losses
-from oracles import attach_random
+from references import attach_random
 from tiny_models import build
 
 WINDOW = {"sliding_window": 3}

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.data.sources import Record, read_records
+from lorakit.data.sources import RawRow, read_raw_rows
 from lorakit.errors import DataError, MissingExtraError
 
 
-def records(path: Path, *, limit: int | None = None) -> list[Record]:
-    return read_records(str(path), limit=limit, split="train")
+def records(path: Path, *, limit: int | None = None) -> list[RawRow]:
+    return read_raw_rows(str(path), limit=limit, split="train")
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -21,28 +21,28 @@ def written(folder: Path, name: str, content: str | bytes) -> Path:
 
 def test_json_lines_keep_their_line_numbers_past_blank_lines(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", '{"x": 1}\n\n  \n{"x": "é"}')
-    assert records(path) == [Record("line 1", {"x": 1}), Record("line 4", {"x": "é"})]
+    assert records(path) == [RawRow("line 1", {"x": 1}), RawRow("line 4", {"x": "é"})]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", b'\xef\xbb\xbf{"x": 1}\n')
-    assert records(path) == [Record("line 1", {"x": 1})]
+    assert records(path) == [RawRow("line 1", {"x": 1})]
     path = written(tmp_path, "a.csv", b"\xef\xbb\xbfx\n1\n")
-    assert records(path) == [Record("line 2", {"x": "1"})]
+    assert records(path) == [RawRow("line 2", {"x": "1"})]
 
 
 def test_a_json_file_may_be_lines_or_one_array(tmp_path: Path) -> None:
     lines = written(tmp_path, "lines.json", '{"x": 1}\n{"x": 2}\n')
     array = written(tmp_path, "array.json", '\n [{"x": 1},\n {"x": 2}]')
     assert [record.values for record in records(lines)] == [{"x": 1}, {"x": 2}]
-    assert records(array) == [Record("row 1", {"x": 1}), Record("row 2", {"x": 2})]
+    assert records(array) == [RawRow("row 1", {"x": 1}), RawRow("row 2", {"x": 2})]
 
 
 def test_csv_cells_may_hold_commas_quotes_and_line_ends(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", 'a, b\r\n"1, ""2""\nlast",3\r\n\r\n4,\r\n')
     assert records(path) == [
-        Record("line 2", {"a": '1, "2"\nlast', "b": "3"}),
-        Record("line 5", {"a": "4", "b": ""}),
+        RawRow("line 2", {"a": '1, "2"\nlast', "b": "3"}),
+        RawRow("line 5", {"a": "4", "b": ""}),
     ]
 
 
@@ -53,7 +53,7 @@ def test_parquet_gives_what_was_written(tmp_path: Path) -> None:
     rows = [{"x": "a", "messages": [{"role": "user", "content": "b"}]}, {"x": None, "messages": []}]
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert records(path) == [Record("row 1", rows[0]), Record("row 2", rows[1])]
+    assert records(path) == [RawRow("row 1", rows[0]), RawRow("row 2", rows[1])]
 
 
 def test_nothing_after_the_limit_is_looked_at(tmp_path: Path) -> None:
@@ -166,11 +166,11 @@ def test_a_missing_library_is_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setitem(sys.modules, name, None)
     for source in (str(written(tmp_path, "a.parquet", "x")), "hub:owner/name"):
         with pytest.raises(MissingExtraError, match=r"pip install 'lorakit\[data\]'"):
-            read_records(source, limit=None, split="train")
+            read_raw_rows(source, limit=None, split="train")
 
 
 class FakeHub:
-    """Stands in for the datasets library."""
+    """A stand-in for the datasets library."""
 
     def __init__(self, result: list[dict[str, int]] | Exception) -> None:
         self.result = result
@@ -203,7 +203,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 def test_a_hub_source_names_owner_name_subset_and_split(
     hub: FakeHub, source: str, asked: tuple[str, str | None, str]
 ) -> None:
-    assert read_records(source, limit=1, split="validation") == [Record("row 1", {"x": 1})]
+    assert read_raw_rows(source, limit=1, split="validation") == [RawRow("row 1", {"x": 1})]
     assert hub.asked == [asked]
 
 
@@ -211,12 +211,12 @@ def test_a_hub_source_names_owner_name_subset_and_split(
 def test_an_unreachable_hub_says_how_to_get_the_data(hub: FakeHub, problem: Exception) -> None:
     hub.result = problem
     with pytest.raises(DataError, match=r"hf download owner/name --repo-type dataset"):
-        read_records("hub:owner/name", limit=None, split="train")
+        read_raw_rows("hub:owner/name", limit=None, split="train")
 
 
 def test_a_hub_source_without_owner_is_refused() -> None:
     with pytest.raises(DataError, match="write hub:OWNER/NAME"):
-        read_records("hub:name:train", limit=None, split="train")
+        read_raw_rows("hub:name:train", limit=None, split="train")
 
 
 def test_a_file_that_cannot_be_opened_is_told(

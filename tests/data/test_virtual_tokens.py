@@ -1,4 +1,4 @@
-"""Where virtual tokens stand in a row, and what the row's labels and types are then."""
+"""The positions of virtual tokens in a sequence, and the sequence's labels and token types."""
 
 import pytest
 

@@ -11,7 +11,7 @@ import torch
 
 import lorakit as lk
 from lorakit.layers.checkpointing import RoutedCheckpoint, keep_routes, let_input_require_grad
-from oracles import attach_random
+from references import attach_random
 from tiny_models import build
 
 

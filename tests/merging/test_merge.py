@@ -11,7 +11,7 @@ import lorakit as lk
 from lorakit.attachment.original_weights import FileWeight
 from lorakit.errors import LorakitError, MergeError
 from lorakit.merging.merge import finalize
-from oracles import attach_random, base_hash, outputs
+from references import attach_random, base_hash, outputs
 from tiny_models import build, example_inputs
 
 

@@ -10,7 +10,7 @@ import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, MergeError, TargetError
 from lorakit.models.roles import task_heads
-from oracles import outputs, randomise
+from references import outputs, randomise
 from tiny_models import FAMILIES, build, example_inputs
 
 WITHOUT = {"llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "falcon"} | {

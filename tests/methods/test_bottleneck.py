@@ -21,7 +21,7 @@ from lorakit.errors import AdapterFileError, ConfigError, MergeError, TargetErro
 from lorakit.methods.bottleneck import BottleneckComponent
 from lorakit.methods.module_copy import TrainedCopy
 from lorakit.training.memory.activation_checkpointing import matmuls, narrow_matmuls, recomputing
-from oracles import base_hash, outputs, randomise
+from references import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer"}

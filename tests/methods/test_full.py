@@ -10,7 +10,7 @@ import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, TargetError
 from lorakit.merging.merge import finalize
-from oracles import base_hash, outputs, randomise
+from references import base_hash, outputs, randomise
 from tiny_models import FAMILIES, build, example_inputs
 
 TIED = ("llama", "gpt2", "opt")

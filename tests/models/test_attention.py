@@ -9,7 +9,7 @@ import lorakit as lk
 from lorakit.errors import ModelError
 from lorakit.kernels.packed_sequences import Segments
 from lorakit.models.attention import attention_within, takes_attention_functions
-from oracles import attach_random
+from references import attach_random
 from tiny_models import build
 
 LENGTHS = (5, 1, 7)
@@ -116,7 +116,7 @@ def test_a_cache_or_another_shape_is_refused_and_generation_works_afterwards():
 )
 def test_what_the_function_cannot_do_is_refused(keywords, problem):
     model = build("llama")
-    refusal = rf"LlamaAttention cannot keep segments apart.*\n.*{problem}"
+    refusal = rf"LlamaAttention cannot keep packed sequences apart.*\n.*{problem}"
     with (
         attention_within(model, Segments((LENGTHS,), 13)),
         pytest.raises(ModelError, match=refusal),

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import TargetError
 from lorakit.models.paths import block_number
-from lorakit.models.roles import named, places, select, task_heads
+from lorakit.models.roles import select_targets, targets_by_word, targets_of, task_heads
 from tiny_models import FAMILIES, build, example_inputs
 
 DECODERS = FAMILIES[: FAMILIES.index("bert")]
@@ -140,42 +140,45 @@ def paths(chosen):
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
 def test_each_role_names_one_layer_of_each_block(family):
     model = build(family)
-    block = next(target.path for target in places(model) if block_number(target.path) == 0)
+    block = next(target.path for target in targets_of(model) if block_number(target.path) == 0)
     block = block[: block.index(".0.") + 2]
     for role, name in NAMES[family].items():
         expected = [f"{block}.{name}", f"{block[:-1]}1.{name}"]
-        assert names(select(model, (role,))) == expected, role
+        assert names(select_targets(model, (role,))) == expected, role
 
 
 def test_t5_roles_name_self_and_cross_attention_of_both_stacks():
     model = build("t5")
     for role in ("q", "k", "v", "o"):
-        assert names(select(model, (role,), layers="1")) == [
+        assert names(select_targets(model, (role,), layers="1")) == [
             f"encoder.block.1.layer.0.SelfAttention.{role}",
             f"decoder.block.1.layer.0.SelfAttention.{role}",
             f"decoder.block.1.layer.1.EncDecAttention.{role}",
         ]
     for role, name in (("gate", "wi_0"), ("up", "wi_1"), ("down", "wo")):
-        assert names(select(model, (role,), layers="1")) == [
+        assert names(select_targets(model, (role,), layers="1")) == [
             f"encoder.block.1.layer.1.DenseReluDense.{name}",
             f"decoder.block.1.layer.2.DenseReluDense.{name}",
         ]
 
 
 def test_t5_embeds_in_each_stack():
-    chosen = select(build("t5"), ("embed",))
+    chosen = select_targets(build("t5"), ("embed",))
     assert paths(chosen) == ["encoder.embed_tokens", "decoder.embed_tokens"]
 
 
 def test_t5_without_gate_has_up_and_down():
     model = build("t5", feed_forward_proj="relu")
-    assert {path.rpartition(".")[2] for path in paths(select(model, ("mlp",)))} == {"wi", "wo"}
+    assert {path.rpartition(".")[2] for path in paths(select_targets(model, ("mlp",)))} == {
+        "wi",
+        "wo",
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_of_a_block_has_a_role(family):
     model = build(family)
-    with_role = {target.path for target in places(model) if target.role is not None}
+    with_role = {target.path for target in targets_of(model) if target.role is not None}
     matrices = {
         path
         for path, module in model.named_modules()
@@ -191,7 +194,7 @@ def test_embed_and_head_are_the_layers_that_the_forward_pass_calls(family):
     model = build(family)
     words = ("embed", "head") if family in (*DECODERS, "t5") else ("embed",)
     called = []
-    chosen = select(model, words)
+    chosen = select_targets(model, words)
     for target in chosen:
         hook = lambda _module, _inputs, _output, path=target.path: called.append(path)  # noqa: E731
         model.get_submodule(target.path).register_forward_hook(hook)
@@ -210,7 +213,7 @@ def test_vit_of_earlier_transformers_is_known():
         "vit.encoder.layer.0.output.dense",
     )
     model.config = SimpleNamespace(model_type="vit")
-    assert [target.role for target in places(model)] == ["q", "k", "v", "o", "up", "down"]
+    assert [target.role for target in targets_of(model)] == ["q", "k", "v", "o", "up", "down"]
 
 
 def nested(*wanted):
@@ -303,7 +306,7 @@ def test_the_rows_of_a_slice_make_exactly_its_vectors(layout, role, monkeypatch)
         return attention_inputs(model)
 
     (before,) = vectors()
-    zero(model, select(model, (role,), layers="0"))
+    zero(model, select_targets(model, (role,), layers="0"))
     (after,) = vectors()
     assert before[role].abs().min() > 0
     assert after[role].abs().max() == 0
@@ -316,7 +319,7 @@ def test_gpt2_cross_attention_has_a_fused_k_and_v_of_its_own(role):
     model = build("gpt2", add_cross_attention=True)
     states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     (_, before) = attention_inputs(model, encoder_hidden_states=states)
-    chosen = [p for p in select(model, (role,), layers="0") if ".crossattention." in p.path]
+    chosen = [p for p in select_targets(model, (role,), layers="0") if ".crossattention." in p.path]
     if role == "q":
         assert names(chosen) == ["transformer.h.0.crossattention.q_attn"]
         return
@@ -331,7 +334,7 @@ def test_deberta_rows_of_v_make_exactly_its_values():
     model = build("deberta", pos_att_type=[])
     attention = model.deberta.encoder.layer[0].attention.self
     attention.v_bias.data.zero_()
-    zero(model, select(model, ("v",), layers="0"))
+    zero(model, select_targets(model, ("v",), layers="0"))
     contexts = []
     attention.register_forward_hook(lambda _module, _inputs, output: contexts.append(output[0]))
     output = model(**example_inputs(model), output_attentions=True)
@@ -344,7 +347,7 @@ def test_deberta_rows_of_q_and_k_make_exactly_its_scores(role):
     model = build("deberta", pos_att_type=[])
     attention = model.deberta.encoder.layer[0].attention.self
     attention.q_bias.data.zero_()
-    zero(model, select(model, (role,), layers="0"))
+    zero(model, select_targets(model, (role,), layers="0"))
     contexts = []
     attention.register_forward_hook(lambda _module, _inputs, output: contexts.append(output[0]))
     output = model(**example_inputs(model), output_attentions=True)
@@ -360,25 +363,25 @@ def test_phi3_rows_of_gate_and_up_make_exactly_their_halves(role):
     mlp.activation_fn.register_forward_hook(
         lambda _module, inputs, output: seen.update(gate=inputs[0], activated=output)
     )
-    mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.update(product=inputs[0]))
-    zero(model, select(model, (role,), layers="0"))
+    mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.update(hidden=inputs[0]))
+    zero(model, select_targets(model, (role,), layers="0"))
     model(**example_inputs(model))
     assert (seen["gate"].abs().max() == 0) == (role == "gate")
-    assert seen["product"].abs().max() == 0
+    assert seen["hidden"].abs().max() == 0
 
 
 @pytest.mark.parametrize("layout", FUSED)
 def test_slices_divide_the_rows_of_the_fused_layer(layout):
     family, settings = FUSED[layout]
     model = build(family, **settings)
-    fused = {target.path for target in places(model) if target.rows is not None}
+    fused = {target.path for target in targets_of(model) if target.rows is not None}
     assert fused
     for path in fused:
         layer = model.get_submodule(path)
         rows = layer.nf if isinstance(layer, Conv1D) else layer.out_features
         covered = [
             row
-            for target in places(model)
+            for target in targets_of(model)
             if target.path == path and target.rows is not None
             for start, stop in target.rows
             for row in range(start, stop)
@@ -390,7 +393,7 @@ def test_a_fused_layer_of_another_size_than_its_config_is_an_error():
     model = build("gpt_neox")
     model.gpt_neox.layers[0].attention.query_key_value = nn.Linear(32, 97)
     with pytest.raises(TargetError, match=r"query_key_value has 97 output rows.*groups of 24"):
-        places(model)
+        targets_of(model)
 
 
 # Words.
@@ -398,17 +401,19 @@ def test_a_fused_layer_of_another_size_than_its_config_is_an_error():
 
 def test_a_role_selects_slices_and_a_path_selects_the_whole_layer():
     model = build("gpt2")
-    assert names(select(model, ("v",), layers="0")) == ["transformer.h.0.attn.c_attn[v]"]
-    assert names(select(model, ("c_attn",), layers="0")) == ["transformer.h.0.attn.c_attn"]
-    assert names(select(model, ("c_attn[v]",), layers="0")) == ["transformer.h.0.attn.c_attn[v]"]
+    assert names(select_targets(model, ("v",), layers="0")) == ["transformer.h.0.attn.c_attn[v]"]
+    assert names(select_targets(model, ("c_attn",), layers="0")) == ["transformer.h.0.attn.c_attn"]
+    assert names(select_targets(model, ("c_attn[v]",), layers="0")) == [
+        "transformer.h.0.attn.c_attn[v]"
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_and_mlp_stand_for_their_roles(family):
     model = build(family)
-    known = {target.role for target in places(model)}
-    assert {p.role for p in select(model, ("attention",))} == {"q", "k", "v", "o"}
-    assert {p.role for p in select(model, ("mlp",))} == {"gate", "up", "down"} & known
+    known = {target.role for target in targets_of(model)}
+    assert {p.role for p in select_targets(model, ("attention",))} == {"q", "k", "v", "o"}
+    assert {p.role for p in select_targets(model, ("mlp",))} == {"gate", "up", "down"} & known
 
 
 @pytest.mark.parametrize(
@@ -426,7 +431,7 @@ def test_attention_and_mlp_stand_for_their_roles(family):
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:`is_gradient_checkpointing`")
 def test_all_linear_means_what_it_means_in_peft(family, task):
     model = build(family)
-    ours = paths(select(model, ("all-linear",)))
+    ours = paths(select_targets(model, ("all-linear",)))
     config = peft.LoraConfig(target_modules="all-linear", task_type=task)
     theirs = peft.get_peft_model(build(family), config).base_model.targeted_module_names
     assert ours == theirs
@@ -434,38 +439,40 @@ def test_all_linear_means_what_it_means_in_peft(family, task):
 
 def test_a_path_word_matches_whole_components_at_the_end():
     model = build("llama")
-    assert paths(select(model, ("layers.1.mlp.up_proj",))) == ["model.layers.1.mlp.up_proj"]
+    assert paths(select_targets(model, ("layers.1.mlp.up_proj",))) == ["model.layers.1.mlp.up_proj"]
     with pytest.raises(TargetError):
-        select(model, ("p_proj",))
+        select_targets(model, ("p_proj",))
 
 
 def test_a_glob_and_a_regex_match_the_whole_path():
     model = build("llama")
-    expected = [path for path in paths(places(model)) if fnmatch.fnmatch(path, "*.1.mlp.*")]
+    expected = [path for path in paths(targets_of(model)) if fnmatch.fnmatch(path, "*.1.mlp.*")]
     assert len(expected) == 3
-    assert paths(select(model, ("model.layers.1.mlp.*",))) == expected
-    assert paths(select(model, (r"re:.*\.1\.mlp\.(gate|up|down)_proj",))) == expected
+    assert paths(select_targets(model, ("model.layers.1.mlp.*",))) == expected
+    assert paths(select_targets(model, (r"re:.*\.1\.mlp\.(gate|up|down)_proj",))) == expected
     with pytest.raises(TargetError):
-        select(model, ("re:mlp",))
+        select_targets(model, ("re:mlp",))
 
 
 def test_a_role_word_wins_over_a_module_of_that_name():
     model = build("llama")
     model.model.layers[0].up = nn.Linear(2, 2)
-    assert names(select(model, ("up",))) == [f"model.layers.{n}.mlp.up_proj" for n in (0, 1)]
+    assert names(select_targets(model, ("up",))) == [
+        f"model.layers.{n}.mlp.up_proj" for n in (0, 1)
+    ]
 
 
 def test_places_come_once_and_in_module_order():
     model = build("gpt2")
-    order = names(places(model))
-    chosen = names(select(model, ("down", "mlp", "q", "attention")))
+    order = names(targets_of(model))
+    chosen = names(select_targets(model, ("down", "mlp", "q", "attention")))
     assert chosen == [name for name in order if name in set(chosen)]
     assert len(chosen) == 12
 
 
 def test_layers_keep_only_those_blocks():
     model = build("llama", num_hidden_layers=4)
-    assert paths(select(model, ("q",), layers="0,2-3")) == [
+    assert paths(select_targets(model, ("q",), layers="0,2-3")) == [
         f"model.layers.{number}.self_attn.q_proj" for number in (0, 2, 3)
     ]
 
@@ -480,7 +487,7 @@ def test_a_numbered_task_head_is_no_block():
 
 def test_exclude_takes_away_layers_and_the_slices_of_a_layer():
     model = build("gpt2")
-    assert names(select(model, ("attention",), exclude=("k", "h.1.attn.c_attn"))) == [
+    assert names(select_targets(model, ("attention",), exclude=("k", "h.1.attn.c_attn"))) == [
         "transformer.h.0.attn.c_attn[q]",
         "transformer.h.0.attn.c_attn[v]",
         "transformer.h.0.attn.c_proj",
@@ -489,12 +496,12 @@ def test_exclude_takes_away_layers_and_the_slices_of_a_layer():
 
 
 def test_no_words_select_nothing():
-    assert select(build("gpt2"), ()) == ()
+    assert select_targets(build("gpt2"), ()) == ()
 
 
 def test_named_gives_the_places_of_each_word():
     model = build("gpt2")
-    found = named(model, ("q", "h.0.attn.c_attn"))
+    found = targets_by_word(model, ("q", "h.0.attn.c_attn"))
     assert names(found["q"]) == [f"transformer.h.{n}.attn.c_attn[q]" for n in (0, 1)]
     layer = "transformer.h.0.attn.c_attn"
     assert names(found["h.0.attn.c_attn"]) == [layer, *(f"{layer}[{role}]" for role in "qkv")]
@@ -502,27 +509,27 @@ def test_named_gives_the_places_of_each_word():
 
 def test_path_words_work_on_any_module():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2), nn.Embedding(3, 2))
-    assert paths(places(model)) == ["0", "2", "3"]
-    assert paths(select(model, ("0", "3"))) == ["0", "3"]
-    assert paths(select(model, ("all-linear",))) == ["2"]
+    assert paths(targets_of(model)) == ["0", "2", "3"]
+    assert paths(select_targets(model, ("0", "3"))) == ["0", "3"]
+    assert paths(select_targets(model, ("all-linear",))) == ["2"]
 
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_no_role_but_its_path_names_a_task_head(family):
     model = build(family)
     heads = task_heads(model)
-    inside = [target for target in places(model) if target.path.startswith(heads)]
+    inside = [target for target in targets_of(model) if target.path.startswith(heads)]
     assert inside
     assert {target.role for target in inside} == {None}
-    assert not set(select(model, ("all-linear",))) & set(inside)
-    assert set(select(model, (f"{heads[-1]}*",))) <= set(inside)
+    assert not set(select_targets(model, ("all-linear",))) & set(inside)
+    assert set(select_targets(model, (f"{heads[-1]}*",))) <= set(inside)
 
 
 def test_a_layer_of_a_task_head_has_no_role_whatever_its_name():
     model = build("bert")
     model.classifier = nested("output.dense")
     assert [
-        target.role for target in places(model) if target.path == "classifier.output.dense"
+        target.role for target in targets_of(model) if target.path == "classifier.output.dense"
     ] == [None]
 
 
@@ -531,7 +538,7 @@ def test_a_layer_of_a_task_head_has_no_role_whatever_its_name():
 
 def message(model, *words, **settings):
     with pytest.raises(TargetError) as caught:
-        select(model, words, **settings)
+        select_targets(model, words, **settings)
     return str(caught.value)
 
 
@@ -606,7 +613,7 @@ def test_a_word_of_which_nothing_is_left_is_an_error(words, settings, told):
 
 def test_the_setting_with_the_bad_word_is_named():
     with pytest.raises(TargetError, match=r"^rank_pattern: gpt2 has no layer called 'value'\."):
-        named(build("gpt2"), {"value": 4}, what="rank_pattern")
+        targets_by_word(build("gpt2"), {"value": 4}, what="rank_pattern")
 
 
 # Blocks and heads.

@@ -6,14 +6,14 @@ import torch
 import lorakit as lk
 from lorakit.attachment.state import is_compiled
 from lorakit.routing.compiled_batch import StaticLoRA
-from oracles import alone, attach_random, outputs
+from references import alone, attach_random, outputs
 from tiny_models import build, example_inputs
 
 PROGRAM = """
 import torch
 import torch._dynamo as dynamo
 import lorakit as lk
-from oracles import attach_random
+from references import attach_random
 from tiny_models import build, example_inputs
 
 def made(seed, **settings):
@@ -65,7 +65,7 @@ import pytest
 import torch
 import lorakit as lk
 from lorakit.errors import RouteError
-from oracles import attach_random
+from references import attach_random
 from tiny_models import build
 
 def made(in_place):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import lorakit as lk
 from lorakit.errors import MergeError, RouteError
 from lorakit.routing import route as routing
-from oracles import alone, attach_random, base_hash, outputs, randomise
+from references import alone, attach_random, base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 
 NAMES = ["two", None, "one", "two"]

@@ -5,7 +5,7 @@ import torch
 
 import lorakit as lk
 from lorakit.errors import RouteError
-from oracles import alone
+from references import alone
 from routing.test_route import adapted
 from tiny_models import example_inputs
 

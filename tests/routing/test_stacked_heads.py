@@ -20,7 +20,7 @@ from lorakit.errors import RouteError
 from lorakit.routing import stacked_heads as heads
 from lorakit.routing.row_groups import ByRowGroup
 from lorakit.routing.stacked_heads import StackedHeads
-from oracles import alone, attach_random, outputs, randomise
+from references import alone, attach_random, outputs, randomise
 from tiny_models import build, example_inputs
 
 FAMILIES = ("bert", "roberta", "deberta-v2")

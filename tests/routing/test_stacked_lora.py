@@ -13,7 +13,7 @@ import lorakit as lk
 from covering import covering
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import RouteError
-from oracles import alone, attach_random, outputs, randomise, with_updates
+from references import alone, attach_random, outputs, randomise, with_updates
 from tiny_models import FAMILIES, build, example_inputs
 
 BIASED = ("gpt2", "gpt_neox", "bloom", "bert", "roberta", "vit", "opt", "phi")

@@ -12,7 +12,7 @@ from lorakit.kernels.packed_sequences import FEW_SIZES
 from lorakit.training import lm_loss as objective
 from lorakit.training.lm_loss import text_loss, text_losses
 from lorakit.training.loss import Loss
-from oracles import attach_random
+from references import attach_random
 from shaped_models import SHAPED, with_shaped_logits
 from tiny_models import FAMILIES, VOCABULARY, build, example_inputs
 

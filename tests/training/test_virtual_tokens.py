@@ -24,7 +24,7 @@ from lorakit.training.prepare import prepare
 from lorakit.training.run import train
 from lorakit.training.sweep.sweep import sweep
 from lorakit.training.virtual_tokens import encode_for, longest_row
-from oracles import randomise
+from references import randomise
 
 TOKENS = PrefixSettings(prefix=2, infix=3)
 

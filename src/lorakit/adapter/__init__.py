@@ -1,1 +1,1 @@
-"""An adapter, and its files: lorakit's and PEFT's folder, loralib's .pt."""
+"""An adapter, and its files: lorakit's folder, PEFT's file format (peft*.py), loralib's .pt."""

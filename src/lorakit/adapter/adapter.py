@@ -1,4 +1,4 @@
-"""An adapter, with the ways into and out of its files."""
+"""The public class of an adapter: its content, with `save` and `load`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from lorakit.adapter.content import AdapterContent
-from lorakit.adapter.folder import load_path, reading, save_folder
+from lorakit.adapter.folder import load_path, reading
+from lorakit.adapter.folder_write import save_folder
 from lorakit.config.methods import LoRAConfig
 
 
 class Adapter(AdapterContent):
-    """What was trained, apart from any model and any file format.
+    """An adapter: what was trained, independent of any model and any file format.
 
     Tensors are named `<site>.lora_a` (rank, d_in) and `<site>.lora_b` (d_out, rank), and with DoRA
     `<site>.lora_magnitude` (d_out,). A tensor under one of the base's own parameter names replaces
@@ -54,7 +55,7 @@ class Adapter(AdapterContent):
     @staticmethod
     @contextmanager
     def reading(folder: str | Path) -> Iterator[Adapter]:
-        """Give the adapter of a folder for a block of work, while another thread computes its hash.
+        """The adapter of a folder, for a block of work while another thread computes its hash.
 
         The hash is checked at the end of the block: until then nothing may count that the block
         makes.
@@ -70,7 +71,7 @@ class Adapter(AdapterContent):
 
 
 def _with_files(content: AdapterContent) -> Adapter:
-    """The adapter of what was read; the hash that reading computed comes along."""
+    """The adapter with some content, and with the hash that is already computed of it."""
     adapter = Adapter(**{each.name: getattr(content, each.name) for each in fields(content)})
     adapter.keep_hash_of(content)
     return adapter

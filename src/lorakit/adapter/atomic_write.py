@@ -1,9 +1,9 @@
 """Writing a few files together so that they are found all old or all new, whenever the power fails.
 
-A new folder is written beside its place and renamed. In a folder that exists, the files are written
-into a folder inside it, which is then renamed to `PENDING`: from that moment on the new files
-count. They are moved to their places one by one; a reader looks for each in `PENDING` first, so
-that it sees all the new ones, however far the moving came.
+A new folder is written under a temporary name and renamed. In a folder that exists, the files are
+written into a folder inside it, which is then renamed to `PENDING`: from that moment on the new
+files count. They are then moved out of it one by one. A reader looks for each file in `PENDING`
+first, so it sees all the new ones, also if the moves were interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from lorakit.errors import OutputError
 
 PENDING = ".lorakit-new"
+"""Name of the folder, inside an adapter's, of new files that count and are not yet moved."""
 
 
 def write_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
@@ -49,7 +50,7 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) ->
 def write_new_folder(
     folder: Path, *, fill: Callable[[Path], object], check: Callable[[Path], object]
 ) -> None:
-    """Have other code fill a new folder, which appears when it is whole and checked, or not at all.
+    """Let a function fill a new folder, which appears whole and checked, or not at all.
 
     Args:
         folder: made; its parents too.
@@ -88,8 +89,22 @@ def write_new_file(path: Path, content: bytes) -> None:
             aside.unlink(missing_ok=True)
 
 
+def read_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """The content of those files that a folder has, by name, as `read_file` reads them.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found = {name: read_file(folder, name) for name in names}
+    return {name: data for name, data in found.items() if data is not None}
+
+
 def read_file(folder: Path, name: str) -> bytes | None:
-    """A file of a folder as it counts at present, or None if it is not there."""
+    """The content of a file of a folder, the pending one if there is one; None: it is not there.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     for path in (folder / PENDING / name, folder / name):
         try:
             return path.read_bytes()
@@ -112,7 +127,7 @@ def _refuse_occupied(folder: Path, files: Mapping[str, bytes], *, overwrite: boo
 
 
 def _write_aside(aside: Path, files: Mapping[str, bytes], target: Path) -> None:
-    """Write files into a new folder, read them back, and rename the folder to its target."""
+    """Write files into a new folder, read them back, and rename the folder to `target`."""
     with _aside(aside, target):
         for name, content in files.items():
             _write_file(aside / name, content)
@@ -120,7 +135,7 @@ def _write_aside(aside: Path, files: Mapping[str, bytes], target: Path) -> None:
 
 @contextmanager
 def _aside(aside: Path, target: Path) -> Iterator[Path]:
-    """Give a new folder to fill, and rename it to its target; after an error it is gone."""
+    """A new folder to fill, renamed to `target` at the end; after an error it is removed."""
     try:
         aside.mkdir()
         yield aside
@@ -145,7 +160,7 @@ def _write_file(path: Path, content: bytes) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Move pending files to their places, also those of an earlier process that was stopped."""
+    """Move pending files into the folder, also those of an earlier process that was stopped."""
     pending = folder / PENDING
     if not pending.is_dir():
         return
@@ -156,7 +171,7 @@ def _settle(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or a folder's list of entries, written to the disk."""
+    """Write a file, or a folder's list of entries, through to the disk."""
     if path.is_dir():
         _sync_folder(path)
     else:

@@ -1,4 +1,4 @@
-"""What an adapter consists of: settings, named tensors, and where they came from."""
+"""The content of an adapter: its settings, its named tensors, and where they came from."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lorakit.config.methods import LoRAConfig, MethodConfig
 from lorakit.models.identity import BaseIdentity
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By size in bytes: what any value's bits can be read as; numpy has no bfloat16."""
+"""Integer types by size in bytes, to read the bits of any tensor; numpy has no bfloat16."""
 LUMP_BYTES = 16 * 2**20
-"""Other threads go on while hashlib reads, so it is given a lot at once."""
+"""Bytes hashed at once: other threads can run while hashlib reads a large buffer."""
 
 
 def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    """Yield the same bytes in lumps of `LUMP_BYTES` or a little more, the last one shorter."""
+    """The same bytes in lumps of `LUMP_BYTES` or a little more, the last one shorter."""
     lump: list[bytes | memoryview] = []
     size_bytes = 0
     for piece in pieces:
@@ -38,15 +38,15 @@ def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
 
 
 def _bits(tensor: Tensor) -> memoryview:
-    """A tensor's bits in one piece, in the tensor's own memory where that is possible."""
+    """A tensor's bits as one contiguous buffer: the tensor's own memory where it is contiguous."""
     return np.ascontiguousarray(tensor.detach().view(INTEGERS[tensor.itemsize]).numpy()).data
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterContent:
-    """What was trained, apart from any model and any file: the fields of an `Adapter`.
+    """The fields of an `Adapter`: what was trained, independent of any model and any file.
 
-    The modules that read and write files make and take this; `Adapter` adds the ways to them.
+    The modules that read and write files use this class; `Adapter` adds `save` and `load`.
     """
 
     configs: tuple[MethodConfig, ...]

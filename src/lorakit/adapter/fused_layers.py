@@ -1,4 +1,4 @@
-"""Whole-layer updates: the slices of a layer stacked into one A and one B, and taken apart again.
+"""Whole-layer updates: the slices of a layer stacked into one A and one B, and split again.
 
 PEFT knows updates of whole layers only. Slices with updates A₁, B₁ and A₂, B₂ become one: A is A₁
 over A₂; B has all the layer's rows and is zero but for B₁ in the first slice's rows and the first
@@ -24,7 +24,7 @@ class WholeLayer:
     """One update of one layer as PEFT has it."""
 
     sites: tuple[Site, ...]
-    """What it is made of: one site, or the slices of a fused layer."""
+    """The sites that it is made of: one for the whole layer, or the slices of a fused layer."""
     width: int
     """Rows of the stacked A: the sites' ranks, and zeros where no alpha gives the exact scale."""
     alpha: float
@@ -85,7 +85,7 @@ def _alphas_near(scale: float, rank: int, use_rslora: bool) -> tuple[float, ...]
 
 
 def obstacles(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield the reasons why a layer's sites have no exact whole-layer update."""
+    """The reasons why a layer's sites have no exact whole-layer update; none if they have one."""
     for site in layer.sites:
         b = tensors[f"{site.name}.lora_b"]
         ratio = _ratio(site, layer)
@@ -132,7 +132,7 @@ def stack(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def _row_blocks(site: Site, b: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Yield each range of a site's rows in its layer, with the rows of B that belong there."""
+    """Each range of a site's rows in its layer, with the rows of B for that range."""
     start = 0
     for first, last in site.rows or ((0, b.shape[0]),):
         yield (first, last), b[start : start + last - first]
@@ -140,7 +140,7 @@ def _row_blocks(site: Site, b: Tensor) -> Iterator[tuple[tuple[int, int], Tensor
 
 
 def _spread(a: Tensor, groups: int) -> Tensor:
-    """A once for each group along the diagonal: (groups·width, groups·inner, …)."""
+    """A repeated for each group along the diagonal: (groups·width, groups·inner, …)."""
     if groups == 1:
         return a
     width, inner = a.shape[:2]
@@ -151,7 +151,7 @@ def _spread(a: Tensor, groups: int) -> Tensor:
 
 
 def unstack(layer: WholeLayer, a: Tensor, b: Tensor) -> dict[str, Tensor] | None:
-    """The tensors that `stack` made A and B from, or None if it cannot have made these."""
+    """The tensors that `stack` makes A and B from, or None if no tensors give these A and B."""
     if layer.is_plain:
         name = layer.sites[0].name
         return {f"{name}.lora_a": a, f"{name}.lora_b": b}

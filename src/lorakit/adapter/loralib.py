@@ -1,8 +1,8 @@
-"""Reading what loralib.lora_state_dict gave: A and B by raw module path, and nothing else.
+"""Reading loralib's files, saved from `lora_state_dict`: A and B by module path, and nothing else.
 
-loralib folds a convolution's product into the kernel: with A (r·k, c_in·k) and B (c_out·k, r·k),
+loralib reshapes a convolution's B·A into the kernel: with A (r·k, c_in·k) and B (c_out·k, r·k),
 ΔW = (B·A).view(c_out, c_in, k, k). An output channel is k rows of B·A, so its ΔW is k blocks, each
-a row of B times the whole of A. That is exactly lorakit's convolution of rank r·k·k whose A is
+a row of B times the whole of A. That equals lorakit's convolution of rank r·k·k whose A is
 loralib's, k times along the diagonal, and whose B has the k rows of each channel side by side.
 """
 
@@ -23,10 +23,10 @@ from lorakit.adapter.tensor_files import read_pickle, value_problems
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError
 
-PARTS = ("q", "k", "v")
+SLICES = ("q", "k", "v")
 """Slices of a MergedLinear, which divide its rows equally."""
 FUSED = ("c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value")
-"""What a layer is called that can be a MergedLinear with one slice enabled."""
+"""Names of layers that can be a MergedLinear with one slice enabled."""
 UNPROVEN = (
     "the base: loralib does not name it",
     "the weights: there is no hash, so that a change of them would not be noticed",
@@ -43,7 +43,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """A and B of one layer, and what the settings say of it."""
+    """A and B of one layer, and its settings."""
 
     path: str
     a: Tensor
@@ -56,7 +56,7 @@ class _Layer:
 
     @property
     def slices(self) -> int:
-        """Return how many slices of a MergedLinear lie one below the other; 1 for a whole layer."""
+        """The number of a MergedLinear's slices, stacked in A and B; 1 for a whole layer."""
         return self.a.shape[0] // self.rank
 
     @property
@@ -70,13 +70,13 @@ def read_loralib(
 ) -> AdapterContent:
     """Read a file that loralib's lora_state_dict was saved to.
 
-    Linear, Embedding, MergedLinear and Conv2d layers are read. Of a MergedLinear, whose A and B
-    hold its enabled slices one below the other, the slices are those of q, k, v that
-    `config.targets` names. Other tensors become biases and full copies under the base's own names.
+    Linear, Embedding, MergedLinear and Conv2d layers are read. A MergedLinear's A and B hold its
+    enabled slices one below the other: those of q, k, v that `config.targets` names. Other tensors
+    become biases and full copies under the base's own names.
 
     Args:
         path: the .pt or .bin file.
-        config: rank, alpha and targets, as the layers were made with. A word of its rank_pattern
+        config: the rank, alpha and targets that the layers were made with. A word of rank_pattern
             and alpha_pattern is here a layer's path, or the last whole components of it.
         kernel_sizes: the convolutions, in the same words, and the size of their (square) kernels.
 
@@ -177,7 +177,7 @@ def _sites(
 
 
 def _misfit(layer: _Layer, config: LoRAConfig) -> str | None:
-    """Return why A and B cannot be those of such a layer with these settings."""
+    """The reason why A and B cannot be those of such a layer with these settings, or None."""
     a, b, rank = layer.a, layer.b, layer.rank
     if a.dim() != 2 or b.dim() != 2 or 0 in (*a.shape, *b.shape):
         return f"{layer.shapes} don't pair"
@@ -195,7 +195,7 @@ def _misfit(layer: _Layer, config: LoRAConfig) -> str | None:
         named = ", ".join(slices) or "none"
         return (
             f"has {layer.shapes}: {a.shape[0] / rank:g} slices of rank {rank}, but the "
-            f"targets name {named} of {', '.join(PARTS)}"
+            f"targets name {named} of {', '.join(SLICES)}"
         )
     return None
 
@@ -214,13 +214,13 @@ def _conv_misfit(layer: _Layer, kernel: int) -> str | None:
 
 
 def _enabled(config: LoRAConfig) -> tuple[str, ...]:
-    """The slices that the targets name, in the order in which they lie in the layer."""
+    """The slices that the targets name, in their order in the layer."""
     named = {"q", "k", "v"} if "attention" in config.targets else set(config.targets)
-    return tuple(part for part in PARTS if part in named)
+    return tuple(part for part in SLICES if part in named)
 
 
 def _updates(layer: _Layer, config: LoRAConfig) -> Iterator[tuple[Site, Tensor, Tensor]]:
-    """Yield site, A and B: one for a whole layer, or one for each slice of a MergedLinear."""
+    """Site, A and B: of a whole layer once, of a MergedLinear once for each slice."""
     if layer.kernel is not None:
         yield _convolution(layer, layer.kernel, use_rslora=config.use_rslora)
         return
@@ -230,9 +230,9 @@ def _updates(layer: _Layer, config: LoRAConfig) -> Iterator[tuple[Site, Tensor, 
 
 
 def _convolution(layer: _Layer, kernel: int, *, use_rslora: bool) -> tuple[Site, Tensor, Tensor]:
-    """The convolution of rank r·k·k that has the same ΔW; the module says why."""
+    """The convolution of rank r·k·k that has the same ΔW; the module's docstring says why."""
     rank = layer.rank * kernel**2
-    # Such that the scale stays that of the rank r.
+    # The alpha of rank r·k·k that gives the same scale.
     alpha = layer.alpha * (kernel if use_rslora else kernel**2)
     site = Site(path=layer.path, rank=rank, alpha=alpha, scale=layer.scale, kind="conv")
     a = torch.block_diag(*[layer.a] * kernel).reshape(rank, -1, kernel, kernel)
@@ -252,8 +252,8 @@ def _matrix_sites(layer: _Layer, slices: tuple[str, ...]) -> list[Site]:
         Site(
             path=layer.path,
             role=role,
-            rows=((PARTS.index(role) * height, (PARTS.index(role) + 1) * height),),
-            layer_rows=len(PARTS) * height,
+            rows=((SLICES.index(role) * height, (SLICES.index(role) + 1) * height),),
+            layer_rows=len(SLICES) * height,
             rank=layer.rank,
             alpha=layer.alpha,
             scale=layer.scale,
@@ -285,7 +285,7 @@ def _copied(
 def _with_extras(
     config: LoRAConfig, others: Mapping[str, Tensor], adapted: set[str], copied: tuple[str, ...]
 ) -> LoRAConfig:
-    """The config with the biases and copies that the file turned out to hold."""
+    """The config, with `bias` and `modules_to_save` as the file's tensors imply."""
     owners = {name.rpartition(".")[0] for name in others}.difference(copied)
     bias = "none" if not owners else "lora" if owners <= adapted else "all"
     return config.model_copy(update={"bias": bias, "modules_to_save": copied})

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.fused_layers import WholeLayer, obstacles, stack, unstack, whole_layers
-from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig, parse_config
+from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
 from lorakit.config.methods import LoRAConfig
 
 V = TypeVar("V")
 PREFIX = "base_model.model."
 BIAS_WORDS = {"none": "none", "lora": "lora_only", "all": "all"}
-# For these PEFT copies the head by itself, and then asks the file for it.
+# For these PEFT adds the head to modules_to_save, and then expects it in the file.
 TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
@@ -37,7 +37,7 @@ def site_names(layers: Iterable[WholeLayer]) -> list[str]:
 
 
 def magnitudes(layers: Iterable[WholeLayer], names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names in the adapter and in the file of the lengths of rows that DoRA trains."""
+    """The names of each DoRA magnitude: in the adapter, and in the file."""
     for layer in layers:
         name = f"{layer.sites[0].name}.lora_magnitude"
         if name in names:
@@ -56,7 +56,7 @@ def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, s
 
 
 def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's tensors for an adapter's; those on the meta device give names and shapes."""
+    """PEFT's tensors, made from an adapter's; on the meta device only names and shapes."""
     encoded: dict[str, Tensor] = {}
     for layer in layers:
         encoded.update(zip(keys_of(layer), stack(layer, tensors), strict=True))
@@ -68,7 +68,7 @@ def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[
 def decode(
     layers: Sequence[WholeLayer], names: Collection[str], encoded: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The adapter's tensors from PEFT's, and what is wrong with these.
+    """The adapter's tensors, made from PEFT's, and the problems of PEFT's tensors.
 
     Args:
         layers: the adapter's sites by layer.
@@ -100,7 +100,7 @@ def _settings(adapter: AdapterContent) -> LoRAConfig:
 
 
 def reasons_against(adapter: AdapterContent) -> list[str]:
-    """Return why PEFT has no exact form of an adapter; empty where it has one."""
+    """The reasons why PEFT has no exact form of an adapter; empty where it has one."""
     if adapter.method != "lora":
         return [f"it was made by {adapter.method}"]
     if not adapter.sites:
@@ -108,11 +108,11 @@ def reasons_against(adapter: AdapterContent) -> list[str]:
     layers = layers_of(adapter)
     reasons = [reason for layer in layers for reason in obstacles(layer, adapter.tensors)]
     reasons += [
-        f"{site.name}: PEFT's DoRA has the lengths of all rows of a layer, and this is a slice"
+        f"{site.name}: PEFT's DoRA has the magnitudes of all rows of a layer, and this is a slice"
         for site in adapter.sites
         if _settings(adapter).use_dora and site.rows is not None
     ]
-    config = parse_config(peft_config(adapter, layers))
+    config = PeftConfig.model_validate(peft_config(adapter, layers))
     return reasons + [
         f"{layer.path}: PEFT would read rank and alpha of another layer for it"
         for layer in layers
@@ -131,7 +131,7 @@ def _reads(config: PeftConfig, layer: WholeLayer) -> bool:
 
 
 def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[str, Any]:
-    """Return adapter_config.json of an adapter: fields that PEFT knows since 0.14, in order."""
+    """The content of adapter_config.json: the fields that PEFT knows since 0.14, in order."""
     ranks = {layer.path: layer.rank for layer in layers}
     alphas = {layer.path: _short(layer.alpha) for layer in layers}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
@@ -175,7 +175,7 @@ def _commonest(values: Iterable[V]) -> V:
 def disagreements(
     config: PeftConfig, adapter: AdapterContent, layers: Sequence[WholeLayer]
 ) -> Iterator[str]:
-    """Yield a line for each field of a configuration that is not what lorakit.json asks for."""
+    """A line for each field of PEFT's configuration that differs from what lorakit.json implies."""
     for layer in layers:
         found = config.scale_of(layer.path)
         if config.rank_of(layer.path) != layer.rank:
@@ -234,7 +234,7 @@ def _rank_hint(have: torch.Size, want: torch.Size) -> str:
 
 
 def hint(key: str) -> str:
-    """Return what is probably wrong with a name that has no place, or nothing."""
+    """The probable reason why a tensor's name is not PEFT's, as the end of a message; else ""."""
     if key.startswith(PREFIX * 2):
         return f": {PREFIX!r} is there twice; was the model wrapped twice when it was saved?"
     if not key.startswith(PREFIX):

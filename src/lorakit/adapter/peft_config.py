@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lorakit.adapter.json_files import file_problems
 from lorakit.adapter.site import scale_of
 
 CONFIG_FILE = "adapter_config.json"
@@ -44,10 +45,10 @@ WITHOUT_EFFECT = {
 }
 
 V = TypeVar("V")
-Word = Annotated[str, Field(min_length=1)]
-Block = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ModuleWord = Annotated[str, Field(min_length=1)]
+BlockNumber = Annotated[int, Field(ge=0)]
+Rank = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class PeftConfig(BaseModel):
@@ -60,20 +61,20 @@ class PeftConfig(BaseModel):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    r: Count = 8
-    lora_alpha: Positive = 8.0
+    r: Rank = 8
+    lora_alpha: PositiveFloat = 8.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[Word] | Word | None = None
-    exclude_modules: list[Word] | Word | None = None
-    layers_to_transform: list[Block] | Block | None = None
-    layers_pattern: list[Word] | Word | None = None
-    rank_pattern: dict[str, Count] | None = None
-    alpha_pattern: dict[str, Positive] | None = None
+    target_modules: list[ModuleWord] | ModuleWord | None = None
+    exclude_modules: list[ModuleWord] | ModuleWord | None = None
+    layers_to_transform: list[BlockNumber] | BlockNumber | None = None
+    layers_pattern: list[ModuleWord] | ModuleWord | None = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, PositiveFloat] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
     use_rslora: bool = False
     use_dora: bool = False
-    modules_to_save: list[Word] | None = None
+    modules_to_save: list[ModuleWord] | None = None
     init_lora_weights: bool | str = True
 
     def rank_of(self, path: str) -> int:
@@ -85,7 +86,7 @@ class PeftConfig(BaseModel):
         return first_match(self.alpha_pattern or {}, path, self.lora_alpha)
 
     def scale_of(self, path: str) -> float:
-        """Return what B·A·x is multiplied by in a layer."""
+        """The factor on B·A·x in a layer."""
         return scale_of(self.rank_of(path), self.alpha_of(path), use_rslora=self.use_rslora)
 
 
@@ -101,28 +102,24 @@ def first_match(pattern: Mapping[str, V], path: str, default: V) -> V:
     return default
 
 
-def parse_config(raw: Any) -> PeftConfig:
-    """The configuration.
+def read_config(raw: dict[str, Any], problems: list[str]) -> PeftConfig | None:
+    """The configuration in adapter_config.json; None where a field is wrong.
 
-    Raises:
-        ValidationError: fields are missing, of a wrong type or out of range.
+    Args:
+        raw: the file's object.
+        problems: gets a line for each wrong field, and for each thing that lorakit can't do.
     """
-    return PeftConfig.model_validate(raw)
+    try:
+        config = PeftConfig.model_validate(raw)
+    except ValidationError as error:
+        problems += file_problems(CONFIG_FILE, error)
+        return None
+    problems += _unsupported(config)
+    return config
 
 
-def file_problem_lines(file: str, error: ValidationError) -> list[str]:
-    """A line for each of pydantic's problems with a file."""
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
-        message = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
-        found = "" if problem["type"] == "missing" else f", found {str(problem['input'])[:80]!r}"
-        lines.append(f"{file}  {key}: {message}{found}")
-    return lines
-
-
-def unsupported(config: PeftConfig) -> list[str]:
-    """A line for each thing the configuration asks for that lorakit can't do."""
+def _unsupported(config: PeftConfig) -> list[str]:
+    """A line for each thing that the configuration needs and lorakit can't do."""
     extra = config.model_extra or {}
     lines = [
         f"{CONFIG_FILE}  {key}: {reason}, which lorakit does not do"
@@ -153,14 +150,14 @@ def unknown_values(config: PeftConfig) -> list[str]:
 
 
 def _unknown(extra: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the fields that lorakit does not know and that have a value."""
+    """Name and value of each field that lorakit does not know and that has a value."""
     for key, value in sorted(extra.items()):
         if key not in UNSUPPORTED and key not in WITHOUT_EFFECT and value:
             yield key, value
 
 
 def _bad_patterns(config: PeftConfig) -> Iterator[str]:
-    """Yield a line for each regular expression that is none."""
+    """A line for each pattern that is no regular expression."""
     patterns = [("rank_pattern", f"({key})", key) for key in config.rank_pattern or {}]
     patterns += [("alpha_pattern", f"({key})", key) for key in config.alpha_pattern or {}]
     for field in ("target_modules", "exclude_modules"):

@@ -21,7 +21,7 @@ from lorakit.models.roles import GROUPS, ROLES
 LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?:(?P<end>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 # Some versions of PEFT write the longer name.
 MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
-# PEFT copies these by itself for a task; a model has one of them.
+# PEFT adds these to modules_to_save for a task; a model has one of them.
 HEADS = ("classifier", "score", "qa_outputs")
 # What transformers calls input embeddings and output heads; PEFT saves them after a resize.
 EMBEDDINGS = (
@@ -56,7 +56,16 @@ class _Sorted:
 def read_peft(
     config: PeftConfig, tensors: Mapping[str, Tensor]
 ) -> tuple[AdapterContent | None, list[str]]:
-    """The adapter in a file of PEFT's, or None and what is wrong with it."""
+    """The adapter in PEFT's two files, or None and the problems.
+
+    Args:
+        config: the content of adapter_config.json.
+        tensors: the tensors of the weights file.
+
+    Returns:
+        The adapter, whose `unverified` says what the files cannot prove, and no problems; or None
+        and a line for each problem.
+    """
     found = _sort(config, tensors)
     problems = found.problems + list(_absent_copies(config, found))
     sites: list[Site] = []
@@ -72,13 +81,14 @@ def read_peft(
         problems.append("it holds no update: no tensor is called ….lora_A.weight")
     if problems:
         return None, problems
+    facts = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
     adapter = AdapterContent(
         configs=(_lora_config(config, sites, named, tuple(sorted(found.copied))),),
         sites=tuple(sites),
         tensors=named,
         copied_modules=tuple(sorted(found.copied)),
         target_modules=_plain_targets(config),
-        card=_card(config),
+        card={key: value for key, value in facts.items() if value},
         unverified=(*_unproven(config), *found.notes, *_frozen_note(found.frozen)),
     )
     return adapter, []
@@ -139,7 +149,7 @@ def _sort_other(
 def _sort_copy(
     found: _Sorted, path: str, name: str, tensor: Tensor, others: Mapping[str, Tensor]
 ) -> None:
-    """Sort a tensor of a copied module; with bias='all' PEFT writes some of them three times."""
+    """Sort a tensor of a module copied in full; with bias='all' PEFT writes some three times."""
     wrapper, _, inner = name.removeprefix(f"{path}.").partition(".")
     own_name = f"{path}.{inner}"
     if wrapper == "original_module" and inner:
@@ -164,7 +174,7 @@ def _is_lora(name: str) -> bool:
 
 
 def _copied_path(config: PeftConfig, name: str) -> str | None:
-    """The path of the copied module that a tensor lies in: PEFT goes by the path's end."""
+    """The path of the copied module that a tensor is in: PEFT compares the end of the path."""
     parts = name.split(".")[:-1]
     paths = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
     words = config.modules_to_save or []
@@ -181,7 +191,7 @@ def _absent_copies(config: PeftConfig, found: _Sorted) -> Iterator[str]:
 def _site(
     config: PeftConfig, path: str, kind: LayerKind, update: Mapping[str, Tensor]
 ) -> tuple[Site | None, dict[str, Tensor], list[str]]:
-    """A layer's site and its tensors, or what is wrong with them."""
+    """A layer's site and its tensors, or None and the problems."""
     missing = [end for end in "ab" if end not in update]
     if missing:
         return None, {}, [f"{PREFIX}{path}  has no lora_{missing[0].upper()} in the file"]
@@ -195,6 +205,7 @@ def _site(
         text = f"A has rank {a.shape[0]}, but {CONFIG_FILE} says {rank}"
         return None, {}, [f"{PREFIX}{path}  {text}: was it trained with rank {a.shape[0]}?"]
     is_conv = a.dim() > 2
+    is_transposed = config.fan_in_fan_out and kind == "linear"
     groups = rank // b.shape[1] if is_conv else 1
     if b.shape[1] * groups != rank or a.shape[1] % groups or b.shape[2:].numel() != 1:
         text = f"B {tuple(b.shape)} does not go with rank {rank}"
@@ -206,7 +217,7 @@ def _site(
         alpha=config.alpha_of(path) / share,
         scale=config.scale_of(path),
         groups=groups,
-        kind="conv" if is_conv else "transposed" if _transposed(config, kind) else kind,
+        kind="conv" if is_conv else "transposed" if is_transposed else kind,
     )
     whole = WholeLayer(sites=(site,), width=site.rank, alpha=site.alpha, scale=site.scale)
     parts = unstack(whole, a, b)
@@ -219,7 +230,7 @@ def _site(
 
 
 def _magnitude_problem(kind: LayerKind, update: Mapping[str, Tensor]) -> str | None:
-    """Return what is wrong with a layer's update under use_dora, or None."""
+    """The problem of a layer's update under use_dora, or None."""
     if kind == "embedding" or update["a"].dim() > 2:
         what = "an embedding" if kind == "embedding" else "a convolution"
         return f"is {what}, for which lorakit has no DoRA"
@@ -231,12 +242,8 @@ def _magnitude_problem(kind: LayerKind, update: Mapping[str, Tensor]) -> str | N
     return None
 
 
-def _transposed(config: PeftConfig, kind: LayerKind) -> bool:
-    return config.fan_in_fan_out and kind == "linear"
-
-
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Return what sorts block 10 behind block 9."""
+    """The sort key that puts block 10 behind block 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
 
@@ -264,9 +271,9 @@ def _lora_config(
 
 
 def _target_words(config: PeftConfig, sites: list[Site]) -> tuple[str, ...]:
-    """Return targets that select in lorakit what PEFT's words select."""
+    """The targets that select in lorakit what PEFT's words select."""
     words = config.target_modules
-    # A pattern for the name of the list of blocks has no counterpart; the layers themselves have.
+    # layers_pattern has no counterpart in lorakit, so the layers are named one by one.
     if not words or (config.layers_pattern and config.layers_to_transform is not None):
         return tuple(site.path for site in sites)
     return ("all-linear",) if words == "all-linear" else _words(words)
@@ -293,15 +300,10 @@ def _layers(config: PeftConfig) -> str | None:
 
 
 def _plain_targets(config: PeftConfig) -> tuple[str, ...]:
-    """PEFT's own words where they alone select the layers."""
+    """PEFT's list of module names, where no other setting narrows it; else nothing."""
     narrowed = config.exclude_modules or config.layers_to_transform is not None
     words = config.target_modules
     return () if narrowed or not isinstance(words, list) else tuple(sorted(words))
-
-
-def _card(config: PeftConfig) -> dict[str, str]:
-    facts = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
-    return {key: value for key, value in facts.items() if value}
 
 
 def _unproven(config: PeftConfig) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""lorakit.json: what an adapter is beyond PEFT's two files, and the hashes that prove it."""
+"""lorakit.json: what PEFT's two files lack of an adapter, and hashes that prove it unchanged."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from lorakit.adapter.content import AdapterContent
+from lorakit.adapter.json_files import file_problems, read_object, to_json
 from lorakit.adapter.site import LayerKind, RowRanges, Site
-from lorakit.config.methods import METHODS, MethodConfig, config_of
+from lorakit.config.methods import METHODS, MethodConfig, combination_problems, config_of
+from lorakit.errors import ConfigError
 from lorakit.models.identity import BaseIdentity
 
 RECORD_FILE = "lorakit.json"
@@ -30,7 +32,7 @@ class MethodRecord(BaseModel):
 
     method: str
     own: dict[str, Any]
-    """Its settings, but for those that the method's name implies."""
+    """Its settings, without those that the method's name implies."""
 
     @classmethod
     def of(cls, config: MethodConfig) -> MethodRecord:
@@ -80,7 +82,7 @@ class SiteRecord(BaseModel):
         return Site(**{**vars(self), "rows": None if self.rows is None else _rows(self.rows)})
 
 
-class Record(BaseModel):
+class AdapterRecord(BaseModel):
     """The whole file, in the order of its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -101,8 +103,8 @@ class Record(BaseModel):
     unverified: tuple[str, ...]
 
     @classmethod
-    def of(cls, adapter: AdapterContent) -> Record:
-        """The record of an adapter."""
+    def of(cls, adapter: AdapterContent) -> AdapterRecord:
+        """The record of an adapter; it computes the adapter's hash."""
         return cls(
             method=adapter.method,
             content_hash=adapter.content_hash(),
@@ -141,24 +143,55 @@ class Record(BaseModel):
         content["sites"] = [
             site.model_dump(mode="json", exclude_defaults=True) for site in self.sites
         ]
-        content = json.loads(to_json(content))  # as it will be read
+        content = json.loads(to_json(content))  # the form that the reader hashes
         return to_json(content | {"checksum": checksum(content)})
 
 
 def checksum(content: Mapping[str, Any]) -> str:
-    """The SHA-256 of the file's content but for the checksum itself."""
+    """The SHA-256 of the file's content without the checksum itself."""
     kept = {key: value for key, value in content.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def to_json(content: Any) -> str:
-    """Return JSON that is the same for the same content.
+def read_record(data: bytes, problems: list[str]) -> AdapterRecord | None:
+    """The record in lorakit.json; None where it cannot be used.
 
-    Raises:
-        ValueError: a number is NaN or infinite.
-        TypeError: a value has no form in JSON.
+    Args:
+        data: the whole file.
+        problems: gets a line for each thing that is wrong.
     """
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    raw = read_object(data, RECORD_FILE, problems)
+    if raw is None:
+        return None
+    version = raw.get("version")
+    if version != VERSION:
+        problems.append(
+            f"{RECORD_FILE}  is of format version {version!r}; this lorakit reads {VERSION}"
+        )
+        return None
+    if raw.pop("checksum", None) != checksum(raw):
+        problems.append(f"{RECORD_FILE}  was changed or damaged after it was written")
+        return None
+    try:
+        record = AdapterRecord.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        problems += file_problems(RECORD_FILE, error)
+        return None
+    problems += _method_problems(record)
+    return record
+
+
+def _method_problems(record: AdapterRecord) -> list[str]:
+    """A line for each thing that is wrong with the settings of a record's methods."""
+    try:
+        configs = [each.settings() for each in record.configs]
+    except ConfigError as error:
+        return [f"{RECORD_FILE}  {error}"]
+    methods = [config.method for config in configs]
+    problems = combination_problems(methods)
+    if not problems and record.method != "+".join(methods):
+        problems = [f"it has method {record.method!r}, but the settings of {'+'.join(methods)}"]
+    return [f"{RECORD_FILE}  {problem}" for problem in problems]
 
 
 def _rows(text: str) -> RowRanges:

@@ -14,16 +14,16 @@ LayerKind = Literal["linear", "transposed", "embedding", "conv"]
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One low-rank update: where it sits, how wide it is, and how it is scaled."""
+    """One low-rank update: its layer or slice, its rank, and its scale."""
 
     path: str
     """Dotted path of the module in the base model."""
     rank: int
-    """Inner width r, with the ranks that do not train."""
+    """Inner width r, including the ranks that do not train."""
     alpha: float
     """Numerator of the scale."""
     scale: float
-    """What B·A·x is multiplied by: α/r, or α/√r."""
+    """The factor on B·A·x: α/r, or α/√r."""
     role: str | None = None
     """The role, where the site is a slice of a fused layer; None for a whole layer."""
     rows: RowRanges | None = None
@@ -31,7 +31,7 @@ class Site:
     groups: int = 1
     """Groups of a convolution, which share A; 1 for every other layer."""
     kind: LayerKind = "linear"
-    """What the layer is; other tools' files depend on it, the update does not."""
+    """The kind of layer; other tools' files depend on it, the update does not."""
     layer_rows: int | None = None
     """Output rows of the whole layer, where the site is a slice of it."""
     frozen: int = 0

@@ -1,4 +1,4 @@
-"""Reading a file of named tensors, safetensors or a pickle, without running anything in it."""
+"""Files of named tensors, safetensors or pickles: read without running any code in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,29 @@ from torch import Tensor
 
 from lorakit.errors import AdapterFileError
 
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+"""The weights file of older versions of PEFT, a pickle."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def read_tensors(files: Mapping[str, bytes], problems: list[str]) -> dict[str, Tensor]:
+    """The tensors of an adapter folder; none if they cannot be read.
+
+    Args:
+        files: content by name, with `WEIGHTS_FILE` or `PICKLE_FILE` among them.
+        problems: gets a line if they cannot be read, and one for each value problem.
+    """
+    try:
+        if WEIGHTS_FILE in files:
+            tensors = read_safetensors(files[WEIGHTS_FILE], WEIGHTS_FILE)
+        else:
+            tensors = read_pickle(files[PICKLE_FILE], PICKLE_FILE)
+    except AdapterFileError as error:
+        problems.append(str(error))
+        return {}
+    problems += value_problems(tensors)
+    return tensors
 
 
 def read_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
@@ -48,9 +70,9 @@ def read_pickle(data: bytes, name: str) -> dict[str, Tensor]:
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     # The bytes may be anything, and so may what the unpickler makes of them.
     except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise AdapterFileError(
-            f"{name} cannot be read as tensors alone, and nothing else in it is run: "
-            f"{_first_line(error)}"
+            f"{name} cannot be read as tensors alone, and nothing else in it is run: {reason}"
         ) from error
     # loralib's own training script puts the tensors one level down.
     if isinstance(loaded, Mapping) and set(loaded) == {"model_state_dict"}:
@@ -68,10 +90,6 @@ def _flat(loaded: Any, name: str) -> dict[str, Tensor]:
     if not tensors or len(tensors) != len(found):
         raise AdapterFileError(f"{name} is not a flat dictionary of names and tensors")
     return tensors
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:

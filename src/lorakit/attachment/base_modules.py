@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import TargetError
-from lorakit.models.roles import select
+from lorakit.models.roles import select_targets
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BaseModules:
     def _select(self, config: LoRAConfig) -> frozenset[str]:
         words, layers = config.targets, config.layers
         try:
-            kept = select(self.model, words, layers=layers, exclude=config.exclude)
+            kept = select_targets(self.model, words, layers=layers, exclude=config.exclude)
         except TargetError:
             # The words may be those of another tool, or of a family unknown here.
             return frozenset()

@@ -10,7 +10,7 @@ import safetensors.torch
 from pydantic import Field
 from torch import Tensor
 
-from lorakit.adapter.folder import WEIGHTS_FILE
+from lorakit.adapter.tensor_files import WEIGHTS_FILE
 from lorakit.bank import AdapterBank
 from lorakit.bench.peers import peft_loading, peft_model, save_random_adapters
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal

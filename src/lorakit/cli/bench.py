@@ -33,7 +33,7 @@ class Bench:
         return Result(text=table(result) + written, data=result)
 
 
-VERBS: dict[str, Verb] = {
+SECOND_WORDS: dict[str, Verb] = {
     "latency": Bench("latency", LatencyConfig, measure_latency),
     "load": Bench("load", LoadConfig, measure_load),
     "methods": Bench("methods", MethodsConfig, measure_methods),

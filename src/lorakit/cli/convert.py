@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.folder import save_peft
+from lorakit.adapter.folder_write import save_peft
 from lorakit.attachment.attach import attach, extract
 from lorakit.attachment.state import require_attachment
 from lorakit.cli.verbs import Result
@@ -15,7 +15,7 @@ from lorakit.models.load import load_model
 
 
 class ConvertConfig(Settings):
-    """What to read, and what to write."""
+    """Settings of convert: the adapter to read, and the format and folder to write."""
 
     source: Path
     """Adapter folder of lorakit or PEFT, or a loralib .pt file."""
@@ -41,7 +41,7 @@ SETTINGS: type[Settings] = ConvertConfig
 
 
 def run(settings: ConvertConfig) -> Result:
-    """Convert, and say what could not be verified."""
+    """Convert the adapter; the result lists what its files could not prove."""
     adapter = Adapter.load(
         settings.source, config=settings.lora, kernel_sizes=settings.kernel_sizes
     )

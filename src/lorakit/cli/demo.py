@@ -31,17 +31,17 @@ from lorakit.training.evaluation import answer
 from lorakit.training.run import train
 from lorakit.training.sweep.sweep import sweep
 
-TASKS = {"places": 70, "sql": 30}
-"""The tasks, and the steps after which each is learned."""
+TASK_STEPS = {"places": 70, "sql": 30}
+"""The tasks, and the number of training steps of each."""
 MODEL = "smollm2"
 SWEEP_RANKS = (1, 2, 4, 8)
 SWEEP_STEPS = 12
 MIXED_ROWS = 8
-"""Rows of the mixed batch, in turns of the tasks and the base."""
+"""Rows of the mixed batch; the tasks and the base take turns."""
 
 
 class DemoConfig(Settings):
-    """How long to train and how much to score."""
+    """Settings of demo: how long to train and how much to score."""
 
     out: Path | None = None
     """New folder for the adapters. None: a temporary one, which stays for you to look at."""
@@ -61,7 +61,7 @@ SETTINGS: type[Settings] = DemoConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What one task gained."""
+    """The scores of one task before and after training, and what the training took."""
 
     task: str
     before: float
@@ -107,10 +107,10 @@ def run(settings: DemoConfig) -> Result:
     original = weights_hash(model)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     _say(f"{MODEL}: {size / 1e6:.0f} MB; scoring the base on held-out rows")
-    held_out = {task: _held_out(task, settings.rows) for task in TASKS}
-    before = {task: _score(model, tokenizer, held_out[task])[0] for task in TASKS}
+    held_out = {task: _held_out(task, settings.rows) for task in TASK_STEPS}
+    before = {task: _score(model, tokenizer, held_out[task])[0] for task in TASK_STEPS}
     trained = {}
-    for task in TASKS:
+    for task in TASK_STEPS:
         _say(f"training {task}")
         trained[task] = train(_training(task, settings, out), progress=True)
     _say(f"training {len(SWEEP_RANKS)} ranks of sql in one batch")
@@ -118,7 +118,7 @@ def run(settings: DemoConfig) -> Result:
     _say("reloading the adapters into the base, scoring, mixing, merging, unmerging")
     bank = AdapterBank(model)
     results = []
-    for task in TASKS:
+    for task in TASK_STEPS:
         bank.load(task, out / task)
         bank.switch(task)
         after, example = _score(model, tokenizer, held_out[task])
@@ -134,7 +134,7 @@ def run(settings: DemoConfig) -> Result:
             )
         )
     mixed = _mix(bank, model, tokenizer, held_out)
-    batch = _batch(tokenizer, held_out[next(iter(TASKS))])
+    batch = _batch(tokenizer, held_out[next(iter(TASK_STEPS))])
     timing, logit_change = _merge_and_undo(model, batch)
     detach(model)
     unchanged = weights_hash(model) == original
@@ -171,16 +171,16 @@ def _training(task: str, settings: DemoConfig, out: Path) -> TrainConfig:
         out=out / task,
         lora=LoRAConfig(rank=8, alpha=16, targets=("q", "v")),
         data=DataConfig(train=f"builtin:{task}"),
-        steps=settings.steps or TASKS[task],
+        steps=settings.steps or TASK_STEPS[task],
         batch_size=settings.batch_size,
         learning_rate=3e-3,
-        warmup_steps=min(5, (settings.steps or TASKS[task]) // 2),
+        warmup_steps=min(5, (settings.steps or TASK_STEPS[task]) // 2),
         dtype="bfloat16",
     )
 
 
 def _sweep(settings: DemoConfig, out: Path) -> TrainConfig:
-    """A sweep with as many rows in a step as one training has."""
+    """The settings of a sweep whose joint step has as many rows as one training's step."""
     steps = min(SWEEP_STEPS, settings.steps or SWEEP_STEPS)
     return TrainConfig(
         model=MODEL,
@@ -207,7 +207,7 @@ def _held_out(task: str, count: int) -> Sequence[PromptRow]:
 def _score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow]
 ) -> tuple[float, str]:
-    """The share of exact answers, and one example."""
+    """The share of rows that are answered exactly, from 0 to 1, and one example."""
     prompts = [encode_prompt(row, tokenizer, DataConfig()) for row in rows]
     answers = answer(model, tokenizer, prompts, max_new_tokens=48, batch_size=32)
     example = f"{rows[0].prompt}\n  -> {answers[0].splitlines()[0] if answers[0] else ''}"
@@ -220,12 +220,12 @@ def _mix(
     tokenizer: PreTrainedTokenizerBase,
     held_out: Mapping[str, Sequence[PromptRow]],
 ) -> Mixed:
-    """Answer one batch whose rows use the adapters in turns, and each adapter's rows alone."""
-    turns = [task for _, task in zip(range(MIXED_ROWS), itertools.cycle([*TASKS, None]))]
+    """Generate answers for one batch with an adapter per row, and for each adapter's rows alone."""
+    turns = [task for _, task in zip(range(MIXED_ROWS), itertools.cycle([*TASK_STEPS, None]))]
     source = {task: itertools.cycle(held_out[task or "places"]) for task in turns}
     rows = [next(source[task]) for task in turns]
     prompts = [encode_prompt(row, tokenizer, DataConfig()) for row in rows]
-    # `answer` sorts its rows by length, and the route must name them in that order.
+    # `answer` sorts its rows by length, so the route must name their adapters in that order.
     order = sorted(range(len(rows)), key=lambda row: len(prompts[row]))
     prompts, turns = [prompts[row] for row in order], [turns[row] for row in order]
 
@@ -259,7 +259,7 @@ def _merge_and_undo(
     model: PreTrainedModel, batch: dict[str, torch.Tensor]
 ) -> tuple[Timing, float | None]:
     """Time a forward pass of the base, the unmerged and the merged model, in turns."""
-    first, second = TASKS
+    first, second = TASK_STEPS
     switches = []
     for name in (first, second) * 50:
         begun = time.perf_counter()
@@ -321,13 +321,13 @@ def _report(
             "",
             f"{len(data['sweep'])} ranks trained in one batch ({data['sweep_seconds']:.0f} s), "
             f"validation loss: {ranks}",
-            f"one batch of {len(mixed.adapters)} rows with {len(TASKS)} adapters and the base: "
-            f"{mixed.seconds:.1f} s (the base alone {mixed.base_seconds:.1f} s), each row "
+            f"one batch of {len(mixed.adapters)} rows with {len(TASK_STEPS)} adapters and the base:"
+            f" {mixed.seconds:.1f} s (the base alone {mixed.base_seconds:.1f} s), each row "
             + ("answered as alone" if mixed.same_answers else "NOT ANSWERED AS ALONE"),
             f"one prompt: base {timing.base_ms:.1f} ms, unmerged {timing.unmerged_ms:.1f} ms, "
             f"merged {timing.merged_ms:.1f} ms; a switch takes {timing.switch_us:.1f} us",
             f"largest change of a logit by merging: {data['largest_logit_change_of_merging']:.2g}",
-            f"after {len(TASKS)} adapters, switches, merges: the base's bits are unchanged",
+            f"after {len(TASK_STEPS)} adapters, switches, merges: the base's bits are unchanged",
             f"{data['seconds']:.0f} s in all. Next:",
             f'  lorakit generate --adapter {out}/places --prompt "name: Ivory Mill, kind: library, '
             'area: harbour, cost: high, dogs: yes"',

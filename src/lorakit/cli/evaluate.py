@@ -22,11 +22,11 @@ from lorakit.training.loss import Loss
 from lorakit.training.virtual_tokens import encode_for
 
 WRITTEN = ("exact_match", "bleu")
-"""Scores for which the model has to write answers."""
+"""Scores for which the model generates answers."""
 
 
 class EvaluateConfig(Settings):
-    """What to score, on which rows."""
+    """Settings of evaluate: the model and adapter, the rows, and the scores."""
 
     adapter: Path | None = None
     """Adapter folder; None: the model alone."""

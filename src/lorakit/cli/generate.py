@@ -19,7 +19,7 @@ from lorakit.training.evaluation import answer, generation_settings
 
 
 class GenerateConfig(Settings):
-    """What to complete, and how."""
+    """Settings of generate: the model and adapter, the prompts, and the search."""
 
     adapter: Path | None = None
     """Adapter folder; None: the model alone."""
@@ -69,7 +69,7 @@ SETTINGS: type[Settings] = GenerateConfig
 
 
 def run(settings: GenerateConfig) -> Result:
-    """Answer one prompt, streaming, or all of a file."""
+    """Generate for one prompt, streamed to stdout, or for all prompts of a file."""
     if (settings.prompt is None) == (settings.input is None):
         raise ConfigError("give either prompt, or input (a file of prompts, - for standard input)")
     prompts = [settings.prompt] if settings.prompt is not None else _read(cast(str, settings.input))
@@ -121,7 +121,7 @@ def _read(source: str) -> list[str]:
 def _rows(prompts: Iterable[str], settings: GenerateConfig, opened: Opened) -> Iterable[Row]:
     chat = settings.chat
     if chat is None:
-        # Without an adapter, a chat model is talked to as a chat model.
+        # Without an adapter, a model with a chat template gets prompts as messages.
         trained = opened.adapter.card.get("rows_kind") if opened.adapter else None
         template = getattr(opened.tokenizer, "chat_template", None)
         chat = trained == "messages" if opened.adapter else template is not None
@@ -145,7 +145,7 @@ def _search(settings: GenerateConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def _stream(ids: list[int], settings: GenerateConfig, opened: Opened) -> str:
-    """Write the answer to stdout word by word, and return it."""
+    """Generate one answer, write it to stdout word by word, and return it."""
     tokens = torch.tensor([ids], device=opened.model.device)
     streamer = None
     if settings.num_beams == 1:

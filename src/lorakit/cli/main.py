@@ -1,7 +1,7 @@
 """The entry point: one verb, its settings, and one way to print results and errors.
 
-Exit codes: 0 success; 2 a mistake that the user can mend; 130 Ctrl-C; 141 whoever read stdout has
-gone; 1, with a trace, a defect of lorakit.
+Exit codes: 0 success; 2 a mistake that the user can mend; 130 Ctrl-C; 141 the reader of stdout has
+closed it; 1, with a trace, a defect of lorakit.
 """
 
 import json
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _run([word for word in words if word not in SWITCHES], switches)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes once more at exit, and would complain about what is left.
+        # The interpreter flushes stdout once more at exit, which would raise the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return code
@@ -61,7 +61,7 @@ def _run(words: list[str], switches: set[str]) -> int:
 
 
 def _result(words: list[str], switches: set[str]) -> Result:
-    """Return what the verb found, or the help, the version or the settings that were asked for."""
+    """The result of the verb; or the help, the version or the settings, if a switch says so."""
     if words == ["--version"]:
         return Result(text=f"lorakit {__version__}", data={"version": __version__})
     if not words:
@@ -105,7 +105,7 @@ def _verb_and_rest(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _fail(error: BaseException, switches: set[str]) -> int:
-    """Say what went wrong, and return the exit code."""
+    """Print the message of an error, and return the exit code."""
     if "--debug" in switches:
         traceback.print_exception(error)
     stopped = isinstance(error, KeyboardInterrupt)
@@ -126,14 +126,15 @@ def _error_json(error: BaseException) -> str:
 
 
 def _json(data: dict[str, object]) -> str:
-    """Return data as one line of JSON, which has no NaN: null stands for it."""
+    """One line of JSON; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(to_jsonable_python(data, inf_nan_mode="null"))
 
 
 @contextmanager
 def _stdout_on_stderr() -> Iterator[None]:
-    """Send to stderr what is written to stdout, by Python, by libraries in C and by child
-    processes, so that nothing gets into the JSON.
+    """Redirect stdout to stderr, for Python, libraries in C and child processes alike.
+
+    So nothing but the result gets into the JSON on stdout.
     """
     stdout = sys.stdout
     stdout.flush()

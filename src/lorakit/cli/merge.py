@@ -20,7 +20,7 @@ from lorakit.models.quantized import dequantize, quantization_of
 
 
 class MergeConfig(Settings):
-    """Which adapter to merge, and where to write the model."""
+    """Settings of merge: the adapter, its base, and where to write the model."""
 
     adapter: Path
     """Adapter folder."""
@@ -46,7 +46,7 @@ SETTINGS: type[Settings] = MergeConfig
 
 
 def run(settings: MergeConfig) -> Result:
-    """Merge in float32, round once, write the checkpoint and report what rounding cost."""
+    """Merge in float32, round once, write the checkpoint, and report the rounding error."""
     if settings.out.exists():
         raise OutputError(f"{settings.out} exists: choose another folder")
     # Loaded in float32, so that base and update are added before anything is rounded.
@@ -81,7 +81,7 @@ def _open(settings: MergeConfig, quantize: str) -> Opened:
 
 
 def _merge_as_trained(settings: MergeConfig, opened: Opened) -> tuple[Opened, MergeReport]:
-    """Merge into a float base, and compare it with the quantised one that was opened."""
+    """Merge into a float base; the report compares it with the quantised one of the training."""
     trained = TrainedModel.of(opened.model)
     detach(opened.model)
     if settings.into == "original":
@@ -101,7 +101,7 @@ def _save(opened: Opened, folder: Path) -> None:
 
 
 def _check_saved(opened: Opened, folder: Path, settings: MergeConfig) -> None:
-    """Load the checkpoint as its users will, and compare every bit with the merged model.
+    """Load the checkpoint with `load_model`, and compare every bit with the merged model.
 
     Raises:
         OutputError: it cannot be loaded, or a tensor is not as it was in memory.

@@ -1,4 +1,4 @@
-"""docs/cli.md, made from the help: `python -m lorakit.cli.reference > docs/cli.md`."""
+"""The page docs/cli.md, made from the help: `python -m lorakit.cli.reference > docs/cli.md`."""
 
 from lorakit.cli.parsing.help import overview, verb_help
 from lorakit.cli.verbs import VERBS, load_verb

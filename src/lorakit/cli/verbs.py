@@ -1,4 +1,4 @@
-"""A verb: settings in, a result out that people and programs can read."""
+"""The verbs: their names and meanings, and the interface of the module that implements one."""
 
 import gc
 import importlib
@@ -25,12 +25,12 @@ VERBS = {
     "bench sweep": "Time training many adapters at once, beside one by one.",
     "bench train": "Time training, beside PEFT and full fine-tuning.",
 }
-"""Each verb's name, of one word or two, and meaning: listing them here imports none of them."""
+"""Name, of one word or two, and meaning of each verb; a verb's module is imported when it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a verb found or made."""
+    """The result of a verb, as text for people and as data for programs."""
 
     text: str
     """For people: printed on stdout when the verb ends. Empty: nothing is printed."""
@@ -41,9 +41,9 @@ class Result:
 
 @runtime_checkable
 class Verb(Protocol):
-    """What the module `lorakit.cli.NAME` of a verb must have.
+    """The interface of a verb's module `lorakit.cli.NAME`.
 
-    A module whose verbs have two words has a mapping VERBS of the second word to such an object.
+    A module whose verbs have two words has a mapping SECOND_WORDS: second word to such an object.
 
     While a verb runs it may print to stdout, as `generate` streams its words: with --json, main
     sends all of that to stderr. Progress and messages go to stderr themselves. A mistake of the
@@ -55,12 +55,12 @@ class Verb(Protocol):
     """The verb's settings, from which its flags and its help are made."""
 
     def run(self, settings: Any) -> Result:
-        """Do the work that the settings, an instance of SETTINGS, ask for."""
+        """Do the verb's work with the settings, an instance of SETTINGS."""
         ...
 
 
 def second_words(first: str) -> list[str]:
-    """Return what can follow the first word of verbs that have two."""
+    """The second words of the verbs of two words with this first one."""
     return [name.partition(" ")[2] for name in VERBS if name.startswith(f"{first} ")]
 
 
@@ -68,15 +68,15 @@ def load_verb(name: str) -> Verb:
     """The module of a verb, importing it now: torch and transformers take seconds."""
     first, _, second = name.partition(" ")
     module = importlib.import_module(f"lorakit.cli.{first}")
-    return cast(Verb, module.VERBS[second] if second else module)
+    return cast(Verb, module.SECOND_WORDS[second] if second else module)
 
 
 @contextmanager
 def loaded_verb(name: str) -> Iterator[Verb]:
-    """Yield the module of a verb, for as long as it is used, and spare Python a search for garbage.
+    """The module of a verb, for as long as it runs, with imports kept out of garbage collection.
 
-    Imports leave half a million objects, which stay. To look through them over and over, while they
-    come and while the verb runs, would take a quarter of the time to a run's first step.
+    Imports leave half a million objects that stay. Scanning them again and again, during the import
+    and while the verb runs, would take a quarter of the time to a run's first step.
     """
     enabled = gc.isenabled()
     gc.disable()

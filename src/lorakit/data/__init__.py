@@ -1,1 +1,1 @@
-"""Rows to tokens to batches: sources, row types, chat templates, labels, packing, metrics."""
+"""Rows to samples to batches: sources, row types, chat templates, labels, packing, metrics."""

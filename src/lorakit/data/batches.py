@@ -1,4 +1,4 @@
-"""Makes batches of examples: padded on the right or joined to train, on the left to generate."""
+"""Batches of samples: padded on the right or packed for training, on the left for generation."""
 
 import math
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from lorakit.data.encode import Example
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills a batch: the pad token, else the end token, else token 0.
+    """The id of the token that fills a batch: the pad token, else the end token, else token 0.
 
-    The attention mask hides it, and no label is on it, whatever it is.
+    Any token would do: the attention mask hides it, and its label is IGNORED.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
@@ -26,12 +26,12 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def training_batch(
     examples: Sequence[Example], *, pad_id: int, multiple: int = 1
 ) -> dict[str, Tensor]:
-    """Return examples padded on the right to the longest of them, up to a multiple of tokens.
+    """A batch of samples, padded on the right to the longest of them, up to a multiple of tokens.
 
     Returns:
-        input_ids, attention_mask and, if the examples have them, token_type_ids: (batch, length);
-        labels: (batch, length) with IGNORED on padding for tokens to learn, (batch,) in int64 for
-        classes, (batch,) in float32 for a regression.
+        input_ids, attention_mask and, if the samples have them, token_type_ids: (batch, length);
+        labels: for target tokens (batch, length), with IGNORED on padding; for classes (batch,) in
+        int64; for a regression (batch,) in float32.
     """
     ids = [example.input_ids for example in examples]
     length = math.ceil(max(map(len, ids)) / multiple) * multiple
@@ -49,29 +49,32 @@ def training_batch(
 def joined_batch(
     examples: Sequence[Example], *, pad_id: int = 0, multiple: int = 1
 ) -> dict[str, Tensor]:
-    """Return examples with a label per token, joined to one row, padded up to a multiple of tokens.
+    """A batch of samples packed into one row, padded at its end up to a multiple of tokens.
+
+    Args:
+        examples: samples with a label per token.
+        pad_id: the token of the padding.
+        multiple: the row's length is a multiple of it.
 
     Returns:
-        input_ids; position_ids, which start at 0 for each example; labels, IGNORED on each
-        example's first token, which nothing predicts: (1, tokens).
+        input_ids; position_ids, which start at 0 for each sample; labels, IGNORED on each sample's
+        first token, which nothing predicts: (1, tokens).
     """
-    row = {
+    row: dict[str, list[int]] = {
         "input_ids": [token for each in examples for token in each.input_ids],
         "position_ids": [at for each in examples for at in range(len(each.input_ids))],
-        "labels": [label for each in examples for label in _predicted(each)],
+        "labels": [],
     }
+    for each in examples:
+        assert isinstance(each.labels, list)
+        row["labels"] += [IGNORED, *each.labels[1:]]
     missing = -len(row["input_ids"]) % multiple
     fill = {"input_ids": pad_id, "position_ids": 0, "labels": IGNORED}
     return {n: torch.tensor([values + [fill[n]] * missing]) for n, values in row.items()}
 
 
-def _predicted(example: Example) -> list[int]:
-    assert isinstance(example.labels, list)
-    return [IGNORED, *example.labels[1:]]
-
-
 def generation_batch(prompts: Sequence[Sequence[int]], *, pad_id: int) -> dict[str, Tensor]:
-    """Return prompts padded on the left, so that every answer begins at the same position.
+    """A batch of prompts, padded on the left, so that every answer begins at the same position.
 
     Returns:
         input_ids and attention_mask: (batch, length).

@@ -1,4 +1,4 @@
-"""Conversations as tokens: a chat template writes them, the assistant's turns are learnt."""
+"""Conversations as tokens: a chat template writes them, the assistant's turns are the targets."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -11,7 +11,7 @@ from lorakit.data.row_types import Message
 from lorakit.errors import DataError
 
 IGNORED = -100
-"""The label of a token that the loss leaves out; torch's cross entropy has it as its default."""
+"""The label of a token that is no target; torch's cross entropy ignores it by default."""
 
 
 class ChatTemplate:
@@ -33,23 +33,23 @@ class ChatTemplate:
         self._special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens up to where the assistant speaks next, or spoke last.
+        """The tokens before the assistant's next turn, or before its last one if that ends them.
 
         Raises:
             UnusableRowError: nothing precedes the assistant, or the template refuses the messages.
         """
-        asked = messages[:-1] if messages[-1].role == "assistant" else messages
-        if not asked:
+        before = messages[:-1] if messages[-1].role == "assistant" else messages
+        if not before:
             raise UnusableRowError("nothing precedes the assistant's turn")
-        return self._ids(self._render(asked, assistant_next=True))
+        return self._ids(self._render(before, assistant_next=True))
 
     def example(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Return tokens and labels up to the assistant's last turn.
+        """The tokens of a conversation and their labels, up to the assistant's last turn.
 
-        Labels are on the assistant's turns with their end-of-turn token, and IGNORED elsewhere. A
-        turn that opens the conversation gets none, since it answers nothing. Few templates mark
-        what the assistant generates, so each turn is found as the difference of two renderings: up
-        to the turn, and with it.
+        Target tokens are the assistant's turns with their end-of-turn tokens; other labels are
+        IGNORED. A turn that opens the conversation is no target, since it answers nothing. Few
+        templates mark what the assistant generates, so each turn is found as the difference of two
+        renderings: up to the turn, and with it.
 
         Raises:
             UnusableRowError: the template refuses the messages, or writes a turn differently
@@ -78,7 +78,7 @@ class ChatTemplate:
         return ids, labels
 
     def _end_of_turn(self, ids: Sequence[int], start: int, stop: int) -> int:
-        """Return where a turn ends: after its last special token, if it has one."""
+        """The index at which a turn ends: after its last special token, if it has one."""
         special = [i for i in range(start, stop) if ids[i] in self._special]
         return special[-1] + 1 if special else stop
 
@@ -118,6 +118,6 @@ def _named(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _shared(ids: Sequence[int], prefix: Sequence[int]) -> int:
-    """Return how many tokens agree from the start; the last of a prefix may have merged on."""
+    """The number of equal tokens at the start; a prefix's last token may differ in the whole."""
     pairs = zip(ids, prefix, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,4 +1,4 @@
-"""The records of one source as a table: which kind of row its columns can give."""
+"""The columns of one source: which of lorakit's fields they give, and so which type of row."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from lorakit.config.train import DataConfig, RowField
 from lorakit.data.fields import FieldMap
 from lorakit.data.problems import Problems, UnusableRowError
 from lorakit.data.row_types import RowType
-from lorakit.data.sources import Record
+from lorakit.data.sources import RawRow
 from lorakit.errors import DataError
 
 R = TypeVar("R")
 Values: TypeAlias = dict[str, Any]
-"""A record's values by column."""
+"""The values of a raw row by column."""
 
 _NEEDED: dict[RowType, tuple[RowField, ...]] = {
     "messages": ("messages",),
@@ -21,45 +21,45 @@ _NEEDED: dict[RowType, tuple[RowField, ...]] = {
     "classification": ("text", "label"),
     "text": ("text",),
 }
-"""What each kind of row must have. `auto` takes the first kind whose fields are all there."""
+"""The fields that each type of row needs; `auto` is the first type whose fields are all there."""
 
 _ANSWERS: tuple[RowField, ...] = ("completion", "references")
 
 
 @dataclass(frozen=True)
-class Table:
-    """Records, and where our fields are found in them."""
+class ColumnTable:
+    """The raw rows of a source, and the map from lorakit's fields to their columns."""
 
     source: str
-    records: Sequence[Record]
+    raw: Sequence[RawRow]
     fields: FieldMap
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names that occur in any record."""
-        return tuple(dict.fromkeys(column for record in self.records for column in record.values))
+        """The names that occur in any raw row."""
+        return tuple(dict.fromkeys(column for each in self.raw for column in each.values))
 
     def rows(self, make: Callable[[Values], R]) -> tuple[R, ...]:
-        """Return what a function makes of each record.
+        """The rows that a function makes of the raw rows, in their order.
 
         Raises:
-            DataError: the function raised UnusableRowError; lists those records.
+            DataError: the function raised UnusableRowError; lists those raw rows.
         """
         problems = Problems(self.source)
         rows = []
-        for record in self.records:
+        for each in self.raw:
             try:
-                rows.append(make(record.values))
+                rows.append(make(each.values))
             except UnusableRowError as error:
-                problems.add(record.where, str(error))
+                problems.add(each.where, str(error))
         problems.raise_if_any()
         return tuple(rows)
 
     def kind(self, data: DataConfig, *, answered: bool) -> RowType:
-        """Return what the rows are: the asked format, or the first that the columns can give.
+        """The type of the rows: the configured format, or the first that the columns can give.
 
         Args:
-            data: the asked format, and the columns that the user named.
+            data: the format, and the columns that the user named.
             answered: prompt rows need a completion or references.
 
         Raises:
@@ -85,9 +85,9 @@ class Table:
         )
 
     def _lacking(self, kind: RowType, columns: Sequence[str], *, answered: bool) -> list[str]:
-        """A line for each column that rows of this kind need and that is not there."""
-        spared = not answered or not self.fields.absent("references", columns)
-        needed = [name for name in _NEEDED[kind] if not (name == "completion" and spared)]
+        """A line for each column that rows of this type need and that is not there."""
+        optional = not answered or not self.fields.absent("references", columns)
+        needed = [name for name in _NEEDED[kind] if not (name == "completion" and optional)]
         return self._absent(needed, columns)
 
     def _mistaken(self, data: DataConfig, columns: Sequence[str]) -> list[str]:

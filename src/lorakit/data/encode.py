@@ -1,4 +1,4 @@
-"""Turns rows into tokens and labels, and keeps count of what was cut or left out."""
+"""Rows to samples: tokens and labels, with a count of what was cut or left out."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,25 +15,25 @@ from lorakit.data.row_types import ClassificationRow, MessagesRow, PromptRow, Ro
 from lorakit.errors import DataError
 
 TOGETHER = 10_000
-"""Rows whose texts are turned into tokens at once: the tokenizer then uses all cores."""
-NOTHING_TO_LEARN = "no token to learn within the limit"
+"""The number of rows that are tokenized at once: the tokenizer then uses all cores."""
+NO_TARGET = "no target token within the limit"
 NO_ANSWER = "no turn of the assistant that answers something"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One row as a model takes it."""
+    """One sample: a row as tokens and labels."""
 
     input_ids: list[int]
     labels: list[int] | int | float
-    """A label per token (IGNORED: none), the number of the class, or the number to predict."""
+    """A label per token (IGNORED: no target), the number of the class, or the number to predict."""
     token_type_ids: list[int] | None = None
-    """Which text of a pair each token is from, for models that are told."""
+    """Which text of a pair each token is from, 0 or 1, for models with token types."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Examples in the order of their rows; a data set of torch's map style."""
+    """Samples in the order of their rows: a data set of torch's map style."""
 
     examples: tuple[Example, ...]
     report: EncodingReport
@@ -47,7 +47,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Draft:
-    """A row's example, if one remains, and what was cut from it."""
+    """The sample of a row, or the reason why there is none, and what was cut from it."""
 
     example: Example | None = None
     dropped: str = ""
@@ -62,21 +62,21 @@ def encode_rows(
     *,
     longest: int | None = None,
 ) -> Encoded:
-    """The rows as examples of at most `data.max_length` tokens.
+    """The samples of rows, of at most `data.max_length` tokens each.
 
-    - A prompt row is the prompt, the separator, the completion and the end token; its labels are on
-      the last two. If it is too long, the prompt is cut from the left. If no token of the prompt
-      would be left, the prompt keeps half of the room and the completion is cut as well.
-    - A conversation has labels on the assistant's turns. One that is too long loses its end.
-    - A text and its end token are all labels. One that is too long loses its end.
+    - A prompt row becomes the prompt, the separator, the completion and the end token; the last two
+      are the target tokens. If it is too long, the prompt is cut from the left. If no token of the
+      prompt would be left, the prompt keeps half of the limit and the completion is cut as well.
+    - Of a conversation, the assistant's turns are the targets. One that is too long loses its end.
+    - Of a text, all tokens and the end token are targets. One that is too long loses its end.
     - A text or pair to classify has the number of its class, or the number to predict. If it is too
       long, the longer of the two is cut.
 
     Args:
-        rows: what was read.
+        rows: the rows, as `read_rows` gives them.
         tokenizer: the model's.
         data: how rows become text.
-        longest: another limit, where the model has not room for more. None: there is none.
+        longest: another limit in tokens, from the model's context length. None: there is none.
 
     Raises:
         DataError: no row is left, or rows or tokenizer do not allow it; lists the rows.
@@ -100,10 +100,10 @@ def encode_rows(
 
 
 def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[int]:
-    """The tokens after which the model's answer begins, exactly as in training, never cut.
+    """The tokens of a row's prompt, exactly as in training, never cut.
 
-    Of a conversation, that is what precedes the assistant's last turn if the conversation ends
-    with it, else all of it; of a text, the text.
+    The prompt of a conversation is all of it, but for the assistant's last turn if it ends with
+    one; that of a text is the text.
 
     Raises:
         DataError: the row cannot be answered, or the tokenizer has no chat template.
@@ -124,7 +124,7 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig
 
 
 class _Encoder:
-    """Makes the example of one row after the other."""
+    """Makes the samples of rows, one after the other."""
 
     def __init__(
         self,
@@ -142,19 +142,20 @@ class _Encoder:
         self._openings: dict[str, list[int]] = {}
         self._numbers = {name: number for number, name in enumerate(rows.labels or ())}
         self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
-        frame = tokenizer.num_special_tokens_to_add(pair=True)
-        if rows.kind == "classification" and self.limit <= frame:
+        special = tokenizer.num_special_tokens_to_add(pair=True)
+        if rows.kind == "classification" and self.limit <= special:
             raise DataError(
-                f"data.max_length {self.limit} leaves no room for text beside the {frame} tokens"
+                f"data.max_length {self.limit} leaves no room for text beside the {special} tokens"
                 " that frame it."
             )
 
     def look_ahead(self, rows: Sequence[Row]) -> None:
-        """Turn the texts of rows into tokens, for the drafts that will be asked for."""
+        """Tokenize the texts of rows at once, for the calls of `draft` that follow."""
         prompts = [row for row in rows if isinstance(row, PromptRow)]
         texts = [row.text for row in rows if isinstance(row, TextRow)]
         openings = [*(row.prompt + self._separator for row in prompts), *texts]
-        # Later rows may ask the same (E2E: 9 answers to a prompt). What will be cut may be long.
+        # Later rows may have the same prompt (E2E: 9 answers to one). Texts that are cut may be
+        # long, so they are not kept.
         known = {text: ids for text, ids in self._openings.items() if len(ids) <= self.limit}
         new = [text for text in openings if text not in known]
         self._openings = known | _openings(self._tokenizer, new)
@@ -162,7 +163,7 @@ class _Encoder:
 
     @cached_property
     def _end(self) -> int:
-        """The token that ends an answer; tokenizers look it up by its text, which takes a while."""
+        """The token that ends an answer, cached: tokenizers look it up by its text each time."""
         return end_token(self._tokenizer)
 
     def draft(self, row: Row) -> _Draft:
@@ -182,17 +183,17 @@ class _Encoder:
     def _prompt(self, row: PromptRow) -> _Draft:
         prompt = self._openings[row.prompt + self._separator]
         completion = [*self._completions[row.completion], self._end]
-        # At least one token of the prompt stays: the first token to learn must follow something.
+        # At least one token of the prompt stays: the first target token must follow a token.
         fits = len(completion) < self.limit
         room = self.limit - len(completion) if fits else self.limit // 2
         kept = _last(prompt, room, start=self._start)
-        learnt = completion[: self.limit - len(kept)]
-        if not kept or not learnt:
-            return _Draft(dropped=NOTHING_TO_LEARN)
+        targets = completion[: self.limit - len(kept)]
+        if not kept or not targets:
+            return _Draft(dropped=NO_TARGET)
         return _Draft(
-            example=Example(input_ids=kept + learnt, labels=[IGNORED] * len(kept) + learnt),
+            example=Example(input_ids=kept + targets, labels=[IGNORED] * len(kept) + targets),
             cut_prompt=len(kept) < len(prompt),
-            cut_completion=len(learnt) < len(completion),
+            cut_completion=len(targets) < len(completion),
         )
 
     def _continuous(self, ids: list[int], labels: list[int]) -> _Draft:
@@ -200,7 +201,7 @@ class _Encoder:
         kept = labels[: self.limit]
         # The first token is given, not predicted.
         if all(label == IGNORED for label in kept[1:]):
-            return _Draft(dropped=NOTHING_TO_LEARN)
+            return _Draft(dropped=NO_TARGET)
         return _Draft(
             example=Example(input_ids=ids[: self.limit], labels=kept),
             cut_completion=len(kept) < len(labels),
@@ -219,9 +220,9 @@ class _Encoder:
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
-    """Each text's tokens with what the tokenizer puts before it, but not what it puts after.
+    """The tokens of each text, with the tokenizer's start token but without its end token.
 
-    Lists are shared between equal texts.
+    Equal texts share one list.
     """
     found = _tokens(tokenizer, texts, add_special_tokens=True)
     end = tokenizer.eos_token_id
@@ -231,7 +232,7 @@ def _openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
-    """Each text's own tokens."""
+    """The tokens of each text, without special tokens."""
     return _tokens(tokenizer, texts, add_special_tokens=False)
 
 
@@ -252,7 +253,7 @@ def _tokens(
 
 
 def _last(ids: list[int], room: int, *, start: int | None) -> list[int]:
-    """The last tokens that there is room for, and before them the start token if it led."""
+    """The last `room` tokens; a start token at the front is kept in place of the first of them."""
     if len(ids) <= room:
         return ids
     if ids[0] == start and room > 1:

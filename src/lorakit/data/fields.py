@@ -1,4 +1,4 @@
-"""Finds our fields in the columns of a file: by name, or by a template of several."""
+"""The map from lorakit's fields to a file's columns: by name, or by a template of several."""
 
 import math
 import re
@@ -13,39 +13,44 @@ _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
 class FieldMap:
-    """Which column, or template of columns, each of our fields is made from."""
+    """The column, or template of columns, that each field is made from."""
 
     def __init__(self, fields: Mapping[RowField, str]) -> None:
         self._fields = fields
 
     def __contains__(self, name: RowField) -> bool:
-        """Whether the user said what the field is made from."""
+        """Whether the settings name a column or template for the field."""
         return name in self._fields
 
     def absent(self, name: RowField, columns: Collection[str]) -> list[str]:
-        """Return what is missing to make a field, each as "'x'; did you mean 'y'?"."""
+        """The columns that a field lacks, each as "'x'; did you mean 'y'?"; none if it has all."""
         made_from = self._columns(name, columns)
         return [f"{c!r}{did_you_mean(c, columns)}" for c in made_from if c not in columns]
 
-    def value(self, name: RowField, record: Mapping[str, Any]) -> Any:
-        """A field's value as it stands in the record, or the filled template; else None."""
-        source = self._fields.get(name, name)
-        if source in record:
-            return record[source]
-        columns = _PLACEHOLDER.findall(source)
-        if not columns or any(record.get(column) is None for column in columns):
-            return None
-        return _PLACEHOLDER.sub(lambda found: as_text(found[1], record[found[1]]), source)
+    def value(self, name: RowField, values: Mapping[str, Any]) -> Any:
+        """A field's value: that of its column, or its template filled in; None if one is absent.
 
-    def text(self, name: RowField, record: Mapping[str, Any]) -> str:
+        Args:
+            name: the field.
+            values: the values of one raw row by column.
+        """
+        source = self._fields.get(name, name)
+        if source in values:
+            return values[source]
+        columns = _PLACEHOLDER.findall(source)
+        if not columns or any(values.get(column) is None for column in columns):
+            return None
+        return _PLACEHOLDER.sub(lambda found: as_text(found[1], values[found[1]]), source)
+
+    def text(self, name: RowField, values: Mapping[str, Any]) -> str:
         """A field's value as text.
 
         Raises:
             UnusableRowError: it is absent, or is no text.
         """
-        value = self.value(name, record)
+        value = self.value(name, values)
         if value is None:
-            there = ", ".join(column for column in record if record[column] is not None)
+            there = ", ".join(column for column in values if values[column] is not None)
             raise UnusableRowError(f"there is no {self._described(name)}; it has {there or 'none'}")
         return as_text(self._described(name), value)
 
@@ -59,10 +64,10 @@ class FieldMap:
 
 
 def as_text(name: str, value: Any) -> str:
-    """A value that is text, or a number written as text.
+    """A value as text: a text itself, or a number written out.
 
     Raises:
-        UnusableRowError: it is neither, or has characters that no file can hold.
+        UnusableRowError: it is neither, or has half of a surrogate pair.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
@@ -74,7 +79,7 @@ def as_text(name: str, value: Any) -> str:
 
 
 def as_number(value: Any) -> float:
-    """A label that is a finite number, or the text of one.
+    """A label as a number: a finite number, or the text of one.
 
     Raises:
         UnusableRowError: it is not.

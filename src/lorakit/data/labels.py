@@ -1,4 +1,4 @@
-"""The labels of classification rows: their names, their order, and what is wrong with them."""
+"""The class labels of classification rows: their names, their order, and their mistakes."""
 
 import re
 from collections.abc import Collection
@@ -13,7 +13,7 @@ _DECIMAL = re.compile(r"(-?\d*)\.(\d+)")
 
 
 def class_name(value: Any, *, known: tuple[str, ...] | None) -> str:
-    """The name of the class that a label means.
+    """The name of the class that a label stands for.
 
     1, 1.0 and "1" are all the class "1". Where the known names are words, a whole number is a
     position among them, counted from 0.

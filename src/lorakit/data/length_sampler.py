@@ -1,4 +1,4 @@
-"""The order of rows in which those of like length share a batch."""
+"""A sampler that puts samples of similar length into one batch, so that little is padded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch.utils.data import Sampler
 
 BATCHES_TO_SORT = 50
-"""Batches' worth of rows that are drawn at random and then sorted: enough for little padding, few
-enough that an epoch stays well mixed."""
+"""The number of batches whose samples are drawn at random and then sorted: enough for little
+padding, few enough that an epoch stays well mixed."""
 
 
 class ByLength(Sampler[int]):
-    """Draws every row once in an epoch; the order follows from seed and epoch alone.
+    """Draws every sample once in an epoch, in an order that depends on seed and epoch alone.
 
-    So a run that is resumed within an epoch goes on with the rows that it would have had.
+    So a run that is resumed within an epoch continues with the samples that it would have had.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
@@ -25,7 +25,7 @@ class ByLength(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+        """Set the epoch whose order the next iteration has."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -59,7 +59,7 @@ def matthews(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> flo
     """
     _check(predicted, expected)
     classes = list(dict.fromkeys([*predicted, *expected]))
-    # One row per prediction, one column per class: its products count agreements.
+    # One row per prediction, one column per class: the sum of p·e counts agreements.
     p, e = (
         np.array([[v == c for c in classes] for v in side], float) for side in (predicted, expected)
     )
@@ -69,7 +69,7 @@ def matthews(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> flo
 
 
 def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return corpus BLEU from 0 to 100 in lower case, as sacrebleu computes it.
+    """The corpus BLEU, from 0 to 100, in lower case, as sacrebleu computes it.
 
     Each output may have another number of references.
 

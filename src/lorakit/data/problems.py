@@ -1,4 +1,4 @@
-"""Collects what is wrong with a source of data, so that it is told in one error."""
+"""The problems of a source of data, collected and then raised as one error."""
 
 from lorakit.errors import DataError
 
@@ -7,11 +7,11 @@ SHOWN = 10
 
 
 class UnusableRowError(ValueError):
-    """One row lacks something; the message says what, and whoever has the row says where."""
+    """A row that cannot be used: the message says why, and the catcher adds which row it is."""
 
 
 class Problems:
-    """What was found wrong with a source so far."""
+    """The problems of a source that were found so far."""
 
     def __init__(self, source: str) -> None:
         self._source = source

@@ -1,4 +1,4 @@
-"""What became of the rows when they were turned into tokens."""
+"""The report of encoding: how many rows became samples, and how many were cut or dropped."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,15 +24,15 @@ class EncodingReport:
     truncated_prompts: int = 0
     """Kept rows whose prompt, or text to classify, was cut."""
     truncated_completions: int = 0
-    """Kept rows that lost tokens to learn: of a completion, a conversation or a text."""
+    """Kept rows that lost target tokens: of a completion, a conversation or a text."""
     longest: int = 0
     """Tokens of the longest kept row."""
     mean: float = 0.0
     """Mean tokens of a kept row."""
     max_length: int
-    """The limit in tokens: the asked one, or what the tokenizer says its model can take."""
+    """The limit in tokens: the configured one, or a smaller one of the tokenizer or model."""
     notes: tuple[str, ...] = ()
-    """What was odd when the rows were read."""
+    """Remarks on the source, from reading its rows."""
 
     def __str__(self) -> str:
         """The report as a few plain lines."""

@@ -1,4 +1,4 @@
-"""What a row of data can be: a prompt, a conversation, a text, or a text with a label."""
+"""The types of a row of data: a prompt, a conversation, a text, or a text with a label."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -8,11 +8,11 @@ RowType = Literal["prompt", "messages", "text", "classification"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptRow:
-    """A prompt, and what the model should answer."""
+    """A prompt, and the answer that the model should give."""
 
     prompt: str
     completion: str
-    """The answer to train on; empty in a row that is only to be answered."""
+    """The answer to train on; empty in a row for generation alone."""
     references: tuple[str, ...] = ()
     """All good answers, where there are several."""
 
@@ -55,7 +55,7 @@ Row: TypeAlias = PromptRow | MessagesRow | TextRow | ClassificationRow
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of one kind, read from one source."""
+    """Rows of one type, read from one source."""
 
     kind: RowType
     rows: tuple[Row, ...]
@@ -64,14 +64,14 @@ class Rows:
     labels: tuple[str, ...] | None = None
     """Names of the classes in the order of their numbers; None in every other task."""
     notes: tuple[str, ...] = ()
-    """What a reader of the results should know about the source."""
+    """Remarks on the source, shown in the encoding's report."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 def references_of(row: Row) -> tuple[str, ...]:
-    """The texts that a generated answer to this row is compared with; perhaps none."""
+    """The texts that a generated answer to a row is compared with; none for some rows."""
     match row:
         case PromptRow():
             return row.references or ((row.completion,) if row.completion else ())

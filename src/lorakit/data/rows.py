@@ -1,22 +1,22 @@
-"""Reads rows, and makes sure that they can be used before anything is trained on them."""
+"""Rows of a source, read and checked as a whole before anything is trained on them."""
 
 from collections.abc import Callable
 from typing import Any
 
 from lorakit.config.train import DataConfig
 from lorakit.data.builtin import builtin_task
-from lorakit.data.columns import Table, Values
+from lorakit.data.columns import ColumnTable, Values
 from lorakit.data.fields import FieldMap, as_number, as_text
 from lorakit.data.labels import class_name, class_order
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import ClassificationRow, Message, MessagesRow, PromptRow, Rows, TextRow
-from lorakit.data.sources import read_records
+from lorakit.data.sources import read_raw_rows
 from lorakit.errors import DataError
 
 BUILTIN_PREFIX = "builtin:"
 
 _UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "weight")
-"""Keys of a message that change what it means to train on it."""
+"""Keys of a message that would change how it is trained on."""
 
 
 def read_rows(
@@ -33,13 +33,13 @@ def read_rows(
 
     Args:
         source: what `DataConfig.train` may be.
-        data: the kind of row, the names of the columns, and the classes.
+        data: the type of row, the names of the columns, and the classes.
         limit: read only the first so many rows.
         split: the split to read where the source has several and names none.
         labels: the classes of the training rows, for validation rows. None: those of `data`, or
             the distinct labels found.
         regression: labels are numbers to predict.
-        answered: prompt rows need a completion; False for prompts that are only to be answered.
+        answered: prompt rows need a completion; False for prompts that are for generation alone.
 
     Raises:
         DataError: the source is missing, malformed or lacks fields; lists what is wrong.
@@ -47,8 +47,8 @@ def read_rows(
     """
     if source.startswith(BUILTIN_PREFIX):
         return _builtin_rows(source, data, limit=limit, split=split)
-    records = read_records(source, limit=limit, split=split)
-    table = Table(source, records, FieldMap(data.fields))
+    raw = read_raw_rows(source, limit=limit, split=split)
+    table = ColumnTable(source, raw, FieldMap(data.fields))
     match table.kind(data, answered=answered):
         case "messages":
             turns = table.rows(lambda values: _messages_row(table.fields, values))
@@ -56,7 +56,10 @@ def read_rows(
         case "prompt":
             return _prompt_rows(table, answered=answered)
         case "classification" if regression:
-            return _regression_rows(table)
+            numbers = table.rows(
+                lambda values: _labelled_row(table.fields, values, read_label=as_number)
+            )
+            return Rows(kind="classification", rows=numbers, source=source)
         case "classification":
             return _classification_rows(table, known=labels or data.labels)
         case "text":
@@ -72,7 +75,7 @@ def _builtin_rows(source: str, data: DataConfig, *, limit: int | None, split: st
     return Rows(kind="prompt", rows=rows[:limit], source=source)
 
 
-def _prompt_rows(table: Table, *, answered: bool) -> Rows:
+def _prompt_rows(table: ColumnTable, *, answered: bool) -> Rows:
     rows = table.rows(lambda values: _prompt_row(table.fields, values, answered=answered))
     empty = sum(not row.completion.strip() for row in rows)
     if answered and empty == len(rows):
@@ -99,7 +102,7 @@ def _references(fields: FieldMap, values: Values) -> tuple[str, ...]:
     return tuple(as_text("references", text) for text in texts)
 
 
-def _answer_notes(table: Table, *, empty: int) -> tuple[str, ...]:
+def _answer_notes(table: ColumnTable, *, empty: int) -> tuple[str, ...]:
     notes = (
         [f"empty completions: {empty}; there the model learns to answer nothing"] if empty else []
     )
@@ -128,18 +131,13 @@ def _message(number: int, turn: Any) -> Message:
     return Message(role=role, content=as_text(f"content of message {number}", turn["content"]))
 
 
-def _classification_rows(table: Table, *, known: tuple[str, ...] | None) -> Rows:
+def _classification_rows(table: ColumnTable, *, known: tuple[str, ...] | None) -> Rows:
     def named(label: Any) -> str:
         return class_name(label, known=known)
 
     rows = table.rows(lambda values: _labelled_row(table.fields, values, read_label=named))
     labels = known or class_order([str(row.label) for row in rows], source=table.source)
     return Rows(kind="classification", rows=rows, source=table.source, labels=labels)
-
-
-def _regression_rows(table: Table) -> Rows:
-    rows = table.rows(lambda values: _labelled_row(table.fields, values, read_label=as_number))
-    return Rows(kind="classification", rows=rows, source=table.source)
 
 
 def _labelled_row(

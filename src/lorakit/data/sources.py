@@ -1,4 +1,4 @@
-"""Where rows come from: files and data sets of the hub, read as records of named values."""
+"""The sources of rows: files and data sets of the hub, read as raw rows of named values."""
 
 import csv
 import difflib
@@ -16,20 +16,20 @@ HUB = "hub:"
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One line of a file or row of a data set, before anything is known of its meaning."""
+class RawRow:
+    """One line of a file or row of a data set: its values by column, not yet interpreted."""
 
     where: str
     """For messages: "line 12" or "row 12"."""
     values: dict[str, Any]
 
 
-def read_records(source: str, *, limit: int | None, split: str) -> list[Record]:
-    """The first records of a file or of a hub data set; all where limit is None.
+def read_raw_rows(source: str, *, limit: int | None, split: str) -> list[RawRow]:
+    """The first raw rows of a file or of a hub data set; all where limit is None.
 
     Args:
         source: a .jsonl, .json, .csv or .parquet file, or hub:OWNER/NAME[/SUBSET][:SPLIT].
-        limit: how many records to read; what follows them is not looked at.
+        limit: how many to read; what follows is not checked.
         split: the split of a hub data set whose source names none.
 
     Raises:
@@ -42,17 +42,21 @@ def read_records(source: str, *, limit: int | None, split: str) -> list[Record]:
             found = _hub(source, split=split)
         else:
             found = _file(_existing(Path(source).expanduser()), problems)
-        records = list(islice(found, limit))
+        raw = list(islice(found, limit))
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
     problems.raise_if_any()
-    if not records:
+    if not raw:
         raise DataError(f"{source} is empty: it has no rows.")
-    return records
+    return raw
 
 
 def _existing(path: Path) -> Path:
-    """The path of a file, or raise an error that names what is there in its place."""
+    """The path of a file that exists.
+
+    Raises:
+        DataError: it does not; names the files of similar name, or those of the folder.
+    """
     if path.is_file():
         return path
     if path.is_dir():
@@ -68,7 +72,7 @@ def _existing(path: Path) -> Path:
     raise DataError(f"{path} does not exist{hint}")
 
 
-def _file(path: Path, problems: Problems) -> Iterator[Record]:
+def _file(path: Path, problems: Problems) -> Iterator[RawRow]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path} is of no kind that can be read: {', '.join(_READERS)}.")
@@ -76,7 +80,7 @@ def _file(path: Path, problems: Problems) -> Iterator[Record]:
 
 
 def _lines(path: Path, problems: Problems) -> Iterator[str]:
-    """Yield a file's lines, each with its end; what is not UTF-8 becomes a problem."""
+    """The lines of a file, each with its line end; one that is not UTF-8 becomes a problem."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -85,12 +89,12 @@ def _lines(path: Path, problems: Problems) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 byte = f"byte 0x{line[error.start]:02x} at offset {offset + error.start}"
                 problems.add(f"line {number}", f"not UTF-8 ({byte}): save the file as UTF-8")
-                # A line must stand here still, so that the numbers of later ones are right.
+                # It still counts as a line, so that the numbers of later ones are right.
                 yield line.decode("utf-8", errors="replace")
             offset += len(line)
 
 
-def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
+def _json_lines(path: Path, problems: Problems) -> Iterator[RawRow]:
     for number, line in enumerate(_lines(path, problems), start=1):
         if not line.strip():
             continue
@@ -102,8 +106,8 @@ def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
             yield from _objects([(f"line {number}", value)], problems)
 
 
-def _json(path: Path, problems: Problems) -> Iterator[Record]:
-    """Yield the records of a .json file: JSON lines, or one array of objects."""
+def _json(path: Path, problems: Problems) -> Iterator[RawRow]:
+    """The raw rows of a .json file: JSON lines, or one array of objects."""
     with path.open("rb") as file:
         is_array = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     if not is_array:
@@ -123,18 +127,18 @@ def _malformed(error: ValueError | RecursionError) -> str:
     return f"malformed JSON: {error}"
 
 
-def _objects(values: Iterable[tuple[str, Any]], problems: Problems) -> Iterator[Record]:
-    """Yield a record for each JSON object; any other value becomes a problem."""
+def _objects(values: Iterable[tuple[str, Any]], problems: Problems) -> Iterator[RawRow]:
+    """A raw row for each JSON object; any other value becomes a problem."""
     for where, value in values:
         if isinstance(value, dict):
-            yield Record(where, value)
+            yield RawRow(where, value)
         else:
             example = 'an object such as {"prompt": "…", "completion": "…"}'
             problems.add(where, f"{example} is expected, found {json.dumps(value)[:40]}")
 
 
-def _csv(path: Path, problems: Problems) -> Iterator[Record]:
-    """Yield the records of a .csv file, whose first line names the columns."""
+def _csv(path: Path, problems: Problems) -> Iterator[RawRow]:
+    """The raw rows of a .csv file, whose first line names the columns."""
     reader = csv.reader(_lines(path, problems), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -144,7 +148,7 @@ def _csv(path: Path, problems: Problems) -> Iterator[Record]:
         start = reader.line_num + 1
         for cells in reader:
             if len(cells) == len(header):
-                yield Record(f"line {start}", dict(zip(header, cells, strict=True)))
+                yield RawRow(f"line {start}", dict(zip(header, cells, strict=True)))
             elif cells:
                 counts = f"{len(cells)} cells, but the header has {len(header)}"
                 problems.add(f"line {start}", f"{counts} (quote a cell that has a comma)")
@@ -153,7 +157,7 @@ def _csv(path: Path, problems: Problems) -> Iterator[Record]:
         problems.add(f"line {reader.line_num}", f"malformed CSV: {error}")
 
 
-def _parquet(path: Path, problems: Problems) -> Iterator[Record]:
+def _parquet(path: Path, problems: Problems) -> Iterator[RawRow]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -162,7 +166,7 @@ def _parquet(path: Path, problems: Problems) -> Iterator[Record]:
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
         rows = (row for batch in batches for row in batch.to_pylist())
-        yield from (Record(f"row {number}", row) for number, row in enumerate(rows, start=1))
+        yield from (RawRow(f"row {number}", row) for number, row in enumerate(rows, start=1))
     except pyarrow.ArrowException as error:
         problems.add("the file", f"not Parquet, or damaged: {error}")
 
@@ -170,8 +174,8 @@ def _parquet(path: Path, problems: Problems) -> Iterator[Record]:
 _READERS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
-def _hub(source: str, *, split: str) -> Iterator[Record]:
-    """Yield the rows of a data set of the hub, which is downloaded where it is not yet here."""
+def _hub(source: str, *, split: str) -> Iterator[RawRow]:
+    """The raw rows of a data set of the hub, which is downloaded if it is not in the cache."""
     name, _, named_split = source.removeprefix(HUB).partition(":")
     owner, _, rest = name.partition("/")
     if not owner or not rest:
@@ -192,4 +196,4 @@ def _hub(source: str, *, split: str) -> Iterator[Record]:
             f" (hf download {owner}/{repository} --repo-type dataset --local-dir FOLDER)"
             " and give the path of its .parquet, .jsonl or .csv file."
         ) from error
-    return (Record(f"row {number}", row) for number, row in enumerate(found, start=1))
+    return (RawRow(f"row {number}", row) for number, row in enumerate(found, start=1))

@@ -1,4 +1,4 @@
-"""Where virtual tokens stand in a row: before the prompt, and right after it."""
+"""The positions of virtual tokens in a sequence: before the prompt, and right after it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ class VirtualTokens:
     """The virtual tokens of one adapter. Their ids follow the last one of the base's vocabulary."""
 
     first: int
-    """Id of the first of them: the rows of the base's input embedding."""
+    """Id of the first of them: the number of rows of the base's input embedding."""
     prefix: int
-    """How many stand before the prompt."""
+    """The number of virtual tokens before the prompt."""
     infix: int
-    """How many stand right after it."""
+    """The number of virtual tokens right after the prompt."""
     causal: bool
-    """Whether a token sees those before it alone. Where it sees all, as in BERT, the prefix goes
-    behind the first token, which a classifier reads."""
+    """Whether attention is causal. Where it is not, as in BERT, the prefix follows the first token,
+    which a classifier reads."""
 
     def __len__(self) -> int:
         return self.prefix + self.infix
 
     def order(self, length: int, prompt: int) -> list[int]:
-        """Return what stands at each place of the longer row.
+        """The source of each position of the longer sequence.
 
-        That is a place in the row, or ~n for the virtual token with number n. Where no prompt
-        precedes, there is no infix.
+        It is a position of the original sequence, or ~n for virtual token n. Without a prompt there
+        is no infix.
 
         Args:
-            length: tokens of the row.
+            length: tokens of the original sequence.
             prompt: how many of them are the prompt.
         """
         lead = 0 if self.causal else min(1, prompt)
@@ -42,11 +42,11 @@ class VirtualTokens:
         return [*range(lead), *before, *range(lead, prompt), *after, *range(prompt, length)]
 
     def into(self, example: Example) -> Example:
-        """A row with the virtual tokens; they have no labels.
+        """A sample with the virtual tokens; they are no targets.
 
-        The prompt ends before the first label; of a row to classify, with the row. A first token
-        that has a label is given to the model without virtual tokens, and is not learnt here
-        either, so that losses are of the same tokens.
+        The prompt ends before the first target token; in classification it is the whole sequence. A
+        first token that is a target cannot be predicted without virtual tokens. It is no target
+        here either, so that losses with and without them are of the same tokens.
         """
         ids, labels, types = example.input_ids, example.labels, example.token_type_ids
         prompt = prompt_length(labels) if isinstance(labels, list) else len(ids)
@@ -64,19 +64,19 @@ class VirtualTokens:
         )
 
     def into_all(self, encoded: Encoded) -> Encoded:
-        """Return rows with the virtual tokens."""
+        """All samples with the virtual tokens."""
         return replace(encoded, examples=tuple(self.into(each) for each in encoded.examples))
 
 
 def prompt_length(labels: Sequence[int]) -> int:
-    """Return how many tokens come before the first that has a label."""
+    """The number of tokens before the first target token."""
     return next((at for at, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
 def neighbours(order: Sequence[int]) -> list[int]:
-    """Return, for each place of a longer row, its place in the row, or that of the token before.
+    """The original position for each position of the longer sequence; its neighbour's if virtual.
 
-    What nothing precedes goes with the first token.
+    A virtual token takes the position of the token before it, or 0 where none precedes.
     """
     found, latest = [], 0
     for at in order:

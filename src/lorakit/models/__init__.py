@@ -1,1 +1,1 @@
-"""A base model: find it, name its layers, tell it from another."""
+"""A base model: load and quantise it, name its layers and targets, tell it from another."""

@@ -1,9 +1,9 @@
-"""transformers' models with attention within segments, for as long as a block lasts.
+"""Attention within packed sequences in transformers' models, switched on for a `with` block.
 
 transformers looks the attention function up by a name in the model's config, in each layer and each
-forward pass. So a function of our own takes the place of the model's with one assignment, and
-gives it back with another. Like flash attention, it gets no mask: what a layer asks for must be in
-its keywords, and which token sees which is said by the segments.
+forward pass. So one assignment to the config replaces the model's function by the one here, and
+another restores it. Like flash attention, the function gets no mask: a layer passes what it needs
+as keywords, and the packed sequences say which token sees which.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lorakit.kernels.packed_sequences import Segments
 from lorakit.models.base import base_modules
 
 NAME = "lorakit_segments"
-"""What the function is called in transformers' registry."""
+"""Name of the function in transformers' registry."""
 
-UNKNOWN = ("s_aux", "position_bias", "head_mask")
-"""Keywords of attention functions that this one has no answer to: sinks, biases, switched heads."""
+UNSUPPORTED_KEYWORDS = ("s_aux", "position_bias", "head_mask")
+"""Keywords of attention functions that this one does not support: sinks, biases, head masks."""
 
 
 def takes_attention_functions(model: nn.Module) -> bool:
-    """Whether a model's layers look their attention up, and say all in keywords."""
+    """Whether a model's layers look their attention function up and pass all as keywords."""
     # transformers' own flags, for serving engines and for flash attention.
     flags = ("_supports_attention_backend", "_supports_flash_attn")
     return all(getattr(model, flag, False) for flag in flags)
@@ -37,19 +37,23 @@ def takes_attention_functions(model: nn.Module) -> bool:
 
 @contextmanager
 def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[None]:
-    """Let tokens see their own segment alone, in forward and backward passes inside a block.
+    """Restrict each token's attention to its own packed sequence, in forward and backward passes.
 
-    What the model had before is restored, also after an error and when nested. Other models are not
-    concerned, but for those that share this one's config object.
+    The block's end restores what the model had before, also after an error and when nested. Other
+    models are unaffected, except those that share this model's config object.
 
     Args:
         model: a model that `takes_attention_functions`.
-        segments: of the batch that it will be given, without cache; None: nothing is changed.
+        segments: the packed sequences of the batch that the model gets, without a KV cache; None:
+            nothing is changed.
     """
     if segments is None:
         yield
         return
-    _register()
+    # Imported late: importing lorakit must not import transformers' models.
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
     configs = list(_configs(model))
     before = [(c, c._attn_implementation_internal, in_force.get(id(c))) for c in configs]
     try:
@@ -64,9 +68,9 @@ def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[No
 def _put(config: Any, name: str | None, segments: Segments | None) -> None:
     # The attribute behind `_attn_implementation`, which would also write to the configs inside.
     config._attn_implementation_internal = name
-    # By the identity of the config that layers look at. They run again in the backward pass, on
-    # CUDA in other threads: neither keywords that all families would have to hand on nor variables
-    # of a thread would reach them.
+    # Found by the identity of the config that layers read. Recomputed layers run in the backward
+    # pass, on CUDA in other threads, where thread-local variables are absent; and not every family
+    # passes unknown keywords on to its layers.
     if segments is None:
         in_force.pop(id(config), None)
     else:
@@ -74,20 +78,13 @@ def _put(config: Any, name: str | None, segments: Segments | None) -> None:
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
-    """Yield each config that the model's layers look at, once."""
+    """Each config that a layer of the model reads, once."""
     seen: set[int] = set()
     for _, module in base_modules(model):
         config = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation_internal") and id(config) not in seen:
             seen.add(id(config))
             yield config
-
-
-def _register() -> None:
-    # Imported late: importing lorakit must not import transformers' models.
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
 
 
 def _attend(
@@ -104,10 +101,15 @@ def _attend(
     softcap: float | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
-    """Return attention (rows, length, heads, d) as transformers' attention functions do.
+    """The attention function that transformers' layers call.
+
+    Shapes: query (rows, heads, length, d), key and value (rows, key heads, length, d).
+
+    Returns:
+        The output (rows, length, heads, d), and None for attention weights.
 
     Raises:
-        ModelError: the layer asks for something that this function does not do.
+        ModelError: the layer needs something that this function does not support.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     rule = Rule(
@@ -117,7 +119,9 @@ def _attend(
         softcap=softcap,
         dropout=dropout,
     )
-    problems = [f"{name} is asked for" for name in UNKNOWN if asked.get(name) is not None]
+    problems = [
+        f"{name} is asked for" for name in UNSUPPORTED_KEYWORDS if asked.get(name) is not None
+    ]
     if attention_mask is not None:
         problems.append("it has a mask of its own")
     if sliding_window is not None and not causal:
@@ -126,14 +130,16 @@ def _attend(
     if not is_compiling:
         problems += _wrong_sizes(query, key, in_force[id(module.config)])
     if problems:
-        raise ModelError.listing(f"{type(module).__name__} cannot keep segments apart", problems)
+        raise ModelError.listing(
+            f"{type(module).__name__} cannot keep packed sequences apart", problems
+        )
     if is_compiling:
         return custom_op_attention(query, key, value, id(module.config), rule), None
     return segment_attention(query, key, value, in_force[id(module.config)], rule), None
 
 
 def _wrong_sizes(query: Tensor, key: Tensor, segments: Segments) -> list[str]:
-    """Return which of them is not of the batch that the segments are of."""
+    """A line for queries or keys whose batch size or length is not that of the packed sequences."""
     expected = (len(segments.lengths), segments.width)
     return [
         f"{name} of {each.shape[0]}×{each.shape[2]} tokens, not {expected}"

@@ -1,17 +1,18 @@
-"""The base model's own modules and parameters, whatever adapters its layers hold at the moment."""
+"""The base model's own modules and parameters, also while adapters are attached."""
 
 from collections.abc import Iterator
 
 from torch import nn
 
 BANK = "adapter_bank"
-"""Name of the child that holds a layer's updates."""
+"""Name of the child module, of an adapted layer, that holds its updates."""
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and module, as `named_modules` would on the bare base.
+    """Path and module of each module of the base, in the order of `named_modules`.
 
-    The banks are passed by, not searched, so that the time does not grow with what they hold.
+    The children that hold updates are skipped, not searched, so that the time does not grow with
+    the number of adapters.
     """
     yield from _walk(model, "", set())
 
@@ -27,7 +28,7 @@ def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[
 
 
 def base_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """A parameter by its dotted name, whatever adapters let be read in its place."""
+    """A parameter of the base by its dotted name, also where an adapter replaces it in use."""
     owner, _, leaf = name.rpartition(".")
     parameter = module.get_submodule(owner)._parameters[leaf]
     assert parameter is not None
@@ -35,7 +36,7 @@ def base_parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield name and parameter, as `named_parameters` would on the bare base."""
+    """Name and parameter of each parameter of the base, in the order of `named_parameters`."""
     seen: set[nn.Parameter] = set()
     for path, module in base_modules(model):
         for name, parameter in module._parameters.items():

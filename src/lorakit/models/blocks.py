@@ -1,4 +1,4 @@
-"""The blocks of a Transformer: their order, and where attention and MLP hand over their results."""
+"""The blocks of a Transformer: their order, and the layers that write to the residual stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakit.errors import TargetError
 from lorakit.models.base import base_modules
 from lorakit.models.families import family_name
 from lorakit.models.paths import block_number
-from lorakit.models.roles import places
+from lorakit.models.roles import targets_of
 
 OUTPUTS = {"o": "attention output", "down": "MLP output"}
 """Roles whose output goes to the residual stream."""
@@ -27,7 +27,7 @@ class Block:
     stack: str
     """Path of the list that it is in: an encoder's or a decoder's."""
     number: int
-    """Its place in that list, from 0."""
+    """Its number in that list, from 0."""
     outputs: tuple[tuple[str, str], ...]
     """Role (`o` or `down`) and path of each layer whose output goes to the residual stream."""
 
@@ -43,7 +43,7 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
         TargetError: lorakit does not know the roles of this architecture.
     """
     outputs: dict[str, list[tuple[str, str]]] = {}
-    for target in places(model):
+    for target in targets_of(model):
         if target.role is None or target.rows is not None or block_number(target.path) is None:
             continue
         found = outputs.setdefault(_up_to_number(target.path), [])
@@ -90,7 +90,7 @@ def _names(word: str, path: str) -> bool:
 
 
 def _up_to_number(path: str) -> str:
-    """A path up to its first number: that of the block it lies in."""
+    """The path of the block that a path is in: up to the first number."""
     parts = path.split(".")
     end = next(at for at, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: end + 1])

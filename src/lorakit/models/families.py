@@ -1,4 +1,4 @@
-"""What each architecture calls its layers, and how it packs several of them into one matrix."""
+"""The architectures: names of their layers, and how several layers share one fused matrix."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,28 +12,28 @@ from lorakit.models.paths import ends_with
 Widths = tuple[tuple[str, int], ...]
 """Roles and their numbers of output rows, in the order in which they repeat down a fused matrix."""
 
-Split = Callable[[Any, int], Widths]
+RowSplit = Callable[[Any, int], Widths]
 """From the model's config and the fused matrix's number of output rows to its widths."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The layer names of one architecture. Of several ends that fit a path, the longest counts."""
+    """The layer names of one architecture; where several ends match a path, the longest counts."""
 
     roles: Mapping[str, str]
     """End of a module's path: its role."""
 
-    fused: Mapping[str, Split] = field(default_factory=dict)
+    fused: Mapping[str, RowSplit] = field(default_factory=dict)
     """End of a fused projection's path: how its output rows are divided."""
 
     uncalled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """End of a module's path: its parameters that are read outside of any layer's call."""
+    """End of a module's path: its parameters that the model uses without calling the module."""
 
     shared_by_batch: tuple[str, ...] = ()
-    """Ends of the paths of layers whose input all rows share."""
+    """Ends of the paths of layers whose input is shared by the batch: it has no row per sample."""
 
 
-def equal_parts(*roles: str) -> Split:
+def equal_parts(*roles: str) -> RowSplit:
     """A split into blocks of equal height, one after the other."""
 
     def split(_config: Any, rows: int) -> Widths:
@@ -43,13 +43,13 @@ def equal_parts(*roles: str) -> Split:
 
 
 def _per_head(config: Any, _rows: int) -> Widths:
-    """Give each head its own q, k and v, one head after the other."""
+    """The split of BLOOM and GPT-NeoX: q, k and v of each head, one head after the other."""
     size = config.hidden_size // config.num_attention_heads
     return (("q", size), ("k", size), ("v", size))
 
 
 def _falcon(config: Any, rows: int) -> Widths:
-    """Divide as Falcon does: q heads that share a k and a v, then that k, then that v."""
+    """The split of Falcon: the q heads that share a k and a v, then that k, then that v."""
     size = config.hidden_size // config.num_attention_heads
     if config.new_decoder_architecture:
         shared_by = config.num_attention_heads // config.num_kv_heads
@@ -61,7 +61,7 @@ def _falcon(config: Any, rows: int) -> Widths:
 
 
 def _phi3(config: Any, rows: int) -> Widths:
-    """Divide as Phi-3 does: all q heads, then all k heads, then all v heads."""
+    """The split of Phi-3: all q heads, then all k heads, then all v heads."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = rows // (heads + 2 * kv_heads)
     return (("q", heads * size), ("k", kv_heads * size), ("v", kv_heads * size))
@@ -256,17 +256,17 @@ FAMILIES: Mapping[str, Family] = {
 }
 """transformers' `config.model_type`: the architecture's layer names."""
 
-UNKNOWN = Family(roles={})
-"""What is known of any other architecture."""
+UNKNOWN_FAMILY = Family(roles={})
+"""The family of an architecture that is not in the table."""
 
 
 def family_of(model: nn.Module) -> Family:
-    """What is known of a model's architecture."""
-    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), UNKNOWN)
+    """The family of a model's architecture."""
+    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), UNKNOWN_FAMILY)
 
 
 def family_name(model: nn.Module) -> str:
-    """What to call a model in a message."""
+    """A model's name for messages: its model type, else its class."""
     return getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
 
 

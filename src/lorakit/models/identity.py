@@ -22,7 +22,7 @@ SAMPLES_PER_TENSOR = 8
 
 @dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
-    """What an adapter remembers of the base it was trained on."""
+    """The sketch of a base that an adapter keeps, to recognise the base that it was trained on."""
 
     name: str
     """Name, folder or hub id by which the base was loaded."""
@@ -39,10 +39,10 @@ class BaseIdentity:
     only a quantised form was known."""
 
     def difference(self, other: BaseIdentity) -> str | None:
-        """Return in words how two bases differ, or None where they are the same base.
+        """How two bases differ, in words, or None where they are the same base.
 
-        The same base in another precision is the same: then one side's samples are the other's,
-        rounded. What is quantised on one side is not compared, but for its name and shape.
+        A base in another precision is the same base: one side's samples are then the other's,
+        rounded. Of weights that are quantised on one side, only names and shapes are compared.
         """
         if self.names_hash != other.names_hash:
             return (
@@ -71,7 +71,7 @@ def identify(
 
     Args:
         model: the base, with no adapter merged.
-        name: how the base was asked for.
+        name: the name, folder or hub id by which the base was loaded.
         skip: paths of modules that are not part of the base: fresh task heads.
     """
     parameters = {
@@ -98,7 +98,7 @@ def identify(
 
 
 def _unknown_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and NaNs, in the shape that it had, of each weight that is quantised."""
+    """Name of each quantised weight, with NaNs in the shape of the original weight."""
     for path, layer in base_modules(model):
         if is_quantized(layer):
             size = cast(int, layer.out_features), cast(int, layer.in_features)
@@ -108,7 +108,7 @@ def _unknown_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """Return eight float32 entries at positions that depend on the size alone."""
+    """Eight float32 entries of a parameter, at positions that depend on its size alone."""
     count = parameter.numel()
     # Knuth's multiplicative hash spreads the positions over the whole tensor.
     positions = [(index * 2654435761 + 40503) % count for index in range(SAMPLES_PER_TENSOR)]
@@ -133,8 +133,8 @@ def _both_rounded(half: Tensor, brain: Tensor) -> bool:
     is_brain = torch.equal(brain.bfloat16().float(), brain)
     if not (is_half and is_brain):
         return False
-    # float16 has three bits more, so one sample in eight lies half-way between two bfloat16s, where
-    # rounding twice may end one step (2^-7) beside rounding once. 2^-24: float16's smallest step.
+    # float16 has three bits more, so one sample in eight is half-way between two bfloat16s, where
+    # rounding twice may differ by one step (2^-7) from rounding once. 2^-24: float16's least step.
     near = torch.allclose(half, brain, rtol=2**-7, atol=2**-24)
     return near and (half.bfloat16() == brain).float().mean().item() > 0.85
 

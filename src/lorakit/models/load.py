@@ -1,4 +1,4 @@
-"""Getting a base model and its tokenizer by packaged name, folder or hub id."""
+"""Load a base model and its tokenizer by packaged name, folder or hub id."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from transformers.utils import logging
 from lorakit.config.base import DType
 from lorakit.errors import ModelError, did_you_mean
 from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
-from lorakit.models.quantized import WAYS, Quantization, check_library, take_over
+from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
 from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.roles import task_heads
 
 TASKS = ("generation", "classification", "regression")
-"""What a base model can be loaded for."""
+"""The tasks that a base model can be loaded for."""
 
 _SHOWN_TENSORS = 5
 
@@ -49,7 +49,7 @@ def load_model(
         task: generation (a causal language model), classification or regression (one number).
         labels: Names of the classes, in order; None keeps those of the checkpoint.
         quantize: Hold the weights of linear layers in few bits: 4bit (NF4, its scales quantised
-            too), 8bit, or exactly as a `Quantization` says. Products are in the precision of their
+            too), 8bit, or exactly as a `Quantization` says. Matmuls are in the precision of their
             inputs, `dtype`. None: hold them in `dtype`.
 
     Raises:
@@ -61,11 +61,14 @@ def load_model(
     if quantize is not None:
         check_library()
     asked = os.fspath(name)
+    auto_class: Any = transformers.AutoModelForSequenceClassification
+    if task == "generation":
+        auto_class = transformers.AutoModelForCausalLM
     with _quiet():
         source = _source(asked)
         with _explained(asked, source, task):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            model, info = _auto_class(task).from_pretrained(
+            model, info = auto_class.from_pretrained(
                 source,
                 dtype=getattr(torch, dtype),
                 output_loading_info=True,
@@ -80,7 +83,7 @@ def load_model(
     if task != "generation":
         # A decoder scores the last token that is not padding, which it looks up by this id.
         model.config.pad_token_id = tokenizer.pad_token_id
-    take_over(model)
+    convert_quantized(model)
     if quantize is not None:
         if isinstance(quantize, str):
             quantize = Quantization.of(quantize, dtype)
@@ -146,7 +149,7 @@ def _source(name: str) -> str:
 
 
 def _way_to_get(name: str) -> str:
-    """Return how to come by a model of the hub."""
+    """The advice for a model of the hub that is not here."""
     return (
         f"Run `hf download {name}` where there is a network, or give a folder."
         f" {_packaged_names(name)}"
@@ -154,7 +157,7 @@ def _way_to_get(name: str) -> str:
 
 
 def _packaged_names(name: str) -> str:
-    """Return which names need neither hub nor folder."""
+    """The packaged names, which need neither hub nor folder, and the one that was perhaps meant."""
     return f"Packaged are {' and '.join(PACKAGES)}{did_you_mean(name, PACKAGES) or '.'}"
 
 
@@ -165,12 +168,6 @@ def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         problem += ", but an adapter: load the base that it names, then attach the adapter"
     raise ModelError(f"{problem}.")
-
-
-def _auto_class(task: str) -> Any:
-    if task == "generation":
-        return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForSequenceClassification
 
 
 def _head_settings(task: str, labels: Sequence[str] | None) -> dict[str, Any]:
@@ -190,7 +187,7 @@ def _head_settings(task: str, labels: Sequence[str] | None) -> dict[str, Any]:
 def _check_complete(
     model: transformers.PreTrainedModel, info: Mapping[str, Any], name: str, task: str
 ) -> None:
-    """Refuse a checkpoint that leaves weights to chance, other than a fresh task head.
+    """Refuse a checkpoint without some of the model's weights, other than those of a task's head.
 
     Raises:
         ModelError: a tensor is missing from the checkpoint or has another shape there.
@@ -220,7 +217,7 @@ def _give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: s
 
 @contextlib.contextmanager
 def _explained(name: str, source: str, task: str) -> Iterator[None]:
-    """Turn whatever transformers raises about a model into a ModelError."""
+    """Turn any error that transformers raises about a model into a ModelError."""
     try:
         yield
     # A damaged config or checkpoint can fail anywhere in transformers, with any type of error.
@@ -235,7 +232,7 @@ def _explained(name: str, source: str, task: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' load report and bars away; what it says, we check and raise."""
+    """Silence transformers' load report and bars; `_check_complete` raises what it reports."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

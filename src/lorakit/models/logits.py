@@ -1,7 +1,8 @@
-"""What a model does to the logits behind its head: described by its config, and always tried.
+"""The logit transform of a model: the scale or soft cap that it applies to its head's output.
 
-Gemma caps them, Cohere and Granite scale them. A head's answer can be left to others than the model
-if what the model makes of it is known.
+Gemma caps its logits, Cohere and Granite scale them. A loss that computes logits from the head's
+weight, without calling the model's code, must apply the same transform. A model's config names
+candidates; a probe, one forward pass with a known output of the head, decides between them.
 """
 
 from __future__ import annotations
@@ -20,22 +21,21 @@ from lorakit.models.attention import attention_within, takes_attention_functions
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-# Granite divides by what HyperCLOVA X multiplies with, under one name; the trial tells.
+# Granite divides by what HyperCLOVA X multiplies with, under one name; the probe decides.
 _DIVISORS = ("logits_scaling",)
 
 _FOUND: WeakKeyDictionary[nn.Module, LogitTransform | None] = WeakKeyDictionary()
 
 
 def logit_transform(base: nn.Module, head: nn.Module, *, rows: int) -> LogitTransform | None:
-    """Return what a language model does to its head's answer; None: something not known here.
+    """The transform that a language model applies to its head's output; None: none known here.
 
-    One trial for each model, in which the head answers with known numbers, decides; a config only
-    says what is worth a comparison.
+    It is probed once for each model and then remembered.
 
     Args:
         base: the model, without wrappers.
         head: its output head.
-        rows: of the trial's batch, since routes know how many rows there are.
+        rows: rows of the probe's batch; a route in use fixes how many a batch must have.
     """
     if base not in _FOUND:
         _FOUND[base] = _probed(base, head, rows)
@@ -43,16 +43,16 @@ def logit_transform(base: nn.Module, head: nn.Module, *, rows: int) -> LogitTran
 
 
 def _probed(base: nn.Module, head: nn.Module, rows: int) -> LogitTransform | None:
-    answers, logits = _probe(base, head, rows)
-    if len(answers) != 1:
+    outputs, logits = _probe(base, head, rows)
+    if len(outputs) != 1:
         return None
-    if torch.equal(logits.to(answers[0]), answers[0]):
+    if torch.equal(logits.to(outputs[0]), outputs[0]):
         return IDENTITY
-    return next((d for d in _described(base) if _explains(d, answers[0], logits)), None)
+    return next((each for each in _candidates(base) if _explains(each, outputs[0], logits)), None)
 
 
-def _described(base: nn.Module) -> Iterator[LogitTransform]:
-    """Yield the changes that the numbers in a model's config can mean."""
+def _candidates(base: nn.Module) -> Iterator[LogitTransform]:
+    """The transforms that the numbers in a model's config can mean."""
     config: Any = base.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
 
@@ -62,43 +62,47 @@ def _described(base: nn.Module) -> Iterator[LogitTransform]:
 
     scales = [1.0, *numbers(_FACTORS), *(1 / number for number in numbers(_DIVISORS))]
     for scale, cap in product(scales, [None, *numbers(_CAPS)]):
-        change = LogitTransform(scale=scale, cap=cap)
-        if not change.is_none:
-            yield change
+        transform = LogitTransform(scale=scale, cap=cap)
+        if not transform.is_none:
+            yield transform
 
 
-def _explains(change: LogitTransform, answer: Tensor, logits: Tensor) -> bool:
-    """Whether a change makes a model's logits of its head's answer, but for rounding.
+def _explains(transform: LogitTransform, output: Tensor, logits: Tensor) -> bool:
+    """Whether a transform turns the head's output into the model's logits, up to rounding.
 
-    The model rounds up to three times to its own precision, half a unit each, and both sides to
-    that of the change, where devices compute tanh to a few units.
+    The model rounds up to three times to its own precision, half a unit each; both sides round to
+    that of the transform, in which devices compute tanh to a few units.
     """
-    found = answer.to(torch.promote_types(answer.dtype, torch.float32), copy=True)
-    change.apply_(found)
-    units = 2 * torch.finfo(answer.dtype).eps + 8 * torch.finfo(found.dtype).eps
+    found = output.to(torch.promote_types(output.dtype, torch.float32), copy=True)
+    transform.apply_(found)
+    units = 2 * torch.finfo(output.dtype).eps + 8 * torch.finfo(found.dtype).eps
     return torch.allclose(found, logits.to(found), rtol=units, atol=0)
 
 
 @torch.no_grad()
 def _probe(base: nn.Module, head: nn.Module, rows: int) -> tuple[list[Tensor], Tensor]:
-    """Let a head answer with numbers of all sizes; return its answers and the model's logits."""
-    answers: list[Tensor] = []
+    """One forward pass with numbers of all sizes in place of the head's output.
 
-    def answer(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+    Returns:
+        What the head's calls were made to return, and the model's logits.
+    """
+    outputs: list[Tensor] = []
+
+    def replace(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         sizes = torch.logspace(-2, 3, output.numel(), device=output.device)
         sizes[::2] *= -1
-        answers.append(sizes.to(output.dtype).view(output.shape))
-        return answers[-1].clone()
+        outputs.append(sizes.to(output.dtype).view(output.shape))
+        return outputs[-1].clone()
 
     ids = torch.zeros(rows, 1, dtype=torch.long, device=next(base.parameters()).device)
     names = ["input_ids"]
     if getattr(base.config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
     training = [module for module in base.modules() if module.training]
-    hook = head.register_forward_hook(answer)
-    # The batch at hand may have segments in force, which these tokens do not have.
+    hook = head.register_forward_hook(replace)
+    # Packed sequences may be in force, of another batch than the probe's.
     segments = Segments(((1,),) * rows, 1) if takes_attention_functions(base) else None
-    # Dropout draws nothing then, so that a run goes on as one that was not tried.
+    # In eval mode dropout draws no random numbers, so that the probe does not alter a training run.
     base.eval()
     try:
         with attention_within(base, segments):
@@ -107,4 +111,4 @@ def _probe(base: nn.Module, head: nn.Module, rows: int) -> tuple[list[Tensor], T
         hook.remove()
         for module in training:
             module.training = True
-    return answers, logits
+    return outputs, logits

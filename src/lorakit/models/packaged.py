@@ -24,12 +24,12 @@ CONVERTER_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """Where a model lies within an installed package."""
+    """Where a model is stored within an installed package."""
 
     module: str
     """Import name of the package, which is never imported."""
     requirement: str
-    """What pip is to install; its own dependencies are not needed."""
+    """The requirement for pip, to be installed without its dependencies."""
     file: str
     """A GGUF file, or a transformers folder, relative to the package."""
 
@@ -143,7 +143,7 @@ def _write_whole(
     tokenizer: transformers.PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
-    """Write the folder so that it appears complete or not at all; a racing twin may be first."""
+    """Write the folder so that it appears complete or not at all; another process may be first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as scratch:
         draft = Path(scratch, folder.name)

@@ -1,4 +1,4 @@
-"""Dotted paths of modules: which one ends, holds or numbers another."""
+"""Dotted paths of modules: their ends, which contains which, and the number of a block."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ def ends_with(path: str, end: str) -> bool:
 
 
 def is_within(path: str, modules: Collection[str]) -> bool:
-    """Whether a path is one of the modules or lies in one; "" is the whole model."""
+    """Whether a path is one of the modules or inside one; "" is the whole model."""
     return any(not module or f"{path}.".startswith(f"{module}.") for module in modules)
 
 
 def outermost(paths: Collection[str]) -> tuple[str, ...]:
-    """The paths that lie in none of the others, each once."""
+    """The paths that are inside none of the others, each once."""
     known = set(paths)
 
     def is_inner(path: str) -> bool:
@@ -27,5 +27,5 @@ def outermost(paths: Collection[str]) -> tuple[str, ...]:
 
 
 def block_number(path: str) -> int | None:
-    """The number of the block that a path lies in: its first numeric component."""
+    """The number of the block that a path is in: its first numeric component."""
     return next((int(part) for part in path.split(".") if part.isdecimal()), None)

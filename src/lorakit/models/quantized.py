@@ -1,7 +1,7 @@
 """Bases with 4-bit or 8-bit weights (QLoRA, Dettmers et al. 2023): made from float ones, and back.
 
-Norms, embeddings, biases, the output head and a task's heads keep their precision. What an adapter
-compares itself with is the base as it was before, so it fits both.
+Norms, embeddings, biases, the output head and a task's heads keep their precision. The base's
+identity is that of the float weights, so an adapter fits the quantised and the original base.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorakit.models.quantized_weight import float_weight, is_quantized
 from lorakit.models.roles import output_head, task_heads
 
 CARD_KEY = "quantised"
-"""Under which a training card says how the base was quantised."""
+"""The training card's key for how the base was quantised."""
 WAYS = ("4bit", "8bit")
 """How weights can be quantised."""
 
@@ -44,13 +44,13 @@ class Quantization:
 
     @staticmethod
     def of(way: str, dtype: str, *, double: bool = True) -> Quantization:
-        """Return what a word of `WAYS` means."""
+        """The quantisation that a word of `WAYS` stands for, of weights in `dtype`."""
         four = way == "4bit"
         kind = "nf4" if four else "int8"
         return Quantization(bits=4 if four else 8, type=kind, double=four and double, dtype=dtype)
 
     def __str__(self) -> str:
-        """Return it in words."""
+        """The quantisation in words, such as "8-bit int8 of float32"."""
         double = ", scales quantised too" if self.double else ""
         return f"{self.bits}-bit {self.type} of {self.dtype}{double}"
 
@@ -67,7 +67,7 @@ def check_library() -> None:
 
 @contextmanager
 def quiet_library() -> Iterator[None]:
-    """Keep bitsandbytes from warning, on import, of a hub's kernel that lorakit does not use."""
+    """Suppress bitsandbytes' warning, on import, about a kernel of the hub that lorakit omits."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.addFilter(_is_of_use)
     try:
@@ -81,7 +81,7 @@ def _is_of_use(record: logging.LogRecord) -> bool:
 
 
 def quantize(model: nn.Module, how: Quantization) -> None:
-    """Quantise the weights of a model's linear layers, in place; the float ones go.
+    """Quantise the weights of a model's linear layers, in place; the float weights are dropped.
 
     Each Linear and Conv1D is replaced but for the output head, the heads of a task, layers with a
     weight that is tied to another or that transformers wants in float32, and subclasses of Linear
@@ -113,7 +113,7 @@ def quantize(model: nn.Module, how: Quantization) -> None:
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace a model's quantised layers by float ones of what their weights stand for, in place.
+    """Replace a model's quantised layers, in place, by float layers with the dequantised weights.
 
     Raises:
         ModelError: adapters are attached.
@@ -125,25 +125,25 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
             model.set_submodule(path, _float_layer(layer, dtype))
 
 
-def take_over(model: nn.Module) -> None:
-    """Let the layers of a checkpoint that was quantised by bitsandbytes compute as ours do.
+def convert_quantized(model: nn.Module) -> None:
+    """Convert the layers of a checkpoint that bitsandbytes quantised to lorakit's, in place.
 
-    What the weights were before is not known, so they are no part of the base's identity.
+    The weights before quantisation are not known, so they are no part of the base's identity.
     """
     if quantized_within(model) is None:
         return
-    from lorakit.models.quantized_layers import own_layer
+    from lorakit.models.quantized_layers import convert_layer
 
     for _, layer in base_modules(model):
         if is_quantized(layer):
-            own_layer(layer)
+            convert_layer(layer)
     drop_quantisation_mark(model)
 
 
 def drop_quantisation_mark(model: nn.Module) -> None:
-    """Let transformers forget that the weights came from a quantised file.
+    """Remove transformers' marks of a model whose weights came from a quantised file.
 
-    It would refuse to train them, and write what only it can read.
+    With them it refuses to train, and saves in a form that only it can read.
     """
     vars(model.config).pop("quantization_config", None)
     for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
@@ -156,7 +156,7 @@ def original_identity(model: nn.Module) -> BaseIdentity | None:
 
 
 def quantization_of(model: nn.Module) -> Quantization | None:
-    """Return how a model's weights are quantised, or None where they are not."""
+    """The quantisation of a model's weights, or None where they are not quantised."""
     layers = (layer for _, layer in base_modules(model) if is_quantized(layer))
     first: Any = next(layers, None)
     if first is None:
@@ -169,16 +169,16 @@ def quantization_of(model: nn.Module) -> Quantization | None:
 
 
 def card_of_base(model: nn.Module) -> dict[str, Any]:
-    """Return what a training card says of a base: how it is quantised; nothing where it is not."""
+    """The entries of a training card about a base: its quantisation, or none."""
     found = quantization_of(model)
     return {} if found is None else {CARD_KEY: asdict(found)}
 
 
 def quantization_on(card: Mapping[str, Any]) -> Quantization | None:
-    """Return how the base was quantised in training, from a training card; None: it was not.
+    """The base's quantisation in training, from a training card; None: it was not quantised.
 
     Raises:
-        ModelError: the card says it in a way that this version does not know.
+        ModelError: the card has an entry that this version does not know.
     """
     said = card.get(CARD_KEY)
     if said is None:
@@ -190,7 +190,7 @@ def quantization_on(card: Mapping[str, Any]) -> Quantization | None:
 
 
 def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and layer of what `quantize` replaces."""
+    """Path and layer of each layer that `quantize` replaces."""
     left = [*task_heads(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
     inside = tuple(f".{name}." for name in left)
     head = output_head(model)

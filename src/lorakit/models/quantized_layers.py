@@ -1,8 +1,8 @@
-"""Linear layers with weights in 4 or 8 bits: bitsandbytes holds them, plain torch multiplies.
+"""Linear layers with weights in 4 or 8 bits: stored by bitsandbytes, multiplied by plain torch.
 
-They are bitsandbytes' own layers but for `forward`. On a CPU its forward pass packs a weight anew
-in inference, and rounds its scales in doing so; in 8 bits it rounds the inputs too, unless the
-layer is in training mode. So the model that is evaluated would not be the one that is trained.
+They are bitsandbytes' layers with another `forward`. On a CPU bitsandbytes' forward pass repacks
+the weight in inference and rounds its scales; in 8 bits it also rounds the inputs, unless the layer
+is in training mode. Then the model that is evaluated is not the one that was trained.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ BLOCK = 64
 """Weights that share one scale in 4 bits (QLoRA, section 2)."""
 
 
-class _Product(Function):
-    """W·x + b of a frozen W, which is made anew in the backward pass and not kept for it."""
+class _Matmul(Function):
+    """W·x + b with a frozen quantised W, which the backward pass dequantises again, not saves.
+
+    Shapes: x (…, d_in), the output (…, d_out), bias (d_out,).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:
         ctx.layer = layer
         weight = dequantized(layer).to(x.dtype)
         tokens = x.reshape(-1, x.shape[-1])
-        product = F.linear(tokens, weight, None if bias is None else bias.to(x.dtype))
-        # Not a view for autograd, since adapters write into what the layer gives.
-        return torch.ops.aten._unsafe_view(product, [*x.shape[:-1], product.shape[-1]])
+        output = F.linear(tokens, weight, None if bias is None else bias.to(x.dtype))
+        # No view for autograd, since adapters add to the layer's output in place.
+        return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]])
 
     @staticmethod
     @once_differentiable
@@ -53,7 +56,7 @@ class Linear4bit(bnb.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """W·x + b in the precision of x."""
-        return cast(Tensor, _Product.apply(x, self.bias, self))
+        return cast(Tensor, _Matmul.apply(x, self.bias, self))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear4bit:
         super()._apply(fn, recurse)
@@ -70,7 +73,7 @@ class Linear8bit(bnb.Linear8bitLt):
 
     def forward(self, x: Tensor) -> Tensor:
         """W·x + b in the precision of x."""
-        return cast(Tensor, _Product.apply(x, self.bias, self))
+        return cast(Tensor, _Matmul.apply(x, self.bias, self))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear8bit:
         super()._apply(fn, recurse)
@@ -79,7 +82,7 @@ class Linear8bit(bnb.Linear8bitLt):
 
 
 def quantized_layer(layer: nn.Module, bits: int, double: bool, dtype: str) -> nn.Module:
-    """A quantised layer in the place of a Linear or Conv1D, with the same bias.
+    """A quantised layer that replaces a Linear or Conv1D, with the same bias.
 
     Args:
         layer: what to quantise.
@@ -126,8 +129,8 @@ def _eight_bits(weight: Tensor) -> Linear8bit:
     return made
 
 
-def own_layer(layer: nn.Module) -> None:
-    """Turn a quantised layer of bitsandbytes into ours, in place."""
+def convert_layer(layer: nn.Module) -> None:
+    """Turn a quantised layer of bitsandbytes into one of this module, in place."""
     if isinstance(layer, bnb.Linear4bit):
         layer.__class__ = Linear4bit
     else:
@@ -135,7 +138,7 @@ def own_layer(layer: nn.Module) -> None:
 
 
 def dequantized(layer: nn.Module) -> Tensor:
-    """Return what a quantised weight stands for, (d_out, d_in), in the precision that it had.
+    """The dequantised weight of a layer, (d_out, d_in), in the precision that it had before.
 
     Raises:
         ModelError: bitsandbytes has packed the weight for inference.
@@ -157,8 +160,8 @@ def dequantized(layer: nn.Module) -> Tensor:
 def _four_bits_as_floats(packed: Tensor, state: Any) -> Tensor:
     if state.shape[-1] % state.blocksize == 0:
         return dequantize_4bit(packed, state)
-    # On CPUs bitsandbytes takes wrong scales for rows in whose midst a block ends (0.50.2), so the
-    # rows are to be whole blocks, or all one row.
+    # On CPUs bitsandbytes 0.50.2 takes wrong scales where a block ends inside a row. So the weight
+    # is dequantised as rows of one block each, or as a single row.
     as_blocks = copy.copy(state)
     size = state.shape.numel()
     whole = size % state.blocksize == 0

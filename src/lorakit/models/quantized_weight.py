@@ -1,4 +1,4 @@
-"""What a layer's weight is as a matrix of floats, whether it is held so or in a few bits."""
+"""A layer's weight as a matrix of floats, whether it is stored as floats or in a few bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer is one of bitsandbytes' whose weight is in 4 or 8 bits."""
-    # Who has such a layer has imported the library; importing lorakit must not.
+    # A model with such a layer has imported the library; importing lorakit must not.
     library: Any = sys.modules.get("bitsandbytes")
     if library is None or not isinstance(layer, nn.Linear):
         return False

@@ -1,4 +1,4 @@
-"""Which layers of a model can be adapted, what they are called, and which of them words select."""
+"""The targets of a model: which layers can be adapted, their roles, and what words select."""
 
 import fnmatch
 import re
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.config.methods import layer_numbers
 from lorakit.errors import TargetError, did_you_mean
 from lorakit.models.base import base_modules
-from lorakit.models.families import UNKNOWN, Family, Split, family_name, family_of
+from lorakit.models.families import UNKNOWN_FAMILY, Family, RowSplit, family_name, family_of
 from lorakit.models.paths import block_number, ends_with, is_within
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head")
@@ -47,8 +47,8 @@ class Target:
         return self.path if self.rows is None else f"{self.path}[{self.role}]"
 
 
-def places(model: nn.Module) -> tuple[Target, ...]:
-    """Every adaptable layer in module order, each fused one followed by its slices.
+def targets_of(model: nn.Module) -> tuple[Target, ...]:
+    """The targets of a model: every adaptable layer in module order, a fused one before its slices.
 
     Raises:
         TargetError: a fused layer has other rows than the model's config implies.
@@ -69,14 +69,14 @@ def places(model: nn.Module) -> tuple[Target, ...]:
     return tuple(found)
 
 
-def named(
+def targets_by_word(
     model: nn.Module, words: Iterable[str], *, what: str = "targets"
 ) -> dict[str, tuple[Target, ...]]:
-    """The places that each word names, in module order.
+    """The targets that each word names, in module order.
 
     A word is a role or a group of roles, `all-linear`, the end of a dotted path, or a glob or
-    re:REGEX over whole paths. A word for a fused layer names its slices as well, so that what is
-    said of the layer (leave it out, give it another rank) holds for each of them.
+    re:REGEX over whole paths. A word for a fused layer names its slices too, so that a setting for
+    the layer (leave it out, give it another rank) holds for each slice.
 
     Args:
         model: Any module; roles need a transformers model of a known architecture.
@@ -87,12 +87,12 @@ def named(
         TargetError: a word names nothing in the model; all such words are listed.
     """
     words = tuple(words)
-    found, problems = _look_up(model, words, what, places(model) if words else ())
+    found, problems = _look_up(model, words, what, targets_of(model) if words else ())
     _raise_any(model, problems)
     return found
 
 
-def select(
+def select_targets(
     model: nn.Module,
     words: Iterable[str],
     *,
@@ -100,12 +100,12 @@ def select(
     exclude: Iterable[str] = (),
     what: str = "targets",
 ) -> tuple[Target, ...]:
-    """The places to adapt, in module order and without duplicates.
+    """The targets to adapt, in module order and without duplicates.
 
     Args:
         model: Any module; roles need a transformers model of a known architecture.
-        words: What to adapt, in the words of `named`; a word for a fused layer selects it whole.
-        layers: Blocks to keep to, such as "0-5,11"; what lies outside all blocks is left out too.
+        words: What to adapt, as for `targets_by_word`; a word for a fused layer selects it whole.
+        layers: Blocks to keep to, such as "0-5,11"; what is outside all blocks is left out too.
         exclude: What to leave out, in the same words.
         what: Setting that the words come from, for the message.
 
@@ -113,9 +113,9 @@ def select(
         TargetError: a word selects nothing, a block does not exist, or a fused layer is selected
             whole while a slice of it is selected or excluded; all problems are listed.
     """
-    everything = places(model)
-    found, problems = _look_up(model, words, what, everything)
-    excluded, exclude_problems = _look_up(model, exclude, "exclude", everything)
+    targets = targets_of(model)
+    found, problems = _look_up(model, words, what, targets)
+    excluded, exclude_problems = _look_up(model, exclude, "exclude", targets)
     problems += exclude_problems
     chosen = {word: _without_covered_slices(names) for word, names in found.items()}
     if layers is not None:
@@ -132,18 +132,18 @@ def select(
     problems += _half_chosen(kept, left_out)
     _raise_any(model, problems)
     selected = {target for names in kept.values() for target in names}
-    return tuple(target for target in everything if target in selected)
+    return tuple(target for target in targets if target in selected)
 
 
 def shared_inputs(model: nn.Module) -> dict[str, str]:
-    """Return, for each layer that reads the same input as its neighbours, a word for that input.
+    """The layers that read the same input as their neighbours: a name of that input, by path.
 
     These are q, k, v of one attention, and gate and up of one MLP.
     """
     together = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate-up", "up": "gate-up"}
     return {
         target.path: f"{target.path.rpartition('.')[0]}:{together[target.role]}"
-        for target in places(model)
+        for target in targets_of(model)
         if target.rows is None and target.role in together
     }
 
@@ -188,20 +188,20 @@ def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
 
 
 def _embedding_roles(model: nn.Module, family: Family) -> dict[str, str]:
-    """The paths of the embedding and the output head, which the model hands out itself."""
+    """The roles of the embedding and the output head, by path: the model says which they are."""
     output = output_head(model)
     inputs = None
     if "embed" not in family.roles.values():
         inputs = _embedding(model, "get_input_embeddings")
-    # ViT hands out a module around its convolution.
+    # ViT's is a module around its convolution.
     embeddings = set() if inputs is None else set(inputs.modules())
     roles = {path: "embed" for path, module in base_modules(model) if module in embeddings}
     roles |= {path: "head" for path, module in base_modules(model) if module is output}
     return roles
 
 
-def _slices(model: nn.Module, path: str, split: Split) -> Iterator[Target]:
-    """Yield the slices of a fused layer, whose roles repeat down its output rows."""
+def _slices(model: nn.Module, path: str, split: RowSplit) -> Iterator[Target]:
+    """The slices of a fused layer, one a role: the roles repeat down its output rows."""
     layer = model.get_submodule(path)
     total = layer.nf if isinstance(layer, Conv1D) else layer.out_features
     assert isinstance(total, int)
@@ -220,15 +220,15 @@ def _slices(model: nn.Module, path: str, split: Split) -> Iterator[Target]:
 
 
 def _look_up(
-    model: nn.Module, words: Iterable[str], what: str, everything: tuple[Target, ...]
+    model: nn.Module, words: Iterable[str], what: str, targets: tuple[Target, ...]
 ) -> tuple[dict[str, tuple[Target, ...]], list[str]]:
-    """The places of each word that names some, and what is wrong with the other words."""
+    """The targets of each word that names any, and the problems of the other words."""
     found: dict[str, tuple[Target, ...]] = {}
     unknown: list[str] = []
     problems: list[str] = []
     for word in words:
         try:
-            names = _named_by(word, model, everything)
+            names = _named_by(word, model, targets)
         except re.error as error:
             problems.append(f"{what}: {word!r} is not a regular expression: {error}.")
             continue
@@ -238,28 +238,26 @@ def _look_up(
             unknown.append(word)
     if unknown:
         prefix = "" if what == "targets" else f"{what}: "
-        problems.append(prefix + _unknown_words(model, unknown, everything))
+        problems.append(prefix + _unknown_words(model, unknown, targets))
     return found, problems
 
 
-def _named_by(word: str, model: nn.Module, everything: tuple[Target, ...]) -> tuple[Target, ...]:
-    """The places that a word names; where the model has the role, the role comes first."""
+def _named_by(word: str, model: nn.Module, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+    """The targets that a word names; where the model has the role, the role comes first."""
     roles = GROUPS.get(word, (word,))
-    by_role = tuple(target for target in everything if target.role in roles)
+    by_role = tuple(target for target in targets if target.role in roles)
     if by_role:
         return by_role
     if word == ALL_LINEAR:
         linear = _linear_paths(model)
-        return tuple(target for target in everything if target.path in linear)
+        return tuple(target for target in targets if target.path in linear)
     if word.startswith("re:"):
         pattern = re.compile(word.removeprefix("re:"))
-        return tuple(target for target in everything if pattern.fullmatch(target.path))
+        return tuple(target for target in targets if pattern.fullmatch(target.path))
     if "*" in word or "?" in word:
-        return tuple(target for target in everything if fnmatch.fnmatchcase(target.path, word))
+        return tuple(target for target in targets if fnmatch.fnmatchcase(target.path, word))
     return tuple(
-        target
-        for target in everything
-        if ends_with(target.path, word) or ends_with(target.name, word)
+        target for target in targets if ends_with(target.path, word) or ends_with(target.name, word)
     )
 
 
@@ -276,34 +274,34 @@ def _linear_paths(model: nn.Module) -> set[str]:
     }
 
 
-def _unknown_words(model: nn.Module, words: list[str], everything: tuple[Target, ...]) -> str:
-    """Return what to tell someone whose words name nothing in the model."""
-    roles = [role for role in ROLES if any(target.role == role for target in everything)]
+def _unknown_words(model: nn.Module, words: list[str], targets: tuple[Target, ...]) -> str:
+    """The message for words that name nothing: the nearest words, and what the model has."""
+    roles = [role for role in ROLES if any(target.role == role for target in targets)]
     candidates = {*roles, *GROUPS, ALL_LINEAR}
-    shown = ", ".join(repr(word) + _nearest(word, candidates, everything) for word in words)
+    shown = ", ".join(repr(word) + _nearest(word, candidates, targets) for word in words)
     text = f"{family_name(model)} has no layer{'s' if len(words) > 1 else ''} called {shown}."
-    if family_of(model) is not UNKNOWN:
+    if family_of(model) is not UNKNOWN_FAMILY:
         own = [role for role in roles if role not in ("embed", "head")]
         return f"{text} Its layers are {', '.join(own)}."
     if any(word in ROLES or word in GROUPS for word in words):
         text += " lorakit does not know the roles of this architecture: name its modules instead."
-    leaves = list(dict.fromkeys(_last_parts(target.path, 1) for target in everything))
+    leaves = list(dict.fromkeys(_last_parts(target.path, 1) for target in targets))
     more = ", …" if len(leaves) > _LISTED_NAMES else ""
     return f"{text} Its modules are {', '.join(leaves[:_LISTED_NAMES])}{more}."
 
 
-def _nearest(word: str, candidates: Collection[str], everything: tuple[Target, ...]) -> str:
-    """Return " (did you mean 'x'?)" for the nearest word that would name something."""
+def _nearest(word: str, candidates: Collection[str], targets: tuple[Target, ...]) -> str:
+    """A hint, " (did you mean 'x'?)", at the nearest word that would name something; else ""."""
     depth = word.count(".") + 1
-    ends = dict.fromkeys(_last_parts(target.path, depth) for target in everything)
+    ends = dict.fromkeys(_last_parts(target.path, depth) for target in targets)
     hint = did_you_mean(word, [*candidates, *ends]).removeprefix("; ")
     return f" ({hint})" if hint else ""
 
 
 def _missing_blocks(model: nn.Module, layers: str) -> list[str]:
-    """Return what is wrong with a range of blocks in this model."""
+    """The problem, if any, of a range of blocks that goes past the model's last block."""
     heads = task_heads(model)
-    paths = [target.path for target in places(model) if not is_within(target.path, heads)]
+    paths = [target.path for target in targets_of(model) if not is_within(target.path, heads)]
     last = max((number for path in paths if (number := block_number(path)) is not None), default=-1)
     if max(layer_numbers(layers)) <= last:
         return []
@@ -313,24 +311,24 @@ def _missing_blocks(model: nn.Module, layers: str) -> list[str]:
     ]
 
 
-def _within_blocks(model: nn.Module, names: tuple[Target, ...], layers: str) -> tuple[Target, ...]:
-    """The places that lie in one of the blocks."""
+def _within_blocks(model: nn.Module, chosen: tuple[Target, ...], layers: str) -> tuple[Target, ...]:
+    """The targets inside one of the blocks."""
     numbers, heads = layer_numbers(layers), task_heads(model)
     return tuple(
         target
-        for target in names
+        for target in chosen
         if block_number(target.path) in numbers and not is_within(target.path, heads)
     )
 
 
-def _without_covered_slices(names: tuple[Target, ...]) -> tuple[Target, ...]:
-    """The places without those slices whose whole layer is there too."""
-    whole = {target.path for target in names if target.rows is None}
-    return tuple(target for target in names if target.rows is None or target.path not in whole)
+def _without_covered_slices(chosen: tuple[Target, ...]) -> tuple[Target, ...]:
+    """The targets without those slices whose whole layer is there too."""
+    whole = {target.path for target in chosen if target.rows is None}
+    return tuple(target for target in chosen if target.rows is None or target.path not in whole)
 
 
 def _half_chosen(kept: Mapping[str, Iterable[Target]], left_out: set[Target]) -> list[str]:
-    """Return what is wrong where a fused layer is chosen whole and also spoken of by slice."""
+    """A line for each fused layer that one word chooses whole, and another by slice."""
     by_word = [(target, repr(word)) for word, names in kept.items() for target in names]
     slices = [*by_word, *((target, "exclude") for target in left_out)]
     slice_of = {target.path: (target, who) for target, who in slices if target.rows is not None}

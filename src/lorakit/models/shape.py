@@ -1,4 +1,4 @@
-"""How far a model sees, in which direction, and how wide it is."""
+"""The shape of a model: its context length, whether its attention is causal, and its width."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 OFFSET = ("roberta", "xlm-roberta")
 """Families that count positions from the one after the pad token's."""
 SILENT = ("bloom",)
-"""Causal families whose attention does not say that it is."""
+"""Causal families whose attention modules have no `is_causal` attribute."""
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The most tokens that a row may have; None: the model has no limit of its own."""
+    """The most tokens that a sequence may have; None: the model has no limit of its own."""
     config: Any = getattr(model, "config", None)
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int):
@@ -22,7 +22,7 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether tokens see those before them alone."""
+    """Whether a token attends only to itself and to tokens before it."""
     if getattr(getattr(model, "config", None), "model_type", "") in SILENT:
         return True
     return any(getattr(module, "is_causal", False) for module in model.modules())

@@ -13,7 +13,7 @@ from lorakit.attachment.attach import adapter_parameters
 from lorakit.attachment.state import attachment_of
 from lorakit.errors import AdapterFileError, TargetError
 from lorakit.kernels.choice import use
-from oracles import alone, attach_random, base_hash, outputs, randomise
+from references import alone, attach_random, base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 
 
@@ -227,7 +227,7 @@ def test_slices_have_a_form_of_their_own_which_says_why(tmp_path):
     attach_random(model, targets=("q",), use_dora=True)
     folder = lk.extract(model).save(tmp_path / "a")
     text = (folder / "adapter_config.json").read_text()
-    assert "PEFT's DoRA has the lengths of all rows of a layer, and this is a slice" in text
+    assert "PEFT's DoRA has the magnitudes of all rows of a layer, and this is a slice" in text
 
 
 def test_a_missing_length_is_named():

@@ -8,7 +8,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AttachError, ConfigError, TargetError
-from oracles import attach_random, outputs, randomise
+from references import attach_random, outputs, randomise
 from tiny_models import build, example_inputs
 
 TARGETS = {

@@ -6,7 +6,7 @@ import torch
 import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.kernels.choice import use
-from oracles import randomise
+from references import randomise
 from tiny_models import build, example_inputs
 
 TARGETS = {"llama": ("all-linear",), "gpt2": ("q", "v", "mlp"), "bert": ("q", "v")}

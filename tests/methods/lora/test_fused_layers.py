@@ -11,7 +11,7 @@ from covering import covering
 from lorakit.kernels import fused
 from lorakit.kernels.choice import use
 from lorakit.methods.lora.lora import positions
-from oracles import attach_random
+from references import attach_random
 from tiny_models import build, example_inputs
 
 ROUTES = {

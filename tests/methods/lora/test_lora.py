@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
 from lorakit.kernels.choice import use
-from oracles import base_hash, randomise
+from references import base_hash, randomise
 
 CONVS = [
     (kind, groups, kernel, stride, padding, dilation, mode)

@@ -14,7 +14,7 @@ from lorakit.attachment.attach import adapter_parameters
 from lorakit.attachment.state import attachment_of
 from lorakit.errors import TargetError
 from lorakit.kernels.choice import use
-from oracles import alone, base_hash, outputs, with_updates
+from references import alone, base_hash, outputs, with_updates
 from tiny_models import build, example_inputs
 
 LAYERS = {

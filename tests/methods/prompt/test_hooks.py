@@ -9,8 +9,8 @@ from transformers import DynamicCache
 import lorakit as lk
 from lorakit.config.methods import LoRAConfig, PrefixConfig
 from lorakit.errors import RouteError
-from oracles import outputs, randomise
-from prefix_oracle import bare, expected, own_places, prefixed, row_with_tokens
+from prefix_reference import bare, expected, own_positions, prefixed, row_with_tokens
+from references import outputs, randomise
 from tiny_models import build, example_inputs
 
 ROWS = ([5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17])
@@ -153,7 +153,7 @@ def test_the_loss_is_that_of_labels_behind_the_infix():
         likely = expected(base, tensors, longer).log_softmax(-1)
         start = longer.index(row[prompt])
         losses += [-likely[at - 1, longer[at]] for at in range(start, len(longer))]
-        wanted = expected(base, tensors, longer)[own_places(longer, causal=True)]
+        wanted = expected(base, tensors, longer)[own_positions(longer, causal=True)]
         number = 0 if prompt == 3 else 1
         torch.testing.assert_close(found.logits[number, : len(row)], wanted, rtol=1e-9, atol=1e-9)
     assert found.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
@@ -211,7 +211,7 @@ def test_gpt2_s_token_types_are_no_virtual_tokens():
     hook = base.transformer.wpe.register_forward_hook(
         lambda _m, _a, out: out + base.transformer.wte.weight[3]
     )
-    wanted = expected(base, tensors, longer)[own_places(longer, causal=True)]
+    wanted = expected(base, tensors, longer)[own_positions(longer, causal=True)]
     hook.remove()
     torch.testing.assert_close(found[0], wanted, rtol=1e-9, atol=1e-9)
 
@@ -343,7 +343,7 @@ def test_a_cache_without_prefixes_is_none_of_its_business():
 COMPILED = """
 import torch, lorakit as lk
 from lorakit.errors import RouteError
-from prefix_oracle import prefixed
+from prefix_reference import prefixed
 BACKEND = "eager"
 model, ids = prefixed("llama"), torch.tensor([[5, 6, 7]])
 with lk.route(model, None):

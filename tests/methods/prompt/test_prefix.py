@@ -11,19 +11,19 @@ import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.config.methods import LoRAConfig, PrefixConfig
 from lorakit.errors import AdapterFileError, MergeError, RouteError, TargetError
-from oracles import base_hash, outputs, randomise, with_updates
-from prefix_oracle import (
+from prefix_reference import (
     CAUSAL,
     ENCODERS,
     INFIX,
     PREFIX,
     bare,
     expected,
-    own_places,
+    own_positions,
     prefixed,
     row_with_tokens,
     run,
 )
+from references import base_hash, outputs, randomise, with_updates
 from tiny_models import build, example_inputs
 
 EVERY = pytest.mark.parametrize("every_layer", [False, True], ids=["embedding", "layer"])
@@ -65,7 +65,7 @@ def test_logits_of_texts_are_those_of_rows_with_trained_embeddings(family, side,
     assert found.shape[1] == max(LENGTHS)
     for row, logits, mask in zip(rows, found, batch["attention_mask"], strict=True):
         longer = row_with_tokens(row, causal=True)
-        wanted = expected(base, tensors, longer)[own_places(longer, causal=True)]
+        wanted = expected(base, tensors, longer)[own_positions(longer, causal=True)]
         torch.testing.assert_close(logits[mask.bool()], wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -199,7 +199,7 @@ def test_gradients_are_those_of_the_oracle():
     base = bare(model)
     row = [5, 6, 7, 8]
     longer = row_with_tokens(row, causal=True)
-    run(base, tensors, longer)[own_places(longer, causal=True)].square().sum().backward()
+    run(base, tensors, longer)[own_positions(longer, causal=True)].square().sum().backward()
     model(torch.tensor([row])).logits.square().sum().backward()
     found = {n: p.grad for n, p in adapter_parameters(model, "default")}
     assert found.keys() == tensors.keys()
@@ -264,7 +264,7 @@ def test_with_lora_both_count():
     base = with_updates(bare(model), {"default": adapter_of_lora(adapter)}, {"default": 1.0})
     row = [5, 6, 7, 8]
     longer = row_with_tokens(row, causal=True)
-    wanted = expected(base, prompts, longer)[own_places(longer, causal=True)]
+    wanted = expected(base, prompts, longer)[own_positions(longer, causal=True)]
     found = outputs(model, {"input_ids": torch.tensor([row])})[0]
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 

@@ -23,7 +23,7 @@ from lorakit.training.memory.activation_checkpointing import (
 )
 from lorakit.training.memory.training_memory import check_memory, training_memory
 from lorakit.training.run import train
-from oracles import attach_random
+from references import attach_random
 from tiny_models import FAMILIES, build, example_inputs
 
 MEMORY = ("fast", "balanced", "low")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorakit.training.memory.memory_efficient import MemoryEfficientModule, memory_efficient
-from oracles import attach_random, base_hash, outputs
+from references import attach_random, base_hash, outputs
 from tiny_models import build, example_inputs
 
 # Norms, and feed-forward parts with a gate, of two blocks and what follows them.

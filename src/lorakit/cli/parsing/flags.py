@@ -1,7 +1,7 @@
-"""Flags: one for each setting, and how the words of a command line become its value.
+"""Flags: one for each setting, and the parsing of a command line's words into values.
 
 The grammar is smaller than argparse's: a flag takes exactly one word, a boolean none. So a mistyped
-flag does not change what the other words mean, and all mistakes can be reported at once.
+flag does not alter the meaning of the other words, and all mistakes are reported at once.
 """
 
 import difflib
@@ -20,14 +20,14 @@ from lorakit.cli.parsing import strict_yaml
 from lorakit.errors import ConfigError
 
 Key = tuple[str, ...]
-"""Where a setting is: the names of its sections, then its own, as in ("lora", "rank")."""
+"""The path of a setting: the names of its sections, then its own, as in ("lora", "rank")."""
 
 _KINDS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-"""What the help shows in the place of a value."""
+"""The words that the help shows for a value, by type."""
 
 
 class NoValue:
-    """Stands for a value that was left out, so that validation reports it with the rest."""
+    """The value of a flag whose value was left out; validation reports it with other mistakes."""
 
     def __repr__(self) -> str:
         return "no value"
@@ -38,29 +38,29 @@ class Flag:
     """The flag of one setting."""
 
     key: Key
-    """Where the setting is."""
+    """The path of the setting."""
 
     field: FieldInfo
-    """What pydantic knows of it: type, default, meaning."""
+    """The setting's type, default and meaning, from pydantic."""
 
     @property
     def name(self) -> str:
-        """Return what is typed, such as --lora.rank-pattern."""
+        """The flag as typed, such as --lora.rank-pattern."""
         return "--" + ".".join(self.key).replace("_", "-")
 
     @property
     def is_boolean(self) -> bool:
-        """Whether the flag stands without a value, and has a --no- form."""
+        """Whether the flag takes no value, and has a --no- form."""
         return set(_types(self.field.annotation)) <= {bool, NoneType}
 
     @property
     def kind(self) -> str:
-        """Return what the help shows in the value's place, such as N or linear|cosine."""
+        """The word that the help shows for the value, such as N or linear|cosine."""
         kinds = (_kind(each) for each in _types(self.field.annotation) if each is not NoneType)
         return "|".join(dict.fromkeys(kinds))
 
     def parse(self, text: str) -> Any:
-        """The value that a text stands for, or the text itself for pydantic to judge."""
+        """The value that a text stands for, or the text itself for pydantic to validate."""
         types = _types(self.field.annotation)
         if NoneType in types and text.lower() in ("none", "null"):
             return None
@@ -91,14 +91,14 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def read_flags(settings: type[BaseModel], argv: Sequence[str]) -> tuple[list[str], dict[Key, Any]]:
-    """Split a command line into its bare words and the values of its flags; the last one counts.
+    """The bare words of a command line, and the values of its flags; a repeated flag overrides.
 
     Mistakes are among the values: an unknown flag under a key that no setting has, a value left
     out as NoValue. So validation refuses them together with wrong values. --config FILE is the
     same as the bare word FILE.
 
     Raises:
-        ConfigError: --config stands at the end, without a file.
+        ConfigError: --config is the last word, without a file.
     """
     flags = {".".join(flag.key): flag for flag in flags_of(settings)}
     words: list[str] = []
@@ -144,7 +144,7 @@ def _is_nearly_boolean(dotted: str, flags: Mapping[str, Flag]) -> bool:
 
 
 def _unknown_key(settings: type[BaseModel], name: str) -> Key:
-    """A key for an unknown flag, in the section it means, where no setting can be."""
+    """The key of an unknown flag: in the section that it names, where no setting has this key."""
     first, _, rest = name.partition(".")
     known = first.replace("-", "_")
     if known not in settings.model_fields:
@@ -154,7 +154,7 @@ def _unknown_key(settings: type[BaseModel], name: str) -> Key:
 
 
 def _types(annotation: Any) -> list[Any]:
-    """The members of a type: of A | None both, of any other only itself."""
+    """The members of a union, such as A and None of A | None; of any other type, the type."""
     if get_origin(annotation) is Annotated:
         return _types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -177,7 +177,7 @@ def _kind(type_: Any) -> str:
 
 
 def _from_yaml(text: str, kind: Any) -> Any:
-    """Return what a text is in YAML, or the text where that is of another kind."""
+    """A text parsed as YAML, or the text itself where the result is of another type."""
     try:
         value = strict_yaml.load(text)
     except (yaml.YAMLError, ValueError):

@@ -1,7 +1,7 @@
 """Help: the verbs, and each verb's settings with their defaults and meanings.
 
-argparse's layout differs between Python versions and terminals; docs/cli.md, made from this, must
-not.
+It does not use argparse's help, whose layout differs between Python versions and terminals:
+docs/cli.md, made from this one, must be the same everywhere.
 """
 
 import textwrap
@@ -26,7 +26,7 @@ SWITCHES = {
 
 
 def overview(first: str = "") -> str:
-    """Return what `lorakit --help` prints, or `lorakit FIRST --help` for verbs of two words."""
+    """The help of `lorakit --help`, or of `lorakit FIRST --help` for verbs of two words."""
     verbs = "\n".join(
         f"  {name:<14}{meaning}"
         for name, meaning in VERBS.items()
@@ -41,7 +41,7 @@ def overview(first: str = "") -> str:
 
 
 def verb_help(name: str, settings: type[Settings]) -> str:
-    """Return what `lorakit NAME --help` prints."""
+    """The help of `lorakit NAME --help`."""
     switches = "\n".join(f"  {switch:<16}{meaning}" for switch, meaning in SWITCHES.items())
     return (
         f"usage: lorakit {name} [CONFIG.yaml] [--NAME VALUE ...]\n\n"
@@ -55,7 +55,7 @@ def verb_help(name: str, settings: type[Settings]) -> str:
 def _section(settings: type[BaseModel], defaults: BaseModel | None, within: Key = ()) -> str:
     """The entries of a class's settings, then its sections under their headings.
 
-    The defaults are those of the object that stands in the field, where one does, since it may set
+    A section's defaults are those of the field's default object, if it has one, since that may set
     other values than its class.
     """
     entries, sections = "", ""
@@ -86,7 +86,7 @@ def _entry(flag: Flag, default: Any) -> str:
 
 
 def _word(value: Any) -> str:
-    """Return how a default is typed on the command line, or says that there is nothing."""
+    """A default as it is typed on the command line; "empty" or "none" where there is no value."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""The settings of a verb: a YAML file, over it the flags, checked as a whole."""
+"""The settings of a verb: those of a YAML file, overridden by flags, validated as a whole."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +49,7 @@ def to_yaml(settings: Settings) -> str:
 
 
 def _section_defaults(settings: type[BaseModel]) -> dict[str, Any]:
-    """Return what each section's default sets, so that setting one more thing keeps the rest."""
+    """The values that each section's default sets: one more setting in a section keeps them."""
     defaults = {
         name: field.get_default(call_default_factory=True)
         for name, field in settings.model_fields.items()
@@ -63,7 +63,7 @@ def _section_defaults(settings: type[BaseModel]) -> dict[str, Any]:
 
 
 def _overlay(values: dict[Any, Any], over: Mapping[Any, Any], settings: type[BaseModel]) -> None:
-    """Lay settings over others, in place: section by section, any other value as a whole."""
+    """Override settings by others, in place: section by section, any other value as a whole."""
     for name, value in over.items():
         field = settings.model_fields.get(name)
         section = section_of(field) if field else None
@@ -74,8 +74,9 @@ def _overlay(values: dict[Any, Any], over: Mapping[Any, Any], settings: type[Bas
 
 
 def _put(values: dict[Any, Any], key: Key, value: Any) -> None:
-    """Set one value in its section, in place; a section that is no mapping stays as it is,
-    for validation to refuse.
+    """Set one value in its section, in place.
+
+    A section that is no mapping stays as it is, and validation refuses it.
     """
     for name in key[:-1]:
         if values.get(name) is None:

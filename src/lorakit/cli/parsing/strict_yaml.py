@@ -1,4 +1,4 @@
-"""YAML as settings need it: plain data, and no key twice."""
+"""Strict YAML for settings: plain data alone, and no key twice."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from lorakit.errors import ConfigError
 
 
 def load(text: str) -> Any:
-    """The plain data that a text is in YAML.
+    """The plain data of a YAML text.
 
     Raises:
         yaml.YAMLError: the text breaks the syntax, names a Python object, or gives a key twice.
-        ValueError: a number or a date in it cannot be, such as month 13.
+        ValueError: a number or a date in it is impossible, such as month 13.
     """
     return yaml.load(text, _Loader)
 
@@ -48,7 +48,7 @@ def read_mapping(file: Path) -> dict[Any, Any]:
 
 
 def _place_and_reason(error: Exception) -> str:
-    """Return where and why YAML stopped, as far as it says."""
+    """The end of a message: the position and reason of an error of YAML's parser."""
     mark = getattr(error, "problem_mark", None)
     place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
@@ -56,10 +56,10 @@ def _place_and_reason(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but for keys given twice, of which YAML would drop the first."""
+    """The safe loader, which also refuses a key given twice: YAML alone would drop the first."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """The mapping that comes next, before its `<<` keys bring in other mappings."""
+        """The next mapping of the document, before its `<<` keys add other mappings to it."""
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:

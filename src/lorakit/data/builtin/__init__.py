@@ -11,7 +11,7 @@ from lorakit.errors import DataError, did_you_mean
 
 @runtime_checkable
 class BuiltinTask(Protocol):
-    """A module that makes the rows of a task."""
+    """A module with the rows of a generated task."""
 
     def rows(self, split: str, *, seed: int = 0) -> tuple[PromptRow, ...]:
         """The rows of the train, validation or test split."""

@@ -1,4 +1,4 @@
-"""Draws the rows of a built-in task from its grammar: distinct, and the same for the same seed."""
+"""Rows of a built-in task drawn from its grammar: distinct, and the same for the same seed."""
 
 import random
 from collections.abc import Callable
@@ -13,7 +13,7 @@ COUNTS: dict[Split, int] = {"train": 2000, "validation": 200, "test": 200}
 """Rows of each split of a built-in task."""
 
 Draw = Callable[[random.Random, Split], PromptRow]
-"""Makes one row of a split out of random numbers."""
+"""A function that makes one row of a split from a random generator."""
 
 
 def draw_rows(draw: Draw, split: str, *, seed: int) -> tuple[PromptRow, ...]:

@@ -1,7 +1,7 @@
 """Built-in task: say in an English sentence what a list of attributes says about a place.
 
-No kind of place of the validation and test rows was ever seen in that area in training: the kind
-and the area were, each in other company. So a model must compose them, and cannot recall them.
+No pair of kind and area in the validation and test rows occurs in training, though each kind and
+each area does. So a model must compose them, and cannot recall them.
 """
 
 import random
@@ -45,7 +45,7 @@ HOURS = {
 DOGS = {"yes": "welcomes dogs", "no": "does not admit dogs"}
 
 UNSAID = (("cost",), ("known",), ("hours",), ("cost", "known"), ("known", "dogs"))
-"""What a row leaves out: each way leaves hours, dogs or what it is known for to be said."""
+"""The attributes that a row leaves out; each choice keeps one of hours, dogs and known."""
 
 FIRST_NAMES = ("Amber", "Copper", "Crooked", "Falcon", "Ivory", "Juniper", "Linden", "Marble")
 LAST_NAMES = ("Anchor", "Arch", "Corner", "Gate", "Lantern", "Mill", "Tower", "Yard")
@@ -85,11 +85,11 @@ def split_of(kind: str, area: str) -> Split:
 
 
 def sentences(place: Place) -> tuple[str, ...]:
-    """Return ways to say it in one sentence. The first is the one that a model should learn.
+    """The ways to say it in one sentence; the first is the one that a model should learn.
 
-    Which way comes first depends on what is said: what a place is known for opens the sentence;
-    else, where the cost is not given, kind and area stand between commas. At least one of hours,
-    dogs and known must be said.
+    Which way comes first depends on the attributes: what a place is known for opens the sentence;
+    else, where the cost is not given, kind and area are between commas. At least one of hours, dogs
+    and known must be given.
     """
     clauses = [HOURS[place.hours]] if place.hours else []
     clauses += [DOGS[place.dogs]] if place.dogs else []

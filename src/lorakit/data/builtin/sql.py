@@ -13,7 +13,7 @@ from lorakit.data.row_types import PromptRow
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class SqlTable:
     """Columns of words, with some values, and columns of numbers, with their range."""
 
     words: dict[str, tuple[str, ...]]
@@ -24,16 +24,22 @@ CITIES = ("Lisbon", "Oslo", "Turin", "Quito", "Cairo", "Perth")
 NAMES = ("Ada", "Boris", "Clara", "Dario", "Elena", "Felix")
 
 TABLES = {
-    "ships": Table(words={"port": CITIES}, numbers={"length": (20, 300), "crew_size": (5, 90)}),
-    "books": Table(words={"author": NAMES}, numbers={"price": (4, 80), "page_count": (90, 900)}),
-    "houses": Table(words={"city": CITIES}, numbers={"rent": (300, 900), "garden_area": (10, 90)}),
-    "lessons": Table(words={"teacher": NAMES}, numbers={"fee": (5, 60), "room_number": (1, 40)}),
-    "bridges": Table(words={"town": CITIES}, numbers={"width": (4, 40), "toll": (1, 20)}),
-    "horses": Table(words={"owner": NAMES}, numbers={"weight": (200, 900), "race_count": (1, 70)}),
-    "concerts": Table(
+    "ships": SqlTable(words={"port": CITIES}, numbers={"length": (20, 300), "crew_size": (5, 90)}),
+    "books": SqlTable(words={"author": NAMES}, numbers={"price": (4, 80), "page_count": (90, 900)}),
+    "houses": SqlTable(
+        words={"city": CITIES}, numbers={"rent": (300, 900), "garden_area": (10, 90)}
+    ),
+    "lessons": SqlTable(words={"teacher": NAMES}, numbers={"fee": (5, 60), "room_number": (1, 40)}),
+    "bridges": SqlTable(words={"town": CITIES}, numbers={"width": (4, 40), "toll": (1, 20)}),
+    "horses": SqlTable(
+        words={"owner": NAMES}, numbers={"weight": (200, 900), "race_count": (1, 70)}
+    ),
+    "concerts": SqlTable(
         words={"hall": CITIES}, numbers={"capacity": (50, 900), "ticket_price": (5, 90)}
     ),
-    "parcels": Table(words={"sender": NAMES}, numbers={"postage": (2, 50), "item_count": (1, 30)}),
+    "parcels": SqlTable(
+        words={"sender": NAMES}, numbers={"postage": (2, 50), "item_count": (1, 30)}
+    ),
 }
 
 AGGREGATES = {
@@ -85,11 +91,11 @@ class Condition:
     value: str
 
     def question(self) -> str:
-        """Return it in English."""
+        """The condition in English."""
         return f"whose {_spoken(self.column)} {COMPARISONS[self.comparison]} {self.value}"
 
     def sql(self) -> str:
-        """Return it in SQL, words in quotes."""
+        """The condition in SQL, words in quotes."""
         value = self.value if self.value.isdigit() else f"'{self.value}'"
         return f"{self.column} {self.comparison} {value}"
 
@@ -131,7 +137,7 @@ def _combinations(split: Split) -> tuple[tuple[str, str, str], ...]:
 
 
 def _other_comparisons(table: str, function: str, comparison: str) -> list[str]:
-    """Return what a second condition may use: columns of the other type, training combinations."""
+    """The comparisons for a second condition: of the other type, and in a training combination."""
     others = NUMBER_COMPARISONS if comparison in WORD_COMPARISONS else WORD_COMPARISONS
     return [other for other in others if split_of(table, function, other) == "train"]
 
@@ -149,7 +155,7 @@ def _condition(rng: random.Random, name: str, comparison: str) -> Condition:
 
 
 def _selection(rng: random.Random, name: str, function: str, column: str) -> tuple[str, str]:
-    """Return what SQL selects, and the beginning of the question that asks for it."""
+    """The selection in SQL, and the beginning of the question for it in English."""
     if function == COUNT:
         return "COUNT(*)", f"How many {name} are there"
     word = rng.choice(AGGREGATES[function])

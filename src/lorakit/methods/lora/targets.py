@@ -14,7 +14,7 @@ from lorakit.methods.bitfit import bias_paths, trained_bias
 from lorakit.methods.component import Component
 from lorakit.methods.lora.lora import is_adaptable, is_linear, kind_of, matrix_shape
 from lorakit.methods.lora.low_rank import low_rank_component
-from lorakit.models.roles import Target, named, select
+from lorakit.models.roles import Target, select_targets, targets_by_word
 
 V = TypeVar("V")
 
@@ -25,7 +25,7 @@ def components(model: nn.Module, config: LoRAConfig) -> tuple[Component, ...]:
     Raises:
         TargetError: a name in the settings matches nothing, or a layer twice.
     """
-    kept = select(model, config.targets, layers=config.layers, exclude=config.exclude)
+    kept = select_targets(model, config.targets, layers=config.layers, exclude=config.exclude)
     _check_adaptable(model, kept)
     _check_form(model, kept, config)
     ranks = _by_target(model, kept, config.rank_pattern, "rank_pattern")
@@ -99,7 +99,7 @@ def _by_target(
     Raises:
         TargetError: a word names none of the adapted targets.
     """
-    found = named(model, pattern, what=setting)
+    found = targets_by_word(model, pattern, what=setting)
     idle = [
         f"{word!r} names none of the adapted layers"
         for word, its_targets in found.items()

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from lorakit.adapter.folder import WEIGHTS_FILE
+from lorakit.adapter.tensor_files import WEIGHTS_FILE
 from lorakit.config.train import TrainConfig
 from lorakit.errors import MissingExtraError
 from lorakit.training.run import BEST_BY, TrainResult

@@ -1,4 +1,4 @@
-"""What tests compare with: the hash of a base, random adapters, plain outputs."""
+"""Reference implementations for tests: the hash of a base, random adapters, plain outputs."""
 
 import copy
 
@@ -11,7 +11,7 @@ from lorakit.models.identity import weights_hash as base_hash  # noqa: F401
 
 
 def randomise(model: nn.Module, name: str = "default", *, seed: int = 0, std: float = 0.2) -> None:
-    """Give an adapter random weights, as if it had been trained."""
+    """Set an adapter's weights to random numbers, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in adapter_parameters(model, name):
@@ -34,7 +34,7 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def alone(model: nn.Module, inputs: dict[str, Tensor], names: list) -> list[Tensor]:
-    """Each row's logits, computed for that row alone with its own choice."""
+    """Each row's logits, computed for that row alone under its own route."""
     found = []
     for row, name in enumerate(names):
         with lk.route(model, name):
@@ -43,7 +43,7 @@ def alone(model: nn.Module, inputs: dict[str, Tensor], names: list) -> list[Tens
 
 
 def with_updates(base: nn.Module, adapters: dict[str, lk.Adapter], combination: dict) -> nn.Module:
-    """A copy of a plain base with weight·scale·B·A and the rest summed into it."""
+    """A copy of a plain base with the sum of weight·scale·B·A, biases and copies in its weights."""
     plain, original = copy.deepcopy(base), dict(base.named_parameters())
     written = dict(plain.named_parameters())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What virtual tokens do, written out naively: embeddings by hand, hooks that overwrite blocks."""
+"""The reference implementation of virtual tokens: embeddings by hand, hooks over blocks."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 
 import lorakit as lk
 from lorakit.config.methods import PrefixConfig
-from oracles import randomise
+from references import randomise
 from tiny_models import build
 
 CAUSAL = ("llama", "gpt2", "opt", "bloom", "gemma")
@@ -54,21 +54,21 @@ def run(base, tensors, row):
     path = next(p for p, m in base.named_modules() if m is embedding)
     vectors = {name.removesuffix(".prompt"): t.double() for name, t in tensors.items()}
     numbers = [~at for at in row if at < 0]
-    places = [place for place, at in enumerate(row) if at < 0]
+    positions = [position for position, at in enumerate(row) if at < 0]
     embeds = embedding(torch.tensor([[max(at, 0) for at in row]]))
-    embeds = embeds.index_put((torch.tensor(0), torch.tensor(places)), vectors[path][numbers])
+    embeds = embeds.index_put((torch.tensor(0), torch.tensor(positions)), vectors[path][numbers])
 
     def overwrite(block):
         def hook(_module, _args, output):
             states = output[0] if isinstance(output, tuple) else output
             states = states.index_put(
-                (torch.tensor(0), torch.tensor(places)), vectors[block][numbers]
+                (torch.tensor(0), torch.tensor(positions)), vectors[block][numbers]
             )
             return (states, *output[1:]) if isinstance(output, tuple) else states
 
         return base.get_submodule(block).register_forward_hook(hook)
 
-    hooks = [overwrite(each) for each in vectors if each != path and places]
+    hooks = [overwrite(each) for each in vectors if each != path and positions]
     scale = getattr(embedding, "embed_scale", None)
     assert scale is None or base.config.model_type.startswith("gemma")
     try:
@@ -78,12 +78,12 @@ def run(base, tensors, row):
             hook.remove()
 
 
-def own_places(row, *, causal):
-    """The place that answers for each token of the row without trained ones."""
+def own_positions(row, *, causal):
+    """The position whose logits count for each token of the row that is not virtual."""
     found = []
-    for place, at in enumerate(row):
+    for position, at in enumerate(row):
         if at >= 0:
-            found.append(place)
+            found.append(position)
         elif causal and found:
-            found[-1] = place
+            found[-1] = position
     return found
