@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from lorakit.attachment.attach import adapter_parameters, extract
 from lorakit.attachment.state import require_attachment
+from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.errors import ConfigError, OutputError, TrainingError
@@ -43,16 +44,6 @@ from lorakit.training.trainer import (
 
 BEST_BY = {"generation": "loss", "classification": "accuracy", "regression": "pearson"}
 """The score that decides which adapter is the best, by task."""
-
-NOT_ON_CARD = {"out", "resume", "overwrite", "dry_run", "data", "model", "task", "sweep"} | {
-    "method",
-    "lora",
-    "full",
-    "bitfit",
-    "prefix",
-    "bottleneck",
-}
-"""Settings that the adapter itself holds, or that say nothing of how it came to be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,10 +266,7 @@ def training_card(
     config: TrainConfig, prepared: Prepared, step: int, history: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return how an adapter came to be; the same for identical runs, so no dates and no times."""
-    settings = config.model_dump(
-        mode="json",
-        exclude=NOT_ON_CARD,
-    )
+    on_card = set(settings_where(TrainConfig, lambda mark: mark.on_card))
     scores = [e for e in history if any(key.startswith("eval_") for key in e)]
     quantized = card_of_base(prepared.model)
     libraries = ("lorakit", "torch", "transformers", *(["bitsandbytes"] if quantized else []))
@@ -292,7 +280,7 @@ def training_card(
             "training": len(prepared.training.examples),
             "validation": len(prepared.validation.examples) if prepared.validation else 0,
         },
-        "settings": settings,
+        "settings": config.model_dump(mode="json", include=on_card),
         **quantized,
         "step": step,
         "scores": {

@@ -103,7 +103,7 @@ def test_members_equal_separate_runs(settings, tmp_path, in_float64):
     texts.write_text("\n".join(json.dumps({"text": f"{w} cat dog big"}) for w in FIRST))
     trials = [
         {"lora.rank": 1, "name": "one", "weight_decay": 0.1, "steps": 9, "schedule": "cosine"},
-        {"lora.alpha": 32, "seed": 1, "batch_size": 3, "learning_rate": 2e-3},
+        {"lora.alpha": 32, "seed": 1, "batch_size": 3, "learning_rate": 2e-3, "z_loss": 0.1},
         {"lora.layers": "1", "seed": 2, "max_grad_norm": 0.05, "label_smoothing": 0.1, "steps": 5},
         {"accumulate": 3, "batch_size": 2, "data.train_rows": 11, "data.max_length": 6},
         {"data.train": str(texts), "data.validation": str(texts), "batch_size": 4, "steps": 4},
@@ -120,7 +120,7 @@ def test_members_with_heads_and_biases_equal_separate_runs(
     settings, tmp_path, label_rows, tiny_bert_without_dropout, in_float64
 ):
     config = settings(
-        [{"seed": 0}, {"seed": 1, "lora.bias": "lora", "lora.rank": 1}],
+        [{"seed": 0}, {"seed": 1, "lora.bias": "lora", "lora.rank": 1, "z_loss": 0.1}],
         model=str(tiny_bert_without_dropout),
         data=DataConfig(train=str(label_rows), validation=str(label_rows)),
         weight_decay=0.1,

@@ -12,46 +12,27 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorakit.config.base import problem_lines
-from lorakit.config.methods import (
-    BitFitConfig,
-    BottleneckSettings,
-    FullSettings,
-    LoRAConfig,
-    MethodConfig,
-    PrefixSettings,
-)
-from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.config.base import Settings, problem_lines
+from lorakit.config.marks import settings_where
+from lorakit.config.methods import MethodConfig
+from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError
 
-VARYING = (
-    *(f"lora.{name}" for name in LoRAConfig.model_fields),
-    *(f"full.{name}" for name in FullSettings.model_fields),
-    *(f"bitfit.{name}" for name in BitFitConfig.model_fields),
-    *(f"prefix.{name}" for name in PrefixSettings.model_fields),
-    *(f"bottleneck.{name}" for name in BottleneckSettings.model_fields),
-    *(f"data.{name}" for name in DataConfig.model_fields),
-    "method",
-    "steps",
-    "epochs",
-    "batch_size",
-    "accumulate",
-    "learning_rate",
-    "lora_plus_ratio",
-    "eva_batches",
-    "warmup_steps",
-    "schedule",
-    "weight_decay",
-    "max_grad_norm",
-    "label_smoothing",
-    "seed",
-    "eval_every",
-    "patience",
-)
-"""Settings that may differ between members; they share all others, the base first of all."""
+_MARKED = settings_where(TrainConfig, lambda mark: mark.varies)
 
-SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in VARYING if "." in key))
-"""Settings that hold settings."""
+SECTIONS = {
+    name: section
+    for name in _MARKED
+    if isinstance(section := TrainConfig.model_fields[name].annotation, type)
+    and issubclass(section, Settings)
+}
+"""Settings that hold settings, which may vary each by itself."""
+
+VARYING = (
+    *(f"{name}.{inner}" for name, section in SECTIONS.items() for inner in section.model_fields),
+    *(name for name in _MARKED if name not in SECTIONS),
+)
+"""Settings that may differ between trials; they share all others, the base first of all."""
 
 LONGEST_NAME = 100
 """Most characters of a member's name, which is the name of a folder too."""
@@ -114,15 +95,11 @@ def _refusal(key: str) -> str | None:
     if key in VARYING:
         return None
     if key in SECTIONS:
-        return f"{key}: is a section: name its settings, such as {key}.{_first_of(key)}"
+        own = (each for each in SECTIONS[key].model_fields if each not in MethodConfig.model_fields)
+        return f"{key}: is a section: name its settings, such as {key}.{next(own)}"
     if key in TrainConfig.model_fields:
         return f"{key}: cannot vary, because the members of a sweep share it"
     return f"{key}: unknown setting{_nearest(key)}"
-
-
-def _first_of(section: str) -> str:
-    own = (key.partition(".")[2] for key in VARYING if key.startswith(f"{section}."))
-    return next(name for name in own if name not in MethodConfig.model_fields)
 
 
 def _nearest(key: str) -> str:

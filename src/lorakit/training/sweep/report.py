@@ -11,6 +11,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from lorakit.adapter.folder import WEIGHTS_FILE
+from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
 from lorakit.errors import MissingExtraError
 from lorakit.training.run import BEST_BY, TrainResult
@@ -18,8 +19,6 @@ from lorakit.training.sweep import plot as sweep_plot
 from lorakit.training.sweep.grid import Trial, word
 
 FIGURES, TABLE, PLOT = "sweep.json", "sweep.md", "sweep.png"
-NOT_COMPARED = {"out", "resume", "overwrite", "dry_run", "sweep"}
-"""Settings that may differ between a finished member and the same one asked for again."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,8 @@ def _trial_figures(result: SweepResult, each: TrialResult) -> dict[str, Any]:
 
 
 def _comparable(config: TrainConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=NOT_COMPARED)
+    compared = set(settings_where(TrainConfig, lambda mark: mark.compared))
+    return config.model_dump(mode="json", include=compared)
 
 
 def read_finished(out: Path, trials: Sequence[Trial]) -> dict[str, TrainResult]:
