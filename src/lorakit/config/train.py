@@ -36,7 +36,7 @@ class DataConfig(Settings):
 
     format: Format = "auto"
     """What a row is: prompt (prompt, completion, optional references), messages (a chat), text, or
-    classification (text, optional text_pair, label). auto: judged by the fields that are there."""
+    classification (text, optional text_pair, label). auto: inferred from the fields of the rows."""
 
     fields: dict[RowField, str] = {}
     """Our field name: the file's column, or a template such as "{subject}: {body}"."""
@@ -176,8 +176,8 @@ class TrainConfig(Settings):
     """Keep in the CPU's memory what low or balanced keep of a GPU's."""
 
     kernels: Shared[Literal["auto", "plain"]] = "auto"
-    """What computes. auto: the fast paths wherever they can; plain: plain torch, their oracle, with
-    padded rows."""
+    """What computes. auto: the fast paths wherever they can; plain: plain torch, their reference
+    implementation, with padded rows."""
 
     compile: Shared[bool] = False
     """Train the model's blocks through torch.compile. One is compiled for all, which takes half a
@@ -213,20 +213,18 @@ class TrainConfig(Settings):
     def methods(self) -> tuple[MethodConfig, ...]:
         """The settings of each method that is trained."""
         sections = {"lora": self.lora, "full": self.full, "top-k": self.full, "bitfit": self.bitfit}
+        by_family = {"prefix": self.prefix, "adapter": self.bottleneck}
         return tuple(
-            config_of(name, (sections.get(name) or self._section(name)).model_dump())
+            config_of(name, (sections.get(name) or by_family[name.split("-")[0]]).model_dump())
             for name in self.method
         )
-
-    def _section(self, method: str) -> MethodConfig:
-        return self.prefix if method.startswith("prefix-") else self.bottleneck
 
     def rate_of(self, method: str) -> float:
         """The peak learning rate of a method's weights."""
         return self.learning_rate or defaults_of(method, self.lora).learning_rate
 
     def warmup_of(self, steps: int) -> int:
-        """Return over how many of a run's steps learning rates rise from zero."""
+        """The steps of a run over which learning rates rise from zero."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         own = max(defaults_of(name, self.lora).warmup_steps for name in self.method)

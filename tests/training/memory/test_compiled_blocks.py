@@ -17,7 +17,7 @@ from lorakit.data.encode import Example
 from lorakit.errors import ConfigError, TrainingError
 from lorakit.layers.layer import Route
 from lorakit.training.memory.compiled_blocks import LENGTHS, _CompiledBlock
-from lorakit.training.memory.training_memory import check_memory
+from lorakit.training.memory.memory_setting import check_memory
 from lorakit.training.prepare import prepare
 from tiny_models import build
 
@@ -66,7 +66,7 @@ def settings(model, rows, out, **others):
 
 @pytest.fixture(scope="module")
 def runs(deep, prompt_rows, tmp_path_factory, forks):
-    """Return what runs of several layouts and families came to, in one process.
+    """Return what runs of several packings and families came to, in one process.
 
     Their backend runs the graphs as they are: what the compiler is given is the same for all.
     """
@@ -96,8 +96,8 @@ def test_a_compiled_run_has_the_losses_of_the_same_run_without(runs, name):
 
 
 def test_compiled_rows_are_joined_where_others_are(runs):
-    assert runs["joined"]["layout"] == runs["slices"]["layout"] == "rows joined without padding"
-    assert runs["padded"]["layout"] == "padded"
+    assert runs["joined"]["packing"] == runs["slices"]["packing"] == "rows joined without padding"
+    assert runs["padded"]["packing"] == "padded"
 
 
 def test_the_real_compiler_gives_the_same_losses(deep, prompt_rows, tmp_path, forks):

@@ -12,7 +12,7 @@ from lorakit.training.sweep.grid import label
 
 RANK = "lora.rank"
 MOST_LINES_NAMED = 12
-"""More lines than this would have a legend larger than the plot."""
+"""With more lines than this, the legend would be larger than the plot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def _follows_rank(points: Sequence[Point], key: str) -> bool:
 def _write_ranks(axes: Any, points: Sequence[Point], *, falling: bool) -> None:
     """Write each rank once per number of parameters, above the highest point there.
 
-    On the side on which a line that falls, or rises, leaves room.
+    A line that falls leaves room on the right of a point, one that rises on the left.
     """
     highest: dict[int, Point] = {}
     for point in points:
@@ -105,7 +105,7 @@ def _write_ranks(axes: Any, points: Sequence[Point], *, falling: bool) -> None:
 
 
 def _ticks(points: Sequence[Point]) -> list[int]:
-    """The numbers of parameters, but for those too near to the one before to be read."""
+    """The numbers of parameters, without those too near to the one before to be legible."""
     counts = sorted({point.parameters for point in points})
     nearest = (counts[-1] / counts[0]) ** 0.12
     ticks = counts[:1]
@@ -116,7 +116,7 @@ def _ticks(points: Sequence[Point]) -> list[int]:
 
 
 def _shortened(name: str) -> str:
-    """Return as much of a line's name as fits below the plot."""
+    """A line's name, cut to what fits below the plot."""
     return name if len(name) <= 90 else f"{name[:89]}…"
 
 
