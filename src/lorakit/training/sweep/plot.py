@@ -43,7 +43,9 @@ def draw(points: Sequence[Point], file: Path, *, score_name: str, title: str) ->
     axes = figure.subplots()
     for name, line in lines.items():
         x, y = [point.parameters for point in line], [point.score for point in line]
-        axes.plot(x, y, marker="o", markersize=5, linewidth=1.4, label=_shortened(name))
+        # As much of the name as fits below the plot.
+        shown = name if len(name) <= 90 else f"{name[:89]}…"
+        axes.plot(x, y, marker="o", markersize=5, linewidth=1.4, label=shown)
     if any(RANK in point.settings for point in points):
         _write_ranks(axes, points, falling=score_name.endswith("loss"))
     axes.set_xscale("log")
@@ -113,11 +115,6 @@ def _ticks(points: Sequence[Point]) -> list[int]:
         if count >= ticks[-1] * nearest:
             ticks.append(count)
     return ticks
-
-
-def _shortened(name: str) -> str:
-    """A line's name, cut to what fits below the plot."""
-    return name if len(name) <= 90 else f"{name[:89]}…"
 
 
 def _unit(score_name: str) -> str:

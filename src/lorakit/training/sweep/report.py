@@ -91,7 +91,11 @@ class SweepResult:
     @property
     def summary(self) -> str:
         """The results with a table, in Markdown that can be read as text too."""
-        return "\n\n".join([_headline(self), _table(self), *_notes(self)])
+        headline = (
+            f"{len(self.trials)} adapters on {self.config.model}, trained together in "
+            f"{self.seconds:.0f} s"
+        )
+        return "\n\n".join([headline, _table(self), *_notes(self)])
 
 
 def write_figures(result: SweepResult) -> None:
@@ -171,11 +175,6 @@ def read_finished(out: Path, trials: Sequence[Trial]) -> dict[str, TrainResult]:
 def _read_result(trial: Trial, result: Mapping[str, Any]) -> TrainResult:
     scores = {name: float("inf") if v is None else v for name, v in result["scores"].items()}
     return TrainResult(**{**result, "out": trial.config.out, "scores": scores})
-
-
-def _headline(result: SweepResult) -> str:
-    count = len(result.trials)
-    return f"{count} adapters on {result.config.model}, trained together in {result.seconds:.0f} s"
 
 
 def _table(result: SweepResult) -> str:
