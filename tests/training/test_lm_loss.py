@@ -24,7 +24,7 @@ OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.02}
 
 
 def batch(model, *, rows=3):
-    """Return inputs and labels: of a prompt, of an answer in the middle, of all, of nothing."""
+    """Inputs, and labels that leave out other tokens in each row."""
     inputs = example_inputs(model, rows=rows)
     labels = inputs.get("decoder_input_ids", inputs["input_ids"]).clone()
     labels[0, :2] = -100

@@ -35,7 +35,7 @@ Recorded = Annotated[T, Mark(varies=True, on_card=False)]
 """A setting that may differ between trials, and that the adapter or another entry of the card
 holds."""
 Invocation = Annotated[T, Mark(on_card=False, compared=False)]
-"""A setting of one call: where it writes and what it does with files there, not what it trains."""
+"""A setting of one call: which folder it writes, and how it treats the files there."""
 
 
 def mark_of(settings: type[BaseModel], name: str) -> Mark:

@@ -28,7 +28,7 @@ def check_infix(model: nn.Module, name: str, kind: str) -> None:
     tokens = virtual_tokens(model, name)
     if kind == "text" and tokens is not None and tokens.infix:
         raise ConfigError(
-            "rows are texts without a prompt, behind which infix tokens would stand: "
+            "rows are texts without a prompt, after which infix tokens would be: "
             "set prefix.infix to 0"
         )
 

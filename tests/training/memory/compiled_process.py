@@ -30,7 +30,7 @@ def losses(config):
 
 
 def told(settings):
-    """Return what a run and the same one compiled came to."""
+    """The losses of a run and of the same run compiled, and the packing and graphs of that."""
     plain, _ = losses(TrainConfig(**settings, overwrite=True))
     counters.clear()
     compiled, packing = losses(TrainConfig(**settings, overwrite=True, compile=True))

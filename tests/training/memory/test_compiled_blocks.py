@@ -27,7 +27,7 @@ BLOCKS = 10
 
 
 def run_process(forks, backend, *runs):
-    """Return what `compiled_process` tells of each run."""
+    """The results of `compiled_process` for each run."""
     given = [run.model_dump_json(exclude={"compile", "overwrite"}) for run in runs]
     return json.loads(forks.run(PROGRAM, backend, *given).splitlines()[-1])
 
@@ -66,7 +66,7 @@ def settings(model, rows, out, **others):
 
 @pytest.fixture(scope="module")
 def runs(deep, prompt_rows, tmp_path_factory, forks):
-    """Return what runs of several packings and families came to, in one process.
+    """The results of runs of several packings and families, in one process.
 
     Their backend runs the graphs as they are: what the compiler is given is the same for all.
     """

@@ -79,7 +79,7 @@ def prepare_sweep(config: TrainConfig) -> dict[str, Prepared]:
     """Prepare each trial of a sweep, by its name; nothing is written.
 
     Raises:
-        LorakitError: whatever stands in the way of the sweep.
+        LorakitError: the sweep cannot start; the error lists the problems of each trial.
     """
     return _prepare({trial.name: trial for trial in trials_of(config)})
 
