@@ -34,9 +34,9 @@ from lorakit.bench.memory import forget_peak, most_bytes
 from lorakit.bench.roofline_counts import Batch, Shape, count
 from lorakit.data.batches import training_batch
 from lorakit.data.encode import Encoded, Example
-from lorakit.data.packing import choose_layout
+from lorakit.data.packing import choose_packing
 from lorakit.training.prepare import NAME, Prepared
-from lorakit.training.run import Run, run_alone
+from lorakit.training.run import Run, execute, while_training
 from lorakit.training.trainer import make_arguments
 from measured import environment
 
@@ -133,10 +133,12 @@ class Race:
             training=Encoded(examples=self.examples, report=None),
             validation=None,
             steps=self.config.steps,
-            layout=choose_layout(self.model, task="generation", packing="auto"),
+            packing=choose_packing(self.model, task="generation", packing="auto"),
         )
         forget_peak()
-        run_alone(Run(config=self.config, prepared=prepared, checkpoint=None), bar=watch)
+        run = Run(config=self.config, prepared=prepared, checkpoint=None)
+        with while_training(self.model, self.config) as interruption:
+            execute(run, interruption, bar=watch)
         lk.detach(self.model)
         return watch
 

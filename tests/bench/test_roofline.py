@@ -156,7 +156,7 @@ def test_a_model_that_cannot_be_counted_is_refused_before_it_is_trained(
     tiny_llama, prompt_rows, monkeypatch
 ):
     monkeypatch.setattr("lorakit.bench.roofline_counts.block_layers", lambda model: refuse())
-    monkeypatch.setattr("lorakit.bench.roofline.run_alone", None)
+    monkeypatch.setattr("lorakit.bench.roofline.execute", None)
 
     def refuse():
         raise ModelError("no")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 import lorakit as lk
-import lorakit.data.packing as layouts
+import lorakit.data.packing as packing_module
 import lorakit.training.prepare as preparation
 from covering import covering
 from lorakit.attachment.attach import adapter_parameters
@@ -19,7 +19,7 @@ from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.batches import training_batch
 from lorakit.data.collate import SEGMENTS, Collator
 from lorakit.data.encode import Example
-from lorakit.data.packing import PLAIN, Layout, choose_layout
+from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.errors import ConfigError
 from lorakit.training.loss import Loss
 from lorakit.training.run import train
@@ -62,8 +62,8 @@ def tokenizer(tiny_llama):
     return AutoTokenizer.from_pretrained(tiny_llama)
 
 
-def batches(model, tokenizer, names, layout):
-    collate = Collator(tokenizer, layout)
+def batches(model, tokenizer, names, packing):
+    collate = Collator(tokenizer, packing)
     rows = {"one": examples(7, 2, 9, 1, seed=1), "two": examples(4, 8, seed=2)}
     return [
         MicroBatch(name=name, inputs=collate(rows[name]), loss=Loss("generation"), items=None)
@@ -71,9 +71,9 @@ def batches(model, tokenizer, names, layout):
     ]
 
 
-def losses_and_gradients(model, tokenizer, names, layout):
+def losses_and_gradients(model, tokenizer, names, packing):
     model.zero_grad()
-    losses = joint_losses(model, batches(model, tokenizer, names, layout), pad_id=0)
+    losses = joint_losses(model, batches(model, tokenizer, names, packing), pad_id=0)
     return losses, [p.grad for name in names for _, p in adapter_parameters(model, name)]
 
 
@@ -87,7 +87,7 @@ def test_joined_rows_have_the_loss_and_gradients_of_padded_ones(tokenizer, famil
     # Of float64 and padding this family's own code makes NaN, where a window is all padding.
     dtype, tolerance = (torch.float32, 1e-5) if family == "gemma2" else (torch.float64, 1e-10)
     model = build(family, **JOINING[family]).to(dtype)
-    layout = choose_layout(model, task="generation", packing="on")
+    packing = choose_packing(model, task="generation", packing="on")
     for seed, name in enumerate(("one", "two")):
         attach_random(model, name, seed=seed, targets=("all-linear",), rank=2 + seed)
     model.to(dtype)
@@ -97,9 +97,9 @@ def test_joined_rows_have_the_loss_and_gradients_of_padded_ones(tokenizer, famil
     alone = [losses_and_gradients(model, tokenizer, [name], PLAIN) for name in ("one", "two")]
     for name, expected in zip(("one", "two"), alone, strict=True):
         assert_equal(
-            losses_and_gradients(model, tokenizer, [name], layout), expected, tolerance=tolerance
+            losses_and_gradients(model, tokenizer, [name], packing), expected, tolerance=tolerance
         )
-    joint = losses_and_gradients(model, tokenizer, ["one", "two"], layout)
+    joint = losses_and_gradients(model, tokenizer, ["one", "two"], packing)
     both = [[x for each in alone for x in each[part]] for part in (0, 1)]
     assert_equal(joint, both, tolerance=tolerance)
 
@@ -110,15 +110,15 @@ def test_padded_rows_of_classifiers_keep_their_loss_and_gradients(tokenizer, fam
     off |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
     off |= {"summary_last_dropout": 0.0, "classifier_dropout": 0.0, **JOINING["gpt2"]}
     model = build(family, head="ForSequenceClassification", **off).double()
-    layout = choose_layout(model, task="classification", packing="auto")
-    assert layout.segmented
-    assert not layout.joined
+    packing = choose_packing(model, task="classification", packing="auto")
+    assert packing.segmented
+    assert not packing.joined
     attach_random(model, "one", targets=("all-linear",))
     rows = [
         Example(input_ids=e.input_ids, labels=n % 2) for n, e in enumerate(examples(7, 2, 9, 1))
     ]
     found = []
-    for each in (PLAIN, layout):
+    for each in (PLAIN, packing):
         collate = Collator(tokenizer, each)
         batch = MicroBatch(
             name="one", inputs=collate(rows), loss=Loss("classification"), items=None
@@ -131,7 +131,7 @@ def test_padded_rows_of_classifiers_keep_their_loss_and_gradients(tokenizer, fam
 
 def test_a_joined_batch_holds_the_same_rows_in_the_same_order(tokenizer):
     rows = examples(5, 1, 3)
-    collate = Collator(tokenizer, Layout(joined=True))
+    collate = Collator(tokenizer, Packing(joined=True))
     batch, padded = collate(rows), training_batch(rows, pad_id=0)
     real = padded["attention_mask"].bool()
     assert batch["input_ids"][0].tolist() == padded["input_ids"][real].tolist()
@@ -144,20 +144,20 @@ def test_a_joined_batch_holds_the_same_rows_in_the_same_order(tokenizer):
 @pytest.mark.parametrize("family", PADDING)
 def test_families_that_cannot_join_rows_get_batches_of_like_length(family):
     model = build(family)
-    layout = choose_layout(model, task="generation", packing="auto")
-    assert layout.by_length
-    assert not layout.joined
-    assert not layout.segmented
-    assert f"because {family} has attention of its own" in str(layout)
+    packing = choose_packing(model, task="generation", packing="auto")
+    assert packing.by_length
+    assert not packing.joined
+    assert not packing.segmented
+    assert f"because {family} has attention of its own" in str(packing)
     with pytest.raises(ConfigError, match=f"packing is on, but {family} has attention of its own"):
-        choose_layout(model, task="generation", packing="on")
-    assert choose_layout(model, task="generation", packing="off") == PLAIN
+        choose_packing(model, task="generation", packing="on")
+    assert choose_packing(model, task="generation", packing="off") == PLAIN
 
 
 def test_a_trial_leaves_model_and_random_numbers_as_they_were():
     model = build("gpt2", attn_pdrop=0.5).train()
     state = torch.get_rng_state()
-    assert choose_layout(model, task="generation", packing="auto").joined
+    assert choose_packing(model, task="generation", packing="auto").joined
     assert model.training
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
@@ -168,17 +168,17 @@ def test_a_trial_leaves_model_and_random_numbers_as_they_were():
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_model_whose_rows_see_each_other_is_found_out(monkeypatch, family, dtype):
     model = build(family).to(dtype)
-    assert choose_layout(model, task="generation", packing="auto").joined
-    whole = layouts.attention_within
+    assert choose_packing(model, task="generation", packing="auto").joined
+    whole = packing_module.attention_within
 
     def one_segment(model, segments):
         width = segments.width
-        return whole(model, layouts.Segments(((width,),) * len(segments.lengths), width))
+        return whole(model, packing_module.Segments(((width,),) * len(segments.lengths), width))
 
-    monkeypatch.setattr(layouts, "attention_within", one_segment)
-    layout = choose_layout(model, task="generation", packing="auto")
-    assert not layout.joined
-    assert "the logits of" in layout.reason
+    monkeypatch.setattr(packing_module, "attention_within", one_segment)
+    packing = choose_packing(model, task="generation", packing="auto")
+    assert not packing.joined
+    assert "the logits of" in packing.reason
 
 
 def test_a_model_that_takes_no_positions_or_raises_is_left_padded(monkeypatch):
@@ -189,9 +189,9 @@ def test_a_model_that_takes_no_positions_or_raises_is_left_padded(monkeypatch):
         return forward(self, input_ids, attention_mask, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", without_positions)
-    layout = choose_layout(model, task="generation", packing="auto")
-    assert "llama takes no position_ids" in layout.reason
-    assert layout.segmented
+    packing = choose_packing(model, task="generation", packing="auto")
+    assert "llama takes no position_ids" in packing.reason
+    assert packing.segmented
     monkeypatch.undo()
 
     @contextlib.contextmanager
@@ -199,10 +199,10 @@ def test_a_model_that_takes_no_positions_or_raises_is_left_padded(monkeypatch):
         raise ValueError("no segments here")
         yield
 
-    monkeypatch.setattr(layouts, "attention_within", failing)
-    layout = choose_layout(model, task="generation", packing="auto")
-    assert layout.reason == "llama fails with segments: no segments here"
-    assert not layout.segmented
+    monkeypatch.setattr(packing_module, "attention_within", failing)
+    packing = choose_packing(model, task="generation", packing="auto")
+    assert packing.reason == "llama fails with segments: no segments here"
+    assert not packing.segmented
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from lorakit.models.quantized_weight import float_weight, is_quantized
 from lorakit.models.roles import output_head, task_heads
 from lorakit.training.memory.compiled_blocks import check_compile
 from lorakit.training.memory.memory_efficient import memory_efficient
-from lorakit.training.memory.training_memory import training_memory
+from lorakit.training.memory.memory_setting import training_memory
 from references import attach_random, outputs
 from tiny_models import FAMILIES, build, example_inputs
 

@@ -10,8 +10,7 @@ from lorakit.kernels.choice import use
 from lorakit.kernels.cross_entropy import CHUNK_BYTES
 from lorakit.kernels.packed_sequences import FEW_SIZES
 from lorakit.training import lm_loss as objective
-from lorakit.training.lm_loss import text_loss, text_losses
-from lorakit.training.loss import Loss
+from lorakit.training.lm_loss import item_weight, text_losses
 from references import attach_random
 from shaped_models import SHAPED, with_shaped_logits
 from tiny_models import FAMILIES, VOCABULARY, build, example_inputs
@@ -25,7 +24,7 @@ OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.02}
 
 
 def batch(model, *, rows=3):
-    """Return inputs and labels: of a prompt, of an answer in the middle, of all, of nothing."""
+    """Inputs, and labels that leave out other tokens in each row."""
     inputs = example_inputs(model, rows=rows)
     labels = inputs.get("decoder_input_ids", inputs["input_ids"]).clone()
     labels[0, :2] = -100
@@ -54,7 +53,9 @@ def gradients(model):
 def check(model, inputs, labels, *, called=None):
     """Compare loss, losses and gradients with plain torch, in float64."""
     model.double()
-    loss = text_loss(called or model, inputs, labels, loss=Loss("generation", **OPTIONS))
+    loss, _ = text_losses(
+        called or model, inputs, labels, weights=item_weight(labels, None), **OPTIONS
+    )
     loss.backward()
     found = gradients(model)
     wanted, losses = plain(model, inputs, labels, **OPTIONS)
@@ -78,8 +79,8 @@ def hand_over(model):
     hook = head.register_forward_hook(lambda _, args, output: seen.append(output[..., 0].numel()))
     text_losses(model, inputs, labels)
     hook.remove()
-    labelled = int((labels[:, 1:] != -100).sum())
-    return seen, labelled + -labelled % FEW_SIZES
+    targets = int((labels[:, 1:] != -100).sum())
+    return seen, targets + -targets % FEW_SIZES
 
 
 @pytest.mark.parametrize("family", LANGUAGE)
@@ -92,27 +93,27 @@ def test_every_family_has_the_loss_of_plain_torch(family):
 @pytest.mark.parametrize("family", LANGUAGE)
 def test_the_head_sees_only_what_predicts_a_label(family):
     model = build(family)
-    seen, labelled = hand_over(model)
-    # The trial and the empty inputs of the model and the loss, which cost nothing.
-    assert seen == [3, 0, 0, labelled]
-    assert hand_over(model)[0] == [0, 0, labelled]
+    seen, targets = hand_over(model)
+    # The probe and the empty inputs of the model and the loss, which cost nothing.
+    assert seen == [3, 0, 0, targets]
+    assert hand_over(model)[0] == [0, 0, targets]
 
 
 @pytest.mark.parametrize("family", SHAPED)
 def test_logits_that_the_model_changes_are_made_in_chunks_too(family, monkeypatch):
     model = with_shaped_logits(family).double()
-    seen, labelled = hand_over(model)
-    assert seen == [3, 0, 0, labelled]
+    seen, targets = hand_over(model)
+    assert seen == [3, 0, 0, targets]
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * VOCABULARY * 8)
-    assert hand_over(model)[0] == [0, 0] + [5] * (labelled // 5) + [labelled % 5]
+    assert hand_over(model)[0] == [0, 0] + [5] * (targets // 5) + [targets % 5]
 
 
 @pytest.mark.parametrize("family", SHAPED)
 def test_a_change_that_no_config_names_is_the_models_own(family, monkeypatch):
     monkeypatch.setattr(objective, "logit_transform", lambda *_, **__: None)
     model = with_shaped_logits(family).double()
-    seen, labelled = hand_over(model)
-    assert seen == [labelled]
+    seen, targets = hand_over(model)
+    assert seen == [targets]
     attach_random(model, targets=("q_proj", "head"), rank=2)
     check(model, *batch(model))
 
@@ -199,7 +200,8 @@ def test_no_label_at_all_gives_zero_and_no_gradient():
     model = build("llama")
     attach_random(model, targets=("q", "head"))
     inputs, labels = batch(model)
-    loss = text_loss(model, inputs, torch.full_like(labels, -100), loss=Loss("generation"), items=0)
+    none = torch.full_like(labels, -100)
+    loss, _ = text_losses(model, inputs, none, weights=item_weight(none, 0))
     loss.backward()
     assert loss == 0
     assert all(not gradient.any() for gradient in gradients(model).values())

@@ -14,7 +14,7 @@ SECOND_STEP = 0.1 / 0.19 / (0.001 / 0.001999) ** 0.5
 
 @pytest.fixture
 def moved(tiny_llama, prompt_rows, tmp_path):
-    """Return what so many steps at a constant rate moved A and B by, at most."""
+    """The largest changes of A and of B by so many steps at a constant rate."""
 
     def run(ratio, steps, out):
         config = TrainConfig(

@@ -51,8 +51,8 @@ def test_forms_of_lora_that_want_another_rate_have_it(form, settings, tmp_path):
     assert lk.TrainConfig(out=tmp_path, lora=settings, learning_rate=0.5).rate_of("lora") == 0.5
 
 
-def tried(method, *results):
-    """Return by how much the held-out loss of each rate was above the best one's, as a ratio."""
+def loss_ratios(method, *results):
+    """The ratio of each rate's held-out loss to the best one."""
     losses = {
         row["learning rate"]: row["held-out loss"]
         for result in results
@@ -65,8 +65,8 @@ def tried(method, *results):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_default_rate_is_the_one_that_did_well_on_both_tasks(method):
     tasks = (
-        tried(method, "methods_defaults", "methods_defaults_higher"),
-        tried(method, "methods_defaults_sst2"),
+        loss_ratios(method, "methods_defaults", "methods_defaults_higher"),
+        loss_ratios(method, "methods_defaults_sst2"),
     )
     common = tasks[0].keys() & tasks[1].keys()
     assert len(common) > 1

@@ -19,7 +19,7 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.errors import ConfigError, DataError, OutputError, TrainingError
 from lorakit.training import batch_trainer
-from lorakit.training.lm_loss import text_loss
+from lorakit.training.lm_loss import text_losses
 from lorakit.training.run import train
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
@@ -85,25 +85,25 @@ def test_identical_settings_give_identical_bytes(settings, tmp_path):
     assert contents(first.out / "last") == contents(second.out / "last")
 
 
-def losses_of_all_logits(model, inputs, labels, *, loss, items):
-    """The loss of a batch as plain torch finds it."""
+def losses_of_all_logits(model, inputs, labels, *, weights, label_smoothing, z_loss):
+    """The loss of a batch as plain torch finds it, from all logits."""
     logits, targets = model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    smoothing = loss.label_smoothing
-    summed = cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-    return (summed + loss.z_loss * logits[targets != -100].logsumexp(-1).square().sum()) / items
+    summed = cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    summed = summed + z_loss * logits[targets != -100].logsumexp(-1).square().sum()
+    return weights * summed, None
 
 
 def test_every_step_has_the_loss_of_plain_torch(settings, tmp_path, monkeypatch):
     found = {}
     for name in ("ours", "plain"):
-        compute = {"ours": text_loss, "plain": losses_of_all_logits}[name]
+        compute = {"ours": text_losses, "plain": losses_of_all_logits}[name]
 
         def noted(*args, compute=compute, name=name, **options):
-            loss = compute(*args, **options)
+            loss, losses = compute(*args, **options)
             found.setdefault(name, []).append(loss.item())
-            return loss
+            return loss, losses
 
-        monkeypatch.setattr(batch_trainer, "text_loss", noted)
+        monkeypatch.setattr(batch_trainer, "text_losses", noted)
         lora = LoRAConfig(rank=4, targets=("all-linear", "head"))
         train(settings(out=tmp_path / name, lora=lora, label_smoothing=0.1, z_loss=0.02))
     assert len(found["ours"]) == 12

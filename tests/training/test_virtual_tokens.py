@@ -11,15 +11,15 @@ from lorakit.cli.main import main
 from lorakit.config.methods import PrefixSettings
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.collate import SEGMENTS, Collator
-from lorakit.data.packing import PLAIN, Layout
+from lorakit.data.packing import PLAIN, Packing
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, TargetError
 from lorakit.kernels.choice import use
 from lorakit.models.attention import attention_within
 from lorakit.training.evaluation import score
-from lorakit.training.lm_loss import text_loss
+from lorakit.training.lm_loss import item_weight, text_losses
 from lorakit.training.loss import Loss
-from lorakit.training.memory.training_memory import training_memory
+from lorakit.training.memory.memory_setting import training_memory
 from lorakit.training.prepare import prepare
 from lorakit.training.run import train
 from lorakit.training.sweep.sweep import sweep
@@ -60,7 +60,7 @@ def step(model, batch):
     batch = dict(batch)
     with attention_within(model, batch.pop(SEGMENTS, None)):
         labels = batch.pop("labels")
-        loss = text_loss(model, batch, labels, loss=Loss("generation"))
+        loss, _ = text_losses(model, batch, labels, weights=item_weight(labels, None))
         loss.backward()
     return loss.item()
 
@@ -82,7 +82,7 @@ def test_a_run_lowers_the_loss_and_is_scored_the_same_from_its_folder(settings, 
 
 def test_loss_and_gradients_are_the_same_joined_padded_recomputed_and_plain(settings):
     prepared = prepare(settings())
-    assert prepared.layout.joined
+    assert prepared.packing.joined
     model = prepared.model.double().train()
     randomise(model, std=0.3)
     rows = prepared.training.examples[:4]
@@ -90,7 +90,7 @@ def test_loss_and_gradients_are_the_same_joined_padded_recomputed_and_plain(sett
     tokenizer = prepared.tokenizer
     wanted_loss = step(model, Collator(tokenizer, PLAIN)(rows))
     wanted = gradients(model)
-    joined = Collator(tokenizer, Layout(joined=True, segmented=True, multiple=16))(rows)
+    joined = Collator(tokenizer, Packing(joined=True, segmented=True, multiple=16))(rows)
 
     def check():
         found = gradients(model)
@@ -120,12 +120,12 @@ def test_two_micro_batches_are_recomputed_each_with_its_own_tokens(settings):
 
     def both():
         losses = [
-            text_loss(
+            text_losses(
                 model,
                 {n: v for n, v in batch.items() if n != "labels"},
                 batch["labels"],
-                loss=Loss("generation"),
-            )
+                weights=item_weight(batch["labels"], None),
+            )[0]
             for batch in batches
         ]
         sum(losses).backward()
@@ -182,15 +182,15 @@ def test_a_classifier_trains_with_the_tokens_behind_its_first(settings, tiny_ber
     assert row[-3:] == [66, 67, 68]
 
 
-def test_members_of_a_sweep_train_as_alone(settings, tmp_path):
-    members = [
+def test_trials_of_a_sweep_train_as_alone(settings, tmp_path):
+    trials = [
         {"method": ["prefix-layer"], "name": "layer"},
         {"method": ["prefix-embedding"], "prefix.prefix": 4, "prefix.infix": 0, "name": "few"},
     ]
     data = DataConfig(train=settings().data.train, train_rows=12)
     common = {"steps": 3, "learning_rate": 1e-2, "data": data}
-    together = sweep(settings(sweep=members, out=tmp_path / "sweep", **common))
-    assert [each.error for each in together.members] == [None] * 2
+    together = sweep(settings(sweep=trials, out=tmp_path / "sweep", **common))
+    assert [each.error for each in together.trials] == [None] * 2
     alone = {
         "layer": settings(out=tmp_path / "layer", **common),
         "few": settings(

@@ -36,7 +36,7 @@ from lorakit.routing.route import route
 from lorakit.training.evaluation import answer, score
 from lorakit.training.loss import Loss
 from lorakit.training.prepare import prepare
-from lorakit.training.run import Run, run_alone
+from lorakit.training.run import Run, execute, while_training
 from lorakit.training.virtual_tokens import encode_for
 
 _Row = dict[str, Any]
@@ -219,7 +219,8 @@ def _row(settings: MethodsConfig, name: str, config: TrainConfig) -> _Row:
     prepared = prepare(config)
     peak = Peak()
     run = Run(config=config, prepared=prepared, checkpoint=None)
-    result = run_alone(run, bar=peak)
+    with while_training(prepared.model, config) as interruption:
+        result = execute(run, interruption, bar=peak)
     with route(prepared.model, prepared.name):
         scores = _scores(settings, prepared.model, prepared.tokenizer, prepared.labels)
     rate = max(map(config.rate_of, config.method))

@@ -14,7 +14,7 @@ from lorakit.bench.roofline_profile import REST, ProfiledTrainer, Profiles, Sort
 from lorakit.bench.rounds import Seconds
 from lorakit.bench.train_settings import RunSettings, draw_rows, run_settings, write_rows
 from lorakit.training.prepare import Prepared, prepare
-from lorakit.training.run import Run, run_alone
+from lorakit.training.run import Run, execute, while_training
 
 WARM_UPS = 2
 """Steps before the first profile."""
@@ -69,7 +69,8 @@ def _profiled(settings: RooflineConfig, folder: Path) -> tuple[Prepared, Profile
     Shape.of(prepared.model, prepared.name)
     profiles = Profiles(warm_ups=WARM_UPS, repeats=settings.repeats)
     run = Run(config=config, prepared=prepared, checkpoint=None)
-    run_alone(run, bar=profiles, make_trainer=ProfiledTrainer)
+    with while_training(prepared.model, config) as interruption:
+        execute(run, interruption, bar=profiles, make_trainer=ProfiledTrainer)
     return prepared, profiles
 
 

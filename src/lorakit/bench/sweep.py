@@ -24,7 +24,7 @@ from lorakit.data.encode import Example, encode_rows
 from lorakit.data.rows import read_rows
 from lorakit.errors import DataError
 from lorakit.models.load import load_model
-from lorakit.training.lm_loss import text_loss
+from lorakit.training.lm_loss import item_weight, text_losses
 from lorakit.training.loss import Loss
 from lorakit.training.sweep.joint_step import MicroBatch, joint_losses
 
@@ -115,7 +115,6 @@ def _one_by_one(
     """A step for each adapter's rows in turn, with the adapter that the model has."""
     collate = Collator(tokenizer)
     batches = [collate(rows) for rows in _examples(settings, tokenizer)]
-    loss = Loss("generation")
     optimizer = _optimizer(p for p in model.parameters() if p.requires_grad)
     model.train()
 
@@ -123,7 +122,8 @@ def _one_by_one(
         found: list[float] = []
         for batch in batches:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
-            value = text_loss(model, inputs, batch["labels"], loss=loss)
+            weight = item_weight(batch["labels"], None)
+            value, _ = text_losses(model, inputs, batch["labels"], weights=weight)
             value.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -29,9 +29,9 @@ from lorakit.data.rows import read_rows
 from lorakit.routing.route import route
 from lorakit.training.evaluation import score
 from lorakit.training.loss import Loss
-from lorakit.training.memory.training_memory import training_memory
+from lorakit.training.memory.memory_setting import training_memory
 from lorakit.training.prepare import Prepared, prepare
-from lorakit.training.run import Run, run_alone
+from lorakit.training.run import Run, execute, while_training
 from lorakit.training.trainer import make_arguments
 
 
@@ -52,7 +52,8 @@ def ours(task: Task, gate: Gate) -> float:
     prepared = prepare(task.config)
     run = Run(config=task.config, prepared=prepared, checkpoint=None)
     make_trainer = partial(ClockedAdapterTrainer, gate=gate)
-    run_alone(run, bar=TrainerCallback(), make_trainer=make_trainer)
+    with while_training(prepared.model, task.config) as interruption:
+        execute(run, interruption, bar=TrainerCallback(), make_trainer=make_trainer)
     with route(prepared.model, prepared.name):
         return _held_out_loss(prepared.model, prepared, task)
 
@@ -67,10 +68,10 @@ def full(task: Task, gate: Gate) -> float:
     trainer = ClockedBatchTrainer(
         gate=gate,
         model=model,
-        by_length=prepared.layout.by_length,
+        by_length=prepared.packing.by_length,
         args=_peers_arguments(config, prepared.steps),
         train_dataset=prepared.training,
-        data_collator=Collator(prepared.tokenizer, prepared.layout),
+        data_collator=Collator(prepared.tokenizer, prepared.packing),
         compute_loss_func=Loss(prepared.task),
     )
     with training_memory(model, config):

@@ -14,8 +14,8 @@ from lorakit.errors import ConfigError, did_you_mean
 
 DType = Literal["float32", "bfloat16", "float16"]
 HeldIn = Literal["as-trained", "none", "4bit", "8bit"]
-"""How the weights of a base are held: as an adapter was trained, in the base's `dtype`, in few
-bits."""
+"""The precision of a base's weights in memory: that in which an adapter was trained, the base's
+`dtype`, or few bits."""
 
 
 def _comma_list(value: Any) -> Any:
@@ -78,7 +78,7 @@ def problem_lines(settings: type[BaseModel], error: ValidationError) -> list[str
 
 
 def _nearest(settings: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    """Return "; did you mean 'x'?" for the nearest known key beside an unknown one."""
+    """The hint "; did you mean 'x'?" with the known key nearest to an unknown one."""
     for part in location[:-1]:
         field = settings.model_fields.get(str(part))
         inner = field.annotation if field else None

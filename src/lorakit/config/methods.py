@@ -250,11 +250,11 @@ METHODS: dict[str, tuple[type[MethodConfig], Mapping[str, Any]]] = {
     "adapter-p": (BottleneckConfig, {"variant": "p"}),
     "adapter-d": (BottleneckConfig, {"variant": "d"}),
 }
-"""Each method's name: its settings, and what the name says of them."""
+"""The settings of each method by its name, and the values that the name implies."""
 
 
 class Defaults(Settings):
-    """How a method is trained where nothing else is asked for (docs/methods.md says how found)."""
+    """The training settings of a method where none are given (docs/methods.md says how found)."""
 
     learning_rate: PositiveFloat
     """Peak learning rate of AdamW."""
@@ -280,11 +280,11 @@ FORMS: Mapping[str, Defaults] = {
     "pissa": Defaults(learning_rate=2e-3),
     "freeze_a": Defaults(learning_rate=2e-2),
 }
-"""Of LoRA's own forms, those that want another rate than it."""
+"""The forms of LoRA that need another learning rate than LoRA."""
 
 
 def defaults_of(method: str, lora: LoRAConfig) -> Defaults:
-    """Return how a method is trained where nothing else is asked for.
+    """The training settings of a method where none are given.
 
     Args:
         method: its name.
@@ -311,7 +311,7 @@ def config_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
 
 
 def combination_problems(methods: Sequence[str]) -> list[str]:
-    """Return why methods can't be combined; empty where they can."""
+    """The reasons why methods can't be combined; empty where they can."""
     problems = []
     if not methods:
         problems.append("no method is given")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.config.marks import Invocation, Mark, Recorded, Shared, Varies
 from lorakit.config.methods import (
     METHODS,
     BitFitConfig,
@@ -35,7 +36,7 @@ class DataConfig(Settings):
 
     format: Format = "auto"
     """What a row is: prompt (prompt, completion, optional references), messages (a chat), text, or
-    classification (text, optional text_pair, label). auto: judged by the fields that are there."""
+    classification (text, optional text_pair, label). auto: inferred from the fields of the rows."""
 
     fields: dict[RowField, str] = {}
     """Our field name: the file's column, or a template such as "{subject}: {body}"."""
@@ -65,165 +66,165 @@ class DataConfig(Settings):
 class TrainConfig(Settings):
     """One training run: the model, the data, the adapter and the schedule."""
 
-    model: str = "smollm2"
+    model: Annotated[str, Mark(on_card=False)] = "smollm2"
     """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""
 
-    out: Path
+    out: Invocation[Path]
     """Folder for the adapter (best by validation, else last), last/, checkpoints/ and the log."""
 
-    method: Names = ("lora",)
+    method: Recorded[Names] = ("lora",)
     """What is trained: lora full top-k bitfit prefix-embedding prefix-layer adapter-h adapter-l
     adapter-p adapter-d, or several of them, such as lora,prefix-layer."""
 
-    lora: LoRAConfig = LoRAConfig()
+    lora: Recorded[LoRAConfig] = LoRAConfig()
     """What lora adapts, and how."""
 
-    full: FullSettings = FullSettings()
+    full: Recorded[FullSettings] = FullSettings()
     """What full and top-k train."""
 
-    bitfit: BitFitConfig = BitFitConfig()
+    bitfit: Recorded[BitFitConfig] = BitFitConfig()
     """What bitfit trains."""
 
-    prefix: PrefixSettings = PrefixSettings()
+    prefix: Recorded[PrefixSettings] = PrefixSettings()
     """The virtual tokens of prefix-embedding and prefix-layer."""
 
-    bottleneck: BottleneckSettings = BottleneckSettings()
+    bottleneck: Recorded[BottleneckSettings] = BottleneckSettings()
     """The bottlenecks of adapter-h, adapter-l, adapter-p and adapter-d."""
 
-    data: DataConfig = DataConfig()
+    data: Recorded[DataConfig] = DataConfig()
     """What it is trained on."""
 
-    task: Literal["auto", "generation", "classification", "regression"] = "auto"
+    task: Annotated[
+        Literal["auto", "generation", "classification", "regression"], Mark(on_card=False)
+    ] = "auto"
     """What the model does. auto: classification where rows have labels, else generation."""
 
-    dtype: DType = "bfloat16"
+    dtype: Shared[DType] = "bfloat16"
     """Precision of the frozen base in training."""
 
-    quantize: Literal["4bit", "8bit"] | None = None
+    quantize: Shared[Literal["4bit", "8bit"] | None] = None
     """Hold the frozen base's linear layers in few bits (QLoRA): 4bit (NF4) or 8bit. What computes
     is still in `dtype`. None: hold them in `dtype` too."""
 
-    double_quantization: bool = True
+    double_quantization: Shared[bool] = True
     """Quantise the scales of 4bit too, which saves 0.37 bits a weight."""
 
-    steps: PositiveInt | None = None
+    steps: Varies[PositiveInt | None] = None
     """Optimizer steps. None: as many as `epochs` asks for."""
 
-    epochs: PositiveFloat = 1.0
+    epochs: Varies[PositiveFloat] = 1.0
     """Passes over the training rows, where `steps` is not given."""
 
-    batch_size: PositiveInt = 8
+    batch_size: Varies[PositiveInt] = 8
     """Rows per forward pass."""
 
-    accumulate: PositiveInt = 1
+    accumulate: Varies[PositiveInt] = 1
     """Forward passes per optimizer step."""
 
-    learning_rate: PositiveFloat | None = None
+    learning_rate: Varies[PositiveFloat | None] = None
     """Peak learning rate of AdamW. None: each method's own, found by trial (docs/methods.md)."""
 
-    lora_plus_ratio: PositiveFloat = 1.0
+    lora_plus_ratio: Varies[PositiveFloat] = 1.0
     """Learning rate of LoRA's B over that of A (LoRA+, Hayou 2024, has 16). 1: both are equal."""
 
-    eva_batches: PositiveInt = 8
+    eva_batches: Varies[PositiveInt] = 8
     """Batches of training rows, drawn by the seed, that LoRA's init eva looks at."""
 
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Varies[Annotated[int, Field(ge=0)] | None] = None
     """Steps over which the learning rate rises from zero. None: the method's own, 20, or half of a
     shorter run."""
 
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Varies[Literal["linear", "cosine", "constant"]] = "linear"
     """How the learning rate falls after the warm-up."""
 
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Varies[Annotated[float, Field(ge=0)]] = 0.0
     """AdamW's decay of what is trained, towards zero. For updates (A and B, but not of init pissa;
     bottlenecks) that is towards the pre-trained model; for weights, tokens and biases it is not."""
 
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: Varies[PositiveFloat] = 1.0
     """Gradients are clipped to this norm."""
 
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Varies[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Share of the target probability spread over all classes or tokens."""
 
-    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    z_loss: Varies[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = 0.0
     """Factor on (log Σ exp(logits))², added to each loss to keep logits small (PaLM has 1e-4)."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Varies[Annotated[int, Field(ge=0)]] = 0
     """Seed of the adapter's start, the row order and dropout."""
 
-    eval_every: PositiveInt | None = None
+    eval_every: Varies[PositiveInt | None] = None
     """Steps between two evaluations. None: once, at the end of each epoch."""
 
-    save_every: PositiveInt = 100
+    save_every: Shared[PositiveInt] = 100
     """Steps between two checkpoints from which a run can resume."""
 
-    patience: PositiveInt | None = None
+    patience: Varies[PositiveInt | None] = None
     """Stop after so many evaluations without a better score. None: never."""
 
-    packing: Literal["auto", "on", "off"] = "auto"
+    packing: Shared[Literal["auto", "on", "off"]] = "auto"
     """Join the rows of a batch without padding. auto: where the model can do that, exactly; else
     batches are of rows of like length. off: padded rows in random order. on: an error where the
     model cannot."""
 
-    memory: Literal["low", "balanced", "fast"] = "fast"
+    memory: Shared[Literal["low", "balanced", "fast"]] = "fast"
     """What is kept for the backward pass. fast: all that it needs; balanced: the results of
     products, and the rest is computed again; low: the input of each block and A·x, and all else is
     computed again."""
 
-    offload: bool = False
+    offload: Shared[bool] = False
     """Keep in the CPU's memory what low or balanced keep of a GPU's."""
 
-    kernels: Literal["auto", "plain"] = "auto"
-    """What computes. auto: the fast paths wherever they can; plain: plain torch, their oracle, with
-    padded rows."""
+    kernels: Shared[Literal["auto", "plain"]] = "auto"
+    """What computes. auto: the fast paths wherever they can; plain: plain torch, their reference
+    implementation, with padded rows."""
 
-    compile: bool = False
+    compile: Shared[bool] = False
     """Train the model's blocks through torch.compile. One is compiled for all, which takes half a
     minute on a CPU (docs/benchmarks.md says when that pays)."""
 
-    check_after: Annotated[int, Field(ge=3)] = 5
+    check_after: Shared[Annotated[int, Field(ge=3)]] = 5
     """Steps after which every adapted layer must have moved."""
 
-    allow_untrained: bool = False
+    allow_untrained: Shared[bool] = False
     """Go on although an adapted layer gets no gradient."""
 
-    allow_other_base: bool = False
+    allow_other_base: Shared[bool] = False
     """Start from `init_from` although it was trained on another base."""
 
-    init_from: Path | None = None
+    init_from: Shared[Path | None] = None
     """Adapter folder to go on from, in place of a fresh start."""
 
-    sweep: dict[str, Any] | list[Any] | None = None
+    sweep: Invocation[dict[str, Any] | list[Any] | None] = None
     """Train several adapters on one base in one batch, each as if alone, in folders of their own in
     `out`. A mapping from settings to lists of values makes all combinations: {lora.rank: [1, 8],
     seed: [0, 1]}. A list of mappings has one adapter each: [{lora.rank: 1}, {lora.rank: 8, seed: 1,
     name: second}]."""
 
-    resume: bool = False
+    resume: Invocation[bool] = False
     """Go on from the last checkpoint in `out`."""
 
-    overwrite: bool = False
+    overwrite: Invocation[bool] = False
     """Replace what is in `out`."""
 
-    dry_run: bool = False
+    dry_run: Invocation[bool] = False
     """Print what would be adapted and read, and stop before training."""
 
     def methods(self) -> tuple[MethodConfig, ...]:
         """The settings of each method that is trained."""
         sections = {"lora": self.lora, "full": self.full, "top-k": self.full, "bitfit": self.bitfit}
+        by_family = {"prefix": self.prefix, "adapter": self.bottleneck}
         return tuple(
-            config_of(name, (sections.get(name) or self._section(name)).model_dump())
+            config_of(name, (sections.get(name) or by_family[name.split("-")[0]]).model_dump())
             for name in self.method
         )
-
-    def _section(self, method: str) -> MethodConfig:
-        return self.prefix if method.startswith("prefix-") else self.bottleneck
 
     def rate_of(self, method: str) -> float:
         """The peak learning rate of a method's weights."""
         return self.learning_rate or defaults_of(method, self.lora).learning_rate
 
     def warmup_of(self, steps: int) -> int:
-        """Return over how many of a run's steps learning rates rise from zero."""
+        """The steps of a run over which learning rates rise from zero."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         own = max(defaults_of(name, self.lora).warmup_steps for name in self.method)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.batches import joined_batch, pad_token, training_batch
 from lorakit.data.encode import Example
-from lorakit.data.packing import PLAIN, Layout
+from lorakit.data.packing import PLAIN, Packing
 from lorakit.kernels.packed_sequences import Segments
 
 SEGMENTS = "segments"
@@ -19,20 +19,20 @@ SEGMENTS = "segments"
 class Collator:
     """Turns examples into one batch, padded or joined."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: Layout = PLAIN) -> None:
-        self._layout = layout
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: Packing = PLAIN) -> None:
+        self._packing = packing
         self._pad_id = pad_token(tokenizer)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """The batch, labels included; the layout says in what form."""
+        """The batch, labels included; the packing says in what form."""
         lengths = tuple(len(example.input_ids) for example in examples)
-        if self._layout.joined:
-            joined = joined_batch(examples, pad_id=self._pad_id, multiple=self._layout.multiple)
+        if self._packing.joined:
+            joined = joined_batch(examples, pad_id=self._pad_id, multiple=self._packing.multiple)
             segments = Segments((lengths,), joined["input_ids"].shape[1])
             return {**joined, SEGMENTS: segments}
         batch: dict[str, Any] = training_batch(
-            examples, pad_id=self._pad_id, multiple=self._layout.multiple
+            examples, pad_id=self._pad_id, multiple=self._packing.multiple
         )
-        if self._layout.segmented:
+        if self._packing.segmented:
             batch[SEGMENTS] = Segments(tuple((n,) for n in lengths), max(lengths))
         return batch

@@ -1,4 +1,4 @@
-"""How the rows of a training batch are laid out, which hangs on what the model can do."""
+"""The packing of a training batch: rows joined without padding, where the model can do that."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from lorakit.kernels.packed_sequences import FEW_SIZES, Segments
 from lorakit.models.attention import attention_within, takes_attention_functions
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-"""Largest error of logits, relative to their root mean square, that is rounding.
+"""The largest error of logits, relative to their root mean square, that counts as rounding.
 
-Models that do without torch's fused attention take softmax in float32 even of float64.
+Models without torch's fused attention compute softmax in float32 even of float64.
 """
 TOLERANCE_IN_HALF_PRECISION = 0.1
 """SmolLM2 in bfloat16: 0.015 of rounding, and 0.3 where rows see each other."""
 
 _LENGTHS = (5, 9, 1, 6)
-"""Tokens of the rows with which a model is tried."""
+"""The lengths of the rows of the probe."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Packing:
     """How rows become batches."""
 
     joined: bool = False
-    """One row, without padding but at its end, in place of a rectangle."""
+    """The rows of a batch are joined to one, which is padded at its end alone."""
     segmented: bool = False
-    """Attention is computed for each row by itself, by `attention_within`."""
+    """Attention is computed within each row by itself, by `attention_within`."""
     by_length: bool = False
-    """Rows of like length share a batch."""
+    """Rows of similar length share a batch."""
     multiple: int = 1
-    """Rows of a batch are so many tokens long, or a multiple of it."""
+    """The length of padded or joined rows is a multiple of this."""
     reason: str = ""
     """Why rows are not joined."""
 
     def __str__(self) -> str:
-        """Return what is done, and why nothing better."""
+        """The packing in words, and the reason why rows are not joined."""
         if self.joined:
             return "rows joined without padding"
         order = "padded, rows of like length together" if self.by_length else "padded"
         return f"{order}, because {self.reason}" if self.reason else order
 
 
-PLAIN = Layout()
+PLAIN = Packing()
 """Padded rows in random order, and the model's own attention."""
 
 
-def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> Layout:
-    """The best layout of which the model gives the same logits as of padded rows.
+def choose_packing(model: PreTrainedModel, *, task: str, packing: str) -> Packing:
+    """The best packing with which the model computes the same logits as from padded rows.
 
-    It is tried on a few rows, without gradients; weights and random state stay as they are.
+    A probe tells: a few rows, without gradients; weights and random state stay as they are.
 
     Args:
         model: the base, without adapters in use.
@@ -73,15 +73,15 @@ def choose_layout(model: PreTrainedModel, *, task: str, packing: str) -> Layout:
     if not reason:
         reason = _difference(model, joined=True)
     if not reason:
-        return Layout(joined=True, segmented=True, multiple=FEW_SIZES)
+        return Packing(joined=True, segmented=True, multiple=FEW_SIZES)
     if packing == "on":
         raise ConfigError(f"packing is on, but {reason}: leave it at auto, or turn it off")
     segmented = takes_attention_functions(model) and not _difference(model, joined=False)
-    return Layout(segmented=segmented, by_length=True, reason=reason)
+    return Packing(segmented=segmented, by_length=True, reason=reason)
 
 
 def _obstacle(model: PreTrainedModel, task: str) -> str:
-    """Return why rows cannot be joined, as far as that is known without a trial."""
+    """The reason why rows cannot be joined, as far as that is known without a probe; else ""."""
     family = model.config.model_type
     if task != "generation":
         return f"{task} reads one token of each row"
@@ -94,7 +94,7 @@ def _obstacle(model: PreTrainedModel, task: str) -> str:
 
 @torch.no_grad()
 def _difference(model: PreTrainedModel, *, joined: bool) -> str:
-    """Return how the logits with segments, joined or padded, differ from the model's own."""
+    """The difference of the logits with segments, joined or padded, from the model's own; or ""."""
     examples = _examples(model)
     padded = training_batch(examples, pad_id=0)
     width = padded["input_ids"].shape[1]
@@ -109,7 +109,7 @@ def _difference(model: PreTrainedModel, *, joined: bool) -> str:
         expected = _logits(model, padded)
         with attention_within(model, segments):
             found = _logits(model, batch)
-    # Whatever the code of a model that we do not know raises, it only means that it cannot.
+    # Code of a model that lorakit does not know may raise anything: it cannot take segments.
     except Exception as error:
         return f"{model.config.model_type} fails with segments: {error}"
     finally:
@@ -129,7 +129,7 @@ def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _examples(model: PreTrainedModel) -> list[Example]:
-    """Rows of tokens that are drawn always alike; none is 0, with which they are padded."""
+    """Rows of tokens, always the same ones; none is 0, with which they are padded."""
     generator = torch.Generator().manual_seed(0)
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)

@@ -1,4 +1,4 @@
-"""transformers' Trainer on our batches: joined rows, their attention, and the loss of texts."""
+"""transformers' Trainer on lorakit's batches: packed rows, their attention, the loss of texts."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from transformers import Trainer
 from lorakit.data.collate import SEGMENTS
 from lorakit.data.length_sampler import ByLength
 from lorakit.models.attention import attention_within
-from lorakit.training.lm_loss import text_loss
+from lorakit.training.lm_loss import item_weight, text_losses
 from lorakit.training.loss import Loss
 
 
 class BatchTrainer(Trainer):
-    """Trains whatever requires grad on what a `Collator` makes."""
+    """Trains all parameters that require grad, on the batches of a `Collator`."""
 
     def __init__(self, *, by_length: bool = False, **kwargs: Any) -> None:
-        """Prepare training; `by_length` has batches of rows of like length."""
+        """Prepare training; with `by_length`, rows of similar length share a batch."""
         super().__init__(**kwargs)
         self.by_length = by_length
         self._tokens, self._padding = 0, 0
 
     @property
     def adapted(self) -> nn.Module:
-        """The model that is trained, out of its wrappers."""
+        """The model that is trained, without the wrappers of Trainer and accelerate."""
         assert isinstance(self.model, nn.Module)
         return self.model
 
@@ -43,19 +43,19 @@ class BatchTrainer(Trainer):
     ) -> Tensor:
         """The loss of one batch, and add its gradients to `.grad`."""
         self.count(inputs)
-        # Gradient checkpointing runs layers again in the backward pass, which needs this too.
+        # The backward pass is inside too: gradient checkpointing runs layers again there.
         with attention_within(self.adapted, inputs.pop(SEGMENTS, None)):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def count(self, inputs: dict[str, Any]) -> None:
-        """Take note of a batch's tokens, and of those that only pad."""
+        """Add a batch to the counts of tokens and of padding tokens."""
         segments, tokens = inputs.get(SEGMENTS), inputs["input_ids"].numel()
         real = int(inputs["attention_mask"].sum()) if segments is None else segments.tokens
         self._tokens += tokens
         self._padding += tokens - real
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log figures, and beside a loss the tokens since the last and the share of padding."""
+        """Log figures; to a loss, add the tokens since the last log and the share of padding."""
         if "loss" in logs and self._tokens:
             logs |= {"tokens": self._tokens, "padding": round(self._padding / self._tokens, 4)}
             self._tokens, self._padding = 0, 0
@@ -68,19 +68,27 @@ class BatchTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch, without logits that no label asks for."""
+        """The loss of a batch; of texts, without the logits that no label needs."""
         how = self.compute_loss_func
-        if isinstance(how, Loss) and how.task == "generation":
-            assert not return_outputs, "only Trainer's own evaluation asks for outputs"
-            return self._loss_of_texts(model, inputs, how, num_items_in_batch)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _loss_of_texts(
-        self, model: nn.Module, inputs: dict[str, Any], how: Loss, items: Tensor | int | None
-    ) -> Tensor:
-        others = {name: value for name, value in inputs.items() if name != "labels"}
-        loss = text_loss(model, others, inputs["labels"], loss=how, items=items)
-        if items is not None and self.args.average_tokens_across_devices:
+        if not isinstance(how, Loss) or how.task != "generation":
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self.check_loss(found[0] if isinstance(found, tuple) else found)
+            return found
+        assert not return_outputs, "only Trainer's own evaluation asks for outputs"
+        labels = inputs["labels"]
+        loss, _ = text_losses(
+            model,
+            {name: value for name, value in inputs.items() if name != "labels"},
+            labels,
+            weights=item_weight(labels, num_items_in_batch),
+            label_smoothing=how.label_smoothing,
+            z_loss=how.z_loss,
+        )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The items are those of all processes, and their gradients are averaged.
             loss = loss * self.accelerator.num_processes
+        self.check_loss(loss)
         return loss
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Accept every loss; a subclass may stop the run here, before the backward pass."""

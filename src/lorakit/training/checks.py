@@ -1,4 +1,4 @@
-"""Guardrails of a run: parts that never train, a loss that is not a number, an interruption."""
+"""Checks of a run while it trains: parameters without a gradient, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorakit.errors import TrainingError
 
 
 class UntrainedParts(TrainerCallback):
-    """Stops a run in which some part of the adapter never gets a gradient, or B stays zero."""
+    """Stops a run in which a parameter of the adapter never gets a gradient, or a B stays zero."""
 
     def __init__(self, trained: Mapping[str, nn.Parameter], *, check_after: int) -> None:
         self._trained = trained
@@ -25,17 +25,18 @@ class UntrainedParts(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note which parameters have a gradient; gradients are gone after the step."""
+        """Note which parameters have a gradient; after the step it is gone."""
         if self._steps > self._check_after:
             return
         for name, parameter in self._trained.items():
-            if name not in self._alive and _moves(parameter.grad):
+            gradient = parameter.grad
+            if gradient is not None and bool(gradient.any()):
                 self._alive.add(name)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check once, after enough steps for A to have got a gradient through B."""
+        """Check once, after enough steps for A to get a gradient through B."""
         self._steps += 1
         if self._steps == self._check_after:
             dead = self._dead()
@@ -56,12 +57,8 @@ class UntrainedParts(TrainerCallback):
         return found
 
 
-def _moves(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool(gradient.any())
-
-
 class Interruption(TrainerCallback):
-    """Turns the first Ctrl-C (or SIGTERM) into: finish this step, save a checkpoint, stop."""
+    """Finishes the step at the first Ctrl-C or SIGTERM, saves a checkpoint, and stops the run."""
 
     def __init__(self) -> None:
         self.happened = False
@@ -87,7 +84,7 @@ class Interruption(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for a checkpoint and the end of the run, if a signal came."""
+        """Request a checkpoint and the end of the run, if a signal came."""
         if self.happened:
             control.should_save = True
             control.should_training_stop = True

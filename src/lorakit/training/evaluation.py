@@ -1,4 +1,4 @@
-"""Scoring a model on rows: loss and accuracy in one pass, and answers written greedily."""
+"""Scores of a model on rows, loss and accuracy in one pass, and its generated answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.data.batches import generation_batch, pad_token
 from lorakit.data.collate import Collator
 from lorakit.data.encode import Example
 from lorakit.data.metrics import accuracy, pearson
-from lorakit.training.lm_loss import labelled, text_losses
+from lorakit.training.lm_loss import is_target, text_losses
 from lorakit.training.loss import Loss, perplexity
 
 
@@ -29,7 +29,7 @@ def score(
     batch_size: int,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The mean loss per labelled item, and what follows from the task.
+    """The mean loss per target token or row, and the scores of the task.
 
     Returns:
         `loss` (nats), and `perplexity` for texts, `accuracy` (0 to 1) for classes, `pearson` (-1 to
@@ -40,7 +40,7 @@ def score(
     summed, count = 0.0, 0
     predicted: list[Tensor] = []
     expected: list[Tensor] = []
-    # Rows of like length share a batch, so that little of it is padding.
+    # Rows of similar length share a batch, so that little of it is padding.
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
     for start in _steps(len(ordered), batch_size, "evaluating", progress):
         batch = collate(ordered[start : start + batch_size])
@@ -50,7 +50,7 @@ def score(
             _, losses = text_losses(
                 model, batch, labels, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
             )
-            summed, count = summed + float(losses.sum()), count + int(labelled(labels).sum())
+            summed, count = summed + float(losses.sum()), count + int(is_target(labels).sum())
             continue
         logits = model(**batch).logits
         summed, count = summed + float(loss.summed(logits, labels)), count + len(labels)
@@ -87,7 +87,7 @@ def answer(
     progress: bool = False,
     **search: Any,
 ) -> list[str]:
-    """Return what the model writes after each prompt: greedily, if no option says otherwise.
+    """The text that the model generates after each prompt; greedily, unless an option is given.
 
     Args:
         model: a causal language model, with or without an adapter.
@@ -118,7 +118,7 @@ def answer(
 def generation_settings(
     tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, **options: Any
 ) -> GenerationConfig:
-    """Return settings that do not inherit the base model's own sampling habits."""
+    """Settings for generation that do not inherit the base model's own sampling options."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=options.pop("do_sample", False),

@@ -1,14 +1,15 @@
-"""The loss of a batch of texts, whose output head sees nothing but what predicts a labelled token.
+"""The loss of a batch of texts, for which the output head computes logits of target tokens alone.
 
-Prompts and padding are most of a batch, and the head is most of a small model's work. So the model
-runs with a hook that keeps what its head would read, and gives the head nothing; the loss is then
-computed from what predicts a label, chunk by chunk (`lorakit.kernels.cross_entropy`).
+Prompts and padding are most of a batch, and the head is most of a small model's work. So a forward
+pre-hook on the head keeps the hidden states and gives the head none of them; the loss is then
+computed from the hidden states that predict a target token, in chunks
+(`lorakit.kernels.cross_entropy`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,48 +27,19 @@ from lorakit.kernels.packed_sequences import FEW_SIZES
 from lorakit.layers.layer import AdaptedLayer
 from lorakit.models.logits import logit_transform
 from lorakit.models.roles import output_head
-from lorakit.training.loss import Loss
 
 PerRow = float | Float[Tensor, " rows"]
 """One value for all rows, or one for each."""
 
 
-def text_loss(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    labels: Int[Tensor, "rows length"],
-    *,
-    loss: Loss,
-    items: Tensor | int | None = None,
-) -> Float[Tensor, ""]:
-    """The summed loss of a batch over so many items; see `text_losses`.
-
-    Args:
-        model: a language model.
-        inputs: what it is called with.
-        labels: the tokens to learn, IGNORED elsewhere.
-        loss: how to weigh a token's logits.
-        items: labelled tokens of the whole optimizer step. None: those of this batch.
-    """
-    total, _ = text_losses(
-        model,
-        inputs,
-        labels,
-        weights=item_weight(labels, items),
-        label_smoothing=loss.label_smoothing,
-        z_loss=loss.z_loss,
-    )
-    return total
-
-
 def item_weight(labels: Int[Tensor, "rows length"], items: Tensor | int | None) -> float:
-    """The weight of one item in a mean over so many, or over those of this batch."""
-    count = labelled(labels).sum() if items is None else items
+    """The weight of one token's loss in the mean over `items`; None: over this batch's targets."""
+    count = is_target(labels).sum() if items is None else items
     return 1 / max(float(count), 1.0)
 
 
-def labelled(labels: Int[Tensor, "rows length"]) -> Tensor:
-    """Return which tokens are learnt, (rows, length - 1): nothing predicts the first of a row."""
+def is_target(labels: Int[Tensor, "rows length"]) -> Tensor:
+    """The mask of target tokens, (rows, length - 1): nothing predicts the first one of a row."""
     return labels[:, 1:] != IGNORED
 
 
@@ -80,18 +52,18 @@ def text_losses(
     label_smoothing: PerRow = 0.0,
     z_loss: PerRow = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows length"]]:
-    """Σ weight·loss, and the loss of what each position predicts, without a gradient.
+    """The weighted sum of the losses, and the loss at each position, without a gradient.
 
-    Position t predicts the token at t+1; where that has no label, the loss is 0. The sum can be
-    differentiated, once.
+    Position t predicts the token at t+1; where that is no target token, the loss is 0. The sum can
+    be differentiated, once.
 
     Args:
         model: a language model, also in a wrapper.
         inputs: what it is called with.
-        labels: the tokens to learn, IGNORED elsewhere.
-        weights: factor on the losses of a row.
-        label_smoothing: of a row; see `head_cross_entropy`.
-        z_loss: of a row; see `head_cross_entropy`.
+        labels: the target tokens, IGNORED elsewhere.
+        weights: the factor on each row's losses.
+        label_smoothing: each row's label smoothing; see `head_cross_entropy`.
+        z_loss: each row's factor of the z-loss; see `head_cross_entropy`.
     """
     if not fast():
         logits = model(**inputs, use_cache=False).logits
@@ -99,12 +71,12 @@ def text_losses(
         return (losses * _per_row(weights).to(losses)).sum(), losses.detach()
     head = _hooked_head(model)
     chosen = _Chosen.of(labels, keep_rows=_tells_rows_apart(model, head))
-    read, head, change = _run(model, inputs, chosen, head)
+    states, head, change = _run(model, inputs, chosen, head)
     total, losses = head_cross_entropy(
-        read,
+        states,
         head,
-        chosen.targets.to(read.device),
-        chosen.spread(weights).to(read.device),
+        chosen.targets.to(states.device),
+        chosen.spread(weights).to(states.device),
         label_smoothing=_for_tokens(label_smoothing, chosen),
         z_loss=_for_tokens(z_loss, chosen),
         change=change,
@@ -122,7 +94,7 @@ def plain_losses(
     label_smoothing: Float[Tensor, "#rows 1"],
     z_loss: Float[Tensor, "#rows 1"],
 ) -> Float[Tensor, "rows length"]:
-    """The loss of what each position predicts, from all logits; 0 without a label."""
+    """The loss at each position, computed from all logits; 0 where no target token follows."""
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(logits.device)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     likely = logits.log_softmax(-1)
@@ -139,66 +111,60 @@ def _for_tokens(value: PerRow, chosen: _Chosen) -> float | Tensor:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The positions that predict a labelled token, (groups, tokens).
+    """The positions that predict a target token, (groups, tokens).
 
-    One group of all, or one of each row: these hold equally many, and some of them without a label.
+    They are one group, or one group for each row. Groups are of one size, so that some hold
+    positions without a target token, whose target is IGNORED.
     """
 
     index: Int[Tensor, "groups tokens"]
-    """Of positions in the flattened batch."""
+    """The positions, as indices into the flattened batch."""
     targets: Int[Tensor, "groups tokens"]
     shape: torch.Size
-    """Of the batch: rows, length."""
+    """The shape of the batch: rows, length."""
 
     @staticmethod
     def of(labels: Int[Tensor, "rows length"], *, keep_rows: bool) -> _Chosen:
-        """Return what the labels ask for."""
+        """The positions before the target tokens among the labels."""
         rows, length = labels.shape
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        asked = following != IGNORED
+        is_followed = following != IGNORED
         if keep_rows:
-            most = int(asked.sum(1).max())
-            columns = asked.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+            most = int(is_followed.sum(1).max())
+            columns = is_followed.int().argsort(dim=1, descending=True, stable=True)[:, :most]
             index = columns + torch.arange(rows, device=labels.device)[:, None] * length
-        else:
-            index = asked.flatten().nonzero().T
-            return _Chosen(index, following.flatten()[index], labels.shape).rounded()
-        return _Chosen(index, following.flatten()[index], labels.shape)
-
-    def rounded(self) -> _Chosen:
-        """The same and some positions without a label, so that few numbers of them occur."""
-        missing = -self.index.shape[1] % FEW_SIZES
-        return _Chosen(
-            F.pad(self.index, (0, missing)),
-            F.pad(self.targets, (0, missing), value=IGNORED),
-            self.shape,
-        )
+            return _Chosen(index, following.flatten()[index], labels.shape)
+        index = is_followed.flatten().nonzero().T
+        # Rounded up, with positions without a target token, so that few sizes occur.
+        missing = -index.shape[1] % FEW_SIZES
+        targets = F.pad(following.flatten()[index], (0, missing), value=IGNORED)
+        return _Chosen(F.pad(index, (0, missing)), targets, labels.shape)
 
     def take(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "groups tokens d"]:
-        """Return what lies at the chosen positions of a batch."""
+        """The vectors at the chosen positions of a batch."""
         flat = x.reshape(-1, x.shape[-1])
         taken = flat.index_select(0, self.index.flatten().to(x.device))
         return taken.view(*self.index.shape, x.shape[-1])
 
     def spread(self, value: PerRow) -> Float[Tensor, "groups tokens"]:
-        """A row's value for each of its chosen positions, in float64."""
+        """The value of a position's row, for each chosen position, in float64."""
         if not isinstance(value, Tensor):
             return torch.full(self.index.shape, value, dtype=torch.float64)
         return value.double()[(self.index // self.shape[1]).to(value.device)]
 
     def put_back(self, values: Float[Tensor, "groups tokens"]) -> Float[Tensor, "rows length"]:
-        """Return values at their positions in the batch, and 0 elsewhere."""
+        """A batch with the values at their positions, and 0 elsewhere."""
         found = values.new_zeros(self.shape.numel())
-        # What has no label has no loss, so that positions may be here twice.
+        # Positions without a target token have loss 0, so they may occur twice.
         found.index_add_(0, self.index.flatten().to(values.device), values.flatten())
         return found.view(self.shape)
 
 
 def _hooked_head(model: nn.Module) -> nn.Module | None:
-    """A language model's output head, or None where hooks on it cannot be relied on.
+    """The output head of a language model, or None where hooks on it are not reliable.
 
-    DataParallel runs copies of it in several threads, and a compiled model has no regard for hooks
-    that come later. There the model computes all logits.
+    DataParallel runs copies of the head in several threads, and a compiled model ignores hooks that
+    are registered after it was compiled. There the model computes all logits.
     """
     if isinstance(model, nn.DataParallel) or is_compiled(model):
         return None
@@ -216,42 +182,40 @@ def _tells_rows_apart(model: nn.Module, head: nn.Module | None) -> bool:
 def _run(
     model: nn.Module, inputs: Mapping[str, Any], chosen: _Chosen, head: nn.Module | None
 ) -> tuple[Tensor, nn.Module, LogitTransform]:
-    """Return what a head reads at the chosen positions, the head, and what follows it.
+    """The hidden states at the chosen positions, the output head, and the logit transform after it.
 
-    Where the model must make its logits, they are returned, and Identity as their head.
+    Where only the model itself can compute its logits, they take the place of the hidden states,
+    and the head is Identity.
     """
     if head is None:
         logits = chosen.take(model(**inputs, use_cache=False).logits)
         return logits, nn.Identity(), IDENTITY
-    base = unwrapped(model)
-    with _plain(base):
+    base, state = unwrapped(model), attachment_of(model)
+    # The logit transform is found by a probe, whose rows take no virtual tokens.
+    with nullcontext() if state is None else state.routed(None, None, None):
         change = logit_transform(base, head, rows=chosen.shape[0])
     if change is not None:
-        with _given_to(head, lambda states: states[..., :0, :]) as read:
+        with _replaced_input(head, lambda states: states[..., :0, :]) as states:
             model(**inputs, use_cache=False)
-        return chosen.take(read[0]), head, change
-    with _given_to(head, chosen.take) as read:
+        return chosen.take(states[0]), head, change
+    with _replaced_input(head, chosen.take) as states:
         logits = model(**inputs, use_cache=False).logits
-    return (logits if read else chosen.take(logits)), nn.Identity(), IDENTITY
+    return (logits if states else chosen.take(logits)), nn.Identity(), IDENTITY
 
 
 @contextmanager
-def _given_to(head: nn.Module, given: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Give a head something made from what it would read, inside a block; yield what that was."""
-    read: list[Tensor] = []
+def _replaced_input(
+    head: nn.Module, replacement: Callable[[Tensor], Tensor]
+) -> Iterator[list[Tensor]]:
+    """Replace the input of a head inside a `with` block, and yield a list of its own inputs."""
+    inputs: list[Tensor] = []
 
     def replace(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        read.append(args[0])
-        return (given(args[0]), *args[1:])
+        inputs.append(args[0])
+        return (replacement(args[0]), *args[1:])
 
     hook = head.register_forward_pre_hook(replace)
     try:
-        yield read
+        yield inputs
     finally:
         hook.remove()
-
-
-def _plain(base: nn.Module) -> AbstractContextManager[None]:
-    """A block in which a model puts no virtual tokens into its rows."""
-    state = attachment_of(base)
-    return nullcontext() if state is None else state.routed(None, None, None)

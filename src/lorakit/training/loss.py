@@ -1,4 +1,4 @@
-"""How outputs are judged: cross-entropy of tokens or classes, or a squared error."""
+"""The loss of a task: cross-entropy of tokens or classes, or a squared error."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class Loss:
-    """The loss of a task, and what transformers' Trainer calls for it (`compute_loss_func`).
+    """The loss of a task, in the form of transformers' `compute_loss_func`.
 
-    Of texts it holds the settings alone: `lorakit.training.lm_loss` computes their loss.
+    For texts it only holds the settings: `lorakit.training.lm_loss` computes their loss.
     """
 
     def __init__(self, task: str, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
@@ -29,7 +29,7 @@ class Loss:
         return self.summed(logits, labels) / count
 
     def summed(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the loss over rows that each have a class, or a number."""
+        """The sum of the losses of rows that each have a class, or a number, as their label."""
         assert self.task != "generation", "the loss of texts is computed by training/lm_loss.py"
         if self.task == "regression":
             return F.mse_loss(logits.float().squeeze(-1), labels.float(), reduction="sum")
@@ -43,5 +43,5 @@ class Loss:
 
 
 def perplexity(loss: float) -> float:
-    """Return e^loss, as infinity where that is beyond a float."""
+    """The perplexity e^loss; infinity where that is beyond a float."""
     return float(torch.tensor(loss, dtype=torch.float64).exp())

@@ -1,4 +1,4 @@
-"""What runs need before their first step, all of it checked: rows, a base, and an adapter each."""
+"""Prepare runs: read rows, load the base, attach an adapter for each; all checks come first."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from lorakit.attachment.plan import Plan
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import Encoded, encode_rows
-from lorakit.data.packing import PLAIN, Layout, choose_layout
+from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.models.quantized import Quantization
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
-from lorakit.training.memory.training_memory import check_memory
+from lorakit.training.memory.memory_setting import check_memory
 from lorakit.training.virtual_tokens import check_infix, longest_row, with_tokens
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 NAME = "default"
-"""What the adapter of a run alone is called inside the model."""
+"""The name of the adapter inside the model, where one run trains alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Everything that a run needs, checked before its first step."""
+    """A run that was prepared and checked: model, adapter, rows and steps."""
 
     name: str
-    """What the adapter is called inside the model."""
+    """The name of the adapter inside the model."""
     task: str
     kind: str
-    """What a row is: prompt, messages, text or classification."""
+    """The row type: prompt, messages, text or classification."""
     labels: tuple[str, ...] | None
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -50,20 +50,19 @@ class Prepared:
     validation: Encoded | None
     steps: int
     """Optimizer steps of the whole run."""
-    layout: Layout = PLAIN
-    """How rows become batches."""
+    packing: Packing = PLAIN
 
     def __str__(self) -> str:
-        """The match table and what was read, as text."""
+        """The match table, the reports of the rows, and the packing, as text."""
         parts = [str(self.plan), f"training rows: {self.training.report}"]
         if self.validation is not None:
             parts.append(f"validation rows: {self.validation.report}")
-        return "\n".join([*parts, f"batches: {self.layout}"])
+        return "\n".join([*parts, f"batches: {self.packing}"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """The rows of a run, and the task that follows from them."""
+class _TaskRows:
+    """The training and validation rows of a run, and the task that was inferred from them."""
 
     task: str
     training: Rows
@@ -74,7 +73,7 @@ def prepare(config: TrainConfig) -> Prepared:
     """Read the rows, load the base and attach the adapter; nothing is written.
 
     Raises:
-        LorakitError: whatever stands in the way of the run.
+        LorakitError: the run cannot start.
     """
     return prepare_all({NAME: config})[NAME]
 
@@ -88,7 +87,7 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
         configs: the settings of each run, by the adapter's name; they share what loads the base.
 
     Raises:
-        LorakitError: whatever stands in the way of the runs.
+        LorakitError: the runs cannot start; the error lists the problems of each.
     """
     for config in configs.values():
         check_compile(config)
@@ -98,12 +97,12 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     task, labels = _shared(read)
     first = next(iter(configs.values()))
     model, tokenizer = _load(first, task, labels)
-    layout = _layout(model, task, first)
+    packing = _packing(model, task, first)
     check_memory(model, first)
     plans = _for_each(
         configs,
         lambda config, name: _attach(
-            model, config, name, _looked_at(config, read[source_of[name]].training, tokenizer)
+            model, config, name, _eva_batches(config, read[source_of[name]].training, tokenizer)
         ),
     )
     encode = _Encodings(model, tokenizer, read, source_of)
@@ -122,7 +121,7 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
             training=training,
             validation=validation,
             steps=steps[name],
-            layout=layout,
+            packing=packing,
         )
         for name, (_, (training, validation)) in runs.items()
     }
@@ -137,19 +136,19 @@ def _load(
     return load_model(config.model, dtype=config.dtype, task=task, labels=labels, quantize=how)
 
 
-def _layout(model: PreTrainedModel, task: str, config: TrainConfig) -> Layout:
-    # Joined rows need attention of ours, which plain torch does not have.
-    packing = "off" if config.kernels == "plain" else config.packing
-    if config.compile and torch.cuda.is_available() and packing == "auto":
-        # Attention within segments is made of products then, which suits short rows on a CPU.
-        return Layout(multiple=LENGTHS, by_length=True, reason="compile has the model's attention")
-    layout = choose_layout(model, task=task, packing=packing)
-    own_attention = not (layout.joined or layout.segmented)
-    return replace(layout, multiple=LENGTHS) if config.compile and own_attention else layout
+def _packing(model: PreTrainedModel, task: str, config: TrainConfig) -> Packing:
+    # Joined rows need attention within segments, which plain torch does not have.
+    setting = "off" if config.kernels == "plain" else config.packing
+    if config.compile and torch.cuda.is_available() and setting == "auto":
+        # Compiled attention within segments is made of matmuls, which suit short rows on a CPU.
+        return Packing(multiple=LENGTHS, by_length=True, reason="compile has the model's attention")
+    packing = choose_packing(model, task=task, packing=setting)
+    own_attention = not (packing.joined or packing.segmented)
+    return replace(packing, multiple=LENGTHS) if config.compile and own_attention else packing
 
 
 def _sources(configs: Mapping[str, TrainConfig]) -> dict[str, str]:
-    """Return, for each run, the first run that has the same settings of data."""
+    """The name of the first run with the same settings of data, for each run."""
     first: dict[str, str] = {}
     return {
         name: first.setdefault(config.data.model_dump_json(), name)
@@ -158,10 +157,10 @@ def _sources(configs: Mapping[str, TrainConfig]) -> dict[str, str]:
 
 
 def _for_each(given: Mapping[str, T], work: Callable[[T, str], U]) -> dict[str, U]:
-    """Return what some work makes of each value, of which it also gets the name.
+    """The result of some work for each value and its name.
 
     Raises:
-        LorakitError: it failed; if for several, one error tells of each.
+        LorakitError: it failed; if for several, one error lists all.
     """
     made: dict[str, U] = {}
     errors: dict[str, LorakitError] = {}
@@ -174,11 +173,11 @@ def _for_each(given: Mapping[str, T], work: Callable[[T, str], U]) -> dict[str, 
         raise next(iter(errors.values()))
     if errors:
         lines = [f"{name}: {error}" for name, error in errors.items()]
-        raise type(next(iter(errors.values()))).listing("some members cannot be trained", lines)
+        raise type(next(iter(errors.values()))).listing("some trials cannot be trained", lines)
     return made
 
 
-def _read(config: TrainConfig, name: str) -> _Rows:
+def _read(config: TrainConfig, name: str) -> _TaskRows:
     data = config.data
     if data.train is None:
         raise ConfigError("data.train must say which rows to train on")
@@ -194,7 +193,7 @@ def _read(config: TrainConfig, name: str) -> _Rows:
             labels=rows.labels,
             regression=regression,
         )
-    return _Rows(task=_task(config, rows), training=rows, validation=held_out)
+    return _TaskRows(task=_task(config, rows), training=rows, validation=held_out)
 
 
 def _task(config: TrainConfig, rows: Rows) -> str:
@@ -206,8 +205,8 @@ def _task(config: TrainConfig, rows: Rows) -> str:
     return config.task
 
 
-def _shared(read: Mapping[str, _Rows]) -> tuple[str, tuple[str, ...] | None]:
-    """The task and the classes, which the model's one head needs to be the same for all.
+def _shared(read: Mapping[str, _TaskRows]) -> tuple[str, tuple[str, ...] | None]:
+    """The task and the classes, which must be the same for all: the model has one head.
 
     Raises:
         ConfigError: they differ.
@@ -218,18 +217,18 @@ def _shared(read: Mapping[str, _Rows]) -> tuple[str, tuple[str, ...] | None]:
             f"{name}: {task}" + (f" into {', '.join(labels)}" if labels else "")
             for name, (task, labels) in found.items()
         ]
-        raise ConfigError.listing("members share one task with the same classes", lines)
+        raise ConfigError.listing("trials share one task with the same classes", lines)
     return next(iter(found.values()))
 
 
 class _Encodings:
-    """Encodes the rows of each run, once for all runs that share them."""
+    """Encodes the rows of each run; runs that share rows share the encoded ones."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        read: Mapping[str, _Rows],
+        read: Mapping[str, _TaskRows],
         source_of: Mapping[str, str],
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
@@ -237,7 +236,7 @@ class _Encodings:
         self._made: dict[tuple[str, int | None, bool], Encoded] = {}
 
     def __call__(self, config: TrainConfig, name: str) -> tuple[Encoded, Encoded | None]:
-        """Return training and validation rows of a run, with its adapter's virtual tokens."""
+        """The encoded training and validation rows of a run, with its adapter's virtual tokens."""
         source = self._source_of[name]
         rows = self._read[source]
         check_infix(self._model, name, rows.training.kind)
@@ -266,14 +265,14 @@ def _steps(config: TrainConfig, rows: int) -> int:
     return steps
 
 
-def _looked_at(
+def _eva_batches(
     config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]] | None:
-    """The batches of training rows from which an adapter starts, or None."""
+    """The batches of training rows from which LoRA's init eva starts; None for other starts."""
     if config.init_from is not None or "lora" not in config.method or config.lora.init != "eva":
         return None
-    draw, size = torch.Generator().manual_seed(config.seed), config.batch_size
-    chosen = torch.randperm(len(rows), generator=draw)[: config.eva_batches * size].tolist()
+    generator, size = torch.Generator().manual_seed(config.seed), config.batch_size
+    chosen = torch.randperm(len(rows), generator=generator)[: config.eva_batches * size].tolist()
     few = replace(rows, rows=tuple(rows.rows[row] for row in chosen))
     examples, collate = encode_rows(few, tokenizer, config.data).examples, Collator(tokenizer)
     return [collate(examples[at : at + size]) for at in range(0, len(examples), size)]
@@ -282,7 +281,7 @@ def _looked_at(
 def _attach(
     model: PreTrainedModel, config: TrainConfig, name: str, data: list[dict[str, Any]] | None
 ) -> Plan:
-    """Attach an adapter whose start depends on the seed alone, and not on what was drawn before."""
+    """Attach an adapter whose start depends on the seed alone, not on earlier random numbers."""
     set_seed(config.seed)
     redraw_fresh_head(model)
     set_seed(config.seed)

@@ -1,4 +1,4 @@
-"""The learning rate of each trained tensor: its method's own, where the settings have none."""
+"""The learning rate of each trained tensor: its method's default, where the settings have none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def split_by_rate(
     trained: Mapping[str, nn.Parameter],
     rates: Mapping[str, float],
 ) -> None:
-    """Give every tensor its rate: split an optimizer's groups by it, in place.
+    """Split an optimizer's parameter groups, in place, so that every tensor has its learning rate.
 
     Args:
         optimizer: one that has no state yet, and no schedule.

@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: a JSON-lines record and a progress bar on stderr."""
+"""The record of a run while it trains: JSON lines, TensorBoard, and a progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 DROPPED = ("total_flos", "epoch")
-"""What transformers logs and nobody here reads."""
+"""Figures that transformers logs, and lorakit leaves out."""
 SHOWN = ("loss", "eval_loss", "eval_accuracy", "eval_pearson")
-"""What the progress bar shows."""
+"""Figures that the progress bar shows."""
 
 
 class JsonLines(TrainerCallback):
@@ -26,7 +26,7 @@ class JsonLines(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the file with what a resumed run had logged before its checkpoint."""
+        """Start the file with the lines that a resumed run had logged before its checkpoint."""
         self._path.write_text("".join(map(_line, state.log_history)))
 
     def on_log(
@@ -42,7 +42,7 @@ def _line(figures: dict[str, Any]) -> str:
 
 
 def tensorboard(folder: Path) -> TrainerCallback:
-    """Return what writes TensorBoard's record, or does nothing where it is not installed."""
+    """A callback that writes TensorBoard's record; it does nothing where that is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -60,7 +60,7 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar, at the step where a resumed run goes on."""
+        """Open the bar, at the step from which a resumed run continues."""
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -101,7 +101,7 @@ class ProgressBar(TrainerCallback):
 
 
 class SharedBar(TrainerCallback):
-    """Shows the steps of several runs, which go on together, as one bar on stderr."""
+    """Shows the steps of several runs, which train jointly, as one bar on stderr."""
 
     def __init__(self, *, runs: int, steps: int, done: int, show: bool) -> None:
         self._bar = tqdm(

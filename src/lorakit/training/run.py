@@ -6,18 +6,19 @@ import math
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from lorakit.attachment.attach import extract
+from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.errors import ConfigError, OutputError, TrainingError
@@ -28,7 +29,7 @@ from lorakit.training.checks import Interruption, UntrainedParts
 from lorakit.training.evaluation import score
 from lorakit.training.loss import Loss
 from lorakit.training.memory.compiled_blocks import compiled_blocks
-from lorakit.training.memory.training_memory import training_memory
+from lorakit.training.memory.memory_setting import training_memory
 from lorakit.training.prepare import Prepared, prepare
 from lorakit.training.rates import learning_rates
 from lorakit.training.record import JsonLines, ProgressBar, tensorboard
@@ -42,16 +43,6 @@ from lorakit.training.trainer import (
 
 BEST_BY = {"generation": "loss", "classification": "accuracy", "regression": "pearson"}
 """The score that decides which adapter is the best, by task."""
-
-NOT_ON_CARD = {"out", "resume", "overwrite", "dry_run", "data", "model", "task", "sweep"} | {
-    "method",
-    "lora",
-    "full",
-    "bitfit",
-    "prefix",
-    "bottleneck",
-}
-"""Settings that the adapter itself holds, or that say nothing of how it came to be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +68,16 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that can start: its settings, what they led to, and where it goes on from."""
+    """A run that can start: its settings, what was prepared, and the checkpoint to resume from."""
 
     config: TrainConfig
     prepared: Prepared
     checkpoint: Path | None
-    """The checkpoint to resume from."""
+    """None: from the first step."""
 
     @property
     def steps_done(self) -> int:
-        """The steps behind the checkpoint."""
+        """The steps that were trained before the checkpoint."""
         return step_of(self.checkpoint) if self.checkpoint else 0
 
 
@@ -104,7 +95,7 @@ def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -
         table: print on stderr, before the first step, what is adapted and what was read.
 
     Raises:
-        LorakitError: the run cannot start, or a guardrail stopped it.
+        LorakitError: the run cannot start, or a check stopped it.
         KeyboardInterrupt: it was interrupted; a checkpoint is saved, the text says how to go on.
     """
     if config.sweep is not None:
@@ -116,24 +107,24 @@ def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -
     if table:
         print(prepared, file=sys.stderr)
     run = Run(config=config, prepared=prepared, checkpoint=checkpoint)
-    return run_alone(run, bar=ProgressBar(show=progress))
+    with while_training(prepared.model, config) as interruption:
+        return execute(run, interruption, bar=ProgressBar(show=progress))
 
 
-def run_alone(
-    run: Run,
-    *,
-    bar: TrainerCallback,
-    make_trainer: Callable[..., AdapterTrainer] = AdapterTrainer,
-) -> TrainResult:
-    """Train as `execute` does, with the kernels and the memory that the settings ask for."""
-    model, config = run.prepared.model, run.config
+@contextmanager
+def while_training(model: PreTrainedModel, config: TrainConfig) -> Iterator[Interruption]:
+    """Set a model up for training inside a `with` block: kernels, memory, compiled blocks, signals.
+
+    Yields:
+        What notes Ctrl-C, for `execute`.
+    """
     with (
         Interruption() as interruption,
         use(config.kernels),
         training_memory(model, config),
         compiled_blocks(model) if config.compile else nullcontext(),
     ):
-        return execute(run, interruption, bar=bar, make_trainer=make_trainer)
+        yield interruption
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
@@ -174,8 +165,14 @@ def execute(
 ) -> TrainResult:
     """Train from the first step, or from the checkpoint, to the finished folder.
 
+    Args:
+        run: the run, whose model is set up by `while_training`.
+        interruption: what `while_training` yields.
+        bar: the callback that shows progress.
+        make_trainer: the class of the trainer, or a function that makes one.
+
     Raises:
-        TrainingError: a guardrail stopped the run; the last good adapter is kept.
+        TrainingError: a check stopped the run; the last good adapter is kept.
         KeyboardInterrupt: it was interrupted; a checkpoint is saved, the text says how to go on.
     """
     _open_folder(run)
@@ -200,7 +197,7 @@ def execute(
 
 
 def _open_folder(run: Run) -> None:
-    """Make the folder, without what an earlier run left in it that this one would mix with."""
+    """Make the folder, and remove an earlier run's files, which this one would be mixed with."""
     if run.checkpoint is None:
         for left in ("checkpoints", "last", "tensorboard"):
             shutil.rmtree(run.config.out / left, ignore_errors=True)
@@ -228,14 +225,14 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     trainer = make_trainer(
         adapter_name=prepared.name,
         checkpoints=config.out / "checkpoints",
-        rates=learning_rates(run.config, run.prepared.plan),
+        rates=learning_rates(config, prepared.plan),
         scorer=scorer if validation else None,
-        by_length=prepared.layout.by_length,
+        by_length=prepared.packing.by_length,
         model=prepared.model,
         args=make_arguments(config, prepared.steps),
         train_dataset=prepared.training,
         eval_dataset=validation,
-        data_collator=Collator(prepared.tokenizer, prepared.layout),
+        data_collator=Collator(prepared.tokenizer, prepared.packing),
         compute_loss_func=loss,
     )
     trainer.remove_callback(PrinterCallback)
@@ -267,11 +264,8 @@ def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:
 def training_card(
     config: TrainConfig, prepared: Prepared, step: int, history: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return how an adapter came to be; the same for identical runs, so no dates and no times."""
-    settings = config.model_dump(
-        mode="json",
-        exclude=NOT_ON_CARD,
-    )
+    """The training card of an adapter; identical runs have identical ones: no dates, no times."""
+    on_card = set(settings_where(TrainConfig, lambda mark: mark.on_card))
     scores = [e for e in history if any(key.startswith("eval_") for key in e)]
     quantized = card_of_base(prepared.model)
     libraries = ("lorakit", "torch", "transformers", *(["bitsandbytes"] if quantized else []))
@@ -285,7 +279,7 @@ def training_card(
             "training": len(prepared.training.examples),
             "validation": len(prepared.validation.examples) if prepared.validation else 0,
         },
-        "settings": settings,
+        "settings": config.model_dump(mode="json", include=on_card),
         **quantized,
         "step": step,
         "scores": {
@@ -301,7 +295,7 @@ def training_card(
 
 
 def _stopped(error: TrainingError, trainer: AdapterTrainer, run: Run) -> TrainingError:
-    """Keep the last good adapter of a run that a guardrail stopped, and say where it is."""
+    """Save the last good adapter of a run that a check stopped, and say in the error where."""
     if not trainer.last_good:
         return error
     trainer.restore_last_good()
@@ -339,6 +333,6 @@ def _finish(run: Run, trainer: AdapterTrainer, seconds: float) -> TrainResult:
 
 
 def _padding(history: Sequence[Mapping[str, Any]]) -> float:
-    """The share of padding over all that was logged."""
+    """The share of padding among all tokens that were logged."""
     logged = [(entry["tokens"], entry["padding"]) for entry in history if "padding" in entry]
     return sum(n * share for n, share in logged) / max(sum(n for n, _ in logged), 1)

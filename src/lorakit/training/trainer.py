@@ -1,4 +1,4 @@
-"""transformers' Trainer for adapters: what is saved, resumed, scored and guarded."""
+"""transformers' Trainer for adapters: checkpoints, resuming, scoring, a check of each loss."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lorakit.training.batch_trainer import BatchTrainer
 from lorakit.training.rates import split_by_rate
 
 KEPT_CHECKPOINTS = 2
-"""How many checkpoints stay in a run's folder."""
+"""The newest checkpoints that are kept in a run's folder; older ones are removed."""
 
 Scorer = Callable[[nn.Module], dict[str, float]]
-"""Scores the model as it is now."""
+"""A function that scores the model as it is now."""
 
 
 class AdapterTrainer(BatchTrainer):
-    """Trains one adapter of a model; a checkpoint holds the adapter, and is whole or not there."""
+    """Trains one adapter of a model. A checkpoint holds the adapter, and is complete or absent."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class AdapterTrainer(BatchTrainer):
         rates: Mapping[str, float],
         **kwargs: Any,
     ) -> None:
-        """Prepare training; `rates` has the peak learning rate of each tensor of the adapter."""
+        """Prepare training; `rates` has the peak learning rate of each tensor, by its name."""
         super().__init__(**kwargs)
         self.rates = rates
         self.adapter_name = adapter_name
@@ -62,25 +62,15 @@ class AdapterTrainer(BatchTrainer):
         return outcome.metrics["train_runtime"]
 
     def restore(self, checkpoint: Path) -> None:
-        """Take over the weights and the record of a checkpoint without training on."""
+        """Load the weights and the log of a checkpoint without training on."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss, and remember the weights that gave a finite one.
-
-        Raises:
-            TrainingError: the loss is not a number.
-        """
-        result = super().compute_loss(*args, **kwargs)
-        self.check_loss(result[0] if isinstance(result, tuple) else result)
-        return result
-
     def check_loss(self, loss: Tensor) -> None:
-        """Remember the weights that gave a loss, if it is finite.
+        """Copy the weights that gave a loss, as the last good ones.
 
         Raises:
-            TrainingError: it is not.
+            TrainingError: the loss is not finite.
         """
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -94,13 +84,13 @@ class AdapterTrainer(BatchTrainer):
                 good.copy_(self.trained[name])
 
     def restore_last_good(self) -> None:
-        """Put back the weights that last gave a finite loss."""
+        """Restore the weights that last gave a finite loss."""
         with torch.no_grad():
             for name, good in self.last_good.items():
                 self.trained[name].copy_(good)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer, in which each tensor has its own rate."""
+        """The optimizer, in which each tensor has its own learning rate."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh:
@@ -108,9 +98,9 @@ class AdapterTrainer(BatchTrainer):
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return what weight decay applies to: matrices, and neither biases nor norms.
+        """The names of the parameters that weight decay applies to: matrices, no biases or norms.
 
-        Trainer judges by names, and those of a model's parameters have the adapter's name in them.
+        Trainer infers that from the names of parameters, and these contain the adapter's name.
         """
         decayed = {id(parameter) for parameter in self.trained.values() if parameter.dim() > 1}
         return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
@@ -134,7 +124,7 @@ class AdapterTrainer(BatchTrainer):
         extract(self.adapted, self.adapter_name).save(output_dir, overwrite=True)
 
     def _get_output_dir(self, trial: Any) -> str:
-        # Trainer writes a checkpoint file by file; in here until it is complete.
+        # Trainer writes a checkpoint file by file; it is in this folder until it is complete.
         return str(self.checkpoints / ".unfinished")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -164,15 +154,15 @@ class AdapterTrainer(BatchTrainer):
                 parameter.copy_(tensors[name])
 
 
-def _check_same(saved: Adapter, asked: Adapter, checkpoint: str) -> None:
-    """Make sure that a checkpoint is of the adapter that the settings ask for.
+def _check_same(saved: Adapter, wanted: Adapter, checkpoint: str) -> None:
+    """Make sure that a checkpoint is of the adapter that the settings describe.
 
     Raises:
-        TrainingError: it is of another.
+        TrainingError: it is of another adapter.
     """
     before, now = (
         {f"{c.method}: {name}": value for c in each.configs for name, value in c}
-        for each in (saved, asked)
+        for each in (saved, wanted)
     )
     problems = [
         f"{name} is {now.get(name, 'not set')}, and was {before.get(name, 'not set')}"
@@ -180,7 +170,7 @@ def _check_same(saved: Adapter, asked: Adapter, checkpoint: str) -> None:
         if before.get(name) != now.get(name)
     ]
     ranks = {site.name: site.rank for site in saved.sites}
-    if not problems and (moved := [s.name for s in asked.sites if ranks.get(s.name) != s.rank]):
+    if not problems and (moved := [s.name for s in wanted.sites if ranks.get(s.name) != s.rank]):
         problems = [f"{name} has another rank" for name in moved]
     if problems:
         raise TrainingError.listing(
@@ -231,9 +221,9 @@ def make_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
 
 
 class KeepBest(TrainerCallback):
-    """Saves the adapter whenever its score is the best so far; stops when that no longer happens.
+    """Saves the adapter whenever its score is the best so far; stops a run that has lost patience.
 
-    The best score lives in Trainer's own state, so a resumed run goes on from it.
+    The best score is stored in Trainer's own state, so that a resumed run continues from it.
     """
 
     def __init__(
@@ -247,7 +237,7 @@ class KeepBest(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Score the last step, too, where the interval does not meet it."""
+        """Have the last step scored too, where the interval leaves it out."""
         if args.eval_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
             control.should_evaluate = True
 

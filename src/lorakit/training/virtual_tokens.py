@@ -1,4 +1,4 @@
-"""Rows for one adapter: cut so that its virtual tokens have room, and with these put in."""
+"""Rows for one adapter: cut so that its virtual tokens fit, and with these inserted."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from lorakit.models.shape import context_length
 
 
 def longest_row(model: nn.Module, name: str | None) -> int | None:
-    """The most tokens of a row that leave room for an adapter's own; None: any number."""
+    """The most tokens of a row with which an adapter's virtual tokens fit; None: any number."""
     tokens, context = virtual_tokens(model, name), context_length(model)
     return None if tokens is None or context is None else context - len(tokens)
 
 
 def check_infix(model: nn.Module, name: str, kind: str) -> None:
-    """Make sure that rows have a prompt, where an adapter has virtual tokens behind it.
+    """Make sure that rows have a prompt, where an adapter has virtual tokens after it.
 
     Raises:
-        ConfigError: they are texts.
+        ConfigError: rows are texts, which have none.
     """
     tokens = virtual_tokens(model, name)
     if kind == "text" and tokens is not None and tokens.infix:
         raise ConfigError(
-            "rows are texts without a prompt, behind which infix tokens would stand: "
+            "rows are texts without a prompt, after which infix tokens would be: "
             "set prefix.infix to 0"
         )
 
 
 def with_tokens(encoded: Encoded, model: nn.Module, name: str | None) -> Encoded:
-    """Return rows with the virtual tokens of an adapter, or as they are, if it has none."""
+    """Rows with the virtual tokens of an adapter; the same rows, if it has none."""
     tokens = virtual_tokens(model, name)
     return encoded if tokens is None else tokens.into_all(encoded)
 
@@ -46,7 +46,7 @@ def encode_for(
     tokenizer: PreTrainedTokenizerBase,
     data: DataConfig,
 ) -> Encoded:
-    """Return rows as examples for an adapter of a model.
+    """Rows encoded for an adapter of a model, with its virtual tokens.
 
     Raises:
         DataError: no row is left, or rows or tokenizer do not allow it.

@@ -8,7 +8,7 @@ import torch
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.config.train import TrainConfig
 from lorakit.routing.route import route
-from lorakit.training.memory.training_memory import training_memory
+from lorakit.training.memory.memory_setting import training_memory
 from references import attach_random, outputs, randomise
 from tiny_models import build, example_inputs
 

@@ -26,18 +26,18 @@ def losses(config):
     )
     assert all(module._compiled_call_impl is None for module in prepared.model.modules())
     lines = map(json.loads, (config.out / "log.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line], str(prepared.layout)
+    return [line["loss"] for line in lines if "loss" in line], str(prepared.packing)
 
 
 def told(settings):
-    """Return what a run and the same one compiled came to."""
+    """The losses of a run and of the same run compiled, and the packing and graphs of that."""
     plain, _ = losses(TrainConfig(**settings, overwrite=True))
     counters.clear()
-    compiled, layout = losses(TrainConfig(**settings, overwrite=True, compile=True))
+    compiled, packing = losses(TrainConfig(**settings, overwrite=True, compile=True))
     return {
         "plain": plain,
         "compiled": compiled,
-        "layout": layout,
+        "packing": packing,
         "graphs": counters["stats"]["unique_graphs"],
         "breaks": dict(counters["graph_break"]),
     }

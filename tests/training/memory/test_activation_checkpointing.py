@@ -21,7 +21,7 @@ from lorakit.training.memory.activation_checkpointing import (
     narrow_matmuls,
     recomputing,
 )
-from lorakit.training.memory.training_memory import check_memory, training_memory
+from lorakit.training.memory.memory_setting import check_memory, training_memory
 from lorakit.training.run import train
 from references import attach_random
 from tiny_models import FAMILIES, build, example_inputs
@@ -93,7 +93,7 @@ def held_bytes(monkeypatch):
 
     def settle_and_note(result, **options):
         settle(result, **options)
-        for value in tree_leaves(result.made):
+        for value in tree_leaves(result.value):
             note(value)
 
     monkeypatch.setattr(recompute._Result, "settle", settle_and_note)
@@ -299,7 +299,7 @@ def test_results_that_no_recomputation_reaches_are_not_kept():
     with keep:
         block(x)
     # What the last product needs is there before it runs.
-    assert [result.made is None for result in keep.results] == [False, False, True]
+    assert [result.value is None for result in keep.results] == [False, False, True]
 
 
 def test_attention_with_dropout_is_not_kept():

@@ -17,7 +17,7 @@ from lorakit.data.encode import Example
 from lorakit.errors import ConfigError, TrainingError
 from lorakit.layers.layer import Route
 from lorakit.training.memory.compiled_blocks import LENGTHS, _CompiledBlock
-from lorakit.training.memory.training_memory import check_memory
+from lorakit.training.memory.memory_setting import check_memory
 from lorakit.training.prepare import prepare
 from tiny_models import build
 
@@ -27,7 +27,7 @@ BLOCKS = 10
 
 
 def run_process(forks, backend, *runs):
-    """Return what `compiled_process` tells of each run."""
+    """The results of `compiled_process` for each run."""
     given = [run.model_dump_json(exclude={"compile", "overwrite"}) for run in runs]
     return json.loads(forks.run(PROGRAM, backend, *given).splitlines()[-1])
 
@@ -66,7 +66,7 @@ def settings(model, rows, out, **others):
 
 @pytest.fixture(scope="module")
 def runs(deep, prompt_rows, tmp_path_factory, forks):
-    """Return what runs of several layouts and families came to, in one process.
+    """The results of runs of several packings and families, in one process.
 
     Their backend runs the graphs as they are: what the compiler is given is the same for all.
     """
@@ -96,8 +96,8 @@ def test_a_compiled_run_has_the_losses_of_the_same_run_without(runs, name):
 
 
 def test_compiled_rows_are_joined_where_others_are(runs):
-    assert runs["joined"]["layout"] == runs["slices"]["layout"] == "rows joined without padding"
-    assert runs["padded"]["layout"] == "padded"
+    assert runs["joined"]["packing"] == runs["slices"]["packing"] == "rows joined without padding"
+    assert runs["padded"]["packing"] == "padded"
 
 
 def test_the_real_compiler_gives_the_same_losses(deep, prompt_rows, tmp_path, forks):

@@ -1,14 +1,14 @@
-"""A strand: a thread that takes turns with its owner."""
+"""A coroutine thread: it runs only while its owner waits for it."""
 
 import torch
 
 from lorakit.training.sweep.coroutine_thread import CoroutineThread
 
 
-def test_a_strand_has_its_own_random_numbers():
-    def work(ask):
+def test_a_coroutine_thread_has_its_own_random_numbers():
+    def work(submit):
         torch.manual_seed(5)
-        return [torch.rand(1).item() for _ in range(3) if ask("a turn") is None]
+        return [torch.rand(1).item() for _ in range(3) if submit("a request") is None]
 
     thread = CoroutineThread("worker", work)
     torch.manual_seed(1)
@@ -19,18 +19,18 @@ def test_a_strand_has_its_own_random_numbers():
     while thread.advance() is not None:
         outside.append(torch.rand(1).item())
     torch.manual_seed(5)
-    assert thread.made == torch.rand(3).tolist()
+    assert thread.result == torch.rand(3).tolist()
     assert outside == expected_outside
 
 
-def test_a_strand_keeps_its_error_and_can_be_closed():
-    def fail(ask):
+def test_a_coroutine_thread_keeps_its_error_and_can_be_closed():
+    def fail(submit):
         raise ValueError("no")
 
     failed = CoroutineThread("fails", fail)
     assert failed.advance() is None
     assert isinstance(failed.error, ValueError)
-    endless = CoroutineThread("endless", lambda ask: [ask(n) for n in range(10**9)])
+    endless = CoroutineThread("endless", lambda submit: [submit(n) for n in range(10**9)])
     assert endless.advance() == 0
     endless.close()
     assert isinstance(endless.error, SystemExit)

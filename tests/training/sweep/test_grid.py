@@ -1,4 +1,4 @@
-"""The members of a sweep: their settings, their names, and what is refused."""
+"""The trials of a sweep: their settings, their names, and what is refused."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from lorakit.errors import ConfigError
 from lorakit.training.sweep.grid import trials_of
 
 
-def test_a_mapping_makes_all_combinations_and_a_list_its_members(tmp_path):
+def test_a_mapping_makes_all_combinations_and_a_list_its_trials(tmp_path):
     grid = TrainConfig(out=tmp_path, sweep={"lora.rank": [1, 2], "seed": [0, 1]})
     names = ["rank=1,seed=0", "rank=1,seed=1", "rank=2,seed=0", "rank=2,seed=1"]
     assert [trial.name for trial in trials_of(grid)] == names
@@ -44,15 +44,15 @@ MISTAKES = [
         ["(2 problems)", "lora.rank: input should be greater", "learning_rate: input should be a"],
     ),
     ({"lora.rank": [1, 1]}, ["rank=1: has the settings of rank=1"]),
-    ([{"seed": 1}, 3], ["member 2: must be a mapping of settings, not 3"]),
+    ([{"seed": 1}, 3], ["trial 2: must be a mapping of settings, not 3"]),
     ([{"seed": 1, "name": "a/b"}], ["name: 'a/b' is not fit for a folder"]),
-    ([{"seed": 1, "name": "a"}, {"name": "A"}], ["A: two members have this name"]),
+    ([{"seed": 1, "name": "a"}, {"name": "A"}], ["A: two trials have this name"]),
 ]
 
 
-@pytest.mark.parametrize(("asked", "texts"), MISTAKES)
-def test_wrong_sweeps_are_told_in_one_message(tmp_path, asked, texts):
+@pytest.mark.parametrize(("sweep", "texts"), MISTAKES)
+def test_wrong_sweeps_are_told_in_one_message(tmp_path, sweep, texts):
     with pytest.raises(ConfigError) as raised:
-        trials_of(TrainConfig(out=tmp_path, sweep=asked))
+        trials_of(TrainConfig(out=tmp_path, sweep=sweep))
     for text in texts:
         assert text in str(raised.value)

@@ -24,7 +24,7 @@ ADAPTERS = {
 
 
 def examples(name, *, classes=0):
-    """Return rows whose number and lengths differ between the adapters."""
+    """Rows whose number and lengths differ between the adapters."""
     draw = torch.Generator().manual_seed(len(name) + ord(name[0]))
     rows = []
     for row in range({"small": 1, "large": 4, "odd": 2}[name]):
@@ -43,7 +43,7 @@ def gradients(model, name):
 
 
 def alone(model, batch):
-    """Return loss and gradients of one adapter by itself, as plain torch computes them."""
+    """The loss and gradients of one adapter by itself, as plain torch computes them."""
     model.zero_grad()
     inputs = {k: v for k, v in batch.inputs.items() if k != "labels"}
     with lk.route(model, batch.name):

@@ -1,4 +1,4 @@
-"""Sweeps: every member trains exactly as if it were alone, whatever happens to the others."""
+"""Sweeps: every trial trains exactly as if it were alone, whatever happens to the others."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def assert_same_adapter(found, expected, *, tolerance):
         )
 
 
-def assert_members_equal_separate_runs(config, tmp_path, *, tolerance):
+def assert_trials_equal_separate_runs(config, tmp_path, *, tolerance):
     result = sweep(config)
     assert [each.status for each in result.trials] == ["finished"] * len(result.trials)
     for each in result.trials:
@@ -97,35 +97,35 @@ def assert_members_equal_separate_runs(config, tmp_path, *, tolerance):
     return result
 
 
-def test_members_equal_separate_runs(settings, tmp_path, in_float64):
+def test_trials_equal_separate_runs(settings, tmp_path, in_float64):
     # Texts, unlike answers, have a label on their first token.
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": f"{w} cat dog big"}) for w in FIRST))
     trials = [
         {"lora.rank": 1, "name": "one", "weight_decay": 0.1, "steps": 9, "schedule": "cosine"},
-        {"lora.alpha": 32, "seed": 1, "batch_size": 3, "learning_rate": 2e-3},
+        {"lora.alpha": 32, "seed": 1, "batch_size": 3, "learning_rate": 2e-3, "z_loss": 0.1},
         {"lora.layers": "1", "seed": 2, "max_grad_norm": 0.05, "label_smoothing": 0.1, "steps": 5},
         {"accumulate": 3, "batch_size": 2, "data.train_rows": 11, "data.max_length": 6},
         {"data.train": str(texts), "data.validation": str(texts), "batch_size": 4, "steps": 4},
     ]
-    assert_members_equal_separate_runs(settings(trials), tmp_path, tolerance=1e-6)
+    assert_trials_equal_separate_runs(settings(trials), tmp_path, tolerance=1e-6)
 
 
-def test_members_equal_separate_runs_in_float32(settings, tmp_path):
+def test_trials_equal_separate_runs_in_float32(settings, tmp_path):
     config = settings({"seed": [0, 1]}, learning_rate=1e-3, steps=6, eval_every=6)
-    assert_members_equal_separate_runs(config, tmp_path, tolerance=1e-5)
+    assert_trials_equal_separate_runs(config, tmp_path, tolerance=1e-5)
 
 
-def test_members_with_heads_and_biases_equal_separate_runs(
+def test_trials_with_heads_and_biases_equal_separate_runs(
     settings, tmp_path, label_rows, tiny_bert_without_dropout, in_float64
 ):
     config = settings(
-        [{"seed": 0}, {"seed": 1, "lora.bias": "lora", "lora.rank": 1}],
+        [{"seed": 0}, {"seed": 1, "lora.bias": "lora", "lora.rank": 1, "z_loss": 0.1}],
         model=str(tiny_bert_without_dropout),
         data=DataConfig(train=str(label_rows), validation=str(label_rows)),
         weight_decay=0.1,
     )
-    result = assert_members_equal_separate_runs(config, tmp_path, tolerance=1e-6)
+    result = assert_trials_equal_separate_runs(config, tmp_path, tolerance=1e-6)
     assert result.metric == "accuracy"
     heads = [
         Adapter.load(each.trial.config.out).tensors["classifier.weight"] for each in result.trials
@@ -148,10 +148,10 @@ def tiny_bert_without_dropout(tiny_bert, tmp_path):
 
 def test_recomputation_changes_nothing(settings, tmp_path, in_float64):
     config = settings({"lora.rank": [1, 4]}, memory="low", steps=5, eval_every=5)
-    assert_members_equal_separate_runs(config, tmp_path, tolerance=1e-6)
+    assert_trials_equal_separate_runs(config, tmp_path, tolerance=1e-6)
 
 
-def test_one_loss_pass_serves_all_members_and_shrinks_as_they_end(settings, monkeypatch):
+def test_one_loss_pass_serves_all_trials_and_shrinks_as_they_end(settings, monkeypatch):
     rows = []
 
     def count(model, batches, *, pad_id):
@@ -163,7 +163,7 @@ def test_one_loss_pass_serves_all_members_and_shrinks_as_they_end(settings, monk
     assert rows == [["short", "long"]] * 3 + [["long"]] * 2
 
 
-def test_patience_ends_one_member_alone(settings, monkeypatch):
+def test_patience_ends_one_trial_alone(settings, monkeypatch):
     coming = {1: iter([3.0, 1.0, 2.0, 2.0, 2.0]), 4: iter([9.0, 8.0, 7.0, 6.0, 5.0])}
 
     def decide(model, *args, **kwargs):
@@ -177,7 +177,7 @@ def test_patience_ends_one_member_alone(settings, monkeypatch):
     assert (late.steps, late.best_step) == (20, 20)
 
 
-def test_the_base_is_unchanged_and_scored_under_each_members_own_adapter(settings, tiny_llama):
+def test_the_base_is_unchanged_and_scored_under_each_trials_own_adapter(settings, tiny_llama):
     result = sweep(settings({"lora.rank": [1, 8]}, learning_rate=0.05, steps=12))
     losses = []
     for each in result.trials:
@@ -189,7 +189,7 @@ def test_the_base_is_unchanged_and_scored_under_each_members_own_adapter(setting
     assert losses[0] != losses[1]
 
 
-def test_nan_stops_one_member_and_the_others_equal_separate_runs(settings, tmp_path, in_float64):
+def test_nan_stops_one_trial_and_the_others_equal_separate_runs(settings, tmp_path, in_float64):
     wild = {"learning_rate": 1e30, "max_grad_norm": 1e30, "name": "wild"}
     result = sweep(settings([wild, {"lora.rank": 1, "name": "last"}]))
     assert [each.status for each in result.trials] == ["stopped", "finished"]
@@ -202,14 +202,14 @@ def test_nan_stops_one_member_and_the_others_equal_separate_runs(settings, tmp_p
     assert_same_adapter(other.trial.config.out, separate.out, tolerance=1e-6)
 
 
-def test_a_sweep_without_a_finished_member_is_an_error(settings):
+def test_a_sweep_without_a_finished_trial_is_an_error(settings):
     config = settings({"seed": [0, 1]}, learning_rate=1e30, max_grad_norm=1e30)
-    with pytest.raises(TrainingError, match="no member of the sweep came to its end") as raised:
+    with pytest.raises(TrainingError, match="no trial of the sweep came to its end") as raised:
         sweep(config)
     assert str(raised.value).count("the loss became") == 2
 
 
-def test_a_defect_in_one_member_is_raised_after_the_others_are_written(settings, monkeypatch):
+def test_a_defect_in_one_trial_is_raised_after_the_others_are_written(settings, monkeypatch):
     def fail(model, *args, **kwargs):
         if lk.extract(model).lora.rank == 1:
             raise ZeroDivisionError("a defect")
@@ -227,7 +227,7 @@ def test_a_defect_in_one_member_is_raised_after_the_others_are_written(settings,
 def at_pass(monkeypatch):
     """A function that has something happen in one of a sweep's joint passes."""
 
-    def group_rows(number, happen):
+    def arrange(number, happen):
         passes = iter(range(1, 1000))
 
         def disturbed(*args, **kwargs):
@@ -237,7 +237,7 @@ def at_pass(monkeypatch):
 
         monkeypatch.setattr(sweeping, "joint_losses", disturbed)
 
-    return group_rows
+    return arrange
 
 
 class PowerCut(BaseException):
@@ -267,7 +267,7 @@ def test_an_ended_sweep_resumes_to_the_same_adapters(
     with pytest.raises(error) as raised:
         sweep(config)
     if error is KeyboardInterrupt:
-        assert "2 of 3 members are unfinished" in str(raised.value)
+        assert "2 of 3 trials are unfinished" in str(raised.value)
         assert "stopped after step 8 of 12, which is saved: give --resume" in str(raised.value)
     recorded = json.loads((config.out / "sweep.json").read_text())["members"]
     assert [each["status"] for each in recorded] == ["finished", "unfinished", "unfinished"]
@@ -288,7 +288,7 @@ def test_a_sweep_that_fails_leaves_no_thread_behind(settings, at_pass):
     assert not {"left", "right"} & {thread.name for thread in threading.enumerate()}
 
 
-def test_a_finished_member_is_not_trained_again(settings):
+def test_a_finished_trial_is_not_trained_again(settings):
     config = settings({"lora.rank": [1, 4]})
     sweep(config)
     file = config.out / "rank=1" / "last" / "adapter_model.safetensors"
@@ -297,6 +297,8 @@ def test_a_finished_member_is_not_trained_again(settings):
     result = sweep(more)
     assert [each.status for each in result.trials] == ["finished"] * 3
     assert file.stat().st_mtime_ns == before
+    again = sweep(more)
+    assert [each.trained for each in again.trials] == [each.trained for each in result.trials]
 
 
 def test_a_finished_run_that_is_resumed_does_not_train_on(settings):
@@ -314,7 +316,7 @@ def test_mistakes_are_told_before_anything_is_written(settings, tmp_path, label_
     ranks = {"lora.rank": [1, 2]}
     with pytest.raises(OutputError, match="exists and is not empty"):
         sweep(settings(ranks, out=occupied))
-    with pytest.raises(TrainingError, match="no member to resume"):
+    with pytest.raises(TrainingError, match="no trial to resume"):
         sweep(settings(ranks, resume=True))
     with pytest.raises(ConfigError, match=r"steps=2: warmup_steps 2 leaves nothing") as raised:
         sweep(settings({"steps": [1, 2, 9]}))
@@ -323,7 +325,7 @@ def test_mistakes_are_told_before_anything_is_written(settings, tmp_path, label_
         sweep(settings({"lora.targets": ["q", "qq"]}))
     with pytest.raises(ConfigError, match=r"classification into no, yes"):
         sweep(settings({"data.train": [str(label_rows), str(prompt_rows)]}, data=DataConfig()))
-    with pytest.raises(ConfigError, match=r"lorakit\.train\.sweep"):
+    with pytest.raises(ConfigError, match=r"call lorakit\.training\.sweep"):
         train(settings(ranks))
     assert os.listdir(occupied) == ["mine.txt"]
     assert not (tmp_path / "sweep").exists()
@@ -377,7 +379,7 @@ def test_without_matplotlib_the_table_says_what_is_missing(settings, monkeypatch
     assert not (result.out / "sweep.png").exists()
 
 
-def test_without_validation_members_are_compared_by_training_loss(settings, prompt_rows):
+def test_without_validation_trials_are_compared_by_training_loss(settings, prompt_rows):
     config = settings({"seed": [0, 1]}, data=DataConfig(train=str(prompt_rows)))
     result = sweep(config)
     assert result.score_name == "training loss"

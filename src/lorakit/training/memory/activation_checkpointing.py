@@ -1,7 +1,8 @@
-"""Blocks that forget what their forward pass computed, and compute it again in the backward pass.
+"""Activation checkpointing with a save policy: blocks keep some activations and recompute the rest.
 
-Torch's checkpointing runs a block's forward pass again when its gradients are needed. What takes
-long in it is the products, so those that are worth their memory are kept and not computed twice.
+Torch's checkpointing runs the forward pass of a block again when its gradients are needed. Most of
+its time goes into matmuls, so a save policy keeps those that are cheap to store, and the
+recomputation takes them over.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from lorakit.models.base import BANK, base_modules
 
 _ATEN = torch.ops.aten
-_PRODUCTS = {
+_MATMULS = {
     _ATEN.mm.default: 0,
     _ATEN.addmm.default: 1,
     _ATEN.bmm.default: 0,
     _ATEN.baddbmm.default: 1,
 }
-"""Products of matrices, with the place of the first factor among the arguments."""
+"""Matmuls, with the position of the first factor among the arguments."""
 _ATTENTIONS = {
     getattr(_ATEN, f"_scaled_dot_product_{kind}").default
     for kind in (
@@ -38,19 +39,19 @@ _ATTENTIONS = {
     )
 }
 
-_OPERATIONS = {*_PRODUCTS, *_ATTENTIONS}
+_OPERATIONS = {*_MATMULS, *_ATTENTIONS}
 
 NARROW = 8
-"""A·x has fewer columns than x by this factor at least; any other product has not."""
+"""A·x is narrower than x at least by this factor; no other matmul of a block is."""
 
 SavePolicy = Callable[..., bool]
-"""Tells whether a result is worth its memory, from the operation and its arguments."""
+"""Whether the result of an operation is saved, from the operation and its arguments."""
 
 
 def matmuls(operation: Any, *arguments: Any, **options: Any) -> bool:
-    """Tell what `balanced` keeps: products with a weight, A·x, and attention in one operation.
+    """The save policy of `balanced`: matmuls with a weight, A·x, and fused attention.
 
-    B·(A·x) costs little, and attention that shows its probabilities has large ones.
+    B·(A·x) takes little time, and the probabilities of unfused attention take much memory.
     """
     if operation in _ATTENTIONS:
         return not _is_random(operation, arguments, options)
@@ -61,110 +62,111 @@ def matmuls(operation: Any, *arguments: Any, **options: Any) -> bool:
 
 
 def narrow_matmuls(operation: Any, *arguments: Any, **options: Any) -> bool:
-    """Tell what `low` keeps: A·x, which is as narrow as the rank, lying or standing."""
-    if operation not in _PRODUCTS:
+    """The save policy of `low`: A·x, one of whose dimensions is the rank."""
+    if operation not in _MATMULS:
         return False
     inner, columns = _sizes(operation, arguments)
-    rows = arguments[_PRODUCTS[operation]].shape[-2]
+    rows = arguments[_MATMULS[operation]].shape[-2]
     return min(rows, columns) * NARROW <= inner
 
 
 def _sizes(operation: Any, arguments: tuple[Any, ...]) -> tuple[int, int]:
-    """Return how many numbers each entry of a product sums up, and how many columns it has."""
-    matrix = arguments[_PRODUCTS[operation] + 1]
+    """The inner dimension of a matmul, and the columns of its result."""
+    matrix = arguments[_MATMULS[operation] + 1]
     return matrix.shape[-2], matrix.shape[-1]
 
 
 def _is_random(operation: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-    """Whether attention has dropout: to skip it would give what follows other numbers."""
+    """Whether attention has dropout: skipping it would shift the random numbers after it."""
     names = [argument.name for argument in operation._schema.arguments]
     given = dict(zip(names, arguments, strict=False)) | dict(options)
     return bool(given.get("dropout_p", 0.0))
 
 
 class SavedActivations:
-    """What one block keeps: it makes the two modes that `checkpoint` runs a block under.
+    """The saved activations of one block, as the `context_fn` of torch's `checkpoint`.
 
-    The forward pass notes the results that are worth it, the recomputation takes them in the same
-    order. Where it stops, because autograd has all it needs, nothing further is kept next time.
+    It makes two dispatch modes: under one the forward pass saves results, under the other the
+    recomputation takes them in the same order. A recomputation ends as soon as autograd has all it
+    needs; results after that point are not saved from the next step on.
     """
 
     def __init__(self, save_policy: SavePolicy, *, offload: bool) -> None:
         self.save_policy = save_policy
         self.offload = offload
-        self.spare = 0
-        """Results at the end of the forward pass that the latest recomputation did not reach."""
+        self.unreached = 0
+        """Results at the end of the forward pass that the last recomputation did not reach."""
 
     def __call__(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """The modes of one forward pass and of its recomputation."""
+        """The dispatch modes of one forward pass and of its recomputation."""
         results: list[_Result] = []
-        return _Keep(self, results), _Reuse(self, results)
+        return _Save(self, results), _Reuse(self, results)
 
 
 class _Result:
-    """What an operation gave, as long as it is worth its memory.
+    """The result of one operation of a block; its `value` is None where it is not saved.
 
-    Others may write into it before anything reads it, as an adapter adds its update to a layer's
-    output: then what came of it is kept, and not written once more in the recomputation.
+    A later operation may write into it before anything reads it, as an adapter adds its update to a
+    layer's output. Then the value after the write is saved, and the recomputation skips the write.
     """
 
-    def __init__(self, operation: Any, arguments: tuple[Any, ...], made: Any) -> None:
-        self.asked = _question(operation, arguments)
-        self.made = made
+    def __init__(self, operation: Any, arguments: tuple[Any, ...], value: Any) -> None:
+        self.signature = _signature(operation, arguments)
+        self.value = value
         self.read = False
         self.written = False
         self.versions: list[int] = []
 
     def note_read(self) -> None:
-        """Note that another operation needs the value as it is."""
+        """Note that a later operation reads the value."""
         self.read = True
 
     def note_write(self) -> None:
-        """Note that an operation changes the value, which is of no use if both were needed."""
+        """Note that a later operation writes into the value; if it was read before, drop it."""
         self.written = True
         if self.read:
-            self.made = None
+            self.value = None
 
     def settle(self, *, keep: bool, offload: bool) -> None:
-        """Let go of the graph behind the result, or of the result; move it if asked."""
-        self.made = tree_map(_to_cpu if offload else _detached, self.made) if keep else None
-        self.versions = _versions(self.made)
+        """Detach the value from its graph, in the CPU's memory with `offload`; or drop it."""
+        self.value = tree_map(_to_cpu if offload else _detached, self.value) if keep else None
+        self.versions = _versions(self.value)
 
     def take(self, operation: Any, arguments: tuple[Any, ...]) -> Any:
-        """Return what was kept, which is given once, or None."""
-        made, self.made = self.made, None
-        if self.asked != _question(operation, arguments) or self.versions != _versions(made):
+        """The saved value, once, if it is of this operation and unchanged; else None."""
+        value, self.value = self.value, None
+        if self.signature != _signature(operation, arguments) or self.versions != _versions(value):
             return None
         device = arguments[0].device
-        return tree_map(lambda value: _to(value, device), made)
+        return tree_map(lambda each: _to(each, device), value)
 
 
 def _touched(operation: Any, arguments: tuple[Any, ...]) -> Iterator[tuple[int, bool]]:
-    """Yield what an operation reads or writes: the memory, and whether it is written.
+    """Yield each storage that an operation reads or writes, and whether it is written.
 
-    Another view of the memory is neither.
+    Making a view of a storage is neither.
     """
     if operation is _ATEN._unsafe_view.default:
         return
     for argument, value in zip(operation._schema.arguments, arguments, strict=False):
         alias = argument.alias_info
         if alias is None or alias.is_write:
-            for memory in _memories(value):
-                yield memory, alias is not None
+            for storage in _storages(value):
+                yield storage, alias is not None
 
 
-def _memories(value: Any) -> list[int]:
-    """Numbers of the memory behind all tensors in a value."""
+def _storages(value: Any) -> list[int]:
+    """The addresses of the storages of all tensors in a value."""
     tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
     return [tensor.untyped_storage()._cdata for tensor in tensors]
 
 
-def _question(operation: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _signature(operation: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return operation, [x.shape for x in arguments if isinstance(x, Tensor)]
 
 
-def _versions(made: Any) -> list[int]:
-    return [value._version for value in tree_leaves(made) if isinstance(value, Tensor)]
+def _versions(value: Any) -> list[int]:
+    return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _detached(value: Any) -> Any:
@@ -182,40 +184,40 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-class _Keep(TorchDispatchMode):
-    """Notes results of a forward pass."""
+class _Save(TorchDispatchMode):
+    """Saves results of a forward pass."""
 
     def __init__(self, memory: SavedActivations, results: list[_Result]) -> None:
         super().__init__()
         self.memory = memory
         self.results = results
         self.owners: dict[int, _Result] = {}
-        """The results by their memory."""
+        """The results by their storages."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for memory, is_written in _touched(func, args):
-            if memory in self.owners:
-                owner = self.owners[memory]
+        value = func(*args, **(kwargs or {}))
+        for storage, is_written in _touched(func, args):
+            if storage in self.owners:
+                owner = self.owners[storage]
                 owner.note_write() if is_written else owner.note_read()
         if func in _OPERATIONS:
-            save_policy = self.memory.save_policy(func, *args, **(kwargs or {}))
-            self.results.append(_Result(func, args, made if save_policy else None))
-            self.owners.update(dict.fromkeys(_memories(made), self.results[-1]))
-        return made
+            is_saved = self.memory.save_policy(func, *args, **(kwargs or {}))
+            self.results.append(_Result(func, args, value if is_saved else None))
+            self.owners.update(dict.fromkeys(_storages(value), self.results[-1]))
+        return value
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.owners.clear()
-        needed = len(self.results) - self.memory.spare
-        for place, result in enumerate(self.results):
-            result.settle(keep=place < needed, offload=self.memory.offload)
+        needed = len(self.results) - self.memory.unreached
+        for number, result in enumerate(self.results):
+            result.settle(keep=number < needed, offload=self.memory.offload)
 
 
 class _Reuse(TorchDispatchMode):
-    """Gives a recomputation the results that were kept."""
+    """Gives a recomputation the saved results in place of computing them again."""
 
     def __init__(self, memory: SavedActivations, results: list[_Result]) -> None:
         super().__init__()
@@ -223,7 +225,7 @@ class _Reuse(TorchDispatchMode):
         self.results = results
         self.reached = 0
         self.final: dict[int, Any] = {}
-        """Results that were given with all that was written into them, by their memory."""
+        """Results that hold later writes already, by their storages: these writes are skipped."""
 
     def __enter__(self) -> Any:
         self.reached = 0
@@ -232,44 +234,44 @@ class _Reuse(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if any(memory in self.final for memory, written in _touched(func, args) if written):
+        if any(storage in self.final for storage, written in _touched(func, args) if written):
             return args[0]
-        made = self._kept(func, args) if func in _OPERATIONS else None
-        return func(*args, **(kwargs or {})) if made is None else made
+        value = self._saved(func, args) if func in _OPERATIONS else None
+        return func(*args, **(kwargs or {})) if value is None else value
 
-    def _kept(self, func: Any, args: tuple[Any, ...]) -> Any:
+    def _saved(self, func: Any, args: tuple[Any, ...]) -> Any:
         if self.reached >= len(self.results):
             return None
         result = self.results[self.reached]
         self.reached += 1
-        made = result.take(func, args)
-        if made is not None and result.written:
-            # Held, so that nothing else comes to lie in this memory.
-            self.final.update(dict.fromkeys(_memories(made), made))
-        return made
+        value = result.take(func, args)
+        if value is not None and result.written:
+            # The value is referenced here so that its storage's address is not used again.
+            self.final.update(dict.fromkeys(_storages(value), value))
+        return value
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.final.clear()
-        self.memory.spare = len(self.results) - self.reached
+        self.memory.unreached = len(self.results) - self.reached
 
 
 @contextmanager
 def recomputing(
     model: nn.Module, save_policy: SavePolicy, *, offload: bool = False
 ) -> Iterator[list[str]]:
-    """Let the blocks of a model that have a backward pass recompute what is not worth its memory.
+    """Checkpoint the activations of a model's blocks inside a `with` block.
 
-    Blocks below the lowest trained parameter have none, and stay as they are. Random numbers are
-    those of the forward pass. A block's input is always kept.
+    Blocks below the lowest trained parameter have no backward pass, and stay as they are. The
+    recomputation has the random numbers of the forward pass. The input of a block is always saved.
 
     Args:
-        model: one of transformers'.
-        worth: tells which results of operations are kept: `products`, `narrow_products`.
-        offload: keep all that is kept in the CPU's memory.
+        model: a model of transformers.
+        save_policy: which results of operations are saved: `matmuls` or `narrow_matmuls`.
+        offload: keep what is saved in the CPU's memory.
 
     Yields:
-        The paths of the blocks that recompute.
+        The paths of the blocks that are checkpointed.
     """
     blocks = dict(blocks_with_gradients(model))
     before = {path: _settings(block) for path, block in blocks.items()}
@@ -290,7 +292,7 @@ def recomputing(
 
 
 _SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
-"""What transformers keeps in a block about checkpointing."""
+"""The attributes in which transformers keeps a block's checkpointing."""
 
 
 def _settings(block: nn.Module) -> dict[str, Any]:
@@ -298,7 +300,7 @@ def _settings(block: nn.Module) -> dict[str, Any]:
 
 
 def _offloading(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Run a block under `checkpoint`, with its inputs kept in the CPU's memory."""
+    """Checkpoint a block, with its inputs saved in the CPU's memory."""
     with save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *arguments, **options)
 
@@ -311,9 +313,9 @@ def has_blocks(model: nn.Module) -> bool:
 
 
 def blocks_with_gradients(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and block of those that transformers can checkpoint and gradients flow through.
+    """Yield path and block of the checkpointable blocks that gradients flow through.
 
-    These are the ones that hold a trained parameter, and all after the first module that does.
+    These are the blocks that hold a trained parameter, and all after the first module that does.
     """
     # Imported late: it sets up loggers, which importing lorakit must not.
     from transformers.modeling_layers import GradientCheckpointingLayer

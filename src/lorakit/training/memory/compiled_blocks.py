@@ -1,10 +1,10 @@
-"""The setting `compile`: the blocks of a model go through torch.compile while they are trained.
+"""The setting `compile`: torch.compile on the blocks of a model while they are trained.
 
-Blocks are equal but for their weights, so that one compiled forward and one backward pass serve
-them all: a model of thirty blocks is compiled in the time of one. For that, compiled code must not
-know which block it is in: what the route says is looked up before. Lengths are dynamic. Inside,
-plain torch is what the compiler can fuse, and our own kernels stand aside, but for attention within
-segments, which is one operation to it.
+Blocks differ in their weights alone, so one compiled forward and one backward pass serve all: a
+model of thirty blocks is compiled in the time of one. The compiled code must not depend on the
+block it runs in, so the operations that the route chooses for each layer are looked up before, and
+pinned to the layer. Lengths are dynamic. Inside a block lorakit's own kernels are off, because the
+compiler fuses plain torch; attention within segments is a custom op to it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lorakit.layers.layer import Operations, Route, adapted_layers
 from lorakit.training.memory.activation_checkpointing import blocks_with_gradients
 
 LENGTHS = 16
-"""Padded rows of a compiled model are as long as a multiple of so many tokens."""
+"""The length of a compiled model's padded rows is a multiple of this."""
 
 
 @contextmanager
 def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
-    """Compile a model's blocks when they are first trained; after the block it is as it was.
+    """Compile a model's blocks at their first training step inside a `with` block.
 
-    Compiled code does what the route says at the beginning.
+    The compiled code applies the operations that are active when the `with` block is entered.
     """
     route = attached(model).route
     operations = route.operations
@@ -56,9 +56,9 @@ def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _compiled_anew() -> Callable[..., Any]:
-    """A function that runs a block in compiled code, which goes when the function does."""
-    # The compiler keeps what it made beside a function's code, and at most eight of it: other runs
-    # of the same process have code of their own.
+    """A function that runs a block in compiled code, which is freed together with the function."""
+    # The compiler caches at most eight graphs per code object: each run has a code object of its
+    # own, so that runs in one process do not use up the cache.
     fresh = FunctionType(_run.__code__.replace(), _run.__globals__)
     return torch.compile(fresh, dynamic=True, fullgraph=True)
 
@@ -68,10 +68,10 @@ def _run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class _CompiledBlock:
-    """Calls compiled code where that has been made for it, and the block itself elsewhere.
+    """Calls the compiled code in training, and the block itself elsewhere.
 
-    Evaluation, what is below the lowest adapter, and the block that holds it would each be compiled
-    for itself, which takes longer than it can ever save.
+    Evaluation, the blocks below the lowest adapter, and the block that holds it would each need a
+    graph of their own, and compiling one takes longer than it saves.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class _CompiledBlock:
         Raises:
             TrainingError: the compiler cannot compile it.
         """
-        if not self._is_for(*args, *kwargs.values()):
+        if not self._uses_compiled(*args, *kwargs.values()):
             return self.block._call_impl(*args, **kwargs)
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
@@ -101,7 +101,7 @@ class _CompiledBlock:
                 "Train without compile"
             ) from error
 
-    def _is_for(self, *inputs: Any) -> bool:
+    def _uses_compiled(self, *inputs: Any) -> bool:
         trains = self.block.training and torch.is_grad_enabled()
         receives = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         return trains and receives and self.route.operations is self.operations

@@ -1,4 +1,7 @@
-"""A piece of work that pauses to ask for something: a thread that takes turns with its owner."""
+"""A coroutine in a thread: work that submits a request, and pauses until its owner replies.
+
+transformers' Trainer calls our code and not the other way round, so a generator cannot pause it.
+"""
 
 from __future__ import annotations
 
@@ -10,42 +13,47 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-Asked = TypeVar("Asked")
-Answer = TypeVar("Answer")
-Made = TypeVar("Made")
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+Result = TypeVar("Result")
 
 
-class CoroutineThread(Generic[Asked, Answer, Made]):
+class CoroutineThread(Generic[Request, Reply, Result]):
     """Work that runs only while `advance` waits for it, and has its own random numbers.
 
-    So of a strand and its owner, and of all strands of one owner, exactly one runs at a time:
-    nothing they share needs a lock, and what happens does not depend on timing. transformers'
-    Trainer calls our code and not the other way round, so a generator would not do.
+    Of an owner and all its coroutine threads, exactly one runs at a time: what they share needs no
+    lock, and results do not depend on timing.
     """
 
-    def __init__(self, name: str, work: Callable[[Callable[[Asked], Answer]], Made]) -> None:
-        """Prepare the work, which gets a function that asks the owner and returns the answer."""
+    def __init__(self, name: str, work: Callable[[Callable[[Request], Reply]], Result]) -> None:
+        """Prepare the thread.
+
+        Args:
+            name: the thread's name.
+            work: what it runs. Its argument is a function that submits a request to the owner and
+                returns the reply.
+        """
         self._work = work
         self._thread = Thread(target=self._run, name=name, daemon=True)
         self._may_run, self._has_paused = Semaphore(0), Semaphore(0)
         self._random = random_state()
-        self._asked: Asked | None = None
-        self._answer: Answer | None = None
+        self._request: Request | None = None
+        self._reply: Reply | None = None
         self._closing = False
-        self.made: Made | None = None
+        self.result: Result | None = None
         """What the work returned."""
         self.error: BaseException | None = None
         """What the work raised."""
 
-    def advance(self, answer: Answer | None = None) -> Asked | None:
-        """Run until the work asks for something, and return that; None when it has ended.
+    def advance(self, reply: Reply | None = None) -> Request | None:
+        """Run until the work submits a request, and return that; None when it has ended.
 
         Args:
-            answer: what the work asked for the last time.
+            reply: the reply to its last request.
         """
         outside = random_state()
         set_random_state(self._random)
-        self._answer = answer
+        self._reply = reply
         try:
             if self._thread.ident is None:
                 self._thread.start()
@@ -55,10 +63,10 @@ class CoroutineThread(Generic[Asked, Answer, Made]):
         finally:
             self._random = random_state()
             set_random_state(outside)
-        return self._asked
+        return self._request
 
     def close(self) -> None:
-        """End work that has not ended, at the place where it asks."""
+        """End work that has not ended: its pending request raises SystemExit."""
         if self._thread.is_alive():
             self._closing = True
             self._may_run.release()
@@ -66,30 +74,30 @@ class CoroutineThread(Generic[Asked, Answer, Made]):
 
     def _run(self) -> None:
         try:
-            self.made = self._work(self._ask)
+            self.result = self._work(self._submit)
         # The owner decides what an error means, Ctrl-C and the end of the program included.
         except BaseException as error:
             self.error = error
-        self._asked = None
+        self._request = None
         self._has_paused.release()
 
-    def _ask(self, asked: Asked) -> Answer:
-        self._asked = asked
+    def _submit(self, request: Request) -> Reply:
+        self._request = request
         self._has_paused.release()
         self._may_run.acquire()
         if self._closing:
             raise SystemExit
-        return self._answer  # type: ignore[return-value]
+        return self._reply  # type: ignore[return-value]
 
 
 def random_state() -> tuple[Any, ...]:
-    """The state of the random generators of Python, NumPy and torch."""
+    """The state of the random number generators of Python, NumPy and torch."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
-    """Go back to a state that `random_state` returned."""
+    """Restore a state that `random_state` returned."""
     python, numpy, cpu, cuda = state
     random.setstate(python)
     np.random.set_state(numpy)

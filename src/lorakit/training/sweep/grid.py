@@ -1,4 +1,4 @@
-"""The members of a sweep: which settings may vary, and the settings and the name of each run."""
+"""The trials of a sweep: which settings may vary, and the settings and the name of each trial."""
 
 from __future__ import annotations
 
@@ -12,49 +12,30 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorakit.config.base import problem_lines
-from lorakit.config.methods import (
-    BitFitConfig,
-    BottleneckSettings,
-    FullSettings,
-    LoRAConfig,
-    MethodConfig,
-    PrefixSettings,
-)
-from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.config.base import Settings, problem_lines
+from lorakit.config.marks import settings_where
+from lorakit.config.methods import MethodConfig
+from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError
 
-VARYING = (
-    *(f"lora.{name}" for name in LoRAConfig.model_fields),
-    *(f"full.{name}" for name in FullSettings.model_fields),
-    *(f"bitfit.{name}" for name in BitFitConfig.model_fields),
-    *(f"prefix.{name}" for name in PrefixSettings.model_fields),
-    *(f"bottleneck.{name}" for name in BottleneckSettings.model_fields),
-    *(f"data.{name}" for name in DataConfig.model_fields),
-    "method",
-    "steps",
-    "epochs",
-    "batch_size",
-    "accumulate",
-    "learning_rate",
-    "lora_plus_ratio",
-    "eva_batches",
-    "warmup_steps",
-    "schedule",
-    "weight_decay",
-    "max_grad_norm",
-    "label_smoothing",
-    "seed",
-    "eval_every",
-    "patience",
-)
-"""Settings that may differ between members; they share all others, the base first of all."""
+_MARKED = settings_where(TrainConfig, lambda mark: mark.varies)
 
-SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in VARYING if "." in key))
-"""Settings that hold settings."""
+SECTIONS = {
+    name: section
+    for name in _MARKED
+    if isinstance(section := TrainConfig.model_fields[name].annotation, type)
+    and issubclass(section, Settings)
+}
+"""Settings that hold settings, which may vary each by itself."""
+
+VARYING = (
+    *(f"{name}.{inner}" for name, section in SECTIONS.items() for inner in section.model_fields),
+    *(name for name in _MARKED if name not in SECTIONS),
+)
+"""Settings that may differ between trials; they share all others, the base first of all."""
 
 LONGEST_NAME = 100
-"""Most characters of a member's name, which is the name of a folder too."""
+"""Most characters of a trial's name, which is the name of a folder too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,36 +43,36 @@ class Trial:
     """One run of a sweep."""
 
     name: str
-    """Its folder in the sweep's, and the name of its adapter in the model."""
+    """The name of its folder in the sweep's folder, and of its adapter in the model."""
     settings: Mapping[str, Any]
-    """What it has in the settings that vary, as JSON would have it."""
+    """Its values of the settings that vary, as JSON values."""
     config: TrainConfig
-    """All its settings, as if it were alone."""
+    """All its settings, those of a run alone."""
 
 
 def trials_of(config: TrainConfig) -> tuple[Trial, ...]:
-    """The runs that `config.sweep` asks for.
+    """The trials that `config.sweep` describes.
 
     Raises:
         ConfigError: settings are unknown, may not vary, or have wrong values; or names are not
             fit or not unique: all problems in one message.
     """
     problems: list[str] = []
-    asked = list(_asked(config.sweep, problems))
-    keys = list(dict.fromkeys(key for settings in asked for key in settings if key != "name"))
+    given = list(_given(config.sweep, problems))
+    keys = list(dict.fromkeys(key for settings in given for key in settings if key != "name"))
     problems += [line for key in keys if (line := _refusal(key))]
-    made = [] if problems else [_config(config, settings, problems) for settings in asked]
+    made = [] if problems else [_config(config, settings, problems) for settings in given]
     configs = [each for each in made if each is not None]
     if not problems:
-        trials = _named(config, configs, keys, [settings.get("name") for settings in asked])
+        trials = _named(config, configs, keys, [settings.get("name") for settings in given])
         problems += _clashes(trials)
     if problems:
         raise ConfigError.listing("sweep cannot be used", list(dict.fromkeys(problems)))
     return tuple(trials)
 
 
-def _asked(sweep: Any, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield what each member sets, and add to the problems what is not of the right form."""
+def _given(sweep: Any, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the settings of each trial, and add to the problems what is not of the right form."""
     if not sweep:
         problems.append("it is empty: give lists of values, such as {lora.rank: [1, 2, 4, 8]}")
     elif isinstance(sweep, dict):
@@ -106,27 +87,23 @@ def _asked(sweep: Any, problems: list[str]) -> Iterator[dict[str, Any]]:
             if isinstance(settings, dict):
                 yield {str(key): value for key, value in settings.items()}
             else:
-                problems.append(f"member {number}: must be a mapping of settings, not {settings!r}")
+                problems.append(f"trial {number}: must be a mapping of settings, not {settings!r}")
 
 
 def _refusal(key: str) -> str | None:
-    """Return why a setting may not vary, or None."""
+    """The reason why a setting may not vary, or None."""
     if key in VARYING:
         return None
     if key in SECTIONS:
-        return f"{key}: is a section: name its settings, such as {key}.{_first_of(key)}"
+        own = (each for each in SECTIONS[key].model_fields if each not in MethodConfig.model_fields)
+        return f"{key}: is a section: name its settings, such as {key}.{next(own)}"
     if key in TrainConfig.model_fields:
-        return f"{key}: cannot vary, because the members of a sweep share it"
+        return f"{key}: cannot vary, because the trials of a sweep share it"
     return f"{key}: unknown setting{_nearest(key)}"
 
 
-def _first_of(section: str) -> str:
-    own = (key.partition(".")[2] for key in VARYING if key.startswith(f"{section}."))
-    return next(name for name in own if name not in MethodConfig.model_fields)
-
-
 def _nearest(key: str) -> str:
-    """The setting that was perhaps meant, also where its section was left out."""
+    """A hint at the known setting with the nearest name, whether or not its section was given."""
     short = {known.rpartition(".")[2]: known for known in VARYING}
     close = difflib.get_close_matches(key.rpartition(".")[2], short, n=1)
     if close:
@@ -137,7 +114,7 @@ def _nearest(key: str) -> str:
 def _config(
     config: TrainConfig, settings: Mapping[str, Any], problems: list[str]
 ) -> TrainConfig | None:
-    """A member's settings without a folder of its own, or add what is wrong with them."""
+    """A trial's settings with the sweep's folder; None, and added problems, if they are wrong."""
     values = {**config.model_dump(), "sweep": None}
     for key, value in settings.items():
         section, dot, name = key.rpartition(".")
@@ -153,7 +130,7 @@ def _config(
 def _named(
     config: TrainConfig, configs: Sequence[TrainConfig], keys: Sequence[str], names: Sequence[Any]
 ) -> list[Trial]:
-    """The members, with names made of what varies for those that were given none."""
+    """The trials; the name of one that was given none is made of the settings that vary."""
     trials = []
     for number, (each, given) in enumerate(zip(configs, names, strict=True), start=1):
         values = each.model_dump(mode="json")
@@ -170,18 +147,18 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
 
 
 def label(settings: Mapping[str, Any]) -> str:
-    """Return settings as people write them: rank=4, targets=q+v."""
+    """Settings as text for people: rank=4, targets=q+v."""
     return ", ".join(f"{key.rpartition('.')[2]}={word(v)}" for key, v in settings.items())
 
 
 def _name(settings: Mapping[str, Any]) -> str:
-    """Return settings as the name of a folder."""
+    """Settings as the name of a folder."""
     text = re.sub(r"[^A-Za-z0-9._+=,-]+", "-", label(settings).replace(", ", ","))
     return text.lstrip(".-")[:LONGEST_NAME]
 
 
 def word(value: Any) -> str:
-    """One value as people write it."""
+    """One value as text for people."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
@@ -190,12 +167,12 @@ def word(value: Any) -> str:
         return "+".join(f"{key}-{word(each)}" for key, each in value.items()) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
-    # Of a file's path the end tells most.
+    # The end of a file's path says the most.
     return str(value).rstrip("/").rpartition("/")[2]
 
 
 def _clashes(trials: Sequence[Trial]) -> list[str]:
-    """Return what is wrong with the names, and which members are one and the same."""
+    """The problems of the names, and the trials that have the settings of another."""
     problems = []
     by_name: dict[str, Trial] = {}
     by_content: dict[str, Trial] = {}
@@ -213,7 +190,7 @@ def _clashes(trials: Sequence[Trial]) -> list[str]:
             problems.append(f"{trial.name}: has the settings of {twin.name}, so it would repeat it")
         elif namesake is not trial:
             problems.append(
-                f"{trial.name}: two members have this name; write the sweep as a list, and give "
-                "each member a name"
+                f"{trial.name}: two trials have this name; write the sweep as a list, and give "
+                "each trial a name"
             )
     return problems

@@ -33,10 +33,10 @@ class MicroBatch:
     name: str
     """The adapter."""
     inputs: dict[str, Any]
-    """What the collator made, labels included."""
+    """The collator's batch, labels included."""
     loss: Loss
     items: Tensor | int | None
-    """Labelled items of the whole optimizer step, over which the loss is a mean."""
+    """Target tokens or rows of the whole optimizer step, over which the loss is a mean."""
 
     @property
     def rows(self) -> int:
@@ -52,7 +52,7 @@ class MicroBatch:
 def joint_losses(
     model: PreTrainedModel, batches: Sequence[MicroBatch], *, pad_id: int
 ) -> list[Tensor]:
-    """Each adapter's loss, and add its gradient to `.grad` of its parameters.
+    """Compute each adapter's loss, and add its gradient to `.grad` of its parameters.
 
     Args:
         model: the base with all the adapters.
@@ -65,7 +65,7 @@ def joint_losses(
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     names = [batch.name for batch in batches for _ in range(batch.rows)]
     losses = _losses_of_texts if batches[0].loss.task == "generation" else _losses
-    # Gradient checkpointing runs layers again in the backward pass, which needs the route too.
+    # The backward pass is inside too: gradient checkpointing runs layers again there.
     choice = names if len(batches) > 1 else batches[0].name
     with route(model, choice), attention_within(model, _segments(batches)):
         total, found = losses(model, inputs, batches)
@@ -92,7 +92,7 @@ def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
 
 
 def _segments(batches: Sequence[MicroBatch]) -> Segments | None:
-    """The segments of the joined rows, if they come with segments."""
+    """The segments of all rows, or None where the batches have none."""
     parts = [batch.inputs[SEGMENTS] for batch in batches if SEGMENTS in batch.inputs]
     return Segments.stacked(parts) if parts else None
 
@@ -117,7 +117,7 @@ def _losses_of_texts(
 
 
 def _of_rows(values: Sequence[float], batches: Sequence[MicroBatch]) -> float | Tensor:
-    """Each row's value, or the one value that all batches have."""
+    """The value of each row's batch, or one number where all batches have the same."""
     if len(set(values)) == 1:
         return values[0]
     rows = torch.tensor([batch.rows for batch in batches])
@@ -127,7 +127,7 @@ def _of_rows(values: Sequence[float], batches: Sequence[MicroBatch]) -> float | 
 def _losses(
     model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same for rows that each have a class, or a number."""
+    """The same for classification and regression, where each row has one label."""
     logits = model(**inputs).logits
     losses = [
         batch.loss({"logits": own}, batch.inputs["labels"].to(logits.device), batch.items)
@@ -137,40 +137,40 @@ def _losses(
 
 
 class OwnParameters(nn.Module):
-    """What one adapter's Trainer sees of the model: this adapter's parameters, and no others.
+    """The parameters of one adapter, as the model that its Trainer is given.
 
-    So its optimizer, clipping and zero_grad cannot touch another's, nor lose time on them.
+    Its optimizer, clipping and zero_grad cannot touch those of another, nor spend time on them.
     """
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         super().__init__()
         self.config = model.config
-        # Trainer counts labelled tokens in another way for language models.
+        # By this Trainer counts target tokens: for language models, without the first of a row.
         self.loss_type = model.loss_type
         self.trained = nn.ParameterList(p for _, p in adapter_parameters(model, name))
 
 
 class TrialTrainer(AdapterTrainer):
-    """Trains one adapter of several; its forward and backward passes happen elsewhere, jointly."""
+    """Trains one adapter of several, whose forward and backward pass is the joint one."""
 
     def __init__(
         self,
         *,
         model: PreTrainedModel,
         adapter_name: str,
-        hand_in: Callable[[MicroBatch], Tensor],
+        submit: Callable[[MicroBatch], Tensor],
         **kwargs: Any,
     ) -> None:
-        """Prepare training; `hand_in` has `joint_losses` done, and returns this adapter's loss."""
+        """Prepare training; `submit` has its batch put into a joint step, and returns its loss."""
         self._base = model
-        self._hand_in = hand_in
+        self._submit = submit
         own = OwnParameters(model, adapter_name)
         super().__init__(model=own, adapter_name=adapter_name, **kwargs)
         self.adapted.to(self.args.device)
 
     @property
     def adapted(self) -> nn.Module:
-        """The model that has the adapter."""
+        """The base model with all adapters."""
         return self._base
 
     def training_step(
@@ -188,7 +188,7 @@ class TrialTrainer(AdapterTrainer):
         gradient_state = self.accelerator.gradient_state
         at_step_end = gradient_state.sync_gradients
         assert isinstance(self.compute_loss_func, Loss)
-        loss = self._hand_in(
+        loss = self._submit(
             MicroBatch(
                 name=self.adapter_name,
                 inputs=inputs,
@@ -196,7 +196,7 @@ class TrialTrainer(AdapterTrainer):
                 items=num_items_in_batch,
             )
         )
-        # All Trainers of a process share this state, and the others have had their turn meanwhile.
+        # All Trainers of a process share this state, and others have run meanwhile.
         gradient_state._set_sync_gradients(at_step_end)
         self.check_loss(loss)
         return loss

@@ -12,7 +12,7 @@ from lorakit.training.sweep.grid import label
 
 RANK = "lora.rank"
 MOST_LINES_NAMED = 12
-"""More lines than this would have a legend larger than the plot."""
+"""With more lines than this, the legend would be larger than the plot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,9 @@ def draw(points: Sequence[Point], file: Path, *, score_name: str, title: str) ->
     axes = figure.subplots()
     for name, line in lines.items():
         x, y = [point.parameters for point in line], [point.score for point in line]
-        axes.plot(x, y, marker="o", markersize=5, linewidth=1.4, label=_shortened(name))
+        # As much of the name as fits below the plot.
+        shown = name if len(name) <= 90 else f"{name[:89]}…"
+        axes.plot(x, y, marker="o", markersize=5, linewidth=1.4, label=shown)
     if any(RANK in point.settings for point in points):
         _write_ranks(axes, points, falling=score_name.endswith("loss"))
     axes.set_xscale("log")
@@ -86,7 +88,7 @@ def _follows_rank(points: Sequence[Point], key: str) -> bool:
 def _write_ranks(axes: Any, points: Sequence[Point], *, falling: bool) -> None:
     """Write each rank once per number of parameters, above the highest point there.
 
-    On the side on which a line that falls, or rises, leaves room.
+    A line that falls leaves room on the right of a point, one that rises on the left.
     """
     highest: dict[int, Point] = {}
     for point in points:
@@ -105,7 +107,7 @@ def _write_ranks(axes: Any, points: Sequence[Point], *, falling: bool) -> None:
 
 
 def _ticks(points: Sequence[Point]) -> list[int]:
-    """The numbers of parameters, but for those too near to the one before to be read."""
+    """The numbers of parameters, without those too near to the one before to be legible."""
     counts = sorted({point.parameters for point in points})
     nearest = (counts[-1] / counts[0]) ** 0.12
     ticks = counts[:1]
@@ -113,11 +115,6 @@ def _ticks(points: Sequence[Point]) -> list[int]:
         if count >= ticks[-1] * nearest:
             ticks.append(count)
     return ticks
-
-
-def _shortened(name: str) -> str:
-    """Return as much of a line's name as fits below the plot."""
-    return name if len(name) <= 90 else f"{name[:89]}…"
 
 
 def _unit(score_name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a sweep found, and its files: figures as JSON, a table, and a plot."""
+"""The results of a sweep, and its files: figures as JSON, a table, and a plot."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from lorakit.adapter.tensor_files import WEIGHTS_FILE
+from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
 from lorakit.errors import MissingExtraError
 from lorakit.training.run import BEST_BY, TrainResult
@@ -18,28 +19,26 @@ from lorakit.training.sweep import plot as sweep_plot
 from lorakit.training.sweep.grid import Trial, word
 
 FIGURES, TABLE, PLOT = "sweep.json", "sweep.md", "sweep.png"
-NOT_COMPARED = {"out", "resume", "overwrite", "dry_run", "sweep"}
-"""Settings that may differ between a finished member and the same one asked for again."""
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What became of one member."""
+    """The result of one trial."""
 
     trial: Trial
     trained: TrainResult | None = None
-    """What its run made; None if it has not ended, or was stopped."""
+    """The result of its run; None if it is unfinished or was stopped."""
     error: BaseException | None = None
-    """What stopped it."""
+    """The error that stopped it."""
 
     @property
     def name(self) -> str:
-        """The member's name, which is that of its folder."""
+        """The name of the trial and of its folder."""
         return self.trial.name
 
     @property
     def status(self) -> str:
-        """Return finished, stopped or unfinished."""
+        """One of finished, stopped, unfinished."""
         if self.trained is not None:
             return "finished"
         stopped = self.error is not None and not isinstance(self.error, KeyboardInterrupt)
@@ -54,12 +53,12 @@ class TrialResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """What a sweep made."""
+    """The result of a sweep."""
 
     config: TrainConfig
     trials: tuple[TrialResult, ...]
     seconds: float
-    """Time in the training loops of all members together, evaluation included."""
+    """Time in the training loops of all trials together, evaluation included."""
 
     @property
     def out(self) -> Path:
@@ -68,35 +67,39 @@ class SweepResult:
 
     @property
     def finished(self) -> dict[str, TrainResult]:
-        """Return what the members that came to their end made, by name."""
+        """The results of the finished trials, by name."""
         return {each.name: each.trained for each in self.trials if each.trained is not None}
 
     @property
     def metric(self) -> str | None:
-        """The validation score that all finished members have and are compared by."""
+        """The validation score that all finished trials have, and by which they are compared."""
         scored = [set(trained.scores) for trained in self.finished.values()]
         common = set.intersection(*scored) if scored else set()
-        # Classifiers have a loss as well, but accuracy decides: the loss is the last to be taken.
+        # Classifiers have a loss as well, but accuracy decides: the loss is the last choice.
         deciding = sorted(BEST_BY.values(), key="loss".__eq__)
         return next((name for name in deciding if name in common), None)
 
     def score(self, trained: TrainResult) -> float:
-        """Return what a finished member is compared by: without validation, its training loss."""
+        """The score of a finished trial: its validation score, else its training loss."""
         return trained.scores[self.metric] if self.metric else trained.last_loss
 
     @property
     def score_name(self) -> str:
-        """Return what the score is, in words."""
+        """The name of the score, in words."""
         return f"validation {self.metric}" if self.metric else "training loss"
 
     @property
     def summary(self) -> str:
-        """Return what came out, with a table, in Markdown that can be read as text too."""
-        return "\n\n".join([_headline(self), _table(self), *_notes(self)])
+        """The results with a table, in Markdown that can be read as text too."""
+        headline = (
+            f"{len(self.trials)} adapters on {self.config.model}, trained together in "
+            f"{self.seconds:.0f} s"
+        )
+        return "\n\n".join([headline, _table(self), *_notes(self)])
 
 
 def write_figures(result: SweepResult) -> None:
-    """Write all figures as JSON: what a sweep that is resumed knows of its finished members."""
+    """Write all figures as JSON; a resumed sweep reads from it which trials are finished."""
     _put(result.out / FIGURES, json.dumps(figures(result), indent=1) + "\n")
 
 
@@ -118,14 +121,14 @@ def write_table_and_plot(result: SweepResult) -> None:
 
 
 def _put(file: Path, text: str) -> None:
-    """Write a file as a whole: a sweep that is killed leaves the one before it."""
+    """Replace a file as a whole: a sweep that is killed leaves the file before."""
     new = file.with_name(f".{file.name}.new")
     new.write_text(text, encoding="utf-8")
     new.replace(file)
 
 
 def figures(result: SweepResult) -> dict[str, Any]:
-    """All figures of a sweep, as JSON has them: null for what is infinite."""
+    """All figures of a sweep as JSON values, with null for infinity."""
     data = {
         "model": result.config.model,
         "sweep": result.config.sweep,
@@ -150,11 +153,12 @@ def _trial_figures(result: SweepResult, each: TrialResult) -> dict[str, Any]:
 
 
 def _comparable(config: TrainConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=NOT_COMPARED)
+    compared = set(settings_where(TrainConfig, lambda mark: mark.compared))
+    return config.model_dump(mode="json", include=compared)
 
 
 def read_finished(out: Path, trials: Sequence[Trial]) -> dict[str, TrainResult]:
-    """Return what the members that a sweep's folder has complete, with the same settings, made."""
+    """The results of the trials that a sweep's folder holds complete, with the same settings."""
     file = out / FIGURES
     if not file.is_file():
         return {}
@@ -171,11 +175,6 @@ def read_finished(out: Path, trials: Sequence[Trial]) -> dict[str, TrainResult]:
 def _read_result(trial: Trial, result: Mapping[str, Any]) -> TrainResult:
     scores = {name: float("inf") if v is None else v for name, v in result["scores"].items()}
     return TrainResult(**{**result, "out": trial.config.out, "scores": scores})
-
-
-def _headline(result: SweepResult) -> str:
-    count = len(result.trials)
-    return f"{count} adapters on {result.config.model}, trained together in {result.seconds:.0f} s"
 
 
 def _table(result: SweepResult) -> str:
@@ -203,7 +202,7 @@ def _size(size_bytes: int) -> str:
 
 
 def _notes(result: SweepResult) -> list[str]:
-    """Return what stopped members, and why there is no plot."""
+    """The errors of stopped trials, and the reason where there is no plot."""
     lines = [f"{e.name} was stopped: {e.error}" for e in result.trials if e.status == "stopped"]
     if not sweep_plot.is_available():
         lines.append(f"No {PLOT}: {MissingExtraError('the plot', 'plots')}")

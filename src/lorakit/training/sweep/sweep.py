@@ -1,4 +1,4 @@
-"""Several adapters trained together on one frozen base, each exactly as if alone."""
+"""Sweeps: several adapters trained together on one frozen base, each as if alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from torch import Tensor
 from lorakit.config.train import TrainConfig
 from lorakit.data.batches import pad_token
 from lorakit.errors import LorakitError, TrainingError
-from lorakit.kernels.choice import use
 from lorakit.training.checks import Interruption
-from lorakit.training.memory.training_memory import training_memory
 from lorakit.training.prepare import Prepared, prepare_all
 from lorakit.training.record import SharedBar
-from lorakit.training.run import Run, TrainResult, check_free, execute
+from lorakit.training.run import Run, TrainResult, check_free, execute, while_training
 from lorakit.training.sweep.coroutine_thread import CoroutineThread
 from lorakit.training.sweep.grid import Trial, trials_of
 from lorakit.training.sweep.joint_step import MicroBatch, TrialTrainer, joint_losses
@@ -34,25 +32,25 @@ TrialThread = CoroutineThread[MicroBatch, Tensor, TrainResult]
 
 
 def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -> SweepResult:
-    """Train an adapter for each member of `config.sweep`, all in one batch, as if each were alone.
+    """Train an adapter for each trial of `config.sweep`, all in one batch, as if each were alone.
 
-    Every member has its own Trainer: data order, loss, clipping, optimizer, schedule, evaluation,
-    early stop, checkpoints and guardrails are those of `train`, and so is its folder, `out/NAME`.
+    Every trial has its own Trainer: data order, loss, clipping, optimizer, schedule, evaluation,
+    early stop, checkpoints and checks are those of `train`, and so is its folder, `out/NAME`.
     Only the forward and backward passes are joint. Gradients equal those of separate runs to
     rounding. With dropout, in the adapter or in the base, the random numbers are others than alone.
 
-    A member that a guardrail stops leaves its last good adapter, and the others go on. Beside the
-    members' folders are sweep.json (figures), sweep.md (a table) and sweep.png (score against
+    A trial that a check stops leaves its last good adapter, and the others go on. Beside the
+    trials' folders are sweep.json (figures), sweep.md (a table) and sweep.png (score against
     parameters, where matplotlib is installed).
 
     Args:
         config: the settings; `sweep` says what varies.
         progress: show a bar on stderr.
-        table: print on stderr, before the first step, what each member trains and what was read.
+        table: print on stderr, before the first step, what each trial trains and what was read.
 
     Raises:
-        LorakitError: the sweep cannot start, or no member came to its end.
-        KeyboardInterrupt: it was interrupted; each member has a checkpoint, the text says how to
+        LorakitError: the sweep cannot start, or no trial came to its end.
+        KeyboardInterrupt: it was interrupted; each trial has a checkpoint, the text says how to
             go on.
     """
     trials = trials_of(config)
@@ -65,11 +63,11 @@ def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -
     results = {trial.name: TrialResult(trial, finished.get(trial.name)) for trial in trials}
 
     def record(name: str, ended: TrialThread) -> None:
-        results[name] = TrialResult(results[name].trial, ended.made, ended.error)
+        results[name] = TrialResult(results[name].trial, ended.result, ended.error)
         write_figures(_result(config, results, started))
 
     config.out.mkdir(parents=True, exist_ok=True)
-    with use(config.kernels):
+    if runs:
         _train(runs, record, progress=progress)
     result = _result(config, results, started)
     write_figures(result)
@@ -78,16 +76,16 @@ def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -
 
 
 def prepare_sweep(config: TrainConfig) -> dict[str, Prepared]:
-    """Return what each member of a sweep needs, by its name; nothing is written.
+    """Prepare each trial of a sweep, by its name; nothing is written.
 
     Raises:
-        LorakitError: whatever stands in the way of the sweep.
+        LorakitError: the sweep cannot start; the error lists the problems of each trial.
     """
     return _prepare({trial.name: trial for trial in trials_of(config)})
 
 
 def describe(prepared: Mapping[str, Prepared]) -> str:
-    """Each member's match table and what was read for it, as text."""
+    """The match table of each trial and what was read for it, as text."""
     return "\n\n".join(f"{name}\n{each}" for name, each in prepared.items())
 
 
@@ -106,7 +104,7 @@ def _prepare(trials: Mapping[str, Trial]) -> dict[str, Prepared]:
 
 
 def _open(config: TrainConfig, trials: Sequence[Trial]) -> dict[str, TrainResult]:
-    """The results of members that are finished already, or make sure the folder is free.
+    """The results of trials that are finished already, or make sure that the folder is free.
 
     Raises:
         OutputError: the folder is in use.
@@ -116,17 +114,13 @@ def _open(config: TrainConfig, trials: Sequence[Trial]) -> dict[str, TrainResult
         check_free(config)
         return {}
     finished = read_finished(config.out, trials)
-    if not finished and not any(_checkpoints(trial) for trial in trials):
-        raise TrainingError(f"{config.out} has no member to resume: leave out --resume")
+    if not finished and not any(list_checkpoints(t.config.out / "checkpoints") for t in trials):
+        raise TrainingError(f"{config.out} has no trial to resume: leave out --resume")
     return finished
 
 
-def _checkpoints(trial: Trial) -> list[str]:
-    return [str(path) for path in list_checkpoints(trial.config.out / "checkpoints")]
-
-
 def _run(trial: Trial, prepared: Prepared) -> Run:
-    # A sweep that was interrupted early may have members without a checkpoint: they start anew.
+    # A sweep that was interrupted early may have trials without a checkpoint: they start anew.
     found = list_checkpoints(trial.config.out / "checkpoints") if trial.config.resume else []
     return Run(config=trial.config, prepared=prepared, checkpoint=found[-1] if found else None)
 
@@ -134,16 +128,16 @@ def _run(trial: Trial, prepared: Prepared) -> Run:
 def _train(
     runs: Sequence[Run], record: Callable[[str, TrialThread], None], *, progress: bool
 ) -> None:
-    """Train all runs to their ends, and tell of each when it has ended.
+    """Train all runs to their ends, and call `record` for each that has ended.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; each run has saved a checkpoint.
     """
     steps, done = (sum(r.prepared.steps for r in runs), sum(r.steps_done for r in runs))
     with (
-        Interruption() as interruption,
+        # Trials share the base, and all settings that this reads.
+        while_training(runs[0].prepared.model, runs[0].config) as interruption,
         SharedBar(runs=len(runs), steps=steps, done=done, show=progress) as bar,
-        training_memory(runs[0].prepared.model, runs[0].config),
     ):
         threads = {
             run.prepared.name: TrialThread(
@@ -156,10 +150,10 @@ def _train(
         finally:
             for thread in threads.values():
                 thread.close()
-    unfinished = [n for n, s in threads.items() if isinstance(s.error, KeyboardInterrupt)]
+    unfinished = [n for n, t in threads.items() if isinstance(t.error, KeyboardInterrupt)]
     if unfinished:
         raise KeyboardInterrupt(
-            f"{len(unfinished)} of {len(runs)} members are unfinished, and each has saved a "
+            f"{len(unfinished)} of {len(runs)} trials are unfinished, and each has saved a "
             f"checkpoint: give --resume to go on. {threads[unfinished[0]].error}"
         )
 
@@ -168,9 +162,9 @@ def _trial(
     run: Run,
     interruption: Interruption,
     bar: SharedBar,
-    hand_in: Callable[[MicroBatch], Tensor],
+    submit: Callable[[MicroBatch], Tensor],
 ) -> TrainResult:
-    make_trainer = partial(TrialTrainer, hand_in=hand_in)
+    make_trainer = partial(TrialTrainer, submit=submit)
     return execute(run, interruption, bar=bar, make_trainer=make_trainer)
 
 
@@ -179,21 +173,21 @@ def _take_turns(
     runs: Sequence[Run],
     record: Callable[[str, TrialThread], None],
 ) -> None:
-    """Let each member run until it has a batch, train on all batches at once, and again."""
+    """Let each trial run until it submits a batch, do a joint step with all batches, and repeat."""
 
     def advance(name: str, loss: Tensor | None = None) -> MicroBatch | None:
-        asked = threads[name].advance(loss)
-        if asked is None:
+        batch = threads[name].advance(loss)
+        if batch is None:
             record(name, threads[name])
-        return asked
+        return batch
 
     waiting = [batch for name in threads if (batch := advance(name)) is not None]
     while waiting:
         shared = runs[0].prepared
         losses = joint_losses(shared.model, waiting, pad_id=pad_token(shared.tokenizer))
         pairs = zip(waiting, losses, strict=True)
-        answered = [advance(batch.name, loss) for batch, loss in pairs]
-        waiting = [batch for batch in answered if batch is not None]
+        following = [advance(batch.name, loss) for batch, loss in pairs]
+        waiting = [batch for batch in following if batch is not None]
 
 
 def _result(config: TrainConfig, results: Mapping[str, TrialResult], started: float) -> SweepResult:
@@ -202,10 +196,10 @@ def _result(config: TrainConfig, results: Mapping[str, TrialResult], started: fl
 
 
 def _checked(result: SweepResult) -> SweepResult:
-    """The result of a sweep, if it is one.
+    """The result of a sweep in which a trial came to its end.
 
     Raises:
-        TrainingError: no member came to its end.
+        TrainingError: no trial came to its end.
     """
     errors = {each.name: each.error for each in result.trials if each.error is not None}
     for error in errors.values():
@@ -214,5 +208,5 @@ def _checked(result: SweepResult) -> SweepResult:
             raise error
     if len(errors) == len(result.trials):
         lines = [f"{name}: {error}" for name, error in errors.items()]
-        raise TrainingError.listing("no member of the sweep came to its end", lines)
+        raise TrainingError.listing("no trial of the sweep came to its end", lines)
     return result

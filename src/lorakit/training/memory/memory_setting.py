@@ -1,4 +1,4 @@
-"""What a run keeps for the backward pass: the setting `memory`, applied to a model."""
+"""The setting `memory`, applied to a model: what a run keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from lorakit.training.memory.activation_checkpointing import (
 from lorakit.training.memory.memory_efficient import memory_efficient
 
 SAVE_POLICIES = {"balanced": matmuls, "low": narrow_matmuls}
-"""Which results blocks keep, by setting; those of `fast` keep all that autograd asks for."""
+"""The save policy of blocks by setting; with `fast` they keep all that autograd saves."""
 
 
 @contextmanager
 def training_memory(model: PreTrainedModel, config: TrainConfig) -> Iterator[None]:
-    """Let a model keep what `config.memory` says, for as long as the context lasts."""
+    """Apply `config.memory` to a model inside a `with` block."""
     save_policy = SAVE_POLICIES.get(config.memory)
-    # What a compiler fuses keeps no more than ours.
-    is_ours = fast() and not config.compile
+    # Fused code of a compiler saves as few activations.
+    replaces_modules = fast() and not config.compile
     with (
         _without_cache(model),
-        memory_efficient(model) if is_ours else nullcontext(),
+        memory_efficient(model) if replaces_modules else nullcontext(),
         recomputing(model, save_policy, offload=config.offload) if save_policy else nullcontext(),
     ):
         yield
 
 
 def check_memory(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Make sure that a model on this machine can be trained with the settings of memory.
+    """Make sure that a model can be trained on this machine with the settings of memory.
 
     Raises:
         ConfigError: it cannot.
@@ -65,7 +65,7 @@ def check_memory(model: PreTrainedModel, config: TrainConfig) -> None:
 
 @contextmanager
 def _without_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Keep a decoder from collecting keys and values for a generation that never comes."""
+    """Turn off the cache of keys and values, for generation alone, inside a `with` block."""
     before = getattr(model.config, "use_cache", None)
     if before:
         model.config.use_cache = False

@@ -1,0 +1,44 @@
+"""Marks of settings: every setting of a run has been decided, and what the marks come to."""
+
+from lorakit.config.base import Settings
+from lorakit.config.marks import Mark, mark_of, settings_where
+from lorakit.config.train import TrainConfig
+from lorakit.training.sweep.grid import SECTIONS, VARYING
+
+METHODS = {"lora", "full", "bitfit", "prefix", "bottleneck"}
+VARYING_OF_RUNS = {
+    *("method", "steps", "epochs", "batch_size", "accumulate", "learning_rate", "lora_plus_ratio"),
+    *("eva_batches", "warmup_steps", "schedule", "weight_decay", "max_grad_norm"),
+    *("label_smoothing", "z_loss", "seed", "eval_every", "patience"),
+}
+OF_ONE_CALL = {"out", "sweep", "resume", "overwrite", "dry_run"}
+
+
+def test_every_setting_of_a_run_has_one_mark():
+    marks = {
+        name: [each for each in field.metadata if isinstance(each, Mark)]
+        for name, field in TrainConfig.model_fields.items()
+    }
+    assert [name for name, found in marks.items() if len(found) != 1] == []
+
+
+def test_a_setting_without_a_mark_does_not_vary_and_is_on_the_card():
+    class Unmarked(Settings):
+        size: int = 1
+
+    assert mark_of(Unmarked, "size") == Mark(varies=False, on_card=True, compared=True)
+
+
+def test_what_varies_between_trials_is_as_agreed():
+    assert set(SECTIONS) == {*METHODS, "data"}
+    assert {name for name in VARYING if "." not in name} == VARYING_OF_RUNS
+    inner = {
+        f"{name}.{each}" for name, section in SECTIONS.items() for each in section.model_fields
+    }
+    assert {name for name in VARYING if "." in name} == inner
+
+
+def test_what_the_card_and_a_resumed_sweep_leave_out_is_as_agreed():
+    off_card = settings_where(TrainConfig, lambda mark: not mark.on_card)
+    assert set(off_card) == OF_ONE_CALL | METHODS | {"method", "data", "model", "task"}
+    assert set(settings_where(TrainConfig, lambda mark: not mark.compared)) == OF_ONE_CALL
