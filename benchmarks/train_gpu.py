@@ -5,10 +5,9 @@
 Rows of 2,048 tokens, all labelled; rank 16 on all linear layers, float32, on a bfloat16 base. Ours
 is the code of `lorakit train`; PEFT is in transformers' Trainer, compiled block by block. They
 train one after the other on one base: a GPU's times do not drift as a shared processor's do.
-Medians of steps. The operations of a step are those that it cannot do without
-(`lorakit.bench.roofline_counts`), and their rate stands beside that of a product of large matrices
-on the same card. Takes about four minutes; what would begin after BUDGET_S is left out. --tiny
-checks the program on a CPU.
+Medians of steps. The operations of a step are those that it cannot do without (`operations`), and
+their rate is shown beside that of a matmul of large matrices on the same card. Takes about four
+minutes; what would begin after BUDGET_S is left out. --tiny checks the program on a CPU.
 """
 
 import argparse
@@ -31,7 +30,6 @@ from transformers.trainer_callback import PrinterCallback
 
 import lorakit as lk
 from lorakit.bench.memory import forget_peak, most_bytes
-from lorakit.bench.roofline_counts import Batch, Shape, count
 from lorakit.data.batches import training_batch
 from lorakit.data.encode import Encoded, Example
 from lorakit.data.packing import choose_layout
@@ -75,6 +73,29 @@ WORK = {
 TINY = {"tiny": Work(config=llama(64, 96, 2, 4, 2, vocab_size=256), rows=2, tokens=32)}
 
 
+def operations(work: Work, adapter: int) -> int:
+    """Multiplications plus additions that a training step cannot do without, padding left out.
+
+    The base is frozen: its weights get no gradient, and nothing below the first block's q, k and v
+    needs the gradient of their input.
+
+    Args:
+        work: the model's shape, and the rows, all of whose tokens but the first are target tokens.
+        adapter: values of all A and B.
+    """
+    config, tokens = work.config, work.rows * work.tokens
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    keys = width * config.num_key_value_heads // config.num_attention_heads
+    qkv = width * (width + 2 * keys)
+    block = qkv + width * width + 3 * width * inner
+    pairs = work.rows * work.tokens * (work.tokens + 1) // 2
+    forward_and_backward = 2 * tokens * (2 * layers * block - qkv)
+    # Two matmuls forward, four backward, over the pairs of a token and one that it sees.
+    attention = layers * 6 * 2 * pairs * width
+    head = 2 * 2 * work.rows * (work.tokens - 1) * width * config.vocab_size
+    return forward_and_backward + attention + head + 6 * tokens * adapter
+
+
 class Stopwatch(TrainerCallback):
     """Takes the time between the ends of steps."""
 
@@ -101,6 +122,7 @@ class Race:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with torch.device(device):
             self.model = AutoModelForCausalLM.from_config(work.config, dtype=torch.bfloat16)
+        self.work = work
         self.config = lk.TrainConfig(
             out=folder / "run",
             lora=lk.LoRAConfig(rank=RANK, targets=("all-linear",)),
@@ -113,15 +135,13 @@ class Race:
         size = (work.rows * self.config.steps, work.tokens)
         ids = torch.randint(work.config.vocab_size, size, generator=draw).tolist()
         self.examples = tuple(Example(input_ids=row, labels=list(row)) for row in ids)
-        self.batch = Batch.of(self.examples[: work.rows])
         self.operations = 0
 
     def ours(self) -> Stopwatch:
         """Train as `lorakit train` does."""
         watch = Stopwatch()
         plan = lk.attach(self.model, self.config.lora, name=NAME)
-        shape = Shape.of(self.model, NAME)
-        self.operations = sum(part.operations for part in count(shape, self.batch).values())
+        self.operations = operations(self.work, plan.parameters)
         prepared = Prepared(
             name=NAME,
             task="generation",
@@ -202,7 +222,7 @@ def measure(name: str, work: Work, until: float, most: float) -> list[dict[str, 
                 {
                     "model": name,
                     "who": way,
-                    "tokens/s": round(race.batch.tokens / seconds),
+                    "tokens/s": round(work.rows * work.tokens / seconds),
                     "step ms": round(seconds * 1000, 1),
                     "memory GB": round((most_bytes() or 0) / 1e9, 2),
                     "TFLOP/s": round(race.operations / seconds / 1e12, 1),

@@ -69,9 +69,7 @@ def test_the_page_has_a_place_for_each_benchmark_and_its_command(name):
     assert f"\nlorakit bench {name} --out docs/benchmarks/{name}.json\n" in page
 
 
-@pytest.mark.parametrize(
-    "name", ["train", "train_float32", "train_all_linear", "train_compiled", "roofline"]
-)
+@pytest.mark.parametrize("name", ["train", "train_float32", "train_all_linear", "train_compiled"])
 def test_the_page_has_a_place_for_each_measurement_of_training(name):
     page = PAGE.read_text(encoding="utf-8")
     assert f"<!-- {name} -->\n" in page

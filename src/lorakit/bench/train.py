@@ -5,11 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from lorakit.bench.break_even import start_ups
 from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.rounds import Seconds
 from lorakit.bench.startup import first_step
@@ -17,41 +14,17 @@ from lorakit.bench.train_baselines import Task
 from lorakit.bench.train_chart import check_chart, draw
 from lorakit.bench.train_clock import PARTS
 from lorakit.bench.train_processes import Plan, Record, race
-from lorakit.bench.train_settings import RunSettings, draw_rows, run_settings, write_rows
-from lorakit.config.base import PositiveInt
+from lorakit.bench.train_settings import (
+    WARM_UPS,
+    TrainBenchConfig,
+    draw_rows,
+    run_settings,
+    write_rows,
+)
 from lorakit.config.train import TrainConfig
 
-WARM_UPS = 1
-"""Turns that do not count: the first steps compile, allocate and fill caches."""
 FULL_LEARNING_RATE = 5e-5
 """Peak rate of full fine-tuning: that of an adapter would ruin a model's own weights."""
-
-
-class TrainBenchConfig(RunSettings):
-    """What is trained, and who takes part."""
-
-    steps: PositiveInt = 4
-    """Steps of one turn."""
-
-    held_out: PositiveInt = 64
-    """Rows that are not trained on, and scored after the last step."""
-
-    full: bool = True
-    """Measure full fine-tuning too."""
-
-    compiled: bool = False
-    """Measure ours and PEFT with torch.compile too, which takes minutes to compile on a CPU."""
-
-    starts: Annotated[int, Field(ge=0)] = 3
-    """Starts of `lorakit train` on all rows that are timed until the first step; 0: none."""
-
-    plot: Path | None = None
-    """PNG file for a bar chart, which is replaced. None: none."""
-
-    @property
-    def all_steps(self) -> int:
-        """The steps of each contestant, those of the warm-up among them."""
-        return self.steps * (WARM_UPS + self.repeats)
 
 
 def measure_train(settings: TrainBenchConfig) -> Findings:
@@ -84,7 +57,7 @@ def measure_train(settings: TrainBenchConfig) -> Findings:
         goals=(*_goals(records, settings), *_goals_of_starts(started)),
         memory={way: most for way, each in records.items() if (most := each.most_bytes)},
         checks=_checks(records),
-        tables={"contestants": rows, "start_up": start_ups(records)},
+        tables={"contestants": rows},
         curves=curves,
     )
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of training are told, and the rows and the run that follow from it."""
+"""The settings of the benchmark of training, and the rows and the run that follow from them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from lorakit.data.row_types import PromptRow
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError
 
+WARM_UPS = 1
+"""Turns that do not count: the first steps compile, allocate and fill caches."""
 WARM_UP_STEPS = 20
 """Steps over which the learning rate rises, where the run is at least twice as long."""
 
 
-class RunSettings(BenchConfig):
-    """Which adapter is trained, and on what."""
+class TrainBenchConfig(BenchConfig):
+    """What is trained, on what, and who takes part."""
 
     rank: PositiveInt = 8
     """Rank of the adapters."""
@@ -46,8 +48,31 @@ class RunSettings(BenchConfig):
     ours: dict[str, Any] | None = None
     """Other settings of `lorakit train` for ours, such as {memory: low}."""
 
+    steps: PositiveInt = 4
+    """Steps of one turn."""
 
-def draw_rows(settings: RunSettings, count: int, *, what_for: str) -> list[PromptRow]:
+    held_out: PositiveInt = 64
+    """Rows that are not trained on, and scored after the last step."""
+
+    full: bool = True
+    """Measure full fine-tuning too."""
+
+    compiled: bool = False
+    """Measure ours and PEFT with torch.compile too, which takes minutes to compile on a CPU."""
+
+    starts: Annotated[int, Field(ge=0)] = 3
+    """Starts of `lorakit train` on all rows that are timed until the first step; 0: none."""
+
+    plot: Path | None = None
+    """PNG file for a bar chart, which is replaced. None: none."""
+
+    @property
+    def all_steps(self) -> int:
+        """The steps of each contestant, those of the warm-up among them."""
+        return self.steps * (WARM_UPS + self.repeats)
+
+
+def draw_rows(settings: TrainBenchConfig, count: int, *, what_for: str) -> list[PromptRow]:
     """So many of all the rows that there are, in the order in which they were drawn.
 
     Raises:
@@ -75,7 +100,7 @@ def write_rows(rows: Iterable[PromptRow], file: Path) -> None:
 
 
 def run_settings(
-    settings: RunSettings, *, rows: Path, out: Path, steps: int, own: Mapping[str, Any] | None
+    settings: TrainBenchConfig, *, rows: Path, out: Path, steps: int, own: Mapping[str, Any] | None
 ) -> TrainConfig:
     """The settings with which `lorakit train` trains on written rows.
 

@@ -20,7 +20,6 @@ VERBS = {
     "bench load": "Time the loading of adapters, beside PEFT and plain reading.",
     "bench methods": "Train every method of the paper on the same rows, and score each.",
     "bench mixed": "Time batches of many adapters, beside PEFT and the plain model.",
-    "bench roofline": "Tell how far each part of a training step is from the machine's limit.",
     "bench switch": "Time switching between adapters, beside PEFT.",
     "bench sweep": "Time training many adapters at once, beside one by one.",
     "bench train": "Time training, beside PEFT and full fine-tuning.",
