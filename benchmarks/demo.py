@@ -8,7 +8,7 @@ from measured import environment, write_result
 
 
 def main() -> None:
-    """Run the demo, print its table, write docs/benchmarks/demo.json."""
+    """Run the demo, print its table, write benchmarks/results/demo.json."""
     result = environment()
     found = run(DemoConfig())
     print(found.text)

@@ -104,7 +104,7 @@ def peers(config: lk.TrainConfig, data: Path, rows: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run both, print both, write docs/benchmarks/e2e.json."""
+    """Run both, print both, write benchmarks/results/e2e.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)

@@ -8,11 +8,11 @@ from lorakit.bench.environment import environment
 
 __all__ = ["environment", "write_result"]
 
-RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
+RESULTS = Path(__file__).parent / "results"
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Write a result to docs/benchmarks/NAME.json, and return the file."""
+    """Write a result to benchmarks/results/NAME.json, and return the file."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")

@@ -106,7 +106,7 @@ def _loop(model: Any, training: Encoded, collate: Collator, rate: float, steps: 
 
 
 def main() -> None:
-    """Run all, print all, write docs/benchmarks/sst2.json."""
+    """Run all, print all, write benchmarks/results/sst2.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=4000)

@@ -11,7 +11,7 @@ from lorakit.bench.result import OURS
 
 PAGES = (Path("docs/benchmarks.md"), Path("docs/methods.md"))
 """The pages of this repository, from its root."""
-RESULTS = Path("docs/benchmarks")
+RESULTS = Path("benchmarks/results")
 """The folder of the results."""
 NOT_MEASURED = "Not measured yet."
 
