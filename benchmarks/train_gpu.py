@@ -2,19 +2,17 @@
 
     python benchmarks/train_gpu.py [--out FILE] [--tiny]
 
-Rows of 2,048 tokens, all labelled; rank 16 on all linear layers, float32, on a bfloat16 base. Ours
+Rows of 2,048 target tokens; rank 16 on all linear layers, float32, on a bfloat16 base. Ours
 is the code of `lorakit train`; PEFT is in transformers' Trainer, compiled block by block. They
 train one after the other on one base: a GPU's times do not drift as a shared processor's do.
-Medians of steps. The operations of a step are those that it cannot do without
-(`lorakit.bench.roofline_counts`), and their rate stands beside that of a product of large matrices
-on the same card. Takes about four minutes; what would begin after BUDGET_S is left out. --tiny
-checks the program on a CPU.
+Medians of steps. The operations of a step are those that it cannot do without (`operations`), and
+their rate is shown beside that of a matmul of large matrices on the same card. Takes about four
+minutes; what would begin after BUDGET_S is left out. --tiny checks the program on a CPU.
 """
 
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -31,14 +29,13 @@ from transformers.trainer_callback import PrinterCallback
 
 import lorakit as lk
 from lorakit.bench.memory import forget_peak, most_bytes
-from lorakit.bench.roofline_counts import Batch, Shape, count
 from lorakit.data.batches import training_batch
 from lorakit.data.encode import Encoded, Example
 from lorakit.data.packing import choose_packing
 from lorakit.training.prepare import NAME, Prepared
 from lorakit.training.run import Run, execute, while_training
 from lorakit.training.trainer import make_arguments
-from measured import environment
+from measured import begin, write_result
 
 RANK = 16
 WARM_UPS, STEPS = 3, 8
@@ -75,14 +72,37 @@ WORK = {
 TINY = {"tiny": Work(config=llama(64, 96, 2, 4, 2, vocab_size=256), rows=2, tokens=32)}
 
 
+def operations(work: Work, adapter: int) -> int:
+    """Multiplications plus additions that a training step cannot do without, padding left out.
+
+    The base is frozen: its weights get no gradient, and nothing below the first block's q, k and v
+    needs the gradient of their input.
+
+    Args:
+        work: the model's shape, and the rows, all of whose tokens but the first are target tokens.
+        adapter: values of all A and B.
+    """
+    config, tokens = work.config, work.rows * work.tokens
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    keys = width * config.num_key_value_heads // config.num_attention_heads
+    qkv = width * (width + 2 * keys)
+    block = qkv + width * width + 3 * width * inner
+    pairs = work.rows * work.tokens * (work.tokens + 1) // 2
+    forward_and_backward = 2 * tokens * (2 * layers * block - qkv)
+    # Two matmuls forward, four backward, over the pairs of a token and one that it sees.
+    attention = layers * 6 * 2 * pairs * width
+    head = 2 * 2 * work.rows * (work.tokens - 1) * width * config.vocab_size
+    return forward_and_backward + attention + head + 6 * tokens * adapter
+
+
 class Stopwatch(TrainerCallback):
-    """Takes the time between the ends of steps."""
+    """A callback that measures the time between the ends of steps."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the moment at which the step's work is done."""
+        """Note the time at which the step is complete."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
@@ -94,13 +114,14 @@ class Stopwatch(TrainerCallback):
         return statistics.median(b - a for a, b in itertools.pairwise(counted))
 
 
-class Race:
-    """One base, and the contestants that train an adapter on it."""
+class Participants:
+    """One base, and the ways to train an adapter on it."""
 
     def __init__(self, work: Work, folder: Path) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with torch.device(device):
             self.model = AutoModelForCausalLM.from_config(work.config, dtype=torch.bfloat16)
+        self.work = work
         self.config = lk.TrainConfig(
             out=folder / "run",
             lora=lk.LoRAConfig(rank=RANK, targets=("all-linear",)),
@@ -109,19 +130,17 @@ class Race:
             warmup_steps=1,
             learning_rate=1e-4,
         )
-        draw = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         size = (work.rows * self.config.steps, work.tokens)
-        ids = torch.randint(work.config.vocab_size, size, generator=draw).tolist()
+        ids = torch.randint(work.config.vocab_size, size, generator=generator).tolist()
         self.examples = tuple(Example(input_ids=row, labels=list(row)) for row in ids)
-        self.batch = Batch.of(self.examples[: work.rows])
         self.operations = 0
 
     def ours(self) -> Stopwatch:
         """Train as `lorakit train` does."""
         watch = Stopwatch()
         plan = lk.attach(self.model, self.config.lora, name=NAME)
-        shape = Shape.of(self.model, NAME)
-        self.operations = sum(part.operations for part in count(shape, self.batch).values())
+        self.operations = operations(self.work, plan.parameters)
         prepared = Prepared(
             name=NAME,
             task="generation",
@@ -171,7 +190,7 @@ class Race:
 
 
 def ceiling(side: int) -> float:
-    """The operations per second of a product of large matrices."""
+    """The operations per second of a matmul of large matrices."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.ones(side, side, device=device, dtype=torch.bfloat16)
     best = float("inf")
@@ -185,30 +204,33 @@ def ceiling(side: int) -> float:
 
 
 def measure(name: str, work: Work, until: float, most: float) -> list[dict[str, Any]]:
-    """A line for each contestant that there is time for."""
+    """The figures of each participant that there is time for."""
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        race = Race(work, Path(folder))
+        participants = Participants(work, Path(folder))
         ways: dict[str, Callable[[], Stopwatch]] = {
-            "ours": race.ours,
-            "peft": race.peft,
-            "peft compiled": race.peft_compiled,
+            "ours": participants.ours,
+            "peft": participants.peft,
+            "peft compiled": participants.peft_compiled,
         }
         for way, train in ways.items():
             if lines and time.perf_counter() > until:
-                print(f"{name}, {way}: left out, for want of time")
+                print(f"{name}, {way}: left out, no time is left")
                 continue
             gc.collect()
             seconds = train().seconds
+            rate = participants.operations / seconds
             lines.append(
                 {
                     "model": name,
                     "who": way,
-                    "tokens/s": round(race.batch.tokens / seconds),
+                    "tokens/s": round(work.rows * work.tokens / seconds),
                     "step ms": round(seconds * 1000, 1),
                     "memory GB": round((most_bytes() or 0) / 1e9, 2),
-                    "TFLOP/s": round(race.operations / seconds / 1e12, 1),
-                    "% of a large product": round(100 * race.operations / seconds / most, 1),
+                    "TFLOP/s": round(rate / 1e12, 1),
+                    "% of a large product": round(
+                        100 * participants.operations / seconds / most, 1
+                    ),
                 }
             )
             print(lines[-1], flush=True)
@@ -223,7 +245,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, write what was asked for, and print the table last."""
+    """Measure, print the table, and write the result, if --out names a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, also without a GPU")
@@ -231,7 +253,7 @@ def main() -> None:
     if not (torch.cuda.is_available() or arguments.tiny):
         print("No CUDA device was found, so there is nothing to measure.")
         return
-    conditions, until = environment(), time.perf_counter() + BUDGET_S
+    conditions, until = begin(arguments.out), time.perf_counter() + BUDGET_S
     most = ceiling(256 if arguments.tiny else SIDE)
     rows = []
     for name, work in (TINY if arguments.tiny else WORK).items():
@@ -240,9 +262,8 @@ def main() -> None:
         torch.cuda.empty_cache()
     settings = {"rank": RANK, "targets": "all-linear", "base": "bfloat16", "weights": "float32"}
     result = {**conditions, "settings": settings, "large_product_per_s": most, "rows": rows}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"a product of large matrices: {most / 1e12:.0f} TFLOP/s", table(rows), sep="\n\n")
+    print(f"a matmul of large matrices: {most / 1e12:.0f} TFLOP/s", table(rows), sep="\n\n")
+    write_result(arguments.out, result)
 
 
 if __name__ == "__main__":

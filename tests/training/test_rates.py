@@ -13,7 +13,7 @@ from lorakit.training.rates import learning_rates, split_by_rate
 from lorakit.training.run import train
 from tiny_models import build
 
-RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def groups(model, config):

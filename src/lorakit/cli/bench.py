@@ -1,4 +1,4 @@
-"""The verbs of `lorakit bench`: lorakit beside its peers and its limits, measured in one run."""
+"""The verbs of `lorakit bench`: lorakit beside its peers, measured in one run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from lorakit.bench.load import LoadConfig, measure_load
 from lorakit.bench.methods import MethodsConfig, measure_methods
 from lorakit.bench.mixed import MixedConfig, measure_mixed
 from lorakit.bench.result import Findings, Measured, run_bench
-from lorakit.bench.roofline import RooflineConfig, measure_roofline
 from lorakit.bench.sweep import SweepConfig, measure_sweep
 from lorakit.bench.switch import SwitchConfig, measure_switch
 from lorakit.bench.tables import table
-from lorakit.bench.train import TrainBenchConfig, measure_train
+from lorakit.bench.train import measure_train
+from lorakit.bench.train_settings import TrainBenchConfig
 from lorakit.cli.verbs import Result, Verb
 from lorakit.config.base import Settings
 
@@ -27,7 +27,7 @@ class Bench:
     measure: Callable[[Any], Findings]
 
     def run(self, settings: Measured) -> Result:
-        """Measure, write the file that was asked for, and return the tables."""
+        """The tables of a measurement, which is written to `settings.out` too."""
         result = run_bench(self.name, settings, self.measure)
         written = f"\n\nwritten to {settings.out}" if settings.out else ""
         return Result(text=table(result) + written, data=result)
@@ -38,9 +38,8 @@ SECOND_WORDS: dict[str, Verb] = {
     "load": Bench("load", LoadConfig, measure_load),
     "methods": Bench("methods", MethodsConfig, measure_methods),
     "mixed": Bench("mixed", MixedConfig, measure_mixed),
-    "roofline": Bench("roofline", RooflineConfig, measure_roofline),
     "switch": Bench("switch", SwitchConfig, measure_switch),
     "sweep": Bench("sweep", SweepConfig, measure_sweep),
     "train": Bench("train", TrainBenchConfig, measure_train),
 }
-"""Each benchmark by the second word of its verb."""
+"""Each benchmark, by the second word of its verb."""

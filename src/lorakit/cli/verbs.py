@@ -20,7 +20,6 @@ VERBS = {
     "bench load": "Time the loading of adapters, beside PEFT and plain reading.",
     "bench methods": "Train every method of the paper on the same rows, and score each.",
     "bench mixed": "Time batches of many adapters, beside PEFT and the plain model.",
-    "bench roofline": "Tell how far each part of a training step is from the machine's limit.",
     "bench switch": "Time switching between adapters, beside PEFT.",
     "bench sweep": "Time training many adapters at once, beside one by one.",
     "bench train": "Time training, beside PEFT and full fine-tuning.",
@@ -43,7 +42,7 @@ class Result:
 class Verb(Protocol):
     """The interface of a verb's module `lorakit.cli.NAME`.
 
-    A module whose verbs have two words has a mapping SECOND_WORDS: second word to such an object.
+    A module whose verbs have two words has a mapping SECOND_WORDS of these to such objects.
 
     While a verb runs it may print to stdout, as `generate` streams its words: with --json, main
     sends all of that to stderr. Progress and messages go to stderr themselves. A mistake of the

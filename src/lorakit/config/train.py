@@ -181,7 +181,7 @@ class TrainConfig(Settings):
 
     compile: Shared[bool] = False
     """Train the model's blocks through torch.compile. One is compiled for all, which takes half a
-    minute on a CPU (docs/benchmarks.md says when that pays)."""
+    minute on a CPU (docs/log.md says when that pays)."""
 
     check_after: Shared[Annotated[int, Field(ge=3)]] = 5
     """Steps after which every adapted layer must have moved."""
