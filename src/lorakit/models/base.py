@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lorakit.upstream.private_names import own_modules, own_parameters
+
 BANK = "adapter_bank"
 """Name of the child that holds a layer's updates."""
 
@@ -21,7 +23,7 @@ def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[
         return
     seen.add(module)
     yield path, module
-    for name, child in module._modules.items():
+    for name, child in own_modules(module).items():
         if child is not None and name != BANK:
             yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
@@ -29,7 +31,7 @@ def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[
 def base_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """A parameter by its dotted name, whatever adapters let be read in its place."""
     owner, _, leaf = name.rpartition(".")
-    parameter = module.get_submodule(owner)._parameters[leaf]
+    parameter = own_parameters(module.get_submodule(owner))[leaf]
     assert parameter is not None
     return parameter
 
@@ -38,7 +40,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and parameter, as `named_parameters` would on the bare base."""
     seen: set[nn.Parameter] = set()
     for path, module in base_modules(model):
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if parameter is not None and parameter not in seen:
                 seen.add(parameter)
                 yield (f"{path}.{name}" if path else name), parameter

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import ModelError
+from lorakit.upstream.private_names import reshaped_result
 
 BLOCK = 64
 """Weights that share one scale in 4 bits (QLoRA, section 2)."""
@@ -36,7 +37,7 @@ class _Product(Function):
         tokens = x.reshape(-1, x.shape[-1])
         product = F.linear(tokens, weight, None if bias is None else bias.to(x.dtype))
         # Not a view for autograd, since adapters write into what the layer gives.
-        return torch.ops.aten._unsafe_view(product, [*x.shape[:-1], product.shape[-1]])
+        return reshaped_result(product, [*x.shape[:-1], product.shape[-1]])
 
     @staticmethod
     @once_differentiable
