@@ -137,7 +137,7 @@ def findings(runs: Mapping[str, Sequence[Run]]) -> Findings:
 
 
 def main() -> None:
-    """Measure both states in pairs, print the tables, and write the result, if --out names a file."""
+    """Measure both states in pairs, print the tables, and write the result to --out, if given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, help="the source folder before")
     parser.add_argument("--after", type=Path, default=HERE.parent / "src", help="and after")

@@ -17,6 +17,7 @@ from torch import Tensor
 from lorakit.adapter.site import Site
 from lorakit.config.methods import LoRAConfig, MethodConfig
 from lorakit.models.identity import BaseIdentity
+from lorakit.upstream.private_names import write_count
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer types by size in bytes, to read the bits of any tensor; numpy has no bfloat16."""
@@ -96,7 +97,7 @@ class AdapterContent:
         # Kept until a tensor is written to, because a bank asks for what loading has computed.
         tensors = list(self.tensors.values())
         # Torch counts no writes to what was made in inference mode: NaN differs from itself.
-        versions = [math.nan if t.is_inference() else t._version for t in tensors]
+        versions = [math.nan if t.is_inference() else write_count(t) for t in tensors]
         kept = self.__dict__.get("_hashed")
         if kept is None or kept[1] != versions or any(map(operator.is_not, kept[0], tensors)):
             kept = self.__dict__["_hashed"] = (tensors, versions, self._compute_hash())

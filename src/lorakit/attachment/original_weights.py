@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorakit.errors import MergeError
+from lorakit.upstream.private_names import loaded_from
 
 
 class FileWeight:
@@ -49,7 +50,7 @@ class Checkpoint:
     """The safetensors files that a model was loaded from, as a source of original weights."""
 
     def __init__(self, model: nn.Module) -> None:
-        folder = Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or "."))
+        folder = Path(loaded_from(model) or ".")
         files = sorted(folder.glob("*.safetensors")) if (folder / "config.json").is_file() else []
         handles = [safe_open(file, framework="pt") for file in files]
         self._where = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118

@@ -25,6 +25,7 @@ from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
 from lorakit.models.quantized import original_identity
 from lorakit.models.roles import output_head, shared_inputs, task_heads
+from lorakit.upstream.private_names import COMPILED_WRAPPER, compiled_call, is_compiled_wrapper
 
 FORGOTTEN: Operations = {}
 """Takes the place of changes whose memory may go; nothing that comes is this object."""
@@ -166,14 +167,14 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's or DDP's wrapper."""
-    for wrapper in ("module", "_orig_mod"):
+    for wrapper in ("module", COMPILED_WRAPPER):
         model = cast(nn.Module, getattr(model, wrapper, model))
     return model
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model's forward pass goes through torch.compile."""
-    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+    return is_compiled_wrapper(model) or compiled_call(model) is not None
 
 
 def require_attachment(model: nn.Module) -> Attachment:

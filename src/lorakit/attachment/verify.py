@@ -21,6 +21,7 @@ from lorakit.methods.module_copy import TrainedCopy, trained_copy
 from lorakit.models.base import base_modules
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.quantized import quantized_within
+from lorakit.upstream.private_names import own_parameters
 
 
 def saved_plan(
@@ -126,7 +127,7 @@ class _Found:
             layer = self._base.by_path.get(path)
             if leaf != "bias" or name in known or name in self.refused or layer is None:
                 continue
-            if isinstance(layer._parameters.get("bias"), nn.Parameter) and adds_bias(layer):
+            if isinstance(own_parameters(layer).get("bias"), nn.Parameter) and adds_bias(layer):
                 config = self._adapter.lora or self._adapter.configs[0]
                 yield trained_bias(layer, path, config)
 

@@ -33,6 +33,7 @@ from lorakit.training.memory.memory_setting import training_memory
 from lorakit.training.prepare import Prepared, prepare
 from lorakit.training.run import Run, execute, while_training
 from lorakit.training.trainer import make_arguments
+from lorakit.upstream.private_names import set_compiled_call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def peft(task: Task, gate: Gate, *, compiled: bool = False) -> float:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     # Scoring is not part of training, and would be compiled separately.
-    model._compiled_call_impl = None
+    set_compiled_call(model, None)
     return _held_out_loss(model, prepared, task)
 
 

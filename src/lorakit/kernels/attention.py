@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.kernels.packed_sequences import Segments, Vectors
+from lorakit.upstream.private_names import softmax_gradient
 
 LONGEST_IN_HALF_PRECISION, LONGEST = 512, 128
 """Tokens of a segment up to which CPUs take the products; above, the fused kernel is faster."""
@@ -193,7 +194,7 @@ class _Step:
             kept = _kept(probabilities, self.rule.dropout, generator)
             used, inner = probabilities * kept, inner.mul_(kept)
         of_v = torch.bmm(used.transpose(1, 2), outer)
-        inner = torch.ops.aten._softmax_backward_data(inner, probabilities, -1, inner.dtype)
+        inner = softmax_gradient(inner, probabilities)
         if tanh is not None:
             inner.mul_(1 - tanh * tanh)
         inner.mul_(self.rule.scale)

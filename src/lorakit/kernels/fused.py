@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.kernels import choice
 from lorakit.kernels.dropout import Dropout
+from lorakit.upstream.private_names import functorch_is_active, is_view
 
 _PIECE = 256
 """Tokens that are converted at once on CPUs: 1.5 MB of float32 at 1536 features, and large buffers
@@ -95,7 +96,7 @@ def available(x: Tensor, *, training: bool) -> bool:
         and (training or torch.is_grad_enabled())
         and choice.fast()
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch._C._are_functorch_transforms_active()
+        and not functorch_is_active()
     )
 
 
@@ -114,7 +115,7 @@ def add_updates(
         spans: which factors change which tokens, in ascending order and without overlap. Other
             tokens keep every bit.
     """
-    if output._is_view() or not output.is_contiguous():
+    if is_view(output) or not output.is_contiguous():
         # Writing into a view would make autograd copy the gradient of what it is a view of.
         output = output.clone(memory_format=torch.contiguous_format)
     weights = (weight for each in factors for weight in (each.a, each.b))

@@ -8,13 +8,14 @@ requires grad; with a frozen base none does, and the adapters inside would silen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.layer import AdaptedLayer, Route, in_backward
+from lorakit.layers.layer import AdaptedLayer, Route
 from lorakit.models.base import base_modules
+from lorakit.upstream.private_names import checkpoint_function, in_backward, set_checkpoint_function
 
 
 class RoutedCheckpoint:
@@ -26,7 +27,7 @@ class RoutedCheckpoint:
     def __init__(self, block: nn.Module, route: Route) -> None:
         self.block = block
         self.route = route
-        self.checkpoint: Callable[..., Any] = cast(Any, block)._gradient_checkpointing_func
+        self.checkpoint: Callable[..., Any] = checkpoint_function(block)
 
     def __call__(self, function: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
         """Return function(*inputs), which the backward pass will call once more."""
@@ -66,13 +67,13 @@ def keep_routes(stack: nn.Module, inputs: tuple[Any, ...]) -> None:
         layers = (m for _, m in base_modules(block) if isinstance(m, AdaptedLayer))
         adapted = next(layers, None)
         if adapted is not None:
-            block._gradient_checkpointing_func = RoutedCheckpoint(block, adapted.adapter_route)
+            set_checkpoint_function(block, RoutedCheckpoint(block, adapted.adapter_route))
 
 
 def forget_routes(stack: nn.Module) -> None:
     """Give the blocks of a stack transformers' own checkpointing back."""
     for block in filter(_is_routed, _blocks(stack)):
-        block._gradient_checkpointing_func = block._gradient_checkpointing_func.checkpoint
+        set_checkpoint_function(block, checkpoint_function(block).checkpoint)
 
 
 def let_input_require_grad(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -99,4 +100,4 @@ def _blocks(stack: nn.Module) -> Iterator[Any]:
 
 
 def _is_routed(block: Any) -> bool:
-    return isinstance(getattr(block, "_gradient_checkpointing_func", None), RoutedCheckpoint)
+    return isinstance(checkpoint_function(block), RoutedCheckpoint)

@@ -16,6 +16,7 @@ from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import RouteError
 from lorakit.layers.token_positions import Placed, Prompted
 from lorakit.models.base import base_modules
+from lorakit.upstream.private_names import in_backward, own_parameters
 
 
 def bank_key(name: str) -> str:
@@ -136,11 +137,6 @@ class Route:
             yield
         finally:
             self.replayed = before
-
-
-def in_backward() -> bool:
-    """Whether this is called by autograd, in a backward pass."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class Update(nn.Module, Operation):
@@ -270,7 +266,7 @@ def adapted_class(base: type[nn.Module], uncalled: tuple[str, ...] = ()) -> type
 
 def _read_as_routed(name: str) -> property:
     def read(layer: AdaptedLayer) -> Tensor:
-        weight, operation = cast(Tensor, layer._parameters[name]), layer.current_operation()
+        weight, operation = cast(Tensor, own_parameters(layer)[name]), layer.current_operation()
         return weight if operation is None else operation.read(name, weight)
 
     return property(read)

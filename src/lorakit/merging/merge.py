@@ -29,6 +29,7 @@ from lorakit.methods.lora.lora import LoRAUpdate
 from lorakit.models.base import base_modules, base_parameter, base_parameters
 from lorakit.models.quantized_weight import is_quantized
 from lorakit.routing.route import route
+from lorakit.upstream.private_names import own_parameters
 
 WARN_ABOVE = 0.10
 """Share of ΔW lost to rounding above which a merge is worth a warning."""
@@ -274,7 +275,7 @@ def _tied_parameters(model: nn.Module) -> set[int]:
     """The ids of the parameters that the model holds under more than one name."""
     seen: dict[int, int] = {}
     for _, module in base_modules(model):
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             if parameter is not None:
                 seen[id(parameter)] = seen.get(id(parameter), 0) + 1
     return {key for key, count in seen.items() if count > 1}

@@ -19,6 +19,7 @@ from lorakit.models.base import base_modules
 from lorakit.models.families import family_name, uncalled_weights
 from lorakit.models.paths import block_number
 from lorakit.models.roles import task_heads
+from lorakit.upstream.private_names import own_parameters
 
 BIASED = (nn.Linear, nn.LayerNorm, *ConvNd)
 BIASED_BY_NAME = ("Conv1D", "DebertaLayerNorm")
@@ -83,7 +84,7 @@ def _biased(model: nn.Module, *, only: Collection[str] | None = None) -> tuple[s
     named = {
         path: module
         for path, module in base_modules(model)
-        if isinstance(module._parameters.get("bias"), nn.Parameter)
+        if isinstance(own_parameters(module).get("bias"), nn.Parameter)
         and (only is None or path in only)
     }
     known = {id(module.bias) for module in named.values() if adds_bias(module)}
@@ -119,7 +120,7 @@ def _without_bias(model: nn.Module) -> dict[str, int]:
         path: matrix_shape(module)[0]
         for path, module in base_modules(model)
         if is_linear(module)
-        and module._parameters.get("bias") is None
+        and own_parameters(module).get("bias") is None
         and block_number(path) is not None
         and path.partition(".")[0] not in heads
     }
@@ -176,7 +177,7 @@ class AddedBias(Component):
 
     def update(self, materials: Materials) -> AddedBiasUpdate:
         """The update of the layer."""
-        weight = materials.modules[self.path]._parameters["weight"]
+        weight = own_parameters(materials.modules[self.path])["weight"]
         assert weight is not None
         if materials.tensors is not None:
             saved = materials.tensors[f"{self.path}.added_bias"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorakit.config.methods import FullConfig
 from lorakit.errors import TargetError
@@ -20,6 +19,7 @@ from lorakit.models.base import base_modules
 from lorakit.models.blocks import blocks, named_modules
 from lorakit.models.families import uncalled_weights
 from lorakit.models.paths import is_within, outermost
+from lorakit.upstream.private_names import BatchNorm, own_parameters
 
 
 def components(model: nn.Module, config: FullConfig) -> tuple[Component, ...]:
@@ -80,7 +80,7 @@ def _known_blocks(model: nn.Module) -> tuple[str, ...]:
 def _holders(model: nn.Module, uncalled: dict[str, tuple[str, ...]]) -> Iterator[str]:
     """Yield the paths of modules with parameters of their own that count when they are called."""
     for path, module in base_modules(model):
-        own = {name for name, parameter in module._parameters.items() if parameter is not None}
+        own = {name for name, parameter in own_parameters(module).items() if parameter is not None}
         if own.difference(uncalled.get(path, ())):
             yield path
 
@@ -94,7 +94,7 @@ def _check_copies(model: nn.Module, copies: Sequence[str]) -> None:
             problems.append("the model itself holds parameters: put it into a module")
         if whole:
             problems.append(f"{path}.{whole[0]} has no floating-point values: is it quantised?")
-        if any(isinstance(inner, _BatchNorm) for inner in module.modules()):
+        if any(isinstance(inner, BatchNorm) for inner in module.modules()):
             problems.append(f"{path} keeps running statistics, which an adapter does not hold")
     if problems:
         raise TargetError.listing("the model cannot be trained in full", problems)

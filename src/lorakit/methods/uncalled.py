@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorakit.layers.layer import Update
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.models.base import base_parameter
+from lorakit.upstream.private_names import own_parameters
 
 
 class UncalledWeights(Update):
@@ -36,7 +37,7 @@ class UncalledWeights(Update):
 
     def read(self, name: str, weight: Tensor) -> Tensor:
         """The adapter's own value, in the precision of the base's."""
-        own = self._parameters.get(name)
+        own = own_parameters(self).get(name)
         return weight if own is None else own.to(weight.dtype)
 
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -20,6 +20,12 @@ from lorakit.kernels.attention import Rule, segment_attention
 from lorakit.kernels.custom_op_attention import custom_op_attention, in_force
 from lorakit.kernels.packed_sequences import Segments
 from lorakit.models.base import base_modules
+from lorakit.upstream.private_names import (
+    ATTENTION_FLAGS,
+    attention_name,
+    names_attention,
+    set_attention_name,
+)
 
 NAME = "lorakit_segments"
 """Name of the function in transformers' registry."""
@@ -30,9 +36,7 @@ UNSUPPORTED_KEYWORDS = ("s_aux", "position_bias", "head_mask")
 
 def takes_attention_functions(model: nn.Module) -> bool:
     """Whether a model's layers look their attention function up and pass all as keywords."""
-    # transformers' own flags, for serving engines and for flash attention.
-    flags = ("_supports_attention_backend", "_supports_flash_attn")
-    return all(getattr(model, flag, False) for flag in flags)
+    return all(getattr(model, flag, False) for flag in ATTENTION_FLAGS)
 
 
 @contextmanager
@@ -55,7 +59,7 @@ def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[No
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
     configs = list(_configs(model))
-    before = [(c, c._attn_implementation_internal, in_force.get(id(c))) for c in configs]
+    before = [(c, attention_name(c), in_force.get(id(c))) for c in configs]
     try:
         for config in configs:
             _put(config, NAME, segments)
@@ -66,8 +70,7 @@ def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[No
 
 
 def _put(config: Any, name: str | None, segments: Segments | None) -> None:
-    # The attribute behind `_attn_implementation`, which would also write to the configs inside.
-    config._attn_implementation_internal = name
+    set_attention_name(config, name)
     # Found by the identity of the config that layers read. Recomputed layers run in the backward
     # pass, on CUDA in other threads, where thread-local variables are absent; and not every family
     # passes unknown keywords on to its layers.
@@ -82,7 +85,7 @@ def _configs(model: nn.Module) -> Iterator[Any]:
     seen: set[int] = set()
     for _, module in base_modules(model):
         config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal") and id(config) not in seen:
+        if names_attention(config) and id(config) not in seen:
             seen.add(id(config))
             yield config
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lorakit.models.base import base_modules
 from lorakit.models.paths import ends_with
+from lorakit.upstream.private_names import own_parameters
 
 Widths = tuple[tuple[str, int], ...]
 """Roles and their numbers of output rows, in the order in which they repeat down a fused matrix."""
@@ -279,7 +280,7 @@ def uncalled_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for path, module in base_modules(model) if ends else ():
         for end, names in ends.items():
-            own = tuple(name for name in names if module._parameters.get(name) is not None)
+            own = tuple(name for name in names if own_parameters(module).get(name) is not None)
             if own and ends_with(path, end):
                 found[path] = own
     return found

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.paths import is_within
 from lorakit.models.quantized_weight import is_quantized
+from lorakit.upstream.private_names import loaded_from
 
 SAMPLES_PER_TENSOR = 8
 
@@ -88,7 +89,7 @@ def identify(
     samples = torch.cat([_sample(p) for p in parameters.values()]).numpy().astype("<f4")
     config = getattr(model, "config", None)
     return BaseIdentity(
-        name=name or str(getattr(config, "_name_or_path", "") or ""),
+        name=name or loaded_from(model),
         architecture=str(getattr(config, "model_type", type(model).__name__)),
         dtype=dtype,
         tensors=len(parameters),

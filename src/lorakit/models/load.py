@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import huggingface_hub
 import torch
@@ -22,6 +22,7 @@ from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
 from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.roles import task_heads
+from lorakit.upstream.private_names import initialize, loaded_from
 
 TASKS = ("generation", "classification", "regression")
 """The tasks that a base model can be loaded for."""
@@ -97,12 +98,12 @@ def redraw_fresh_head(model: nn.Module) -> None:
     After the same `torch.manual_seed` it is the head that loading the model again would give.
     """
     for path in getattr(model, "_lorakit_fresh", ()):
-        cast(Any, model)._init_weights(model.get_submodule(path))
+        initialize(model, model.get_submodule(path))
 
 
 def model_name(model: nn.Module) -> str:
     """The packaged name, folder or hub id that a model was loaded by; "" if it was not."""
-    source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    source = loaded_from(model)
     return packaged_name(source) or source
 
 

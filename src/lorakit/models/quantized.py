@@ -22,6 +22,7 @@ from lorakit.models.base import base_modules
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.quantized_weight import float_weight, is_quantized
 from lorakit.models.roles import output_head, task_heads
+from lorakit.upstream.private_names import kept_in_float32, own_parameters
 
 CARD_KEY = "quantised"
 """The training card's key for how the base was quantised."""
@@ -191,12 +192,12 @@ def quantization_on(card: Mapping[str, Any]) -> Quantization | None:
 
 def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and layer of each layer that `quantize` replaces."""
-    left = [*task_heads(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    left = [*task_heads(model), *kept_in_float32(model)]
     inside = tuple(f".{name}." for name in left)
     head = output_head(model)
     holders: dict[int, int] = {}
     for _, module in base_modules(model):
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for path, module in base_modules(model):
         own = type(module) is nn.Linear or isinstance(module, Conv1D)

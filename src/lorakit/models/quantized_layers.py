@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import ModelError
+from lorakit.upstream.private_names import reshaped_result
 
 BLOCK = 64
 """Weights that share one scale in 4 bits (QLoRA, section 2)."""
@@ -39,7 +40,7 @@ class _Matmul(Function):
         tokens = x.reshape(-1, x.shape[-1])
         output = F.linear(tokens, weight, None if bias is None else bias.to(x.dtype))
         # No view for autograd, since adapters add to the layer's output in place.
-        return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]])
+        return reshaped_result(output, [*x.shape[:-1], output.shape[-1]])
 
     @staticmethod
     @once_differentiable

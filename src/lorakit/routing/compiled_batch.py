@@ -17,6 +17,7 @@ from lorakit.layers.layer import AdaptedLayer, Operation, Update
 from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, matrix_shape, positions
 from lorakit.routing.batch import Batch, Combination, Updates
 from lorakit.routing.stacked_lora import bias_shifts, is_sum, mixed_operations
+from lorakit.upstream.private_names import mark_dynamic
 
 LEAST_RANK = 2
 """torch.compile makes another graph for a size of 0 or 1."""
@@ -74,7 +75,7 @@ class StaticLoRA(Operation):
             None if bias is None else _shifts(cast(Tensor, bias), updates, batch, dtype)[slots]
         )
         for tensor in (self._a, self._b):
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+            mark_dynamic(tensor, 1)
 
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """The output with each row's own update added."""

@@ -10,6 +10,12 @@ from torch import nn
 from lorakit.attachment.state import attached, check_rows, unwrapped
 from lorakit.methods.lora.lora import is_adaptable, is_linear
 from lorakit.models.base import base_modules
+from lorakit.upstream.private_names import (
+    compiled_call,
+    forward_pre_hooks,
+    is_compiled_wrapper,
+    set_compiled_call,
+)
 
 
 def prepare_for_compile(model: nn.Module) -> None:
@@ -46,11 +52,11 @@ class CheckedCall:
 
 def _check_outside(model: nn.Module) -> None:
     """Have rows counted before the compiled code, which would compile again for each number."""
-    if hasattr(model, "_orig_mod"):
-        if check_rows not in model._forward_pre_hooks.values():
+    if is_compiled_wrapper(model):
+        if check_rows not in forward_pre_hooks(model).values():
             model.register_forward_pre_hook(check_rows, with_kwargs=True)
         return
-    compiled = model._compiled_call_impl
+    compiled = compiled_call(model)
     assert compiled is not None
     if not isinstance(compiled, CheckedCall):
-        model._compiled_call_impl = CheckedCall(model, compiled)
+        set_compiled_call(model, CheckedCall(model, compiled))

@@ -17,6 +17,7 @@ from lorakit.layers.layer import Operations
 from lorakit.routing.batch import Batch, Combination, Updates
 from lorakit.routing.compiled_batch import static_operations
 from lorakit.routing.stacked_lora import mixed_operations
+from lorakit.upstream.private_names import write_count
 
 Choice = str | Mapping[str, float] | None
 """What a row uses: an adapter, several with their strengths, or None for the base."""
@@ -180,6 +181,6 @@ def _fingerprint(parameters: Sequence[nn.Parameter]) -> tuple[Any, ...]:
     """
     return tuple(
         # Torch counts no writes to what was made in inference mode: that differs each time.
-        (p.data_ptr(), object() if p.is_inference() else p._version, p.requires_grad)
+        (p.data_ptr(), object() if p.is_inference() else write_count(p), p.requires_grad)
         for p in parameters
     )

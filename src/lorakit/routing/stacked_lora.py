@@ -22,6 +22,7 @@ from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, positions
 from lorakit.routing.batch import Batch, Terms, Updates
 from lorakit.routing.row_groups import ByRowGroup
 from lorakit.routing.stacked_heads import StackedHeads, are_heads
+from lorakit.upstream.private_names import write_count
 
 
 def mixed_operations(
@@ -213,7 +214,7 @@ class SharedInput:
             return grouped.down_project(x, a[:, columns], self.grouping)
         kept = self._kept
         # Torch counts no writes in inference mode.
-        same = torch.is_grad_enabled(), None if x.is_inference() else x._version
+        same = torch.is_grad_enabled(), None if x.is_inference() else write_count(x)
         if kept is None or kept[0] is not x or kept[1] != same:
             a = self._stacked_a() if self._a is None else self._a
             kept = (x, same, grouped.down_project(x, a, self.grouping))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.upstream.private_names import write_count
+
 
 def rescaled(output: Tensor, factor: Tensor, bias: Tensor | None, entries: Tensor | None) -> Tensor:
     """A layer's output with W·x in it multiplied.
@@ -48,7 +50,7 @@ class RowNorms:
         if any(tensor.is_inference() for tensor in sources):
             # Torch counts no writes to these.
             return compute()
-        token = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in sources]
+        token = [(tensor.data_ptr(), write_count(tensor), tensor.dtype) for tensor in sources]
         kept = self._kept
         if kept is None or kept[0] != token:
             # While the memory is held, nothing else can lie at its address.

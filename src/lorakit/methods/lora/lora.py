@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapter.site import LayerKind, RowRanges, Site
@@ -20,6 +19,12 @@ from lorakit.kernels.dropout import Dropout
 from lorakit.layers.layer import AdaptedLayer, Update
 from lorakit.methods.lora.dora import RowNorms, rescaled
 from lorakit.models.quantized_weight import float_weight, is_quantized
+from lorakit.upstream.private_names import (
+    NonDynamicallyQuantizableLinear,
+    convolution_of,
+    own_modules,
+    own_parameters,
+)
 
 ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -125,8 +130,8 @@ class LowRank(nn.Module):
             norms=RowNorms(),
             training=False,
         )
-        self._parameters.update(dict.fromkeys(ENDS))
-        self._parameters.update((end, _frozen(values)) for end, values in weights.items())
+        own_parameters(self).update(dict.fromkeys(ENDS))
+        own_parameters(self).update((end, _frozen(values)) for end, values in weights.items())
 
     @property
     def a(self) -> Tensor:
@@ -172,7 +177,7 @@ class LowRank(nn.Module):
             return operation * getattr(layer, "embed_scale", 1.0)
         if isinstance(layer, ConvNd):
             x = F.dropout(x, dropout) if dropout else x
-            convolve = cast(Any, layer)._conv_forward
+            convolve = convolution_of(layer)
             return plain.conv_update(convolve, x, a, b, scale, layer.groups)
         if torch.compiler.is_compiling():
             # A generator of our own can't be compiled.
@@ -213,13 +218,13 @@ class LoRAUpdate(Update):
 
     def __init__(self, parts: Mapping[str, LowRank], bias: Tensor | None = None) -> None:
         super().__init__()
-        self._modules.update(parts)
+        own_modules(self).update(parts)
         self.bias = None if bias is None else _frozen(bias)
 
     @property
     def parts(self) -> Mapping[str, LowRank]:
         """The updates by role, or by "whole" for the layer: the children of this module."""
-        return cast(Mapping[str, LowRank], self._modules)
+        return cast(Mapping[str, LowRank], own_modules(self))
 
     def adapt(
         self,
@@ -261,7 +266,7 @@ class LoRAUpdate(Update):
 
     def join(self, other: LoRAUpdate) -> None:
         """Take over what another update of the same adapter does to the layer."""
-        self._modules.update(other.parts)
+        own_modules(self).update(other.parts)
         if other.bias is not None:
             self.bias = other.bias
 

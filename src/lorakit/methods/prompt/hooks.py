@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,6 +21,7 @@ from lorakit.layers.token_positions import Placed
 from lorakit.methods.prompt.insert import LongerRows, rows_of
 from lorakit.methods.prompt.kv_cache import CacheRecord, begun, go_on, is_filled, record_of
 from lorakit.models.shape import context_length
+from lorakit.upstream.private_names import in_compiled_call
 
 HOOKS = ("virtual tokens in", "virtual tokens out", "ids of virtual tokens")
 """What the hooks are called in an attachment."""
@@ -144,7 +144,7 @@ def _for_tokens(found: Any, call: Call, *, is_logits: bool) -> Any:
 def _is_compiled() -> bool:
     """Whether this runs within torch.compile, traced or between two graphs."""
     # What graphs have read of the notes about a call would be theirs for all later calls.
-    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+    return in_compiled_call()
 
 
 def _check_none(batch: _ModelCall) -> None:

@@ -15,11 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.models.base import BANK, base_modules
+from lorakit.upstream.private_names import (
+    CHECKPOINT_FUNCTION,
+    FUSED_ATTENTIONS,
+    UNSAFE_VIEW,
+    TorchDispatchMode,
+    arguments_of,
+    own_modules,
+    storage_number,
+    tree_leaves,
+    tree_map,
+    write_count,
+)
 
 _ATEN = torch.ops.aten
 _MATMULS = {
@@ -29,17 +39,7 @@ _MATMULS = {
     _ATEN.baddbmm.default: 1,
 }
 """Matmuls, with the position of the first factor among the arguments."""
-_ATTENTIONS = {
-    getattr(_ATEN, f"_scaled_dot_product_{kind}").default
-    for kind in (
-        "flash_attention",
-        "flash_attention_for_cpu",
-        "efficient_attention",
-        "cudnn_attention",
-    )
-}
-
-_OPERATIONS = {*_MATMULS, *_ATTENTIONS}
+_OPERATIONS = {*_MATMULS, *FUSED_ATTENTIONS}
 
 NARROW = 8
 """A·x is narrower than x at least by this factor; no other matmul of a block is."""
@@ -53,7 +53,7 @@ def matmuls(operation: Any, *arguments: Any, **options: Any) -> bool:
 
     B·(A·x) takes little time, and the probabilities of unfused attention take much memory.
     """
-    if operation in _ATTENTIONS:
+    if operation in FUSED_ATTENTIONS:
         return not _is_random(operation, arguments, options)
     if operation in (_ATEN.mm.default, _ATEN.addmm.default):
         inner, columns = _sizes(operation, arguments)
@@ -78,7 +78,7 @@ def _sizes(operation: Any, arguments: tuple[Any, ...]) -> tuple[int, int]:
 
 def _is_random(operation: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
     """Whether attention has dropout: skipping it would shift the random numbers after it."""
-    names = [argument.name for argument in operation._schema.arguments]
+    names = [argument.name for argument in arguments_of(operation)]
     given = dict(zip(names, arguments, strict=False)) | dict(options)
     return bool(given.get("dropout_p", 0.0))
 
@@ -146,9 +146,9 @@ def _touched(operation: Any, arguments: tuple[Any, ...]) -> Iterator[tuple[int, 
 
     Making a view of a storage is neither.
     """
-    if operation is _ATEN._unsafe_view.default:
+    if operation is UNSAFE_VIEW:
         return
-    for argument, value in zip(operation._schema.arguments, arguments, strict=False):
+    for argument, value in zip(arguments_of(operation), arguments, strict=False):
         alias = argument.alias_info
         if alias is None or alias.is_write:
             for storage in _storages(value):
@@ -158,7 +158,7 @@ def _touched(operation: Any, arguments: tuple[Any, ...]) -> Iterator[tuple[int, 
 def _storages(value: Any) -> list[int]:
     """The addresses of the storages of all tensors in a value."""
     tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-    return [tensor.untyped_storage()._cdata for tensor in tensors]
+    return [storage_number(tensor) for tensor in tensors]
 
 
 def _signature(operation: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -166,7 +166,7 @@ def _signature(operation: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _versions(value: Any) -> list[int]:
-    return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [write_count(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _detached(value: Any) -> Any:
@@ -282,7 +282,7 @@ def recomputing(
                 use_reentrant=False,
                 context_fn=SavedActivations(save_policy, offload=offload),
             )
-            vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=again)
+            vars(block).update({"gradient_checkpointing": True, CHECKPOINT_FUNCTION: again})
         yield list(blocks)
     finally:
         for path, block in blocks.items():
@@ -291,7 +291,7 @@ def recomputing(
             vars(block).update(before[path])
 
 
-_SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
+_SETTINGS = ("gradient_checkpointing", CHECKPOINT_FUNCTION)
 """The attributes in which transformers keeps a block's checkpointing."""
 
 
@@ -323,7 +323,7 @@ def blocks_with_gradients(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     reached = False
     for path, module in base_modules(model):
         own = [*module.parameters(recurse=False)]
-        own += [*module.get_submodule(BANK).parameters()] if BANK in module._modules else []
+        own += [*module.get_submodule(BANK).parameters()] if BANK in own_modules(module) else []
         is_block = isinstance(module, GradientCheckpointingLayer)
         if is_block and (reached or any(p.requires_grad for p in module.parameters())):
             yield path, module

@@ -23,6 +23,12 @@ from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError, TrainingError
 from lorakit.layers.layer import Operations, Route, adapted_layers
 from lorakit.training.memory.activation_checkpointing import blocks_with_gradients
+from lorakit.upstream.private_names import (
+    call_uncompiled,
+    compile_errors,
+    compiled_call,
+    set_compiled_call,
+)
 
 LENGTHS = 16
 """The length of a compiled model's padded rows is a multiple of this."""
@@ -39,18 +45,18 @@ def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
     layers = [layer for _, layer in adapted_layers(model)]
     run = _compiled_anew()
     chosen = [block for _, block in blocks_with_gradients(model)]
-    before = [block._compiled_call_impl for block in chosen]
+    before = [compiled_call(block) for block in chosen]
     for layer in layers:
         layer.adapter_pinned = (
             None if operations is None else operations.get(layer.adapter_number),
         )
     for block in chosen:
-        block._compiled_call_impl = _CompiledBlock(block, run, route, operations)
+        set_compiled_call(block, _CompiledBlock(block, run, route, operations))
     try:
         yield
     finally:
         for block, own in zip(chosen, before, strict=True):
-            block._compiled_call_impl = own
+            set_compiled_call(block, own)
         for layer in layers:
             del layer.adapter_pinned
 
@@ -64,7 +70,7 @@ def _compiled_anew() -> Callable[..., Any]:
 
 
 def _run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return block._call_impl(*args, **kwargs)
+    return call_uncompiled(block, *args, **kwargs)
 
 
 class _CompiledBlock:
@@ -89,12 +95,10 @@ class _CompiledBlock:
             TrainingError: the compiler cannot compile it.
         """
         if not self._uses_compiled(*args, *kwargs.values()):
-            return self.block._call_impl(*args, **kwargs)
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
+            return call_uncompiled(self.block, *args, **kwargs)
         try:
             return self.run(self.block, *args, **kwargs)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        except compile_errors() as error:
             first = str(error).strip().partition("\n")[0]
             raise TrainingError(
                 f"torch.compile cannot compile {type(self.block).__name__}: {first}\n"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorakit.kernels.norms_and_gates import GateActivation, gated, rms_norm
 from lorakit.models.base import base_modules
 from lorakit.models.quantized_weight import float_weight
+from lorakit.upstream.private_names import has_hooks, own_buffers, own_modules, own_parameters
 
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
@@ -115,15 +116,15 @@ def _better_class(module: nn.Module) -> type[nn.Module] | None:
         return None
     if _looks_like_norm(module) and _is_rms_norm(module):
         return _memory_efficient_class(MemoryEfficientNorm, own, None)
-    if set(module._modules) == MLP_PARTS and not module._parameters:
+    if set(own_modules(module)) == MLP_PARTS and not own_parameters(module):
         activation = _activation_of(module)
         return activation and _memory_efficient_class(MemoryEfficientMLP, own, activation)
     return None
 
 
 def _looks_like_norm(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    alone = not module._modules and len(module._parameters) == 1 and not module._buffers
+    weight = own_parameters(module).get("weight")
+    alone = not own_modules(module) and not own_buffers(module) and len(own_parameters(module)) == 1
     return (
         alone
         and weight is not None
@@ -147,7 +148,7 @@ def _activation_of(module: nn.Module) -> GateActivation | None:
     The module's own lines run with simple functions in the place of its projections.
     """
     act_fn = cast(nn.Module, module.act_fn)
-    if act_fn._forward_hooks or act_fn._forward_pre_hooks or act_fn._backward_hooks:
+    if has_hooks(act_fn):
         # Whoever put them there expects to be called.
         return None
     stand_in = SimpleNamespace(

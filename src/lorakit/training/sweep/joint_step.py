@@ -24,6 +24,7 @@ from lorakit.routing.route import route
 from lorakit.training.lm_loss import item_weight, text_losses
 from lorakit.training.loss import Loss
 from lorakit.training.trainer import AdapterTrainer
+from lorakit.upstream.private_names import set_sync_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +198,6 @@ class TrialTrainer(AdapterTrainer):
             )
         )
         # All Trainers of a process share this state, and others have run meanwhile.
-        gradient_state._set_sync_gradients(at_step_end)
+        set_sync_gradients(gradient_state, at_step_end)
         self.check_loss(loss)
         return loss
