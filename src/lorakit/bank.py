@@ -15,10 +15,11 @@ from lorakit.adapter.tensor_files import value_problems
 from lorakit.attachment.attach import extract, fit_and_build, install, remove
 from lorakit.attachment.state import Attachment, attached, attachment_of, is_compiled, unwrapped
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
-from lorakit.layers.layer import Update
+from lorakit.layers.operation import Update
 from lorakit.merging.merge import MergeReport, merge, unmerge
+from lorakit.routing.choices import Choice, RowChoices
 from lorakit.routing.compiled_model import prepare_for_compile
-from lorakit.routing.route import Choice, check_names, combinations, route, switch
+from lorakit.routing.route import route_rows, switch
 
 Ready = tuple[dict[str, Update], Adapter]
 """An adapter's updates by module path, verified, and the adapter without its tensors."""
@@ -185,13 +186,11 @@ class AdapterBank:
             BankError: the adapters of this route alone are beyond the budget.
             AdapterFileError: an evicted adapter's folder is not what it was.
         """
-        rows = combinations(names)
         with self._routing:
             self._notice()
             with self._table:
-                check_names(rows, self._entries)
-            used = dict.fromkeys(name for row in rows for name, _ in row)
-            with self._kept(list(used)), route(self.model, names):
+                choices = RowChoices.of(names, self._entries)
+            with self._kept(choices.names), route_rows(self.model, choices):
                 yield
 
     def switch(self, name: str | None) -> None:
@@ -203,7 +202,7 @@ class AdapterBank:
         """
         with self._routing:
             with self._table:
-                if name is None or name in self._state.updates:
+                if name is None or name in self._state.adapters:
                     if name is not None:
                         self._note_use(self._entry(name))
                     return switch(self.model, name)
@@ -248,9 +247,10 @@ class AdapterBank:
     def _notice(self) -> None:
         """Take note of adapters that came by lk.attach."""
         with self._table:
-            for name, updates in self._state.updates.items():
+            for name, each in self._state.adapters.items():
                 if name not in self._entries:
-                    size = sum(p.nbytes for u in updates.values() for p in u.parameters())
+                    updates = each.updates.values()
+                    size = sum(p.nbytes for update in updates for p in update.parameters())
                     self._entries[name] = Entry("", size, None)
 
     def _entry(self, name: str) -> Entry:
@@ -267,7 +267,7 @@ class AdapterBank:
         route = self._state.route
         if route.merged == name:
             raise BankError(f"adapter {name!r} is merged: bank.unmerge(), then {purpose}")
-        if route.switched == name:
+        if route.bottom.name == name:
             raise BankError(f"adapter {name!r} is switched to: bank.switch(None), then {purpose}")
 
     def _ready(self, name: str, adapter: Adapter, *, copy: bool) -> Ready | None:
@@ -286,7 +286,7 @@ class AdapterBank:
         """Make an adapter resident under a name."""
         if ready is None:
             self._entries[name].folder = folder
-            return self._state.adapters[name]
+            return self._state.adapters[name].record
         updates, record = ready
         self._make_room(name, adapter.size_bytes)
         with self._table:
@@ -383,5 +383,5 @@ class AdapterBank:
 
     def _may_go(self, name: str, entry: Entry) -> bool:
         route = self._state.route
-        held = entry.pinned or entry.routes or name in (route.merged, route.switched)
+        held = entry.pinned or entry.routes or name == route.bottom.name
         return entry.folder is not None and not held

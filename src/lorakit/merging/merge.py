@@ -24,7 +24,9 @@ from lorakit.attachment.state import (
     require_name,
 )
 from lorakit.errors import MergeError
-from lorakit.layers.layer import AdaptedLayer, Update
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.operation import Update
+from lorakit.layers.route import Frame
 from lorakit.methods.lora.lora import LoRAUpdate
 from lorakit.models.base import base_modules, base_parameter, base_parameters
 from lorakit.models.quantized_weight import is_quantized
@@ -146,7 +148,7 @@ def merge(
     require_name(state, name)
     if state.route.merged == name:
         raise MergeError(f"adapter {name!r} is merged already: lk.unmerge(model) first")
-    if state.route.depth:
+    if state.route.below:
         raise MergeError("a route is open, which would restore another adapter: merge after it")
     _check_mergeable(state, name)
     probe = (default_probe(model) if probe is None else probe) if measure else None
@@ -161,8 +163,7 @@ def merge(
     except BaseException:
         restore_original_weights(model, state)
         raise
-    state.route.merged = name
-    state.activate(name)
+    state.route.set_bottom(Frame(name=name, merged=True))
     after = outputs_on(model, probe)
     operation = None if before is None or after is None else (after - before).abs().max().item()
     return MergeReport(adapter=name, weights=weights, logit_change=operation)
@@ -187,13 +188,13 @@ def _check_mergeable(state: Attachment, name: str) -> None:
         MergeError: with each reason once, and where it holds.
     """
     reasons: dict[str, str] = {}
-    for number, update in state.updates[name].items():
+    for number, update in state.adapters[name].updates.items():
         reason = update.unmergeable or _quantized_reason(state.layers[number], update)
         if reason is not None:
-            reasons.setdefault(reason, state.paths[number])
+            reasons.setdefault(reason, state.layers[number].adapter_path)
     if reasons:
         lines = [f"{reason} (first at {path or 'the model'})" for reason, path in reasons.items()]
-        method = state.adapters[name].method
+        method = state.adapters[name].record.method
         raise MergeError.listing(
             f"adapter {name!r} ({method}) cannot be merged, so it keeps its extra latency", lines
         )
@@ -225,12 +226,14 @@ def _merge_layers(
     )
     tied |= {id(weight) for weight in kept_whole if isinstance(weight, nn.Parameter)}
     checkpoint = Checkpoint(model) if original_weights == "checkpoint" else None
-    updates = state.updates[name]
+    updates = state.adapters[name].updates
     untied: dict[int, nn.Parameter] = {}
-    for path in state.original_weights.keys() - {state.paths[number] for number in updates}:
+    touched = {state.layers[number].adapter_path for number in updates}
+    for path in state.original_weights.keys() - touched:
         restore_module(model, path, state.original_weights.pop(path))
     for number, update in updates.items():
-        layer, path = state.layers[number], state.paths[number]
+        layer = state.layers[number]
+        path = layer.adapter_path
         kept = state.original_weights.setdefault(path, {})
         restore_module(model, path, kept)
         for inner, merged in update.merged(layer, exact=torch.float32):
@@ -318,7 +321,7 @@ def finalize(model: nn.Module) -> None:
         raise MergeError("no adapter is merged into this model")
     untied = _came_apart(model, state)
     state.original_weights.clear()
-    state.route.merged = None
+    state.route.set_bottom(Frame())
     detach(model)
     config = getattr(model, "config", None)
     if untied and config is not None:

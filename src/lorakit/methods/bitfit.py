@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lorakit.config.methods import BitFitConfig
 from lorakit.errors import TargetError
-from lorakit.layers.layer import AdaptedLayer, Update
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.operation import Update
 from lorakit.methods.claims import Claims
 from lorakit.methods.component import Part, Shape
 from lorakit.methods.lora.lora import ConvNd, is_linear, matrix_shape

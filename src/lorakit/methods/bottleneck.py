@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.config.methods import Activation, BottleneckConfig, layer_numbers
 from lorakit.errors import TargetError
 from lorakit.kernels.dropout import Dropout
-from lorakit.layers.layer import Update
+from lorakit.layers.operation import Update
 from lorakit.methods.claims import Claims
 from lorakit.methods.component import Part, Shape
 from lorakit.models.base import base_modules, base_parameters

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lorakit.layers.layer import Update
+from lorakit.layers.operation import Update
 
 Shape = tuple[int, ...]
 

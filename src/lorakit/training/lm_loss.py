@@ -23,7 +23,8 @@ from lorakit.kernels.choice import fast
 from lorakit.kernels.cross_entropy import head_cross_entropy
 from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 from lorakit.kernels.packed_sequences import FEW_SIZES
-from lorakit.layers.layer import AdaptedLayer
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.route import Frame
 from lorakit.models.logits import logit_transform
 from lorakit.models.roles import output_head
 from lorakit.training.loss import Loss
@@ -208,7 +209,7 @@ def _hooked_head(model: nn.Module) -> nn.Module | None:
 def _tells_rows_apart(model: nn.Module, head: nn.Module | None) -> bool:
     """Whether rows use adapters of their own in the output head."""
     state = attachment_of(model)
-    if head is None or state is None or state.route.rows is None:
+    if head is None or state is None or state.route.top.rows is None:
         return False
     return any(isinstance(module, AdaptedLayer) for module in head.modules())
 
@@ -254,4 +255,4 @@ def _given_to(head: nn.Module, given: Callable[[Tensor], Tensor]) -> Iterator[li
 def _plain(base: nn.Module) -> AbstractContextManager[None]:
     """A block in which a model puts no virtual tokens into its rows."""
     state = attachment_of(base)
-    return nullcontext() if state is None else state.routed(None, None, None)
+    return nullcontext() if state is None else state.route.block(Frame())

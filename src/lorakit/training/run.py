@@ -260,7 +260,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
 def _rates(run: Run) -> dict[str, float]:
     model, name = run.prepared.model, run.prepared.name
     names = [each for each, _ in adapter_parameters(model, name)]
-    return learning_rates(run.config, require_attachment(model).adapters[name], names)
+    return learning_rates(run.config, require_attachment(model).adapters[name].record, names)
 
 
 def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:

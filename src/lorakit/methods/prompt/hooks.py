@@ -1,14 +1,14 @@
-"""What is done around each call of a model with virtual tokens: they are put in, and taken out.
+"""What surrounds each call of a model with virtual tokens: they are put in, and taken out.
 
-Three hooks without state of their own: in front of the model, behind it, and in front of its input
-embedding, which must not see ids beyond its rows.
+Three hooks without state of their own: before the model, after it, and before its input embedding,
+which must not see ids beyond its rows. The call's frame is on top in its thread in the meantime.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -17,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import RouteError
-from lorakit.layers.layer import AdaptedLayer, Operation, Route
-from lorakit.layers.token_positions import Placed
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.operation import Operation
+from lorakit.layers.route import Frame, Route
+from lorakit.layers.token_positions import TokenPositions
 from lorakit.methods.prompt.insert import LongerRows, rows_of
 from lorakit.methods.prompt.kv_cache import CacheRecord, begun, go_on, is_filled, record_of
 from lorakit.models.shape import context_length
@@ -38,20 +40,27 @@ STATES = ("last_hidden_state", "hidden_states", "start_logits", "end_logits")
 """Outputs with a value for each token, beside logits."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Call:
-    """What is known of one call of a model."""
+    """How the rows of one call of a model differ from those that the caller gave."""
 
-    placed: Placed | None = None
-    """Where its virtual tokens stand."""
+    tokens: TokenPositions | None = None
+    """Where their virtual tokens are; None: they have none."""
     answers: Tensor | None = None
-    """The places of the tokens that the caller knows of, where others were put between them."""
+    """(rows, tokens): the position of each of the caller's tokens; None: nothing was put in."""
     longer: int = 0
-    """The tokens of a row then."""
-    kept: int = 0
-    """How many logits of each row the caller asked for; 0: all."""
+    """Tokens of a row with those that were put in."""
+    logits_to_keep: int = 0
+    """The number of a row's last logits that the caller asked for; 0: all."""
     record: CacheRecord | None = None
-    """What is to be known of its cache."""
+    """The record to keep with the cache that the model returns."""
+
+
+@dataclass(frozen=True, eq=False)
+class CallFrame(Frame):
+    """The frame of a call, with what `take_out` needs to know of it."""
+
+    call: Call = field(default_factory=Call)
 
 
 def watch(model: nn.Module, path: str) -> dict[str, RemovableHandle]:
@@ -71,12 +80,14 @@ def hide_ids(embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
         RouteError: a part of the model is compiled.
     """
     route: Route | None = getattr(embedding, "adapter_route", None)
-    if route is None or not route.prompted.calls or route.prompted.calls[-1].placed is None:
+    if route is None or not route.own.stack or route.own.stack[-1].tokens is None:
         return None
     if _is_compiled():
         raise RouteError(COMPILED)
+    frame = route.own.stack.pop()
     trained = args[0] >= cast(nn.Embedding, embedding).num_embeddings
-    route.prompted.here = bool(trained.any())
+    tokens = replace(cast(TokenPositions, frame.tokens), embedded=bool(trained.any()))
+    route.own.stack.append(replace(frame, tokens=tokens))
     return (args[0].masked_fill(trained, 0), *args[1:])
 
 
@@ -98,7 +109,8 @@ def put_in(
         return None
     call = Call()
     changed = _prepared(batch, call)
-    route.prompted.calls.append(call)
+    frame = vars(route.of_call(call.tokens)) | {"call": call}
+    route.own.stack.append(CallFrame(**frame))
     return None if changed is None else ((), changed)
 
 
@@ -110,9 +122,11 @@ def take_out(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """
     embedding = cast(Any, model).get_input_embeddings()
     route: Route | None = getattr(embedding, "adapter_route", None)
-    if route is None or not route.prompted.calls:
+    frame = None if route is None or not route.own.stack else route.own.stack[-1]
+    if route is None or not isinstance(frame, CallFrame):
         return None
-    call: Call = route.prompted.calls.pop()
+    route.own.stack.pop()
+    call = frame.call
     if output is None:
         return None
     if call.record is not None:
@@ -136,7 +150,7 @@ def _for_tokens(found: Any, call: Call, *, is_logits: bool) -> Any:
     answers = call.answers
     if is_logits:
         # The model was asked for the last logits of each row alone.
-        answers = answers[:, -call.kept :] - (call.longer - found.shape[1])
+        answers = answers[:, -call.logits_to_keep :] - (call.longer - found.shape[1])
     index = answers.reshape(*answers.shape, *[1] * (found.dim() - 2))
     return found.gather(1, index.expand(*answers.shape, *found.shape[2:]))
 
@@ -190,8 +204,8 @@ class _ModelCall:
 
     def tokens(self, rows: int) -> list[VirtualTokens | None]:
         """The virtual tokens of each row's adapter."""
-        operations = self.route.in_force
-        operation: Operation | None = (operations or {}).get(self.embedding.adapter_number)
+        operations = self.route.top.operations or {}
+        operation: Operation | None = operations.get(self.embedding.adapter_number)
         return [None] * rows if operation is None else operation.tokens_of_rows(rows)
 
     def takes(self, name: str) -> bool:
@@ -215,7 +229,7 @@ def _prepared(batch: _ModelCall, call: Call) -> dict[str, Any] | None:
             )
         return None
     tokens = batch.tokens(len(ids))
-    call.placed = _placed(ids - batch.vocabulary, tokens)
+    call.tokens = _positions(ids - batch.vocabulary, tokens)
     if is_filled(cache):
         call.record = record_of(cache)
         if call.record is not None:
@@ -229,13 +243,13 @@ def _prepared(batch: _ModelCall, call: Call) -> dict[str, Any] | None:
         return None
     if not any(tokens):
         return None
-    has = [False] * len(ids) if call.placed is None else call.placed.rows_with_tokens()
+    has = [False] * len(ids) if call.tokens is None else call.tokens.rows_with_tokens()
     lacking = [None if own else each for own, each in zip(has, tokens, strict=True)]
     return _longer(batch, call, lacking)
 
 
-def _placed(numbers: Tensor, tokens: Sequence[VirtualTokens | None]) -> Placed | None:
-    """Return where virtual tokens stand in a batch already.
+def _positions(numbers: Tensor, tokens: Sequence[VirtualTokens | None]) -> TokenPositions | None:
+    """The positions of the virtual tokens that a batch already has.
 
     Raises:
         RouteError: a row has others than its adapter's.
@@ -250,13 +264,13 @@ def _placed(numbers: Tensor, tokens: Sequence[VirtualTokens | None]) -> Placed |
     ]
     if wrong:
         raise RouteError.listing("some token ids are beyond the vocabulary", wrong)
-    return Placed(numbers)
+    return TokenPositions(numbers)
 
 
 def _longer(
     batch: _ModelCall, call: Call, tokens: Sequence[VirtualTokens | None]
 ) -> dict[str, Any] | None:
-    """The arguments for rows with their virtual tokens, and note where these stand."""
+    """The arguments for rows with their virtual tokens; the positions are noted."""
     named, ids = batch.named, cast(Tensor, batch.ids)
     mask, labels = named.get("attention_mask"), _labels_by_token(named, ids)
     cache = named.get("past_key_values")
@@ -275,7 +289,7 @@ def _longer(
         "input_ids": longer.ids(ids, padding=batch.padding),
         "attention_mask": call.record.mask,
     }
-    call.placed = Placed(changed["input_ids"] - batch.vocabulary)
+    call.tokens = TokenPositions(changed["input_ids"] - batch.vocabulary)
     if labels is not None:
         changed["labels"] = longer.labels(labels)
     if named.get("token_type_ids") is not None:
@@ -283,9 +297,10 @@ def _longer(
     given = named.get("position_ids")
     if given is not None or batch.takes("position_ids"):
         changed["position_ids"] = longer.positions(given)
-    call.kept = named.get("logits_to_keep") or 0
-    if call.kept:
-        changed["logits_to_keep"] = longer.longer - int(longer.answers[:, -call.kept :].min())
+    call.logits_to_keep = named.get("logits_to_keep") or 0
+    if call.logits_to_keep:
+        first = int(longer.answers[:, -call.logits_to_keep :].min())
+        changed["logits_to_keep"] = longer.longer - first
     return named | {name: each for name, each in changed.items() if each is not None}
 
 

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from lorakit.attachment.state import attached
 from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError, TrainingError
-from lorakit.layers.layer import Operations, Route, adapted_layers
+from lorakit.layers.adapted_layer import adapted_layers
+from lorakit.layers.operation import Operations
+from lorakit.layers.route import Route
 from lorakit.training.memory.activation_checkpointing import blocks_with_gradients
 
 LENGTHS = 16
@@ -35,7 +37,7 @@ def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
     Compiled code does what the route says at the beginning.
     """
     route = attached(model).route
-    operations = route.operations
+    operations = route.top.operations
     layers = [layer for _, layer in adapted_layers(model)]
     run = _compiled_anew()
     chosen = [block for _, block in blocks_with_gradients(model)]
@@ -104,7 +106,7 @@ class _CompiledBlock:
     def _is_for(self, *inputs: Any) -> bool:
         trains = self.block.training and torch.is_grad_enabled()
         receives = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        return trains and receives and self.route.operations is self.operations
+        return trains and receives and self.route.top.operations is self.operations
 
 
 def check_compile(config: TrainConfig) -> None:
