@@ -27,19 +27,20 @@ Ready = tuple[dict[str, Update], Adapter]
 
 @dataclass
 class Entry:
-    """What a bank knows of one adapter."""
+    """One adapter of a bank."""
 
     content_hash: str
     """`Adapter.content_hash()`; empty for one that came by lk.attach."""
     size_bytes: int
     """Memory of its tensors."""
     folder: Path | None
-    """Where it is read again after an eviction; None: it was added from memory, and stays."""
+    """The folder from which it is read again after an eviction; None: it was added from memory, and
+    is never evicted."""
     pinned: bool = False
     routes: int = 0
-    """How many routes use it now."""
+    """The number of routes that use it now."""
     used: int = 0
-    """When it was last used, counted in uses."""
+    """The number of its last use, counted over all adapters."""
 
 
 class AdapterBank:
@@ -76,9 +77,9 @@ class AdapterBank:
         self._table = threading.RLock()
         """Held for moments: to read and write the entries."""
         self._loading = threading.RLock()
-        """Held while adapters come or go."""
+        """Held while adapters are loaded or removed."""
         self._routing = threading.RLock()
-        """Held by the thread whose route is in force."""
+        """Held by the thread whose route is open."""
         if is_compiled(model):
             prepare_for_compile(model)
         self._attachment = attached(self.model)
@@ -177,7 +178,7 @@ class AdapterBank:
         Evicted adapters are read again first, and none that the route uses is evicted meanwhile.
 
         Args:
-            names: for all rows or for each: a name, None for the base, or names with strengths, as
+            names: for all rows or for each: a name, None for the base, or names with weights, as
                 in {"e2e": 0.7, "style": 0.3}.
 
         Raises:
@@ -212,7 +213,7 @@ class AdapterBank:
     def merge(self, name: str, *, measure: bool = False) -> MergeReport:
         """Merge an adapter into the weights, in place of another if one is merged.
 
-        The bits are those of a fresh merge: each weight is computed from the pristine one.
+        The bits are those of a fresh merge: each weight is computed from the original one.
 
         Args:
             name: the adapter.
@@ -245,7 +246,7 @@ class AdapterBank:
         return name in self._state.adapters
 
     def _notice(self) -> None:
-        """Take note of adapters that came by lk.attach."""
+        """Add entries for adapters that came by lk.attach."""
         with self._table:
             for name, each in self._state.adapters.items():
                 if name not in self._entries:
@@ -278,7 +279,7 @@ class AdapterBank:
             return None
         if self._state.route.merged == name:
             raise BankError(f"adapter {name!r} is merged: bank.unmerge(), then replace it")
-        return self._verified(adapter, copy=copy)
+        return self._updates_of(adapter, copy=copy)
 
     def _hold(
         self, name: str, adapter: Adapter, ready: Ready | None, folder: Path | None
@@ -297,7 +298,7 @@ class AdapterBank:
             self._note_use(entry)
         return record
 
-    def _verified(self, adapter: Adapter, *, copy: bool) -> Ready:
+    def _updates_of(self, adapter: Adapter, *, copy: bool) -> Ready:
         _, updates, record = fit_and_build(
             self.model,
             adapter,
@@ -348,7 +349,7 @@ class AdapterBank:
                 f"{entry.folder} holds another adapter than when {name!r} was loaded from it: "
                 f"bank.load({name!r}, ...) takes the new one"
             )
-        updates, record = self._verified(adapter, copy=False)
+        updates, record = self._updates_of(adapter, copy=False)
         self._make_room(name, entry.size_bytes)
         with self._table:
             install(self.model, updates, name, record, trainable=False)
@@ -357,7 +358,7 @@ class AdapterBank:
         """Evict what was not used for the longest time, until an adapter has room.
 
         Raises:
-            BankError: it has not, whatever may go; nothing is evicted then.
+            BankError: it has not, whatever may be evicted; nothing is evicted then.
         """
         if self.budget_bytes is None:
             return
@@ -368,7 +369,7 @@ class AdapterBank:
             for other in sorted(others, key=lambda n: others[n].used):
                 if missing <= 0:
                     break
-                if self._may_go(other, others[other]):
+                if self._is_evictable(other, others[other]):
                     leaving.append(other)
                     missing -= others[other].size_bytes
             if missing > 0:
@@ -381,7 +382,7 @@ class AdapterBank:
             for other in leaving:
                 remove(self._state, other)
 
-    def _may_go(self, name: str, entry: Entry) -> bool:
+    def _is_evictable(self, name: str, entry: Entry) -> bool:
         route = self._state.route
         held = entry.pinned or entry.routes or name == route.bottom.name
         return entry.folder is not None and not held

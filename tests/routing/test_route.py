@@ -82,7 +82,7 @@ def test_a_switch_is_a_pointer_change(model):
         (["onr", "x", "one", "twoo"], "'onr'; did you mean 'one'.*'x'.*'twoo'; did you mean 'two'"),
         ({"onr": 0.0}, "'onr'"),
         ([], "no rows"),
-        ([{"one": float("nan")}], "row 0 asks for 'one' at strength nan"),
+        ([{"one": float("nan")}], "row 0 asks for 'one' with weight nan"),
     ],
 )
 def test_a_wrong_choice_is_told_before_anything_changes(model, inputs, names, message):

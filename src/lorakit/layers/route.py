@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,30 +46,11 @@ class Frame:
         return Frame(operations, name, key=object())
 
 
-class Lock:
-    """A re-entrant lock; a copy or a pickle of it is a new one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Lock, ()
-
-
 class OwnFrames(threading.local):
-    """The frames that each thread pushed for itself; a copy or a pickle has none."""
+    """The frames that each thread pushed for itself."""
 
     def __init__(self) -> None:
         self.stack: list[Frame] = []
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OwnFrames, ()
 
     @contextmanager
     def pushed(self, frame: Frame) -> Iterator[None]:
@@ -92,6 +73,8 @@ class Route:
 
     frame: Frame = field(default_factory=Frame)
     """The top of the frames of all threads: one assignment changes what every layer does."""
+    layers: int = 0
+    """How many layers were converted so far; the next one gets this number."""
     below: tuple[Frame, ...] = ()
     """The frames under it, the bottom first: there are as many as open `with` blocks."""
     own: OwnFrames = field(default_factory=OwnFrames)
@@ -99,15 +82,12 @@ class Route:
     """The key of the frame of the latest forward pass that was made for training."""
     repeats: int = 1
     """How many rows `generate` makes of each at present: beams, or several answers."""
-    layers: int = 0
-    """How many layers were converted so far; the next one gets this number."""
-    lock: Lock = field(default_factory=Lock)
+    lock: AbstractContextManager[Any] = field(default_factory=threading.RLock)
     """Held for moments, where frames change, or what an adapter's frame is."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The state of a copy or a pickle, which is outside of all blocks."""
-        closed = {"frame": self.bottom, "below": (), "latest": None, "repeats": 1}
-        return vars(self) | closed
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy or a pickle is outside of all blocks and calls.
+        return Route, (self.bottom, self.layers)
 
     @property
     def top(self) -> Frame:

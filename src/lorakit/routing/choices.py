@@ -84,7 +84,7 @@ def _combination(choice: Choice, row: int) -> Combination:
     except (AttributeError, TypeError, ValueError):
         raise RouteError(
             f"row {row} asks for {choice!r}: give a name, None for the base, or a dictionary of "
-            "names and strengths"
+            "names and weights"
         ) from None
 
 
@@ -97,7 +97,7 @@ def _problems(given: Sequence[Combination], known: Mapping[str, Any]) -> Iterato
             if name not in known:
                 yield f"no such adapter: {name!r}{did_you_mean(name, known)}"
             elif not math.isfinite(weight):
-                yield f"row {row} asks for {name!r} at strength {weight}"
+                yield f"row {row} asks for {name!r} with weight {weight}"
 
 
 UpdatesByName = Mapping[str, Mapping[int, Update]]

@@ -42,8 +42,8 @@ def switch(model: nn.Module, name: str | None) -> None:
 def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
     """Use one choice for all rows, or one for each row of the batch, inside a block.
 
-    A choice is an adapter's name, None for the base, or several names with strengths: the row gets
-    the sum of their updates, each times its strength. What was in use before is restored
+    A choice is an adapter's name, None for the base, or several names with weights: the row gets
+    the sum of their updates, each times its weight. What was in use before is restored
     afterwards, also after an error and when nested. `generate` with beams or several answers to a
     row makes several rows of one: all of them use that row's choice.
 
@@ -52,7 +52,7 @@ def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
         names: one choice, or as many as the batch has rows.
 
     Raises:
-        RouteError: a name is not attached, a strength is no number, an adapter is merged into the
+        RouteError: a name is not attached, a weight is no number, an adapter is merged into the
             weights, or (in the forward pass) the batch has another number of rows.
     """
     state = require_attachment(model)

@@ -114,12 +114,12 @@ def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -
     if not plain and any(u.is_whole for u, _ in terms):
         raise RouteError(
             "a row can't mix or weaken adapters with virtual tokens: use such an adapter at "
-            "strength 1, beside none that has tokens of its own or changes the input embedding"
+            "weight 1, beside none that has tokens of its own or changes the input embedding"
         )
     if not plain and any(isinstance(u, ModuleCopy) and u.resized for u, _ in terms):
         raise RouteError(
             f"a row can't mix or weaken adapters whose head ({type(layer).__name__}) has another "
-            "number of classes than the base's: use such an adapter alone, at strength 1"
+            "number of classes than the base's: use such an adapter alone, at weight 1"
         )
 
 

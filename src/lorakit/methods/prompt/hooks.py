@@ -74,7 +74,7 @@ def watch(model: nn.Module, path: str) -> dict[str, RemovableHandle]:
 
 
 def hide_ids(embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Give the base's embedding its first token for each trained one: a forward pre-hook.
+    """Give the base's embedding its first token for each virtual one: a forward pre-hook.
 
     Raises:
         RouteError: a part of the model is compiled.
@@ -85,10 +85,10 @@ def hide_ids(embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
     if _is_compiled():
         raise RouteError(COMPILED)
     frame = route.own.stack.pop()
-    trained = args[0] >= cast(nn.Embedding, embedding).num_embeddings
-    tokens = replace(cast(TokenPositions, frame.tokens), embedded=bool(trained.any()))
+    virtual = args[0] >= cast(nn.Embedding, embedding).num_embeddings
+    tokens = replace(cast(TokenPositions, frame.tokens), embedded=bool(virtual.any()))
     route.own.stack.append(replace(frame, tokens=tokens))
-    return (args[0].masked_fill(trained, 0), *args[1:])
+    return (args[0].masked_fill(virtual, 0), *args[1:])
 
 
 def put_in(
@@ -105,7 +105,8 @@ def put_in(
         return None
     batch = _ModelCall(model, embedding, _named(model, args, kwargs), route)
     if _is_compiled():
-        _check_none(batch)
+        if any(batch.tokens(batch.rows)):
+            raise RouteError(COMPILED)
         return None
     call = Call()
     changed = _prepared(batch, call)
@@ -157,22 +158,12 @@ def _for_tokens(found: Any, call: Call, *, is_logits: bool) -> Any:
 
 def _is_compiled() -> bool:
     """Whether this runs within torch.compile, traced or between two graphs."""
-    # What graphs have read of the notes about a call would be theirs for all later calls.
+    # Compiled code would keep what it read of one call for all later calls.
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
-def _check_none(batch: _ModelCall) -> None:
-    """Make sure that no row of a compiled model would get virtual tokens.
-
-    Raises:
-        RouteError: one would.
-    """
-    if any(batch.tokens(batch.rows)):
-        raise RouteError(COMPILED)
-
-
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by their names."""
+    """The arguments of a call by their names."""
     if not args:
         return dict(kwargs)
     names = list(inspect.signature(model.forward).parameters)
@@ -331,7 +322,9 @@ def _check(
     kept = named.get("logits_to_keep")
     if isinstance(kept, Tensor):
         problems.append("logits_to_keep names places, and not a number of tokens")
-    if _generates_without_cache(named) and labels is None and any(t and t.infix for t in tokens):
+    # generate alone asks for the last logits of a row in a call without cache.
+    generates = named.get("use_cache") is False and bool(named.get("logits_to_keep"))
+    if generates and labels is None and any(t and t.infix for t in tokens):
         problems.append(
             "generate without a cache gives the model prompt and answer as one row, between which "
             "the infix has its place: leave use_cache at True"
@@ -343,11 +336,6 @@ def _check(
     ]
     if problems:
         raise RouteError.listing("virtual tokens cannot be put into these rows", problems)
-
-
-def _generates_without_cache(named: Mapping[str, Any]) -> bool:
-    # generate alone asks for the last logits of a row in a call without cache.
-    return named.get("use_cache") is False and bool(named.get("logits_to_keep"))
 
 
 def _check_context(model: nn.Module, rows: LongerRows) -> None:
