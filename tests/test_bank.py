@@ -151,9 +151,9 @@ def test_the_same_content_is_not_loaded_twice_and_other_content_replaces_it(
 ):
     copy = shutil.copytree(folders["qv"], tmp_path / "copy")
     bank.load("name", folders["qv"])
-    kept = bank.model._lorakit.updates["name"]
+    kept = bank.model._lorakit.adapters["name"].updates
     bank.load("name", copy)
-    assert bank.model._lorakit.updates["name"] is kept
+    assert bank.model._lorakit.adapters["name"].updates is kept
     bank.switch("name")
     old = outputs(bank.model, inputs)
     adapters["down"].save(copy, overwrite=True)
@@ -343,8 +343,8 @@ def test_what_cannot_be_unloaded_is_told(full):
 
 def test_memory_of_what_went_is_free_again(full, inputs):
     found = {
-        name: weakref.ref(next(iter(updates.values())))
-        for name, updates in full.model._lorakit.updates.items()
+        name: weakref.ref(next(iter(each.updates.values())))
+        for name, each in full.model._lorakit.adapters.items()
     }
     with full.route(ROWS):
         full.model(**inputs)
@@ -368,7 +368,7 @@ def test_a_bank_holds_what_was_attached_before_it(inputs, folders, tmp_path):
     assert bank.names == ("trained", "qv")
     expected = answers(bank, inputs, "trained")
     with torch.no_grad():
-        for parameter in bank.model._lorakit.updates["trained"][0].parameters():
+        for parameter in bank.model._lorakit.adapters["trained"].updates[0].parameters():
             parameter.add_(1)
     # The name holds other weights now than those in the folder.
     bank.load("trained", saved)

@@ -103,7 +103,7 @@ def test_a_switch_and_a_merge_wait_for_the_end_of_a_route(folders):
 
     with bank.route(["one", None]):
         before = outputs(bank.model, inputs)
-        thread = threading.Thread(target=operation, daemon=True)
+        thread = threading.Thread(target=adapt, daemon=True)
         thread.start()
         thread.join(0.2)
         assert order == ["asks"]

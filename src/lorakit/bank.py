@@ -15,10 +15,11 @@ from lorakit.adapter.tensor_files import value_problems
 from lorakit.attachment.attach import extract, fit_and_build, install, remove
 from lorakit.attachment.state import Attachment, attached, attachment_of, is_compiled, unwrapped
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
-from lorakit.layers.layer import Update
+from lorakit.layers.operation import Update
 from lorakit.merging.merge import MergeReport, merge, unmerge
+from lorakit.routing.choices import Choice, RowChoices
 from lorakit.routing.compiled_model import prepare_for_compile
-from lorakit.routing.route import Choice, check_names, combinations, route, switch
+from lorakit.routing.route import route_rows, switch
 
 Ready = tuple[dict[str, Update], Adapter]
 """An adapter's updates by module path, verified, and the adapter without its tensors."""
@@ -26,19 +27,20 @@ Ready = tuple[dict[str, Update], Adapter]
 
 @dataclass
 class Entry:
-    """What a bank knows of one adapter."""
+    """One adapter of a bank."""
 
     content_hash: str
     """`Adapter.content_hash()`; empty for one that came by lk.attach."""
     size_bytes: int
     """Memory of its tensors."""
     folder: Path | None
-    """Where it is read again after an eviction; None: it was added from memory, and stays."""
+    """The folder from which it is read again after an eviction; None: it was added from memory, and
+    is never evicted."""
     pinned: bool = False
     routes: int = 0
-    """How many routes use it now."""
+    """The number of routes that use it now."""
     used: int = 0
-    """When it was last used, counted in uses."""
+    """The number of its last use, counted over all adapters."""
 
 
 class AdapterBank:
@@ -75,9 +77,9 @@ class AdapterBank:
         self._table = threading.RLock()
         """Held for moments: to read and write the entries."""
         self._loading = threading.RLock()
-        """Held while adapters come or go."""
+        """Held while adapters are loaded or removed."""
         self._routing = threading.RLock()
-        """Held by the thread whose route is in force."""
+        """Held by the thread whose route is open."""
         if is_compiled(model):
             prepare_for_compile(model)
         self._attachment = attached(self.model)
@@ -176,7 +178,7 @@ class AdapterBank:
         Evicted adapters are read again first, and none that the route uses is evicted meanwhile.
 
         Args:
-            names: for all rows or for each: a name, None for the base, or names with strengths, as
+            names: for all rows or for each: a name, None for the base, or names with weights, as
                 in {"e2e": 0.7, "style": 0.3}.
 
         Raises:
@@ -185,13 +187,11 @@ class AdapterBank:
             BankError: the adapters of this route alone are beyond the budget.
             AdapterFileError: an evicted adapter's folder is not what it was.
         """
-        rows = combinations(names)
         with self._routing:
             self._notice()
             with self._table:
-                check_names(rows, self._entries)
-            used = dict.fromkeys(name for row in rows for name, _ in row)
-            with self._kept(list(used)), route(self.model, names):
+                choices = RowChoices.of(names, self._entries)
+            with self._kept(choices.names), route_rows(self.model, choices):
                 yield
 
     def switch(self, name: str | None) -> None:
@@ -203,7 +203,7 @@ class AdapterBank:
         """
         with self._routing:
             with self._table:
-                if name is None or name in self._state.updates:
+                if name is None or name in self._state.adapters:
                     if name is not None:
                         self._note_use(self._entry(name))
                     return switch(self.model, name)
@@ -213,7 +213,7 @@ class AdapterBank:
     def merge(self, name: str, *, measure: bool = False) -> MergeReport:
         """Merge an adapter into the weights, in place of another if one is merged.
 
-        The bits are those of a fresh merge: each weight is computed from the pristine one.
+        The bits are those of a fresh merge: each weight is computed from the original one.
 
         Args:
             name: the adapter.
@@ -246,11 +246,12 @@ class AdapterBank:
         return name in self._state.adapters
 
     def _notice(self) -> None:
-        """Take note of adapters that came by lk.attach."""
+        """Add entries for adapters that came by lk.attach."""
         with self._table:
-            for name, updates in self._state.updates.items():
+            for name, each in self._state.adapters.items():
                 if name not in self._entries:
-                    size = sum(p.nbytes for u in updates.values() for p in u.parameters())
+                    updates = each.updates.values()
+                    size = sum(p.nbytes for update in updates for p in update.parameters())
                     self._entries[name] = Entry("", size, None)
 
     def _entry(self, name: str) -> Entry:
@@ -267,7 +268,7 @@ class AdapterBank:
         route = self._state.route
         if route.merged == name:
             raise BankError(f"adapter {name!r} is merged: bank.unmerge(), then {purpose}")
-        if route.switched == name:
+        if route.bottom.name == name:
             raise BankError(f"adapter {name!r} is switched to: bank.switch(None), then {purpose}")
 
     def _ready(self, name: str, adapter: Adapter, *, copy: bool) -> Ready | None:
@@ -278,7 +279,7 @@ class AdapterBank:
             return None
         if self._state.route.merged == name:
             raise BankError(f"adapter {name!r} is merged: bank.unmerge(), then replace it")
-        return self._verified(adapter, copy=copy)
+        return self._updates_of(adapter, copy=copy)
 
     def _hold(
         self, name: str, adapter: Adapter, ready: Ready | None, folder: Path | None
@@ -286,7 +287,7 @@ class AdapterBank:
         """Make an adapter resident under a name."""
         if ready is None:
             self._entries[name].folder = folder
-            return self._state.adapters[name]
+            return self._state.adapters[name].record
         updates, record = ready
         self._make_room(name, adapter.size_bytes)
         with self._table:
@@ -297,7 +298,7 @@ class AdapterBank:
             self._note_use(entry)
         return record
 
-    def _verified(self, adapter: Adapter, *, copy: bool) -> Ready:
+    def _updates_of(self, adapter: Adapter, *, copy: bool) -> Ready:
         _, updates, record = fit_and_build(
             self.model,
             adapter,
@@ -348,7 +349,7 @@ class AdapterBank:
                 f"{entry.folder} holds another adapter than when {name!r} was loaded from it: "
                 f"bank.load({name!r}, ...) takes the new one"
             )
-        updates, record = self._verified(adapter, copy=False)
+        updates, record = self._updates_of(adapter, copy=False)
         self._make_room(name, entry.size_bytes)
         with self._table:
             install(self.model, updates, name, record, trainable=False)
@@ -357,7 +358,7 @@ class AdapterBank:
         """Evict what was not used for the longest time, until an adapter has room.
 
         Raises:
-            BankError: it has not, whatever may go; nothing is evicted then.
+            BankError: it has not, whatever may be evicted; nothing is evicted then.
         """
         if self.budget_bytes is None:
             return
@@ -368,7 +369,7 @@ class AdapterBank:
             for other in sorted(others, key=lambda n: others[n].used):
                 if missing <= 0:
                     break
-                if self._may_go(other, others[other]):
+                if self._is_evictable(other, others[other]):
                     leaving.append(other)
                     missing -= others[other].size_bytes
             if missing > 0:
@@ -381,7 +382,7 @@ class AdapterBank:
             for other in leaving:
                 remove(self._state, other)
 
-    def _may_go(self, name: str, entry: Entry) -> bool:
+    def _is_evictable(self, name: str, entry: Entry) -> bool:
         route = self._state.route
-        held = entry.pinned or entry.routes or name in (route.merged, route.switched)
+        held = entry.pinned or entry.routes or name == route.bottom.name
         return entry.folder is not None and not held

@@ -14,7 +14,7 @@ from lorakit.bench.rounds import Seconds
 from lorakit.bench.tables import table
 from lorakit.cli.main import main
 from lorakit.errors import ConfigError
-from lorakit.layers.layer import AdaptedLayer
+from lorakit.layers.adapted_layer import AdaptedLayer
 
 WHO = ["plain", "ours", "unmerged", "adapter_l", "adapter_h"]
 TINY = ["--width", "64", "--blocks", "2", "--shrink", "32", "--repeats", "2"]

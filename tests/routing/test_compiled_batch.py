@@ -129,7 +129,7 @@ def test_trained_adapters_of_a_compiled_model_keep_their_gradients():
     bank = lk.AdapterBank(torch.compile(model, backend="eager"))
     attach_random(model, targets=("q",))
     with bank.route(["default", None]):
-        operations = bank._state.route.operations
+        operations = bank._state.route.top.operations
         assert not any(isinstance(operation, StaticLoRA) for operation in operations.values())
         inputs = torch.ones(2, 3, dtype=torch.long)
         model(input_ids=inputs).logits.sum().backward()
@@ -149,7 +149,7 @@ def test_the_unchanging_form_holds_slices_ranks_and_trained_biases(family):
     expected = alone(model, inputs, names)
     model._lorakit.compiled = True
     with lk.route(model, names):
-        operations = model._lorakit.route.operations
+        operations = model._lorakit.route.top.operations
         assert any(isinstance(operation, StaticLoRA) for operation in operations.values())
         found = outputs(model, inputs)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorakit as lk
 from lorakit.errors import MergeError, RouteError
-from lorakit.routing import route as routing
+from lorakit.routing import choices
 from references import alone, attach_random, base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 
@@ -71,7 +71,7 @@ def test_a_switch_is_a_pointer_change(model):
     parameters = {n: (p.data_ptr(), p._version) for n, p in model.named_parameters()}
     modules = [id(m) for m in model.modules()]
     lk.switch(model, "two")
-    assert model._lorakit.route.operations is model._lorakit.updates["two"]
+    assert model._lorakit.route.top.operations is model._lorakit.adapters["two"].updates
     assert {n: (p.data_ptr(), p._version) for n, p in model.named_parameters()} == parameters
     assert [id(m) for m in model.modules()] == modules
 
@@ -82,7 +82,7 @@ def test_a_switch_is_a_pointer_change(model):
         (["onr", "x", "one", "twoo"], "'onr'; did you mean 'one'.*'x'.*'twoo'; did you mean 'two'"),
         ({"onr": 0.0}, "'onr'"),
         ([], "no rows"),
-        ([{"one": float("nan")}], "row 0 asks for 'one' at strength nan"),
+        ([{"one": float("nan")}], "row 0 asks for 'one' with weight nan"),
     ],
 )
 def test_a_wrong_choice_is_told_before_anything_changes(model, inputs, names, message):
@@ -302,7 +302,7 @@ def test_detaching_inside_a_route_leaves_the_base(model, inputs):
 def test_a_choice_of_a_wrong_kind_is_told(wrong):
     # Unwrapped, because the shape checks of the tests would see it first.
     with pytest.raises(RouteError, match=r"row 1 asks for .*: give a name, None"):
-        inspect.unwrap(routing._combination)(wrong, 1)
+        inspect.unwrap(choices._combination)(wrong, 1)
 
 
 def test_compiled_models_answer_and_train_alike(forks):

@@ -50,7 +50,7 @@ def adapted(family: str, *, train: bool = False, **settings: str):
 
 def stacks(model) -> list[StackedHeads]:
     """The heads of the route that is open, of which there is at least one."""
-    found = [c for c in model._lorakit.route.operations.values() if isinstance(c, StackedHeads)]
+    found = [c for c in model._lorakit.route.top.operations.values() if isinstance(c, StackedHeads)]
     assert found
     assert not any(each._refused for each in found)
     return found
@@ -307,7 +307,7 @@ def with_head(head: nn.Module) -> nn.Module:
 def check_layer(model, x, names) -> dict:
     with lk.route(model, names):
         mixed = model(x)
-        operations = dict(model._lorakit.route.operations)
+        operations = dict(model._lorakit.route.top.operations)
     for row, name in enumerate(names):
         with lk.route(model, name):
             torch.testing.assert_close(mixed[row : row + 1], model(x[row : row + 1]))

@@ -247,7 +247,7 @@ def test_ranks_far_apart_are_not_padded_to_the_largest():
     lk.switch(model, None)
     model.requires_grad_(False)
     with lk.route(model, ["one", "many"]):
-        operations = next(iter(model._lorakit.route.operations.values()))
+        operations = next(iter(model._lorakit.route.top.operations.values()))
         ranks = [shared.pieces[at].rank for shared, at in operations._parts]
     assert sorted(ranks) == [1, 30]
 

@@ -24,12 +24,10 @@ from lorakit.attachment.state import (
 from lorakit.attachment.verify import saved_plan
 from lorakit.config.methods import LoRAConfig, MethodConfig
 from lorakit.errors import AttachError
+from lorakit.layers.adapted_layer import bank_key, restore
 from lorakit.layers.checkpointing import forget_routes, stacks_of_blocks
-from lorakit.layers.layer import (
-    Update,
-    bank_key,
-    restore,
-)
+from lorakit.layers.operation import Update
+from lorakit.layers.route import Frame
 from lorakit.methods.component import Materials
 from lorakit.methods.lora.eva import input_singular_vectors
 from lorakit.methods.lora.pissa import join_frozen_factors
@@ -145,7 +143,7 @@ def _with_singular_vectors(
 ) -> Plan:
     """A plan whose low-rank updates start from what their layers read of some data."""
     paths = list(dict.fromkeys(site.path for site in found.sites))
-    with nullcontext() if state is None else state.routed(None, None, None):
+    with nullcontext() if state is None else state.route.block(Frame()):
         vectors = input_singular_vectors(model, paths, shared_inputs(model), data)
     return with_singular_vectors(model, found, vectors)
 
@@ -212,7 +210,8 @@ def install(
         by_number[layer.adapter_number] = update
         if update.virtual_tokens and HOOKS[0] not in state.hooks:
             state.hooks |= watch(model, path)
-    stale = state.updates.get(name, {}).keys() - by_number.keys()
+    before = state.adapters.get(name)
+    stale = () if before is None else before.updates.keys() - by_number.keys()
     state.replace(name, by_number, record)
     for number in stale:
         state.layers[number].adapter_bank.pop(key)
@@ -237,7 +236,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for number, layer in list(state.layers.items()):
         if not layer.adapter_bank:
             restore(state.layers.pop(number))
-    if not any(u.virtual_tokens for own in state.updates.values() for u in own.values()):
+    kept = (update for each in state.adapters.values() for update in each.updates.values())
+    if not any(update.virtual_tokens for update in kept):
         for each in HOOKS:
             if each in state.hooks:
                 state.hooks.pop(each).remove()
@@ -248,7 +248,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 def _give_back(model: nn.Module, state: Attachment) -> None:
     """Leave a model without adapters as it was before the first one."""
     for path, parameter in model.named_parameters():
-        parameter.requires_grad_(state.frozen.get(path, parameter.requires_grad))
+        parameter.requires_grad_(state.base.requires_grad.get(path, parameter.requires_grad))
     for hook in state.hooks.values():
         hook.remove()
     for _, stack in stacks_of_blocks(model):
@@ -267,8 +267,8 @@ def restore_original_weights(model: nn.Module, state: Attachment) -> None:
     for path, weights in state.original_weights.items():
         restore_module(model, path, weights)
     state.original_weights.clear()
-    state.route.merged = None
-    state.activate(state.route.active)
+    if state.route.merged is not None:
+        state.route.set_bottom(state.adapters[state.route.merged].frame)
 
 
 def restore_module(model: nn.Module, path: str, weights: Mapping[str, OriginalWeight]) -> None:
@@ -310,7 +310,7 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
     tensors = {
         n: p.detach().to("cpu", copy=True).contiguous() for n, p in adapter_parameters(model, name)
     }
-    record = state.adapters[name]
+    record = state.adapters[name].record
     return replace(record, tensors=join_frozen_factors(record.sites, tensors))
 
 
@@ -320,5 +320,6 @@ def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Pa
     Ranks that do not train have names of their own (`methods/lora/pissa.py`).
     """
     state = require_attachment(model)
-    for number, update in state.updates.get(name, {}).items():
-        yield from update.named_tensors(state.paths[number])
+    attached = state.adapters.get(name)
+    for number, update in () if attached is None else attached.updates.items():
+        yield from update.named_tensors(state.layers[number].adapter_path)

@@ -23,7 +23,7 @@ from lorakit.config.methods import (
 )
 from lorakit.errors import ConfigError, TargetError, did_you_mean
 from lorakit.layers.chain import Chain
-from lorakit.layers.layer import Update
+from lorakit.layers.operation import Update
 from lorakit.methods import bitfit, bottleneck, full
 from lorakit.methods.bitfit import TrainedBias
 from lorakit.methods.component import Component, Materials, Shape

@@ -50,7 +50,8 @@ def run(settings: ConvertConfig) -> Result:
         model, _ = load_model(settings.model, task=task, labels=labels)
         attach(model, adapter)
         # Whoever names the base answers for it; that it was not proven stays in `unverified`.
-        adapter = replace(extract(model), base=adapter.base or require_attachment(model).identity)
+        found = require_attachment(model).base.identity
+        adapter = replace(extract(model), base=adapter.base or found)
     if settings.to == "peft":
         save_peft(adapter, settings.out)
     else:

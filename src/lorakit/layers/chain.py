@@ -8,16 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.layer import Update
+from lorakit.layers.operation import Update
 
 
 class Chain(Update):
-    """Updates of which each changes what the one before has made: LoRA, then a bottleneck."""
+    """Updates each of which adapts the output of the one before: LoRA, then a bottleneck."""
 
     def __init__(self, links: Sequence[Update]) -> None:
         super().__init__()
         self.links = nn.ModuleList(links)
-        self.replaces_output = self._each()[0].replaces_output
+        self.replaces_output = links[0].replaces_output
         self.is_whole = any(link.is_whole for link in links)
         tokens = (link.virtual_tokens for link in links if link.virtual_tokens)
         self.virtual_tokens = next(tokens, None)
@@ -31,42 +31,42 @@ class Chain(Update):
         weight: float = 1.0,
         base: Any = None,
     ) -> Any:
-        """Return what the last update makes; with a strength, the whole of their change counts."""
+        """The output of the last update; a weight is a factor on all that they change together."""
         if weight == 1 and base is None:
-            for link in self._each():
+            for link in self._updates():
                 output = link.adapt(layer, inputs, output)
             return output
         start = output if base is None else base
-        changed = start.clone()
-        for link in self._each():
-            changed = link.adapt(layer, inputs, changed)
-        return output + weight * (changed - start)
+        adapted = start.clone()
+        for link in self._updates():
+            adapted = link.adapt(layer, inputs, adapted)
+        return output + weight * (adapted - start)
 
     def read(self, name: str, weight: Tensor) -> Tensor:
-        """Return what is read in place of a parameter, after each update."""
-        for link in self._each():
+        """The value that is read in place of a parameter, after each update."""
+        for link in self._updates():
             weight = link.read(name, weight)
         return weight
 
     def let_train(self) -> None:
         """Let the weights of each update take gradients."""
-        for link in self._each():
+        for link in self._updates():
             link.let_train()
 
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the merged parameters of each update."""
-        for link in self._each():
+        for link in self._updates():
             yield from link.merged(layer, exact=exact)
 
     @property
     def unmergeable(self) -> str | None:
-        """Return why one of them is no change of the weights, or None."""
-        return next((why for link in self._each() if (why := link.unmergeable)), None)
+        """Why one of them can't be merged; None: all can."""
+        return next((why for link in self._updates() if (why := link.unmergeable)), None)
 
     def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the tensors of each update."""
-        for link in self._each():
+        for link in self._updates():
             yield from link.named_tensors(path)
 
-    def _each(self) -> list[Update]:
+    def _updates(self) -> list[Update]:
         return [cast(Update, link) for link in self.links]

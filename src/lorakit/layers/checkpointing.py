@@ -1,6 +1,6 @@
 """Gradient checkpointing of transformers' blocks, as adapters need it.
 
-A block that is recomputed in the backward pass runs under the route of its forward pass, whatever
+A block that is recomputed in the backward pass runs under the frame of its forward pass, whatever
 the route is by then. And torch's reentrant checkpointing records a block only if one of its inputs
 requires grad; with a frozen base none does, and the adapters inside would silently get no gradient.
 """
@@ -8,18 +8,20 @@ requires grad; with a frozen base none does, and the adapters inside would silen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.layer import AdaptedLayer, Route
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.route import Route
 from lorakit.models.base import base_modules
 from lorakit.upstream.private_names import checkpoint_function, in_backward, set_checkpoint_function
 
 
 class RoutedCheckpoint:
-    """Checkpoints one block as transformers would have, with the route and the tokens that it had.
+    """Checkpoints one block as transformers does, and recomputes it under the same frame.
 
     Takes the place of the block's `_gradient_checkpointing_func`.
     """
@@ -30,31 +32,30 @@ class RoutedCheckpoint:
         self.checkpoint: Callable[..., Any] = checkpoint_function(block)
 
     def __call__(self, function: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
-        """Return function(*inputs), which the backward pass will call once more."""
-        operations, calls = self.route.operations, self.route.prompted.calls
-        placed = calls[-1].placed if calls else None
+        """The result of function(*inputs), which the backward pass will call once more."""
+        frame = replace(self.route.top, under=None)
 
-        def under_one_route(*args: Any) -> Any:
+        def under_one_frame(*args: Any) -> Any:
             if not in_backward():
                 return function(*args)
-            with self.route.replaying(operations, placed):
+            with self.route.own.pushed(frame):
                 return function(*args)
 
         # torch's own default is to be reentrant.
         if getattr(self.checkpoint, "keywords", {}).get("use_reentrant", True):
             inputs = let_input_require_grad(self.block, inputs)
-        return self.checkpoint(under_one_route, *inputs, **settings)
+        return self.checkpoint(under_one_frame, *inputs, **settings)
 
 
 def stacks_of_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and module of those that hold blocks which transformers can checkpoint."""
+    """Yield path and module of each stack of blocks that transformers can checkpoint."""
     for path, module in base_modules(model):
         if not isinstance(module, nn.ModuleList) and any(_blocks(module)):
             yield path, module
 
 
 def keep_routes(stack: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Let the adapted blocks of a stack be checkpointed with their routes.
+    """Have the adapted blocks of a stack checkpointed with their routes.
 
     A forward pre-hook, because checkpointing may be turned on at any time. It has no state, so that
     a model with it can be copied and pickled.
@@ -79,7 +80,7 @@ def forget_routes(stack: nn.Module) -> None:
 def let_input_require_grad(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """A block's inputs, one of which requires grad where only that makes the block train.
 
-    That is so at the lowest adapted block only: what lies below stays without a backward pass.
+    That is so at the lowest adapted block only: the blocks below have no backward pass.
     """
     tensors = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
     trains = torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
@@ -90,7 +91,7 @@ def let_input_require_grad(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[A
 
 
 def _blocks(stack: nn.Module) -> Iterator[Any]:
-    """Yield a stack's own blocks, which may lie in lists."""
+    """Yield a stack's own blocks, which may be in lists."""
     # Imported late: it sets up loggers, which importing lorakit must not.
     from transformers.modeling_layers import GradientCheckpointingLayer
 

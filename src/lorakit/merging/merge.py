@@ -24,7 +24,9 @@ from lorakit.attachment.state import (
     require_name,
 )
 from lorakit.errors import MergeError
-from lorakit.layers.layer import AdaptedLayer, Update
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.operation import Update
+from lorakit.layers.route import Frame
 from lorakit.methods.lora.lora import LoRAUpdate
 from lorakit.models.base import base_modules, base_parameter, base_parameters
 from lorakit.models.quantized_weight import is_quantized
@@ -119,7 +121,7 @@ def merge(
 ) -> MergeReport:
     """Write W + scale·B·A into the weights, so that the model runs with no extra latency.
 
-    The sum is formed in float32 from the pristine weight and rounded once. The pristine weights are
+    The sum is formed in float32 from the original weight and rounded once. The original weights are
     kept, and `unmerge` puts them back. A weight that is tied to another is untied until then. Where
     another adapter is merged, this one takes its place, with the bits of a merge into the base.
 
@@ -130,7 +132,7 @@ def merge(
             has an input embedding.
         round_to: round to this precision (kept in the weights' own), for a checkpoint that will be
             written in it.
-        pristine: where to keep the unmerged weights. copy: in the CPU's memory; checkpoint: in the
+        original_weights: where to keep them. copy: in the CPU's memory; checkpoint: in the
             safetensors files that the model was loaded from, where they hold the same bits (they
             must stay as they are until `unmerge`), else in memory.
         measure: compute what rounding cost, and run the probe; without, the report is empty and
@@ -147,7 +149,7 @@ def merge(
     require_name(state, name)
     if state.route.merged == name:
         raise MergeError(f"adapter {name!r} is merged already: lk.unmerge(model) first")
-    if state.route.depth:
+    if state.route.below:
         raise MergeError("a route is open, which would restore another adapter: merge after it")
     _check_mergeable(state, name)
     probe = (default_probe(model) if probe is None else probe) if measure else None
@@ -162,15 +164,14 @@ def merge(
     except BaseException:
         restore_original_weights(model, state)
         raise
-    state.route.merged = name
-    state.activate(name)
+    state.route.set_bottom(Frame(name=name, merged=True))
     after = outputs_on(model, probe)
-    operation = None if before is None or after is None else (after - before).abs().max().item()
-    return MergeReport(adapter=name, weights=weights, logit_change=operation)
+    change = None if before is None or after is None else (after - before).abs().max().item()
+    return MergeReport(adapter=name, weights=weights, logit_change=change)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put the pristine weights back, bit for bit; the adapter stays attached and active.
+    """Put the original weights back, bit for bit; the adapter stays attached and active.
 
     Raises:
         MergeError: nothing is merged.
@@ -188,20 +189,20 @@ def _check_mergeable(state: Attachment, name: str) -> None:
         MergeError: with each reason once, and where it holds.
     """
     reasons: dict[str, str] = {}
-    for number, update in state.updates[name].items():
+    for number, update in state.adapters[name].updates.items():
         reason = update.unmergeable or _quantized_reason(state.layers[number], update)
         if reason is not None:
-            reasons.setdefault(reason, state.paths[number])
+            reasons.setdefault(reason, state.layers[number].adapter_path)
     if reasons:
         lines = [f"{reason} (first at {path or 'the model'})" for reason, path in reasons.items()]
-        method = state.adapters[name].method
+        method = state.adapters[name].record.method
         raise MergeError.listing(
             f"adapter {name!r} ({method}) cannot be merged, so it keeps its extra latency", lines
         )
 
 
 def _quantized_reason(layer: nn.Module, update: Update) -> str | None:
-    """Return why an update cannot go into a quantised weight; None: it does not have to."""
+    """Why an update cannot be merged into a quantised weight; None: it does not have to."""
     only_bias = isinstance(update, LoRAUpdate) and not update.parts
     if only_bias or not is_quantized(layer):
         return None
@@ -220,18 +221,17 @@ def _merge_layers(
     measure: bool,
 ) -> Iterator[MergedWeight]:
     tied = _tied_parameters(model)
-    # What the adapter that is merged now has untied.
-    kept_whole = (
-        weight for weights in state.original_weights.values() for weight in weights.values()
-    )
-    tied |= {id(weight) for weight in kept_whole if isinstance(weight, nn.Parameter)}
+    kept_weights = (w for weights in state.original_weights.values() for w in weights.values())
+    # Those that the adapter which is merged now has untied.
+    tied |= {id(weight) for weight in kept_weights if isinstance(weight, nn.Parameter)}
     checkpoint = Checkpoint(model) if original_weights == "checkpoint" else None
-    updates = state.updates[name]
+    updates = state.adapters[name].updates
     untied: dict[int, nn.Parameter] = {}
-    for path in state.original_weights.keys() - {state.paths[number] for number in updates}:
+    touched = {state.layers[number].adapter_path for number in updates}
+    for path in state.original_weights.keys() - touched:
         restore_module(model, path, state.original_weights.pop(path))
     for number, update in updates.items():
-        layer, path = state.layers[number], state.paths[number]
+        layer, path = state.layers[number], state.layers[number].adapter_path
         kept = state.original_weights.setdefault(path, {})
         restore_module(model, path, kept)
         for inner, merged in update.merged(layer, exact=torch.float32):
@@ -241,7 +241,7 @@ def _merge_layers(
             if measure:
                 yield _measure(full_name, layer, update, inner, rounded)
             if id(current) in tied:
-                # The tied parameter itself is the pristine copy; this layer gets one of its own,
+                # The tied parameter itself is the original weight; this layer gets one of its own,
                 # or, if both change alike, that of the layer it is tied to.
                 kept[inner] = current
                 twin = untied.get(id(current))
@@ -319,7 +319,7 @@ def finalize(model: nn.Module) -> None:
         raise MergeError("no adapter is merged into this model")
     untied = _came_apart(model, state)
     state.original_weights.clear()
-    state.route.merged = None
+    state.route.set_bottom(Frame())
     detach(model)
     config = getattr(model, "config", None)
     if untied and config is not None:
@@ -328,7 +328,7 @@ def finalize(model: nn.Module) -> None:
 
 
 def _came_apart(model: nn.Module, state: Attachment) -> bool:
-    """Whether weights that were one are several by a merge."""
+    """Whether a merge made several weights of a tied one."""
     now: dict[int, set[int]] = {}
     for path, weights in state.original_weights.items():
         for name, weight in weights.items():

@@ -23,12 +23,12 @@ class TrainedModel:
 
     @staticmethod
     def of(model: nn.Module) -> TrainedModel:
-        """Return what is needed of a quantised model with its adapter; it may be changed then."""
+        """The facts about a quantised model with its adapter, which may be changed afterwards."""
         layers = {path: layer for path, layer in base_modules(model) if is_quantized(layer)}
         return TrainedModel(layers, outputs_on(model, default_probe(model)))
 
     def distances(self, base: nn.Module) -> dict[str, float]:
-        """Return ‖W₀ − Q(W₀)‖/‖W₀‖ of each layer of a float base, by the weight's name.
+        """‖W₀ − Q(W₀)‖/‖W₀‖ of each layer of a float base, by the weight's name.
 
         Args:
             base: the original or the dequantised base, before anything is merged.
@@ -61,7 +61,7 @@ class TrainedModel:
             for w in report.weights
         )
         after = outputs_on(merged, default_probe(merged))
-        operation = None
+        change = None
         if after is not None and self.outputs is not None:
-            operation = (after - self.outputs).abs().max().item()
-        return replace(report, weights=weights, trained_change=operation)
+            change = (after - self.outputs).abs().max().item()
+        return replace(report, weights=weights, trained_change=change)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lorakit.config.methods import BitFitConfig, MethodConfig
 from lorakit.errors import TargetError
-from lorakit.layers.layer import AdaptedLayer, Update
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.operation import Update
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.lora.lora import ConvNd, LoRAUpdate, is_linear, matrix_shape
 from lorakit.methods.uncalled import uncalled_component

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.config.methods import Activation, BottleneckConfig, layer_numbers
 from lorakit.errors import TargetError
 from lorakit.kernels.dropout import Dropout
-from lorakit.layers.layer import Update
+from lorakit.layers.operation import Update
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.module_copy import trained_copy
 from lorakit.models.base import base_modules, base_parameters

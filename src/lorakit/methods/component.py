@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lorakit.layers.layer import Update
+from lorakit.layers.operation import Update
 
 Shape = tuple[int, ...]
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.layer import AdaptedLayer, Route, Update, adapted_layers, restore
+from lorakit.layers.adapted_layer import AdaptedLayer, adapted_layers, restore
+from lorakit.layers.operation import Update
+from lorakit.layers.route import Route
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.models.base import base_modules, base_parameters
 

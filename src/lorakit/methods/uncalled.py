@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.layer import Update
+from lorakit.layers.operation import Update
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.models.base import base_parameter
 from lorakit.upstream.private_names import own_parameters

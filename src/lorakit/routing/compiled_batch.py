@@ -1,7 +1,7 @@
 """Mixed batches in one unchanging form, for torch.compile: a new route is only new tensors.
 
 Every linear layer gets A and B for each row, zeros where a row has no update there, so that
-neither the route nor the resident adapters change what the compiled graph does. Ranks are marked
+neither the route nor the resident adapters change the compiled graph. Ranks are marked
 as dynamic.
 """
 
@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.layer import AdaptedLayer, Operation, Update
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.operation import Operation, Update
 from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, matrix_shape, positions
-from lorakit.routing.batch import Batch, Combination, Updates
+from lorakit.routing.choices import Combination, RowChoices, UpdatesByName
 from lorakit.routing.stacked_lora import bias_shifts, is_sum, mixed_operations
 from lorakit.upstream.private_names import mark_dynamic
 
@@ -24,17 +25,20 @@ LEAST_RANK = 2
 
 
 def static_operations(
-    layers: Mapping[int, AdaptedLayer], updates: Updates, batch: Batch, device: torch.device
+    layers: Mapping[int, AdaptedLayer],
+    updates: UpdatesByName,
+    choices: RowChoices,
+    device: torch.device,
 ) -> dict[int, Operation]:
-    """Return what is done to each layer, in a form that is the same for every batch of one length.
+    """The operation of each layer, in a form that is the same for every batch of one length.
 
-    Layers that are not linear, full copies, and DoRA are done as in any mixed batch, where another
-    grouping of the rows is another graph.
+    Layers that are not linear, full copies, and DoRA have the operations of any mixed batch, where
+    another grouping of the rows is another graph.
 
     Args:
         layers: all adapted layers by number.
-        updates: of every adapter that the batch names.
-        batch: its rows; one row stands for any number of rows that use the same blend.
+        updates: of every adapter that a row uses.
+        choices: of the rows.
         device: where the rows are.
     """
     operations: dict[int, Operation] = {}
@@ -42,11 +46,11 @@ def static_operations(
     for number, layer in layers.items():
         mine = {name: ups[number] for name, ups in updates.items() if number in ups}
         if is_linear(layer) and all(map(is_sum, mine.values())):
-            operations[number] = StaticLoRA(layer, cast(Any, mine), batch, device)
+            operations[number] = StaticLoRA(layer, cast(Any, mine), choices, device)
         else:
             for name, update in mine.items():
                 others[name][number] = update
-    return operations | mixed_operations(layers, others, batch, device)
+    return operations | mixed_operations(layers, others, choices, device)
 
 
 class StaticLoRA(Operation):
@@ -56,23 +60,23 @@ class StaticLoRA(Operation):
         self,
         layer: AdaptedLayer,
         updates: Mapping[str, LoRAUpdate],
-        batch: Batch,
+        choices: RowChoices,
         device: torch.device,
     ) -> None:
         d_out, d_in = matrix_shape(layer)
         weight = cast(Tensor, layer.weight)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        terms = [_terms(combination, updates) for combination in batch.combinations]
-        rank = max([LEAST_RANK, *(sum(p.site.rank for p, _ in of_slot) for of_slot in terms)])
+        terms = [_terms(combination, updates) for combination in choices.combinations]
+        rank = max([LEAST_RANK, *(sum(p.site.rank for p, _ in each) for each in terms)])
         a = torch.zeros(len(terms) + 1, rank, d_in, dtype=dtype, device=device)
         b = torch.zeros(len(terms) + 1, rank, d_out, dtype=dtype, device=device)
-        for slot, of_slot in enumerate(terms, 1):
-            _fill(a[slot], b[slot], of_slot)
-        slots = torch.tensor(batch.slot_of_row, device=device) + 1
-        self._a, self._b = a[slots], b[slots]
+        for index, each in enumerate(terms, 1):
+            _fill(a[index], b[index], each)
+        rows = torch.tensor(choices.index_of_row, device=device) + 1
+        self._a, self._b = a[rows], b[rows]
         bias = layer.bias
         self._shift = (
-            None if bias is None else _shifts(cast(Tensor, bias), updates, batch, dtype)[slots]
+            None if bias is None else _shifts(cast(Tensor, bias), updates, choices, dtype)[rows]
         )
         for tensor in (self._a, self._b):
             mark_dynamic(tensor, 1)
@@ -100,7 +104,7 @@ def _terms(
 
 @torch.no_grad()
 def _fill(a: Tensor, b: Tensor, terms: list[tuple[LowRank, float]]) -> None:
-    """Write A (rank, d_in) and scale·Bᵀ (rank, d_out) of one blend."""
+    """Write A (rank, d_in) and scale·Bᵀ (rank, d_out) of one combination."""
     start = 0
     for part, weight in terms:
         stop = start + part.site.rank
@@ -115,11 +119,11 @@ def _fill(a: Tensor, b: Tensor, terms: list[tuple[LowRank, float]]) -> None:
 
 @torch.no_grad()
 def _shifts(
-    bias: Tensor, updates: Mapping[str, LoRAUpdate], batch: Batch, dtype: torch.dtype
+    bias: Tensor, updates: Mapping[str, LoRAUpdate], choices: RowChoices, dtype: torch.dtype
 ) -> Tensor:
-    """Return what trained biases add to the base's own, for the base and each blend."""
+    """The difference of trained biases from the base's own, for the base and each combination."""
     own = [
         [(updates[n].bias, w) for n, w in combination if n in updates]
-        for combination in batch.combinations
+        for combination in choices.combinations
     ]
     return bias_shifts(bias, [[(b, w) for b, w in of if b is not None] for of in own], dtype)

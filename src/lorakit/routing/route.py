@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorakit.attachment.state import Attachment, require_attachment, require_name
-from lorakit.errors import MergeError, RouteError, did_you_mean
+from lorakit.attachment.state import Attached, Attachment, require_attachment, require_name
+from lorakit.errors import MergeError, RouteError
 from lorakit.kernels import choice
-from lorakit.layers.layer import Operations
-from lorakit.routing.batch import Batch, Combination, Updates
+from lorakit.layers.route import Frame
+from lorakit.routing.choices import Choice, RowChoices, UpdatesByName
 from lorakit.routing.compiled_batch import static_operations
 from lorakit.routing.stacked_lora import mixed_operations
 from lorakit.upstream.private_names import write_count
-
-Choice = str | Mapping[str, float] | None
-"""What a row uses: an adapter, several with their strengths, or None for the base."""
 
 
 def switch(model: nn.Module, name: str | None) -> None:
@@ -46,8 +43,8 @@ def switch(model: nn.Module, name: str | None) -> None:
 def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
     """Use one choice for all rows, or one for each row of the batch, inside a block.
 
-    A choice is an adapter's name, None for the base, or several names with strengths: the row gets
-    the sum of their updates, each times its strength. What was in use before is restored
+    A choice is an adapter's name, None for the base, or several names with weights: the row gets
+    the sum of their updates, each times its weight. What was in use before is restored
     afterwards, also after an error and when nested. `generate` with beams or several answers to a
     row makes several rows of one: all of them use that row's choice.
 
@@ -56,99 +53,60 @@ def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
         names: one choice, or as many as the batch has rows.
 
     Raises:
-        RouteError: a name is not attached, a strength is no number, an adapter is merged into the
+        RouteError: a name is not attached, a weight is no number, an adapter is merged into the
             weights, or (in the forward pass) the batch has another number of rows.
     """
     state = require_attachment(model)
-    rows = combinations(names)
-    with state.lock:
-        check_names(rows, state.adapters)
-        updates = {name: state.updates[name] for row in rows for name, _ in row}
-    rows = [tuple(term for term in row if term[1]) for row in rows]
+    with route_rows(model, RowChoices.of(names, state.adapters)):
+        yield
+
+
+@contextmanager
+def route_rows(model: nn.Module, choices: RowChoices) -> Iterator[None]:
+    """Have each row of a batch use what was chosen for it, inside a block (see `route`).
+
+    Raises:
+        RouteError: an adapter is merged into the weights, or the rows cannot differ.
+    """
+    state = require_attachment(model)
+    try:
+        with state.route.lock:
+            used = {name: state.adapters[name] for name in choices.names}
+    except KeyError as error:
+        raise RouteError(f"adapter {error} was detached meanwhile") from None
     if state.route.merged is not None:
         raise RouteError(
             f"adapter {state.route.merged!r} is merged into the weights, so no row can have "
             "another, or the base: lk.unmerge(model) first"
         )
-    operations, active = _changes(state, updates, rows, next(model.parameters()).device)
-    length = None if _is_single(names) else len(rows)
-    with state.routed(operations, active, length):
+    frame = _frame(state, used, choices, next(model.parameters()).device)
+    with state.route.block(replace(frame, rows=choices.rows)):
         yield
 
 
-def combinations(names: Choice | Sequence[Choice]) -> list[Combination]:
-    """Return what each row uses; one entry where one choice serves all rows.
-
-    Raises:
-        RouteError: a choice is neither a name, None, nor names with numbers.
-    """
-    rows: Any = [names] if _is_single(names) else names
-    return [_combination(each, row) for row, each in enumerate(rows)]
-
-
-def _is_single(names: Choice | Sequence[Choice]) -> bool:
-    return names is None or isinstance(names, str | Mapping)
-
-
-def _combination(choice: Choice, row: int) -> Combination:
-    if choice is None:
-        return ()
-    if isinstance(choice, str):
-        return ((choice, 1.0),)
-    try:
-        return tuple(sorted((name, float(weight)) for name, weight in choice.items()))
-    except (AttributeError, TypeError, ValueError):
-        raise RouteError(
-            f"row {row} asks for {choice!r}: give a name, None for the base, or a dictionary of "
-            "names and strengths"
-        ) from None
+def _frame(
+    state: Attachment, used: Mapping[str, Attached], choices: RowChoices, device: torch.device
+) -> Frame:
+    """The frame for the rows of a batch, which are on a device."""
+    if len(choices.index_of_row) > 1:
+        _check_rows_apart(state, used.values())
+    if not choices.combinations:
+        return Frame()
+    if choices.only_adapter is not None and not state.compiled:
+        return used[choices.only_adapter].frame
+    names = dict.fromkeys(name for combination in choices.combinations for name, _ in combination)
+    return _mixed(state, {name: used[name].updates for name in names}, choices, device)
 
 
-def check_names(rows: Sequence[Combination], known: Mapping[str, Any]) -> None:
-    """Check the names and strengths of a route.
-
-    Raises:
-        RouteError: with every name that is not known, and every strength that is not finite.
-    """
-    problems: dict[str, None] = {}
-    if not rows:
-        problems["no rows: give a choice for each row of the batch, or one for all"] = None
-    for row, combination in enumerate(rows):
-        for name, weight in combination:
-            if name not in known:
-                problems[f"no such adapter: {name!r}{did_you_mean(name, known)}"] = None
-            elif not math.isfinite(weight):
-                problems[f"row {row} asks for {name!r} at strength {weight}"] = None
-    if problems:
-        attached = f"; attached: {list(known)}"
-        raise RouteError("; ".join(problems) + attached)
-
-
-def _changes(
-    state: Attachment, updates: Updates, rows: Sequence[Combination], device: torch.device
-) -> tuple[Operations | None, str | None]:
-    """Return what is done to each layer, and the adapter's name where one serves all rows."""
-    if all(combination == rows[0] for combination in rows):
-        if not rows[0]:
-            return None, None
-        if len(rows[0]) == 1 and rows[0][0][1] == 1 and not state.compiled:
-            name = rows[0][0][0]
-            return updates[name], name
-        # Rows that all want the same need no telling apart, however many there are.
-        rows = rows[:1]
-    else:
-        _check_rows_apart(state, updates)
-    return _mixed(state, updates, Batch.of(rows), device), None
-
-
-def _check_rows_apart(state: Attachment, updates: Updates) -> None:
+def _check_rows_apart(state: Attachment, used: Iterable[Attached]) -> None:
     """Refuse rows of their own where an adapter changes what is computed once for all of them.
 
     Raises:
         RouteError: with the first such layer.
     """
-    numbers = {number for of_name in updates.values() for number in of_name}
-    found = sorted(path for n in numbers if (path := state.paths[n]) in state.shared_by_batch)
+    numbers = {number for each in used for number in each.updates}
+    paths = {state.layers[number].adapter_path for number in numbers}
+    found = sorted(paths & state.base.shared_by_batch)
     if found:
         raise RouteError(
             f"the rows cannot differ: {len(found)} adapted layers, such as {found[0]}, have an "
@@ -156,28 +114,27 @@ def _check_rows_apart(state: Attachment, updates: Updates) -> None:
         )
 
 
-def _mixed(state: Attachment, updates: Updates, batch: Batch, device: torch.device) -> Operations:
-    """A mixed batch's changes: those of the last one, if nothing is new since."""
-    names = dict.fromkeys(name for combination in batch.combinations for name, _ in combination)
-    used = {name: updates[name] for name in names}
-    parameters = [p for ups in used.values() for u in ups.values() for p in u.parameters()]
-    token = (batch, device, choice.fast(), _fingerprint(parameters))
-    if state.mixed is None or state.mixed[0] != token:
-        trains = any(p.requires_grad for p in parameters)
-        # The unchanging form holds copies of A and B, which would get no gradients.
-        make = static_operations if state.compiled and not trains else mixed_operations
-        operations = make(dict(state.layers), used, batch, device)
-        # While the memory is held, nothing else can lie at its address.
-        memory = [p.untyped_storage() for p in parameters]
-        state.mixed = (token, operations, memory)
-        return operations
-    return state.mixed[1]
+def _mixed(
+    state: Attachment, updates: UpdatesByName, choices: RowChoices, device: torch.device
+) -> Frame:
+    """The frame of a mixed batch: that of the latest one, if nothing has changed since."""
+    parameters = [p for own in updates.values() for u in own.values() for p in u.parameters()]
+    made_from = (choices, device, choice.fast(), _fingerprint(parameters))
+    if state.mixed is not None and state.mixed[0] == made_from:
+        return state.mixed[1]
+    trains = any(p.requires_grad for p in parameters)
+    # The unchanging form holds copies of A and B, which would get no gradients.
+    make = static_operations if state.compiled and not trains else mixed_operations
+    frame = Frame.of(make(dict(state.layers), updates, choices, device))
+    # While the memory is held, nothing else can be at its address.
+    state.mixed = (made_from, frame, [p.untyped_storage() for p in parameters])
+    return frame
 
 
 def _fingerprint(parameters: Sequence[nn.Parameter]) -> tuple[Any, ...]:
-    """Return what differs once a parameter was written, replaced, moved, frozen or unfrozen.
+    """A value that differs once a parameter was written, replaced, moved, frozen or unfrozen.
 
-    What is written through `.data` in place differs in nothing that torch would tell.
+    Torch does not count what is written through `.data` in place.
     """
     return tuple(
         # Torch counts no writes to what was made in inference mode: that differs each time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import RouteError
-from lorakit.layers.layer import AdaptedLayer, Operation, Update
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.operation import Operation, Update
 from lorakit.methods.module_copy import ModuleCopy
-from lorakit.routing.batch import Batch, Terms
+from lorakit.routing.choices import RowChoices, Terms
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """The rows that use one blend."""
+    """The rows that use one combination."""
 
     index: Tensor
     """Row numbers, int64."""
@@ -27,31 +28,28 @@ class RowGroup:
 
 
 class ByRowGroup(Operation):
-    """Any updates of any layer, one blend after the other: convolutions, embeddings, full copies.
+    """Any updates of any layer, one group after the other: convolutions, embeddings, full copies.
 
-    Copies of a head may differ in width: then the output is as wide as the widest, and the places
-    that a row's own head does not have are minus infinity, so that no class beyond it is likely.
+    Copies of a head may differ in width: then the output is as wide as the widest, and the classes
+    that a row's own head does not have are minus infinity, so that none of them is likely.
     """
 
     def __init__(
-        self, layer: AdaptedLayer, terms: Terms, batch: Batch, device: torch.device
+        self, layer: AdaptedLayer, terms: Terms, choices: RowChoices, device: torch.device
     ) -> None:
-        rows = {slot: [r for r, s in enumerate(batch.slot_of_row) if s == slot] for slot in terms}
-        self._rows = len(batch.slot_of_row)
-        self._prompted = layer.adapter_route.prompted
-        self._groups = [
-            RowGroup(torch.tensor(rows[slot], device=device), tuple(of_slot))
-            for slot, of_slot in terms.items()
-        ]
-        for of_slot in terms.values():
-            _check_addable(layer, of_slot)
+        self._rows = len(choices.index_of_row)
+        self._groups = []
+        for index, own in terms.items():
+            _check_addable(layer, own)
+            rows = [row for row, used in enumerate(choices.index_of_row) if used == index]
+            self._groups.append(RowGroup(torch.tensor(rows, device=device), tuple(own)))
 
-    def tokens_of_rows(self, found: int) -> list[VirtualTokens | None]:
-        """The virtual tokens of each of so many rows."""
-        tokens: list[VirtualTokens | None] = [None] * found
+    def tokens_of_rows(self, rows: int) -> list[VirtualTokens | None]:
+        """The virtual tokens of each row of a batch of that many rows."""
+        tokens: list[VirtualTokens | None] = [None] * rows
         for group in self._groups:
             own = next((u.virtual_tokens for u, _ in group.terms if u.virtual_tokens), None)
-            for row in _positions(group.index, found, self._rows).tolist():
+            for row in _input_rows(group.index, rows, self._rows).tolist():
                 tokens[row] = own
         return tokens
 
@@ -65,17 +63,17 @@ class ByRowGroup(Operation):
             output = output.expand(self._rows, *output.shape[1:])
         results: list[tuple[Tensor, Tensor]] = []
         for group in self._groups:
-            index = _positions(group.index, inputs[0].shape[0], self._rows)
-            with self._prompted.only(index):
-                results.append((index, self._changed(group, layer, inputs, output, index)))
-        widest = max(output.shape[-1], *(changed.shape[-1] for _, changed in results))
+            index = _input_rows(group.index, inputs[0].shape[0], self._rows)
+            with cast(AdaptedLayer, layer).adapter_route.for_rows(index):
+                results.append((index, self._adapted(group, layer, inputs, output, index)))
+        widest = max(output.shape[-1], *(adapted.shape[-1] for _, adapted in results))
         output = widened(output, widest)
-        for index, changed in results:
-            output = output.index_copy(0, index, widened(changed, widest).to(output.dtype))
+        for index, adapted in results:
+            output = output.index_copy(0, index, widened(adapted, widest).to(output.dtype))
         return output
 
     @staticmethod
-    def _changed(
+    def _adapted(
         group: RowGroup, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, index: Tensor
     ) -> Tensor:
         found = inputs[0].shape[0]
@@ -86,24 +84,24 @@ class ByRowGroup(Operation):
         return _applied(group.terms, layer, mine, output[index])
 
     def read(self, name: str, weight: Tensor) -> Tensor:
-        """A parameter with the changes of one blend, which all rows use."""
-        changed = weight
+        """A parameter with the updates of the one combination that all rows use."""
+        adapted = weight
         for update, factor in self._groups[0].terms:
-            changed = changed + factor * (update.read(name, weight) - weight)
-        return changed
+            adapted = adapted + factor * (update.read(name, weight) - weight)
+        return adapted
 
 
 def _applied(
     terms: Sequence[tuple[Update, float]], layer: nn.Module, inputs: tuple[Any, ...], base: Any
 ) -> Any:
-    """A layer's own output with the updates of one blend."""
+    """A layer's own output with the updates of one combination."""
     if len(terms) == 1:
         update, weight = terms[0]
         return update.adapt(layer, inputs, base, weight=weight)
-    changed = base.clone()
+    adapted = base.clone()
     for update, weight in terms:
-        changed = update.adapt(layer, inputs, changed, weight=weight, base=base)
-    return changed
+        adapted = update.adapt(layer, inputs, adapted, weight=weight, base=base)
+    return adapted
 
 
 def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -> None:
@@ -116,12 +114,12 @@ def _check_addable(layer: AdaptedLayer, terms: Sequence[tuple[Update, float]]) -
     if not plain and any(u.is_whole for u, _ in terms):
         raise RouteError(
             "a row can't mix or weaken adapters with virtual tokens: use such an adapter at "
-            "strength 1, beside none that has tokens of its own or changes the input embedding"
+            "weight 1, beside none that has tokens of its own or changes the input embedding"
         )
     if not plain and any(isinstance(u, ModuleCopy) and u.resized for u, _ in terms):
         raise RouteError(
             f"a row can't mix or weaken adapters whose head ({type(layer).__name__}) has another "
-            "number of classes than the base's: use such an adapter alone, at strength 1"
+            "number of classes than the base's: use such an adapter alone, at weight 1"
         )
 
 
@@ -131,8 +129,8 @@ def widened(output: Tensor, width: int) -> Tensor:
     return F.pad(output, (0, missing), value=float("-inf")) if missing else output
 
 
-def _positions(index: Tensor, found: int, rows: int) -> Tensor:
-    """The places of batch rows in an input that holds several entries for each row."""
+def _input_rows(index: Tensor, found: int, rows: int) -> Tensor:
+    """The rows of an input that belong to rows of the batch; it may have several for each."""
     each = found // rows
     if found % rows:
         raise RouteError(

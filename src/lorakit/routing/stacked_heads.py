@@ -1,4 +1,4 @@
-"""Rows with heads of their own: full copies of one module, those of equal shapes in one product."""
+"""Rows with heads of their own: full copies of one module, those of equal shapes in one call."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.func import functional_call
 
 from lorakit.kernels.grouped import gather
 from lorakit.kernels.grouping import group_rows
-from lorakit.layers.layer import AdaptedLayer
+from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.methods.module_copy import ModuleCopy
 from lorakit.models.base import base_parameters
-from lorakit.routing.batch import Batch, Terms
+from lorakit.routing.choices import RowChoices, Terms
 from lorakit.routing.row_groups import ByRowGroup, widened
 
 LARGEST = 2**22
@@ -24,12 +24,12 @@ stack holds everything once more."""
 
 Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
 Uses = dict[int, tuple[ModuleCopy, float]]
-"""By row: the copy that answers it, and its strength."""
+"""By row: the copy that answers it, and its weight."""
 
 
 def are_heads(terms: Terms) -> bool:
-    """Whether several slots each have small copies of a layer, and nothing else."""
-    updates = [update for of_slot in terms.values() for update, _ in of_slot]
+    """Whether several combinations each have small copies of a layer, and nothing else."""
+    updates = [update for own in terms.values() for update, _ in own]
     return len(terms) > 1 and all(isinstance(u, ModuleCopy) and _is_small(u) for u in updates)
 
 
@@ -43,14 +43,14 @@ class StackedHeads(ByRowGroup):
     """Full copies of a layer: as many calls as there are different shapes, however many copies.
 
     What torch can't batch (a forward pass that looks at values, token ids, inputs that all rows
-    share) is done one blend after the other.
+    share) is done one group after the other.
     """
 
     def __init__(
-        self, layer: AdaptedLayer, terms: Terms, batch: Batch, device: torch.device
+        self, layer: AdaptedLayer, terms: Terms, choices: RowChoices, device: torch.device
     ) -> None:
-        super().__init__(layer, terms, batch, device)
-        whole, weighted = _by_shape(terms, batch)
+        super().__init__(layer, terms, choices, device)
+        whole, weighted = _by_shape(terms, choices)
         dtype = torch.promote_types(next(base_parameters(layer))[1].dtype, torch.float32)
         make = functools.partial(Stack, batch_rows=self._rows, device=device, dtype=dtype)
         self._whole, self._weighted = list(map(make, whole)), list(map(make, weighted))
@@ -81,18 +81,18 @@ class StackedHeads(ByRowGroup):
         return changed.flatten(0, 1)
 
 
-def _by_shape(terms: Terms, batch: Batch) -> tuple[list[Uses], list[Uses]]:
+def _by_shape(terms: Terms, choices: RowChoices) -> tuple[list[Uses], list[Uses]]:
     """The uses of copies of equal shapes: as a row's only answer, and weighted.
 
-    No group has a row twice: the terms of a blend are in groups by their place in it.
+    No row is in one use twice: the terms of a combination are apart by their place in it.
     """
     whole: dict[Shapes, Uses] = {}
     weighted: dict[tuple[int, Shapes], Uses] = {}
-    for row, slot in enumerate(batch.slot_of_row):
-        of_slot = terms.get(slot, [])
-        for place, (update, weight) in enumerate(of_slot):
+    for row, index in enumerate(choices.index_of_row):
+        used = terms.get(index, [])
+        for place, (update, weight) in enumerate(used):
             own = cast(ModuleCopy, update)
-            if len(of_slot) == 1 and weight == 1:
+            if len(used) == 1 and weight == 1:
                 whole.setdefault(_shapes(own), {})[row] = own, weight
             else:
                 weighted.setdefault((place, _shapes(own)), {})[row] = own, weight
@@ -111,8 +111,8 @@ class Stack:
     ) -> None:
         self._copies = list(dict.fromkeys(own for own, _ in uses.values()))
         place = {own: at for at, own in enumerate(self._copies)}
-        slots = [place[uses[row][0]] if row in uses else -1 for row in range(batch_rows)]
-        self._arrangement = group_rows(slots, device=device, kernels="plain")
+        copy_of_row = [place[uses[row][0]] if row in uses else -1 for row in range(batch_rows)]
+        self._grouping = group_rows(copy_of_row, device=device, kernels="plain")
         self.rows = torch.tensor(sorted(uses), device=device)
         """The rows that the copies answer, ascending."""
         weights = [uses[row][1] for row in sorted(uses)]
@@ -123,20 +123,20 @@ class Stack:
         self._frozen = None if trains else self._gathered()
 
     def _gathered(self) -> dict[str, Tensor]:
-        """The parameters, each (chunks, …)."""
+        """The parameters, each (groups, …)."""
         named = [dict(own.copy.named_parameters()) for own in self._copies]
         return {
-            name: gather(torch.stack([each[name] for each in named]), self._arrangement)
+            name: gather(torch.stack([each[name] for each in named]), self._grouping)
             for name in named[0]
         }
 
     def answers(self, x: Tensor) -> Tensor:
-        """Return what the copies compute for their rows, (adapted, k, …), in the input's precision.
+        """The outputs of the copies for their rows, (adapted, k, …), in the input's precision.
 
         Args:
             x: of all rows, (rows, k, …).
         """
-        grouping, parameters = self._arrangement, self._frozen or self._gathered()
+        grouping, parameters = self._grouping, self._frozen or self._gathered()
         ordered = x if grouping.order is None else x.index_select(0, grouping.order)
         ordered = ordered.reshape(grouping.chunks, -1, *x.shape[2:])
         ordered = ordered.to(next(iter(parameters.values())).dtype)
@@ -149,7 +149,7 @@ class Stack:
         return cast(Tensor, functional_call(self._module, parameters, (x,)))
 
     def added(self, output: Tensor, base: Tensor, x: Tensor) -> Tensor:
-        """The output with strength·(answer - base) added to each row's own.
+        """The output with weight·(answer - base) added to each row's own.
 
         Args:
             output: of all rows, (rows, k, …, classes).

@@ -1,4 +1,4 @@
-"""Rows of one batch with adapters of their own: what is done to each layer for such a batch."""
+"""Rows of one batch with adapters of their own: the operation of each layer for such a batch."""
 
 from __future__ import annotations
 
@@ -17,41 +17,45 @@ from lorakit.adapter.site import RowRanges
 from lorakit.errors import RouteError
 from lorakit.kernels import choice, fused, grouped
 from lorakit.kernels.grouping import Grouping, group_rows
-from lorakit.layers.layer import AdaptedLayer, Operation, Update
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.operation import Operation, Update
 from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, positions
-from lorakit.routing.batch import Batch, Terms, Updates
+from lorakit.routing.choices import RowChoices, Terms, UpdatesByName
 from lorakit.routing.row_groups import ByRowGroup
 from lorakit.routing.stacked_heads import StackedHeads, are_heads
 from lorakit.upstream.private_names import write_count
 
 
 def mixed_operations(
-    layers: Mapping[int, AdaptedLayer], updates: Updates, batch: Batch, device: torch.device
+    layers: Mapping[int, AdaptedLayer],
+    updates: UpdatesByName,
+    choices: RowChoices,
+    device: torch.device,
 ) -> dict[int, Operation]:
-    """Return what is done to each layer, so that every row gets its own blend.
+    """The operation of each layer with which every row uses its own combination.
 
     Frozen A and B are gathered here, once; those under training are gathered in each forward pass.
 
     Args:
         layers: the adapted layers by number.
-        updates: of every adapter that the batch names.
-        batch: its rows. A batch of one row stands for any number of rows that use the same blend.
+        updates: of every adapter that a row uses.
+        choices: of the rows.
         device: where the rows are.
 
     Raises:
         RouteError: full copies of one module that can't be added up.
     """
-    arranged = _Arranged(batch, device)
+    groupings = _Groupings(choices, device)
     operations: dict[int, Operation] = {}
-    for numbers in _by_input(layers, updates, batch):
-        terms = {number: _terms(number, updates, batch) for number in numbers}
+    for numbers in _by_input(layers, updates):
+        terms = {number: _terms(number, updates, choices) for number in numbers}
         stacked = [number for number in numbers if _is_stackable(layers[number], terms[number])]
         pieces = [p for n in stacked for p in _pieces(n, cast(LowRankTerms, terms[n]))]
-        inputs = [SharedInput(same, arranged) for same in _of_like_slots(pieces)]
+        inputs = [SharedInput(same, groupings) for same in _of_equal_rows(pieces)]
         for number in numbers:
             if number not in stacked:
                 kind = StackedHeads if are_heads(terms[number]) else ByRowGroup
-                operations[number] = kind(layers[number], terms[number], batch, device)
+                operations[number] = kind(layers[number], terms[number], choices, device)
                 continue
             parts = tuple(
                 (shared, at)
@@ -60,52 +64,49 @@ def mixed_operations(
                 if piece.number == number
             )
             operations[number] = StackedLoRA(
-                parts, cast(LowRankTerms, terms[number]), batch, device
+                parts, cast(LowRankTerms, terms[number]), choices, device
             )
     return operations
 
 
 LowRankTerms = dict[int, list[tuple[LoRAUpdate, float]]]
-"""The same of a layer whose updates are all low-rank."""
+"""The terms of a layer whose updates are all low-rank."""
 
 
-class _Arranged:
-    """The arrangements of a batch for some of its slots; layers with like slots share one."""
+class _Groupings:
+    """The groupings of a batch by some of its combinations; layers with the same ones share one."""
 
-    def __init__(self, batch: Batch, device: torch.device) -> None:
-        self._batch = batch
+    def __init__(self, choices: RowChoices, device: torch.device) -> None:
+        self._choices = choices
         self._device = device
         self._made: dict[tuple[tuple[int, ...], torch.dtype], Grouping] = {}
 
-    def of(self, slots: tuple[int, ...], dtype: torch.dtype) -> Grouping:
-        if (slots, dtype) not in self._made:
-            rows = self._batch.only(slots)
-            self._made[slots, dtype] = group_rows(rows, device=self._device, dtype=dtype)
-        return self._made[slots, dtype]
+    def of(self, indices: tuple[int, ...], dtype: torch.dtype) -> Grouping:
+        if (indices, dtype) not in self._made:
+            rows = self._choices.among(indices)
+            self._made[indices, dtype] = group_rows(rows, device=self._device, dtype=dtype)
+        return self._made[indices, dtype]
 
 
-def _by_input(
-    layers: Mapping[int, AdaptedLayer], updates: Updates, batch: Batch
-) -> Iterator[list[int]]:
+def _by_input(layers: Mapping[int, AdaptedLayer], updates: UpdatesByName) -> Iterator[list[int]]:
     """Yield the numbers of the touched layers, those that read one input together."""
-    names = {name for combination in batch.combinations for name, _ in combination}
     together: dict[str, list[int]] = {}
-    for number in sorted({number for name in names for number in updates[name]}):
+    for number in sorted({number for own in updates.values() for number in own}):
         together.setdefault(layers[number].adapter_input, []).append(number)
     yield from together.values()
 
 
-def _terms(number: int, updates: Updates, batch: Batch) -> Terms:
+def _terms(number: int, updates: UpdatesByName, choices: RowChoices) -> Terms:
     found = {
-        slot: [(updates[name][number], w) for name, w in combination if number in updates[name]]
-        for slot, combination in enumerate(batch.combinations)
+        index: [(updates[name][number], w) for name, w in combination if number in updates[name]]
+        for index, combination in enumerate(choices.combinations)
     }
-    return {slot: terms for slot, terms in found.items() if terms}
+    return {index: terms for index, terms in found.items() if terms}
 
 
 def _is_stackable(layer: nn.Module, terms: Terms) -> bool:
     """Whether all rows can be computed at once, and not one group after the other."""
-    every = (update for of_slot in terms.values() for update, _ in of_slot)
+    every = (update for own in terms.values() for update, _ in own)
     return choice.fast() and is_linear(layer) and all(map(is_sum, every))
 
 
@@ -116,19 +117,20 @@ def is_sum(update: Update) -> bool:
 
 @dataclass(frozen=True)
 class Piece:
-    """Updates of the same rows of one layer, in slots of one precision and about the same rank."""
+    """Updates of the same output rows of one layer, of one precision and about the same rank."""
 
     number: int
     """The layer's."""
     rows: RowRanges | None
     """Output rows; None: all."""
-    slots: tuple[int, ...]
+    indices: tuple[int, ...]
+    """Of the combinations."""
     terms: tuple[tuple[tuple[LowRank, float], ...], ...]
-    """For each slot, A and B, and the strengths."""
+    """For each combination, A and B, and the weights."""
 
     @cached_property
     def rank(self) -> int:
-        """The rank to which the slots are padded."""
+        """The rank to which A and B of each combination are padded."""
         return max(map(_rank, self.terms))
 
     @property
@@ -146,42 +148,42 @@ def _dtype(terms: Sequence[tuple[LowRank, float]]) -> torch.dtype:
 
 
 def _pieces(number: int, terms: LowRankTerms) -> Iterator[Piece]:
-    """Yield the pieces of a layer; padding a slot's rank to its piece's less than doubles it."""
+    """Yield the pieces of a layer; padding a rank to its piece's less than doubles it."""
     by_rows: dict[RowRanges | None, dict[int, list[tuple[LowRank, float]]]] = {}
-    for slot, of_slot in terms.items():
-        for update, weight in of_slot:
+    for index, own in terms.items():
+        for update, weight in own:
             for part in update.parts.values():
                 assert isinstance(part, LowRank)
                 at = by_rows.setdefault(part.site.rows, {})
-                at.setdefault(slot, []).append((part, weight))
-    for rows, by_slot in by_rows.items():
+                at.setdefault(index, []).append((part, weight))
+    for rows, by_index in by_rows.items():
         alike: dict[tuple[int, torch.dtype], list[int]] = {}
-        for slot, parts in by_slot.items():
+        for index, parts in by_index.items():
             # No row is computed in another precision because of its neighbours.
-            alike.setdefault(((_rank(parts) - 1).bit_length(), _dtype(parts)), []).append(slot)
-        for slots in alike.values():
-            yield Piece(number, rows, tuple(slots), tuple(tuple(by_slot[s]) for s in slots))
+            alike.setdefault(((_rank(parts) - 1).bit_length(), _dtype(parts)), []).append(index)
+        for same in alike.values():
+            yield Piece(number, rows, tuple(same), tuple(tuple(by_index[i]) for i in same))
 
 
-def _of_like_slots(pieces: Sequence[Piece]) -> list[list[Piece]]:
+def _of_equal_rows(pieces: Sequence[Piece]) -> list[list[Piece]]:
     together: dict[tuple[tuple[int, ...], torch.dtype], list[Piece]] = {}
     for piece in pieces:
-        together.setdefault((piece.slots, piece.dtype), []).append(piece)
+        together.setdefault((piece.indices, piece.dtype), []).append(piece)
     return list(together.values())
 
 
 class SharedInput:
-    """Pieces that read one input: their A's lie side by side, so that one product serves them all.
+    """Pieces that read one input: their A's are concatenated, so that one matmul serves them all.
 
-    The product is kept until the next input, and recognised by the input's identity, so that a
-    layer that reads something else after all gets a product of its own.
+    Its result is kept until the next input, and recognised by the input's identity, so that a layer
+    that reads something else after all gets a matmul of its own.
     """
 
-    def __init__(self, pieces: Sequence[Piece], arranged: _Arranged) -> None:
+    def __init__(self, pieces: Sequence[Piece], groupings: _Groupings) -> None:
         self.pieces = tuple(pieces)
         parts = [part for piece in pieces for terms in piece.terms for part, _ in terms]
         self._dtype = pieces[0].dtype
-        self.grouping = arranged.of(pieces[0].slots, self._dtype)
+        self.grouping = groupings.of(pieces[0].indices, self._dtype)
         self._drops = any(part.dropout for part in parts)
         self._trains = any(p.requires_grad for part in parts for p in part.parameters())
         stops = torch.tensor([piece.rank for piece in pieces]).cumsum(0).tolist()
@@ -202,10 +204,10 @@ class SharedInput:
         return grouped.up_project_onto(output, self._down_project(at, x), b, self.grouping)
 
     def _down_project(self, at: int, x: Tensor) -> Tensor:
-        """Return A·x of one piece, (chunks, tokens, rank)."""
+        """A·x of one piece, (groups, tokens, rank)."""
         columns = self._columns[at]
         terms = self.pieces[at].terms
-        if self._drops and any(part.training for of_slot in terms for part, _ in of_slot):
+        if self._drops and any(part.training for own in terms for part, _ in own):
             # Every layer drops other elements, so that nothing can be shared.
             a = self._stacked_a() if self._a is None else self._a
             return grouped.down_project(self._dropped(at, x), a[:, columns], self.grouping)
@@ -224,64 +226,64 @@ class SharedInput:
         return kept[2][..., columns]
 
     def _dropped(self, at: int, x: Tensor) -> Tensor:
-        """Return x with elements dropped, in each row with its own adapter's probability."""
-        by_slot = [max(part.dropout for part, _ in terms) for terms in self.pieces[at].terms]
-        by_row = [1 - by_slot[slot] if slot >= 0 else 1.0 for slot in self.grouping.slot_of_row]
+        """The input with elements dropped, in each row with its own adapter's probability."""
+        rates = [max(part.dropout for part, _ in terms) for terms in self.pieces[at].terms]
+        by_row = [1 - rates[own] if own >= 0 else 1.0 for own in self.grouping.slot_of_row]
         keep = torch.tensor(by_row, device=x.device).repeat_interleave(x.shape[0] // len(by_row))
         keep = keep.reshape(-1, *[1] * (x.dim() - 1))
         kept = torch.rand(x.shape, device=x.device) < keep
         return x * (kept / keep).to(x.dtype)
 
     def _stacked_a(self) -> Tensor:
-        """Return A, (chunks, ranks of all pieces, d_in)."""
-        slots = range(len(self.pieces[0].slots))
-        stack = torch.stack([torch.cat([_a(p, slot) for p in self.pieces]) for slot in slots])
+        """A, (groups, ranks of all pieces, d_in)."""
+        by_place = zip(*([_a(t, p.rank) for t in p.terms] for p in self.pieces), strict=True)
+        stack = torch.stack([torch.cat(each) for each in by_place])
         return grouped.gather(stack.to(self._dtype), self.grouping)
 
     def _stacked_b(self, at: int) -> Tensor:
-        """Return scale·Bᵀ of one piece, (chunks, rank, d_out)."""
+        """scale·Bᵀ of one piece, (groups, rank, d_out)."""
         piece = self.pieces[at]
-        stack = torch.stack([_b(piece, slot) for slot in range(len(piece.slots))])
-        scales = [_scales(piece, slot) for slot in range(len(piece.slots))]
+        stack = torch.stack([_b(terms, piece.rank) for terms in piece.terms])
+        scales = [_scales(terms, piece.rank) for terms in piece.terms]
         factors = torch.tensor(scales, dtype=self._dtype, device=stack.device)
         scaled = stack.to(self._dtype) * factors[:, None]
         return grouped.gather(scaled.mT.contiguous(), self.grouping)
 
 
-def _a(piece: Piece, slot: int) -> Tensor:
-    """A of one slot, (the piece's rank, d_in)."""
-    matrices = [part.a for part, _ in piece.terms[slot]]
+def _a(terms: Sequence[tuple[LowRank, float]], rank: int) -> Tensor:
+    """A of one combination, (rank, d_in), padded with zeros."""
+    matrices = [part.a for part, _ in terms]
     joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-    missing = piece.rank - joined.shape[0]
+    missing = rank - joined.shape[0]
     return F.pad(joined, (0, 0, 0, missing)) if missing else joined
 
 
-def _b(piece: Piece, slot: int) -> Tensor:
-    """Return B of one slot, (d_out, the piece's rank)."""
-    matrices = [part.b for part, _ in piece.terms[slot]]
+def _b(terms: Sequence[tuple[LowRank, float]], rank: int) -> Tensor:
+    """B of one combination, (d_out, rank), padded with zeros."""
+    matrices = [part.b for part, _ in terms]
     joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim=1)
-    missing = piece.rank - joined.shape[1]
+    missing = rank - joined.shape[1]
     return F.pad(joined, (0, missing)) if missing else joined
 
 
-def _scales(piece: Piece, slot: int) -> list[float]:
+def _scales(terms: Sequence[tuple[LowRank, float]], rank: int) -> list[float]:
     """The factor on each column of B."""
-    factors = [part.site.scale * w for part, w in piece.terms[slot] for _ in range(part.site.rank)]
-    return factors + [0.0] * (piece.rank - len(factors))
+    factors = [part.site.scale * w for part, w in terms for _ in range(part.site.rank)]
+    return factors + [0.0] * (rank - len(factors))
 
 
 @dataclass(frozen=True)
 class BiasShift:
-    """What trained biases add to the base's own, row by row."""
+    """The difference of trained biases from the base's own, row by row."""
 
-    slot_of_row: Tensor
-    """A place in `terms`, counted from 1; 0: the base."""
+    term_of_row: Tensor
+    """For each row an index into `terms`, counted from 1; 0: the base."""
     terms: tuple[tuple[tuple[nn.Parameter, float], ...], ...]
 
     def add(self, layer: nn.Module, output: Tensor) -> Tensor:
         """The output, (rows·k, …, d_out), with each row's shift added."""
         shifts = bias_shifts(cast(Tensor, layer.bias), self.terms, self.terms[0][0][0].dtype)
-        shift = shifts[self.slot_of_row].to(output.dtype)
+        shift = shifts[self.term_of_row].to(output.dtype)
         if output.shape[0] % len(shift):
             raise RouteError(
                 f"the route is for {len(shift)} rows, but a layer was given {output.shape[0]}: an "
@@ -294,49 +296,49 @@ class BiasShift:
 def bias_shifts(
     base: Tensor, terms: Sequence[Sequence[tuple[Tensor, float]]], dtype: torch.dtype
 ) -> Tensor:
-    """Return what trained biases add to the base's own, (1 + slots, d_out): first nothing.
+    """The difference of trained biases from the base's own, (1 + combinations, d_out): first zero.
 
     Args:
         base: the layer's own bias.
-        terms: for each slot, biases and their strengths.
+        terms: for each combination, biases and their weights.
         dtype: the least precision of the result.
     """
     nothing = torch.zeros_like(base, dtype=dtype)
     return torch.stack([nothing, *(sum(((b - base) * w for b, w in t), nothing) for t in terms)])
 
 
-def _bias(terms: LowRankTerms, batch: Batch, device: torch.device) -> BiasShift | None:
+def _bias(terms: LowRankTerms, choices: RowChoices, device: torch.device) -> BiasShift | None:
     found = {
-        slot: tuple((u.bias, w) for u, w in of_slot if u.bias is not None)
-        for slot, of_slot in terms.items()
+        index: tuple((u.bias, w) for u, w in own if u.bias is not None)
+        for index, own in terms.items()
     }
-    found = {slot: biases for slot, biases in found.items() if biases}
+    found = {index: biases for index, biases in found.items() if biases}
     if not found:
         return None
-    slots = torch.tensor(batch.only(tuple(found)), device=device) + 1
-    return BiasShift(slots, tuple(found.values()))
+    term_of_row = torch.tensor(choices.among(tuple(found)), device=device) + 1
+    return BiasShift(term_of_row, tuple(found.values()))
 
 
 class Unstacked:
     """The updates of a linear layer for the fused kernel: each A and B where it is, not copied.
 
-    So training keeps no copies of the weights for the backward pass; and drops elements of the
-    input as a run alone does.
+    So training keeps no copies of the weights for the backward pass, and drops the elements of the
+    input that a run alone drops.
     """
 
-    def __init__(self, terms: LowRankTerms, batch: Batch) -> None:
-        self._terms = [term for of_slot in terms.values() for term in of_slot]
+    def __init__(self, terms: LowRankTerms, choices: RowChoices) -> None:
+        self._terms = [term for own in terms.values() for term in own]
         self._runs: list[tuple[int, int, tuple[int, ...]]] = []
         numbers = iter(range(sum(len(update.parts) for update, _ in self._terms)))
-        of_slot = {
-            slot: tuple(next(numbers) for update, _ in found for _ in update.parts)
-            for slot, found in terms.items()
+        factors = {
+            index: tuple(next(numbers) for update, _ in own for _ in update.parts)
+            for index, own in terms.items()
         }
         start = 0
-        for slot, rows in itertools.groupby(batch.slot_of_row):
+        for index, rows in itertools.groupby(choices.index_of_row):
             stop = start + len(list(rows))
-            if of_slot.get(slot):
-                self._runs.append((start, stop, of_slot[slot]))
+            if factors.get(index):
+                self._runs.append((start, stop, factors[index]))
             start = stop
 
     def add(self, x: Tensor, output: Tensor, *, per_row: int) -> Tensor:
@@ -353,14 +355,14 @@ class StackedLoRA(Operation):
         self,
         parts: Sequence[tuple[SharedInput, int]],
         terms: LowRankTerms,
-        batch: Batch,
+        choices: RowChoices,
         device: torch.device,
     ) -> None:
         self._parts = tuple(parts)
-        self._bias = _bias(terms, batch, device)
+        self._bias = _bias(terms, choices, device)
         triton = any(shared.grouping.kernels == "triton" for shared, _ in parts)
         fixed = all(shared.is_fixed for shared, _ in parts)
-        self._unstacked = None if triton or fixed else Unstacked(terms, batch)
+        self._unstacked = None if triton or fixed else Unstacked(terms, choices)
 
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """The output with each row's own update added."""

@@ -24,7 +24,7 @@ from lorakit.kernels.choice import fast
 from lorakit.kernels.cross_entropy import head_cross_entropy
 from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 from lorakit.kernels.packed_sequences import FEW_SIZES
-from lorakit.layers.layer import AdaptedLayer
+from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.models.logits import logit_transform
 from lorakit.models.roles import output_head
 
@@ -174,7 +174,7 @@ def _hooked_head(model: nn.Module) -> nn.Module | None:
 def _tells_rows_apart(model: nn.Module, head: nn.Module | None) -> bool:
     """Whether rows use adapters of their own in the output head."""
     state = attachment_of(model)
-    if head is None or state is None or state.route.rows is None:
+    if head is None or state is None or state.route.top.rows is None:
         return False
     return any(isinstance(module, AdaptedLayer) for module in head.modules())
 
@@ -192,7 +192,7 @@ def _run(
         return logits, nn.Identity(), IDENTITY
     base, state = unwrapped(model), attachment_of(model)
     # The logit transform is found by a probe, whose rows take no virtual tokens.
-    with nullcontext() if state is None else state.routed(None, None, None):
+    with nullcontext() if state is None else state.route.block(Frame()):
         change = logit_transform(base, head, rows=chosen.shape[0])
     if change is not None:
         with _replaced_input(head, lambda states: states[..., :0, :]) as states:

@@ -299,7 +299,7 @@ def test_what_would_be_a_silent_error_is_refused(message):
     model = prefixed("llama")
     with pytest.raises(RouteError, match=message), torch.no_grad():
         REFUSED[message](model)
-    assert not model.model.embed_tokens.adapter_route.prompted.calls
+    assert not model.model.embed_tokens.adapter_route.own.stack
     assert outputs(model, {"input_ids": IDS}).shape == (1, 4, 64)
 
 

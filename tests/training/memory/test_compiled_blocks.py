@@ -15,7 +15,7 @@ from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.batches import training_batch
 from lorakit.data.encode import Example
 from lorakit.errors import ConfigError, TrainingError
-from lorakit.layers.layer import Route
+from lorakit.layers.route import Frame, Route
 from lorakit.training.memory.compiled_blocks import LENGTHS, _CompiledBlock
 from lorakit.training.memory.memory_setting import check_memory
 from lorakit.training.prepare import prepare
@@ -135,8 +135,8 @@ def test_what_the_compiler_refuses_is_told_in_one_message():
 
 
 def test_only_what_it_was_made_for_goes_through_compiled_code():
-    block, route = Linear(2, 2), Route(operations={})
-    compiled = _CompiledBlock(block, lambda block, x: "compiled", route, route.operations)
+    block, route = Linear(2, 2), Route(Frame({}))
+    compiled = _CompiledBlock(block, lambda block, x: "compiled", route, route.top.operations)
     x = torch.ones(1, 2, requires_grad=True)
     assert compiled(x) == "compiled"
     assert isinstance(compiled(x.detach()), torch.Tensor)
@@ -145,7 +145,7 @@ def test_only_what_it_was_made_for_goes_through_compiled_code():
     block.eval()
     assert isinstance(compiled(x), torch.Tensor)
     block.train()
-    route.operations = {}
+    route.frame = Frame({})
     assert isinstance(compiled(x), torch.Tensor)
 
 

@@ -16,7 +16,8 @@ from lorakit.adapter.site import LayerKind, RowRanges, Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.kernels import fused, plain
 from lorakit.kernels.dropout import Dropout
-from lorakit.layers.layer import AdaptedLayer, Update
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.operation import Update
 from lorakit.methods.lora.dora import RowNorms, rescaled
 from lorakit.models.quantized_weight import float_weight, is_quantized
 from lorakit.upstream.private_names import (

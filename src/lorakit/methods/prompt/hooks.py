@@ -1,14 +1,14 @@
-"""What is done around each call of a model with virtual tokens: they are put in, and taken out.
+"""What surrounds each call of a model with virtual tokens: they are put in, and taken out.
 
-Three hooks without state of their own: in front of the model, behind it, and in front of its input
-embedding, which must not see ids beyond its rows.
+Three hooks without state of their own: before the model, after it, and before its input embedding,
+which must not see ids beyond its rows. The call's frame is on top in its thread in the meantime.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import RouteError
-from lorakit.layers.layer import AdaptedLayer, Operation, Route
-from lorakit.layers.token_positions import Placed
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.operation import Operation
+from lorakit.layers.route import Frame, Route
+from lorakit.layers.token_positions import TokenPositions
 from lorakit.methods.prompt.insert import LongerRows, rows_of
 from lorakit.methods.prompt.kv_cache import CacheRecord, begun, go_on, is_filled, record_of
 from lorakit.models.shape import context_length
@@ -38,20 +40,27 @@ STATES = ("last_hidden_state", "hidden_states", "start_logits", "end_logits")
 """Outputs with a value for each token, beside logits."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Call:
-    """What is known of one call of a model."""
+    """How the rows of one call of a model differ from those that the caller gave."""
 
-    placed: Placed | None = None
-    """Where its virtual tokens stand."""
+    tokens: TokenPositions | None = None
+    """Where their virtual tokens are; None: they have none."""
     answers: Tensor | None = None
-    """The places of the tokens that the caller knows of, where others were put between them."""
+    """(rows, tokens): the position of each of the caller's tokens; None: nothing was put in."""
     longer: int = 0
-    """The tokens of a row then."""
-    kept: int = 0
-    """How many logits of each row the caller asked for; 0: all."""
+    """Tokens of a row with those that were put in."""
+    logits_to_keep: int = 0
+    """The number of a row's last logits that the caller asked for; 0: all."""
     record: CacheRecord | None = None
-    """What is to be known of its cache."""
+    """The record to keep with the cache that the model returns."""
+
+
+@dataclass(frozen=True, eq=False)
+class CallFrame(Frame):
+    """The frame of a call, with what `take_out` needs to know of it."""
+
+    call: Call = field(default_factory=Call)
 
 
 def watch(model: nn.Module, path: str) -> dict[str, RemovableHandle]:
@@ -65,19 +74,21 @@ def watch(model: nn.Module, path: str) -> dict[str, RemovableHandle]:
 
 
 def hide_ids(embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Give the base's embedding its first token for each trained one: a forward pre-hook.
+    """Give the base's embedding its first token for each virtual one: a forward pre-hook.
 
     Raises:
         RouteError: a part of the model is compiled.
     """
     route: Route | None = getattr(embedding, "adapter_route", None)
-    if route is None or not route.prompted.calls or route.prompted.calls[-1].placed is None:
+    if route is None or not route.own.stack or route.own.stack[-1].tokens is None:
         return None
     if _is_compiled():
         raise RouteError(COMPILED)
-    trained = args[0] >= cast(nn.Embedding, embedding).num_embeddings
-    route.prompted.here = bool(trained.any())
-    return (args[0].masked_fill(trained, 0), *args[1:])
+    frame = route.own.stack.pop()
+    virtual = args[0] >= cast(nn.Embedding, embedding).num_embeddings
+    tokens = replace(cast(TokenPositions, frame.tokens), embedded=bool(virtual.any()))
+    route.own.stack.append(replace(frame, tokens=tokens))
+    return (args[0].masked_fill(virtual, 0), *args[1:])
 
 
 def put_in(
@@ -94,11 +105,13 @@ def put_in(
         return None
     batch = _ModelCall(model, embedding, _named(model, args, kwargs), route)
     if _is_compiled():
-        _check_none(batch)
+        if any(batch.tokens(batch.rows)):
+            raise RouteError(COMPILED)
         return None
     call = Call()
     changed = _prepared(batch, call)
-    route.prompted.calls.append(call)
+    frame = vars(route.of_call(call.tokens)) | {"call": call}
+    route.own.stack.append(CallFrame(**frame))
     return None if changed is None else ((), changed)
 
 
@@ -110,9 +123,11 @@ def take_out(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """
     embedding = cast(Any, model).get_input_embeddings()
     route: Route | None = getattr(embedding, "adapter_route", None)
-    if route is None or not route.prompted.calls:
+    frame = None if route is None or not route.own.stack else route.own.stack[-1]
+    if route is None or not isinstance(frame, CallFrame):
         return None
-    call: Call = route.prompted.calls.pop()
+    route.own.stack.pop()
+    call = frame.call
     if output is None:
         return None
     if call.record is not None:
@@ -136,29 +151,19 @@ def _for_tokens(found: Any, call: Call, *, is_logits: bool) -> Any:
     answers = call.answers
     if is_logits:
         # The model was asked for the last logits of each row alone.
-        answers = answers[:, -call.kept :] - (call.longer - found.shape[1])
+        answers = answers[:, -call.logits_to_keep :] - (call.longer - found.shape[1])
     index = answers.reshape(*answers.shape, *[1] * (found.dim() - 2))
     return found.gather(1, index.expand(*answers.shape, *found.shape[2:]))
 
 
 def _is_compiled() -> bool:
     """Whether this runs within torch.compile, traced or between two graphs."""
-    # What graphs have read of the notes about a call would be theirs for all later calls.
+    # Compiled code would keep what it read of one call for all later calls.
     return in_compiled_call()
 
 
-def _check_none(batch: _ModelCall) -> None:
-    """Make sure that no row of a compiled model would get virtual tokens.
-
-    Raises:
-        RouteError: one would.
-    """
-    if any(batch.tokens(batch.rows)):
-        raise RouteError(COMPILED)
-
-
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by their names."""
+    """The arguments of a call by their names."""
     if not args:
         return dict(kwargs)
     names = list(inspect.signature(model.forward).parameters)
@@ -190,8 +195,8 @@ class _ModelCall:
 
     def tokens(self, rows: int) -> list[VirtualTokens | None]:
         """The virtual tokens of each row's adapter."""
-        operations = self.route.in_force
-        operation: Operation | None = (operations or {}).get(self.embedding.adapter_number)
+        operations = self.route.top.operations or {}
+        operation: Operation | None = operations.get(self.embedding.adapter_number)
         return [None] * rows if operation is None else operation.tokens_of_rows(rows)
 
     def takes(self, name: str) -> bool:
@@ -215,7 +220,7 @@ def _prepared(batch: _ModelCall, call: Call) -> dict[str, Any] | None:
             )
         return None
     tokens = batch.tokens(len(ids))
-    call.placed = _placed(ids - batch.vocabulary, tokens)
+    call.tokens = _positions(ids - batch.vocabulary, tokens)
     if is_filled(cache):
         call.record = record_of(cache)
         if call.record is not None:
@@ -229,13 +234,13 @@ def _prepared(batch: _ModelCall, call: Call) -> dict[str, Any] | None:
         return None
     if not any(tokens):
         return None
-    has = [False] * len(ids) if call.placed is None else call.placed.rows_with_tokens()
+    has = [False] * len(ids) if call.tokens is None else call.tokens.rows_with_tokens()
     lacking = [None if own else each for own, each in zip(has, tokens, strict=True)]
     return _longer(batch, call, lacking)
 
 
-def _placed(numbers: Tensor, tokens: Sequence[VirtualTokens | None]) -> Placed | None:
-    """Return where virtual tokens stand in a batch already.
+def _positions(numbers: Tensor, tokens: Sequence[VirtualTokens | None]) -> TokenPositions | None:
+    """The positions of the virtual tokens that a batch already has.
 
     Raises:
         RouteError: a row has others than its adapter's.
@@ -250,13 +255,13 @@ def _placed(numbers: Tensor, tokens: Sequence[VirtualTokens | None]) -> Placed |
     ]
     if wrong:
         raise RouteError.listing("some token ids are beyond the vocabulary", wrong)
-    return Placed(numbers)
+    return TokenPositions(numbers)
 
 
 def _longer(
     batch: _ModelCall, call: Call, tokens: Sequence[VirtualTokens | None]
 ) -> dict[str, Any] | None:
-    """The arguments for rows with their virtual tokens, and note where these stand."""
+    """The arguments for rows with their virtual tokens; the positions are noted."""
     named, ids = batch.named, cast(Tensor, batch.ids)
     mask, labels = named.get("attention_mask"), _labels_by_token(named, ids)
     cache = named.get("past_key_values")
@@ -275,7 +280,7 @@ def _longer(
         "input_ids": longer.ids(ids, padding=batch.padding),
         "attention_mask": call.record.mask,
     }
-    call.placed = Placed(changed["input_ids"] - batch.vocabulary)
+    call.tokens = TokenPositions(changed["input_ids"] - batch.vocabulary)
     if labels is not None:
         changed["labels"] = longer.labels(labels)
     if named.get("token_type_ids") is not None:
@@ -283,9 +288,10 @@ def _longer(
     given = named.get("position_ids")
     if given is not None or batch.takes("position_ids"):
         changed["position_ids"] = longer.positions(given)
-    call.kept = named.get("logits_to_keep") or 0
-    if call.kept:
-        changed["logits_to_keep"] = longer.longer - int(longer.answers[:, -call.kept :].min())
+    call.logits_to_keep = named.get("logits_to_keep") or 0
+    if call.logits_to_keep:
+        first = int(longer.answers[:, -call.logits_to_keep :].min())
+        changed["logits_to_keep"] = longer.longer - first
     return named | {name: each for name, each in changed.items() if each is not None}
 
 
@@ -316,7 +322,9 @@ def _check(
     kept = named.get("logits_to_keep")
     if isinstance(kept, Tensor):
         problems.append("logits_to_keep names places, and not a number of tokens")
-    if _generates_without_cache(named) and labels is None and any(t and t.infix for t in tokens):
+    # generate alone asks for the last logits of a row in a call without cache.
+    generates = named.get("use_cache") is False and bool(named.get("logits_to_keep"))
+    if generates and labels is None and any(t and t.infix for t in tokens):
         problems.append(
             "generate without a cache gives the model prompt and answer as one row, between which "
             "the infix has its place: leave use_cache at True"
@@ -328,11 +336,6 @@ def _check(
     ]
     if problems:
         raise RouteError.listing("virtual tokens cannot be put into these rows", problems)
-
-
-def _generates_without_cache(named: Mapping[str, Any]) -> bool:
-    # generate alone asks for the last logits of a row in a call without cache.
-    return named.get("use_cache") is False and bool(named.get("logits_to_keep"))
 
 
 def _check_context(model: nn.Module, rows: LongerRows) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config.methods import PrefixConfig
-from lorakit.layers.layer import AdaptedLayer, adapted_layers
+from lorakit.layers.adapted_layer import AdaptedLayer, adapted_layers
+from lorakit.layers.route import Frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def _as_the_base(model: nn.Module) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             if adapted is not None:
-                stack.enter_context(adapted.adapter_route.replaying(None, None))
+                stack.enter_context(adapted.adapter_route.block(Frame()))
             yield
     finally:
         for module in training:

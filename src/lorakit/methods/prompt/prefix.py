@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from lorakit.config.methods import PrefixConfig
 from lorakit.data.virtual_tokens import VirtualTokens
-from lorakit.errors import TargetError
-from lorakit.layers.layer import AdaptedLayer, Update
+from lorakit.errors import RouteError, TargetError
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.operation import Update
+from lorakit.layers.token_positions import TokenPositions
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.prompt.init import Start
 from lorakit.models.base import base_modules
@@ -146,6 +148,21 @@ class VirtualTokenVectors(Component):
         return TokenEmbeddings(vectors, self.tokens)
 
 
+def _positions_in(layer: nn.Module) -> TokenPositions | None:
+    """The positions of the virtual tokens in a layer's rows; None: they have none.
+
+    Raises:
+        RouteError: no call of the model is under way, which alone knows.
+    """
+    frames = cast(AdaptedLayer, layer).adapter_route.own.stack
+    if not frames:
+        raise RouteError(
+            "the adapter in use has virtual tokens, which the model itself puts into its rows: "
+            "call the model, not a part of it, or switch the adapter off"
+        )
+    return frames[-1].tokens
+
+
 class TokenVectors(Update):
     """Replaces a block's output at the virtual tokens."""
 
@@ -169,8 +186,8 @@ class TokenVectors(Update):
         Raises:
             RouteError: no call of the model is under way.
         """
-        placed = cast(AdaptedLayer, layer).adapter_route.placed
-        return output if placed is None else placed.put(self.prompt, output)
+        tokens = _positions_in(layer)
+        return output if tokens is None else tokens.put(self.prompt, output)
 
     @property
     def unmergeable(self) -> str | None:
@@ -209,7 +226,5 @@ class TokenEmbeddings(TokenVectors):
         Raises:
             RouteError: no call of the model is under way.
         """
-        route = cast(AdaptedLayer, layer).adapter_route
-        if route.placed is None or not route.prompted.here:
-            return output
-        return super().adapt(layer, inputs, output)
+        tokens = _positions_in(layer)
+        return tokens.put(self.prompt, output) if tokens is not None and tokens.embedded else output

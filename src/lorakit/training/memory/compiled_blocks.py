@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from lorakit.attachment.state import attached
 from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError, TrainingError
-from lorakit.layers.layer import Operations, Route, adapted_layers
+from lorakit.layers.adapted_layer import adapted_layers
+from lorakit.layers.operation import Operations
+from lorakit.layers.route import Route
 from lorakit.training.memory.activation_checkpointing import blocks_with_gradients
 from lorakit.upstream.private_names import (
     call_uncompiled,
@@ -41,7 +43,7 @@ def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
     The compiled code applies the operations that are active when the `with` block is entered.
     """
     route = attached(model).route
-    operations = route.operations
+    operations = route.top.operations
     layers = [layer for _, layer in adapted_layers(model)]
     run = _compiled_anew()
     chosen = [block for _, block in blocks_with_gradients(model)]
@@ -108,7 +110,7 @@ class _CompiledBlock:
     def _uses_compiled(self, *inputs: Any) -> bool:
         trains = self.block.training and torch.is_grad_enabled()
         receives = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        return trains and receives and self.route.operations is self.operations
+        return trains and receives and self.route.top.operations is self.operations
 
 
 def check_compile(config: TrainConfig) -> None:

@@ -1,0 +1,149 @@
+"""One adapted layer: a layer of the base, a bank of updates, and the route it reads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.layers.operation import Operation
+from lorakit.layers.route import Route
+from lorakit.models.base import base_modules
+
+
+def bank_key(name: str) -> str:
+    """The child name for an adapter: torch allows no dots, and its own methods' names."""
+    return "@" + name.replace("%", "%25").replace(".", "%2E")
+
+
+class AdaptedLayer(nn.Module):
+    """Mixed into a layer's own class by `convert`; see docs/design/layers.md for the reasons."""
+
+    base_class: type[nn.Module]
+    adapter_bank: nn.ModuleDict
+    adapter_route: Route
+    adapter_number: int
+    """The key of this layer in the operations of a frame."""
+    adapter_path: str
+    """The layer's path in the model."""
+    adapter_input: str
+    """Layers with the same word here read one input: q, k and v of one attention, for example."""
+    adapter_pinned: tuple[Operation | None] | None = None
+    """The operation in compiled code, whatever the route is; None: that of the route.
+
+    Layers whose blocks share compiled code must not be told apart by their numbers in it.
+    """
+    uncalled: tuple[str, ...]
+    """Parameters that are used without a module call."""
+
+    def current_operation(self) -> Operation | None:
+        """The layer's active operation; None: the base answers."""
+        if torch.compiler.is_compiling() and self.adapter_pinned is not None:
+            return self.adapter_pinned[0]
+        operations = self.adapter_route.top.operations
+        return None if operations is None else operations.get(self.adapter_number)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's output, changed by the active operation."""
+        # Reentrant checkpointing runs its forward pass without gradients, but in training.
+        if (torch.is_grad_enabled() or self.training) and not torch.compiler.is_compiling():
+            self.adapter_route.check_recomputation()
+        operation = self.current_operation()
+        if operation is None:
+            return super().forward(*args, **kwargs)
+        output = None if operation.replaces_output else super().forward(*args, **kwargs)
+        if kwargs:
+            args = _positional(self.base_class.forward, self, args, kwargs)
+        if isinstance(output, tuple):
+            # Blocks of some families return more than the hidden states.
+            return (operation.adapt(self, args, output[0]), *output[1:])
+        return operation.adapt(self, args, output)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class exists only in this process; a copy or a pickle makes it anew.
+        return _blank, (self.base_class, self.uncalled), self.__dict__
+
+
+def _positional(
+    forward: Callable[..., Any], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The arguments of a call as positional ones, as far as the signature allows that."""
+    bound = inspect.signature(forward).bind(layer, *args, **kwargs)
+    bound.apply_defaults()
+    return bound.args[1:]
+
+
+_ADAPTED: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedLayer]] = {}
+
+
+def adapted_class(base: type[nn.Module], uncalled: tuple[str, ...] = ()) -> type[AdaptedLayer]:
+    """The subclass of a layer's class that looks for its operation; made once for each class.
+
+    Args:
+        base: the layer's own class.
+        uncalled: parameters that are used without a module call.
+    """
+    if (base, uncalled) not in _ADAPTED:
+        members = {
+            "base_class": base,
+            "uncalled": uncalled,
+            **{n: _read_as_routed(n) for n in uncalled},
+        }
+        _ADAPTED[base, uncalled] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), members)
+    return _ADAPTED[base, uncalled]
+
+
+def _read_as_routed(name: str) -> property:
+    def read(layer: AdaptedLayer) -> Tensor:
+        weight, operation = cast(Tensor, layer._parameters[name]), layer.current_operation()
+        return weight if operation is None else operation.read(name, weight)
+
+    return property(read)
+
+
+def _blank(base: type[nn.Module], uncalled: tuple[str, ...]) -> nn.Module:
+    made = adapted_class(base, uncalled)
+    return made.__new__(made)
+
+
+def convert(
+    layer: nn.Module, route: Route, path: str, *, reads: str, uncalled: tuple[str, ...] = ()
+) -> AdaptedLayer:
+    """Turn a layer into an adapted layer, in place; one that is adapted already stays as it is.
+
+    The class changes last, so that a forward pass in another thread sees the layer either as it was
+    or complete.
+
+    Args:
+        layer: any module of the base.
+        route: that of the model.
+        path: of the layer in the model.
+        reads: a word for its input.
+        uncalled: its parameters that are used without a module call.
+    """
+    if not isinstance(layer, AdaptedLayer):
+        adapted = cast(AdaptedLayer, layer)
+        adapted.adapter_bank = nn.ModuleDict()
+        adapted.adapter_route, adapted.adapter_path, adapted.adapter_input = route, path, reads
+        adapted.adapter_number = route.layers
+        route.layers += 1
+        layer.__class__ = adapted_class(type(layer), uncalled)
+    return cast(AdaptedLayer, layer)
+
+
+def restore(layer: nn.Module) -> None:
+    """Turn an adapted layer into what it was before `convert`."""
+    assert isinstance(layer, AdaptedLayer)
+    layer.__class__ = layer.base_class  # type: ignore[assignment]
+    for name in ("bank", "route", "number", "path", "input"):
+        delattr(layer, f"adapter_{name}")
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Yield the path and the object of each adapted layer."""
+    for path, module in base_modules(model):
+        if isinstance(module, AdaptedLayer):
+            yield path, module

@@ -1,0 +1,92 @@
+"""Operations: what is done to the output of one layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.data.virtual_tokens import VirtualTokens
+
+
+class Operation(ABC):
+    """What is done to one layer's output: by one adapter, or by several to rows of their own."""
+
+    replaces_output = False
+    """Whether the base's own output is not needed."""
+    is_whole = False
+    """Whether it can be neither weighted nor added to other operations of a row."""
+    virtual_tokens: VirtualTokens | None = None
+    """The virtual tokens that rows get, for an operation of the input embedding."""
+
+    @abstractmethod
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """The adapted output for a layer's inputs and its own output.
+
+        May write into `output`, which is the layer's own, fresh result.
+        """
+
+    def read(self, name: str, weight: Tensor) -> Tensor:
+        """The value that is read in place of a parameter which is used without a module call."""
+        return weight
+
+    def tokens_of_rows(self, rows: int) -> list[VirtualTokens | None]:
+        """The virtual tokens of each row of a batch of that many rows."""
+        return [self.virtual_tokens] * rows
+
+
+Operations = Mapping[int, Operation]
+"""The operation of each adapted layer, by the layer's number; a layer without one is the base's."""
+
+
+class Update(nn.Module, Operation):
+    """The operation of one adapter on one layer; made frozen and in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self)["training"] = False
+
+    @abstractmethod
+    def adapt(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Any,
+        *,
+        weight: float = 1.0,
+        base: Any = None,
+    ) -> Any:
+        """The adapted output for a layer's inputs and its own output.
+
+        Args:
+            layer: the adapted layer.
+            inputs: its positional arguments.
+            output: what to change: the layer's own output, or that with other adapters' updates.
+                It may be written into.
+            weight: factor on the update.
+            base: the layer's own output, where `output` is not that.
+        """
+
+    def let_train(self) -> None:
+        """Let its weights take gradients, except those that its method keeps frozen."""
+        self.requires_grad_()
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why no weights of the base can hold this update; None where they can."""
+        return None
+
+    @abstractmethod
+    def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the merged value, in precision `exact`, of each changed parameter."""
+
+    @abstractmethod
+    def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield its tensors under their names in an `Adapter`.
+
+        Args:
+            path: of the layer.
+        """
