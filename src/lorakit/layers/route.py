@@ -18,6 +18,7 @@ from torch import Tensor
 from lorakit.errors import RouteError
 from lorakit.layers.operation import Operations
 from lorakit.layers.token_positions import TokenPositions
+from lorakit.upstream.private_names import in_backward
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +167,3 @@ class Route:
                 "the backward pass recomputes activations (gradient checkpointing), but the route "
                 "of the forward pass is over: call backward() inside its `with` block"
             )
-
-
-def in_backward() -> bool:
-    """Whether this is called by autograd, in a backward pass."""
-    return torch._C._current_graph_task_id() != -1

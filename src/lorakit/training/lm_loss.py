@@ -25,6 +25,7 @@ from lorakit.kernels.cross_entropy import head_cross_entropy
 from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 from lorakit.kernels.packed_sequences import FEW_SIZES
 from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.route import Frame
 from lorakit.models.logits import logit_transform
 from lorakit.models.roles import output_head
 
