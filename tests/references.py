@@ -56,10 +56,10 @@ def with_updates(base: nn.Module, adapters: dict[str, lk.Adapter], combination: 
                 # A tied weight changes in this layer alone.
                 layer.weight = nn.Parameter(layer.weight.clone())
                 turned = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
-                weight = layer.weight.T if turned else layer.weight
-                ranges = site.rows or ((0, len(weight)),)
+                matrix = layer.weight.T if turned else layer.weight
+                ranges = site.rows or ((0, len(matrix)),)
                 chosen = [row for start, stop in ranges for row in range(start, stop)]
-                weight[chosen] += delta.reshape(weight[chosen].shape).to(weight.dtype)
+                matrix[chosen] += delta.reshape(matrix[chosen].shape).to(matrix.dtype)
             for key, tensor in adapter.tensors.items():
                 if key in original:
                     written[key] += factor * (tensor - original[key])
