@@ -17,7 +17,7 @@ GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device of compute capability 8")
 
 
-INTERPRETED = ("norm_and_gate_checks.py", "cross_entropy_checks.py", "segments_checks.py")
+INTERPRETED = ("liger_checks.py", "segments_checks.py")
 
 
 def run_checks(*files, **environment):
