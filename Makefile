@@ -24,7 +24,7 @@ check: setup
 	@$(BIN)/mypy
 
 # Sets nothing up: for a machine that has torch with CUDA, Triton, transformers, PEFT and pytest
-# already. Eight minutes at most.
+# already; tests of liger-kernel are skipped where it is not. Eight minutes at most.
 gpu:
 	@PYTHONPATH=src:benchmarks timeout 150 $(PYTHON) -m pytest -o addopts= --import-mode=importlib -q -m gpu tests
 	@PYTHONPATH=src:benchmarks timeout 90 $(PYTHON) benchmarks/grouped_gpu.py

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.triton_process import needs_gpu, run_checks
 from lorakit.kernels.norms_and_gates import gated, rms_norm
 
 ACTIVATIONS = {
@@ -71,37 +70,3 @@ def test_only_what_is_needed_is_kept():
         gated(gate, up, "silu")
     assert [k.shape for k in kept] == [x.shape, weight.shape, (4, 1), gate.shape, up.shape]
     assert all(any(k is own for own in (x, weight, gate, up)) for k in kept if k.shape != (4, 1))
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_the_kernels_equal_plain_torch_on_the_device():
-    run_checks("norm_and_gate_checks.py", TRITON_INTERPRET="0")
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from lorakit.kernels import norms_and_gates_triton as blocks
-
-def compile(tuned, **constants):
-    kernel = tuned.fn
-    constants["MANY"] = True
-    names = kernel.arg_names
-    other = {"d": "i32", "count": "i32", "eps": "fp32", "inverse": "*fp32"}
-    signature = {n: other.get(n, "constexpr" if n in constants else "*bf16") for n in names}
-    source = ASTSource(kernel, signature, constexprs=constants)
-    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
-
-compile(blocks._norm, BLOCK=1024)
-compile(blocks._norm_gradient, BLOCK=1024)
-for kind in ("silu", "gelu", "gelu_tanh"):
-    compile(blocks._gated, KIND=kind, BLOCK=1024)
-    compile(blocks._gated_gradients, KIND=kind, BLOCK=1024)
-"""
-
-
-def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path, forks):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    forks.run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

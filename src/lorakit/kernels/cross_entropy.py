@@ -1,7 +1,7 @@
 """Cross-entropy behind an output head, chunk by chunk: logits never exist for all tokens at once.
 
-Of a chunk's logits nothing is needed after its loss but its gradient, so that is computed at once,
-in the forward pass, over the logits, and multiplied back through the head. What waits for the
+After the loss of a chunk only the gradient of its logits is needed, so the forward pass computes
+that too, writes it over the logits and multiplies it by the head's weight. What is kept for the
 backward pass is no larger than the hidden states and the head's trained parameters.
 """
 
@@ -18,39 +18,51 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.grouping import Kernels, choose_kernels
+from lorakit.kernels import liger
+from lorakit.kernels.choice import KernelChoice
 from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 """Size of a chunk's logits, by the kind of device. Each chunk reads the head's weight twice, and a
 GPU needs more tokens than a CPU to be busy meanwhile."""
 
-_BLOCK_BYTES = 2 * 2**20  # Logits in float32 that stay in a core's cache between two passes.
+_BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}
+"""Size of a block of logits in the loss's precision, by the kind of device. On a CPU it stays in a
+core's cache between two passes; a GPU takes a chunk as a whole."""
 
 PerToken = float | Float[Tensor, "*tokens"]
 """One value for all tokens, or one for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What is asked of each token. All tensors have one shape, and the loss's precision."""
+class TokenTargets:
+    """What tokens are to predict, and how that counts. All tensors have one shape."""
 
     targets: Int[Tensor, "*tokens"]
+    """The token to predict; a negative number: none."""
     weights: Float[Tensor, "*tokens"]
-    label_smoothing: Float[Tensor, "*tokens"] | None
-    z_loss: Float[Tensor, "*tokens"] | None
+    """The factor on each token's loss, in the loss's precision."""
+    label_smoothing: PerToken
+    """Share of the target probability that is spread over all tokens."""
+    z_loss: PerToken
+    """Factor on the square of log Σ exp(x)."""
 
-    def part(self, tokens: slice) -> Asked:
+    @property
+    def is_uniform(self) -> bool:
+        """Whether label smoothing and z-loss are the same for all tokens."""
+        return not (isinstance(self.label_smoothing, Tensor) or isinstance(self.z_loss, Tensor))
+
+    def part(self, tokens: slice) -> TokenTargets:
         """The part for some tokens of each row, (tokens,)."""
 
-        def cut(values: Tensor) -> Tensor:
-            return values[..., tokens].flatten()
+        def cut(values: Any) -> Any:
+            return values[..., tokens].flatten() if isinstance(values, Tensor) else values
 
-        return Asked(
+        return TokenTargets(
             targets=cut(self.targets),
             weights=cut(self.weights),
-            label_smoothing=None if self.label_smoothing is None else cut(self.label_smoothing),
-            z_loss=None if self.z_loss is None else cut(self.z_loss),
+            label_smoothing=cut(self.label_smoothing),
+            z_loss=cut(self.z_loss),
         )
 
 
@@ -64,7 +76,7 @@ def head_cross_entropy(
     z_loss: PerToken = 0.0,
     change: LogitTransform = IDENTITY,
     chunk_tokens: int | None = None,
-    kernels: Kernels = "auto",
+    kernels: KernelChoice = "auto",
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "*rows tokens"]]:
     """Σ weight·loss, and each token's loss, without its weight and without a gradient.
 
@@ -85,42 +97,42 @@ def head_cross_entropy(
         label_smoothing: share of the target probability that is spread over all tokens.
         z_loss: factor on the square of log Σ exp(x), which keeps it near 0 (PaLM, Chowdhery et al.
             2022, section 5).
-        change: what makes the logits x of the head's answer.
+        change: what turns the head's output into the logits x.
         chunk_tokens: tokens whose logits exist at once, of all rows together; at least one of each
             row. None: as many as `CHUNK_BYTES` has room for.
-        kernels: what computes losses from logits. auto: Triton where it can, else plain torch.
+        kernels: what computes losses from logits. auto: liger where it can, else plain torch.
     """
     with torch.no_grad():
         # An empty input tells width and precision, whatever the head is.
         logits = head(hidden[..., :0, :])
     dtype = torch.promote_types(logits.dtype, torch.float32)
 
-    def spread(value: PerToken) -> Tensor | None:
-        if isinstance(value, float | int) and value == 0:
-            return None
-        return torch.as_tensor(value, dtype=dtype, device=logits.device).expand(targets.shape)
+    def like_losses(value: PerToken) -> PerToken:
+        if not isinstance(value, Tensor):
+            return float(value)
+        return value.to(logits.device, dtype).expand(targets.shape)
 
-    work = _Work(
+    chunked = _ChunkedLoss(
         head=head,
-        asked=Asked(
+        targets=TokenTargets(
             targets=targets,
             weights=weights.to(dtype),
-            label_smoothing=spread(label_smoothing),
-            z_loss=spread(z_loss),
+            label_smoothing=like_losses(label_smoothing),
+            z_loss=like_losses(z_loss),
         ),
-        step=_step(logits, targets, chunk_tokens),
+        chunk_tokens=_chunk_tokens(logits, targets, chunk_tokens),
         dtype=dtype,
-        change=change,
+        transform=change,
         kernels=kernels,
     )
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
-        return _HeadCrossEntropy.apply(work, hidden, *trained)
-    return work.run(hidden, None)
+        return _HeadCrossEntropy.apply(chunked, hidden, *trained)
+    return chunked.run(hidden, None)
 
 
-def _step(logits: Tensor, targets: Tensor, chunk_tokens: int | None) -> int:
-    """Return how many tokens of each row make a chunk."""
+def _chunk_tokens(logits: Tensor, targets: Tensor, chunk_tokens: int | None) -> int:
+    """The number of tokens of each row in a chunk."""
     if chunk_tokens is None:
         room = CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES["cpu"])
         chunk_tokens = room // (logits.shape[-1] * logits.element_size())
@@ -155,69 +167,71 @@ class _Gradients:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work:
-    """A head, what is asked of its tokens, and how much of that is done at once."""
+class _ChunkedLoss:
+    """The loss behind a head, computed for one chunk of tokens after the other."""
 
     head: nn.Module
-    asked: Asked
-    step: int
+    targets: TokenTargets
+    chunk_tokens: int
     """Tokens of each row in a chunk."""
     dtype: torch.dtype
     """The loss's precision."""
-    change: LogitTransform
-    """What makes logits of the head's answer."""
-    kernels: Kernels
+    transform: LogitTransform
+    """What turns the head's output into logits."""
+    kernels: KernelChoice
 
     def run(self, hidden: Tensor, gradients: _Gradients | None) -> tuple[Tensor, Tensor]:
         """The sum and each token's loss; add to the gradients, where some are wanted."""
         losses = torch.zeros(hidden.shape[:-1], dtype=self.dtype, device=hidden.device)
-        for start in range(0, hidden.shape[-2], self.step):
-            tokens = slice(start, min(start + self.step, hidden.shape[-2]))
+        for start in range(0, hidden.shape[-2], self.chunk_tokens):
+            tokens = slice(start, min(start + self.chunk_tokens, hidden.shape[-2]))
             # In one piece: else torch copies a frozen head's weight once per row.
-            chunk, asked = hidden[..., tokens, :].contiguous(), self.asked.part(tokens)
+            chunk, part = hidden[..., tokens, :].contiguous(), self.targets.part(tokens)
             if gradients is None:
                 logits = self.head(chunk).flatten(0, -2)
-                of_chunk = self._losses(logits, asked)
+                of_chunk = self._losses(logits, part)
             else:
-                differentiate = self._by_hand if self._is_plain() else self._by_autograd
-                of_chunk, found = differentiate(chunk, asked, gradients)
+                differentiate = self._by_hand if self._is_frozen_linear() else self._by_autograd
+                of_chunk, found = differentiate(chunk, part, gradients)
                 gradients.add(tokens, found)
             losses[..., tokens] = of_chunk.view(chunk.shape[:-1])
-        return (self.asked.weights * losses).sum(), losses
+        return (self.targets.weights * losses).sum(), losses
 
-    def _losses(self, answer: Tensor, asked: Asked, gradient: Tensor | None = None) -> Tensor:
+    def _losses(
+        self, output: Tensor, targets: TokenTargets, gradient: Tensor | None = None
+    ) -> Tensor:
         return token_losses(
-            answer, asked, change=self.change, gradient=gradient, kernels=self.kernels
+            output, targets, transform=self.transform, gradient=gradient, kernels=self.kernels
         )
 
-    def _is_plain(self) -> bool:
-        """Whether the head is W·x + b with nothing to train."""
+    def _is_frozen_linear(self) -> bool:
+        """Whether the head is W·x + b of a frozen W and b."""
         # accelerate gives an object a forward of its own where weights move between devices.
         own_forward = "forward" in vars(self.head)
         frozen = not any(p.requires_grad for p in self.head.parameters())
         return type(self.head) is nn.Linear and frozen and not own_forward
 
     def _by_hand(
-        self, chunk: Tensor, asked: Asked, gradients: _Gradients
+        self, chunk: Tensor, targets: TokenTargets, gradients: _Gradients
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Return losses and gradients of a frozen linear head; they overwrite the logits."""
+        """Losses and gradients of a frozen linear head; the gradients overwrite the logits."""
         assert isinstance(self.head, nn.Linear)
         x = chunk.flatten(0, -2)
         logits = F.linear(x, self.head.weight, self.head.bias)
-        losses = self._losses(logits, asked, gradient=logits)
+        losses = self._losses(logits, targets, gradient=logits)
         return losses, [(logits @ self.head.weight).view(chunk.shape)]
 
     def _by_autograd(
-        self, chunk: Tensor, asked: Asked, gradients: _Gradients
+        self, chunk: Tensor, targets: TokenTargets, gradients: _Gradients
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Return losses and gradients of any head, through the graph of one chunk."""
+        """Losses and gradients of any head, through autograd's graph of one chunk."""
         leaf = chunk.detach().requires_grad_(gradients.hidden is not None)
         with torch.enable_grad():
             logits = self.head(leaf)
         # Not over the logits: a head may have kept them for its backward pass.
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         losses = self._losses(
-            logits.detach().flatten(0, -2), asked, gradient.view(-1, gradient.shape[-1])
+            logits.detach().flatten(0, -2), targets, gradient.view(-1, gradient.shape[-1])
         )
         wanted = [leaf] * (gradients.hidden is not None) + list(gradients.trained)
         if not logits.requires_grad:
@@ -228,10 +242,10 @@ class _Work:
 class _HeadCrossEntropy(Function):
     @staticmethod
     def forward(
-        ctx: Any, work: _Work, hidden: Tensor, *trained: nn.Parameter
+        ctx: Any, chunked: _ChunkedLoss, hidden: Tensor, *trained: nn.Parameter
     ) -> tuple[Tensor, Tensor]:
         gradients = _Gradients(hidden, trained, of_hidden=ctx.needs_input_grad[1])
-        total, losses = work.run(hidden, gradients)
+        total, losses = chunked.run(hidden, gradients)
         ctx.save_for_backward(*gradients.finished())
         ctx.mark_non_differentiable(losses)
         return total, losses
@@ -244,62 +258,69 @@ class _HeadCrossEntropy(Function):
 
 
 def token_losses(
-    answer: Float[Tensor, "tokens vocabulary"],
-    asked: Asked,
+    output: Float[Tensor, "tokens vocabulary"],
+    targets: TokenTargets,
     *,
-    change: LogitTransform = IDENTITY,
+    transform: LogitTransform = IDENTITY,
     gradient: Float[Tensor, "tokens vocabulary"] | None = None,
-    kernels: Kernels = "auto",
+    kernels: KernelChoice = "auto",
 ) -> Float[Tensor, " tokens"]:
-    """Each token's loss, and write the gradient of Σ weight·loss with regard to the answer.
+    """Each token's loss; the gradient of Σ weight·loss with regard to the output is written.
 
     Args:
-        answer: the head's, for the tokens.
-        asked: of the tokens, (tokens,).
-        change: what makes logits of the answer.
-        gradient: where to write it, which may be over the answer; None: nowhere.
+        output: of the head, for the tokens.
+        targets: of the tokens, (tokens,).
+        transform: what turns the output into logits.
+        gradient: where to write it, which may be over the output; None: nowhere.
         kernels: see `head_cross_entropy`.
     """
-    if choose_kernels(kernels, answer.device, answer.dtype) == "triton":
-        from lorakit.kernels import cross_entropy_triton
-
-        return cross_entropy_triton.token_losses(
-            answer,
-            gradient,
-            targets=asked.targets,
-            weights=asked.weights,
-            label_smoothing=asked.label_smoothing,
-            z_loss=asked.z_loss,
-            change=change,
-        )
-    losses = torch.empty_like(asked.weights)
-    for rows in _blocks(answer):
-        part = asked.part(rows)
-        block = answer[rows].to(losses.dtype, copy=True)
-        losses[rows] = _losses_of_block(block, part, change, wants_gradient=gradient is not None)
-        if gradient is not None:
-            gradient[rows] = block
+    losses = torch.empty_like(targets.weights)
+    for rows in _blocks(output, losses.element_size()):
+        part = targets.part(rows)
+        block = output[rows].to(losses.dtype, copy=True)
+        in_liger = kernels == "auto" and part.is_uniform and liger.is_usable(block)
+        compute = _losses_in_liger if in_liger else _losses_in_torch
+        losses[rows], found = compute(block, part, transform, wants_gradient=gradient is not None)
+        if gradient is not None and found is not None:
+            gradient[rows] = found
     return losses
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Yield groups of rows that are small enough for several passes over them in a cache."""
-    size = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
-    for start in range(0, logits.shape[0], size):
-        yield slice(start, min(start + size, logits.shape[0]))
-
-
-def _losses_of_block(
-    x: Tensor, asked: Asked, change: LogitTransform, *, wants_gradient: bool
-) -> Tensor:
-    """Return losses for an answer in the loss's precision; the gradient takes its place."""
-    change.apply_(x)
-    # Now, since nothing is left of the logits when their gradient is there.
-    derivative = change.derivative(x) if wants_gradient else 1.0
-    smoothing, z = (
-        None if v is None else v[:, None] for v in (asked.label_smoothing, asked.z_loss)
+def _losses_in_liger(
+    x: Tensor, targets: TokenTargets, transform: LogitTransform, *, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same as `_losses_in_torch` by liger's kernel, which knows no scale."""
+    losses, gradient = liger.token_losses(
+        x.mul_(transform.scale) if transform.scale != 1 else x,
+        targets.targets,
+        targets.weights,
+        label_smoothing=float(targets.label_smoothing),
+        z_loss=float(targets.z_loss),
+        cap=transform.cap,
+        wants_gradient=wants_gradient,
     )
-    target = asked.targets.clamp(min=0)[:, None]
+    if gradient is not None and transform.scale != 1:
+        gradient.mul_(transform.scale)
+    return losses, gradient
+
+
+def _blocks(output: Tensor, element_size: int) -> Iterator[slice]:
+    """Yield groups of rows that have `_BLOCK_BYTES` in the loss's precision."""
+    room = _BLOCK_BYTES.get(output.device.type, _BLOCK_BYTES["cpu"])
+    size = max(1, room // (element_size * output.shape[1]))
+    for start in range(0, output.shape[0], size):
+        yield slice(start, min(start + size, output.shape[0]))
+
+
+def _losses_in_torch(
+    x: Tensor, targets: TokenTargets, transform: LogitTransform, *, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Losses and gradient for an output in the loss's precision, which is overwritten."""
+    transform.apply_(x)
+    # Now, since nothing is left of the logits when their gradient is there.
+    derivative = transform.derivative(x) if wants_gradient else 1.0
+    smoothing, z = (_column(value, x) for value in (targets.label_smoothing, targets.z_loss))
+    target = targets.targets.clamp(min=0)[:, None]
     top = x.amax(-1, keepdim=True)
     # Relative to the largest: a loss near 0 is not the difference of two large numbers.
     chosen = x.sub_(top).gather(-1, target)
@@ -314,14 +335,21 @@ def _losses_of_block(
     if z is not None:
         loss = loss + z * (top + log_total).square()
         slope = 1 + 2 * z * (top + log_total)
-    none = asked.targets < 0
+    none = targets.targets < 0
     if wants_gradient:
-        weight = asked.weights[:, None]
+        weight = targets.weights[:, None]
         x.mul_(weight * slope / total)
         if smoothing is not None:
             x.sub_(weight * smoothing / x.shape[-1])
         x.scatter_add_(-1, target, -weight * share)
-        if not change.is_none:
+        if not transform.is_none:
             x.mul_(derivative)
         x[none] = 0.0
-    return loss[:, 0].masked_fill(none, 0.0)
+    return loss[:, 0].masked_fill(none, 0.0), x if wants_gradient else None
+
+
+def _column(value: PerToken, x: Tensor) -> Tensor | None:
+    """A value of tokens as a column beside their logits; None for a 0."""
+    if isinstance(value, Tensor):
+        return value[:, None]
+    return torch.tensor([[value]], dtype=x.dtype, device=x.device) if value else None

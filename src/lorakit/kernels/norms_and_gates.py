@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.grouping import choose_kernels
+from lorakit.kernels import liger
 
 GateActivation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -41,6 +41,8 @@ def rms_norm(
         weight: frozen: it gets no gradient.
         eps: added to the mean square.
     """
+    if liger.is_usable(x) and x.shape[-1] <= liger.WIDEST:
+        return liger.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -51,19 +53,10 @@ def gated(
     return _Gated.apply(gate, up, activation)
 
 
-def _in_triton(x: Tensor) -> bool:
-    return x.is_cuda and choose_kernels("auto", x.device, x.dtype) == "triton"
-
-
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if _in_triton(x):
-            from lorakit.kernels import norms_and_gates_triton as blocks_triton
-
-            y, inverse = blocks_triton.rms_norm(x, weight, eps)
-        else:
-            y, inverse = _rms_norm(x, weight, eps)
+        y, inverse = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
@@ -73,10 +66,6 @@ class _RMSNorm(Function):
         x, weight, inverse = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        if _in_triton(x):
-            from lorakit.kernels import norms_and_gates_triton as blocks_triton
-
-            return blocks_triton.rms_norm_gradient(grad, x, weight, inverse), None, None
         return _rms_norm_gradient(grad, x, weight, inverse), None, None
 
 
@@ -100,10 +89,12 @@ class _Gated(Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: GateActivation) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        if _in_triton(gate):
-            from lorakit.kernels import norms_and_gates_triton as blocks_triton
-
-            return blocks_triton.gated(gate, up, activation)
+        # The backward pass is the one that goes with it, whatever is chosen by then.
+        ctx.in_liger = (
+            activation in liger.GATES and gate.shape[-1] <= liger.WIDEST and liger.is_usable(gate)
+        )
+        if ctx.in_liger:
+            return liger.gated(gate, up, activation)
         function, _, options = _ACTIVATIONS[activation]
         return function(gate, **options).mul_(up)
 
@@ -111,11 +102,8 @@ class _Gated(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        if _in_triton(gate):
-            from lorakit.kernels import norms_and_gates_triton as blocks_triton
-
-            return *blocks_triton.gated_gradients(grad, gate, up, ctx.activation), None
-        return *_gated_gradients(grad, gate, up, ctx.activation), None
+        gradients = liger.gated_gradients if ctx.in_liger else _gated_gradients
+        return *gradients(grad, gate, up, ctx.activation), None
 
 
 def _gated_gradients(

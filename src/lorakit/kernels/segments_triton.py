@@ -1,4 +1,4 @@
-"""The update of a mixed batch in Triton: rows·matrix and outer products over segments of one slot.
+"""The update of a mixed batch in Triton; experimental, as no GPU result is committed yet.
 
 A segment is a few tokens that use one slot, so that a program reads that slot's weights once (the
 idea of Punica's SGMV, Chen et al. 2023, section 4). Two kernels do everything: `_rows_times_matrix`
