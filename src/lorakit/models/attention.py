@@ -1,9 +1,9 @@
-"""transformers' models with attention within segments, for as long as a block lasts.
+"""transformers' models with attention within packed sequences, for as long as a block lasts.
 
 transformers looks the attention function up by a name in the model's config, in each layer and each
 forward pass. So a function of our own takes the place of the model's with one assignment, and
-gives it back with another. Like flash attention, it gets no mask: what a layer asks for must be in
-its keywords, and which token sees which is said by the segments.
+gives it back with another. Like flash attention, it gets no mask: a layer passes all settings by
+keyword, and the packed sequences say which token sees which.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ModelError
-from lorakit.kernels.attention import Rule, segment_attention
+from lorakit.kernels.attention import Rule, packed_attention
 from lorakit.kernels.custom_op_attention import custom_op_attention, in_force
-from lorakit.kernels.packed_sequences import Segments
+from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.base import base_modules
 from lorakit.upstream.private_names import (
     ATTENTION_FLAGS,
@@ -27,7 +27,7 @@ from lorakit.upstream.private_names import (
     set_attention_name,
 )
 
-NAME = "lorakit_segments"
+NAME = "lorakit_packed_sequences"
 """What the function is called in transformers' registry."""
 
 UNKNOWN = ("s_aux", "position_bias", "head_mask")
@@ -40,17 +40,17 @@ def takes_attention_functions(model: nn.Module) -> bool:
 
 
 @contextmanager
-def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[None]:
-    """Let tokens see their own segment alone, in forward and backward passes inside a block.
+def attention_within(model: nn.Module, packed: PackedSequences | None) -> Iterator[None]:
+    """Let tokens attend only to their own sequence, in forward and backward passes inside a block.
 
     What the model had before is restored, also after an error and when nested. Other models are not
     concerned, but for those that share this one's config object.
 
     Args:
         model: a model that `takes_attention_functions`.
-        segments: of the batch that it will be given, without cache; None: nothing is changed.
+        packed: of the batch that it will be given, without cache; None: nothing is changed.
     """
-    if segments is None:
+    if packed is None:
         yield
         return
     _register()
@@ -58,22 +58,22 @@ def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[No
     before = [(c, attention_name(c), in_force.get(id(c))) for c in configs]
     try:
         for config in configs:
-            _put(config, NAME, segments)
+            _put(config, NAME, packed)
         yield
     finally:
         for config, name, outer in before:
             _put(config, name, outer)
 
 
-def _put(config: Any, name: str | None, segments: Segments | None) -> None:
+def _put(config: Any, name: str | None, packed: PackedSequences | None) -> None:
     set_attention_name(config, name)
     # By the identity of the config that layers look at. They run again in the backward pass, on
     # CUDA in other threads: neither keywords that all families would have to hand on nor variables
     # of a thread would reach them.
-    if segments is None:
+    if packed is None:
         in_force.pop(id(config), None)
     else:
-        in_force[id(config)] = segments
+        in_force[id(config)] = packed
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
@@ -107,7 +107,7 @@ def _attend(
     softcap: float | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
-    """Return attention (rows, length, heads, d) as transformers' attention functions do.
+    """Attention (rows, length, heads, d), as transformers' attention functions return it.
 
     Raises:
         ModelError: the layer asks for something that this function does not do.
@@ -129,15 +129,17 @@ def _attend(
     if not is_compiling:
         problems += _wrong_sizes(query, key, in_force[id(module.config)])
     if problems:
-        raise ModelError.listing(f"{type(module).__name__} cannot keep segments apart", problems)
+        raise ModelError.listing(
+            f"{type(module).__name__} cannot keep packed sequences apart", problems
+        )
     if is_compiling:
         return custom_op_attention(query, key, value, id(module.config), rule), None
-    return segment_attention(query, key, value, in_force[id(module.config)], rule), None
+    return packed_attention(query, key, value, in_force[id(module.config)], rule), None
 
 
-def _wrong_sizes(query: Tensor, key: Tensor, segments: Segments) -> list[str]:
-    """Return which of them is not of the batch that the segments are of."""
-    expected = (len(segments.lengths), segments.width)
+def _wrong_sizes(query: Tensor, key: Tensor, packed: PackedSequences) -> list[str]:
+    """Which of the tensors has not the size of the batch of these packed sequences."""
+    expected = (len(packed.lengths), packed.width)
     return [
         f"{name} of {each.shape[0]}×{each.shape[2]} tokens, not {expected}"
         for name, each in (("queries", query), ("keys", key))

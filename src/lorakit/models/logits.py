@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
-from lorakit.kernels.packed_sequences import Segments
+from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.attention import attention_within, takes_attention_functions
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -96,12 +96,12 @@ def _probe(base: nn.Module, head: nn.Module, rows: int) -> tuple[list[Tensor], T
         names.append("decoder_input_ids")
     training = [module for module in base.modules() if module.training]
     hook = head.register_forward_hook(answer)
-    # The batch at hand may have segments in force, which these tokens do not have.
-    segments = Segments(((1,),) * rows, 1) if takes_attention_functions(base) else None
+    # The batch at hand may have packed sequences in force, which these tokens do not have.
+    packed = PackedSequences(((1,),) * rows, 1) if takes_attention_functions(base) else None
     # Dropout draws nothing then, so that a run goes on as one that was not tried.
     base.eval()
     try:
-        with attention_within(base, segments):
+        with attention_within(base, packed):
             logits: Tensor = base(**dict.fromkeys(names, ids), use_cache=False).logits
     finally:
         hook.remove()

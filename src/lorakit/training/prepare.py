@@ -141,7 +141,7 @@ def _layout(model: PreTrainedModel, task: str, config: TrainConfig) -> Layout:
     # Joined rows need attention of ours, which plain torch does not have.
     packing = "off" if config.kernels == "plain" else config.packing
     if config.compile and torch.cuda.is_available() and packing == "auto":
-        # Attention within segments is made of products then, which suits short rows on a CPU.
+        # Compiled attention within packed sequences is matmuls, which suits short rows on a CPU.
         return Layout(multiple=LENGTHS, by_length=True, reason="compile has the model's attention")
     layout = choose_layout(model, task=task, packing=packing)
     own_attention = not (layout.joined or layout.segmented)

@@ -4,7 +4,7 @@ Blocks are equal but for their weights, so that one compiled forward and one bac
 them all: a model of thirty blocks is compiled in the time of one. For that, compiled code must not
 know which block it is in: what the route says is looked up before. Lengths are dynamic. Inside,
 plain torch is what the compiler can fuse, and our own kernels stand aside, but for attention within
-segments, which is one operation to it.
+packed sequences, which is one operation to it.
 """
 
 from __future__ import annotations
