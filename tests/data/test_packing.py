@@ -17,7 +17,7 @@ from lorakit.attachment.attach import adapter_parameters
 from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.batches import training_batch
-from lorakit.data.collate import SEGMENTS, Collator
+from lorakit.data.collate import PACKED, Collator
 from lorakit.data.encode import Example
 from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.errors import ConfigError
@@ -138,7 +138,7 @@ def test_a_joined_batch_holds_the_same_rows_in_the_same_order(tokenizer):
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2]]
     padded["labels"][:, 0] = -100
     assert batch["labels"][0].tolist() == padded["labels"][real].tolist()
-    assert batch[SEGMENTS].lengths == ((5, 1, 3),)
+    assert batch[PACKED].lengths == ((5, 1, 3),)
 
 
 @pytest.mark.parametrize("family", PADDING)
@@ -171,9 +171,11 @@ def test_a_model_whose_rows_see_each_other_is_found_out(monkeypatch, family, dty
     assert choose_packing(model, task="generation", packing="auto").joined
     whole = packing_module.attention_within
 
-    def one_segment(model, segments):
-        width = segments.width
-        return whole(model, packing_module.Segments(((width,),) * len(segments.lengths), width))
+    def one_segment(model, packed):
+        width = packed.width
+        return whole(
+            model, packing_module.PackedSequences(((width,),) * len(packed.lengths), width)
+        )
 
     monkeypatch.setattr(packing_module, "attention_within", one_segment)
     packing = choose_packing(model, task="generation", packing="auto")
@@ -195,8 +197,8 @@ def test_a_model_that_takes_no_positions_or_raises_is_left_padded(monkeypatch):
     monkeypatch.undo()
 
     @contextlib.contextmanager
-    def failing(model, segments):
-        raise ValueError("no segments here")
+    def failing(model, packed):
+        raise ValueError("no packed sequences here")
         yield
 
     monkeypatch.setattr(packing_module, "attention_within", failing)

@@ -1,4 +1,4 @@
-"""Attention within segments, beside ten naive lines, for segments of any number and length."""
+"""Attention within packed sequences of any number and length, beside ten naive lines."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ from lorakit.kernels.attention import (
     MatmulAttention,
     Rule,
     fused_attention,
-    segment_attention,
+    packed_attention,
 )
 from lorakit.kernels.custom_op_attention import custom_op_attention, in_force
-from lorakit.kernels.packed_sequences import FEW_SIZES, LIKE, Segments
+from lorakit.kernels.packed_sequences import FEW_SIZES, LARGEST_LENGTH_RATIO, PackedSequences
 
 RULES = {
     "causal": Rule(scale=0.4),
@@ -28,16 +28,16 @@ RULES = {
 ROWS = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=3)
 
 
-def segments_of(rows, *, padding=0):
-    return Segments(tuple(map(tuple, rows)), max(map(sum, rows)) + padding)
+def sequences_of(rows, *, padding=0):
+    return PackedSequences(tuple(map(tuple, rows)), max(map(sum, rows)) + padding)
 
 
-def inputs(segments, *, heads=(6, 2), dtype=torch.float64, seed=0):
+def inputs(packed, *, heads=(6, 2), dtype=torch.float64, seed=0):
     """Return q, k and v as layers make them: heads side by side in memory."""
     generator = torch.Generator().manual_seed(seed)
     sizes = ((heads[0], 4), (heads[1], 4), (heads[1], 5))
     return [
-        torch.randn(len(segments.norms), segments.width, *size, generator=generator)
+        torch.randn(len(packed.lengths), packed.width, *size, generator=generator)
         .to(dtype)
         .transpose(1, 2)
         .requires_grad_()
@@ -45,13 +45,13 @@ def inputs(segments, *, heads=(6, 2), dtype=torch.float64, seed=0):
     ]
 
 
-def naive(q, k, v, segments, rule):
-    """Return attention, one segment after the other."""
+def naive(q, k, v, packed, rule):
+    """Attention, one packed sequence after the other."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-    for row, norms in enumerate(segments.norms):
-        ends = torch.tensor(norms).cumsum(0).tolist()
-        for own in (slice(end - n, end) for n, end in zip(norms, ends, strict=True)):
+    for row, lengths in enumerate(packed.lengths):
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        for own in (slice(end - n, end) for n, end in zip(lengths, ends, strict=True)):
             scores = q[row, :, own] @ k[row, :, own].transpose(1, 2) * rule.scale
             if rule.softcap:
                 scores = rule.softcap * torch.tanh(scores / rule.softcap)
@@ -62,10 +62,10 @@ def naive(q, k, v, segments, rule):
     return out
 
 
-def check(attend, segments, rule, *, heads=(6, 2)):
-    tensors = inputs(segments, heads=heads)
-    expected = naive(*tensors, segments, rule)
-    found = attend(*tensors, segments, rule)
+def check(attend, packed, rule, *, heads=(6, 2)):
+    tensors = inputs(packed, heads=heads)
+    expected = naive(*tensors, packed, rule)
+    found = attend(*tensors, packed, rule)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     outer = torch.randn(expected.shape, dtype=expected.dtype)
     gradients = torch.autograd.grad(found, tensors, outer)
@@ -76,62 +76,62 @@ def check(attend, segments, rule, *, heads=(6, 2)):
 @pytest.mark.parametrize("rule", RULES)
 @given(rows=ROWS, padding=st.integers(0, 4))
 @settings(max_examples=15, deadline=None)
-def test_products_equal_naive_attention(rule, rows, padding):
-    check(segment_attention, segments_of(rows, padding=padding), RULES[rule])
+def test_matmuls_equal_naive_attention(rule, rows, padding):
+    check(packed_attention, sequences_of(rows, padding=padding), RULES[rule])
 
 
 @pytest.mark.parametrize("rule", ["causal", "both sides", "window"])
 @given(rows=ROWS, padding=st.integers(0, 4))
 @settings(max_examples=10, deadline=None)
 def test_fused_attention_equals_naive_attention(rule, rows, padding):
-    check(fused_attention, segments_of(rows, padding=padding), RULES[rule])
+    check(fused_attention, sequences_of(rows, padding=padding), RULES[rule])
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 1)])
 def test_any_number_of_heads_may_share_keys(heads):
-    check(segment_attention, segments_of([[5, 1, 3], [7]]), RULES["causal"], heads=heads)
+    check(packed_attention, sequences_of([[5, 1, 3], [7]]), RULES["causal"], heads=heads)
 
 
-def test_long_segments_take_the_fused_kernel_and_short_ones_do_not():
-    for length, product in ((LONGEST, True), (LONGEST + 1, False)):
-        segments = Segments(((length,),), length)
-        out = segment_attention(*inputs(segments, heads=(1, 1)), segments, Rule(scale=0.4))
-        assert ("ProductAttention" in type(out.grad_fn).__name__) == product
+def test_long_sequences_take_the_fused_kernel_and_short_ones_do_not():
+    for length, is_matmul in ((LONGEST, True), (LONGEST + 1, False)):
+        packed = PackedSequences(((length,),), length)
+        out = packed_attention(*inputs(packed, heads=(1, 1)), packed, Rule(scale=0.4))
+        assert ("MatmulAttention" in type(out.grad_fn).__name__) == is_matmul
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_are_exact_with_dropout_too(rule):
-    segments = segments_of([[3], [1, 2]], padding=1)
+    packed = sequences_of([[3], [1, 2]], padding=1)
     with_dropout = dataclasses.replace(RULES[rule], dropout=0.4)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: MatmulAttention.apply(q, k, v, segments, with_dropout, 5),
-        inputs(segments, heads=(2, 1)),
+        lambda q, k, v: MatmulAttention.apply(q, k, v, packed, with_dropout, 5),
+        inputs(packed, heads=(2, 1)),
     )
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
-    segments = segments_of([[40, 40]])
-    q, k, v = inputs(segments)
+    packed = sequences_of([[40, 40]])
+    q, k, v = inputs(packed)
     flat = torch.zeros_like(q), torch.zeros_like(k), torch.ones_like(v)
     torch.manual_seed(0)
-    out = segment_attention(*flat, segments, Rule(scale=1.0, causal=False, dropout=0.25))
+    out = packed_attention(*flat, packed, Rule(scale=1.0, causal=False, dropout=0.25))
     assert out.mean().item() == pytest.approx(1, abs=0.02)
     # Of 40 probabilities of 1/40 a binomial number stays.
     assert out.var().item() == pytest.approx(0.25 / 0.75 / 40, rel=0.2)
-    again = segment_attention(*flat, segments, Rule(scale=1.0, causal=False, dropout=0.25))
+    again = packed_attention(*flat, packed, Rule(scale=1.0, causal=False, dropout=0.25))
     assert not torch.equal(out, again)
 
 
-@pytest.mark.parametrize("attend", [segment_attention, fused_attention])
-def test_a_segment_does_not_feel_what_others_are_or_whether_they_are_numbers(attend):
-    segments = segments_of([[5, 4, 6], [3, 3]], padding=2)
-    before, spoilt = (inputs(segments, dtype=torch.float32) for _ in range(2))
+@pytest.mark.parametrize("attend", [packed_attention, fused_attention])
+def test_a_sequence_does_not_feel_what_others_are_or_whether_they_are_numbers(attend):
+    packed = sequences_of([[5, 4, 6], [3, 3]], padding=2)
+    before, spoilt = (inputs(packed, dtype=torch.float32) for _ in range(2))
     with torch.no_grad():
         for tensor in spoilt:
             tensor[0, :, 5:9] = torch.nan
-    outs = [attend(*each, segments, RULES["causal"]) for each in (before, spoilt)]
+    outs = [attend(*each, packed, RULES["causal"]) for each in (before, spoilt)]
     assert outs[1][0, 5:9].isnan().all()
-    others = torch.ones(2, segments.width, dtype=torch.bool)
+    others = torch.ones(2, packed.width, dtype=torch.bool)
     others[0, 5:9] = False
     assert torch.equal(outs[0][others], outs[1][others])
     gradients = [
@@ -143,9 +143,9 @@ def test_a_segment_does_not_feel_what_others_are_or_whether_they_are_numbers(att
 
 
 def test_padding_gets_zeros_and_gives_no_gradient():
-    segments = segments_of([[4], [2, 3]], padding=3)
-    tensors = inputs(segments)
-    out = segment_attention(*tensors, segments, RULES["causal"])
+    packed = sequences_of([[4], [2, 3]], padding=3)
+    tensors = inputs(packed)
+    out = packed_attention(*tensors, packed, RULES["causal"])
     out.sum().backward()
     for row, used in ((0, 4), (1, 5)):
         assert not out[row, used:].any()
@@ -155,20 +155,20 @@ def test_padding_gets_zeros_and_gives_no_gradient():
 
 
 def test_only_q_k_and_v_wait_for_the_backward_pass():
-    segments = segments_of([[30, 30]])
-    tensors = inputs(segments)
+    packed = sequences_of([[30, 30]])
+    tensors = inputs(packed)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        segment_attention(*tensors, segments, RULES["causal"])
+        packed_attention(*tensors, packed, RULES["causal"])
     assert sorted(t.data_ptr() for t in kept) == sorted(t.data_ptr() for t in tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_within_its_rounding(dtype):
-    segments = segments_of([[9, 12, 1]])
-    tensors = inputs(segments)
-    expected = naive(*tensors, segments, RULES["causal"])
-    found = segment_attention(*(t.to(dtype) for t in tensors), segments, RULES["causal"])
+    packed = sequences_of([[9, 12, 1]])
+    tensors = inputs(packed)
+    expected = naive(*tensors, packed, RULES["causal"])
+    found = packed_attention(*(t.to(dtype) for t in tensors), packed, RULES["causal"])
     assert found.dtype == dtype
     error = (found.double() - expected).abs().max()
     assert error < 4 * torch.finfo(dtype).eps * expected.abs().max()
@@ -176,35 +176,35 @@ def test_half_precision_is_within_its_rounding(dtype):
 
 @given(rows=ROWS)
 @settings(max_examples=20, deadline=None)
-def test_groups_hold_every_segment_once_and_only_those_of_like_length(rows):
-    segments = segments_of(rows)
-    groups = segments.groups(torch.device("cpu"))
+def test_groups_hold_every_sequence_once_and_only_those_of_like_length(rows):
+    packed = sequences_of(rows)
+    groups = packed.groups(torch.device("cpu"))
     tokens = torch.cat([group.tokens[group.real] for group in groups])
-    expected = [r * segments.width + t for r, row in enumerate(rows) for t in range(sum(row))]
+    expected = [r * packed.width + t for r, row in enumerate(rows) for t in range(sum(row))]
     assert sorted(tokens.tolist()) == expected
     for group in groups:
-        norms = group.real.sum(1)
-        assert int(norms.max()) <= LIKE * int(norms.min())
+        lengths = group.real.sum(1)
+        assert int(lengths.max()) <= LARGEST_LENGTH_RATIO * int(lengths.min())
         assert group.longest % FEW_SIZES == 0
-        assert group.longest < int(norms.max()) + FEW_SIZES
+        assert group.longest < int(lengths.max()) + FEW_SIZES
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rule", RULES)
 def test_attention_on_a_gpu_equals_naive_attention(rule):
-    segments = segments_of([[5, 1, 30], [12]], padding=2)
-    tensors = inputs(segments)
-    found = segment_attention(*(t.cuda() for t in tensors), segments, RULES[rule])
-    torch.testing.assert_close(found.cpu(), naive(*tensors, segments, RULES[rule]))
+    packed = sequences_of([[5, 1, 30], [12]], padding=2)
+    tensors = inputs(packed)
+    found = packed_attention(*(t.cuda() for t in tensors), packed, RULES[rule])
+    torch.testing.assert_close(found.cpu(), naive(*tensors, packed, RULES[rule]))
 
 
 @pytest.fixture
 def opaque():
     """Return attention through the operation that a compiler does not look into."""
 
-    def attend(q, k, v, segments, rule):
-        in_force[-1] = segments
+    def attend(q, k, v, packed, rule):
+        in_force[-1] = packed
         return custom_op_attention(q, k, v, -1, rule)
 
     yield attend
@@ -213,27 +213,27 @@ def opaque():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_opaque_operation_gives_the_same_and_its_gradients(opaque, rule):
-    check(opaque, segments_of([[5, 1, 3], [7]], padding=2), RULES[rule])
+    check(opaque, sequences_of([[5, 1, 3], [7]], padding=2), RULES[rule])
 
 
 def test_the_opaque_operation_drops_the_same_forwards_and_backwards(opaque):
-    segments = segments_of([[4, 3]])
-    q, k, v = inputs(segments, heads=(2, 2))
+    packed = sequences_of([[4, 3]])
+    q, k, v = inputs(packed, heads=(2, 2))
     rule = Rule(scale=0.4, dropout=0.5)
 
     def drop(v):
         torch.manual_seed(3)
-        return opaque(q, k, v, segments, rule)
+        return opaque(q, k, v, packed, rule)
 
     outer = torch.randn(drop(v).shape, dtype=v.dtype)
     (slope,) = torch.autograd.grad(drop(v), v, outer)
     # What comes out is linear in v, if the same probabilities are dropped.
     torch.testing.assert_close((slope * v).sum(), (drop(v) * outer).sum())
     torch.manual_seed(4)
-    assert not torch.equal(opaque(q, k, v, segments, rule), drop(v))
+    assert not torch.equal(opaque(q, k, v, packed, rule), drop(v))
 
 
 def test_the_opaque_operation_refuses_a_batch_of_another_size(opaque):
-    tensors = inputs(segments_of([[4, 3]]))
+    tensors = inputs(sequences_of([[4, 3]]))
     with pytest.raises(ModelError, match=r"1×7 tokens and keys of 7 .* of 1×9"):
-        opaque(*tensors, segments_of([[4, 5]]), RULES["causal"])
+        opaque(*tensors, sequences_of([[4, 5]]), RULES["causal"])

@@ -7,7 +7,7 @@ import torch
 
 import lorakit as lk
 from lorakit.errors import ModelError
-from lorakit.kernels.packed_sequences import Segments
+from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.attention import attention_within, takes_attention_functions
 from references import attach_random
 from tiny_models import build
@@ -23,8 +23,8 @@ def joined(*, width=13):
 
 
 def logits(model, batch):
-    segments = Segments((LENGTHS,), batch["input_ids"].shape[1])
-    with torch.no_grad(), attention_within(model, segments):
+    packed = PackedSequences((LENGTHS,), batch["input_ids"].shape[1])
+    with torch.no_grad(), attention_within(model, packed):
         return model(**batch).logits[0]
 
 
@@ -32,7 +32,7 @@ DECODERS = ("llama", "gpt2", "opt", "gpt_neox", "phi", "phi3", "mistral", "gemma
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_tokens_of_one_segment_leave_every_bit_of_the_others(family):
+def test_tokens_of_one_sequence_leave_every_bit_of_the_others(family):
     model = build(family)
     attach_random(model, targets=("all-linear",))
     batch = joined()
@@ -45,7 +45,7 @@ def test_tokens_of_one_segment_leave_every_bit_of_the_others(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_segment_that_is_no_number_stays_alone(family):
+def test_a_sequence_that_is_no_number_stays_alone(family):
     model = build(family)
     batch = joined()
     batch["input_ids"][0, :] = batch["input_ids"][0, :].clamp(max=60)
@@ -59,7 +59,7 @@ def test_a_segment_that_is_no_number_stays_alone(family):
     assert torch.equal(before[others], after[others])
 
 
-def test_padding_behind_the_segments_changes_nothing():
+def test_padding_behind_the_sequences_changes_nothing():
     model = build("llama")
     batch, padded = joined(), joined(width=20)
     padded["input_ids"][0, :13] = batch["input_ids"][0]
@@ -73,7 +73,7 @@ def test_outside_and_after_errors_the_models_own_attention_answers():
     batch = joined()
     with torch.no_grad():
         expected = model(**batch).logits
-        with pytest.raises(IndexError), attention_within(model, Segments((LENGTHS,), 13)):
+        with pytest.raises(IndexError), attention_within(model, PackedSequences((LENGTHS,), 13)):
             model(torch.full((1, 13), 64))
         assert model.config._attn_implementation == "eager"
         assert torch.equal(model(**batch).logits, expected)
@@ -86,7 +86,7 @@ def test_blocks_nest_and_do_not_concern_other_models():
     batch, copied = joined(), copy.deepcopy(model)
     with torch.no_grad():
         own, others = logits(model, batch), other(**batch).logits
-        with attention_within(model, Segments(((13,),), 13)):
+        with attention_within(model, PackedSequences(((13,),), 13)):
             whole = model(**batch).logits[0]
             assert torch.equal(logits(model, batch), own)
             assert torch.equal(model(**batch).logits[0], whole)
@@ -99,7 +99,7 @@ def test_a_cache_or_another_shape_is_refused_and_generation_works_afterwards():
     model = build("llama")
     prompt = torch.tensor([[3, 4, 5]])
     expected = model.generate(prompt, max_new_tokens=3, do_sample=False)
-    with attention_within(model, Segments(((3,),), 3)):
+    with attention_within(model, PackedSequences(((3,),), 3)):
         with pytest.raises(ModelError, match=r"keys of 1×4 tokens, not \(1, 3\)"):
             model.generate(prompt, max_new_tokens=3, do_sample=False)
         with pytest.raises(ModelError, match="queries of 2×3 tokens"):
@@ -118,7 +118,7 @@ def test_what_the_function_cannot_do_is_refused(keywords, problem):
     model = build("llama")
     refusal = rf"LlamaAttention cannot keep packed sequences apart.*\n.*{problem}"
     with (
-        attention_within(model, Segments((LENGTHS,), 13)),
+        attention_within(model, PackedSequences((LENGTHS,), 13)),
         pytest.raises(ModelError, match=refusal),
     ):
         model(**joined(), **keywords)
@@ -134,7 +134,7 @@ def test_gradient_checkpointing_draws_the_same_dropout_again():
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
         torch.manual_seed(0)
-        with attention_within(model, Segments((LENGTHS,), 13)):
+        with attention_within(model, PackedSequences((LENGTHS,), 13)):
             model(**joined(), use_cache=False).logits.square().mean().backward()
         found[checkpointing] = [p.grad for p in model.parameters() if p.grad is not None]
     for without, with_it in zip(found[False], found[True], strict=True):

@@ -10,7 +10,7 @@ from lorakit.attachment.attach import adapter_parameters
 from lorakit.cli.main import main
 from lorakit.config.methods import PrefixSettings
 from lorakit.config.train import DataConfig, TrainConfig
-from lorakit.data.collate import SEGMENTS, Collator
+from lorakit.data.collate import PACKED, Collator
 from lorakit.data.packing import PLAIN, Packing
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, TargetError
@@ -58,7 +58,7 @@ def gradients(model):
 
 def step(model, batch):
     batch = dict(batch)
-    with attention_within(model, batch.pop(SEGMENTS, None)):
+    with attention_within(model, batch.pop(PACKED, None)):
         labels = batch.pop("labels")
         loss, _ = text_losses(model, batch, labels, weights=item_weight(labels, None))
         loss.backward()

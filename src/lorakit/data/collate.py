@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.data.batches import joined_batch, pad_token, training_batch
 from lorakit.data.encode import Example
 from lorakit.data.packing import PLAIN, Packing
-from lorakit.kernels.packed_sequences import Segments
+from lorakit.kernels.packed_sequences import PackedSequences
 
-SEGMENTS = "segments"
-"""Key of a batch's segments: not for the model itself, but for `attention_within`."""
+PACKED = "packed_sequences"
+"""Key of a batch's packed sequences: not for the model itself, but for `attention_within`."""
 
 
 class Collator:
@@ -28,11 +28,11 @@ class Collator:
         lengths = tuple(len(example.input_ids) for example in examples)
         if self._packing.joined:
             joined = joined_batch(examples, pad_id=self._pad_id, multiple=self._packing.multiple)
-            segments = Segments((lengths,), joined["input_ids"].shape[1])
-            return {**joined, SEGMENTS: segments}
+            packed = PackedSequences((lengths,), joined["input_ids"].shape[1])
+            return {**joined, PACKED: packed}
         batch: dict[str, Any] = training_batch(
             examples, pad_id=self._pad_id, multiple=self._packing.multiple
         )
         if self._packing.segmented:
-            batch[SEGMENTS] = Segments(tuple((n,) for n in lengths), max(lengths))
+            batch[PACKED] = PackedSequences(tuple((n,) for n in lengths), max(lengths))
         return batch

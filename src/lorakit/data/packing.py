@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lorakit.data.batches import joined_batch, training_batch
 from lorakit.data.encode import Example
 from lorakit.errors import ConfigError
-from lorakit.kernels.packed_sequences import FEW_SIZES, Segments
+from lorakit.kernels.packed_sequences import FEW_SIZES, PackedSequences
 from lorakit.models.attention import attention_within, takes_attention_functions
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -94,24 +94,24 @@ def _obstacle(model: PreTrainedModel, task: str) -> str:
 
 @torch.no_grad()
 def _difference(model: PreTrainedModel, *, joined: bool) -> str:
-    """The difference of the logits with segments, joined or padded, from the model's own; or ""."""
+    """The difference of the logits with packed sequences, joined or padded, from the model's own; or ""."""
     examples = _examples(model)
     padded = training_batch(examples, pad_id=0)
     width = padded["input_ids"].shape[1]
-    segments = Segments(tuple((n,) for n in _LENGTHS), width)
+    packed = PackedSequences(tuple((n,) for n in _LENGTHS), width)
     batch = padded
     if joined:
-        batch, segments = joined_batch(examples), Segments((_LENGTHS,), sum(_LENGTHS))
+        batch, packed = joined_batch(examples), PackedSequences((_LENGTHS,), sum(_LENGTHS))
     real = padded["attention_mask"].bool()
     training = model.training
     model.eval()
     try:
         expected = _logits(model, padded)
-        with attention_within(model, segments):
+        with attention_within(model, packed):
             found = _logits(model, batch)
-    # Code of a model that lorakit does not know may raise anything: it cannot take segments.
+    # Code of a model that lorakit does not know may raise anything: it cannot keep packed sequences apart.
     except Exception as error:
-        return f"{model.config.model_type} fails with segments: {error}"
+        return f"{model.config.model_type} fails with packed sequences: {error}"
     finally:
         model.train(training)
     if found.dim() == 3:

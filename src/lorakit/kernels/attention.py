@@ -1,8 +1,9 @@
-"""Attention within segments: softmax(scale·q·kᵀ)·v of every segment by itself, and its gradients.
+"""Attention within packed sequences: softmax(scale·q·kᵀ)·v of each by itself, and its gradients.
 
-Two ways to the same numbers. Plain batched products, which keep q, k and v alone for the backward
-pass and compute the probabilities again; and torch's own fused attention, which needs no memory for
-them. On CPUs the products take half the time of the fused kernel for short segments.
+There are two implementations. One is plain batched matmuls, which keep only q, k and v for the
+backward pass and recompute the probabilities. The other is torch's fused attention, which never
+stores probabilities. On CPUs the matmuls take half the time of the fused kernel for short
+sequences.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.packed_sequences import Segments, Vectors
+from lorakit.kernels.packed_sequences import PackedSequences, Vectors
 from lorakit.upstream.private_names import softmax_gradient
 
 LONGEST_IN_HALF_PRECISION, LONGEST = 512, 128
-"""Tokens of a segment up to which CPUs take the products; above, the fused kernel is faster."""
+"""Tokens of a sequence up to which CPUs use matmuls; for longer ones the fused kernel is faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,41 +38,41 @@ class Rule:
     softcap: float | None = None
     """Scores s become softcap·tanh(s / softcap) (Gemma 2)."""
     dropout: float = 0.0
-    """Chance that a probability is dropped."""
+    """Probability that an attention weight is set to 0; the others are divided by 1 - dropout."""
 
 
-def segment_attention(
+def packed_attention(
     q: Float[Tensor, "rows heads width d"],
     k: Float[Tensor, "rows kv_heads width d"],
     v: Float[Tensor, "rows kv_heads width d_v"],
-    segments: Segments,
+    packed: PackedSequences,
     rule: Rule,
 ) -> Float[Tensor, "rows width heads d_v"]:
-    """Return attention within each segment; zero for padding.
+    """Attention within each packed sequence; zero for padding.
 
-    Heads of q that follow each other share a head of k and v. Products are in the precision of the
-    inputs, softmax is in float32 within, or in float64.
+    Consecutive heads of q share a head of k and v. Matmuls have the precision of the inputs;
+    softmax is computed in float32, or in float64 for inputs of that precision.
     """
     most = LONGEST_IN_HALF_PRECISION if q.dtype.itemsize == 2 else LONGEST
-    if rule.softcap is None and (q.is_cuda or segments.longest > most):
-        return fused_attention(q, k, v, segments, rule)
+    if rule.softcap is None and (q.is_cuda or packed.longest > most):
+        return fused_attention(q, k, v, packed, rule)
     seed = int(torch.randint(2**62, ())) if rule.dropout else 0
-    return MatmulAttention.apply(q, k, v, segments, rule, seed)
+    return MatmulAttention.apply(q, k, v, packed, rule, seed)
 
 
 def fused_attention(
     q: Float[Tensor, "rows heads width d"],
     k: Float[Tensor, "rows kv_heads width d"],
     v: Float[Tensor, "rows kv_heads width d_v"],
-    segments: Segments,
+    packed: PackedSequences,
     rule: Rule,
 ) -> Float[Tensor, "rows width heads d_v"]:
-    """The same by torch's scaled_dot_product_attention, which knows no softcap."""
+    """The same by torch's scaled_dot_product_attention, which has no soft cap."""
     heads, kv_heads = q.shape[1], k.shape[1]
     tables = [_table(q), *(_table(x.repeat_interleave(heads // kv_heads, 1)) for x in (k, v))]
-    out = _room(tables[0], tables[2].shape[-1], segments)
-    for group in segments.groups(q.device):
-        places = group.vectors(heads, 1, segments.places)
+    out = _output_table(tables[0], tables[2].shape[-1], packed)
+    for group in packed.groups(q.device):
+        places = group.vectors(heads, 1, packed.places)
         shape = (heads, group.count, group.longest, -1)
         whole = rule.window is None or rule.window >= group.longest
         # A fused kernel is chosen only without a mask; places beyond an end come after all queries.
@@ -92,15 +93,15 @@ def fused_attention(
 
 
 class MatmulAttention(torch.autograd.Function):
-    """Attention by batched products; only q, k and v wait for the backward pass."""
+    """Attention by batched matmuls; only q, k and v are kept for the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: Rule, seed: int
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, rule: Rule, seed: int
     ) -> Tensor:
-        """Return attention within each segment, as `segment_attention`."""
+        """Attention within each packed sequence, as `packed_attention`."""
         ctx.save_for_backward(q, k, v)
-        ctx.how = (segments, rule, seed)
+        ctx.how = (packed, rule, seed)
         return matmul_attention(q, k, v, *ctx.how)
 
     @staticmethod
@@ -115,18 +116,18 @@ def matmul_attention(
     q: Float[Tensor, "rows heads width d"],
     k: Float[Tensor, "rows kv_heads width d"],
     v: Float[Tensor, "rows kv_heads width d_v"],
-    segments: Segments,
+    packed: PackedSequences,
     rule: Rule,
     seed: int,
 ) -> Float[Tensor, "rows width heads d_v"]:
-    """Return attention within each segment by batched products; dropout comes from the seed."""
+    """Attention within each packed sequence by batched matmuls; the seed determines the dropout."""
     tables = [_table(x) for x in (q, k, v)]
-    out = _room(tables[0], v.shape[-1], segments)
+    out = _output_table(tables[0], v.shape[-1], packed)
     generator = torch.Generator(q.device).manual_seed(seed)
-    for step in _steps(tables, (q.shape[1], k.shape[1]), segments, rule):
+    for step in _group_matmuls(tables, (q.shape[1], k.shape[1]), packed, rule):
         probabilities, _ = step.probabilities()
         if rule.dropout:
-            probabilities.mul_(_kept(probabilities, rule.dropout, generator))
+            probabilities.mul_(_dropout_factors(probabilities, rule.dropout, generator))
         step.queries.scatter(torch.bmm(probabilities, step.v), out)
     return out[:-1].view(q.shape[0], q.shape[2], q.shape[1], -1)
 
@@ -136,7 +137,7 @@ def matmul_gradients(
     q: Float[Tensor, "rows heads width d"],
     k: Float[Tensor, "rows kv_heads width d"],
     v: Float[Tensor, "rows kv_heads width d_v"],
-    segments: Segments,
+    packed: PackedSequences,
     rule: Rule,
     seed: int,
 ) -> tuple[
@@ -144,13 +145,13 @@ def matmul_gradients(
     Float[Tensor, "rows width kv_heads d"],
     Float[Tensor, "rows width kv_heads d_v"],
 ]:
-    """The gradients of q, k and v, token by token, given that of `product_attention`."""
+    """The gradients of q, k and v, token by token, given that of `matmul_attention`'s output."""
     tables = [_table(x) for x in (q, k, v)]
-    outer = gradient.reshape(-1, v.shape[-1])
-    found = [_room(table, table.shape[-1], segments) for table in tables]
+    output_gradient = gradient.reshape(-1, v.shape[-1])
+    found = [_output_table(table, table.shape[-1], packed) for table in tables]
     generator = torch.Generator(q.device).manual_seed(seed)
-    for step in _steps(tables, (q.shape[1], k.shape[1]), segments, rule):
-        of_q, of_k, of_v = step.gradients(step.queries.gather_or_zero(outer), generator)
+    for step in _group_matmuls(tables, (q.shape[1], k.shape[1]), packed, rule):
+        of_q, of_k, of_v = step.gradients(step.queries.gather_or_zero(output_gradient), generator)
         step.queries.scatter(of_q, found[0])
         step.keys.scatter(of_k, found[1])
         step.keys.scatter(of_v, found[2])
@@ -161,21 +162,21 @@ def matmul_gradients(
 
 
 @dataclass(frozen=True)
-class _Step:
-    """The products of one group of segments, query heads that share k and v side by side."""
+class _GroupMatmuls:
+    """The matmuls of one group of sequences, with query heads that share k and v side by side."""
 
     queries: Vectors
     keys: Vectors
-    q: Float[Tensor, "products queries d"]
-    k: Float[Tensor, "products keys d"]
-    v: Float[Tensor, "products keys d_v"]
+    q: Float[Tensor, "matmuls queries d"]
+    k: Float[Tensor, "matmuls keys d"]
+    v: Float[Tensor, "matmuls keys d_v"]
     mask: Tensor | None
     scores: tuple[int, ...]
-    """(heads of k and v, segments, query heads of each, longest, longest)."""
+    """(heads of k and v, sequences, query heads of each, longest, longest)."""
     rule: Rule
 
     def probabilities(self) -> tuple[Tensor, Tensor | None]:
-        """Return softmax of the scores, and with a softcap tanh(s / softcap)."""
+        """Softmax of the scores, and tanh(s / softcap) where there is a soft cap."""
         scores = torch.bmm(self.q, self.k.transpose(1, 2)).mul_(self.rule.scale)
         tanh = None
         if self.rule.softcap is not None:
@@ -186,14 +187,16 @@ class _Step:
         # In half precision, too, the kernel sums in float32.
         return torch.softmax(scores, -1), tanh
 
-    def gradients(self, outer: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v, given that of the output."""
+    def gradients(
+        self, output_gradient: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v, given the gradient of the output."""
         probabilities, tanh = self.probabilities()
-        used, inner = probabilities, torch.bmm(outer, self.v.transpose(1, 2))
+        used, inner = probabilities, torch.bmm(output_gradient, self.v.transpose(1, 2))
         if self.rule.dropout:
-            kept = _kept(probabilities, self.rule.dropout, generator)
-            used, inner = probabilities * kept, inner.mul_(kept)
-        of_v = torch.bmm(used.transpose(1, 2), outer)
+            factors = _dropout_factors(probabilities, self.rule.dropout, generator)
+            used, inner = probabilities * factors, inner.mul_(factors)
+        of_v = torch.bmm(used.transpose(1, 2), output_gradient)
         inner = softmax_gradient(inner, probabilities)
         if tanh is not None:
             inner.mul_(1 - tanh * tanh)
@@ -206,26 +209,26 @@ def _table(x: Float[Tensor, "rows heads width d"]) -> Float[Tensor, "vectors d"]
     return x.transpose(1, 2).reshape(-1, x.shape[-1])
 
 
-def _room(table: Tensor, width: int, segments: Segments) -> Tensor:
-    """Return room for as many vectors and one more, for what is beyond a segment's end."""
+def _output_table(table: Tensor, width: int, packed: PackedSequences) -> Tensor:
+    """A table for as many vectors, and one more for positions beyond a sequence's end."""
     shape = (len(table) + 1, width)
-    covered = segments.tokens == segments.places
+    covered = packed.tokens == packed.places
     return table.new_empty(shape) if covered else table.new_zeros(shape)
 
 
-def _kept(like: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-    """The factors of dropout, the same ones for dice in the same state."""
+def _dropout_factors(like: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+    """The factors of dropout; a generator in the same state gives the same ones."""
     return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
-def _steps(
-    tables: Sequence[Tensor], heads: tuple[int, int], segments: Segments, rule: Rule
-) -> Iterator[_Step]:
-    """Yield the step of each group; the heads are those of q, and those of k and v."""
+def _group_matmuls(
+    tables: Sequence[Tensor], heads: tuple[int, int], packed: PackedSequences, rule: Rule
+) -> Iterator[_GroupMatmuls]:
+    """Yield the matmuls of each group; `heads` is the number for q, and that for k and v."""
     (q, k, v), share = tables, heads[0] // heads[1]
-    for group in segments.groups(q.device):
-        queries, keys = (group.vectors(heads[1], each, segments.places) for each in (share, 1))
-        yield _Step(
+    for group in packed.groups(q.device):
+        queries, keys = (group.vectors(heads[1], each, packed.places) for each in (share, 1))
+        yield _GroupMatmuls(
             queries=queries,
             keys=keys,
             q=queries.gather(q),

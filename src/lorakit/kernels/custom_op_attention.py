@@ -1,7 +1,8 @@
-"""Attention within segments as one operation, which torch.compile calls and does not look into.
+"""Attention within packed sequences as a custom operator, which torch.compile does not trace into.
 
-Seen from inside, the segments of a batch would be part of the compiled code: another code for each
-batch. The operation is told a number, under which it finds them when it runs.
+If it traced into attention, the lengths of a batch's sequences would become constants of the
+compiled code, and each batch would be compiled anew. The operator gets an integer key instead, and
+looks the sequences up by it when it runs.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from lorakit.errors import ModelError
 from lorakit.kernels.attention import Rule, matmul_attention, matmul_gradients
-from lorakit.kernels.packed_sequences import Segments
+from lorakit.kernels.packed_sequences import PackedSequences
 
-in_force: dict[int, Segments] = {}
-"""The segments of the batch at hand, by a number that later batches of the model have too."""
+in_force: dict[int, PackedSequences] = {}
+"""The packed sequences of the current batch by key; all batches of a model have the same key."""
 
 _HOW = "Tensor? seed, int key, float scale, bool causal, int? window, float? softcap, float dropout"
 
@@ -29,43 +30,43 @@ def custom_op_attention(
     key: int,
     rule: Rule,
 ) -> Float[Tensor, "rows width heads d_v"]:
-    """Return attention within each segment by batched products, from compiled code.
+    """Attention within each packed sequence by batched matmuls, from compiled code.
 
     Args:
-        q: queries; heads that follow each other share a head of k and v.
+        q: queries; consecutive heads share a head of k and v.
         k: keys.
         v: values.
-        key: the number under which the segments are in force, in the forward and backward pass.
+        key: of the packed sequences in `in_force`, in the forward and the backward pass.
         rule: which keys a query sees.
 
     Raises:
-        ModelError: the segments are not those of a batch of this size.
+        ModelError: the packed sequences are not those of a batch of this size.
     """
-    # A number of Python's would have to be known before the compiled code runs.
+    # A tensor, since an int would have to be known before the compiled code runs.
     seed = torch.randint(2**62, ()) if rule.dropout else None
     how = (rule.scale, rule.causal, rule.window, rule.softcap, rule.dropout)
-    found: Tensor = torch.ops.lorakit.segment_attention(q, k, v, seed, key, *how)
+    found: Tensor = torch.ops.lorakit.packed_attention(q, k, v, seed, key, *how)
     return found
 
 
 @torch.library.custom_op(
-    "lorakit::segment_attention",
+    "lorakit::packed_attention",
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_HOW}) -> Tensor",
 )
 def _attend(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
-    segments, rule, seed = _read(*how)
-    expected = (len(segments.lengths), segments.width)
-    if (q.shape[0], q.shape[2]) != expected or k.shape[2] != segments.width:
+    packed, rule, seed = _read(*how)
+    expected = (len(packed.lengths), packed.width)
+    if (q.shape[0], q.shape[2]) != expected or k.shape[2] != packed.width:
         raise ModelError(
             f"queries of {q.shape[0]}×{q.shape[2]} tokens and keys of {k.shape[2]} cannot be kept "
-            f"apart by segments of {expected[0]}×{expected[1]}"
+            f"apart by packed sequences of {expected[0]}×{expected[1]}"
         )
-    return matmul_attention(q, k, v, segments, rule, seed)
+    return matmul_attention(q, k, v, packed, rule, seed)
 
 
 @torch.library.custom_op(
-    "lorakit::segment_attention_gradients",
+    "lorakit::packed_attention_gradients",
     mutates_args=(),
     schema=f"(Tensor gradient, Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tensor, Tensor)",
 )
@@ -75,8 +76,8 @@ def _gradients(
     return matmul_gradients(gradient, q, k, v, *_read(*how))
 
 
-def _read(seed: Tensor | None, key: int, *rule: Any) -> tuple[Segments, Rule, int]:
-    """Return what the operations are told, as the products take it."""
+def _read(seed: Tensor | None, key: int, *rule: Any) -> tuple[PackedSequences, Rule, int]:
+    """The packed sequences, the rule and the seed, from the operator's arguments."""
     scale, causal, window, softcap, dropout = rule
     made = Rule(scale=scale, causal=causal, window=window, softcap=softcap, dropout=dropout)
     return in_force[key], made, 0 if seed is None else int(seed)
@@ -100,7 +101,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    found = torch.ops.lorakit.segment_attention_gradients(gradient, *ctx.saved_tensors, *ctx.how)
+    found = torch.ops.lorakit.packed_attention_gradients(gradient, *ctx.saved_tensors, *ctx.how)
     return (*(x.transpose(1, 2) for x in found), None, *(None for _ in ctx.how))
 
 

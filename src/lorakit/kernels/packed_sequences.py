@@ -1,7 +1,7 @@
-"""Rows joined without padding: where the tokens of every segment lie, and which go together.
+"""Packed sequences: where the tokens of each are in a batch, and which are computed together.
 
-A **segment** is a run of tokens that sees nothing but itself. A row of a batch holds one or more,
-from its first token on; what is left of the row is padding, and belongs to none.
+A **packed sequence** is a run of tokens that attends only to itself. A row of a batch holds one or
+more of them, from its first token on; the rest of the row is padding.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-LIKE = 1.3
-"""Segments go together whose longest has at most so many times the tokens of the shortest.
+LARGEST_LENGTH_RATIO = 1.3
+"""The longest sequence of a group has at most so many times the tokens of the shortest.
 
-Products of a group are padded to its longest. On CPUs, for rows of 40 to 90 tokens: one group for
-all takes 1.5 to 2 times as long, a group for each segment about as long as these.
+The matmuls of a group are padded to its longest sequence. On CPUs, for sequences of 40 to 90
+tokens, one group for all takes 1.5 to 2 times as long, and a group for each about as long.
 """
 
 FEW_SIZES = 16
 """Sizes that differ from batch to batch are rounded up to a multiple of this.
 
-oneDNN makes code for each new size of a product, and keeps it: 10 MB in each step of batches whose
-sizes never come again.
+oneDNN compiles code for each new size of a matmul and keeps it: 10 MB in each step, for batches
+whose sizes never occur again.
 """
 
 
 @dataclass(frozen=True)
-class Segments:
-    """The segments of a batch."""
+class PackedSequences:
+    """The packed sequences of a batch."""
 
     lengths: tuple[tuple[int, ...], ...]
-    """Tokens of each segment, by row."""
+    """Tokens of each packed sequence, by row."""
     width: int
     """Tokens of a row, padding included."""
     _made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
-    def stacked(parts: Sequence[Segments]) -> Segments:
-        """The segments of batches whose rows come to lie in one, padded to the widest."""
+    def stacked(parts: Sequence[PackedSequences]) -> PackedSequences:
+        """The packed sequences of batches whose rows are joined into one, padded to the widest."""
         lengths = tuple(row for part in parts for row in part.lengths)
-        return Segments(lengths, max(part.width for part in parts))
+        return PackedSequences(lengths, max(part.width for part in parts))
 
     @property
     def tokens(self) -> int:
@@ -57,17 +57,17 @@ class Segments:
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest segment."""
+        """The tokens of the longest packed sequence."""
         return max(length for row in self.lengths for length in row)
 
     def groups(self, device: torch.device) -> tuple[Group, ...]:
-        """The segments in groups of like length."""
+        """The packed sequences in groups of similar length."""
         if device not in self._made:
             self._made[device] = tuple(Group(spans, device) for spans in self._grouped())
         return self._made[device]
 
     def _grouped(self) -> list[list[tuple[int, int]]]:
-        """The first token and the length of each segment, by group."""
+        """The first token and the length of each packed sequence, by group."""
         spans = []
         for row, lengths in enumerate(self.lengths):
             start = row * self.width
@@ -76,14 +76,14 @@ class Segments:
                 start += length
         groups: list[list[tuple[int, int]]] = []
         for start, length in sorted(spans, key=lambda span: -span[1]):
-            if not groups or groups[-1][0][1] > LIKE * length:
+            if not groups or groups[-1][0][1] > LARGEST_LENGTH_RATIO * length:
                 groups.append([])
             groups[-1].append((start, length))
         return groups
 
 
 class Group:
-    """Segments of like length, which one batched product serves."""
+    """Packed sequences of similar length, which one batched matmul computes."""
 
     def __init__(self, spans: Sequence[tuple[int, int]], device: torch.device) -> None:
         starts, lengths = torch.tensor(spans, device=device).T[:, :, None]
@@ -92,16 +92,16 @@ class Group:
         self.longest = longest + -longest % FEW_SIZES
         steps = torch.arange(self.longest, device=device)
         self.real = steps < lengths
-        """Whether a place of (count, longest) is within its segment."""
-        # A place beyond the end has the segment's own last token: nothing of another, not even a
-        # number that is none, can come in.
+        """Whether a position of (count, longest) is within its packed sequence."""
+        # A position beyond the end repeats the sequence's own last token, so that no value of
+        # another sequence, not even a NaN, can get in.
         self.tokens = starts + torch.minimum(steps, lengths - 1)
-        """The token at each place, counted through the rows of the batch."""
+        """The token at each position, counted through the rows of the batch."""
         self.even = bool(self.real.all())
         self._made: dict[Any, Any] = {}
 
     def vectors(self, heads: int, share: int, places: int) -> Vectors:
-        """Return where the vectors of heads lie, if `share` heads use one head of k and v.
+        """Where the vectors of heads are, if `share` query heads use one head of k and v.
 
         Args:
             heads: heads of k and v.
@@ -115,8 +115,8 @@ class Group:
 
     def mask(
         self, dtype: torch.dtype, *, causal: bool, window: int | None
-    ) -> Float[Tensor, "segments one longest longest"] | None:
-        """Return what is added to scores: minus infinity where a query does not see a key.
+    ) -> Float[Tensor, "sequences one longest longest"] | None:
+        """What is added to scores: minus infinity where a query does not see a key.
 
         Args:
             dtype: its precision.
@@ -124,7 +124,7 @@ class Group:
             window: it sees at most so many, itself included; None: all.
 
         Returns:
-            None, where each token sees the whole segment. Every query sees a key.
+            None, where each token sees the whole packed sequence. Every query sees a key.
         """
         key = (dtype, causal, window)
         if key not in self._made:
@@ -134,34 +134,34 @@ class Group:
             self._made[key] = None if bool(seen.all()) else mask
         return self._made[key]
 
-    def _seen(self, causal: bool, window: int | None) -> Bool[Tensor, "segments longest longest"]:
+    def _seen(self, causal: bool, window: int | None) -> Bool[Tensor, "sequences longest longest"]:
         steps = torch.arange(self.longest, device=self.tokens.device)
         if not causal:
             return self.real[:, None, :].expand(-1, self.longest, -1)
         back = steps[:, None] - steps
-        # Places beyond the end come after all queries that count.
+        # Positions beyond the end come after all real queries.
         return ((back >= 0) & (back < (window or self.longest)))[None]
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """Where the vectors of a group lie in a table (tokens·heads, d), in the order of the products.
+    """Where the vectors of a group are in a table (tokens·heads, d), in the order of the matmuls.
 
-    That order is head of k and v, segment, query head that shares it, place in the segment.
+    That order is head of k and v, sequence, query head that shares it, position in the sequence.
     """
 
     source: Int[Tensor, " vectors"]
     """A row of the table."""
     target: Int[Tensor, " vectors"]
-    """The same, but one row past the table's end for what is beyond a segment's end."""
+    """The same, but one row past the table's end for positions beyond a sequence's end."""
     beyond: Int[Tensor, " beyond"]
     """Which vectors those are."""
     shape: tuple[int, int]
-    """Products at once, and vectors in each."""
+    """Matmuls at once, and vectors in each."""
 
     @staticmethod
     def of(group: Group, heads: int, share: int, places: int) -> Vectors:
-        """The vectors of a group of segments; the arguments are those of `vectors`."""
+        """The vectors of a group of packed sequences; the arguments are those of `vectors`."""
         device = group.tokens.device
         head = torch.arange(heads * share, device=device).view(heads, 1, share, 1)
         source = group.tokens[:, None, :] * (heads * share) + head
@@ -174,19 +174,19 @@ class Vectors:
             shape=(heads * group.count, share * group.longest),
         )
 
-    def gather(self, table: Float[Tensor, "rows d"]) -> Float[Tensor, "products vectors d"]:
-        """The vectors; beyond a segment's end, those of its last token."""
+    def gather(self, table: Float[Tensor, "rows d"]) -> Float[Tensor, "matmuls vectors d"]:
+        """The vectors; beyond a sequence's end, those of its last token."""
         return table.index_select(0, self.source).view(*self.shape, -1)
 
-    def gather_or_zero(self, table: Float[Tensor, "rows d"]) -> Float[Tensor, "products vectors d"]:
-        """The vectors; zero beyond a segment's end, as gradients of what nobody uses."""
+    def gather_or_zero(self, table: Float[Tensor, "rows d"]) -> Float[Tensor, "matmuls vectors d"]:
+        """The vectors; zero beyond a sequence's end, as the gradients of unused values."""
         found = table.index_select(0, self.source)
         if len(self.beyond):
             found.index_fill_(0, self.beyond, 0)
         return found.view(*self.shape, -1)
 
     def scatter(
-        self, values: Float[Tensor, "products vectors d"], table: Float[Tensor, "more_rows d"]
+        self, values: Float[Tensor, "matmuls vectors d"], table: Float[Tensor, "more_rows d"]
     ) -> None:
         """Write vectors to where they belong in a table that has one row more."""
         table.index_copy_(0, self.target, values.flatten(0, 1))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ModelError
-from lorakit.kernels.attention import Rule, segment_attention
+from lorakit.kernels.attention import Rule, packed_attention
 from lorakit.kernels.custom_op_attention import custom_op_attention, in_force
-from lorakit.kernels.packed_sequences import Segments
+from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.base import base_modules
 from lorakit.upstream.private_names import (
     ATTENTION_FLAGS,
@@ -40,7 +40,7 @@ def takes_attention_functions(model: nn.Module) -> bool:
 
 
 @contextmanager
-def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[None]:
+def attention_within(model: nn.Module, packed: PackedSequences | None) -> Iterator[None]:
     """Restrict each token's attention to its own packed sequence, in forward and backward passes.
 
     The block's end restores what the model had before, also after an error and when nested. Other
@@ -48,10 +48,10 @@ def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[No
 
     Args:
         model: a model that `takes_attention_functions`.
-        segments: the packed sequences of the batch that the model gets, without a KV cache; None:
+        packed: the packed sequences of the batch that the model gets, without a KV cache; None:
             nothing is changed.
     """
-    if segments is None:
+    if packed is None:
         yield
         return
     # Imported late: importing lorakit must not import transformers' models.
@@ -62,22 +62,22 @@ def attention_within(model: nn.Module, segments: Segments | None) -> Iterator[No
     before = [(c, attention_name(c), in_force.get(id(c))) for c in configs]
     try:
         for config in configs:
-            _put(config, NAME, segments)
+            _put(config, NAME, packed)
         yield
     finally:
         for config, name, outer in before:
             _put(config, name, outer)
 
 
-def _put(config: Any, name: str | None, segments: Segments | None) -> None:
+def _put(config: Any, name: str | None, packed: PackedSequences | None) -> None:
     set_attention_name(config, name)
     # Found by the identity of the config that layers read. Recomputed layers run in the backward
     # pass, on CUDA in other threads, where thread-local variables are absent; and not every family
     # passes unknown keywords on to its layers.
-    if segments is None:
+    if packed is None:
         in_force.pop(id(config), None)
     else:
-        in_force[id(config)] = segments
+        in_force[id(config)] = packed
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
@@ -138,12 +138,12 @@ def _attend(
         )
     if is_compiling:
         return custom_op_attention(query, key, value, id(module.config), rule), None
-    return segment_attention(query, key, value, in_force[id(module.config)], rule), None
+    return packed_attention(query, key, value, in_force[id(module.config)], rule), None
 
 
-def _wrong_sizes(query: Tensor, key: Tensor, segments: Segments) -> list[str]:
+def _wrong_sizes(query: Tensor, key: Tensor, packed: PackedSequences) -> list[str]:
     """A line for queries or keys whose batch size or length is not that of the packed sequences."""
-    expected = (len(segments.lengths), segments.width)
+    expected = (len(packed.lengths), packed.width)
     return [
         f"{name} of {each.shape[0]}×{each.shape[2]} tokens, not {expected}"
         for name, each in (("queries", query), ("keys", key))

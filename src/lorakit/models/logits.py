@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
-from lorakit.kernels.packed_sequences import Segments
+from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.attention import attention_within, takes_attention_functions
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -101,11 +101,11 @@ def _probe(base: nn.Module, head: nn.Module, rows: int) -> tuple[list[Tensor], T
     training = [module for module in base.modules() if module.training]
     hook = head.register_forward_hook(replace)
     # Packed sequences may be in force, of another batch than the probe's.
-    segments = Segments(((1,),) * rows, 1) if takes_attention_functions(base) else None
+    packed = PackedSequences(((1,),) * rows, 1) if takes_attention_functions(base) else None
     # In eval mode dropout draws no random numbers, so that the probe does not alter a training run.
     base.eval()
     try:
-        with attention_within(base, segments):
+        with attention_within(base, packed):
             logits: Tensor = base(**dict.fromkeys(names, ids), use_cache=False).logits
     finally:
         hook.remove()

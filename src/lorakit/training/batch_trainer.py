@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer
 
-from lorakit.data.collate import SEGMENTS
+from lorakit.data.collate import PACKED
 from lorakit.data.length_sampler import ByLength
 from lorakit.models.attention import attention_within
 from lorakit.training.lm_loss import item_weight, text_losses
@@ -44,13 +44,13 @@ class BatchTrainer(Trainer):
         """The loss of one batch, and add its gradients to `.grad`."""
         self.count(inputs)
         # The backward pass is inside too: gradient checkpointing runs layers again there.
-        with attention_within(self.adapted, inputs.pop(SEGMENTS, None)):
+        with attention_within(self.adapted, inputs.pop(PACKED, None)):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def count(self, inputs: dict[str, Any]) -> None:
         """Add a batch to the counts of tokens and of padding tokens."""
-        segments, tokens = inputs.get(SEGMENTS), inputs["input_ids"].numel()
-        real = int(inputs["attention_mask"].sum()) if segments is None else segments.tokens
+        packed, tokens = inputs.get(PACKED), inputs["input_ids"].numel()
+        real = int(inputs["attention_mask"].sum()) if packed is None else packed.tokens
         self._tokens += tokens
         self._padding += tokens - real
 

@@ -4,7 +4,7 @@ Blocks differ in their weights alone, so one compiled forward and one backward p
 model of thirty blocks is compiled in the time of one. The compiled code must not depend on the
 block it runs in, so the operations that the route chooses for each layer are looked up before, and
 pinned to the layer. Lengths are dynamic. Inside a block lorakit's own kernels are off, because the
-compiler fuses plain torch; attention within segments is a custom op to it.
+compiler fuses plain torch; attention within packed sequences is a custom op to it.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.data.chat import IGNORED
-from lorakit.data.collate import SEGMENTS
-from lorakit.kernels.packed_sequences import Segments
+from lorakit.data.collate import PACKED
+from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.attention import attention_within
 from lorakit.routing.route import route
 from lorakit.training.lm_loss import item_weight, text_losses
@@ -68,7 +68,7 @@ def joint_losses(
     losses = _losses_of_texts if batches[0].loss.task == "generation" else _losses
     # The backward pass is inside too: gradient checkpointing runs layers again there.
     choice = names if len(batches) > 1 else batches[0].name
-    with route(model, choice), attention_within(model, _segments(batches)):
+    with route(model, choice), attention_within(model, _packed_sequences(batches)):
         total, found = losses(model, inputs, batches)
         total.backward()
     return found
@@ -77,7 +77,7 @@ def joint_losses(
 def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
     """The inputs of all rows, padded on the right to the longest, without labels."""
     length = max(batch.length for batch in batches)
-    special = {"labels", SEGMENTS}
+    special = {"labels", PACKED}
     joined = {}
     for key in dict.fromkeys(
         key for batch in batches for key in batch.inputs if key not in special
@@ -92,10 +92,10 @@ def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
     return joined
 
 
-def _segments(batches: Sequence[MicroBatch]) -> Segments | None:
-    """The segments of all rows, or None where the batches have none."""
-    parts = [batch.inputs[SEGMENTS] for batch in batches if SEGMENTS in batch.inputs]
-    return Segments.stacked(parts) if parts else None
+def _packed_sequences(batches: Sequence[MicroBatch]) -> PackedSequences | None:
+    """The packed sequences of all rows, or None where the batches have none."""
+    parts = [batch.inputs[PACKED] for batch in batches if PACKED in batch.inputs]
+    return PackedSequences.stacked(parts) if parts else None
 
 
 def _losses_of_texts(
