@@ -94,7 +94,7 @@ def _obstacle(model: PreTrainedModel, task: str) -> str:
 
 @torch.no_grad()
 def _difference(model: PreTrainedModel, *, joined: bool) -> str:
-    """The difference of the logits with packed sequences, joined or padded, from the model's own; or ""."""
+    """The difference that packed sequences, joined or padded, make to the logits; or ""."""
     examples = _examples(model)
     padded = training_batch(examples, pad_id=0)
     width = padded["input_ids"].shape[1]
@@ -109,7 +109,7 @@ def _difference(model: PreTrainedModel, *, joined: bool) -> str:
         expected = _logits(model, padded)
         with attention_within(model, packed):
             found = _logits(model, batch)
-    # Code of a model that lorakit does not know may raise anything: it cannot keep packed sequences apart.
+    # Unknown models may raise anything; then they cannot keep packed sequences apart.
     except Exception as error:
         return f"{model.config.model_type} fails with packed sequences: {error}"
     finally:

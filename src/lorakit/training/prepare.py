@@ -140,7 +140,7 @@ def _packing(model: PreTrainedModel, task: str, config: TrainConfig) -> Packing:
     # Joined rows need attention within packed sequences, which plain torch does not have.
     setting = "off" if config.kernels == "plain" else config.packing
     if config.compile and torch.cuda.is_available() and setting == "auto":
-        # Compiled attention within packed sequences is made of matmuls, which suit short rows on a CPU.
+        # Compiled attention within packed sequences is made of matmuls: for short rows on a CPU.
         return Packing(multiple=LENGTHS, by_length=True, reason="compile has the model's attention")
     packing = choose_packing(model, task=task, packing=setting)
     own_attention = not (packing.joined or packing.segmented)
