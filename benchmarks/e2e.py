@@ -1,6 +1,8 @@
 """E2E NLG with SmolLM2-135M: lorakit beside a plain loop around PEFT, same settings, same scorer.
 
-    python benchmarks/e2e.py --data FOLDER      (the folder that has train.jsonl and test.jsonl)
+    python benchmarks/e2e.py --data FOLDER [--out benchmarks/results/e2e.json]
+
+FOLDER has train.jsonl and test.jsonl.
 
 Both train with AdamW, a bf16 base, float32 adapters, r 8 on q and v, rows in a random order of
 their own; both answer the same test rows greedily. PEFT's loop computes transformers' own loss.
@@ -26,7 +28,7 @@ from lorakit.data.row_types import references_of
 from lorakit.data.rows import read_rows
 from lorakit.training.evaluation import answer
 from lorakit.training.run import train
-from measured import environment, write_result
+from measured import begin, write_result
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "e2e.yaml"
 
@@ -39,7 +41,7 @@ def settings(data: Path, out: Path, steps: int) -> lk.TrainConfig:
 
 
 def bleu_of(model: Any, tokenizer: Any, config: lk.TrainConfig, data: Path, rows: int) -> float:
-    """Return BLEU of greedy answers to the first test rows, lower case, all references."""
+    """BLEU of greedy answers to the first test rows, lower case, all references."""
     test = read_rows(str(data / "test.jsonl"), config.data, limit=rows, split="test")
     prompts = [encode_prompt(row, tokenizer, config.data) for row in test.rows]
     answers = answer(model, tokenizer, prompts, max_new_tokens=96, batch_size=25, progress=True)
@@ -104,29 +106,30 @@ def peers(config: lk.TrainConfig, data: Path, rows: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run both, print both, write benchmarks/results/e2e.json."""
+    """Run both, print both, and write the result, if --out names a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=100)
+    parser.add_argument("--out", type=Path, help="a file for the JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = settings(arguments.data, Path(folder) / "run", arguments.steps)
         result = {
-            **environment(),
+            **begin(arguments.out),
             "settings": config.model_dump(mode="json", exclude={"out", "data"}),
             "test_rows": arguments.rows,
             "lorakit": ours(config, arguments.data, arguments.rows),
             "peft": peers(config, arguments.data, arguments.rows),
         }
-    file = write_result("e2e", result)
     for name in ("lorakit", "peft"):
         tail = [loss for _, loss in result[name]["losses"][-5:]]
         print(
             f"{name:8} loss {result[name]['losses'][0][1]:.2f} -> {sum(tail) / len(tail):.2f}"
             f"  BLEU {result[name]['bleu']:.1f}  {result[name]['seconds']:.0f} s"
         )
-    print(f"base     BLEU {result['lorakit']['base_bleu']:.1f}\nwritten to {file.name}")
+    print(f"base     BLEU {result['lorakit']['base_bleu']:.1f}")
+    write_result(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python benchmarks/grouped_gpu.py [--out FILE]
 
-Times narrow and widen onto an output, forward and with the backward, for decoding (64 rows of one
-token) and for a prefill (16 rows of 512 tokens), d 4096, rank 16, a bfloat16 base, float32 weights.
-Gathering is left out of the forward, as it happens once per route, but not of the backward, which
-is training. Prints a table and JSON; medians, the two paths in turn.
+Times the down-projection and the up-projection onto an output, forward and with the backward, for
+decoding (64 rows of one token) and for a prefill (16 rows of 512 tokens), d 4096, rank 16, a
+bfloat16 base, float32 weights. Gathering is left out of the forward, as it happens once per route,
+but not of the backward, which is training. Prints a table and JSON; medians, the two paths
+alternating.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 
 from lorakit.kernels.grouped import down_project, gather, up_project_onto
 from lorakit.kernels.grouping import Grouping, group_rows
-from measured import environment
+from measured import begin, write_result
 
 D, RANK = 4096, 16
 WORK = {"decode": (64, 1), "prefill": (16, 512)}
@@ -28,16 +29,16 @@ WARM_UPS, REPEATS, CALLS = 3, 20, 10
 
 
 class Layer:
-    """Inputs, output and weights of one layer, whose rows use so many adapters in turn."""
+    """Inputs, output and weights of one layer, whose rows use so many adapters in rotation."""
 
     def __init__(self, rows: int, tokens: int, adapters: int) -> None:
-        draw = torch.Generator("cuda").manual_seed(0)
+        generator = torch.Generator("cuda").manual_seed(0)
 
         def random(*size: int, dtype: torch.dtype) -> torch.Tensor:
-            made = torch.randn(size, generator=draw, device="cuda") / 64
+            made = torch.randn(size, generator=generator, device="cuda") / 64
             return made.to(dtype).requires_grad_()
 
-        self.slot_of_row = [row % adapters for row in range(rows)]
+        self.adapter_of_row = [row % adapters for row in range(rows)]
         self.x = random(rows, tokens, D, dtype=torch.bfloat16)
         self.output = random(rows, tokens, D, dtype=torch.bfloat16)
         self.a = random(adapters, RANK, D, dtype=torch.float32)
@@ -45,7 +46,7 @@ class Layer:
 
     def forward(self, kernels: str) -> Callable[[], None]:
         """A forward without gradients, of gathered weights."""
-        grouping = self._arranged(kernels)
+        grouping = self._grouping(kernels)
         a, b = (gather(stack.detach(), grouping) for stack in (self.a, self.b))
         output = self.output.detach().clone()
 
@@ -57,7 +58,7 @@ class Layer:
 
     def backward(self, kernels: str) -> Callable[[], None]:
         """A forward and its backward, from the stacks of weights."""
-        grouping = self._arranged(kernels)
+        grouping = self._grouping(kernels)
         grad = torch.ones_like(self.output)
 
         def run() -> None:
@@ -67,8 +68,8 @@ class Layer:
 
         return run
 
-    def _arranged(self, kernels: str) -> Grouping:
-        return group_rows(self.slot_of_row, device="cuda", dtype=self.a.dtype, kernels=kernels)
+    def _grouping(self, kernels: str) -> Grouping:
+        return group_rows(self.adapter_of_row, device="cuda", dtype=self.a.dtype, kernels=kernels)
 
 
 def microseconds(call: Callable[[], None]) -> float:
@@ -83,7 +84,7 @@ def microseconds(call: Callable[[], None]) -> float:
 
 
 def medians(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """The median time of each call, measured in turn."""
+    """The median time of each call, measured alternately."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(WARM_UPS + REPEATS):
         for name, call in calls.items():
@@ -114,20 +115,19 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def main() -> None:
-    """Measure, print and write what was asked for."""
+    """Measure, print, and write the result, if --out names a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     out = parser.parse_args().out
     if not torch.cuda.is_available():
         print("No CUDA device was found, so there is nothing to measure.")
         return
-    conditions = environment()
+    conditions = begin(out)
     settings = {"d": D, "rank": RANK, "work": WORK, "base": "bfloat16", "weights": "float32"}
     rows = measure()
-    result = json.dumps({**conditions, "settings": settings, "rows": rows}, indent=2)
-    print(table(rows), result, sep="\n\n")
-    if out:
-        out.write_text(result + "\n", encoding="utf-8")
+    result = {**conditions, "settings": settings, "rows": rows}
+    print(table(rows), json.dumps(result, indent=2), sep="\n\n")
+    write_result(out, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """SST-2 with MiniLM: LoRA with lorakit beside full fine-tuning in a plain loop, on the same rows.
 
-    python benchmarks/sst2.py --data FOLDER      (the folder that has train.jsonl, validation.jsonl)
+    python benchmarks/sst2.py --data FOLDER [--out benchmarks/results/sst2.json]
+
+FOLDER has train.jsonl and validation.jsonl.
 
 Each method gets the learning rate that does best of two on the same validation rows, so that none
 loses by its settings; the table shows all of them.
@@ -22,14 +24,14 @@ from lorakit.data.rows import read_rows
 from lorakit.training.evaluation import score
 from lorakit.training.loss import Loss
 from lorakit.training.run import train
-from measured import environment, write_result
+from measured import begin, write_result
 
 LORA_RATES = (2e-3, 4e-3)
 FULL_RATES = (1e-4, 2e-4)
 
 
 def data_config(data: Path, rows: int) -> lk.DataConfig:
-    """Return where the rows are."""
+    """The rows to train on, and those to score."""
     return lk.DataConfig(
         train=str(data / "train.jsonl"),
         validation=str(data / "validation.jsonl"),
@@ -106,14 +108,15 @@ def _loop(model: Any, training: Encoded, collate: Collator, rate: float, steps: 
 
 
 def main() -> None:
-    """Run all, print all, write benchmarks/results/sst2.json."""
+    """Run all, print all, and write the result, if --out names a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--out", type=Path, help="a file for the JSON")
     arguments = parser.parse_args()
     config = data_config(arguments.data, arguments.rows)
-    result: dict[str, Any] = environment()
+    result = begin(arguments.out)
     result |= {"rows": arguments.rows, "steps": arguments.steps}
     result["lora"] = [lora(config, rate, arguments.steps) for rate in LORA_RATES]
     result["full"] = [full(config, rate, arguments.steps) for rate in FULL_RATES]
@@ -123,7 +126,7 @@ def main() -> None:
                 f"{way:5} rate {run['rate']:.0e}  accuracy {run['accuracy']:.4f}"
                 f"  parameters {run['parameters']:,}  {run['seconds']:.0f} s"
             )
-    print(f"written to {write_result('sst2', result).name}")
+    write_result(arguments.out, result)
 
 
 if __name__ == "__main__":

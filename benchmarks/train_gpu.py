@@ -2,7 +2,7 @@
 
     python benchmarks/train_gpu.py [--out FILE] [--tiny]
 
-Rows of 2,048 tokens, all labelled; rank 16 on all linear layers, float32, on a bfloat16 base. Ours
+Rows of 2,048 target tokens; rank 16 on all linear layers, float32, on a bfloat16 base. Ours
 is the code of `lorakit train`; PEFT is in transformers' Trainer, compiled block by block. They
 train one after the other on one base: a GPU's times do not drift as a shared processor's do.
 Medians of steps. The operations of a step are those that it cannot do without (`operations`), and
@@ -13,7 +13,6 @@ minutes; what would begin after BUDGET_S is left out. --tiny checks the program 
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -36,7 +35,7 @@ from lorakit.data.packing import choose_layout
 from lorakit.training.prepare import NAME, Prepared
 from lorakit.training.run import Run, run_alone
 from lorakit.training.trainer import make_arguments
-from measured import environment
+from measured import begin, write_result
 
 RANK = 16
 WARM_UPS, STEPS = 3, 8
@@ -97,13 +96,13 @@ def operations(work: Work, adapter: int) -> int:
 
 
 class Stopwatch(TrainerCallback):
-    """Takes the time between the ends of steps."""
+    """A callback that measures the time between the ends of steps."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the moment at which the step's work is done."""
+        """Note the time at which the step is complete."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
@@ -115,8 +114,8 @@ class Stopwatch(TrainerCallback):
         return statistics.median(b - a for a, b in itertools.pairwise(counted))
 
 
-class Race:
-    """One base, and the contestants that train an adapter on it."""
+class Participants:
+    """One base, and the ways to train an adapter on it."""
 
     def __init__(self, work: Work, folder: Path) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,9 +130,9 @@ class Race:
             warmup_steps=1,
             learning_rate=1e-4,
         )
-        draw = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         size = (work.rows * self.config.steps, work.tokens)
-        ids = torch.randint(work.config.vocab_size, size, generator=draw).tolist()
+        ids = torch.randint(work.config.vocab_size, size, generator=generator).tolist()
         self.examples = tuple(Example(input_ids=row, labels=list(row)) for row in ids)
         self.operations = 0
 
@@ -189,7 +188,7 @@ class Race:
 
 
 def ceiling(side: int) -> float:
-    """The operations per second of a product of large matrices."""
+    """The operations per second of a matmul of large matrices."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.ones(side, side, device=device, dtype=torch.bfloat16)
     best = float("inf")
@@ -203,21 +202,22 @@ def ceiling(side: int) -> float:
 
 
 def measure(name: str, work: Work, until: float, most: float) -> list[dict[str, Any]]:
-    """A line for each contestant that there is time for."""
+    """The figures of each participant that there is time for."""
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        race = Race(work, Path(folder))
+        participants = Participants(work, Path(folder))
         ways: dict[str, Callable[[], Stopwatch]] = {
-            "ours": race.ours,
-            "peft": race.peft,
-            "peft compiled": race.peft_compiled,
+            "ours": participants.ours,
+            "peft": participants.peft,
+            "peft compiled": participants.peft_compiled,
         }
         for way, train in ways.items():
             if lines and time.perf_counter() > until:
-                print(f"{name}, {way}: left out, for want of time")
+                print(f"{name}, {way}: left out, no time is left")
                 continue
             gc.collect()
             seconds = train().seconds
+            rate = participants.operations / seconds
             lines.append(
                 {
                     "model": name,
@@ -225,8 +225,10 @@ def measure(name: str, work: Work, until: float, most: float) -> list[dict[str, 
                     "tokens/s": round(work.rows * work.tokens / seconds),
                     "step ms": round(seconds * 1000, 1),
                     "memory GB": round((most_bytes() or 0) / 1e9, 2),
-                    "TFLOP/s": round(race.operations / seconds / 1e12, 1),
-                    "% of a large product": round(100 * race.operations / seconds / most, 1),
+                    "TFLOP/s": round(rate / 1e12, 1),
+                    "% of a large product": round(
+                        100 * participants.operations / seconds / most, 1
+                    ),
                 }
             )
             print(lines[-1], flush=True)
@@ -241,7 +243,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, write what was asked for, and print the table last."""
+    """Measure, print the table, and write the result, if --out names a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, also without a GPU")
@@ -249,7 +251,7 @@ def main() -> None:
     if not (torch.cuda.is_available() or arguments.tiny):
         print("No CUDA device was found, so there is nothing to measure.")
         return
-    conditions, until = environment(), time.perf_counter() + BUDGET_S
+    conditions, until = begin(arguments.out), time.perf_counter() + BUDGET_S
     most = ceiling(256 if arguments.tiny else SIDE)
     rows = []
     for name, work in (TINY if arguments.tiny else WORK).items():
@@ -258,9 +260,8 @@ def main() -> None:
         torch.cuda.empty_cache()
     settings = {"rank": RANK, "targets": "all-linear", "base": "bfloat16", "weights": "float32"}
     result = {**conditions, "settings": settings, "large_product_per_s": most, "rows": rows}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"a product of large matrices: {most / 1e12:.0f} TFLOP/s", table(rows), sep="\n\n")
+    print(f"a matmul of large matrices: {most / 1e12:.0f} TFLOP/s", table(rows), sep="\n\n")
+    write_result(arguments.out, result)
 
 
 if __name__ == "__main__":

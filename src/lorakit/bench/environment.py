@@ -1,4 +1,4 @@
-"""What every result says of where it was measured: commit, versions, hardware."""
+"""The environment of a measurement, which every result has: commit, versions, hardware."""
 
 import platform
 import subprocess
@@ -9,13 +9,23 @@ from typing import Any
 import torch
 
 LIBRARIES = ("lorakit", "torch", "transformers", "peft", "sacrebleu")
-"""Whose versions are told."""
+"""Libraries whose versions a result has."""
+SOURCE = Path(__file__)
+"""A file of the sources that are measured."""
+RESULTS = ":(top,exclude)benchmarks/results"
+"""All but the folder of results, in the words of git."""
+DIRTY = "-dirty"
+"""The end of a commit whose files were changed."""
 
 
 def environment() -> dict[str, Any]:
-    """Return commit, versions and hardware: to be asked before the work starts."""
+    """Commit, versions and hardware, as they are before the work starts.
+
+    The commit ends with "-dirty" where files were changed, and is None outside of a checkout.
+    """
+    commit = _commit(SOURCE)
     return {
-        "commit": _commit(),
+        "commit": f"{commit}{DIRTY}" if commit and uncommitted(SOURCE) else commit,
         "versions": {"python": platform.python_version(), **{n: _version(n) for n in LIBRARIES}},
         "hardware": {
             "processor": _processor(),
@@ -25,12 +35,35 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    """The commit of these sources; None where they are not in a git checkout."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    folder = Path(__file__).parent
+def uncommitted(source: Path = SOURCE) -> list[str]:
+    """The tracked files of a checkout that differ from its commit, by path; [] outside of one.
+
+    Results do not count: measuring one benchmark after the other changes them, and no time
+    depends on them.
+
+    Args:
+        source: a file or folder of the sources that are measured.
+    """
+    if _commit(source) is None:
+        return []
+    changed = _git(source, "diff", "--name-only", "HEAD", "--", ":/", RESULTS) or ""
+    return changed.splitlines()
+
+
+def _commit(source: Path) -> str | None:
+    """The commit of sources; None where no checkout tracks them, as of an installed package."""
+    if not _git(source, "ls-files", "--", str(source.resolve())):
+        return None
+    return _git(source, "rev-parse", "--short=12", "HEAD")
+
+
+def _git(source: Path, *words: str) -> str | None:
+    """What git prints beside a file; None where there is no git, or no checkout."""
+    folder = source if source.is_dir() else source.parent
     try:
-        done = subprocess.run(git, cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -44,6 +77,7 @@ def _version(library: str) -> str | None:
 
 
 def _processor() -> str:
+    """The processor's name, and what it has for bfloat16."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

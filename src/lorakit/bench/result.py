@@ -1,4 +1,4 @@
-"""A benchmark's result: seconds, ratios, the goals beside what was got, and the circumstances."""
+"""A benchmark's result: seconds, ratios, goals beside what was measured, and the environment."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from typing import Any, TypeVar
 
 import torch
 
-from lorakit.bench.environment import environment
+from lorakit.bench.environment import environment, uncommitted
 from lorakit.bench.peers import require_peft
 from lorakit.bench.rounds import Seconds
 from lorakit.config.base import DType, PositiveInt, Settings
 from lorakit.errors import OutputError
 
 OURS = "ours"
-"""The contestant with which every other one of a measurement is compared."""
+"""The participant that is lorakit; the others are its baselines."""
+SHOWN = 3
+"""Changed files that a message names."""
 Timings = Mapping[str, Mapping[str, Seconds]]
-"""Measurement, contestant: what it took."""
+"""The seconds of each participant, by measurement."""
 
 
 class Measured(Settings):
-    """What every benchmark is told."""
+    """The settings of every benchmark."""
 
     model: str = "smollm2"
     """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""
@@ -40,7 +42,7 @@ class Measured(Settings):
 
 
 class BenchConfig(Measured):
-    """What benchmarks are told in which contestants take turns."""
+    """The settings of benchmarks that measure in rounds."""
 
     rank: PositiveInt = 8
     """Rank of the adapters, which sit on all linear layers."""
@@ -49,7 +51,7 @@ class BenchConfig(Measured):
     """Precision of A and B."""
 
     repeats: PositiveInt = 7
-    """Turns that each contestant has; medians are compared."""
+    """Rounds, in each of which every participant is measured once; medians are compared."""
 
     peer: bool = True
     """Measure PEFT too, which the extra `bench` installs."""
@@ -60,7 +62,7 @@ C = TypeVar("C", bound=Measured)
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What should be reached, beside what was."""
+    """A limit, and what was measured."""
 
     what: str
     got: float
@@ -68,11 +70,11 @@ class Goal:
     unit: str = "x"
     """x for a ratio, else the unit of `got`: us, s, %."""
     at_least: bool = False
-    """Whether the limit is the least that is good, and not the most."""
+    """Whether the limit is a lower one."""
 
     @property
     def met(self) -> bool:
-        """Whether it was reached."""
+        """Whether it is reached."""
         return self.got >= self.limit if self.at_least else self.got <= self.limit
 
     def to_json(self) -> dict[str, Any]:
@@ -86,22 +88,22 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What one benchmark measured."""
+    """The measurements of one benchmark."""
 
     timings: Timings
     goals: tuple[Goal, ...] = ()
     memory: Mapping[str, int] = field(default_factory=dict)
-    """Contestant: largest resident set in bytes, or the most memory of the GPU."""
+    """The largest resident set of each participant in bytes, or its peak on the GPU."""
     checks: Mapping[str, Any] = field(default_factory=dict)
-    """What was checked besides, and what came out."""
+    """What was checked besides, by what it is called."""
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    """More figures: rows that map a column to a value. A column's name ends with its unit, `_s`,
-    `_bytes` or `_percent`, where it has one of these."""
+    """Further tables, whose rows map a column to a value. The name of a column in seconds, bytes or
+    per cent ends with `_s`, `_bytes` or `_percent`."""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Contestant: the loss of each step."""
+    """The loss of each step, by participant."""
 
     def ratios(self) -> dict[str, dict[str, float]]:
-        """Each peer's time (or memory) over ours, by peer and measurement.
+        """Time (or memory) of each baseline over ours, by baseline and measurement.
 
         More than 1 is in our favour.
         """
@@ -116,38 +118,58 @@ class Findings:
                     found.setdefault(name, {})[what] = amount / each[OURS]
         return found
 
+    def to_json(self) -> dict[str, Any]:
+        """The measurements, and the ratios that follow from them, as plain values."""
+        return {
+            "seconds": {
+                what: {who: seconds.to_json() for who, seconds in each.items()}
+                for what, each in self.timings.items()
+            },
+            "memory_bytes": dict(self.memory),
+            "ratios": self.ratios(),
+            "goals": [goal.to_json() for goal in self.goals],
+            "checks": dict(self.checks),
+            "tables": {name: [dict(row) for row in rows] for name, rows in self.tables.items()},
+            "curves": {name: list(losses) for name, losses in self.curves.items()},
+        }
+
 
 def run_bench(name: str, settings: C, measure: Callable[[C], Findings]) -> dict[str, Any]:
-    """A benchmark's result as plain values, written to `settings.out` too.
+    """A benchmark's result as plain values, which is written to `settings.out` too.
 
     Raises:
-        OutputError: `settings.out` cannot be written; said before anything is measured.
+        OutputError: `settings.out` cannot be written, or the sources have uncommitted changes;
+            raised before anything is measured.
         MissingExtraError: PEFT is to be measured and is not installed.
     """
-    check_writable(settings.out)
+    check_result(settings.out)
     if isinstance(settings, BenchConfig) and settings.peer:
         require_peft()
     with threads(settings.threads):
         start = environment()
         findings = measure(settings)
-    result = {
-        "bench": name,
-        "settings": settings.model_dump(mode="json", exclude={"out", "plot"}),
-        **start,
-        "seconds": {
-            what: {who: seconds.to_json() for who, seconds in each.items()}
-            for what, each in findings.timings.items()
-        },
-        "memory_bytes": dict(findings.memory),
-        "ratios": findings.ratios(),
-        "goals": [goal.to_json() for goal in findings.goals],
-        "checks": dict(findings.checks),
-        "tables": {name: [dict(row) for row in rows] for name, rows in findings.tables.items()},
-        "curves": {name: list(losses) for name, losses in findings.curves.items()},
-    }
+    told = settings.model_dump(mode="json", exclude={"out", "plot"})
+    result = {"bench": name, "settings": told, **start, **findings.to_json()}
     if settings.out is not None:
         settings.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def check_result(out: Path | None) -> None:
+    """Make sure that a result can be written, and that a commit has the code that it measures.
+
+    Raises:
+        OutputError: it cannot be written, or files of the checkout have uncommitted changes.
+    """
+    check_writable(out)
+    changed = uncommitted() if out is not None else []
+    if changed:
+        listed = ", ".join(changed[:SHOWN]) + (", …" if len(changed) > SHOWN else "")
+        raise OutputError(
+            f"{out} cannot be written: {listed} {'has' if len(changed) == 1 else 'have'} "
+            "uncommitted changes, so no commit would have the code that was measured. Commit "
+            "first, or leave out --out to see the tables alone"
+        )
 
 
 def check_writable(out: Path | None) -> None:
