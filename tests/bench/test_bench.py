@@ -189,7 +189,7 @@ def test_a_difference_from_peft_stops_the_measurement(bench, monkeypatch):
 
 
 def test_more_than_one_is_in_our_favour_for_times_and_memory():
-    timings = {"step": {"ours": Seconds(turns=(1.0,)), "peft": Seconds(turns=(4.0,))}}
+    timings = {"step": {"ours": Seconds(rounds=(1.0,)), "peft": Seconds(rounds=(4.0,))}}
     found = Findings(timings=timings, memory={"ours": 10, "peft": 5})
     assert found.ratios() == {"peft": {"step": 4.0, "memory": 0.5}}
 

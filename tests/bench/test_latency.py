@@ -20,7 +20,7 @@ WHO = ["plain", "ours", "unmerged", "adapter_l", "adapter_h"]
 TINY = ["--width", "64", "--blocks", "2", "--shrink", "32", "--repeats", "2"]
 
 
-def test_a_result_has_every_contestant_in_each_column_beside_the_papers(capsys):
+def test_a_result_has_every_participant_in_each_column_beside_the_papers(capsys):
     assert main(["bench", "latency", *TINY, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert {name: list(each) for name, each in result["seconds"].items()} == dict.fromkeys(
@@ -37,10 +37,10 @@ def test_a_result_has_every_contestant_in_each_column_beside_the_papers(capsys):
     for row, (name, who) in zip(
         rows, [(name, who) for name in result["seconds"] for who in WHO], strict=True
     ):
-        turns, plain = (result["seconds"][name][each]["turns"] for each in (who, "plain"))
-        assert row["mean_s"] == pytest.approx(sum(turns) / 2)
-        assert row["deviation_s"] == pytest.approx(abs(turns[0] - turns[1]) / 2)
-        overhead = statistics.median(a / b for a, b in zip(turns, plain, strict=True)) - 1
+        times, plain = (result["seconds"][name][each]["turns"] for each in (who, "plain"))
+        assert row["mean_s"] == pytest.approx(sum(times) / 2)
+        assert row["deviation_s"] == pytest.approx(abs(times[0] - times[1]) / 2)
+        overhead = statistics.median(a / b for a, b in zip(times, plain, strict=True)) - 1
         assert (row["overhead_percent"] or 0.0) == pytest.approx(100 * overhead)
     for goal, row in zip(result["goals"], rows[1::5], strict=True):
         assert goal["at_most"] == 1.0
@@ -63,7 +63,7 @@ def test_the_adapters_have_the_papers_numbers_of_parameters():
         assert column["ours"] == column["unmerged"] == 393_216
 
 
-def test_contestants_differ_in_their_adapters_alone():
+def test_participants_differ_in_their_adapters_alone():
     settings = LatencyConfig(width=64, blocks=2)
     base = latency._base(settings)
     ids = torch.arange(8)[None]
@@ -78,9 +78,9 @@ def test_contestants_differ_in_their_adapters_alone():
     assert not any(isinstance(module, AdaptedLayer) for module in base.modules())
 
 
-def test_an_overhead_compares_turns_that_are_neighbours():
-    plain = Seconds(turns=(1.0, 10.0, 2.0))
-    own = Seconds(turns=(1.1, 11.0, 9.0))
+def test_an_overhead_compares_times_of_the_same_round():
+    plain = Seconds(rounds=(1.0, 10.0, 2.0))
+    own = Seconds(rounds=(1.1, 11.0, 9.0))
     assert overhead_percent(own, plain) == pytest.approx(10)
     assert overhead_percent(plain, plain) == 0
 

@@ -1,10 +1,10 @@
-"""Contestants in turns, under a clock that only they move."""
+"""Measurements in rounds, under a clock that only participants move."""
 
-from lorakit.bench.rounds import Contestant, Seconds, interleaved
+from lorakit.bench.rounds import Participant, Seconds, interleaved
 
 
 class Clock:
-    """Stands still but for what contestants take."""
+    """A clock that moves by the times of participants alone."""
 
     def __init__(self):
         self.now = 0.0
@@ -24,20 +24,20 @@ class Clock:
         return self.now
 
 
-def test_contestants_take_turns_in_their_order():
+def test_each_participant_runs_once_a_round():
     clock = Clock()
     interleaved(
-        {name: Contestant(run=clock.taking(name, 1, 1, 1)) for name in ("b", "a")},
+        {name: Participant(run=clock.taking(name, 1, 1, 1)) for name in ("b", "a")},
         repeats=2,
         clock=clock,
     )
     assert clock.order == ["b", "a"] * 3
 
 
-def test_every_second_time_they_go_backwards_where_asked():
+def test_every_second_round_is_in_reverse_order_where_requested():
     clock = Clock()
     interleaved(
-        {name: Contestant(run=clock.taking(name, 1, 1, 1, 1)) for name in "abc"},
+        {name: Participant(run=clock.taking(name, 1, 1, 1, 1)) for name in "abc"},
         repeats=3,
         there_and_back=True,
         clock=clock,
@@ -48,23 +48,23 @@ def test_every_second_time_they_go_backwards_where_asked():
 def test_warm_ups_do_not_count():
     clock = Clock()
     found = interleaved(
-        {"a": Contestant(run=clock.taking("a", 90, 80, 3, 1, 2))},
+        {"a": Participant(run=clock.taking("a", 90, 80, 3, 1, 2))},
         repeats=3,
         warm_ups=2,
         clock=clock,
     )
-    assert found == {"a": Seconds(turns=(3.0, 1.0, 2.0))}
+    assert found == {"a": Seconds(rounds=(3.0, 1.0, 2.0))}
     assert (found["a"].median, found["a"].minimum) == (2.0, 1.0)
     assert found["a"].to_json() == {"median": 2.0, "minimum": 1.0, "turns": [3.0, 1.0, 2.0]}
 
 
-def test_what_surrounds_a_turn_is_not_timed():
+def test_what_surrounds_the_work_is_not_timed():
     clock = Clock()
-    contestant = Contestant(
+    participant = Participant(
         run=clock.taking("run", 1),
         before=clock.taking("before", 10),
         after=clock.taking("after", 20),
     )
-    found = interleaved({"a": contestant}, repeats=1, warm_ups=0, clock=clock)
-    assert found["a"].turns == (1.0,)
+    found = interleaved({"a": participant}, repeats=1, warm_ups=0, clock=clock)
+    assert found["a"].rounds == (1.0,)
     assert clock.order == ["before", "run", "after"]

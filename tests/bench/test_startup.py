@@ -18,7 +18,7 @@ def test_a_run_is_timed_until_it_has_logged_a_step_and_is_ended_then(
 ):
     config = run(tiny_llama, prompt_rows, tmp_path / "run")
     seconds = first_step(config, repeats=1, threads=1)
-    assert len(seconds.turns) == 1
+    assert len(seconds.rounds) == 1
     assert (config.out / "log.jsonl").read_text().startswith("{")
     assert not (config.out / "adapter_model.safetensors").exists()
 

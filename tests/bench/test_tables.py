@@ -51,7 +51,7 @@ TABLE = """\
 
 base restored: yes; peft changed share: 0.024
 
-smollm2 in bfloat16, adapters of rank 8 in float32, 7 turns; a processor, 2 threads; \
+smollm2 in bfloat16, adapters of rank 8 in float32, 7 rounds; a processor, 2 threads; \
 lorakit 0.1.0, torch 2.13.0, transformers 5.23.0; commit abc."""
 
 
@@ -79,8 +79,12 @@ def test_the_page_has_a_place_for_each_measurement_of_training(name):
     )
 
 
-def test_a_table_says_goals_times_and_circumstances():
+def test_a_table_says_goals_times_and_environment():
     assert table(RESULT) == TABLE
+
+
+def test_the_version_is_said_where_there_is_no_commit():
+    assert table({**RESULT, "commit": None}).endswith("; version 0.1.0.")
 
 
 def test_more_figures_are_written_in_the_units_of_their_columns():

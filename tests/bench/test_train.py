@@ -1,4 +1,4 @@
-"""The benchmark of training: contestants in turns, on the same rows, with the same losses."""
+"""The benchmark of training: participants in rounds, on the same rows, with the same losses."""
 
 import json
 import multiprocessing
@@ -8,13 +8,11 @@ from threading import Thread
 
 import pytest
 
-from lorakit.bench import train
-from lorakit.bench import train_baselines as train_contestants
-from lorakit.bench import train_processes as train_race
+from lorakit.bench import train, train_participants, train_processes
 from lorakit.bench.tables import table
 from lorakit.bench.train import FULL_LEARNING_RATE
-from lorakit.bench.train_clock import PARTS, Clock, Ended, Gate, Ready, Turn
-from lorakit.bench.train_processes import Plan, Record, race
+from lorakit.bench.train_processes import Record, Rounds, run_rounds
+from lorakit.bench.train_rounds import PARTS, Clock, Ended, Gate, Ready, Round
 from lorakit.bench.train_settings import TrainBenchConfig
 from lorakit.cli.main import main
 from lorakit.config.train import DataConfig
@@ -33,9 +31,9 @@ SMALL = [
 ]
 
 
-def start_thread(way, task, plan, connection):
-    """Start a contestant as a thread: a process takes seconds to start."""
-    thread = Thread(target=train_race.serve, args=(way, task, plan, connection))
+def start_thread(name, task, rounds, connection):
+    """Start a participant as a thread: a process takes seconds to start."""
+    thread = Thread(target=train_processes.serve, args=(name, task, rounds, connection))
     thread.start()
     return thread
 
@@ -56,7 +54,7 @@ def uneven_rows(tmp_path_factory):
 @pytest.fixture
 def bench(tiny_llama, prompt_rows, capsys, monkeypatch):
     """A function that runs the benchmark on the tiny model and gives back code and JSON."""
-    monkeypatch.setattr(train_race, "_start", start_thread)
+    monkeypatch.setattr(train_processes, "_start", start_thread)
 
     def run(*words):
         words = ["--model", tiny_llama, "--data.train", prompt_rows, *SMALL, *words, "--json"]
@@ -68,7 +66,7 @@ def bench(tiny_llama, prompt_rows, capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def settings(tiny_llama, uneven_rows):
-    """Return settings for a tiny model in float32."""
+    """Settings for a tiny model in float32."""
     return TrainBenchConfig(
         model=str(tiny_llama),
         dtype="float32",
@@ -87,22 +85,22 @@ def tasks(settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(tasks):
-    """Return what three contestants did: a warm-up and two turns of two steps."""
+    """The records of three participants: a warm-up and two rounds of two steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_race, "_start", start_thread)
-        return race(tasks, Plan(warm_ups=1, turns=2, steps=2, threads=None))
+        patch.setattr(train_processes, "_start", start_thread)
+        return run_rounds(tasks, Rounds(warm_ups=1, counted=2, steps=2, threads=None))
 
 
-def test_contestants_see_the_same_rows_in_the_same_order(records):
+def test_participants_see_the_same_rows_in_the_same_order(records):
     assert list(records) == ["ours", "peft", "full"]
-    ours = records["ours"].rows
+    ours = records["ours"].batch_hashes
     assert len(ours) == 6
     assert len(set(ours)) == 6
-    assert all(record.rows == ours for record in records.values())
+    assert all(record.batch_hashes == ours for record in records.values())
 
 
 def test_losses_equal_those_of_peft_and_start_where_full_fine_tuning_does(records):
-    ours, peft, full = (records[way].losses for way in ("ours", "peft", "full"))
+    ours, peft, full = (records[name].losses for name in ("ours", "peft", "full"))
     assert ours == pytest.approx(peft, rel=1e-4)
     assert ours[0] == pytest.approx(full[0], rel=1e-5)
     assert ours[-1] < ours[0]
@@ -117,24 +115,24 @@ def test_useful_tokens_are_those_of_the_rows_and_each_counts_once(records, tasks
     examples = encode_rows(model_rows, tokenizer, settings.data).examples
     tokens = sum(len(example.input_ids) for example in examples)
     for record in records.values():
-        assert sum(turn.tokens for turn in (*record.warm_ups, *record.turns)) == tokens
+        assert sum(each.tokens for each in (*record.warm_ups, *record.rounds)) == tokens
 
 
 def test_every_part_of_a_step_takes_time(records):
     for record in records.values():
-        for turn in record.turns:
-            assert set(turn.parts) == set(PARTS)
-            assert all(seconds > 0 for seconds in turn.parts.values())
-            assert turn.seconds == pytest.approx(sum(turn.parts.values()))
+        for each in record.rounds:
+            assert set(each.parts) == set(PARTS)
+            assert all(seconds > 0 for seconds in each.parts.values())
+            assert each.seconds == pytest.approx(sum(each.parts.values()))
 
 
 def test_full_fine_tuning_trains_every_weight_of_the_bare_base(tasks, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        train_contestants, "_trained", lambda trainer, *others: seen.append(trainer) or 0.0
-    )
+    trainer_class = train_participants.ClockedBatchTrainer
+    monkeypatch.setattr(trainer_class, "train", lambda self: seen.append(self))
+    monkeypatch.setattr(train_participants, "_held_out_loss", lambda *given: 0.0)
     own, _ = multiprocessing.Pipe()
-    train_contestants.full(tasks["full"], Gate(own, steps=1))
+    train_participants.full(tasks["full"], Gate(own, steps=1))
     (trainer,) = seen
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
     assert not any("lora" in name for name, _ in trainer.model.named_parameters())
@@ -165,7 +163,10 @@ def test_the_result_has_speed_memory_losses_and_goals(bench, tmp_path):
     assert set(result["seconds"]) == {"step", *PARTS}
     assert all(set(each) == {"ours", "peft"} for each in result["seconds"].values())
     assert set(result["ratios"]["peft"]) >= {"step", "forward", "backward", "memory"}
-    assert {way: len(losses) for way, losses in result["curves"].items()} == {"ours": 6, "peft": 6}
+    assert {name: len(losses) for name, losses in result["curves"].items()} == {
+        "ours": 6,
+        "peft": 6,
+    }
     assert result["checks"]["same_rows_in_each_step"] is True
     assert 0 <= result["checks"]["largest_loss_difference_from_peft"] < 0.1
     assert [goal["what"] for goal in result["goals"]] == [
@@ -185,15 +186,15 @@ def test_compiled_adds_ours_and_peft_compiled_unless_ours_is_so_already(settings
     asked = settings.model_copy(update={"compiled": True, "ours": {"z_loss": 0.1}})
     tasks = train._tasks(asked, tmp_path)
     assert list(tasks) == ["ours", "compiled", "peft", "peft_compiled", "full"]
-    assert {way for way, task in tasks.items() if task.config.compile} == {"compiled"}
-    assert {way for way, task in tasks.items() if task.config.z_loss} == {"ours", "compiled"}
+    assert {name for name, task in tasks.items() if task.config.compile} == {"compiled"}
+    assert {name for name, task in tasks.items() if task.config.z_loss} == {"ours", "compiled"}
     asked = settings.model_copy(update={"compiled": True, "ours": {"compile": True}})
     tasks = train._tasks(asked, tmp_path)
     assert list(tasks) == ["ours", "peft", "peft_compiled", "full"]
     assert tasks["ours"].config.compile
 
 
-def test_contestants_can_be_left_out_and_ours_can_have_settings_of_its_own(bench):
+def test_participants_can_be_left_out_and_ours_can_have_settings_of_its_own(bench):
     code, result = bench("--no-peer", "--no-full", "--ours", "{memory: low}")
     assert code == 0, result
     assert set(result["curves"]) == {"ours"}
@@ -201,11 +202,13 @@ def test_contestants_can_be_left_out_and_ours_can_have_settings_of_its_own(bench
 
 
 def record(*, tokens_per_s=100.0, used=1000, most=2000, loss=2.0):
-    """The record of a contestant that took one turn of a second."""
+    """The record of a participant that took one round of a second."""
     parts = dict.fromkeys(PARTS, 0.2)
-    turn = Turn(parts=parts, losses=(3.0,), tokens=int(tokens_per_s), rows=(1,), most_bytes=most)
+    each = Round(
+        parts=parts, losses=(3.0,), tokens=int(tokens_per_s), batch_hashes=(1,), most_bytes=most
+    )
     return Record(
-        ready=Ready(used_bytes=used), warm_ups=(), turns=(turn,), ended=Ended(evaluation_loss=loss)
+        ready=Ready(used_bytes=used), warm_ups=(), rounds=(each,), ended=Ended(evaluation_loss=loss)
     )
 
 
@@ -244,14 +247,14 @@ def test_goals_are_ratios_of_the_records():
 
 
 def test_a_system_that_does_not_tell_memory_has_no_goals_of_it():
-    records = {way: record(used=None, most=None) for way in ("ours", "peft", "full")}
+    records = {name: record(used=None, most=None) for name in ("ours", "peft", "full")}
     goals = train._goals(records, TrainBenchConfig())
     assert not any("memory" in goal.what for goal in goals)
 
 
 def test_different_rows_do_not_go_unseen():
     other = record()
-    other = replace(other, turns=(replace(other.turns[0], rows=(2,)),))
+    other = replace(other, rounds=(replace(other.rounds[0], batch_hashes=(2,)),))
     assert train._checks({"ours": record(), "full": other})["same_rows_in_each_step"] is False
 
 
@@ -260,7 +263,7 @@ def test_different_rows_do_not_go_unseen():
     [
         (["--held-out", 60], "DataError", "need 78 rows, but"),
         (["--data.train", "no/such.jsonl"], "DataError", "does not exist"),
-        (["--ours", "{batch_size: 2}"], "ConfigError", "all contestants share batch_size"),
+        (["--ours", "{batch_size: 2}"], "ConfigError", "all participants share batch_size"),
         (["--ours", "{learning_rat: 2}"], "ConfigError", "did you mean 'learning_rate'?"),
         (["--targets", "elbow"], "TrainingError", "ours could not be measured"),
     ],
@@ -277,15 +280,15 @@ def test_rows_without_prompts_are_refused(bench, label_rows):
     assert "a prompt and a completion are needed" in result["error"]["message"]
 
 
-def test_a_contestant_whose_process_ends_is_told(tasks, monkeypatch):
-    def start(way, task, plan, connection):
+def test_a_participant_whose_process_ends_is_told(tasks, monkeypatch):
+    def start(name, task, rounds, connection):
         connection.close()
         return Thread()
 
-    monkeypatch.setattr(train_race, "_start", start)
+    monkeypatch.setattr(train_processes, "_start", start)
     monkeypatch.setattr(Thread, "join", lambda self: None)
     with pytest.raises(TrainingError, match="ours could not be measured: its process has ended"):
-        race(tasks, Plan(warm_ups=0, turns=1, steps=1, threads=None))
+        run_rounds(tasks, Rounds(warm_ups=0, counted=1, steps=1, threads=None))
 
 
 def test_those_who_have_begun_are_ended_where_another_cannot_begin(tasks, monkeypatch):
@@ -295,18 +298,20 @@ def test_those_who_have_begun_are_ended_where_another_cannot_begin(tasks, monkey
         started.append(start_thread(*args))
         return started[-1]
 
-    monkeypatch.setattr(train_race, "_start", start)
+    monkeypatch.setattr(train_processes, "_start", start)
     lost = replace(tasks["full"], config=tasks["full"].config.model_copy(update={"model": "./no"}))
     with pytest.raises(TrainingError, match=r"full could not be measured: there is no folder"):
-        race({"ours": tasks["ours"], "full": lost}, Plan(warm_ups=0, turns=1, steps=1, threads=1))
+        run_rounds(
+            {"ours": tasks["ours"], "full": lost}, Rounds(warm_ups=0, counted=1, steps=1, threads=1)
+        )
     assert len(started) == 2
     assert not any(thread.is_alive() for thread in started)
 
 
-def test_a_contestant_ends_when_the_other_end_of_its_pipe_has_gone(tasks):
+def test_a_participant_ends_when_the_other_end_of_its_pipe_has_gone(tasks):
     own, others = multiprocessing.Pipe()
-    plan = Plan(warm_ups=0, turns=1, steps=1, threads=None)
-    thread = start_thread("full", tasks["full"], plan, others)
+    rounds = Rounds(warm_ups=0, counted=1, steps=1, threads=None)
+    thread = start_thread("full", tasks["full"], rounds, others)
     assert isinstance(own.recv(), Ready)
     own.close()
     thread.join(timeout=30)

@@ -22,7 +22,7 @@ ROWS = [row(way, 900.0 - 100 * place) for place, way in enumerate(WAYS)]
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1], [row("ours", 1.0, None, None)]])
-def test_a_chart_of_any_contestants_is_drawn_without_a_warning(rows, tmp_path):
+def test_a_chart_of_any_participants_is_drawn_without_a_warning(rows, tmp_path):
     curves = {each["who"]: [3.0, 2.5, 2.0] for each in rows}
     draw(rows, curves, tmp_path / "chart.png", title="a model")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

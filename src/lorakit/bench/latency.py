@@ -1,4 +1,4 @@
-"""One forward pass of GPT-2 medium's shape with each method: the paper's Table 1."""
+"""A forward pass of GPT-2 medium's blocks with each method: the paper's Table 1."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from lorakit.attachment.attach import adapter_parameters, attach
 from lorakit.bench.result import OURS, Findings, Goal, Measured
-from lorakit.bench.rounds import Contestant, Seconds, interleaved
+from lorakit.bench.rounds import Participant, Seconds, interleaved
 from lorakit.config.base import DType, PositiveInt
 from lorakit.config.methods import BottleneckConfig, LoRAConfig, MethodConfig
 from lorakit.merging.merge import merge
 
 PLAIN = "plain"
-"""The contestant without an adapter, as a model that was trained in full is."""
+"""The baseline without an adapter, which is also what a fully fine-tuned model costs."""
 LABELS = {
     PLAIN: "full fine-tuning, or the base",
     OURS: "LoRA, merged",
@@ -28,11 +28,11 @@ LABELS = {
     "adapter_l": "Adapter^L",
     "adapter_h": "Adapter^H",
 }
-"""The contestants in the order of their turns, and what the table calls them."""
+"""The participants in the order of a round, and their names in the table."""
 WIDTH, BLOCKS, HEAD_WIDTH = 1024, 24, 64
-"""GPT-2 medium's: of the model, of its stack, of one head of attention."""
+"""The sizes of GPT-2 medium: width of the model, number of blocks, width of an attention head."""
 NOISE_PERCENT = 1.0
-"""What a merged adapter may differ from the plain model: they run the same operations."""
+"""The difference between a merged adapter and the plain model, same operations, that is noise."""
 
 
 class LatencyConfig(Measured):
@@ -51,7 +51,8 @@ class LatencyConfig(Measured):
     """Precision of A, B and the bottlenecks."""
 
     repeats: PositiveInt = 20
-    """Turns that each contestant has; the paper's figures are means of 100."""
+    """Rounds, in each of which every participant is measured once; the paper's figures are means
+    of 100."""
 
     full: bool = False
     """The paper's 24 blocks and rows (32x512, 16x256 and 1x128 tokens), for a GPU or a large
@@ -62,7 +63,7 @@ class LatencyConfig(Measured):
     are."""
 
     shrink: PositiveInt = 8
-    """Where not `full`: what the paper's numbers of rows are divided by; one row is left."""
+    """Divisor of the paper's numbers of rows, where not `full`; one row is left."""
 
     width: PositiveInt = WIDTH
     """Width of the model, a multiple of 64; the bottlenecks' sizes are in proportion."""
@@ -82,19 +83,19 @@ class Setting:
     tokens: int
     """In each row."""
     size_l: int
-    """Inner width with which Adapter^L has the column's number of parameters."""
+    """Inner width of Adapter^L that gives the column's number of parameters."""
     size_h: int
-    """The same of Adapter^H."""
+    """Inner width of Adapter^H that does."""
     paper: Mapping[str, float]
-    """The paper's overhead in per cent, by contestant."""
+    """The paper's overhead in per cent, by participant."""
 
     def shape(self, settings: LatencyConfig) -> tuple[int, int]:
-        """Return rows and tokens, smaller where asked."""
+        """Rows, which `shrink` divides, and tokens."""
         rows = self.rows if settings.full else max(1, self.rows // settings.shrink)
         return rows, self.tokens
 
     def methods(self, settings: LatencyConfig) -> dict[str, MethodConfig]:
-        """The settings of each contestant's adapter."""
+        """The settings of each participant's adapter."""
         lora = LoRAConfig(rank=settings.rank, dtype=settings.adapter_dtype)
         return {
             OURS: lora,
@@ -132,9 +133,9 @@ SETTINGS = (
 
 
 def measure_latency(settings: LatencyConfig) -> Findings:
-    """Time a forward pass of each contestant in each column of Table 1."""
+    """Time a forward pass of each participant in each column of Table 1."""
     base = _base(settings)
-    columns = [_measured(base, setting, settings) for setting in SETTINGS]
+    columns = [_measure_column(base, setting, settings) for setting in SETTINGS]
     timings = {column.name: column.seconds for column in columns}
     return Findings(
         timings=timings,
@@ -157,64 +158,64 @@ def measure_latency(settings: LatencyConfig) -> Findings:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """What was measured in one setting."""
+    """The measurements of one setting."""
 
     name: str
     """Rows x tokens."""
     setting: Setting
     seconds: Mapping[str, Seconds]
     parameters: Mapping[str, int]
-    """Values of each contestant's adapter."""
+    """Number of parameters of each participant's adapter."""
     difference: float
-    """The largest one between hidden states of merged and unmerged LoRA."""
+    """The largest difference between the hidden states of merged and unmerged LoRA."""
 
     def table(self) -> Iterator[dict[str, Any]]:
-        """Yield a line for each contestant."""
+        """The row of each participant."""
         for who, seconds in self.seconds.items():
             mine = overhead_percent(seconds, self.seconds[PLAIN])
             yield {
                 "rows x tokens": self.name,
                 "who": LABELS[who],
                 "parameters": self.parameters.get(who),
-                "mean_s": statistics.mean(seconds.turns),
-                "deviation_s": statistics.pstdev(seconds.turns),
+                "mean_s": statistics.mean(seconds.rounds),
+                "deviation_s": statistics.pstdev(seconds.rounds),
                 "overhead_percent": None if who == PLAIN else mine,
                 "overhead in the paper_percent": self.setting.paper.get(who),
             }
 
 
 def overhead_percent(seconds: Seconds, plain: Seconds) -> float:
-    """Return how much longer something takes than the plain model, in per cent.
+    """The overhead over the plain model in per cent, the median over the rounds.
 
-    The median over turns, each compared with the plain model's turn beside it.
+    Each time is compared with the plain model's of the same round.
     """
-    ratios = (own / other for own, other in zip(seconds.turns, plain.turns, strict=True))
+    ratios = (own / other for own, other in zip(seconds.rounds, plain.rounds, strict=True))
     return 100 * (statistics.median(ratios) - 1)
 
 
 @torch.no_grad()
-def _measured(base: Any, setting: Setting, settings: LatencyConfig) -> Column:
-    # A copy as the others are: where weights lie in memory has its own small effect.
+def _measure_column(base: Any, setting: Setting, settings: LatencyConfig) -> Column:
+    # A copy, like the others: the position of weights in memory has a small effect of its own.
     models, parameters = {PLAIN: _copy(base)}, {}
     for who, config in setting.methods(settings).items():
         models[who], parameters[who] = _adapted(base, config)
     merge(models[OURS], measure=False)
     rows, tokens = setting.shape(settings)
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(base.config.vocab_size, (rows, tokens), generator=draw).to(base.device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(base.config.vocab_size, (rows, tokens), generator=generator).to(base.device)
     passes = {who: _forward(models[who], ids) for who in LABELS}
-    turns = {who: Contestant(run=run) for who, run in passes.items()}
+    participants = {who: Participant(run=run) for who, run in passes.items()}
     return Column(
         name=f"{rows}x{tokens}",
         setting=setting,
-        seconds=interleaved(turns, repeats=settings.repeats, there_and_back=True),
+        seconds=interleaved(participants, repeats=settings.repeats, there_and_back=True),
         parameters=parameters,
         difference=(passes[OURS]() - passes["unmerged"]()).abs().max().item(),
     )
 
 
 def _base(settings: LatencyConfig) -> Any:
-    """Return GPT-2 without its head, on the GPU if there is one, with random weights."""
+    """GPT-2 without its head, with random weights, on the GPU if there is one."""
     # Imported late: `import lorakit` loads no model's code.
     from transformers import GPT2Config, GPT2Model
 
@@ -239,20 +240,20 @@ def _adapted(base: Any, config: MethodConfig) -> tuple[nn.Module, int]:
     """A copy with an adapter of random weights, and the number of these."""
     model = _copy(base)
     parameters = attach(model, config, trainable=False).parameters
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for _, tensor in adapter_parameters(model, "default"):
-        tensor.copy_(torch.randn(tensor.shape, generator=draw) * 0.02)
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
     return model, parameters
 
 
 def _copy(base: Any) -> nn.Module:
-    """A copy whose embedding, which nobody changes, is the base's own."""
+    """A copy that shares the base's embedding, which no participant changes."""
     model: nn.Module = copy.deepcopy(base, {id(base.wte): base.wte})
     return model
 
 
 def _forward(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
-    """Return what runs a model to the end, also on a GPU, and returns its hidden states."""
+    """A function that runs the model, waits for a GPU to finish, and returns the hidden states."""
 
     @torch.no_grad()
     def run() -> Tensor:

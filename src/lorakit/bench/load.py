@@ -14,48 +14,48 @@ from lorakit.adapter.folder import WEIGHTS_FILE
 from lorakit.bank import AdapterBank
 from lorakit.bench.peers import peft_loading, peft_model, save_random_adapters
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal
-from lorakit.bench.rounds import Contestant, interleaved
+from lorakit.bench.rounds import Participant, interleaved
 from lorakit.config.base import PositiveInt
 from lorakit.models.load import load_model
 
 NAME = "measured"
-"""What the adapter is called that comes and goes."""
+"""The name of the adapter that is loaded and removed."""
 
 
 class LoadConfig(BenchConfig):
-    """How many adapters there are already."""
+    """The numbers of adapters that are already loaded."""
 
     resident: PositiveInt = 500
-    """The last load makes so many adapters resident in the bank (10 MB each for smollm2)."""
+    """Adapters in the bank after the last load (10 MB each for smollm2)."""
 
     peer_resident: Annotated[int, Field(ge=2)] = 16
-    """The same in PEFT, which takes longer with each."""
+    """The same in PEFT, where each load takes longer than the one before."""
 
 
 def measure_load(settings: LoadConfig) -> Findings:
-    """Time the first load and the last, beside reading the same file into tensors."""
+    """The times of the first and the last load, and of reading the same file into tensors."""
     with tempfile.TemporaryDirectory() as temporary:
         model, _ = load_model(settings.model, dtype=settings.dtype)
         (folder,) = save_random_adapters(
             model, Path(temporary), count=1, rank=settings.rank, dtype=settings.adapter_dtype
         )
-        read = Contestant(run=lambda: read_tensors(folder / WEIGHTS_FILE))
-        turns = {"read": read, "ours_first": _ours(settings, folder, resident=1)}
-        turns["ours_last"] = _ours(settings, folder, resident=settings.resident)
+        read = Participant(run=lambda: read_tensors(folder / WEIGHTS_FILE))
+        participants = {"read": read, "ours_first": _ours(settings, folder, resident=1)}
+        participants["ours_last"] = _ours(settings, folder, resident=settings.resident)
         if settings.peer:
-            turns["peft_first"] = _peft_first(settings, folder)
-            turns["peft_last"] = _peft_last(settings, folder)
-        seconds = interleaved(turns, repeats=settings.repeats)
+            participants["peft_first"] = _peft_first(settings, folder)
+            participants["peft_last"] = _peft_last(settings, folder)
+        seconds = interleaved(participants, repeats=settings.repeats)
         size = (folder / WEIGHTS_FILE).stat().st_size
     timings = {
-        f"load_{place}": {
+        f"load_{which}": {
             who: seconds[key]
-            for who, key in ((OURS, f"ours_{place}"), ("read", "read"), ("peft", f"peft_{place}"))
+            for who, key in ((OURS, f"ours_{which}"), ("read", "read"), ("peft", f"peft_{which}"))
             if key in seconds
         }
-        for place in ("first", "last")
+        for which in ("first", "last")
     }
-    first, last = (timings[f"load_{place}"][OURS].median for place in ("first", "last"))
+    first, last = (timings[f"load_{which}"][OURS].median for which in ("first", "last"))
     goals = (
         Goal(what="first load against reading", got=first / seconds["read"].median, limit=2.0),
         Goal(what="last load against reading", got=last / seconds["read"].median, limit=2.0),
@@ -65,38 +65,38 @@ def measure_load(settings: LoadConfig) -> Findings:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A file's tensors in memory of their own, so that each byte was read."""
+    """Copies of a file's tensors, so that each byte is read."""
     return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(file).items()}
 
 
-def _ours(settings: LoadConfig, folder: Path, *, resident: int) -> Contestant:
-    """A load that makes so many adapters resident, and the unloading after it."""
+def _ours(settings: LoadConfig, folder: Path, *, resident: int) -> Participant:
+    """A load after which so many adapters are resident, and its removal."""
     bank = AdapterBank(load_model(settings.model, dtype=settings.dtype)[0])
     for number in range(resident - 1):
         bank.load(f"resident-{number}", folder)
-    return Contestant(run=lambda: bank.load(NAME, folder), after=lambda: bank.unload(NAME))
+    return Participant(run=lambda: bank.load(NAME, folder), after=lambda: bank.unload(NAME))
 
 
-def _peft_first(settings: LoadConfig, folder: Path) -> Contestant:
+def _peft_first(settings: LoadConfig, folder: Path) -> Participant:
     base, _ = load_model(settings.model, dtype=settings.dtype)
     made: list[Any] = []
 
     def unload() -> None:
         made.pop().unload()
 
-    return Contestant(
+    return Participant(
         run=lambda: made.append(peft_model(base, [folder], adapter_dtype=settings.adapter_dtype)),
         after=unload,
     )
 
 
-def _peft_last(settings: LoadConfig, folder: Path) -> Contestant:
+def _peft_last(settings: LoadConfig, folder: Path) -> Participant:
     base, _ = load_model(settings.model, dtype=settings.dtype)
     how = peft_loading(settings.adapter_dtype)
     peer = peft_model(base, [folder], adapter_dtype=settings.adapter_dtype)
     for number in range(settings.peer_resident - 2):
         peer.load_adapter(folder, adapter_name=f"resident-{number}", **how)
-    return Contestant(
+    return Participant(
         run=lambda: peer.load_adapter(folder, adapter_name=NAME, **how),
         after=lambda: peer.delete_adapter(NAME),
     )

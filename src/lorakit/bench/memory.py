@@ -1,4 +1,4 @@
-"""The memory of this process: of the GPU where there is one, else the resident set (Linux)."""
+"""The memory of this process: on the GPU where there is one, else the resident set (Linux)."""
 
 from pathlib import Path
 
@@ -6,21 +6,21 @@ import torch
 
 
 def used_bytes() -> int | None:
-    """Return what is held now: on the GPU, or resident; None where neither is told."""
+    """The memory in use now, on the GPU or resident; None where neither is known."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return _status("VmRSS")
 
 
 def most_bytes() -> int | None:
-    """The most that was held since `forget_peak`, as `used_bytes` counts."""
+    """The peak of `used_bytes` since `forget_peak`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return peak_bytes()
 
 
 def forget_peak() -> None:
-    """Let the peak begin anew at what is held now, where the system allows it."""
+    """Reset the peak to what is in use now, where the system allows it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -31,15 +31,15 @@ def forget_peak() -> None:
 
 
 def peak_bytes() -> int | None:
-    """The largest resident set of this process so far; None where Linux does not tell.
+    """The largest resident set of this process so far; None off Linux.
 
-    Not getrusage's, which a child inherits from the process that started it.
+    Not that of getrusage, which a child inherits from the process that started it.
     """
     return _status("VmHWM")
 
 
 def _status(entry: str) -> int | None:
-    """An entry of Linux's account of this process, in bytes."""
+    """An entry of /proc/self/status, in bytes."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The methods of the paper beside each other: trained on the same rows, scored on the same rows."""
+"""The methods of the paper beside each other, trained and scored on the same rows."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from lorakit.training.virtual_tokens import encode_for
 _Row = dict[str, Any]
 
 EVERYWHERE = {"bitfit": {"bitfit": {"add_missing": True}}}
-"""What lets a method train every model, by its name."""
+"""The settings with which a method can train every model, by its name."""
 
 BASE = "base"
-"""What stands in the table for the model without any training."""
+"""The name in the table of the model without any training."""
 
 
 class MethodsConfig(Measured):
-    """Which methods are compared, and on what."""
+    """The methods that are compared, and their rows."""
 
     methods: dict[str, dict[str, Any]] = {}
     """What is trained: a name, and what `lorakit train` is told beside what all share. A name that
@@ -94,7 +94,7 @@ class _Entry:
 
     @property
     def title(self) -> str:
-        """Return its name, and the rate if one was asked for."""
+        """Its name, and its rate if one is set."""
         rate = self.config and self.config.learning_rate
         return f"{self.name} at {rate:g}" if rate else self.name
 
@@ -115,7 +115,7 @@ def measure_methods(settings: MethodsConfig) -> Findings:
             running = {pool.submit(_measured, settings, each): each for each in entries}
             try:
                 for run in as_completed(running):
-                    _tell(running[run], run)
+                    _report(running[run], run)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -131,11 +131,11 @@ def measure_methods(settings: MethodsConfig) -> Findings:
     return Findings(timings={}, tables=tables, checks=checks)
 
 
-def _tell(entry: _Entry, run: Future[_Row]) -> None:
-    """Say on stderr how a run ended.
+def _report(entry: _Entry, run: Future[_Row]) -> None:
+    """Print on stderr how a run ended; errors of the program end the whole comparison.
 
-    A comparison takes long, and what one method got does not depend on the others: so each is told
-    at once, and a run that was stopped ends alone. Errors of the program end all.
+    A comparison takes long, and no method's result depends on the others: so each result is printed
+    at once, and a run that was stopped ends alone.
     """
     error = run.exception()
     if error is not None and not isinstance(error, LorakitError):
@@ -144,17 +144,18 @@ def _tell(entry: _Entry, run: Future[_Row]) -> None:
 
 
 def _workers(count: int) -> Executor:
-    """Return what runs so many at a time, each in a fresh process: its memory is then its own."""
+    """A pool that runs so many at a time, each in a fresh process, whose memory is its own."""
     afresh = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(count, mp_context=afresh, max_tasks_per_child=1)
 
 
 def _entries(settings: MethodsConfig, folder: Path) -> list[_Entry]:
-    asked = settings.methods or {name: EVERYWHERE.get(name, {}) for name in METHODS}
-    unknown = [name for name in settings.rates if name not in asked]
+    """A run for each method and learning rate; every wrong setting is in one error."""
+    methods = settings.methods or {name: EVERYWHERE.get(name, {}) for name in METHODS}
+    unknown = [name for name in settings.rates if name not in methods]
     problems = [f"rates: {name} is not among the methods" for name in unknown]
     entries: list[_Entry] = []
-    for name, own in asked.items():
+    for name, own in methods.items():
         for rate in settings.rates.get(name) or (None,):
             out = folder / f"{len(entries)}"
             try:
@@ -185,7 +186,7 @@ def _config(
 
 
 class Peak(TrainerCallback):
-    """Notes what a run holds before its first step, and the most that it holds until its last."""
+    """A callback that notes the memory before the first step, and its peak until the last."""
 
     def __init__(self) -> None:
         self.before_bytes: int | None = None
@@ -194,7 +195,7 @@ class Peak(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget what loading took."""
+        """Forget the peak of loading."""
         forget_peak()
         self.before_bytes = used_bytes()
 
@@ -206,7 +207,7 @@ class Peak(TrainerCallback):
 
 
 def _measured(settings: MethodsConfig, entry: _Entry) -> _Row:
-    """Train and score one method, in this process; return its row of the table."""
+    """The row of one run in the table, which this process trains and scores."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with quiet_library():
@@ -235,6 +236,7 @@ def _row(settings: MethodsConfig, name: str, config: TrainConfig) -> _Row:
 
 
 def _row_of_base(settings: MethodsConfig) -> _Row:
+    """The scores of the model without any training."""
     regression = settings.task == "regression"
     data, limit = settings.data, settings.data.train_rows
     rows = read_rows(str(data.train), data, limit=limit, regression=regression)
@@ -287,16 +289,16 @@ def _bleu(
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
 ) -> float:
-    asked = rows.rows[: settings.answers]
-    prompts = [encode_prompt(row, tokenizer, settings.data) for row in asked]
+    answered = rows.rows[: settings.answers]
+    prompts = [encode_prompt(row, tokenizer, settings.data) for row in answered]
     written = answer(
         model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=25
     )
-    return bleu(written, [references_of(row) for row in asked])
+    return bleu(written, [references_of(row) for row in answered])
 
 
 def _best(rows: list[_Row]) -> list[_Row]:
-    """Each method's row with the lowest held-out loss."""
+    """The row of each method with its lowest held-out loss."""
     best: dict[str, _Row] = {}
     for row in rows:
         name = row["method"]

@@ -1,4 +1,4 @@
-"""A batch whose rows use different adapters, against the plain model: decoding and prefill."""
+"""Decoding and prefill of batches whose rows use different adapters, beside the plain model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lorakit.bank import AdapterBank
 from lorakit.bench.peers import peft_model, save_random_adapters
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, Timings
-from lorakit.bench.rounds import Contestant, Seconds, interleaved
+from lorakit.bench.rounds import Participant, Seconds, interleaved
 from lorakit.config.base import PositiveInt
 from lorakit.models.load import load_model
 
@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 
 
 class MixedConfig(BenchConfig):
-    """The batches, and how many adapters there are."""
+    """The sizes of the batches, and the numbers of adapters."""
 
     rows: PositiveInt = 16
     """Rows of the batch that is compared with the plain model and with PEFT."""
@@ -46,18 +46,18 @@ class MixedConfig(BenchConfig):
     """Tokens of each row of the prefill."""
 
     many_rows: PositiveInt = 64
-    """Rows of the batch with more and more distinct adapters."""
+    """Rows of the batch whose number of distinct adapters varies."""
 
     many_prefill_tokens: PositiveInt = 16
     """Tokens of each of its rows in the prefill."""
 
     distinct: tuple[PositiveInt, ...] = (1, 4, 16, 64)
-    """How many distinct adapters that batch has."""
+    """Numbers of distinct adapters in that batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What all contestants do with one batch."""
+    """The work of every participant on one batch."""
 
     name: str
     """decode or prefill."""
@@ -84,7 +84,7 @@ class Work:
 
 
 def measure_mixed(settings: MixedConfig) -> Findings:
-    """Time mixed batches beside the plain model and PEFT, after comparing the answers."""
+    """The times of mixed batches, the plain model and PEFT, after their answers were compared."""
     checks = {}
     with tempfile.TemporaryDirectory() as temporary:
         model, plain = (load_model(settings.model, dtype=settings.dtype)[0] for _ in range(2))
@@ -103,7 +103,7 @@ def measure_mixed(settings: MixedConfig) -> Findings:
         peer = _peer(settings, folders[: settings.adapters])
     names = [each.name for each in folders]
     timings = _beside_peers(settings, bank, plain, peer, names)
-    # PEFT's 16 adapters would stay in the caches and the memory of what follows.
+    # Its adapters would take memory and caches from what follows.
     del peer
     many = _many(settings, bank, plain, names)
     return Findings(
@@ -112,7 +112,7 @@ def measure_mixed(settings: MixedConfig) -> Findings:
 
 
 def _peer(settings: MixedConfig, folders: list[Path]) -> Any:
-    """PEFT's model with some adapters, or None where it is left out."""
+    """PEFT's model with the adapters of some folders, or None where it is not measured."""
     if not settings.peer:
         return None
     base, _ = load_model(settings.model, dtype=settings.dtype)
@@ -120,9 +120,9 @@ def _peer(settings: MixedConfig, folders: list[Path]) -> Any:
 
 
 def _difference(settings: MixedConfig, folders: list[Path]) -> float:
-    """The largest difference between our logits and PEFT's, over the largest logit.
+    """The largest difference between our logits and PEFT's, as a share of the largest logit.
 
-    Both do the same work only if this is rounding.
+    It must be rounding alone; otherwise the two would not do the same work.
     """
     folders = folders[:CHECKED_ROWS]
     model, base = (load_model(settings.model, dtype="float32")[0] for _ in range(2))
@@ -134,19 +134,19 @@ def _difference(settings: MixedConfig, folders: list[Path]) -> float:
     names = _names([each.name for each in folders], CHECKED_ROWS)
     with bank.route(names):
         ours = work.do(model)
-    theirs = work.do(peer, adapter_names=names)
-    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    expected = work.do(peer, adapter_names=names)
+    difference = float((ours - expected).abs().max() / expected.abs().max())
     assert difference < TOLERANCE, f"our answers are {difference:.1e} from PEFT's"
     return difference
 
 
 def _ids(model: PreTrainedModel, rows: int, tokens: int) -> Int[Tensor, "rows tokens"]:
-    draw = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (rows, tokens), generator=draw)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (rows, tokens), generator=generator)
 
 
 def _names(names: Sequence[str], rows: int) -> list[str]:
-    """The adapter of each row: all of them in turn."""
+    """The adapter of each row, in rotation."""
     return [names[row % len(names)] for row in range(rows)]
 
 
@@ -161,14 +161,14 @@ def _work(
     )
 
 
-def _ours(bank: AdapterBank, work: Work, names: Any) -> Contestant:
-    """The work under a route, made each time."""
-    return Contestant(run=lambda: _routed(bank, work, names))
+def _ours(bank: AdapterBank, work: Work, names: Any) -> Participant:
+    """The work under a route, which is made in each round."""
 
+    def run() -> None:
+        with bank.route(names) if names is not None else nullcontext():
+            work.do(bank.model)
 
-def _routed(bank: AdapterBank, work: Work, names: Any) -> Tensor:
-    with bank.route(names) if names is not None else nullcontext():
-        return work.do(bank.model)
+    return Participant(run=run)
 
 
 def _beside_peers(
@@ -178,28 +178,28 @@ def _beside_peers(
     peer: Any,
     names: list[str],
 ) -> dict[str, dict[str, Seconds]]:
-    """Time the mixed batch, one adapter for all rows, and none, beside the plain model."""
+    """The times of many adapters, of one for all rows, and of none, beside plain model and PEFT."""
     found: dict[str, dict[str, Seconds]] = {}
     chosen = _names(names[: settings.adapters], settings.rows)
     for work in _work(settings, plain, settings.rows, settings.prefill_tokens):
-        turns = {
-            "plain": Contestant(run=_bound(work, plain)),
+        participants = {
+            "plain": Participant(run=_bound(work, plain)),
             "mixed": _ours(bank, work, chosen),
             "one": _ours(bank, work, names[0]),
             "none": _ours(bank, work, None),
         }
         if peer is not None:
-            turns["peft"] = Contestant(run=_bound(work, peer, adapter_names=chosen))
-            turns["peft_disabled"] = _disabled(peer, work)
-        seconds = interleaved(turns, repeats=settings.repeats)
-        for what, ours, theirs in (
+            participants["peft"] = Participant(run=_bound(work, peer, adapter_names=chosen))
+            participants["peft_disabled"] = _disabled(peer, work)
+        seconds = interleaved(participants, repeats=settings.repeats)
+        for what, ours, peft in (
             (work.name, "mixed", "peft"),
             (f"{work.name}_one_adapter", "one", None),
             (f"{work.name}_no_route", "none", "peft_disabled"),
         ):
             found[what] = {OURS: seconds[ours], "plain": seconds["plain"]}
-            if theirs in seconds:
-                found[what]["peft"] = seconds[theirs]
+            if peft in seconds:
+                found[what]["peft"] = seconds[peft]
     return found
 
 
@@ -207,26 +207,28 @@ def _bound(work: Work, model: Any, **more: Any) -> Callable[[], Tensor]:
     return lambda: work.do(model, **more)
 
 
-def _disabled(peer: Any, work: Work) -> Contestant:
+def _disabled(peer: Any, work: Work) -> Participant:
+    """The work of PEFT's model with its adapters disabled."""
+
     def run() -> None:
         with peer.disable_adapter():
             work.do(peer)
 
-    return Contestant(run=run)
+    return Participant(run=run)
 
 
 def _many(
     settings: MixedConfig, bank: AdapterBank, plain: PreTrainedModel, names: list[str]
 ) -> dict[str, dict[str, Seconds]]:
-    """Time one batch with more and more distinct adapters."""
+    """The times of one batch with each number of distinct adapters."""
     found: dict[str, dict[str, Seconds]] = {}
     rows = settings.many_rows
     for work in _work(settings, plain, rows, settings.many_prefill_tokens):
-        turns = {"plain": Contestant(run=_bound(work, plain))} | {
+        participants = {"plain": Participant(run=_bound(work, plain))} | {
             str(count): _ours(bank, work, _names(names[:count], rows))
             for count in settings.distinct
         }
-        seconds = interleaved(turns, repeats=settings.repeats)
+        seconds = interleaved(participants, repeats=settings.repeats)
         for count in settings.distinct:
             what = f"{work.name}_{rows}_rows_{count}_adapters"
             found[what] = {OURS: seconds[str(count)], "plain": seconds["plain"]}

@@ -1,4 +1,4 @@
-"""The same adapters for lorakit and for PEFT: random ones, saved as folders that both read."""
+"""Random adapters for lorakit and for PEFT, saved as folders that both read."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SPREAD_OF_B = 0.02
 def save_random_adapters(
     model: PreTrainedModel, folder: Path, *, count: int, rank: int, dtype: str
 ) -> list[Path]:
-    """Write adapters on all linear layers of a model, and return their folders.
+    """Save adapters on all linear layers of a model, and return their folders.
 
-    A and B are random, and different in each. The model is left as it was.
+    A and B are random, and different in each. The model stays as it was.
     """
     config = LoRAConfig(rank=rank, targets=("all-linear",), dtype=dtype)
     attach(model, config)
@@ -35,12 +35,12 @@ def save_random_adapters(
 
 
 def _random(fresh: Adapter, seed: int) -> Adapter:
-    """An adapter of the same shapes, whose A and B are drawn from a seed."""
-    draw = torch.Generator().manual_seed(seed)
+    """An adapter of the same shapes, with random A and B."""
+    generator = torch.Generator().manual_seed(seed)
 
     def drawn(name: str, like: Tensor) -> Tensor:
         spread = SPREAD_OF_B if name.endswith(".lora_b") else (3 * like.shape[1]) ** -0.5
-        return (torch.randn(like.shape, generator=draw) * spread).to(like.dtype)
+        return (torch.randn(like.shape, generator=generator) * spread).to(like.dtype)
 
     return replace(fresh, tensors={name: drawn(name, t) for name, t in fresh.tensors.items()})
 
@@ -59,10 +59,10 @@ def require_peft() -> Any:
 
 
 def peft_model(model: PreTrainedModel, folders: Sequence[Path], *, adapter_dtype: str) -> Any:
-    """PEFT's model with the adapters of some folders, called by the folders' names.
+    """PEFT's model with the adapters of some folders, which have the folders' names.
 
-    It is set for the least work: eval mode, nothing trainable, A and B in the precision that
-    lorakit has them in, no random start for weights that the file fills.
+    It is set for the least work: eval mode, nothing trainable, A and B in the same precision as
+    lorakit's, no random start for weights that the file fills.
     """
     how = peft_loading(adapter_dtype)
     first, *others = folders
@@ -73,6 +73,6 @@ def peft_model(model: PreTrainedModel, folders: Sequence[Path], *, adapter_dtype
 
 
 def peft_loading(adapter_dtype: str) -> dict[str, Any]:
-    """The keywords with which PEFT loads fastest, and A and B in the asked precision."""
+    """The keywords with which PEFT loads fastest, with A and B in the given precision."""
     # Without the cast to float32, PEFT gives A and B the precision of the base.
     return {"autocast_adapter_dtype": adapter_dtype == "float32", "low_cpu_mem_usage": True}

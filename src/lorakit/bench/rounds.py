@@ -1,4 +1,4 @@
-"""Contestants measured in turns, so that a slow moment of the machine is everybody's."""
+"""Measurements in rounds: each participant once a round, so that a slow moment slows all."""
 
 import statistics
 import time
@@ -8,69 +8,69 @@ from typing import Any
 
 
 def nothing() -> None:
-    """Do nothing: what comes before and after most contestants."""
+    """Do nothing: what comes before and after most measurements."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
-    """One way to do the work, and what surrounds it untimed."""
+class Participant:
+    """One way to do the work, ours or a baseline, and what surrounds it untimed."""
 
     run: Callable[[], object]
-    """What is timed."""
+    """The timed work of one round."""
     before: Callable[[], object] = nothing
-    """Called before each turn."""
+    """Called before it, untimed."""
     after: Callable[[], object] = nothing
-    """Called after each turn."""
+    """Called after it, untimed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """What one contestant took."""
+    """The times of one participant."""
 
-    turns: tuple[float, ...]
-    """The time of each turn that counts, in order."""
+    rounds: tuple[float, ...]
+    """The time in each round that counts, in order."""
 
     @property
     def median(self) -> float:
-        """The middle of the turns."""
-        return statistics.median(self.turns)
+        """The median over the rounds."""
+        return statistics.median(self.rounds)
 
     @property
     def minimum(self) -> float:
-        """The fastest turn."""
-        return min(self.turns)
+        """The time of the fastest round."""
+        return min(self.rounds)
 
     def to_json(self) -> dict[str, Any]:
-        """Return median, minimum and every turn."""
-        return {"median": self.median, "minimum": self.minimum, "turns": list(self.turns)}
+        """Median, minimum and the time of every round."""
+        return {"median": self.median, "minimum": self.minimum, "turns": list(self.rounds)}
 
 
 def interleaved(
-    contestants: Mapping[str, Contestant],
+    participants: Mapping[str, Participant],
     *,
     repeats: int,
     warm_ups: int = 1,
     there_and_back: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Seconds]:
-    """The time of each contestant: all have their first turn, then all their second, …
+    """The times of each participant, all of which run once in each round.
 
     Args:
-        contestants: who takes part, in the order of their turns.
-        repeats: turns that count.
-        warm_ups: turns before them, which do not count.
-        there_and_back: go through the contestants backwards every second time, so that none always
-            has the same one before it, and a machine that slows down slows all of them.
+        participants: what is compared, in the order of a round.
+        repeats: rounds that count.
+        warm_ups: rounds before them, which do not count.
+        there_and_back: reverse the order in every second round, so that no participant always
+            follows the same one, and a machine that slows down slows all of them.
         clock: tells the seconds.
     """
-    turns: dict[str, list[float]] = {name: [] for name in contestants}
-    there = list(contestants.items())
+    times: dict[str, list[float]] = {name: [] for name in participants}
+    there = list(participants.items())
     back = there[::-1] if there_and_back else there
     for number in range(warm_ups + repeats):
-        for name, contestant in back if number % 2 else there:
-            contestant.before()
+        for name, participant in back if number % 2 else there:
+            participant.before()
             begun = clock()
-            contestant.run()
-            turns[name].append(clock() - begun)
-            contestant.after()
-    return {name: Seconds(turns=tuple(each[warm_ups:])) for name, each in turns.items()}
+            participant.run()
+            times[name].append(clock() - begun)
+            participant.after()
+    return {name: Seconds(rounds=tuple(each[warm_ups:])) for name, each in times.items()}

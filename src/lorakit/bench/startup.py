@@ -13,15 +13,15 @@ from lorakit.config.train import TrainConfig
 from lorakit.errors import TrainingError
 
 LOOK_EVERY_S = 0.01
-"""Time between two looks at the log of the run: the error of a measurement."""
+"""Seconds between two reads of the run's log: the error of a measurement."""
 
 
 def first_step(config: TrainConfig, *, repeats: int, threads: int | None) -> Seconds:
-    """Start so many runs, one after the other, and end each after its first step.
+    """The times from the start of a run to its first step; each run ends there.
 
     Args:
         config: the run; its `out` is a folder that does not exist, in one that does.
-        repeats: how many runs.
+        repeats: how many runs, one after the other.
         threads: threads of torch in them. None: as many as torch takes by itself.
 
     Raises:
@@ -31,15 +31,15 @@ def first_step(config: TrainConfig, *, repeats: int, threads: int | None) -> Sec
     # YAML reads JSON.
     overwriting = config.model_copy(update={"overwrite": True})
     settings.write_text(overwriting.model_dump_json(), encoding="utf-8")
-    return Seconds(turns=tuple(_once(settings, config.out, threads) for _ in range(repeats)))
+    return Seconds(rounds=tuple(_once(settings, config.out, threads) for _ in range(repeats)))
 
 
 def _once(settings: Path, out: Path, threads: int | None) -> float:
     log = out / "log.jsonl"
     log.unlink(missing_ok=True)
-    said = settings.with_suffix(".txt")
+    printed = settings.with_suffix(".txt")
     environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
-    with said.open("w", encoding="utf-8") as output:
+    with printed.open("w", encoding="utf-8") as output:
         begun = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-m", "lorakit.cli", "train", str(settings)],
@@ -50,7 +50,9 @@ def _once(settings: Path, out: Path, threads: int | None) -> float:
         try:
             while not _has_lines(log):
                 if process.poll() is not None and not _has_lines(log):
-                    raise TrainingError(_reason(said))
+                    lines = printed.read_text(encoding="utf-8", errors="replace").splitlines()
+                    reason = "\n".join(lines[-5:])
+                    raise TrainingError(f"a run ended before its first step:\n{reason}")
                 time.sleep(LOOK_EVERY_S)
             return time.perf_counter() - begun
         finally:
@@ -59,11 +61,5 @@ def _once(settings: Path, out: Path, threads: int | None) -> float:
 
 
 def _has_lines(log: Path) -> bool:
-    """Whether a step was logged: the log begins empty, and the first step is the first."""
+    """Whether a step was logged: a run's log begins empty, and its first line is the first step."""
     return log.is_file() and log.stat().st_size > 0
-
-
-def _reason(said: Path) -> str:
-    """Return what a run said that has ended too early."""
-    lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return "a run ended before its first step:\n" + "\n".join(lines[-5:])

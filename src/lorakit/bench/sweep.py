@@ -14,7 +14,7 @@ from lorakit.attachment.attach import adapter_parameters, attach
 from lorakit.bench.memory import peak_bytes
 from lorakit.bench.peers import require_peft
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, threads
-from lorakit.bench.rounds import Contestant, Seconds, interleaved
+from lorakit.bench.rounds import Participant, Seconds, interleaved
 from lorakit.config.base import PositiveInt
 from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig
@@ -32,7 +32,7 @@ LEARNING_RATE = 1e-3
 
 
 class SweepConfig(BenchConfig):
-    """How many adapters are trained, and on how much."""
+    """The number of adapters that are trained, and their rows."""
 
     adapters: PositiveInt = 8
     """Adapters that are trained."""
@@ -41,24 +41,24 @@ class SweepConfig(BenchConfig):
     """Rows of each in one step."""
 
     task: str = "builtin:places"
-    """Where the rows come from: what data.train may be."""
+    """Source of the rows, as in data.train."""
 
     memory: bool = True
-    """Measure the largest resident set of each way too, in a process of its own (Linux)."""
+    """Measure the largest resident set of each participant too, in a process of its own (Linux)."""
 
 
 def measure_sweep(settings: SweepConfig) -> Findings:
-    """Time a step of all adapters, and take the memory of it."""
+    """The times of a step of all adapters, and the memory that it takes."""
     ways = [OURS, "separate", *(["peft"] if settings.peer else [])]
     seconds = interleaved(
-        {way: Contestant(run=WAYS[way](settings)) for way in ways}, repeats=settings.repeats
+        {way: Participant(run=WAYS[way](settings)) for way in ways}, repeats=settings.repeats
     )
     memory = _memory(settings, ways) if settings.memory else {}
     return Findings(timings={"step": seconds}, goals=_goals(seconds, memory), memory=memory)
 
 
 def joint(settings: SweepConfig) -> Callable[[], list[float]]:
-    """A step of all adapters in one batch; it returns each adapter's loss."""
+    """A training step of all adapters in one batch, which returns each adapter's loss."""
     model, tokenizer = load_model(settings.model, dtype=settings.dtype)
     groups = _examples(settings, tokenizer)
     names = [f"adapter-{number}" for number in range(len(groups))]
@@ -82,9 +82,9 @@ def joint(settings: SweepConfig) -> Callable[[], list[float]]:
 
 
 def separate(settings: SweepConfig) -> Callable[[], list[float]]:
-    """A step of one adapter after the other, each with its own rows and optimizer state.
+    """A training step of one adapter after the other, each with its own rows.
 
-    One adapter stands for all: which weights it has does not change the time.
+    A single adapter takes all of these steps: the time does not depend on its weights.
     """
     model, tokenizer = load_model(settings.model, dtype=settings.dtype)
     attach(model, _lora(settings))
@@ -92,7 +92,7 @@ def separate(settings: SweepConfig) -> Callable[[], list[float]]:
 
 
 def peft_separate(settings: SweepConfig) -> Callable[[], list[float]]:
-    """The same step with PEFT's adapter, and the same loss."""
+    """The step of `separate` with PEFT's adapter and the same loss."""
     peft = require_peft()
     base, tokenizer = load_model(settings.model, dtype=settings.dtype)
     lora = peft.LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules="all-linear")
@@ -106,13 +106,13 @@ WAYS: dict[str, Callable[[SweepConfig], Callable[[], list[float]]]] = {
     "separate": separate,
     "peft": peft_separate,
 }
-"""Each way to train, by the contestant's name."""
+"""The step of each participant, by its name."""
 
 
 def _one_by_one(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: SweepConfig
 ) -> Callable[[], list[float]]:
-    """A step for each adapter's rows in turn, with the adapter that the model has."""
+    """One training step after the other, with the model's adapter, on the rows of each."""
     collate = Collator(tokenizer)
     batches = [collate(rows) for rows in _examples(settings, tokenizer)]
     loss = Loss("generation")
@@ -138,7 +138,7 @@ def _lora(settings: SweepConfig) -> LoRAConfig:
 
 
 def _examples(settings: SweepConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sequence[Example]]:
-    """The rows of each adapter, which no other one has.
+    """The rows of each adapter, different for each.
 
     Raises:
         DataError: there are too few.
@@ -149,7 +149,7 @@ def _examples(settings: SweepConfig, tokenizer: PreTrainedTokenizerBase) -> list
     if len(examples) < needed:
         raise DataError(
             f"{settings.adapters} adapters with {per_adapter} rows each need {needed} rows, but "
-            f"{settings.task} has {len(examples)}: ask for fewer, or give another task"
+            f"{settings.task} has {len(examples)}: request fewer, or give another task"
         )
     return [examples[start : start + per_adapter] for start in range(0, needed, per_adapter)]
 
@@ -159,7 +159,7 @@ def _optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _memory(settings: SweepConfig, ways: Sequence[str]) -> dict[str, int]:
-    """The largest resident set of a process that trains in each way; {} off Linux."""
+    """The largest resident set of a process that trains as each participant; {} off Linux."""
     start_afresh = multiprocessing.get_context("spawn")
     found = {}
     for way in ways:
@@ -169,7 +169,7 @@ def _memory(settings: SweepConfig, ways: Sequence[str]) -> dict[str, int]:
 
 
 def _peak_bytes_of(way: str, settings: SweepConfig) -> int | None:
-    """Take two steps, and return the largest resident set of this process."""
+    """The largest resident set of this process after two steps."""
     with threads(settings.threads):
         step = WAYS[way](settings)
         step()

@@ -1,4 +1,4 @@
-"""Switching between two adapters: unmerged, and merged into the weights."""
+"""Switching between two adapters, unmerged and merged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lorakit.bank import AdapterBank
 from lorakit.bench.peers import peft_model, save_random_adapters
 from lorakit.bench.result import OURS, BenchConfig, Findings, Goal
-from lorakit.bench.rounds import Contestant, Seconds, interleaved
+from lorakit.bench.rounds import Participant, Seconds, interleaved
 from lorakit.config.base import PositiveInt
 from lorakit.models.base import base_parameters
 from lorakit.models.identity import weights_hash
@@ -23,18 +23,18 @@ from lorakit.models.load import load_model
 
 
 class SwitchConfig(BenchConfig):
-    """Two adapters, and the forward pass that a merged switch is compared with."""
+    """The settings of the switches, and of the forward pass that a merged one is compared with."""
 
     tokens: PositiveInt = 128
     """Tokens of the one row of that forward pass."""
 
     unmerged_repeats: PositiveInt = 100
-    """Turns of the unmerged switch, which is short."""
+    """Rounds of the unmerged switch, which is short."""
 
 
 @torch.no_grad()
 def measure_switch(settings: SwitchConfig) -> Findings:
-    """Time a pointer change and a change of all adapted weights, and check the bits."""
+    """The times of an unmerged and of a merged switch, and whether the bits are as they must be."""
     model, plain = (load_model(settings.model, dtype=settings.dtype)[0] for _ in range(2))
     original = weights_hash(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,9 @@ def measure_switch(settings: SwitchConfig) -> Findings:
     merged = _merged(bank, peer, names, plain, settings)
     checks = _checks(bank, names, original)
     if peer is not None:
-        checks |= _peer_checks(peer, plain)
+        peer.unmerge_adapter()
+        changed = _changed_share(peer.unload(), plain)
+        checks |= {"peft_base_restored": changed == 0, "peft_changed_share": changed}
     return Findings(
         timings={"unmerged_switch": unmerged, "merged_switch": merged},
         goals=_goals(unmerged, merged),
@@ -71,21 +73,21 @@ def _peer(settings: SwitchConfig, folders: list[Path]) -> Any:
     return peft_model(base, folders, adapter_dtype=settings.adapter_dtype)
 
 
-def _in_turn(names: list[str], change: Callable[[str], object]) -> Contestant:
-    """A contestant that changes to the first adapter, the second, the first, …"""
-    coming = itertools.cycle(names)
-    return Contestant(run=lambda: change(next(coming)))
+def _alternating(names: list[str], switch: Callable[[str], object]) -> Participant:
+    """A participant that switches to the first adapter, the second, the first, …"""
+    order = itertools.cycle(names)
+    return Participant(run=lambda: switch(next(order)))
 
 
 def _unmerged(
     bank: AdapterBank, peer: Any, names: list[str], settings: SwitchConfig
 ) -> dict[str, Seconds]:
-    contestants = {OURS: _in_turn(names, bank.switch)}
+    participants = {OURS: _alternating(names, bank.switch)}
     if peer is not None:
-        contestants["peft"] = _in_turn(
+        participants["peft"] = _alternating(
             names, lambda name: peer.set_adapter(name, inference_mode=True)
         )
-    return interleaved(contestants, repeats=settings.unmerged_repeats)
+    return interleaved(participants, repeats=settings.unmerged_repeats)
 
 
 def _merged(
@@ -95,16 +97,16 @@ def _merged(
     plain: PreTrainedModel,
     settings: SwitchConfig,
 ) -> dict[str, Seconds]:
-    """Time switches while an adapter is merged; the first turn, into the base, is a warm-up."""
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(plain.config.vocab_size, (1, settings.tokens), generator=draw)
-    contestants = {
-        OURS: _in_turn(names, bank.merge),
-        "forward": Contestant(run=lambda: plain(input_ids=ids)),
+    """The times of switches while an adapter is merged; the first merge is the warm-up."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(plain.config.vocab_size, (1, settings.tokens), generator=generator)
+    participants = {
+        OURS: _alternating(names, bank.merge),
+        "forward": Participant(run=lambda: plain(input_ids=ids)),
     }
     if peer is not None:
-        contestants["peft"] = _in_turn(names, lambda name: _switch_merged(peer, name))
-    return interleaved(contestants, repeats=settings.repeats)
+        participants["peft"] = _alternating(names, lambda name: _switch_merged(peer, name))
+    return interleaved(participants, repeats=settings.repeats)
 
 
 def _switch_merged(peer: Any, name: str) -> None:
@@ -116,7 +118,7 @@ def _switch_merged(peer: Any, name: str) -> None:
 
 
 def _checks(bank: AdapterBank, names: list[str], original: str) -> dict[str, Any]:
-    """Compare bits: the base's after unmerging, and a switch's with those of a fresh merge."""
+    """Whether unmerging restores the base's bits, and a switch has those of a fresh merge."""
     bank.unmerge()
     restored = weights_hash(bank.model) == original
     bank.merge(names[0])
@@ -129,17 +131,10 @@ def _checks(bank: AdapterBank, names: list[str], original: str) -> dict[str, Any
     return {"base_restored": restored, "switch_is_fresh_merge": switched == fresh}
 
 
-def _peer_checks(peer: Any, plain: nn.Module) -> dict[str, Any]:
-    """Tell how much of PEFT's base is another after its last unmerge."""
-    peer.unmerge_adapter()
-    changed = _changed_share(peer.unload(), plain)
-    return {"peft_base_restored": changed == 0, "peft_changed_share": changed}
-
-
 def _changed_share(model: nn.Module, plain: nn.Module) -> float:
-    """The share of the values of adapted weights that differ from the plain model's."""
-    kept: dict[str, Tensor] = dict(base_parameters(plain))
-    pairs = [(tensor, kept[path]) for path, tensor in base_parameters(model)]
+    """The share of values that differ from the plain model's, in the weights that differ at all."""
+    expected: dict[str, Tensor] = dict(base_parameters(plain))
+    pairs = [(tensor, expected[path]) for path, tensor in base_parameters(model)]
     changed = [(int((a != b).sum()), a.numel()) for a, b in pairs if not torch.equal(a, b)]
     return sum(c for c, _ in changed) / max(sum(n for _, n in changed), 1)
 

@@ -1,4 +1,4 @@
-"""Results as tables, and the pages that have them: `python -m lorakit.bench.tables`."""
+"""Results as tables, and the pages that show them: `python -m lorakit.bench.tables`."""
 
 import argparse
 import json
@@ -96,17 +96,16 @@ UNITS: dict[str, Callable[[float], str]] = {
     "_bytes": lambda size: f"{size / 1e6:.0f} MB",
     "_percent": lambda share: f"{share:.3g} %",
 }
-"""How the values of a column are written, by the end of its name, which its head leaves out."""
+"""The format of a column's values, by the end of its name, which its head leaves out."""
 
 
 def _more(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of figures as a table."""
-    heads = [_head(column) for column in rows[0]]
+    """One of the result's further tables."""
+    heads = [
+        next((column.removesuffix(unit) for unit in UNITS if column.endswith(unit)), column)
+        for column in rows[0]
+    ]
     return _markdown(heads, [[_cell(column, row[column]) for column in row] for row in rows])
-
-
-def _head(column: str) -> str:
-    return next((column.removesuffix(u) for u in UNITS if column.endswith(u)), column)
 
 
 def _cell(column: str, value: Any) -> str:
@@ -134,19 +133,25 @@ def _word(value: Any) -> str:
 
 
 def _where(result: dict[str, Any]) -> str:
-    """Return on what, and in which state of the sources, it was measured."""
+    """What was measured, on which hardware, with which libraries and commit."""
     settings, hardware, versions = (result[key] for key in ("settings", "hardware", "versions"))
     names = ("lorakit", "torch", "transformers", "peft")
     libraries = ", ".join(f"{name} {versions[name]}" for name in names if versions[name])
     return (
         f"{Path(settings['model']).name} in {settings['dtype']}, {_how(settings)}; "
         f"{hardware['processor']}, {hardware['threads']} threads; {libraries}; "
-        f"commit {result['commit']}."
+        f"{_source(result)}."
     )
 
 
+def _source(result: dict[str, Any]) -> str:
+    """The commit that was measured, or the version where it was an installed package."""
+    commit = result["commit"]
+    return f"commit {commit}" if commit else f"version {result['versions']['lorakit']}"
+
+
 def _how(settings: dict[str, Any]) -> str:
-    """Return what was measured, in a few words."""
+    """The settings, in a few words."""
     if "methods" in settings:
         return (
             f"{settings['steps']} steps of {_rows(settings)}, seed {settings['seed']}, "
@@ -154,25 +159,25 @@ def _how(settings: dict[str, Any]) -> str:
         )
     return (
         f"adapters of rank {settings['rank']} in {settings['adapter_dtype']}"
-        f"{_trained_on(settings)}, {settings['repeats']} turns"
+        f"{_trained_on(settings)}, {settings['repeats']} rounds"
     )
 
 
 def _trained_on(settings: dict[str, Any]) -> str:
-    """Return which layers and rows, where the settings say so."""
+    """The adapted layers and the rows, where the settings have them."""
     if "targets" not in settings or "data" not in settings:
         return ""
     return f" on {', '.join(settings['targets'])}, {_rows(settings)} in a step"
 
 
 def _rows(settings: dict[str, Any]) -> str:
-    """Return how many rows a step has, and of which file."""
+    """The number of rows in a step, and their file."""
     source = "/".join(Path(settings["data"]["train"]).parts[-2:])
     return f"{settings['batch_size']} rows of {source}"
 
 
 def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose columns stand under each other in plain text too; "" without rows."""
+    """A table whose columns are aligned in plain text too; "" without rows."""
     rows = [heads, *rows]
     if len(rows) == 1:
         return ""

@@ -1,4 +1,4 @@
-"""Training beside full fine-tuning and PEFT: speed, memory and loss on the same rows."""
+"""Training beside PEFT and full fine-tuning: speed, memory and loss on the same rows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.rounds import Seconds
 from lorakit.bench.startup import first_step
-from lorakit.bench.train_baselines import Task
 from lorakit.bench.train_chart import check_chart, draw
-from lorakit.bench.train_clock import PARTS
-from lorakit.bench.train_processes import Plan, Record, race
+from lorakit.bench.train_participants import Task
+from lorakit.bench.train_processes import Record, Rounds, run_rounds
+from lorakit.bench.train_rounds import PARTS
 from lorakit.bench.train_settings import (
     WARM_UPS,
     TrainBenchConfig,
@@ -28,61 +28,64 @@ FULL_LEARNING_RATE = 5e-5
 
 
 def measure_train(settings: TrainBenchConfig) -> Findings:
-    """Let the contestants train in turns, and compare what they took and what came out.
+    """Train with every participant in rounds, and compare their speed, memory and losses.
 
     Raises:
         DataError: there are too few rows, or they have no prompts.
-        ConfigError: `ours` has settings that all contestants share, or that do not exist.
-        TrainingError: a contestant could not train.
-        MissingExtraError: a chart is asked for, and matplotlib is not installed.
+        ConfigError: `ours` has settings that all participants share, or that do not exist.
+        TrainingError: a participant could not train.
+        MissingExtraError: a chart is to be drawn, and matplotlib is not installed.
         OutputError: the chart cannot be written.
     """
     check_chart(settings.plot)
-    plan = Plan(
+    rounds = Rounds(
         warm_ups=WARM_UPS,
-        turns=settings.repeats,
+        counted=settings.repeats,
         steps=settings.steps,
         threads=settings.threads,
     )
     with tempfile.TemporaryDirectory() as folder:
         tasks = _tasks(settings, Path(folder))
-        records = race(tasks, plan)
-        started = _started(settings, tasks[OURS].config)
-    rows = [_row(way, record) for way, record in records.items()]
-    curves = {way: record.losses for way, record in records.items()}
+        records = run_rounds(tasks, rounds)
+        started = _first_steps(settings, tasks[OURS].config)
+    rows = [_row(name, record) for name, record in records.items()]
+    curves = {name: record.losses for name, record in records.items()}
     if settings.plot is not None:
-        draw(rows, curves, settings.plot, title=_title(settings))
+        title = (
+            f"{Path(settings.model).name} in {settings.dtype}, rank {settings.rank} on "
+            f"{', '.join(settings.targets)}, {settings.batch_size} rows in a step"
+        )
+        draw(rows, curves, settings.plot, title=title)
     return Findings(
         timings={**_timings(records, settings.steps), **started},
-        goals=(*_goals(records, settings), *_goals_of_starts(started)),
-        memory={way: most for way, each in records.items() if (most := each.most_bytes)},
+        goals=(
+            *_goals(records, settings),
+            *(
+                Goal(what="start to first step", got=each[OURS].median, limit=10.0, unit="s")
+                for each in started.values()
+            ),
+        ),
+        memory={name: most for name, each in records.items() if (most := each.most_bytes)},
         checks=_checks(records),
         tables={"contestants": rows},
         curves=curves,
     )
 
 
-def _title(settings: TrainBenchConfig) -> str:
-    return (
-        f"{Path(settings.model).name} in {settings.dtype}, rank {settings.rank} on "
-        f"{', '.join(settings.targets)}, {settings.batch_size} rows in a step"
-    )
-
-
-def _ways(settings: TrainBenchConfig) -> list[str]:
-    """The names of the contestants in the order of their turns."""
-    asked = {
+def _participants(settings: TrainBenchConfig) -> list[str]:
+    """The names of the participants in the order of a round."""
+    wanted_of = {
         OURS: True,
         "compiled": settings.compiled and not (settings.ours or {}).get("compile"),
         "peft": settings.peer,
         "peft_compiled": settings.peer and settings.compiled,
         "full": settings.full,
     }
-    return [way for way, takes_part in asked.items() if takes_part]
+    return [name for name, wanted in wanted_of.items() if wanted]
 
 
 def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, Task]:
-    """Write the rows, and return what each contestant is given.
+    """The work of each participant, whose rows are written into the folder.
 
     Raises:
         DataError: there are too few, or they have no prompts.
@@ -90,18 +93,18 @@ def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, Task]:
     """
     training, held_out = folder / "training.jsonl", folder / "held_out.jsonl"
     tasks = {
-        way: Task(
+        name: Task(
             config=run_settings(
                 settings,
                 rows=training,
-                out=folder / way,
+                out=folder / name,
                 steps=settings.all_steps,
-                own=_own_settings(way, settings),
+                own=_own_settings(name, settings),
             ),
             held_out=held_out,
             full_learning_rate=FULL_LEARNING_RATE,
         )
-        for way in _ways(settings)
+        for name in _participants(settings)
     }
     to_train = settings.all_steps * settings.batch_size
     rows = draw_rows(
@@ -114,14 +117,14 @@ def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, Task]:
     return tasks
 
 
-def _own_settings(way: str, settings: TrainBenchConfig) -> dict[str, Any]:
-    """The settings of `lorakit train` that not all contestants share."""
+def _own_settings(name: str, settings: TrainBenchConfig) -> dict[str, Any]:
+    """The settings of `lorakit train` that not all participants share."""
     ours = settings.ours or {}
-    return {OURS: ours, "compiled": {**ours, "compile": True}}.get(way, {})
+    return {OURS: ours, "compiled": {**ours, "compile": True}}.get(name, {})
 
 
-def _started(settings: TrainBenchConfig, run: TrainConfig) -> dict[str, dict[str, Seconds]]:
-    """The time to the first step of `lorakit train` on all rows, where it is asked for."""
+def _first_steps(settings: TrainBenchConfig, run: TrainConfig) -> dict[str, dict[str, Seconds]]:
+    """The time to the first step of `lorakit train` on all rows, where it is measured."""
     if not settings.starts:
         return {}
     out = run.out.with_name("first_step")
@@ -130,30 +133,23 @@ def _started(settings: TrainBenchConfig, run: TrainConfig) -> dict[str, dict[str
     return {"first_step": {OURS: seconds}}
 
 
-def _goals_of_starts(started: Mapping[str, Mapping[str, Seconds]]) -> list[Goal]:
-    return [
-        Goal(what="start to first step", got=each[OURS].median, limit=10.0, unit="s")
-        for each in started.values()
-    ]
-
-
 def _timings(records: Mapping[str, Record], steps: int) -> dict[str, dict[str, Seconds]]:
-    """The seconds of a step, and of each of its parts, by contestant."""
+    """The seconds of a step, and of each of its parts, by participant."""
 
     def per_step(part: str, record: Record) -> Seconds:
-        turns = (t.seconds if part == "step" else t.parts[part] for t in record.turns)
-        return Seconds(turns=tuple(seconds / steps for seconds in turns))
+        times = (r.seconds if part == "step" else r.parts[part] for r in record.rounds)
+        return Seconds(rounds=tuple(seconds / steps for seconds in times))
 
     return {
-        part: {way: per_step(part, record) for way, record in records.items()}
+        part: {name: per_step(part, record) for name, record in records.items()}
         for part in ("step", *PARTS)
     }
 
 
-def _row(way: str, record: Record) -> dict[str, Any]:
-    """A contestant's line in the table."""
+def _row(name: str, record: Record) -> dict[str, Any]:
+    """A participant's line in the table."""
     return {
-        "who": way,
+        "who": name,
         "useful tokens per second": record.tokens_per_s,
         "loaded_bytes": record.ready.used_bytes,
         "above that_bytes": record.above_bytes,
@@ -164,10 +160,10 @@ def _row(way: str, record: Record) -> dict[str, Any]:
 
 
 def _checks(records: Mapping[str, Record]) -> dict[str, Any]:
-    """Whether all saw the same rows, and how far the losses of ours are from PEFT's."""
+    """Whether all trained on the same batches, and how far our losses are from PEFT's."""
     ours, peft = records[OURS], records.get("peft")
     checks: dict[str, Any] = {
-        "same_rows_in_each_step": len({record.rows for record in records.values()}) == 1
+        "same_rows_in_each_step": len({record.batch_hashes for record in records.values()}) == 1
     }
     if peft is not None:
         pairs = zip(ours.losses, peft.losses, strict=True)
@@ -176,6 +172,7 @@ def _checks(records: Mapping[str, Record]) -> dict[str, Any]:
 
 
 def _goals(records: Mapping[str, Record], settings: TrainBenchConfig) -> tuple[Goal, ...]:
+    """The goals beside each baseline that was measured."""
     ours = records[OURS]
     goals = []
     if "peft" in records:

@@ -17,13 +17,13 @@ COLOURS = {
     "peft_compiled": "#ecb77a",
     "full": "#7a828c",
 }
-"""Of each contestant, in every panel."""
+"""The colour of each participant, in every panel."""
 DASHES = {OURS: "-", "full": ":"}
-"""Other contestants' losses are dashed, so that equal curves are both seen."""
+"""The lines of losses; those of the others are dashed, so that of equal curves both are seen."""
 
 
 def check_chart(file: Path | None) -> None:
-    """Make sure that a chart can be drawn, if one is asked for.
+    """Make sure that a chart can be drawn, if there is a file for it.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -43,12 +43,12 @@ def draw(
     *,
     title: str,
 ) -> None:
-    """Write a PNG of what was measured.
+    """Draw speed, memory and losses, and write them as PNG.
 
     Args:
-        rows: the table of contestants, as `measure_train` makes it.
-        curves: the loss of each step, by contestant.
-        file: where the PNG goes.
+        rows: the table of participants, as `measure_train` makes it.
+        curves: the loss of each step, by participant.
+        file: the PNG, which is replaced.
         title: what was trained.
     """
     # Imported when needed: it is optional, and slow to import. A Figure of its own leaves the
@@ -76,20 +76,20 @@ def _draw_speed(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_memory(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw what was loaded in a pale tone, and what training took on top of it in a full one."""
+    """Draw two stacked bars: loaded memory in a pale tone, what training adds in a full one."""
     axes.set_title("memory, MB: loaded (pale) + training", fontsize=9)
-    told = [row for row in rows if row["above that_bytes"] is not None]
-    loaded = [row["loaded_bytes"] / 1e6 for row in told]
-    above = [row["above that_bytes"] / 1e6 for row in told]
-    _bars(axes, told, loaded, alpha=0.3)
-    _bars(axes, told, above, left=loaded)
+    known = [row for row in rows if row["above that_bytes"] is not None]
+    loaded = [row["loaded_bytes"] / 1e6 for row in known]
+    above = [row["above that_bytes"] / 1e6 for row in known]
+    _bars(axes, known, loaded, alpha=0.3)
+    _bars(axes, known, above, left=loaded)
     ends = [sum(pair) for pair in zip(loaded, above, strict=True)]
     texts = [f"{a:,.0f} + {b:,.0f}" for a, b in zip(loaded, above, strict=True)]
     _write_beside(axes, ends, texts)
 
 
 def _bars(axes: Any, rows: Sequence[Mapping[str, Any]], widths: list[float], **how: Any) -> None:
-    names = [_name(row["who"]) for row in rows]
+    names = [_label(row["who"]) for row in rows]
     colours = [COLOURS[row["who"]] for row in rows]
     axes.barh(names, widths, color=colours, height=0.62, **how)
     if not axes.yaxis_inverted():
@@ -100,35 +100,35 @@ def _bars(axes: Any, rows: Sequence[Mapping[str, Any]], widths: list[float], **h
 
 def _write_beside(axes: Any, ends: Sequence[float], texts: Sequence[str]) -> None:
     """Write each bar's figure to the right of it."""
-    for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
+    for position, (end, text) in enumerate(zip(ends, texts, strict=True)):
         axes.annotate(
             text,
-            (end, place),
+            (end, position),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
             fontsize=8,
         )
-    # Room for the figures, the longest of which stands beside the longest bar.
+    # Room for the figures: the longest is beside the longest bar.
     axes.set_xlim(0, max(ends, default=1.0) * 1.4)
 
 
 def _draw_losses(axes: Any, curves: Mapping[str, Sequence[float]]) -> None:
-    for way, losses in curves.items():
+    for name, losses in curves.items():
         axes.plot(
             range(1, len(losses) + 1),
             losses,
-            color=COLOURS[way],
-            linestyle=DASHES.get(way, "--"),
-            linewidth=2.4 if way == OURS else 1.3,
-            label=_name(way),
+            color=COLOURS[name],
+            linestyle=DASHES.get(name, "--"),
+            linewidth=2.4 if name == OURS else 1.3,
+            label=_label(name),
         )
-    axes.set_title("training loss (nats per labelled token)", fontsize=9)
+    axes.set_title("training loss (nats per target token)", fontsize=9)
     axes.set_xlabel("step", fontsize=8)
     axes.grid(color="0.9", linewidth=0.6)
     axes.legend(frameon=False, fontsize=8)
 
 
-def _name(way: str) -> str:
-    names = {"compiled": "ours compiled", "peft": "PEFT", "peft_compiled": "PEFT compiled"}
-    return names.get(way, way)
+def _label(name: str) -> str:
+    labels = {"compiled": "ours compiled", "peft": "PEFT", "peft_compiled": "PEFT compiled"}
+    return labels.get(name, name)

@@ -1,4 +1,7 @@
-"""Contestants that train in turns, each in a process of its own, as it would train alone."""
+"""Participants that train in rounds, each in a process of its own, as it would train alone.
+
+The processes all live from the first round to the last. Pipes let one of them train at a time.
+"""
 
 from __future__ import annotations
 
@@ -15,155 +18,158 @@ from threading import Thread
 from typing import TypeVar
 
 from lorakit.bench.result import threads
-from lorakit.bench.train_baselines import CONTESTANTS, Task
-from lorakit.bench.train_clock import Ended, Failed, Gate, Ready, Turn
+from lorakit.bench.train_participants import PARTICIPANTS, Task
+from lorakit.bench.train_rounds import Ended, Failed, Gate, Ready, Round
 from lorakit.errors import LorakitError, TrainingError
 
-Said = TypeVar("Said", Ready, Turn, Ended)
+Message = TypeVar("Message", Ready, Round, Ended)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How the contestants take turns."""
+class Rounds:
+    """How many rounds there are, and of how many steps."""
 
     warm_ups: int
-    """Turns that do not count: the first steps compile, allocate and fill caches."""
-    turns: int
-    """Turns that count."""
+    """Rounds that do not count: the first steps compile, allocate and fill caches."""
+    counted: int
+    """Rounds that count."""
     steps: int
-    """Steps of one turn."""
+    """Steps that each participant takes in a round."""
     threads: int | None
     """Threads of torch. None: as many as torch takes by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What one contestant did."""
+    """The measurements of one participant, from its start to its end."""
 
     ready: Ready
-    warm_ups: tuple[Turn, ...]
-    turns: tuple[Turn, ...]
+    warm_ups: tuple[Round, ...]
+    rounds: tuple[Round, ...]
     """Those that count."""
     ended: Ended
 
     @property
     def losses(self) -> tuple[float, ...]:
         """The loss of every step."""
-        return tuple(loss for turn in (*self.warm_ups, *self.turns) for loss in turn.losses)
+        return tuple(loss for each in (*self.warm_ups, *self.rounds) for loss in each.losses)
 
     @property
-    def rows(self) -> tuple[int, ...]:
-        """Return what tells the rows of every step from others."""
-        return tuple(row for turn in (*self.warm_ups, *self.turns) for row in turn.rows)
+    def batch_hashes(self) -> tuple[int, ...]:
+        """The hash of every step's batch."""
+        return tuple(h for each in (*self.warm_ups, *self.rounds) for h in each.batch_hashes)
 
     @property
     def tokens_per_s(self) -> float:
-        """The median of the turns' useful tokens per second."""
-        return statistics.median(turn.tokens / turn.seconds for turn in self.turns)
+        """Useful tokens per second, the median over the rounds."""
+        return statistics.median(each.tokens / each.seconds for each in self.rounds)
 
     @property
     def most_bytes(self) -> int | None:
-        """The most memory that was used while training."""
-        return self.turns[-1].most_bytes
+        """The peak of memory while training."""
+        return self.rounds[-1].most_bytes
 
     @property
     def above_bytes(self) -> int | None:
-        """Return how much of it came on top of what was loaded."""
+        """The part of the peak that came on top of what was loaded."""
         most, used = self.most_bytes, self.ready.used_bytes
         return None if most is None or used is None else most - used
 
 
-def race(tasks: Mapping[str, Task], plan: Plan) -> dict[str, Record]:
-    """Return what each contestant did: all have their first turn, then all their second, …
+def run_rounds(tasks: Mapping[str, Task], rounds: Rounds) -> dict[str, Record]:
+    """The record of each participant, after all of them have trained in rounds.
 
     Raises:
         TrainingError: one of them could not train.
     """
     with ExitStack() as stack:
-        entered, ready = {}, {}
-        for way, task in tasks.items():
-            entered[way] = stack.enter_context(_contestant(way, task, plan))
-            ready[way] = entered[way].hear(Ready)
-        turns = [
-            {way: each.take(Turn) for way, each in entered.items()}
-            for _ in range(plan.warm_ups + plan.turns)
+        processes, ready = {}, {}
+        for name, task in tasks.items():
+            processes[name] = stack.enter_context(_started(name, task, rounds))
+            ready[name] = processes[name].receive(Ready)
+        done = [
+            {name: process.resume(Round) for name, process in processes.items()}
+            for _ in range(rounds.warm_ups + rounds.counted)
         ]
-        ended = {way: each.take(Ended) for way, each in entered.items()}
+        ended = {name: process.resume(Ended) for name, process in processes.items()}
     return {
-        way: Record(
-            ready=ready[way],
-            warm_ups=tuple(each[way] for each in turns[: plan.warm_ups]),
-            turns=tuple(each[way] for each in turns[plan.warm_ups :]),
-            ended=ended[way],
+        name: Record(
+            ready=ready[name],
+            warm_ups=tuple(each[name] for each in done[: rounds.warm_ups]),
+            rounds=tuple(each[name] for each in done[rounds.warm_ups :]),
+            ended=ended[name],
         )
-        for way in tasks
+        for name in tasks
     }
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Contestant:
-    """Our end of the pipe to one that trains."""
+class _Process:
+    """A participant's process, seen through the parent's end of their pipe."""
 
-    way: str
+    name: str
     connection: Connection
 
-    def take(self, kind: type[Said]) -> Said:
-        """Let it go on, and return what it says at its next stop."""
+    def resume(self, kind: type[Message]) -> Message:
+        """Let it go on, and return its next message."""
         with contextlib.suppress(BrokenPipeError):
             self.connection.send("go")
-        return self.hear(kind)
+        return self.receive(kind)
 
-    def hear(self, kind: type[Said]) -> Said:
-        """Return what it says next.
+    def receive(self, kind: type[Message]) -> Message:
+        """Its next message.
 
         Raises:
             TrainingError: it cannot go on.
         """
         try:
-            said = self.connection.recv()
+            message = self.connection.recv()
         except EOFError:
-            said = Failed(reason="its process has ended before its work was done")
-        if isinstance(said, Failed):
-            raise TrainingError(f"{self.way} could not be measured: {said.reason}")
-        assert isinstance(said, kind)
-        return said
+            message = Failed(reason="its process has ended before its work was done")
+        if isinstance(message, Failed):
+            raise TrainingError(f"{self.name} could not be measured: {message.reason}")
+        assert isinstance(message, kind)
+        return message
 
 
 @contextmanager
-def _contestant(way: str, task: Task, plan: Plan) -> Iterator[_Contestant]:
-    """Let a contestant load what it needs, and end it when the block does."""
+def _started(name: str, task: Task, rounds: Rounds) -> Iterator[_Process]:
+    """A participant's process, which loads what it needs, and ends with the block."""
     own, others = multiprocessing.Pipe()
-    work = _start(way, task, plan, others)
+    work = _start(name, task, rounds, others)
     try:
-        yield _Contestant(way=way, connection=own)
+        yield _Process(name=name, connection=own)
     finally:
-        # It ends by itself when it next wants to speak or listen.
+        # With its pipe closed, it ends when it next sends or receives.
         own.close()
         work.join()
 
 
-def _start(way: str, task: Task, plan: Plan, connection: Connection) -> BaseProcess | Thread:
-    """Start a contestant in a fresh process, whose memory is its own."""
+def _start(name: str, task: Task, rounds: Rounds, connection: Connection) -> BaseProcess | Thread:
+    """Start a participant in a fresh process, whose memory is its own."""
     afresh = multiprocessing.get_context("spawn")
-    process = afresh.Process(target=_alone, args=(way, task, plan, connection), daemon=True)
+    process = afresh.Process(
+        target=_serve_alone, args=(name, task, rounds, connection), daemon=True
+    )
     process.start()
     connection.close()
     return process
 
 
-def _alone(way: str, task: Task, plan: Plan, connection: Connection) -> None:
+def _serve_alone(name: str, task: Task, rounds: Rounds, connection: Connection) -> None:
+    """The whole work of a participant's process."""
     # Ctrl-C reaches all processes; the one that was started by the user ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(way, task, plan, connection)
+    serve(name, task, rounds, connection)
 
 
-def serve(way: str, task: Task, plan: Plan, connection: Connection) -> None:
-    """Be a contestant: train when the other end of a pipe says so, and tell it what it took."""
-    gate = Gate(connection, steps=plan.steps)
-    # The other end has gone where nothing can be sent or heard any more.
-    with connection, threads(plan.threads), contextlib.suppress(EOFError, BrokenPipeError):
+def serve(name: str, task: Task, rounds: Rounds, connection: Connection) -> None:
+    """Train as one participant, round by round as the other end of the pipe allows it."""
+    gate = Gate(connection, steps=rounds.steps)
+    # Nothing can be sent or received once the other end is closed.
+    with connection, threads(rounds.threads), contextlib.suppress(EOFError, BrokenPipeError):
         try:
-            loss = CONTESTANTS[way](task, gate)
+            loss = PARTICIPANTS[name](task, gate)
         except LorakitError as error:
             connection.send(Failed(reason=str(error)))
         else:

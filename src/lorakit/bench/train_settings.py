@@ -19,7 +19,7 @@ from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError
 
 WARM_UPS = 1
-"""Turns that do not count: the first steps compile, allocate and fill caches."""
+"""Rounds that do not count: the first steps compile, allocate and fill caches."""
 WARM_UP_STEPS = 20
 """Steps over which the learning rate rises, where the run is at least twice as long."""
 
@@ -49,7 +49,7 @@ class TrainBenchConfig(BenchConfig):
     """Other settings of `lorakit train` for ours, such as {memory: low}."""
 
     steps: PositiveInt = 4
-    """Steps of one turn."""
+    """Steps of each participant in a round."""
 
     held_out: PositiveInt = 64
     """Rows that are not trained on, and scored after the last step."""
@@ -68,12 +68,12 @@ class TrainBenchConfig(BenchConfig):
 
     @property
     def all_steps(self) -> int:
-        """The steps of each contestant, those of the warm-up among them."""
+        """The steps of each participant, those of the warm-up included."""
         return self.steps * (WARM_UPS + self.repeats)
 
 
 def draw_rows(settings: TrainBenchConfig, count: int, *, what_for: str) -> list[PromptRow]:
-    """So many of all the rows that there are, in the order in which they were drawn.
+    """Random rows without repetition, in the order in which they were drawn.
 
     Raises:
         DataError: there are too few, or they have no prompts.
@@ -88,7 +88,7 @@ def draw_rows(settings: TrainBenchConfig, count: int, *, what_for: str) -> list[
     if len(rows) < count:
         raise DataError(
             f"{what_for} need {count} rows, but {source} has {len(rows)}: "
-            "ask for less, or give another file"
+            "request fewer, or give another file"
         )
     return random.Random(settings.seed).sample(rows, count)
 
@@ -102,17 +102,17 @@ def write_rows(rows: Iterable[PromptRow], file: Path) -> None:
 def run_settings(
     settings: TrainBenchConfig, *, rows: Path, out: Path, steps: int, own: Mapping[str, Any] | None
 ) -> TrainConfig:
-    """The settings with which `lorakit train` trains on written rows.
+    """The settings of `lorakit train` for one participant.
 
     Args:
-        settings: what all contestants share.
-        rows: a file that `write_rows` made.
+        settings: those that all participants share.
+        rows: the file of the training rows, as `write_rows` writes it.
         out: the folder of the run.
         steps: optimizer steps.
-        own: other settings of `lorakit train`.
+        own: the participant's own settings of `lorakit train`.
 
     Raises:
-        ConfigError: `own` would change what all contestants share, or is unknown.
+        ConfigError: `own` has a setting that all participants share, or an unknown one.
     """
     read: dict[str, Any] = {"train": str(rows), "train_rows": None, "validation": None}
     shared: dict[str, Any] = {
@@ -131,5 +131,5 @@ def run_settings(
     }
     twice = sorted((own or {}).keys() & shared)
     if twice:
-        raise ConfigError(f"all contestants share {', '.join(twice)}: `ours` cannot set them")
+        raise ConfigError(f"all participants share {', '.join(twice)}: `ours` cannot set them")
     return TrainConfig(**(own or {}), **shared)

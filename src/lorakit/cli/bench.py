@@ -27,13 +27,13 @@ class Bench:
     measure: Callable[[Any], Findings]
 
     def run(self, settings: Measured) -> Result:
-        """Measure, write the file that was asked for, and return the tables."""
+        """The tables of a measurement, which is written to `settings.out` too."""
         result = run_bench(self.name, settings, self.measure)
         written = f"\n\nwritten to {settings.out}" if settings.out else ""
         return Result(text=table(result) + written, data=result)
 
 
-VERBS: dict[str, Verb] = {
+SECOND_WORDS: dict[str, Verb] = {
     "latency": Bench("latency", LatencyConfig, measure_latency),
     "load": Bench("load", LoadConfig, measure_load),
     "methods": Bench("methods", MethodsConfig, measure_methods),
@@ -42,4 +42,4 @@ VERBS: dict[str, Verb] = {
     "sweep": Bench("sweep", SweepConfig, measure_sweep),
     "train": Bench("train", TrainBenchConfig, measure_train),
 }
-"""Each benchmark by the second word of its verb."""
+"""Each benchmark, by the second word of its verb."""

@@ -42,7 +42,7 @@ class Result:
 class Verb(Protocol):
     """What the module `lorakit.cli.NAME` of a verb must have.
 
-    A module whose verbs have two words has a mapping VERBS of the second word to such an object.
+    A module whose verbs have two words has a mapping SECOND_WORDS of these to such objects.
 
     While a verb runs it may print to stdout, as `generate` streams its words: with --json, main
     sends all of that to stderr. Progress and messages go to stderr themselves. A mistake of the
@@ -67,7 +67,7 @@ def load_verb(name: str) -> Verb:
     """The module of a verb, importing it now: torch and transformers take seconds."""
     first, _, second = name.partition(" ")
     module = importlib.import_module(f"lorakit.cli.{first}")
-    return cast(Verb, module.VERBS[second] if second else module)
+    return cast(Verb, module.SECOND_WORDS[second] if second else module)
 
 
 @contextmanager

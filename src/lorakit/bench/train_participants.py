@@ -1,4 +1,4 @@
-"""Who takes part in the benchmark of training: each trains the same rows in its own way."""
+"""The participants of the benchmark of training, ours and the baselines, on the same rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
 from lorakit.attachment.attach import detach, extract
 from lorakit.bench.peers import peft_loading, require_peft
 from lorakit.bench.result import OURS
-from lorakit.bench.train_clock import (
+from lorakit.bench.train_rounds import (
     ClockedAdapterTrainer,
     ClockedBatchTrainer,
     ClockedTrainer,
@@ -37,10 +37,10 @@ from lorakit.training.trainer import make_arguments
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What every contestant is given."""
+    """The work of one participant: what to train, and what to score."""
 
     config: TrainConfig
-    """The run, as `lorakit train` would be told; `out` is a folder to work in."""
+    """The run as `lorakit train` reads it; `out` is a folder to work in."""
     held_out: Path
     """Rows to score after the last step, in the form of the training rows."""
     full_learning_rate: float
@@ -48,7 +48,7 @@ class Task:
 
 
 def ours(task: Task, gate: Gate) -> float:
-    """Train as `lorakit train` does, and return the loss of the held-out rows."""
+    """Train as `lorakit train` does; returns the loss of the held-out rows."""
     prepared = prepare(task.config)
     run = Run(config=task.config, prepared=prepared, checkpoint=None)
     make_trainer = partial(ClockedAdapterTrainer, gate=gate)
@@ -74,11 +74,13 @@ def full(task: Task, gate: Gate) -> float:
         compute_loss_func=Loss(prepared.task),
     )
     with training_memory(model, config):
-        return _trained(trainer, model, prepared, task)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return _held_out_loss(model, prepared, task)
 
 
 def peft(task: Task, gate: Gate, *, compiled: bool = False) -> float:
-    """Train with PEFT and transformers' Trainer, from our start of A, padded to the longest row."""
+    """Train with PEFT and transformers' Trainer, from the same A, padded to the longest row."""
     prepared = prepare(task.config)
     model = _peft_model(prepared, task.config)
     if compiled:
@@ -92,23 +94,23 @@ def peft(task: Task, gate: Gate, *, compiled: bool = False) -> float:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    # Scoring is no part of training, and would be compiled for itself.
+    # Scoring is not part of training, and would be compiled separately.
     model._compiled_call_impl = None
     return _held_out_loss(model, prepared, task)
 
 
-CONTESTANTS: dict[str, Callable[[Task, Gate], float]] = {
+PARTICIPANTS: dict[str, Callable[[Task, Gate], float]] = {
     OURS: ours,
     "compiled": ours,
     "peft": peft,
     "peft_compiled": partial(peft, compiled=True),
     "full": full,
 }
-"""Each contestant by its name: trains through the gate, and returns the held-out rows' loss."""
+"""Each participant by its name: trains with the gate, returns the loss of the held-out rows."""
 
 
 def _peft_model(prepared: Prepared, config: TrainConfig) -> Any:
-    """PEFT's model, whose adapter has the A of ours, in the place of ours."""
+    """PEFT's model around our base, with an adapter that starts from the values of ours."""
     start = extract(prepared.model, prepared.name).save(config.out / "start")
     detach(prepared.model)
     how = peft_loading(config.lora.dtype)
@@ -116,6 +118,7 @@ def _peft_model(prepared: Prepared, config: TrainConfig) -> Any:
 
 
 def _peers_collator(prepared: Prepared) -> Callable[[list[Example]], Any]:
+    """A collator that pads every row to the longest one."""
     pad = DataCollatorForSeq2Seq(prepared.tokenizer)
 
     def collate(examples: list[Example]) -> Any:
@@ -134,19 +137,14 @@ def _peers_collator(prepared: Prepared) -> Callable[[list[Example]], Any]:
 
 
 def _peers_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
-    """The arguments that ours has, without the checkpoints: of a full model they are big."""
+    """The arguments of our run without its checkpoints, which of a full model are big."""
     arguments = make_arguments(config, steps)
     arguments.save_strategy = SaveStrategy.NO
     return arguments
 
 
-def _trained(trainer: Trainer, model: nn.Module, prepared: Prepared, task: Task) -> float:
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return _held_out_loss(model, prepared, task)
-
-
 def _held_out_loss(model: nn.Module, prepared: Prepared, task: Task) -> float:
+    """The mean loss of the target tokens of the held-out rows."""
     data: DataConfig = task.config.data
     rows = encode_rows(read_rows(str(task.held_out), data), prepared.tokenizer, data)
     scores = score(

@@ -1,4 +1,4 @@
-"""Training in turns: a Trainer that stops after some steps, and tells what took how long."""
+"""Training in rounds: a Trainer that pauses after some steps, and reports the time of each part."""
 
 from __future__ import annotations
 
@@ -26,55 +26,55 @@ from lorakit.training.batch_trainer import BatchTrainer
 from lorakit.training.trainer import AdapterTrainer
 
 PARTS = ("data", "forward", "backward", "optimizer", "rest")
-"""What a step is made of; `rest` is Trainer's own work between the others."""
+"""The parts of a step; `rest` is Trainer's own work between the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
-    """Some steps in a row of one contestant."""
+class Round:
+    """The steps of one participant in one round."""
 
     parts: dict[str, float]
-    """Seconds by part of the step; their sum is the time of the turn."""
+    """Seconds by part of the step; their sum is the time of the round."""
     losses: tuple[float, ...]
-    """Mean loss of the labelled tokens of each step."""
+    """Mean loss of the target tokens of each step."""
     tokens: int
-    """Tokens of the rows, prompts and completions, without padding."""
-    rows: tuple[int, ...]
-    """For each step a number that tells its rows, in any order, from others."""
+    """Tokens of prompts and completions, without padding."""
+    batch_hashes: tuple[int, ...]
+    """The hash of each step's batch: of its sequences of token ids, whatever their order."""
     most_bytes: int | None
-    """The most memory since `Ready`."""
+    """The peak of memory since `Ready`."""
 
     @property
     def seconds(self) -> float:
-        """The time of the turn."""
+        """The time of the round."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """Everything is loaded, and the first step can begin."""
+    """The message that everything is loaded, and the first step can begin."""
 
     used_bytes: int | None
-    """Memory at that moment."""
+    """The memory in use then."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """The work cannot go on."""
+    """The message that a participant cannot go on."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """All turns are over."""
+    """The message that all rounds are done."""
 
     evaluation_loss: float
-    """Mean loss of the labelled tokens of the held-out rows."""
+    """Mean loss of the target tokens of the held-out rows."""
 
 
 class Clock:
-    """Charges the time that passes to one part of a step after the other."""
+    """A stopwatch that charges all time to the part of the step that is running."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
@@ -95,7 +95,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Charge what happens in a block to a part, but for what an inner block has."""
+        """Charge the time of a block to a part, except that of the blocks inside it."""
         before = self.switch(name)
         try:
             yield
@@ -103,14 +103,14 @@ class Clock:
             self.switch(before)
 
     def _read(self) -> float:
-        # A GPU works on after a call has returned, and would be charged to the next part.
+        # A GPU works on after a call has returned; its time would be charged to the next part.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return self._now()
 
 
 class Gate(TrainerCallback):
-    """Lets a run take so many steps at a time, when the other end of a pipe says so."""
+    """A callback that pauses training after each round until the other end of a pipe says "go"."""
 
     def __init__(self, connection: Connection, *, steps: int) -> None:
         self._connection = connection
@@ -118,11 +118,11 @@ class Gate(TrainerCallback):
         self.clock = Clock()
         self.losses: list[Tensor] = []
         self.coming: deque[tuple[int, int]] = deque()
-        """Tokens and rows of the batches that are collated and not yet trained on."""
+        """Number of tokens and hash of each batch that is collated and not yet trained on."""
         self._done: list[tuple[int, int]] = []
 
     def counted(self, collate: Callable[[Sequence[Example]], Any]) -> Callable[..., Any]:
-        """A collator that also notes the tokens and the rows of each batch."""
+        """A collator that also notes each batch's number of tokens and its hash."""
 
         def collated(examples: Sequence[Example]) -> Any:
             ids = [tuple(example.input_ids) for example in examples]
@@ -138,7 +138,7 @@ class Gate(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say that all is ready, and wait for the first turn."""
+        """Send `Ready`, and wait for the first round."""
         forget_peak()
         self._connection.send(Ready(used_bytes=used_bytes()))
         self._wait()
@@ -146,24 +146,24 @@ class Gate(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell of a turn that is over, and wait for the next."""
+        """At the end of a round, send it and wait for the next."""
         self.clock.switch("rest")
         if state.global_step % self._steps:
             return
-        self._connection.send(self._turn())
-        # After the last turn too: what follows would disturb those who still have theirs.
+        self._connection.send(self._round())
+        # After the last round too: what follows would disturb those that still train.
         self._wait()
 
-    def _turn(self) -> Turn:
-        turn = Turn(
+    def _round(self) -> Round:
+        finished = Round(
             parts=self.clock.seconds,
             losses=tuple(loss.item() for loss in self.losses),
             tokens=sum(tokens for tokens, _ in self._done),
-            rows=tuple(rows for _, rows in self._done),
+            batch_hashes=tuple(batch_hash for _, batch_hash in self._done),
             most_bytes=most_bytes(),
         )
         self.losses, self._done = [], []
-        return turn
+        return finished
 
     def _wait(self) -> None:
         self._connection.recv()
@@ -171,7 +171,7 @@ class Gate(TrainerCallback):
 
 
 class _Clocked:
-    """What makes a Trainer measure itself; stands before it among the bases of a class."""
+    """The measuring half of a Trainer, for a class that inherits from it first, then a Trainer."""
 
     def __init__(self, *, gate: Gate, data_collator: Any, **kwargs: Any) -> None:
         kwargs["data_collator"] = gate.counted(data_collator)
@@ -199,12 +199,12 @@ class _Clocked:
 
 
 class ClockedTrainer(_Clocked, Trainer):
-    """transformers' Trainer, in turns."""
+    """transformers' Trainer, in rounds."""
 
 
 class ClockedBatchTrainer(_Clocked, BatchTrainer):
-    """transformers' Trainer on our batches, in turns."""
+    """transformers' Trainer on our batches, in rounds."""
 
 
 class ClockedAdapterTrainer(_Clocked, AdapterTrainer):
-    """The trainer of `lorakit train`, in turns."""
+    """The trainer of `lorakit train`, in rounds."""
