@@ -2,10 +2,10 @@
 
     python benchmarks/grouped_gpu.py [--out FILE]
 
-Times narrow and widen onto an output, forward and with the backward, for decoding (64 rows of one
-token) and for a prefill (16 rows of 512 tokens), d 4096, rank 16, a bfloat16 base, float32 weights.
-Gathering is left out of the forward, as it happens once per route, but not of the backward, which
-is training. Prints a table and JSON; medians, the two paths in turn.
+Times the down-projection and the up-projection onto an output, forward and with the backward, for
+decoding (64 rows of one token) and for a prefill (16 rows of 512 tokens), d 4096, rank 16, a
+bfloat16 base, float32 weights. Gathering is left out of the forward, as it happens once per route,
+but not of the backward, which is training. Prints a table and JSON; medians, alternating paths.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Layer:
             made = torch.randn(size, generator=draw, device="cuda") / 64
             return made.to(dtype).requires_grad_()
 
-        self.slot_of_row = [row % adapters for row in range(rows)]
+        self.index_of_row = [row % adapters for row in range(rows)]
         self.x = random(rows, tokens, D, dtype=torch.bfloat16)
         self.output = random(rows, tokens, D, dtype=torch.bfloat16)
         self.a = random(adapters, RANK, D, dtype=torch.float32)
@@ -45,7 +45,7 @@ class Layer:
 
     def forward(self, kernels: str) -> Callable[[], None]:
         """A forward without gradients, of gathered weights."""
-        grouping = self._arranged(kernels)
+        grouping = self._grouping(kernels)
         a, b = (gather(stack.detach(), grouping) for stack in (self.a, self.b))
         output = self.output.detach().clone()
 
@@ -57,7 +57,7 @@ class Layer:
 
     def backward(self, kernels: str) -> Callable[[], None]:
         """A forward and its backward, from the stacks of weights."""
-        grouping = self._arranged(kernels)
+        grouping = self._grouping(kernels)
         grad = torch.ones_like(self.output)
 
         def run() -> None:
@@ -67,8 +67,8 @@ class Layer:
 
         return run
 
-    def _arranged(self, kernels: str) -> Grouping:
-        return group_rows(self.slot_of_row, device="cuda", dtype=self.a.dtype, kernels=kernels)
+    def _grouping(self, kernels: str) -> Grouping:
+        return group_rows(self.index_of_row, device="cuda", dtype=self.a.dtype, kernels=kernels)
 
 
 def microseconds(call: Callable[[], None]) -> float:
