@@ -4,7 +4,8 @@ A block is a few tokens that use one adapter, so that a program reads the adapte
 (the idea of Punica's SGMV, Chen et al. 2023, section 4). There are two kernels.
 `_rows_times_matrix` is the down-projection, the up-projection and both gradients of inputs, since
 strides transpose a matrix; `_outer_products` is the gradient of A and of B. All sums are in
-float32, in an order that does not depend on timing. `lorakit.kernels.grouped` calls this module; importing it imports Triton.
+float32, in an order that does not depend on timing. `lorakit.kernels.grouped` calls this module;
+importing it imports Triton.
 """
 
 import functools
