@@ -5,8 +5,7 @@
 Times the down-projection and the up-projection onto an output, forward and with the backward, for
 decoding (64 rows of one token) and for a prefill (16 rows of 512 tokens), d 4096, rank 16, a
 bfloat16 base, float32 weights. Gathering is left out of the forward, as it happens once per route,
-but not of the backward, which is training. Prints a table and JSON; medians, the two paths
-alternating.
+but not of the backward, which is training. Prints a table and JSON; medians, alternating paths.
 """
 
 import argparse
@@ -38,7 +37,7 @@ class Layer:
             made = torch.randn(size, generator=generator, device="cuda") / 64
             return made.to(dtype).requires_grad_()
 
-        self.adapter_of_row = [row % adapters for row in range(rows)]
+        self.index_of_row = [row % adapters for row in range(rows)]
         self.x = random(rows, tokens, D, dtype=torch.bfloat16)
         self.output = random(rows, tokens, D, dtype=torch.bfloat16)
         self.a = random(adapters, RANK, D, dtype=torch.float32)
@@ -69,7 +68,7 @@ class Layer:
         return run
 
     def _grouping(self, kernels: str) -> Grouping:
-        return group_rows(self.adapter_of_row, device="cuda", dtype=self.a.dtype, kernels=kernels)
+        return group_rows(self.index_of_row, device="cuda", dtype=self.a.dtype, kernels=kernels)
 
 
 def microseconds(call: Callable[[], None]) -> float:

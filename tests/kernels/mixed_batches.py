@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SLOTS = 4
+from lorakit.kernels import grouped
+
+ADAPTERS = 4
 RANKS = (3, 5, 1, 4)
 RANK, D_IN, D_OUT = max(RANKS), 20, 40
 USES = {
@@ -34,26 +36,32 @@ class Batch:
 
 
 def mixed_batch(rows, shape=(), *, x_dtype=torch.float32, dtype=torch.float32, seed=0) -> Batch:
-    """A random batch, x (rows, *shape, d), whose slots have ranks of 1 to 5, padded to 5."""
+    """A random batch, x (rows, *shape, d), whose adapters have ranks of 1 to 5, padded to 5."""
     draw = torch.Generator().manual_seed(seed)
 
     def random(*size):
         return torch.randn(size, generator=draw, dtype=torch.float64)
 
     used = (torch.arange(RANK) < torch.tensor(RANKS)[:, None])[..., None]
-    a, b = random(SLOTS, RANK, D_IN) * used, random(SLOTS, RANK, D_OUT) * used
+    a, b = random(ADAPTERS, RANK, D_IN) * used, random(ADAPTERS, RANK, D_OUT) * used
     x, output = random(rows, *shape, D_IN), random(rows, *shape, D_OUT)
     return Batch(x.to(x_dtype), output.to(x_dtype), a.to(dtype), b.to(dtype))
 
 
-def expected(batch: Batch, slot_of_row: list[int]) -> Tensor:
-    """Output + B·A·x in float64, row for row, with each slot's A and B at their own rank."""
+def expected(batch: Batch, index_of_row: list[int]) -> Tensor:
+    """Output + B·A·x in float64, row for row, with each adapter's A and B at their own rank."""
     x, output, a, b = (part.detach().double() for part in batch.parts())
-    each = len(x) // len(slot_of_row)
+    each = len(x) // len(index_of_row)
     found = output.clone()
-    for row, slot in enumerate(slot_of_row):
-        if slot >= 0:
+    for row, adapter in enumerate(index_of_row):
+        if adapter >= 0:
             of_row = slice(row * each, (row + 1) * each)
-            rank = RANKS[slot]
-            found[of_row] += x[of_row] @ a[slot, :rank].T @ b[slot, :rank]
+            rank = RANKS[adapter]
+            found[of_row] += x[of_row] @ a[adapter, :rank].T @ b[adapter, :rank]
     return found
+
+
+def grouped_update(x, a, b, grouping):
+    """scale·B·(A·x) of the rows that have an adapter, from the stacks of all adapters."""
+    h = grouped.down_project(x, grouped.gather(a, grouping), grouping)
+    return grouped.up_project(h, grouped.gather(b, grouping), grouping)

@@ -12,9 +12,9 @@ import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.mixed_batches import D_OUT, RANK, SLOTS, USES, expected, mixed_batch
+from kernels.mixed_batches import ADAPTERS, D_OUT, RANK, USES, expected, grouped_update, mixed_batch
 from lorakit.kernels import segments_triton
-from lorakit.kernels.grouped import down_project, gather, grouped_update, up_project_onto
+from lorakit.kernels.grouped import down_project, gather, up_project_onto
 from lorakit.kernels.grouping import group_rows
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -27,16 +27,16 @@ def on_device(batch):
     return batch
 
 
-def answer(parts, slot_of_row, *, kernels="triton"):
+def answer(parts, index_of_row, *, kernels="triton"):
     x, output, a, b = parts
-    grouping = group_rows(slot_of_row, device=DEVICE, dtype=a.dtype, kernels=kernels)
+    grouping = group_rows(index_of_row, device=DEVICE, dtype=a.dtype, kernels=kernels)
     h = down_project(x, gather(a, grouping), grouping)
     return up_project_onto(output.clone(), h, gather(b, grouping), grouping)
 
 
-def gradients(batch, slot_of_row, kernels):
+def gradients(batch, index_of_row, kernels):
     leaves = [part.detach().requires_grad_() for part in batch.parts()]
-    found = answer(leaves, slot_of_row, kernels=kernels)
+    found = answer(leaves, index_of_row, kernels=kernels)
     weights = torch.arange(found.numel(), device=DEVICE).view(found.shape).sin()
     return torch.autograd.grad((found * weights).sum(), leaves)
 
@@ -48,30 +48,30 @@ def near(found, wanted, tolerance=1e-5):
     return torch.allclose(found.double(), wanted.double(), rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("slot_of_row", USES.values(), ids=USES)
-def test_values_and_gradients_are_those_of_plain_torch(slot_of_row):
-    batch = on_device(mixed_batch(len(slot_of_row), (3,)))
-    assert near(answer(batch.parts(), slot_of_row), expected(batch, slot_of_row))
-    ours, plain = (gradients(batch, slot_of_row, kernels) for kernels in ("triton", "plain"))
+@pytest.mark.parametrize("index_of_row", USES.values(), ids=USES)
+def test_values_and_gradients_are_those_of_plain_torch(index_of_row):
+    batch = on_device(mixed_batch(len(index_of_row), (3,)))
+    assert near(answer(batch.parts(), index_of_row), expected(batch, index_of_row))
+    ours, plain = (gradients(batch, index_of_row, kernels) for kernels in ("triton", "plain"))
     assert all(near(*pair) for pair in zip(ours, plain, strict=True))
 
 
 @settings(deadline=None, max_examples=10)
 @given(
-    slot_of_row=st.lists(st.integers(-1, SLOTS - 1), min_size=1, max_size=8),
+    index_of_row=st.lists(st.integers(-1, ADAPTERS - 1), min_size=1, max_size=8),
     k=st.integers(1, 2),
     shape=st.lists(st.integers(1, 3), max_size=1),
 )
-def test_any_route_equals_the_loop_over_rows(slot_of_row, k, shape):
-    batch = on_device(mixed_batch(len(slot_of_row) * k, shape))
-    assert near(answer(batch.parts(), slot_of_row), expected(batch, slot_of_row))
+def test_any_route_equals_the_loop_over_rows(index_of_row, k, shape):
+    batch = on_device(mixed_batch(len(index_of_row) * k, shape))
+    assert near(answer(batch.parts(), index_of_row), expected(batch, index_of_row))
 
 
 def test_more_tokens_than_a_segment_holds():
-    slot_of_row = [1, 0, 1, -1]
+    index_of_row = [1, 0, 1, -1]
     batch = on_device(mixed_batch(4, (70,)))
-    assert near(answer(batch.parts(), slot_of_row), expected(batch, slot_of_row))
-    ours, plain = (gradients(batch, slot_of_row, kernels) for kernels in ("triton", "plain"))
+    assert near(answer(batch.parts(), index_of_row), expected(batch, index_of_row))
+    ours, plain = (gradients(batch, index_of_row, kernels) for kernels in ("triton", "plain"))
     assert all(near(*pair) for pair in zip(ours, plain, strict=True))
 
 
@@ -143,7 +143,7 @@ def test_base_rows_keep_every_bit():
     assert torch.signbit(answer(batch.parts(), BASES)[base]).all()
 
 
-def test_a_bad_slot_harms_only_its_own_rows():
+def test_a_bad_adapter_harms_only_its_own_rows():
     batch = on_device(mixed_batch(len(BASES), (3,)))
     clean = answer(batch.parts(), BASES)
     batch.a[3] = batch.b[3] = float("nan")
@@ -156,7 +156,7 @@ def test_a_bad_slot_harms_only_its_own_rows():
     assert torch.isfinite(for_b[:3]).all()
 
 
-def test_bad_inputs_of_a_row_harm_only_its_own_slots_gradient():
+def test_bad_inputs_of_a_row_harm_only_its_own_adapters_gradient():
     batch = on_device(mixed_batch(len(BASES), (3,)))
     batch.x[BASES.index(3)] = float("nan")
     batch.x[BASES.index(-1)] = float("nan")
@@ -177,10 +177,10 @@ def test_an_update_leaves_out_the_base_rows():
 def test_layers_of_one_route_share_one_table_of_segments():
     batch = on_device(mixed_batch(len(BASES), (3,)))
     grouping = group_rows(BASES, device=DEVICE, kernels="triton")
-    before = segments_triton.segments.cache_info().misses
+    before = segments_triton.token_blocks.cache_info().misses
     for _ in range(3):
         grouped_update(batch.x, batch.a, batch.b, grouping)
-    assert segments_triton.segments.cache_info().misses == before + 1
+    assert segments_triton.token_blocks.cache_info().misses == before + 1
 
 
 def test_trying_configurations_adds_the_update_once(monkeypatch):

@@ -18,46 +18,46 @@ def listed(index, size):
 
 
 @given(slots_of_rows)
-def test_every_place_of_a_chunk_holds_a_row_of_the_chunks_slot(slot_of_row):
-    found = group_rows(slot_of_row)
+def test_every_place_of_a_group_holds_a_row_of_the_groups_adapter(index_of_row):
+    found = group_rows(index_of_row)
     places = listed(found.order, found.rows)
-    assert len(places) == found.chunks * found.rows_per_chunk
+    assert len(places) == found.groups * found.rows_per_group
     for place, row in enumerate(places):
-        chunk = place // found.rows_per_chunk
-        assert slot_of_row[row] == listed(found.chunk_slot, found.chunks)[chunk]
+        group = place // found.rows_per_group
+        assert index_of_row[row] == listed(found.index_of_group, found.groups)[group]
 
 
 @given(slots_of_rows)
-def test_each_row_with_a_slot_has_one_place_to_come_back_from(slot_of_row):
-    found = group_rows(slot_of_row)
+def test_each_row_with_an_adapter_has_one_place_to_come_back_from(index_of_row):
+    found = group_rows(index_of_row)
     places = listed(found.order, found.rows)
     adapted = listed(found.adapted, found.rows)
-    assert adapted == [row for row, slot in enumerate(slot_of_row) if slot >= 0]
+    assert adapted == [row for row, adapter in enumerate(index_of_row) if adapter >= 0]
     assert [places[place] for place in listed(found.back, len(places))] == adapted
 
 
 @given(slots_of_rows)
-def test_no_number_of_rows_per_chunk_is_cheaper(slot_of_row):
-    counts = [slot_of_row.count(slot) for slot in set(slot_of_row) - {-1}]
+def test_no_number_of_rows_per_group_is_cheaper(index_of_row):
+    counts = [index_of_row.count(adapter) for adapter in set(index_of_row) - {-1}]
 
     def cost(size):
         return sum(-(-count // size) for count in counts) * (1 + 0.5 * size)
 
-    found = group_rows(slot_of_row)
-    assert found.chunks * (1 + 0.5 * found.rows_per_chunk) == cost(found.rows_per_chunk)
+    found = group_rows(index_of_row)
+    assert found.groups * (1 + 0.5 * found.rows_per_group) == cost(found.rows_per_group)
     for size in (1, 2, 4, 8, 16, max(counts, default=1)):
-        assert cost(found.rows_per_chunk) <= cost(size)
+        assert cost(found.rows_per_group) <= cost(size)
 
 
-@pytest.mark.parametrize("slot_of_row", [[3, 0, 2, 1], [1, 1, 0, 0], [2] * 5])
-def test_rows_that_are_grouped_already_stay_where_they_are(slot_of_row):
-    found = group_rows(slot_of_row)
+@pytest.mark.parametrize("index_of_row", [[3, 0, 2, 1], [1, 1, 0, 0], [2] * 5])
+def test_rows_that_are_grouped_already_stay_where_they_are(index_of_row):
+    found = group_rows(index_of_row)
     assert (found.order, found.back, found.adapted) == (None, None, None)
 
 
-def test_slots_in_order_need_no_copy_of_the_weights():
-    assert group_rows([0, 0, 1, 1]).chunk_slot is None
-    assert group_rows([1, 1, 0, 0]).chunk_slot.tolist() == [1, 0]
+def test_adapters_in_order_need_no_copy_of_the_weights():
+    assert group_rows([0, 0, 1, 1]).index_of_group is None
+    assert group_rows([1, 1, 0, 0]).index_of_group.tolist() == [1, 0]
 
 
 def test_a_batch_of_another_size_is_refused():
@@ -95,10 +95,10 @@ def test_triton_by_name_is_refused_where_it_cannot_work():
 def test_plain_torch_does_not_import_triton():
     code = (
         "import sys, torch, lorakit\n"
-        "from lorakit.kernels.grouping import arrange\n"
-        "from lorakit.kernels.grouped import grouped_update\n"
+        "from lorakit.kernels.grouping import group_rows\n"
+        "from lorakit.kernels.grouped import down_project, gather\n"
         "one = torch.ones(1, 1, 1)\n"
-        "grouped_update(one, one, one, arrange([0]))\n"
+        "down_project(one, gather(one, group_rows([0])), group_rows([0]))\n"
         "sys.exit('triton' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

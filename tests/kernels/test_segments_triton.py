@@ -45,12 +45,12 @@ def test_wide_layers_agree_with_plain_torch_on_the_device(x_dtype, dtype, length
 
     a, b = random(4, 24, 512, dtype=dtype), random(4, 24, 384, dtype=dtype)
     coarsest = max(torch.finfo(kind).eps for kind in (x_dtype, dtype))
-    for slot_of_row in USES.values():
-        x = random(len(slot_of_row), length, 512, dtype=x_dtype)
-        output = random(len(slot_of_row), length, 384, dtype=x_dtype)
+    for index_of_row in USES.values():
+        x = random(len(index_of_row), length, 512, dtype=x_dtype)
+        output = random(len(index_of_row), length, 384, dtype=x_dtype)
         results = []
         for kernels in ("auto", "plain"):
-            grouping = group_rows(slot_of_row, device="cuda", dtype=dtype, kernels=kernels)
+            grouping = group_rows(index_of_row, device="cuda", dtype=dtype, kernels=kernels)
             h = down_project(x, gather(a, grouping), grouping)
             found = up_project_onto(output * 1, h, gather(b, grouping), grouping)
             results.append([found, *torch.autograd.grad(found.float().square().sum(), (x, a, b))])
@@ -85,7 +85,7 @@ def compile(kernel, types, constants):
     source = ASTSource(kernel.fn, signature, constexprs=constants)
     assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
 
-tables = dict.fromkeys(["rows", "slots", "starts", "stops", "bounds"], "*i32")
+tables = dict.fromkeys(["rows", "adapters", "starts", "stops", "bounds"], "*i32")
 compile(
     segments_triton._rows_times_matrix,
     {**tables, "x": "*bf16", "w": "*fp32", "out": "*bf16"},

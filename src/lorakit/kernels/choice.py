@@ -1,4 +1,4 @@
-"""Which kernels compute: the fast ones wherever they can, or plain torch, which is their oracle.
+"""Which kernels compute: the fast ones wherever they can, or plain torch, their reference.
 
     with use("plain"):
         model(**batch).loss.backward()

@@ -33,16 +33,16 @@ class Dropout:
 
     @property
     def _kept(self) -> int:
-        """Return how many of the steps keep an element."""
+        """The number of steps that keep an element."""
         return max(1, round((1 - self.probability) * _STEPS))
 
     @property
     def factor(self) -> float:
-        """Return what kept elements are multiplied by, so that means stay as they are."""
+        """The factor on kept elements, with which means stay as they are."""
         return _STEPS / self._kept
 
     def mask(self, tokens: int, width: int, device: torch.device) -> UInt8[Tensor, "tokens width"]:
-        """Return 1 for each element that is kept, and 0 for the others."""
+        """1 for each element that is kept, and 0 for the others."""
         size = tokens * width
         generator = torch.Generator(device).manual_seed(self.seed)
         # One draw of 64 bits serves four elements, which is four times as fast as `F.dropout`.

@@ -8,7 +8,8 @@ in the processor's cache; nothing of B·A's size is formed, and A·x has rank co
     ∂h = scale·Bᵀ·∂output   ∂B = scale·∂output·hᵀ   ∂A = ∂h·drop(x)ᵀ   ∂x = drop(Aᵀ·∂h)
 
 Several A and B can change one output: slices of a fused layer, adapters that add up, adapters that
-have their own tokens. `lorakit.kernels.plain` is the oracle; `available` says when to take this.
+have their own tokens. `lorakit.kernels.plain` is the reference implementation; `available` says
+when this one is used.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class _Schedule(NamedTuple):
         return _Schedule(uses, _pieces(tuple(spans), len(uses), size), widest)
 
     def masks(self, width: int, device: torch.device) -> list[Tensor | None]:
-        """Return what each factor keeps of the inputs of its tokens."""
+        """What each of the factors keeps of its tokens' inputs."""
         if not any(use.dropout for use in self.uses):
             return [None] * len(self.uses)
         # The last piece of a factor ends where its tokens end.
@@ -232,7 +233,7 @@ class _Sums:
         """The gradient of one factor's A·x, (rank, tokens), and add what is B's."""
         use, b = self._uses[n], self._weights[2 * n + 1]
         own = use.of_output(of_output).to(b.dtype)
-        # Transposed, as the product is quicker so.
+        # Transposed, which makes the matmul faster.
         self._add(2 * n + 1, h, own)
         of_h = b.T @ own.T
         return of_h if use.factor == 1 else of_h.mul_(use.factor)
@@ -257,12 +258,12 @@ class _Sums:
     def _add(self, number: int, left: Tensor, right: Tensor) -> None:
         if not self._wanted[number]:
             return
-        total, product = self._sums[number], left @ right
+        total, matmul = self._sums[number], left @ right
         if total is None:
-            exact = torch.promote_types(product.dtype, torch.float32)
-            self._sums[number] = product.to(exact)
+            exact = torch.promote_types(matmul.dtype, torch.float32)
+            self._sums[number] = matmul.to(exact)
         else:
-            total += product
+            total += matmul
 
 
 def _joined(pieces: Sequence[_Piece], parts: Sequence[Tensor], shape: torch.Size) -> Tensor:

@@ -16,38 +16,39 @@ from lorakit.kernels import choice
 Kernels = Literal["auto", "plain", "triton"]
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CHUNK_COST, _ROW_COST = 1.0, 0.5  # A chunk reads its weights once; a row of it costs half of that.
+# A group reads its weights once; each of its rows costs half of that.
+_GROUP_COST, _ROW_COST = 1.0, 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """Rows in chunks: each chunk has one slot and the same number of rows; see `arrange`.
+    """Rows in groups: each group has one adapter and the same number of rows; see `group_rows`.
 
     All tensors are int64, on the device of the batch.
     """
 
-    slot_of_row: tuple[int, ...]
-    """The slot that each row uses; -1: none."""
-    rows_per_chunk: int
-    """Rows of each chunk."""
-    chunks: int
-    """Number of chunks; 0 where no row has a slot."""
-    chunk_slot: Int[Tensor, " chunks"] | None
-    """The slot of each chunk; None: chunk i has slot i."""
+    index_of_row: tuple[int, ...]
+    """The index of each row's adapter in the stacked weights; -1: none."""
+    rows_per_group: int
+    """Rows of each group."""
+    groups: int
+    """Number of groups; 0 where no row has an adapter."""
+    index_of_group: Int[Tensor, " groups"] | None
+    """The index of each group's adapter; None: group i has adapter i."""
     order: Int[Tensor, " places"] | None
-    """The row at each of the chunks' places; None: the rows' own order. A chunk that is not full
-    repeats a row of its own, so that no row meets another slot's weights."""
+    """The row at each position of the groups; None: the rows' own order. A group that is not full
+    repeats one of its own rows, so that no row is multiplied with another adapter's weights."""
     back: Int[Tensor, " adapted"] | None
-    """The place of each row with a slot; None: the rows' own order."""
+    """The position of each row with an adapter; None: the rows' own order."""
     adapted: Int[Tensor, " adapted"] | None
-    """The rows with a slot, in ascending order; None: all rows."""
+    """The rows with an adapter, in ascending order; None: all rows."""
     kernels: Literal["plain", "triton"]
     """What computes: plain torch, or the Triton kernels."""
 
     @property
     def rows(self) -> int:
         """Rows of the batch."""
-        return len(self.slot_of_row)
+        return len(self.index_of_row)
 
     def per_row(self, x: Tensor) -> int:
         """The tokens of each row in an input (rows·k, …, d).
@@ -65,7 +66,7 @@ class Grouping:
 
 
 def group_rows(
-    slot_of_row: Sequence[int],
+    index_of_row: Sequence[int],
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -74,7 +75,7 @@ def group_rows(
     """Group the rows of a batch.
 
     Args:
-        slot_of_row: for each of at least one row its place in the stacked weights; -1: none.
+        index_of_row: the index of each row's adapter in the stacked weights; -1: none.
         device: where the batch is.
         dtype: precision of the stacked weights, which is the precision of the update.
         kernels: what computes. auto: Triton where it can, which is a CUDA device and weights of at
@@ -83,57 +84,57 @@ def group_rows(
     Raises:
         ConfigError: Triton was asked for by name where it cannot work.
     """
-    assert slot_of_row, "a batch has at least one row"
-    assert min(slot_of_row) >= -1
+    assert index_of_row, "a batch has at least one row"
+    assert min(index_of_row) >= -1
     device = torch.device(device)
-    chunks = _chunked(slot_of_row)
-    chunk_slot = [slot_of_row[chunk[0]] for chunk in chunks]
-    order = [row for chunk in chunks for row in chunk]
-    adapted = [row for row, slot in enumerate(slot_of_row) if slot >= 0]
+    groups = _grouped_rows(index_of_row)
+    index_of_group = [index_of_row[group[0]] for group in groups]
+    order = [row for group in groups for row in group]
+    adapted = [row for row, adapter in enumerate(index_of_row) if adapter >= 0]
     place = {row: place for place, row in enumerate(order)}
 
     def index(values: list[int], size: int) -> Tensor | None:
         return None if values == list(range(size)) else torch.tensor(values, device=device).long()
 
     return Grouping(
-        slot_of_row=tuple(slot_of_row),
-        rows_per_chunk=len(chunks[0]) if chunks else 1,
-        chunks=len(chunks),
-        chunk_slot=index(chunk_slot, len(chunks)),
-        order=index(order, len(slot_of_row)),
+        index_of_row=tuple(index_of_row),
+        rows_per_group=len(groups[0]) if groups else 1,
+        groups=len(groups),
+        index_of_group=index(index_of_group, len(groups)),
+        order=index(order, len(index_of_row)),
         back=index([place[row] for row in adapted], len(order)),
-        adapted=index(adapted, len(slot_of_row)),
+        adapted=index(adapted, len(index_of_row)),
         kernels=choose_kernels(kernels, device, dtype),
     )
 
 
-def _chunked(slot_of_row: Sequence[int]) -> list[list[int]]:
-    """The rows of each chunk, in the order of the chunks' first rows.
+def _grouped_rows(index_of_row: Sequence[int]) -> list[list[int]]:
+    """The rows of each group, in the order of the groups' first rows.
 
-    This order leaves rows with distinct slots where they are. Ordering chunks by slot would spare
-    the gathering of weights, once per route, and cost a gathering of rows in every layer.
+    This order leaves rows with distinct adapters in their order. Ordering groups by adapter would
+    avoid gathering weights once per route, and need gathering rows in every layer.
     """
     rows_of: dict[int, list[int]] = {}
-    for row, slot in enumerate(slot_of_row):
-        if slot >= 0:
-            rows_of.setdefault(slot, []).append(row)
-    size = _rows_per_chunk([len(rows) for rows in rows_of.values()])
-    chunks = [
+    for row, adapter in enumerate(index_of_row):
+        if adapter >= 0:
+            rows_of.setdefault(adapter, []).append(row)
+    size = _rows_per_group([len(rows) for rows in rows_of.values()])
+    groups = [
         rows[start : start + size]
         for rows in rows_of.values()
         for start in range(0, len(rows), size)
     ]
-    return sorted(chunk + chunk[-1:] * (size - len(chunk)) for chunk in chunks)
+    return sorted(group + group[-1:] * (size - len(group)) for group in groups)
 
 
-def _rows_per_chunk(counts: list[int]) -> int:
-    """The cheapest number of rows for slots that are used so many times."""
+def _rows_per_group(counts: list[int]) -> int:
+    """The cheapest number of rows for adapters that are used so many times."""
     largest = max(counts, default=1)
     sizes = [2**power for power in range(largest.bit_length()) if 2**power < largest] + [largest]
 
     def cost(size: int) -> float:
-        chunks = sum(-(-count // size) for count in counts)
-        return chunks * (_CHUNK_COST + _ROW_COST * size)
+        groups = sum(-(-count // size) for count in counts)
+        return groups * (_GROUP_COST + _ROW_COST * size)
 
     return min(sizes, key=cost)
 
@@ -141,7 +142,7 @@ def _rows_per_chunk(counts: list[int]) -> int:
 def choose_kernels(
     kernels: Kernels, device: torch.device, dtype: torch.dtype
 ) -> Literal["plain", "triton"]:
-    """Return what computes on this device in this precision; see `arrange`.
+    """The kernels that compute on this device in this precision; see `group_rows`.
 
     Raises:
         ConfigError: Triton was asked for by name where it cannot work.

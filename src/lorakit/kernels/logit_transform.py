@@ -33,7 +33,7 @@ class LogitTransform:
     def derivative(
         self, y: Float[Tensor, "*tokens vocabulary"]
     ) -> float | Float[Tensor, "*tokens vocabulary"]:
-        """Return ∂y/∂x, from the changed logits y."""
+        """∂y/∂x, from the changed logits y."""
         if self.cap is None:
             return self.scale
         return y.div(self.cap).square_().neg_().add_(1).mul_(self.scale)

@@ -32,7 +32,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict
 def rms_norm(
     x: Float[Tensor, "*rows d"], weight: Float[Tensor, " d"], eps: float
 ) -> Float[Tensor, "*rows d"]:
-    """Return weight·x/√(mean(x²) + eps), with the roundings of transformers' Llama.
+    """weight·x/√(mean(x²) + eps), with the roundings of transformers' Llama.
 
     The quotient is computed in float32 and rounded to the precision of x before it is multiplied.
 
@@ -49,7 +49,7 @@ def rms_norm(
 def gated(
     gate: Float[Tensor, "*rows d"], up: Float[Tensor, "*rows d"], activation: GateActivation
 ) -> Float[Tensor, "*rows d"]:
-    """Return activation(gate)·up (SwiGLU and GeGLU, Shazeer 2020)."""
+    """activation(gate)·up (SwiGLU and GeGLU, Shazeer 2020)."""
     return _Gated.apply(gate, up, activation)
 
 

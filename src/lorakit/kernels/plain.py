@@ -22,7 +22,7 @@ def linear_update(
     *,
     dropout: Dropout | None = None,
 ) -> Float[Tensor, "*rows d_out"]:
-    """Return scale·B·(A·x) (Eq. 3), with elements of x dropped."""
+    """scale·B·(A·x) (Eq. 3), with elements of x dropped."""
     dtype = working_dtype(x, a, tokens=x.shape[:-1].numel())
     x = x.to(dtype)
     down_project = F.linear(x if dropout is None else dropout.of(x), a.to(dtype))
@@ -33,7 +33,7 @@ def linear_update(
 
 
 MANY_TOKENS = 16
-"""Tokens that share A and B, from which products in half precision pay on CPUs."""
+"""Tokens that share A and B, from which matmuls in half precision are faster on CPUs."""
 
 
 def working_dtype(x: Tensor, a: Tensor, *, tokens: int) -> torch.dtype:
@@ -41,7 +41,7 @@ def working_dtype(x: Tensor, a: Tensor, *, tokens: int) -> torch.dtype:
 
     It is that of x for many tokens of a half-precision base, where nothing is trained: the update
     is rounded to that precision anyway, sums are in float32 either way, and a prefill, which is
-    limited by these products, takes half of the time for them.
+    limited by these matmuls, takes half of the time for them.
     """
     half = x.dtype in (torch.bfloat16, torch.float16)
     return x.dtype if half and tokens >= MANY_TOKENS and not torch.is_grad_enabled() else a.dtype
@@ -55,7 +55,7 @@ def embedding_update(
     *,
     dropout: float = 0.0,
 ) -> Float[Tensor, "*rows d_model"]:
-    """Return scale·B·A[:, ids], which is Eq. 3 for one-hot inputs.
+    """scale·B·A[:, ids], which is Eq. 3 for one-hot inputs.
 
     Dropping an element of a one-hot input drops the whole token, so dropout works per token.
     """
@@ -73,7 +73,7 @@ def conv_update(
     scale: float,
     groups: int,
 ) -> Float[Tensor, "batch c_out *out_space"]:
-    """Return scale·B∗(A∗x): A with the base's geometry, B a 1×1 convolution.
+    """scale·B∗(A∗x): A with the base's geometry, B a 1×1 convolution.
 
     Args:
         convolve: the base layer's own (input, weight, bias) → output, which knows its stride,
@@ -110,7 +110,7 @@ def row_norms(
     b: Float[Tensor, "d_out rank"],
     scale: float,
 ) -> Float[Tensor, " d_out"]:
-    """Return ‖W + scale·B·A‖ of each row, in float32 at least."""
+    """‖W + scale·B·A‖ of each row, in float32 at least."""
     dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
     a, b = a.to(dtype), b.to(dtype)
     pieces = zip(weight.split(ROWS), b.split(ROWS), strict=True)

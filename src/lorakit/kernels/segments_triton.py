@@ -1,10 +1,11 @@
 """The update of a mixed batch in Triton; experimental, as no GPU result is committed yet.
 
-A segment is a few tokens that use one slot, so that a program reads that slot's weights once (the
-idea of Punica's SGMV, Chen et al. 2023, section 4). Two kernels do everything: `_rows_times_matrix`
-is narrow, widen, and both gradients of inputs, as a matrix is transposed by its strides;
-`_outer_products` is the gradient of A and of B. All sums are in float32, in an order that does not
-depend on timing. `lorakit.kernels.grouped` calls this module; importing it imports Triton.
+A block is a few tokens that use one adapter, so that a program reads the adapter's weights once
+(the idea of Punica's SGMV, Chen et al. 2023, section 4). There are two kernels.
+`_rows_times_matrix` is the down-projection, the up-projection and both gradients of inputs, since
+strides transpose a matrix; `_outer_products` is the gradient of A and of B. All sums are in
+float32, in an order that does not depend on timing. `lorakit.kernels.grouped` calls this module;
+importing it imports Triton.
 """
 
 import functools
@@ -26,9 +27,9 @@ from lorakit.kernels.grouping import Grouping
 
 
 def _configs(names: Sequence[str], sizes: Sequence[Sequence[int]]) -> list[triton.Config]:
-    """Return what is tried for a shape; one thing in the interpreter, which cannot measure.
+    """The configurations to measure; one in the interpreter, which cannot measure.
 
-    What a sum runs over is never split otherwise, so that the result does not depend on the choice.
+    None splits a sum in another way, so that the result does not depend on the choice.
     """
     if triton.knobs.runtime.interpret:
         sizes = sizes[:1]
@@ -44,7 +45,7 @@ def _sensible(
 ) -> list[triton.Config]:
     """The configurations whose tiles are not mostly empty, and quick to compile.
 
-    Products of float32 are unrolled: more than 2¹⁷ of them took the compiler three to ten seconds.
+    The compiler unrolls matmuls of float32: more than 2¹⁷ multiplications took it 3 to 10 seconds.
     """
     given = {**arguments, **others}
     depth = given["BLOCK_TOKENS"] * given.get("BLOCK_IN", given.get("BLOCK_RANK"))
@@ -66,7 +67,7 @@ def _rows_times_matrix(
     w,
     out,
     rows,
-    slots,
+    adapters,
     starts,
     stops,
     per_row,
@@ -74,7 +75,7 @@ def _rows_times_matrix(
     d_out,
     x_token,
     x_in,
-    w_slot,
+    w_adapter,
     w_in,
     w_out,
     out_token,
@@ -85,11 +86,11 @@ def _rows_times_matrix(
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """out[token] (+)= x[token] · w[slot of token], for one segment and one tile of features."""
-    segment = tl.program_id(0)
-    matrix = w + tl.load(slots + segment).to(tl.int64) * w_slot
-    place = tl.load(starts + segment) + tl.arange(0, BLOCK_TOKENS)
-    live = place < tl.load(stops + segment)
+    """out[token] (+)= x[token] · w[adapter of token], for one block and one tile of features."""
+    block = tl.program_id(0)
+    matrix = w + tl.load(adapters + block).to(tl.int64) * w_adapter
+    place = tl.load(starts + block) + tl.arange(0, BLOCK_TOKENS)
+    live = place < tl.load(stops + block)
     row = tl.load(rows + place // per_row, mask=live, other=0).to(tl.int64)
     token = row * per_row + place % per_row
     column = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -139,10 +140,10 @@ def _outer_products(
     BLOCK_RANK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """out[slot] = Σ h[token]ᵀ · y[token] over the slot's tokens, for one tile of the matrix."""
-    slot = tl.program_id(0)
-    first = tl.load(bounds + slot)
-    stop = tl.load(bounds + slot + 1)
+    """out[adapter] = Σ h[token]ᵀ · y[token] over its tokens, for one tile of the matrix."""
+    adapter = tl.program_id(0)
+    first = tl.load(bounds + adapter)
+    stop = tl.load(bounds + adapter + 1)
     line = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     column = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     total = tl.zeros((BLOCK_RANK, BLOCK_OUT), dtype=tl.float32)
@@ -162,63 +163,65 @@ def _outer_products(
             other=0.0,
         ).to(out.dtype.element_ty)
         total = tl.dot(h_tile, y_tile, total, input_precision=PRECISION)
-    target = out + (slot.to(tl.int64) * rank + line[:, None]) * d_out + column[None, :]
+    target = out + (adapter.to(tl.int64) * rank + line[:, None]) * d_out + column[None, :]
     mask = (line[:, None] < rank) & (column[None, :] < d_out)
     tl.store(target, total.to(out.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
-class Segments:
-    """The tokens of each slot, for batches with so many tokens in each row.
+class TokenBlocks:
+    """The tokens of each adapter, for batches with so many tokens in each row.
 
     Tokens are counted in the order of `rows`.
     """
 
     rows: Int32[Tensor, " adapted"]
-    """The rows that have a slot, slot after slot."""
+    """The rows that have an adapter, adapter after adapter."""
     bounds: Int32[Tensor, " ends"]
     """Slot i has the tokens from bounds[i] to before bounds[i + 1]."""
-    slots: Int32[Tensor, " segments"]
-    """The slot of each segment."""
-    starts: Int32[Tensor, " segments"]
-    """The first token of each segment."""
-    stops: Int32[Tensor, " segments"]
-    """The token after each segment's last."""
+    adapters: Int32[Tensor, " blocks"]
+    """The adapter of each block."""
+    starts: Int32[Tensor, " blocks"]
+    """The first token of each block."""
+    stops: Int32[Tensor, " blocks"]
+    """The token after each block's last."""
     length: int
-    """The most tokens that a segment has, a power of two."""
+    """The most tokens that a block has, a power of two."""
 
 
 @functools.lru_cache(maxsize=64)
-def segments(grouping: Grouping, *, per_row: int, slots: int, device: torch.device) -> Segments:
-    """The segments of a batch; they are kept, as every layer asks for the same.
+def token_blocks(
+    grouping: Grouping, *, per_row: int, adapters: int, device: torch.device
+) -> TokenBlocks:
+    """The blocks of a batch; cached, since every layer has the same.
 
     Args:
-        arrangement: of the rows.
+        grouping: of the rows.
         per_row: tokens of each row.
-        slots: slots of the stacked weights.
+        adapters: how many are stacked.
         device: where the batch is.
     """
-    rows_of: list[list[int]] = [[] for _ in range(slots)]
-    for row, slot in enumerate(grouping.slot_of_row):
-        if slot >= 0:
-            rows_of[slot].append(row)
+    rows_of: list[list[int]] = [[] for _ in range(adapters)]
+    for row, adapter in enumerate(grouping.index_of_row):
+        if adapter >= 0:
+            rows_of[adapter].append(row)
     bounds = [0]
     for rows in rows_of:
         bounds.append(bounds[-1] + len(rows) * per_row)
     length = _tile(max(len(rows) for rows in rows_of) * per_row, 64)
     found = [
-        (slot, start, min(start + length, bounds[slot + 1]))
-        for slot in range(slots)
-        for start in range(bounds[slot], bounds[slot + 1], length)
+        (adapter, start, min(start + length, bounds[adapter + 1]))
+        for adapter in range(adapters)
+        for start in range(bounds[adapter], bounds[adapter + 1], length)
     ]
 
     def table(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    return Segments(
+    return TokenBlocks(
         rows=table([row for rows in rows_of for row in rows]),
         bounds=table(bounds),
-        slots=table([slot for slot, _, _ in found]),
+        adapters=table([adapter for adapter, _, _ in found]),
         starts=table([start for _, start, _ in found]),
         stops=table([stop for _, _, stop in found]),
         length=length,
@@ -231,14 +234,14 @@ def _tile(size: int, most: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Return how float32 is multiplied: as torch's own products are."""
+    """The precision of a matmul of float32, which is that of torch's own."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """An arrangement with what the kernels know only from the layer: tokens per row, slots."""
+    """A grouping, and the tokens of each row in a layer's input."""
 
     grouping: Grouping
     per_row: int
@@ -246,22 +249,22 @@ class _Batch:
     def multiply(
         self,
         x: Float[Tensor, "tokens d_in"],
-        w: Float[Tensor, "slots d_in d_out"],
+        w: Float[Tensor, "adapters d_in d_out"],
         *,
         dtype: torch.dtype | None = None,
         onto: Float[Tensor, "tokens d_out"] | None = None,
     ) -> Float[Tensor, "tokens d_out"]:
-        """Return x[token] · w[slot of token], zero without a slot; or add it to a tensor."""
+        """x[token] · w[adapter of token], 0 without an adapter; or that added to a tensor."""
         out = onto
         if out is None:
             new = torch.zeros if self.grouping.adapted is not None else torch.empty
             out = new(x.shape[0], w.shape[2], dtype=dtype, device=x.device)
-        found = self._segments(w.shape[0], x.device)
-        if found.slots.numel() == 0:
+        found = self._token_blocks(w.shape[0], x.device)
+        if found.adapters.numel() == 0:
             return out
 
         def grid(chosen: Mapping[str, Any]) -> tuple[int, int]:
-            return found.slots.numel(), triton.cdiv(w.shape[2], chosen["BLOCK_OUT"])
+            return found.adapters.numel(), triton.cdiv(w.shape[2], chosen["BLOCK_OUT"])
 
         with torch.cuda.device_of(x):
             _rows_times_matrix[grid](
@@ -269,7 +272,7 @@ class _Batch:
                 w,
                 out,
                 found.rows,
-                found.slots,
+                found.adapters,
                 found.starts,
                 found.stops,
                 self.per_row,
@@ -287,11 +290,11 @@ class _Batch:
 
     def outer(
         self, h: Float[Tensor, "tokens rank"], y: Float[Tensor, "tokens d"], like: Tensor
-    ) -> Float[Tensor, "slots rank d"]:
-        """Σ h[token]ᵀ · y[token] for each slot of the stack that this is the gradient of."""
+    ) -> Float[Tensor, "adapters rank d"]:
+        """Σ h[token]ᵀ · y[token] for each adapter of the stack that this is the gradient of."""
         out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        found = self._segments(like.shape[0], h.device)
-        if found.slots.numel() == 0:
+        found = self._token_blocks(like.shape[0], h.device)
+        if found.adapters.numel() == 0:
             return out.zero_()
         block_rank = _tile(h.shape[1], 64)
 
@@ -320,8 +323,8 @@ class _Batch:
             )
         return out
 
-    def _segments(self, slots: int, device: torch.device) -> Segments:
-        return segments(self.grouping, per_row=self.per_row, slots=slots, device=device)
+    def _token_blocks(self, adapters: int, device: torch.device) -> TokenBlocks:
+        return token_blocks(self.grouping, per_row=self.per_row, adapters=adapters, device=device)
 
 
 class _DownProject(Function):
@@ -368,10 +371,10 @@ class _UpProjectOnto(Function):
 
 def down_project(
     x: Float[Tensor, "tokens *more d_in"],
-    a: Float[Tensor, "slots rank d_in"],
+    a: Float[Tensor, "adapters rank d_in"],
     grouping: Grouping,
 ) -> Float[Tensor, "all_tokens rank"]:
-    """Return h = A·x of each token's own A, in the dtype of A; zero for tokens without a slot.
+    """h = A·x of each token's own A, in the dtype of A; zero for tokens without an adapter.
 
     Raises:
         RouteError: the batch has another number of rows than the route.
@@ -383,11 +386,11 @@ def down_project(
 def up_project_onto(
     output: Float[Tensor, "tokens *more d_out"],
     h: Float[Tensor, "all_tokens rank"],
-    b: Float[Tensor, "slots rank d_out"],
+    b: Float[Tensor, "adapters rank d_out"],
     grouping: Grouping,
 ) -> Float[Tensor, "tokens *more d_out"]:
     """Add the update scale·B·h to a layer's output in place, and return the output.
 
-    The sum is rounded once, to the output's dtype. Tokens without a slot keep every bit.
+    The sum is rounded once, to the output's dtype. Tokens without an adapter keep every bit.
     """
     return _UpProjectOnto.apply(output, h, b, _Batch(grouping, len(h) // grouping.rows))

@@ -138,7 +138,7 @@ class Stack:
         """
         grouping, parameters = self._grouping, self._frozen or self._gathered()
         ordered = x if grouping.order is None else x.index_select(0, grouping.order)
-        ordered = ordered.reshape(grouping.chunks, -1, *x.shape[2:])
+        ordered = ordered.reshape(grouping.groups, -1, *x.shape[2:])
         ordered = ordered.to(next(iter(parameters.values())).dtype)
         self._module.train(self._copies[0].training)
         own = torch.vmap(self._call, randomness="different")(parameters, ordered)

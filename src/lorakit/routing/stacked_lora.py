@@ -228,7 +228,7 @@ class SharedInput:
     def _dropped(self, at: int, x: Tensor) -> Tensor:
         """The input with elements dropped, in each row with its own adapter's probability."""
         rates = [max(part.dropout for part, _ in terms) for terms in self.pieces[at].terms]
-        by_row = [1 - rates[own] if own >= 0 else 1.0 for own in self.grouping.slot_of_row]
+        by_row = [1 - rates[own] if own >= 0 else 1.0 for own in self.grouping.index_of_row]
         keep = torch.tensor(by_row, device=x.device).repeat_interleave(x.shape[0] // len(by_row))
         keep = keep.reshape(-1, *[1] * (x.dim() - 1))
         kept = torch.rand(x.shape, device=x.device) < keep
