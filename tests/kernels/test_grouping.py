@@ -10,14 +10,14 @@ from lorakit.errors import ConfigError, RouteError
 from lorakit.kernels import grouping as module
 from lorakit.kernels.grouping import group_rows
 
-slots_of_rows = st.lists(st.integers(-1, 5), min_size=1, max_size=20)
+indices_of_rows = st.lists(st.integers(-1, 5), min_size=1, max_size=20)
 
 
 def listed(index, size):
     return list(range(size)) if index is None else index.tolist()
 
 
-@given(slots_of_rows)
+@given(indices_of_rows)
 def test_every_place_of_a_group_holds_a_row_of_the_groups_adapter(index_of_row):
     found = group_rows(index_of_row)
     places = listed(found.order, found.rows)
@@ -27,7 +27,7 @@ def test_every_place_of_a_group_holds_a_row_of_the_groups_adapter(index_of_row):
         assert index_of_row[row] == listed(found.index_of_group, found.groups)[group]
 
 
-@given(slots_of_rows)
+@given(indices_of_rows)
 def test_each_row_with_an_adapter_has_one_place_to_come_back_from(index_of_row):
     found = group_rows(index_of_row)
     places = listed(found.order, found.rows)
@@ -36,7 +36,7 @@ def test_each_row_with_an_adapter_has_one_place_to_come_back_from(index_of_row):
     assert [places[place] for place in listed(found.back, len(places))] == adapted
 
 
-@given(slots_of_rows)
+@given(indices_of_rows)
 def test_no_number_of_rows_per_group_is_cheaper(index_of_row):
     counts = [index_of_row.count(adapter) for adapter in set(index_of_row) - {-1}]
 
