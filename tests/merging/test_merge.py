@@ -93,7 +93,7 @@ def test_a_failed_merge_leaves_the_base_as_it_was(monkeypatch):
     assert base_hash(model) == hashed
 
 
-def test_pristine_weights_can_stay_in_the_checkpoint_file(tiny_llama):
+def test_original_weights_can_stay_in_the_checkpoint_file(tiny_llama):
     file = tiny_llama / "model.safetensors"
     bits = file.read_bytes()
     model, _ = lk.load_model(str(tiny_llama))
