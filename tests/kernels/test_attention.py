@@ -200,7 +200,7 @@ def test_attention_on_a_gpu_equals_naive_attention(rule):
 
 
 @pytest.fixture
-def opaque():
+def custom_op():
     """Return attention through the operation that a compiler does not look into."""
 
     def attend(q, k, v, packed, rule):
@@ -212,28 +212,28 @@ def opaque():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_opaque_operation_gives_the_same_and_its_gradients(opaque, rule):
-    check(opaque, sequences_of([[5, 1, 3], [7]], padding=2), RULES[rule])
+def test_the_custom_op_gives_the_same_and_its_gradients(custom_op, rule):
+    check(custom_op, sequences_of([[5, 1, 3], [7]], padding=2), RULES[rule])
 
 
-def test_the_opaque_operation_drops_the_same_forwards_and_backwards(opaque):
+def test_the_custom_op_drops_the_same_forwards_and_backwards(custom_op):
     packed = sequences_of([[4, 3]])
     q, k, v = inputs(packed, heads=(2, 2))
     rule = Rule(scale=0.4, dropout=0.5)
 
     def drop(v):
         torch.manual_seed(3)
-        return opaque(q, k, v, packed, rule)
+        return custom_op(q, k, v, packed, rule)
 
     outer = torch.randn(drop(v).shape, dtype=v.dtype)
     (slope,) = torch.autograd.grad(drop(v), v, outer)
     # What comes out is linear in v, if the same probabilities are dropped.
     torch.testing.assert_close((slope * v).sum(), (drop(v) * outer).sum())
     torch.manual_seed(4)
-    assert not torch.equal(opaque(q, k, v, packed, rule), drop(v))
+    assert not torch.equal(custom_op(q, k, v, packed, rule), drop(v))
 
 
-def test_the_opaque_operation_refuses_a_batch_of_another_size(opaque):
+def test_the_custom_op_refuses_a_batch_of_another_size(custom_op):
     tensors = inputs(sequences_of([[4, 3]]))
     with pytest.raises(ModelError, match=r"1×7 tokens and keys of 7 .* of 1×9"):
-        opaque(*tensors, sequences_of([[4, 5]]), RULES["causal"])
+        custom_op(*tensors, sequences_of([[4, 5]]), RULES["causal"])

@@ -31,7 +31,7 @@ def numbers(use):
     return torch.arange(D_OUT)[slice(None) if use.entries is None else use.entries]
 
 
-def oracle(output, x, factors, spans):
+def reference(output, x, factors, spans):
     """The same from plain torch, one factor after the other, by autograd."""
     output, tokens = output.reshape(-1, D_OUT), x.reshape(-1, D_IN)
     for number, each in enumerate(factors):
@@ -62,7 +62,7 @@ def gradients(function, output, x, factors, spans, *, of_x=True):
 
 
 def check_equal(output, x, factors, spans, *, of_x=True):
-    expected = gradients(oracle, output, x, factors, spans, of_x=of_x)
+    expected = gradients(reference, output, x, factors, spans, of_x=of_x)
     found = gradients(add_updates, output, x, factors, spans, of_x=of_x)
     precision = max((output.dtype, factors[0].a.dtype), key=lambda d: torch.finfo(d).eps)
     for ours, plains in zip(found, expected, strict=True):
@@ -177,7 +177,7 @@ def test_a_frozen_layers_output_is_overwritten_only_where_autograd_has_no_view_o
     assert torch.equal(output.detach(), before) == is_view
     changed.square().sum().backward()
     found, x.grad = x.grad, None
-    oracle(layer(x), x, factors, spans).square().sum().backward()
+    reference(layer(x), x, factors, spans).square().sum().backward()
     torch.testing.assert_close(found, x.grad)
 
 

@@ -191,7 +191,7 @@ def test_only_the_vectors_train_and_infix_and_prefix_both_do():
     assert all(gradient.any(1).all() for gradient in moved.values())
 
 
-def test_gradients_are_those_of_the_oracle():
+def test_gradients_are_those_of_the_reference():
     model = prefixed("gpt2")
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.shape[0] == PREFIX + INFIX)
