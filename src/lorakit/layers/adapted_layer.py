@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.layers.class_swap import SwappedModule, swap_back, swapped_class
 from lorakit.layers.operation import Operation
 from lorakit.layers.route import Route
 from lorakit.models.base import base_modules
+from lorakit.upstream.private_names import own_parameters
 
 
 def bank_key(name: str) -> str:
@@ -19,10 +22,10 @@ def bank_key(name: str) -> str:
     return "@" + name.replace("%", "%25").replace(".", "%2E")
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(SwappedModule):
     """Mixed into a layer's own class by `convert`; see docs/design/layers.md for the reasons."""
 
-    base_class: type[nn.Module]
+    prefix = "Adapted"
     adapter_bank: nn.ModuleDict
     adapter_route: Route
     adapter_number: int
@@ -56,7 +59,7 @@ class AdaptedLayer(nn.Module):
             return super().forward(*args, **kwargs)
         output = None if operation.replaces_output else super().forward(*args, **kwargs)
         if kwargs:
-            args = _positional(self.base_class.forward, self, args, kwargs)
+            args = _positional(self.own_class.forward, self, args, kwargs)
         if isinstance(output, tuple):
             # Blocks of some families return more than the hidden states.
             return (operation.adapt(self, args, output[0]), *output[1:])
@@ -64,7 +67,7 @@ class AdaptedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists only in this process; a copy or a pickle makes it anew.
-        return _blank, (self.base_class, self.uncalled), self.__dict__
+        return _blank, (self.own_class, self.uncalled), self.__dict__
 
 
 def _positional(
@@ -76,9 +79,6 @@ def _positional(
     return bound.args[1:]
 
 
-_ADAPTED: dict[tuple[type[nn.Module], tuple[str, ...]], type[AdaptedLayer]] = {}
-
-
 def adapted_class(base: type[nn.Module], uncalled: tuple[str, ...] = ()) -> type[AdaptedLayer]:
     """The subclass of a layer's class that looks for its operation; made once for each class.
 
@@ -86,19 +86,15 @@ def adapted_class(base: type[nn.Module], uncalled: tuple[str, ...] = ()) -> type
         base: the layer's own class.
         uncalled: parameters that are used without a module call.
     """
-    if (base, uncalled) not in _ADAPTED:
-        members = {
-            "base_class": base,
-            "uncalled": uncalled,
-            **{n: _read_as_routed(n) for n in uncalled},
-        }
-        _ADAPTED[base, uncalled] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), members)
-    return _ADAPTED[base, uncalled]
+    properties = ((name, _read_as_routed(name)) for name in uncalled)
+    made = swapped_class(AdaptedLayer, base, ("uncalled", uncalled), *properties)
+    return cast(type[AdaptedLayer], made)
 
 
+@cache
 def _read_as_routed(name: str) -> property:
     def read(layer: AdaptedLayer) -> Tensor:
-        weight, operation = cast(Tensor, layer._parameters[name]), layer.current_operation()
+        weight, operation = cast(Tensor, own_parameters(layer)[name]), layer.current_operation()
         return weight if operation is None else operation.read(name, weight)
 
     return property(read)
@@ -137,7 +133,7 @@ def convert(
 def restore(layer: nn.Module) -> None:
     """Turn an adapted layer into what it was before `convert`."""
     assert isinstance(layer, AdaptedLayer)
-    layer.__class__ = layer.base_class  # type: ignore[assignment]
+    swap_back(layer)
     for name in ("bank", "route", "number", "path", "input"):
         delattr(layer, f"adapter_{name}")
 

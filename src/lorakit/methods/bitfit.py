@@ -107,7 +107,7 @@ def _biased(model: nn.Module, *, only: Collection[str] | None = None) -> tuple[s
 
 def adds_bias(module: nn.Module) -> bool:
     """Whether a module's output is its matmul, convolution or norm plus its bias."""
-    own = module.base_class if isinstance(module, AdaptedLayer) else type(module)
+    own = module.own_class if isinstance(module, AdaptedLayer) else type(module)
     return isinstance(module, BIASED) or own.__name__ in BIASED_BY_NAME
 
 

@@ -81,7 +81,7 @@ def is_adaptable(layer: nn.Module) -> bool:
     """Whether LoRA knows what this layer computes from its weight."""
     kinds = (nn.Linear, Conv1D, nn.Embedding, *ConvNd)
     kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
-    own = layer.base_class if isinstance(layer, AdaptedLayer) else type(layer)
+    own = layer.own_class if isinstance(layer, AdaptedLayer) else type(layer)
     if kind is None or own is NonDynamicallyQuantizableLinear:
         # MultiheadAttention reads this projection's weight and never calls it.
         return False

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.kernels.norms_and_gates import GateActivation, gated, rms_norm
+from lorakit.layers.class_swap import SwappedModule, swap_back, swapped_class
 from lorakit.models.base import base_modules
 from lorakit.models.quantized_weight import float_weight
 from lorakit.upstream.private_names import has_hooks, own_buffers, own_modules, own_parameters
@@ -24,10 +25,10 @@ from lorakit.upstream.private_names import has_hooks, own_buffers, own_modules, 
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
-class MemoryEfficientModule(nn.Module):
+class MemoryEfficientModule(SwappedModule):
     """Mixed into a module's own class for as long as a run lasts."""
 
-    own_class: type[nn.Module]
+    prefix = "MemoryEfficient"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A copy or a pickle is not part of the run: it gets the module's own class.
@@ -71,20 +72,6 @@ def _is_special(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
 
 
-_MADE: dict[tuple[type[nn.Module], type[nn.Module], str | None], type[nn.Module]] = {}
-
-
-def _memory_efficient_class(
-    kind: type[nn.Module], own: type[nn.Module], activation: str | None
-) -> type[nn.Module]:
-    """The subclass of a module's class that keeps less; there is one of each sort."""
-    key = (kind, own, activation)
-    if key not in _MADE:
-        members = {"own_class": own, "activation": activation}
-        _MADE[key] = type(f"Economical{own.__name__}", (kind, own), members)
-    return _MADE[key]
-
-
 @contextmanager
 def memory_efficient(model: nn.Module) -> Iterator[list[str]]:
     """Let a model's frozen norms and gated activations keep less for the backward pass.
@@ -95,17 +82,17 @@ def memory_efficient(model: nn.Module) -> Iterator[list[str]]:
     Yields:
         The paths of the modules that changed. They change back at the end, also after an error.
     """
-    changed: dict[str, tuple[nn.Module, type[nn.Module]]] = {}
+    changed: dict[str, nn.Module] = {}
     try:
         for path, module in base_modules(model):
             better = _better_class(module)
             if better is not None:
-                changed[path] = (module, type(module))
+                changed[path] = module
                 module.__class__ = better
         yield list(changed)
     finally:
-        for module, own in changed.values():
-            module.__class__ = own
+        for module in changed.values():
+            swap_back(module)
 
 
 def _better_class(module: nn.Module) -> type[nn.Module] | None:
@@ -115,10 +102,10 @@ def _better_class(module: nn.Module) -> type[nn.Module] | None:
         # A forward of the object's own belongs to whoever put it there.
         return None
     if _looks_like_norm(module) and _is_rms_norm(module):
-        return _memory_efficient_class(MemoryEfficientNorm, own, None)
+        return swapped_class(MemoryEfficientNorm, own)
     if set(own_modules(module)) == MLP_PARTS and not own_parameters(module):
         activation = _activation_of(module)
-        return activation and _memory_efficient_class(MemoryEfficientMLP, own, activation)
+        return activation and swapped_class(MemoryEfficientMLP, own, ("activation", activation))
     return None
 
 
