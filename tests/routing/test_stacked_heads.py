@@ -236,7 +236,7 @@ def test_heads_answer_in_inference_mode_and_beside_a_forward_pass_with_gradients
 
 COMPILED = """
 import torch
-from test_heads import WIDTHS, adapted, stacks
+from test_stacked_heads import WIDTHS, adapted, stacks
 import lorakit as lk
 model = adapted("roberta", train=True).double()
 compiled = torch.compile(model.classifier, backend="eager", fullgraph=True)
