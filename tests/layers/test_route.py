@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from oracles import attach_random
+from references import attach_random
 from prefix_oracle import prefixed
 
 import lorakit as lk

@@ -224,7 +224,7 @@ def test_rows_are_grouped_and_weights_gathered_once_for_a_route(monkeypatch):
 
     model = adapted("llama")[0]
     calls = []
-    for module, name in ((grouped, "gather"), (mixed, "arrange")):
+    for module, name in ((grouped, "gather"), (mixed, "group_rows")):
         real = getattr(module, name)
         spy = lambda *args, real=real, **kw: calls.append(args) or real(*args, **kw)  # noqa: E731
         monkeypatch.setattr(module, name, spy)
