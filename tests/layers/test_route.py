@@ -7,13 +7,13 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from references import attach_random
-from prefix_oracle import prefixed
 
 import lorakit as lk
 from lorakit.errors import RouteError
 from lorakit.layers.route import Frame, Route
 from lorakit.layers.token_positions import TokenPositions
+from prefix_reference import prefixed
+from references import attach_random
 from tiny_models import build
 
 SWITCHED, BLOCK = Frame.of({}, "switched"), Frame.of({}, "block")
