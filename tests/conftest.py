@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from shape_checks import spare_shapeless_functions
+
 # Set before transformers is imported; nothing that is tested may need a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Before lorakit is imported, by whichever test.
+spare_shapeless_functions()
 
 # Temporary folders in memory, where there is enough of it: pytest's own variable.
 MEMORY = Path("/dev/shm")

@@ -43,6 +43,8 @@ WAYS = ("4bit", "8bit")
 SOME = ("llama", "gpt2", "opt", "bert", "roberta", "deberta-v2")
 # Its projections are a subclass of Linear, of which only Falcon itself knows what it computes.
 QUANTIZABLE = tuple(family for family in FAMILIES if family != "falcon")
+# In `make test`: layers of other kinds and names than those of most families.
+SHOWN = (*SOME, "t5", "vit", "gemma2", "bloom", "gpt_neox", "phi3")
 
 
 def quantized(family, way="4bit", *, double=True):
@@ -72,7 +74,14 @@ def state(model):
 
 @pytest.mark.parametrize(
     ("family", "way"),
-    [*((each, "4bit") for each in QUANTIZABLE), ("llama", "8bit"), ("bert", "8bit")],
+    [
+        ("llama", "8bit"),
+        ("bert", "8bit"),
+        *(
+            pytest.param(each, "4bit", marks=() if each in SHOWN else pytest.mark.thorough)
+            for each in QUANTIZABLE
+        ),
+    ],
 )
 def test_a_quantised_model_computes_what_its_dequantised_copy_does(family, way):
     model, original = quantized(family, way)
