@@ -203,7 +203,7 @@ def test_a_model_that_takes_no_positions_or_raises_is_left_padded(monkeypatch):
 
     monkeypatch.setattr(packing_module, "attention_within", failing)
     packing = choose_packing(model, task="generation", packing="auto")
-    assert packing.reason == "llama fails with segments: no segments here"
+    assert packing.reason == "llama fails with packed sequences: no packed sequences here"
     assert not packing.segmented
 
 

@@ -14,16 +14,15 @@ from transformers import TrainerCallback
 
 from lorakit.config.train import TrainConfig
 from lorakit.training.prepare import prepare
-from lorakit.training.run import Run, run_alone
+from lorakit.training.run import Run, execute, while_training
 
 
 def losses(config):
     """The losses of a run, and the words for how its rows were laid out."""
     prepared = prepare(config)
-    run_alone(
-        Run(config=config, prepared=prepared, checkpoint=None),
-        bar=TrainerCallback(),
-    )
+    run = Run(config=config, prepared=prepared, checkpoint=None)
+    with while_training(prepared.model, config) as interruption:
+        execute(run, interruption, bar=TrainerCallback())
     assert all(module._compiled_call_impl is None for module in prepared.model.modules())
     lines = map(json.loads, (config.out / "log.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line], str(prepared.packing)
