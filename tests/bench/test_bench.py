@@ -159,6 +159,7 @@ def test_peak_memory_counts_what_this_process_held():
     assert sweep.peak_bytes() > len(held)
 
 
+@pytest.mark.thorough
 def test_memory_is_that_of_a_process_for_each_way(tiny_llama):
     settings = SweepConfig(model=str(tiny_llama), adapters=2, threads=1)
     found = sweep._memory(settings, ["separate"])

@@ -67,6 +67,7 @@ def test_every_wrong_setting_is_told_before_anything_is_trained(compare):
     assert "rates: dora is not among the methods" in printed.err
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_stopped_ends_alone_and_is_named(compare):
     code, printed = compare("--methods", '{"lora": {}}', "--rates", '{"lora": [1e-3, 1e30]}')
     assert code == 0

@@ -13,6 +13,7 @@ def run(model, rows, out):
     )
 
 
+@pytest.mark.thorough
 def test_a_run_is_timed_until_it_has_logged_a_step_and_is_ended_then(
     tiny_llama, prompt_rows, tmp_path
 ):

@@ -62,6 +62,7 @@ def test_training_learns_on_a_base_of_few_bits_and_records_it(settings):
     assert "bitsandbytes" in card["versions"]
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_ends_in_the_same_bytes(settings):
     operations = {"double_quantization": False, "memory": "balanced", "steps": 6, "save_every": 3}
     whole = train(settings(**operations))

@@ -92,6 +92,7 @@ def test_triton_by_name_is_refused_where_it_cannot_work():
         group_rows([0], kernels="triton")
 
 
+@pytest.mark.thorough
 def test_plain_torch_does_not_import_triton():
     code = (
         "import sys, torch, lorakit\n"

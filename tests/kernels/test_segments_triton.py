@@ -99,6 +99,7 @@ compile(
 """
 
 
+@pytest.mark.thorough
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path, forks):
     # The interpreter accepts what the compiler may not: shapes of products, mixed types.
     forks.run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

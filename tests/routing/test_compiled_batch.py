@@ -106,12 +106,14 @@ assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gpt2", pytest.param("gpt_neox", marks=pytest.mark.thorough)]
+    "family",
+    ["gpt2", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("llama", "gpt_neox"))],
 )
 def test_a_new_route_and_a_new_resident_compile_nothing(family, forks):
     forks.run(PROGRAM.format(family=family))
 
 
+@pytest.mark.thorough
 def test_rows_are_counted_in_front_of_the_compiled_code_and_beams_are_known(forks):
     forks.run(ROWS)
 

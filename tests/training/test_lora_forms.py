@@ -82,7 +82,10 @@ def test_all_moves_but_what_does_not_train(run):
     config, result = run
     before = lk.Adapter.load(result.out / "checkpoints" / f"checkpoint-{CHECKPOINT}")
     after = lk.Adapter.load(result.out)
-    tensors = split_frozen_factors(before.sites, before.tensors), split_frozen_factors(after.sites, after.tensors)
+    tensors = (
+        split_frozen_factors(before.sites, before.tensors),
+        split_frozen_factors(after.sites, after.tensors),
+    )
     still = {name for name, tensor in tensors[0].items() if torch.equal(tensor, tensors[1][name])}
     ends = ("lora_a",) if config.lora.freeze_a else ("frozen_a", "frozen_b")
     assert still == {name for name in tensors[0] if name.endswith(ends)}

@@ -109,6 +109,7 @@ def test_a_rate_that_is_asked_for_holds_for_all_methods(tmp_path):
     assert groups(build("gpt2"), config).keys() == {0.25}
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_keeps_the_rates(tiny_bert, label_rows, tmp_path):
     config = lk.TrainConfig(
         model=str(tiny_bert),

@@ -111,6 +111,7 @@ def test_every_step_has_the_loss_of_plain_torch(settings, tmp_path, monkeypatch)
     assert found["ours"][-1] < 0.9 * found["ours"][0]
 
 
+@pytest.mark.thorough
 def test_another_seed_gives_another_adapter(settings, tmp_path):
     first = train(settings(out=tmp_path / "first"))
     second = train(settings(out=tmp_path / "second", seed=1))
@@ -215,7 +216,7 @@ def test_accumulated_batches_equal_one_large_batch(settings, tmp_path):
         torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("memory", ["balanced", "low"])
+@pytest.mark.parametrize("memory", ["low", pytest.param("balanced", marks=pytest.mark.thorough)])
 def test_recomputation_changes_nothing(settings, tmp_path, memory):
     without = train(settings(out=tmp_path / "one"))
     with_it = train(settings(out=tmp_path / "two", memory=memory))
@@ -224,7 +225,9 @@ def test_recomputation_changes_nothing(settings, tmp_path, memory):
         torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize(
+    "task", ["classification", pytest.param("regression", marks=pytest.mark.thorough)]
+)
 def test_encoders_learn_labels(settings, tiny_bert, label_rows, tmp_path, task):
     file = label_rows
     if task == "regression":
@@ -286,6 +289,7 @@ def test_truncated_rows_are_reported_before_training(settings, capfd, prompt_row
     assert "cut 64 prompts" in capfd.readouterr().err
 
 
+@pytest.mark.thorough
 def test_bfloat16_training_stays_finite(settings):
     result = train(settings(dtype="bfloat16"))
     assert math.isfinite(result.last_loss)

@@ -182,6 +182,7 @@ def test_a_classifier_trains_with_the_tokens_behind_its_first(settings, tiny_ber
     assert row[-3:] == [66, 67, 68]
 
 
+@pytest.mark.thorough
 def test_trials_of_a_sweep_train_as_alone(settings, tmp_path):
     trials = [
         {"method": ["prefix-layer"], "name": "layer"},

@@ -100,6 +100,7 @@ def test_compiled_rows_are_joined_where_others_are(runs):
     assert runs["padded"]["packing"] == "padded"
 
 
+@pytest.mark.thorough
 def test_the_real_compiler_gives_the_same_losses(deep, prompt_rows, tmp_path, forks):
     backend = "inductor" if shutil.which("g++") else "aot_eager"
     folder = deep("llama", num_hidden_layers=3)

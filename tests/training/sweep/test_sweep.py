@@ -97,6 +97,7 @@ def assert_trials_equal_separate_runs(config, tmp_path, *, tolerance):
     return result
 
 
+@pytest.mark.thorough
 def test_trials_equal_separate_runs(settings, tmp_path, in_float64):
     # Texts, unlike answers, have a label on their first token.
     texts = tmp_path / "texts.jsonl"
@@ -146,6 +147,7 @@ def tiny_bert_without_dropout(tiny_bert, tmp_path):
     return folder
 
 
+@pytest.mark.thorough
 def test_recomputation_changes_nothing(settings, tmp_path, in_float64):
     config = settings({"lora.rank": [1, 4]}, memory="low", steps=5, eval_every=5)
     assert_trials_equal_separate_runs(config, tmp_path, tolerance=1e-6)
@@ -163,6 +165,7 @@ def test_one_loss_pass_serves_all_trials_and_shrinks_as_they_end(settings, monke
     assert rows == [["short", "long"]] * 3 + [["long"]] * 2
 
 
+@pytest.mark.thorough
 def test_patience_ends_one_trial_alone(settings, monkeypatch):
     coming = {1: iter([3.0, 1.0, 2.0, 2.0, 2.0]), 4: iter([9.0, 8.0, 7.0, 6.0, 5.0])}
 
@@ -255,7 +258,10 @@ def press_ctrl_c():
 ENDS = [(press_ctrl_c, KeyboardInterrupt, 0.0), (cut_power, PowerCut, 1e-4)]
 
 
-@pytest.mark.parametrize(("end", "error", "tolerance"), ENDS, ids=["ctrl-c", "killed"])
+@pytest.mark.parametrize(
+    ("end", "error", "tolerance"),
+    [pytest.param(*ENDS[0], id="ctrl-c", marks=pytest.mark.thorough), ENDS[1]],
+)
 def test_an_ended_sweep_resumes_to_the_same_adapters(
     settings, tmp_path, at_pass, end, error, tolerance
 ):
@@ -372,6 +378,7 @@ def test_a_sweep_leaves_figures_a_table_and_a_plot(settings):
     assert (result.out / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_without_matplotlib_the_table_says_what_is_missing(settings, monkeypatch):
     monkeypatch.setattr(sweep_plot, "is_available", lambda: False)
     result = sweep(settings({"lora.rank": [1, 4]}, steps=4))
@@ -379,6 +386,7 @@ def test_without_matplotlib_the_table_says_what_is_missing(settings, monkeypatch
     assert not (result.out / "sweep.png").exists()
 
 
+@pytest.mark.thorough
 def test_without_validation_trials_are_compared_by_training_loss(settings, prompt_rows):
     config = settings({"seed": [0, 1]}, data=DataConfig(train=str(prompt_rows)))
     result = sweep(config)
