@@ -1,1 +1,1 @@
-"""A training run, from settings to an adapter folder."""
+"""A training run and its resumption, from settings to an adapter folder."""

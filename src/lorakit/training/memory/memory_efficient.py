@@ -1,6 +1,6 @@
 """Frozen norms and gated activations that keep less for the backward pass, while a run lasts.
 
-A module takes part if it computes what `lorakit.kernels.norms_and_gates` does, which is tried, not
+A module takes part if it computes what `lorakit.kernels.norms_and_gates` does. That is probed, not
 looked up: transformers' classes have many names for the same lines, and one name for different
 ones. As with adapted layers, the class of the object changes and nothing else does.
 """
@@ -43,7 +43,7 @@ class MemoryEfficientNorm(MemoryEfficientModule):
     variance_epsilon: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the module's own class does; where x has a gradient, with less kept."""
+        """The own class's output; where x has a gradient, less is kept for the backward pass."""
         weight = self.weight
         if not _records(x) or weight.requires_grad or x.dtype != weight.dtype:
             return super().forward(x)
@@ -56,7 +56,7 @@ class MemoryEfficientMLP(MemoryEfficientModule):
     activation: GateActivation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the module's own class does, with less kept for the backward pass."""
+        """The own class's output, with less kept for the backward pass."""
         parts = cast(Any, self)
         if not (torch.is_grad_enabled() and self.training) or _is_special(x):
             return super().forward(x)
@@ -123,7 +123,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
-    """Tell by trial, with the module's own weight, whether it is the norm of `rms_norm`."""
+    """Whether a module is the norm of `rms_norm`, by a probe with its own weight."""
     weight, eps = cast(Tensor, module.weight), cast(float, module.variance_epsilon)
     x = _sample(len(weight), weight)
     return _agree(module.forward, lambda x: rms_norm(x, weight, eps), x)
@@ -158,7 +158,7 @@ def _reversed(x: Tensor) -> Tensor:
 
 
 def _sample(width: int, like: Tensor) -> Tensor:
-    """Return some tokens of usual and of small sizes."""
+    """Tokens of usual and of small sizes."""
     scales = torch.tensor([[4.0], [1.0], [0.01]])
     tokens = torch.linspace(-1, 1, 3 * width).reshape(3, width).roll(width // 3, dims=-1) * scales
     return tokens.to(like.device, like.dtype).requires_grad_()
