@@ -140,6 +140,9 @@ def main() -> None:
     parser.add_argument("--settings", type=Path, default=HERE / "train_e2e.yaml")
     parser.add_argument("--rounds", type=int, default=3, help="pairs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of the base; float32 for processors without bfloat16"
+    )
     parser.add_argument("--tiny", action="store_true", help="try the program on small sizes")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     given = parser.parse_args()
@@ -149,7 +152,11 @@ def main() -> None:
         for source in sources.values():
             if changed := uncommitted(source):
                 raise SystemExit(f"error: {source} has uncommitted changes: {', '.join(changed)}")
-    flags = {name: [*more, *(TINY[name] if given.tiny else [])] for name, more in SHORT.items()}
+    precision = ["--dtype", given.dtype]
+    flags = {
+        name: [*more, *precision, *(TINY[name] if given.tiny else [])]
+        for name, more in SHORT.items()
+    }
     runs: dict[str, list[Run]] = {state: [] for state in sources}
     for number in range(given.rounds):
         for state, source in sources.items():
