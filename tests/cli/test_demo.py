@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from lorakit.cli import demo
 from lorakit.cli.main import main
 
@@ -26,6 +28,7 @@ def test_the_demo_trains_switches_merges_and_leaves_the_base_unchanged(
     assert "exists and is not empty" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_the_demo_prints_a_table_and_what_to_do_next(tiny_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "MODEL", str(tiny_llama))
     assert main(["demo", "--out", str(tmp_path / "demo"), "--steps", "2", "--rows", "1"]) == 0

@@ -130,6 +130,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(run):
     compare_all_ends(Path("out"), exact=repeats_bits())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("run", RUNS, indirect=True)
 def test_a_run_from_the_start_comes_to_the_same_end(run):
     if not repeats_bits():

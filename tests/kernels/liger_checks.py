@@ -102,7 +102,7 @@ def both(function, *inputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 3, 24), (5, 300)])
+@pytest.mark.parametrize("shape", [(2, 3, 24), pytest.param((5, 300), marks=pytest.mark.thorough)])
 def test_a_norm_and_its_gradient(shape, dtype, calls):
     weight = random(shape[-1], dtype=dtype, seed=2)
     for found, wanted in both(
@@ -206,7 +206,7 @@ def answer(hidden, head, kernels, **options):
     return total.detach(), losses, leaf.grad
 
 
-@pytest.mark.parametrize("vocabulary", [3, 70])
+@pytest.mark.parametrize("vocabulary", [70, pytest.param(3, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_loss_and_gradient_equal_plain_torch(vocabulary, options, calls):
     for dtype in DTYPES:

@@ -245,6 +245,7 @@ def held_bytes(model):
     return sum(own.values()) + sum(s.numel() * s.element_size() for s in scales)
 
 
+@pytest.mark.thorough
 def test_smollm2_takes_half_the_memory_in_4_bits_and_knows_its_original():
     model, _ = load_model("smollm2", dtype="bfloat16")
     before, original = held_bytes(model), identify(model)

@@ -305,6 +305,7 @@ def test_a_choice_of_a_wrong_kind_is_told(wrong):
         inspect.unwrap(choices._combination)(wrong, 1)
 
 
+@pytest.mark.thorough
 def test_compiled_models_answer_and_train_alike(forks):
     # Apart, without the shape checks of the tests, which are not for compiling.
     forks.run("""

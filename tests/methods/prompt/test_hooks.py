@@ -368,6 +368,7 @@ print("refused")
 """
 
 
+@pytest.mark.thorough
 def test_a_compiled_model_is_refused_and_its_base_is_not(forks):
     assert "refused" in forks.run(COMPILED)
 

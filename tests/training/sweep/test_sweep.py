@@ -117,6 +117,7 @@ def test_trials_equal_separate_runs_in_float32(settings, tmp_path):
     assert_trials_equal_separate_runs(config, tmp_path, tolerance=1e-5)
 
 
+@pytest.mark.thorough
 def test_trials_with_heads_and_biases_equal_separate_runs(
     settings, tmp_path, label_rows, tiny_bert_without_dropout, in_float64
 ):
@@ -212,6 +213,7 @@ def test_a_sweep_without_a_finished_trial_is_an_error(settings):
     assert str(raised.value).count("the loss became") == 2
 
 
+@pytest.mark.thorough
 def test_a_defect_in_one_trial_is_raised_after_the_others_are_written(settings, monkeypatch):
     def fail(model, *args, **kwargs):
         if lk.extract(model).lora.rank == 1:
