@@ -185,6 +185,15 @@ def test_copies_other_than_the_settings_ask_for_are_listed():
         lk.attach(build("llama", num_hidden_layers=3), saved, allow_other_base=True)
 
 
+def test_a_saved_adapter_whose_blocks_are_not_there_is_one_problem():
+    model = build("llama", num_hidden_layers=3)
+    lk.attach(model, lk.FullConfig(only_top=True, top=3))
+    saved = lk.extract(model)
+    with pytest.raises(AdapterFileError, match=r"full\.top is 3, but there are 2 blocks") as caught:
+        lk.attach(build("llama"), saved, allow_other_base=True)
+    assert "trains none here" not in str(caught.value)
+
+
 def test_lora_below_the_trained_blocks_is_one_adapter_with_each_tensor_its_method():
     model = build("gpt2")
     with pytest.raises(TargetError, match="copied in full and adapted too"):

@@ -74,11 +74,13 @@ class _Found:
         """Every component: those of files' sites and copies, and what follows from the settings."""
         low_rank = list(self._low_rank())
         copies = list(self._copies(other_heads))
-        others = self._wanted()
+        others, told = self._wanted()
         of_copy = {each.path: each.method for each in others if isinstance(each, TrainedCopy)}
         kept = [replace(each, method=of_copy.get(each.path, each.method)) for each in copies]
+        self.problems += told
         if keeps_ties(self._adapter.configs):
-            self.problems += _other_copies(self._adapter, of_copy)
+            # Where the settings do not fit the model, no copy is as they ask.
+            self.problems += () if told else _other_copies(self._adapter, of_copy)
             kept = list(with_ties(self._base.model, kept))
         beside = [each for each in others if not isinstance(each, TrainedCopy)]
         found = [*low_rank, *kept, *beside]
@@ -90,10 +92,10 @@ class _Found:
         for site in self._adapter.sites:
             layer = self._base.by_path.get(site.path)
             problem = _site_problem(layer, site, config)
-            if layer is None or problem is not None:
-                self.problems.append(f"{problem}")
+            if problem is not None:
+                self.problems.append(problem)
                 self.refused |= {f"{site.name}.lora_{end}" for end in ends}
-            else:
+            elif layer is not None:
                 yield low_rank_component(layer, _on_layer(site, layer), config)
 
     def _copies(self, other_heads: Sequence[str]) -> Iterator[TrainedCopy]:
@@ -112,13 +114,12 @@ class _Found:
                 made = trained_copy(self._base.model, path, first.method, dtype=first.dtype)
                 yield _with_classes(made, module, tensors) if path in other_heads else made
 
-    def _wanted(self) -> tuple[Component, ...]:
-        """What the settings of methods ask for, but for low-rank updates."""
+    def _wanted(self) -> tuple[tuple[Component, ...], list[str]]:
+        """What the settings ask for, but for low-rank updates; or why the model lacks it."""
         try:
-            return wanted(self._base.model, self._adapter.configs, beside_lora=True)
+            return wanted(self._base.model, self._adapter.configs, beside_lora=True), []
         except LorakitError as error:
-            self.problems.append(str(error))
-            return ()
+            return (), [str(error)]
 
     def _biases(self, known: set[str]) -> Iterator[TrainedBias]:
         """The trained biases that only the adapter's own tensors tell of, as LoRA's do."""
