@@ -379,6 +379,15 @@ def test_a_record_that_contradicts_itself_is_refused(saved: Path) -> None:
     assert f"{RECORD} contradicts itself" in refusal(saved)
 
 
+def test_a_scale_beyond_all_numbers_is_refused(saved: Path) -> None:
+    from lorakit.adapter.record import checksum
+
+    content = json.loads((saved / RECORD).read_text())
+    content["sites"][0]["scale"] = 1e308
+    (saved / RECORD).write_text(json.dumps(content | {"checksum": checksum(content)}))
+    assert f"{RECORD} contradicts itself" in refusal(saved)
+
+
 def test_loading_a_folder_enters_its_reader_three_times(saved: Path) -> None:
     entered: list[str] = []
 

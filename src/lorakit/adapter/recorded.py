@@ -35,7 +35,7 @@ def recorded_adapter(
         expected = outline.tensors if config is None else encode(layers, outline.tensors)
         problems = [] if config is None else list(disagreements(config, outline, layers))
     # Only someone who also computed a new checksum gets here.
-    except (IndexError, KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
+    except (IndexError, KeyError, RuntimeError, ValueError, ArithmeticError) as error:
         raise AdapterFileError(f"{folder}: {RECORD_FILE} contradicts itself: {error}") from error
     problems += misfits(expected, found)
     tensors = dict(found)
