@@ -155,8 +155,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(settings, tmp_path, step):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"lora": {"rank": 1, "targets": "all-linear"}}, "lora: rank is 1, and was 4"),
-        ({"method": "bitfit", "bitfit": {"add_missing": True}}, "bitfit: add_missing is True"),
+        ({"lora": {"rank": 1, "targets": "all-linear"}}, "lora.rank is 1, and was 4"),
+        ({"method": "bitfit", "bitfit": {"add_missing": True}}, "bitfit.add_missing is yes"),
     ],
 )
 def test_a_run_is_not_resumed_as_another(settings, changes, problem):

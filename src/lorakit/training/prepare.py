@@ -93,22 +93,22 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
         check_compile(config)
     source_of = _sources(configs)
     sources = {name: configs[name] for name in source_of.values()}
-    read = _for_each(sources, _read)
+    read = for_each(sources, _read)
     task, labels = _shared(read)
     first = next(iter(configs.values()))
     model, tokenizer = _load(first, task, labels)
     packing = _packing(model, task, first)
     check_memory(model, first)
-    plans = _for_each(
+    plans = for_each(
         configs,
         lambda config, name: _attach(
             model, config, name, _eva_batches(config, read[source_of[name]].training, tokenizer)
         ),
     )
     encode = _Encodings(model, tokenizer, read, source_of)
-    encoded = _for_each(configs, encode)
+    encoded = for_each(configs, encode)
     runs = {name: (config, encoded[name]) for name, config in configs.items()}
-    steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
+    steps = for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
     return {
         name: Prepared(
             name=name,
@@ -156,7 +156,7 @@ def _sources(configs: Mapping[str, TrainConfig]) -> dict[str, str]:
     }
 
 
-def _for_each(given: Mapping[str, T], work: Callable[[T, str], U]) -> dict[str, U]:
+def for_each(given: Mapping[str, T], work: Callable[[T, str], U]) -> dict[str, U]:
     """The result of some work for each value and its name.
 
     Raises:
