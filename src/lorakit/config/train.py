@@ -28,6 +28,7 @@ from lorakit.config.methods import (
     config_of,
     defaults_of,
 )
+from lorakit.config.seed import Seed
 
 Format = Literal["auto", "prompt", "messages", "text", "classification"]
 RowField = Literal["prompt", "completion", "references", "messages", "text", "text_pair", "label"]
@@ -179,7 +180,7 @@ class TrainConfig(Settings):
     z_loss: Varies[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = 0.0
     """Factor on (log Σ exp(logits))², added to each loss to keep logits small (PaLM has 1e-4)."""
 
-    seed: Varies[Annotated[int, Field(ge=0)]] = 0
+    seed: Varies[Seed] = 0
     """Seed of the adapter's start, the row order and dropout."""
 
     eval_every: Extends[PositiveInt | None] = None
@@ -279,6 +280,18 @@ class TrainConfig(Settings):
         if self.lora_plus_ratio != 1 and "lora" not in self.method:
             methods = ", ".join(self.method)
             raise ValueError(f"lora_plus_ratio is LoRA's, and the method is {methods}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_scored(self) -> "TrainConfig":
+        asked = {
+            "eval_every": self.eval_every,
+            "patience": self.patience,
+            "data.validation_rows": self.data.validation_rows,
+        }
+        idle = [name for name, value in asked.items() if value is not None]
+        if idle and self.data.validation is None:
+            raise ValueError(f"data.validation names no rows to score, as {', '.join(idle)} asks")
         return self
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.attach import adapter_parameters, extract
+from lorakit.config.seed import generator_seed
 from lorakit.config.train import TrainConfig
 from lorakit.errors import OutputError, TrainingError
 from lorakit.methods.lora.pissa import split_frozen_factors
@@ -244,7 +245,7 @@ def make_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",
-        seed=config.seed,
+        seed=generator_seed(config.seed),
         eval_strategy="no" if config.data.validation is None else "steps" if every else "epoch",
         eval_steps=every,
         save_strategy="steps",
