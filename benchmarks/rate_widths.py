@@ -2,9 +2,9 @@
 
     python benchmarks/rate_widths.py [--out benchmarks/results/rate_widths.json]
 
-For each method and width: the rate at which so many steps of AdamW on one batch change its logits by
-a set share of their size. The slope of the rate against the width, both as logarithms, is the
-exponent of the rule of default rates (docs/methods.md). The models are random Llamas of two blocks.
+For each method and width: the rate at which so many steps of AdamW on one batch change its logits
+by a set share of their size. The slope of the rate against the width, both as logarithms, is the
+exponent of the rule of default rates (docs/methods.md). Models are random Llamas of two blocks.
 """
 
 from __future__ import annotations
