@@ -23,9 +23,9 @@ KINDS = (*JSON, CSV, TSV, PARQUET)
 """The ends of names of files that can be read."""
 
 _UNPACK: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
-    b"\x1f\x8b": gzip.open,  # type: ignore[dict-item]
-    b"BZh": bz2.open,  # type: ignore[dict-item]
-    b"\xfd7zXZ": lzma.open,  # type: ignore[dict-item]
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
 }
 """What opens a packed file, by the bytes that it begins with."""
 _PACKED = (".gz", ".bz2", ".xz")
