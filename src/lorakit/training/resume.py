@@ -10,6 +10,7 @@ from typing import Any
 
 from lorakit.config.marks import flat_settings
 from lorakit.config.train import TrainConfig
+from lorakit.data.encode import Encoded
 from lorakit.errors import TrainingError
 from lorakit.training.prepare import Prepared
 from lorakit.training.rates import rates_by_method
@@ -42,13 +43,12 @@ class RunRecord:
     @staticmethod
     def of(config: TrainConfig, prepared: Prepared, changes: Sequence[Change] = ()) -> RunRecord:
         """The record of a run."""
-        held_out = prepared.validation
         return RunRecord(
             settings={name: value for name, (_, value) in _compared(config).items()},
             rates=rates_by_method(config, prepared.plan),
             training=prepared.training.content_hash,
-            validation=held_out and held_out.content_hash,
-            labels=prepared.labels and list(prepared.labels),
+            validation=_hash(prepared.validation),
+            labels=None if prepared.labels is None else list(prepared.labels),
             changes=changes,
         )
 
@@ -177,5 +177,8 @@ def _rates(record: RunRecord) -> str:
 def scored_on_other_rows(prepared: Prepared, checkpoint: Path | None) -> bool:
     """Whether the scores before a checkpoint are of other validation rows than the run has now."""
     saved = RunRecord.load(checkpoint) if checkpoint else None
-    held_out = prepared.validation
-    return saved is not None and saved.validation != (held_out and held_out.content_hash)
+    return saved is not None and saved.validation != _hash(prepared.validation)
+
+
+def _hash(rows: Encoded | None) -> str | None:
+    return None if rows is None else rows.content_hash
