@@ -6,13 +6,13 @@ import bz2
 import difflib
 import glob
 import gzip
-import io
 import lzma
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
-from typing import IO
 
 from lorakit.data.problems import Problems
 from lorakit.errors import DataError
@@ -22,10 +22,10 @@ JSON, CSV, TSV, PARQUET = (".jsonl", ".ndjson", ".json"), ".csv", ".tsv", ".parq
 KINDS = (*JSON, CSV, TSV, PARQUET)
 """The ends of names of files that can be read."""
 
-_UNPACK: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
+_UNPACK: dict[bytes, Callable[[BufferedIOBase], BufferedIOBase]] = {
+    b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
 }
 """What opens a packed file, by the bytes that it begins with."""
 _PACKED = (".gz", ".bz2", ".xz")
@@ -50,14 +50,18 @@ class DataFile:
     prefix: str = ""
     """For messages, where a source has several files: this one's name and a space."""
 
-    def open(self) -> IO[bytes]:
-        """The file's bytes, unpacked."""
+    @contextmanager
+    def open(self) -> Iterator[BufferedIOBase]:
+        """The file's bytes, unpacked, to read inside a `with` block."""
         content = self.content
-        raw = content.open("rb") if isinstance(content, Path) else io.BytesIO(content)
-        start = raw.read(6)
-        raw.seek(0)
-        unpack = next((way for magic, way in _UNPACK.items() if start.startswith(magic)), None)
-        return unpack(raw) if unpack else raw
+        with ExitStack() as opened:
+            raw: BufferedIOBase = opened.enter_context(
+                content.open("rb") if isinstance(content, Path) else BytesIO(content)
+            )
+            start = raw.read(6)
+            raw.seek(0)
+            unpack = next((way for magic, way in _UNPACK.items() if start.startswith(magic)), None)
+            yield opened.enter_context(unpack(raw)) if unpack else raw
 
     def lines(self, problems: Problems) -> Iterator[str]:
         """The lines, each with its end; one that is not UTF-8 becomes a problem."""
