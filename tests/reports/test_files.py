@@ -166,7 +166,7 @@ def test_objects_over_several_lines(put):
     assert pairs(put("a.jsonl", text)) == pairs(put("a.json", text)) == PAIRS
     one = json.dumps(ROWS[0], indent=2)
     assert pairs(put("b.json", one)) == PAIRS[:1]
-    with pytest.raises(DataError, match="line 7: malformed JSON"):
+    with pytest.raises(DataError, match="line 6: malformed JSON"):
         pairs(put("c.json", f"{one}\n{{\n oops"))
 
 

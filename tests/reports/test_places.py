@@ -139,7 +139,7 @@ def test_a_second_run_in_one_folder_is_refused(settings, no_work):
 
 def test_a_run_that_ended_leaves_its_folder_free(settings):
     train(settings(steps=2))
-    assert (settings().out / LOCK).exists()
+    assert not (settings().out / LOCK).exists()
     assert train(settings(steps=4, resume=True)).steps == 4
 
 

@@ -9,7 +9,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
 )
 
@@ -52,7 +51,7 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _names_a_path(cls, value: Any, info: ValidationInfo) -> Any:
+    def _names_a_path(cls, value: Any, info: Any) -> Any:
         """Refuse an empty text as a path: Path("") is the working folder."""
         if value == "" and Path in _types(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("is empty: give a path (the working folder is .)")

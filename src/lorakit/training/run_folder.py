@@ -15,7 +15,7 @@ from lorakit.errors import OutputError, TrainingError
 from lorakit.training.trainer import list_checkpoints
 
 LOCK = ".lock"
-"""The file in a run's folder that its process holds locked; it says nothing, and stays."""
+"""The file in a run's folder that its process holds locked; it says nothing."""
 LOG = "log.jsonl"
 MADE_BY_A_RUN = (CONFIG_FILE, LOG, "checkpoints/checkpoint-*/trainer_state.json", f"*/{LOG}")
 """Files by which the folder of a run or a sweep is told from any other."""
@@ -45,13 +45,14 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
-        undo.callback(_remove_lock_alone, folder)
+        undo.callback(_remove, folder / LOCK)
         yield
 
 
-def _remove_lock_alone(folder: Path) -> None:
-    if _is_empty(folder):
-        (folder / LOCK).unlink(missing_ok=True)
+def _remove(lock: Path) -> None:
+    """Remove a lock that is held; one that another process has opened meanwhile is tried anew."""
+    with suppress(OSError):  # Windows removes it on release, and not before.
+        lock.unlink()
 
 
 def _remove_empty(made: list[Path]) -> None:
