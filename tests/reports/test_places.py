@@ -64,7 +64,7 @@ def path_settings():
                 yield pytest.param(verb_settings, name, id=f"{verb} {name}")
 
 
-@pytest.mark.parametrize(("verb_settings", "name"), path_settings())
+@pytest.mark.parametrize(("verb_settings", "name"), list(path_settings()))
 def test_an_empty_path_is_refused(verb_settings, name):
     with pytest.raises(ConfigError, match=f"{name}: is empty"):
         verb_settings(**{name: ""})
