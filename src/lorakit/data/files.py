@@ -25,7 +25,7 @@ KINDS = (*JSON, CSV, TSV, PARQUET)
 _UNPACK: dict[bytes, Callable[[BufferedIOBase], BufferedIOBase]] = {
     b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
     b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ": lzma.LZMAFile,
+    b"\xfd7zXZ": lambda raw: lzma.LZMAFile(cast("IO[bytes]", raw)),
 }
 """What opens a packed file, by the bytes that it begins with."""
 _PACKED = (".gz", ".bz2", ".xz")
