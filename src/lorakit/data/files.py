@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
+from typing import Any
 
 from lorakit.data.problems import Problems
 from lorakit.errors import DataError
@@ -22,10 +23,10 @@ JSON, CSV, TSV, PARQUET = (".jsonl", ".ndjson", ".json"), ".csv", ".tsv", ".parq
 KINDS = (*JSON, CSV, TSV, PARQUET)
 """The ends of names of files that can be read."""
 
-_UNPACK: dict[bytes, Callable[[BufferedIOBase], BufferedIOBase]] = {
+_UNPACK: dict[bytes, Callable[[Any], BufferedIOBase]] = {
     b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
     b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ": lambda raw: lzma.LZMAFile(cast("IO[bytes]", raw)),
+    b"\xfd7zXZ": lzma.LZMAFile,
 }
 """What opens a packed file, by the bytes that it begins with."""
 _PACKED = (".gz", ".bz2", ".xz")
