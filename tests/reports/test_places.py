@@ -103,7 +103,7 @@ def test_an_impossible_out_is_refused_first(
         ("merge", "--adapter", "none", "--out", "file/below"),
         ("convert", "--source", "none", "--out", "file/below"),
         ("demo", "--out", "file/below"),
-        ("evaluate", "--data.validation", "none", "--outputs", "file/below"),
+        ("evaluate", "--data.validation", "rows.jsonl", "--outputs", "file/below"),
     ],
 )
 def test_each_verb_refuses_an_impossible_out_first(words, tmp_path, monkeypatch, capsys):

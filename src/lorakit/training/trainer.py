@@ -156,11 +156,13 @@ class AdapterTrainer(BatchTrainer):
     def _unwritten(self, error: Exception) -> OutputError:
         """The error of a checkpoint that could not be written, with what is kept."""
         kept = list_checkpoints(self.checkpoints)
-        # The reason of a failed write is at the end of a chain of errors.
+        # The reason of a failed write is at the end of a chain of errors; torch's is of many lines.
         reason = error.__cause__ or error
+        said = getattr(reason, "strerror", None) or next(iter(str(reason).splitlines()), "")
+        free = shutil.disk_usage(self.checkpoints).free
         return OutputError(
             f"the checkpoint of step {self.state.global_step} could not be written to "
-            f"{self.checkpoints}: {getattr(reason, 'strerror', None) or reason}. "
+            f"{self.checkpoints}, where {free:,} bytes are free: {said}. "
             + (
                 f"That of step {step_of(kept[-1])} is kept: make room, and give --resume to go on"
                 if kept
