@@ -33,10 +33,8 @@ def check_place(path: Path, what: str = "") -> None:
     while not above.exists() and above != above.parent:
         above = above.parent
     if not above.is_dir():
-        where = (
-            f"{path} is a file" if above == path else f"{path} is below {above}, which is a file"
-        )
-        raise OutputError(f"{where}{what and f', and {what}'}: choose another name")
+        found = "is a file" if above == path else f"is below the file {above}"
+        raise OutputError(f"{path} {found}{what and f', and {what}'}: choose another name")
     try:
         with tempfile.TemporaryDirectory(dir=above, prefix=".lorakit-"):
             pass
