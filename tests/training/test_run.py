@@ -277,8 +277,8 @@ def test_mistakes_are_told_before_anything_is_written(settings, tmp_path):
         train(settings(warmup_steps=20))
     with pytest.raises(ConfigError, match=r"data\.train"):
         train(settings(data=DataConfig(), eval_every=None))
+    none = DataConfig(train=str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="does not exist"):
-        none = DataConfig(train=str(tmp_path / "none.jsonl"))
         train(settings(data=none, eval_every=None))
     assert (occupied / "mine.txt").read_text() == "mine"
     assert not (tmp_path / "run").exists()

@@ -331,8 +331,8 @@ def test_mistakes_are_told_before_anything_is_written(settings, tmp_path, label_
     assert "(2 problems)" in str(raised.value)
     with pytest.raises(lk.LorakitError, match=r"targets=qq: .*qq"):
         sweep(settings({"lora.targets": ["q", "qq"]}))
+    either = {"data.train": [str(label_rows), str(prompt_rows)]}
     with pytest.raises(ConfigError, match=r"classification into no, yes"):
-        either = {"data.train": [str(label_rows), str(prompt_rows)]}
         sweep(settings(either, data=DataConfig(), eval_every=None))
     with pytest.raises(ConfigError, match=r"call lorakit\.training\.sweep"):
         train(settings(ranks))
