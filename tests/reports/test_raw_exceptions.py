@@ -216,3 +216,28 @@ def test_a_weight_that_is_computed_cannot_be_merged_into(kind: str, old: bool) -
     assert torch.equal(model(x), adapted)
     lk.detach(model)
     assert torch.equal(model(x), base)
+
+
+class Traced(nn.Module):
+    """A model's logits as a function of token ids alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(rows, tokens, vocabulary)."""
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_model_with_an_adapter_is_traced(grad: bool) -> None:
+    model = Traced(build("llama"))
+    lk.attach(model.model, lk.LoRAConfig(rank=2, targets=("q", "down", "embed")))
+    randomize(model.model)
+    ids = torch.arange(3, 12)[None]
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, (ids,), check_trace=False)
+        torch.testing.assert_close(traced(ids + 5), model(ids + 5), rtol=0, atol=1e-5)

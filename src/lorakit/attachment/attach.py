@@ -34,7 +34,7 @@ from lorakit.methods.lora.eva import input_singular_vectors
 from lorakit.methods.lora.lora import LoRAUpdate, parameter_shapes
 from lorakit.methods.lora.pissa import join_frozen_factors
 from lorakit.methods.prompt.hooks import HOOKS, watch
-from lorakit.models.base import base_parameter
+from lorakit.models.base import base_modules, base_parameter
 from lorakit.models.roles import shared_inputs, task_heads
 
 
@@ -327,11 +327,12 @@ def check_in_place(model: nn.Module, state: Attachment, name: str) -> None:
     Raises:
         AttachError: one was replaced in the model, or has another shape now; all are listed.
     """
-    modules, problems = modules_of(model).by_path, []
+    # Not by path: torch.compile and others wrap a model, and then its paths begin otherwise.
+    modules, problems = {module for _, module in base_modules(model)}, []
     for number, update in state.adapters[name].updates.items():
         layer, path = state.layers[number], state.layers[number].adapter_path
         parts = list(update.low_ranks()) if isinstance(update, LoRAUpdate) else []
-        if modules.get(path) is not layer:
+        if layer not in modules:
             problems.append(f"{path}  is another module now, which the adapter does not change")
         elif any((p.a.shape, p.b.shape) != parameter_shapes(layer, p.site) for p in parts):
             problems.append(f"{path}  has another size now than A and B of the adapter")
