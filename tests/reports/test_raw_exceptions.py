@@ -232,6 +232,7 @@ class Traced(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_model_with_an_adapter_is_traced(grad: bool) -> None:
     model = Traced(build("llama"))
