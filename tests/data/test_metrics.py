@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.data.metrics import accuracy, bleu, exact_match, matthews, pearson
+from lorakit.data.metrics.basic import accuracy, bleu, exact_match, matthews, pearson
 from lorakit.errors import DataError, MissingExtraError
 
 
