@@ -1,7 +1,7 @@
 """Words as the Penn Treebank cuts them, in the way of the COCO metrics that E2E's scorer uses.
 
-The reference is CoreNLP 3.4.1's PTBTokenizer with `-preserveLines -lowerCase`, and the list of tokens
-that the COCO metrics then drop. It takes the longest match of its rules at each place and looks
+The reference is CoreNLP 3.4.1's PTBTokenizer with `-preserveLines -lowerCase`, and the list of
+tokens that the COCO metrics then drop. It takes the longest match of its rules at each place and looks
 beyond the end of a line, so all lines of a file are cut together.
 """
 
@@ -13,28 +13,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-DROPPED = frozenset(
-    [
-        "''",
-        "'",
-        "``",
-        "`",
-        "-LRB-",
-        "-RRB-",
-        "-LCB-",
-        "-RCB-",
-        ".",
-        "?",
-        "!",
-        ",",
-        ":",
-        "-",
-        "--",
-        "...",
-        ";",
-    ]
-)
-"""Tokens that do not count. Brackets are in lower case by then, so they stay: the scorer's slip."""
+DROPPED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
+"""Tokens that do not count. (The scorer lists brackets too, but in upper case, so they stay.)"""
 
 _LETTER = "A-Za-z_\u00aa\u00b5\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02af\u0300-\u1fff"
 _WORD_CHARACTERS = f"[{_LETTER}0-9]+"

@@ -14,8 +14,8 @@ def rouge_scores(
 ) -> dict[str, float]:
     """`rouge1`, `rouge2`, `rouge_l` and `rouge_lsum`: the mean F1 of all outputs, from 0 to 1.
 
-    Of several references the one with the best F1 counts, for each score by itself. `rouge_lsum` takes
-    the sentences from line breaks, the others do not see them.
+    Of several references the one with the best F1 counts, for each score by itself. `rouge_lsum`
+    takes the sentences from line breaks, the others do not see them.
 
     Raises:
         MissingExtraError: rouge-score is not installed.

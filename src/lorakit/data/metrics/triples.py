@@ -1,8 +1,8 @@
 """BLEU, METEOR and TER of WebNLG and DART, as their official scorers and as the paper's code do.
 
 They are other scores: the official ones take three references, multi-bleu and tercom's TER of the
-whole file; the paper's code takes six, multi-bleu-detok, and the mean of pyter's TER of each segment
-(its repository's `eval.py`).
+whole file; the paper's code takes six, multi-bleu-detok, and the mean of pyter's TER of each
+segment (its repository's `eval.py`).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _bleu(lines: Texts, references: list[Texts], *, tokenize: str) -> float:
 
 
 def _tercom(lines: Texts, references: list[Texts]) -> float:
-    """Edits to the nearest reference over the references' mean length, both summed over the file."""
+    """The edits to the nearest reference over the mean length of the references, both summed."""
     try:
         from sacrebleu.metrics.ter import TER
     except ImportError:

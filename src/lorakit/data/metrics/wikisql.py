@@ -1,7 +1,7 @@
 """Logical form and execution accuracy of WikiSQL queries, as its official scorer counts them.
 
-A query is a dictionary of `sel` (a column), `agg` (an index of `AGGREGATIONS`) and `conds` (lists of
-column, an index of `OPERATORS`, and value), as in Zhong et al. (2017).
+A query is a dictionary of `sel` (a column), `agg` (an index of `AGGREGATIONS`) and `conds` (lists
+of a column, an index of `OPERATORS`, and a value), as in Zhong et al. (2017).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""METEOR 1.5 (Denkowski and Lavie, 2014) for English, equal to the official scorer, without Java."""
+"""METEOR 1.5 (Denkowski and Lavie, 2014) for English, equal to the official one, without Java."""

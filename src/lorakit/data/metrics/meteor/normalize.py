@@ -1,4 +1,4 @@
-"""METEOR's own normalisation of a line (`-norm`): punctuation set apart, quotes and dashes plain."""
+"""METEOR's normalisation of a line (`-norm`): punctuation set apart, quotes and dashes plain."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _replaced(line: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
 
 def _full_stops(words: list[str], prefixes: Mapping[str, int]) -> str:
     """The line with full stops set apart from words that they do not belong to."""
-    following = [*words[1:], ""]
+    following = [*words[1:], ""][: len(words)]
     pairs = zip(words, following, strict=True)
     return " ".join(_full_stop(word, next_word, prefixes) for word, next_word in pairs)
 
