@@ -1,8 +1,8 @@
 """Words as the Penn Treebank cuts them, in the way of the COCO metrics that E2E's scorer uses.
 
 The reference is CoreNLP 3.4.1's PTBTokenizer with `-preserveLines -lowerCase`, and the list of
-tokens that the COCO metrics then drop. It takes the longest match of its rules at each place and looks
-beyond the end of a line, so all lines of a file are cut together.
+tokens that the COCO metrics then drop. It takes the longest match of its rules at each place and
+looks beyond the end of a line, so all lines of a file are cut together.
 """
 
 from __future__ import annotations

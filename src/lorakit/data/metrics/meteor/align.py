@@ -8,7 +8,9 @@ the path that it is tried on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from operator import itemgetter
 from typing import NamedTuple
 
 BEAM = 40
@@ -33,6 +35,7 @@ class Match(NamedTuple):
     """What it counts in the search."""
 
     @classmethod
+    @lru_cache(1_000_000)
     def of(
         cls, module: int, start: int, length: int, output_start: int, output_length: int
     ) -> Match:
@@ -43,42 +46,15 @@ class Match(NamedTuple):
         return cls(module, start, length, output_start, output_length, words, output_words, weight)
 
 
-class _Path:
-    """A part of an alignment, from the reference's first word to the present one."""
+Chain = tuple["Chain", Match] | None
+"""The matches that a path has chosen, the last one outside."""
 
-    __slots__ = ("chosen", "chunks", "distance", "end", "next", "used", "used_output", "weight")
+_Path = tuple[int, int, int, int, int, int, int, Chain]
+"""A part of an alignment, from the reference's first word to the present one: minus the words that
+match, chunks, distance; the reference's next word, the end of the last match in the output; the
+words in use in both, as bits; the chosen matches."""
 
-    def __init__(self, chosen: tuple[Match, ...], used: int, used_output: int) -> None:
-        self.chosen = chosen
-        self.used = used
-        self.used_output = used_output
-        self.weight = self.chunks = self.distance = self.next = 0
-        self.end = -1
-
-    def copy(self) -> _Path:
-        """The same path, to go on with otherwise."""
-        path = _Path(self.chosen, self.used, self.used_output)
-        path.weight, path.chunks, path.distance = self.weight, self.chunks, self.distance
-        path.next, path.end = self.next, self.end
-        return path
-
-    def take(self, match: Match) -> None:
-        """Go to the end of a match."""
-        self.weight += match.weight
-        if self.end not in (-1, match.output_start):
-            self.chunks += 1
-        self.next = match.start + match.length
-        self.end = match.output_start + match.output_length
-
-    def close_chunk(self) -> None:
-        """End the chunk that is open, if any."""
-        if self.end != -1:
-            self.chunks += 1
-            self.end = -1
-
-    def key(self) -> tuple[int, int, int]:
-        """What paths are sorted by: words that match, then chunks, then distance."""
-        return -self.weight, self.chunks, self.distance
+_KEY = itemgetter(0, 1, 2)
 
 
 def align(matches: Sequence[Sequence[Match]]) -> list[Match]:
@@ -89,18 +65,18 @@ def align(matches: Sequence[Sequence[Match]]) -> list[Match]:
             modules.
     """
     fixed = _fixed(matches)
-    start = _Path(
-        tuple(fixed.values()),
-        sum(match.words for match in fixed.values()),
-        sum(match.output_words for match in fixed.values()),
-    )
-    paths = [start]
+    used = sum(match.words for match in fixed.values())
+    used_output = sum(match.output_words for match in fixed.values())
+    paths: list[_Path] = [(0, 0, 0, 0, -1, used, used_output, None)]
     for position, here in enumerate(matches):
-        paths = _advance(sorted(paths, key=_Path.key)[:BEAM], position, here, fixed)
-    paths = sorted(paths, key=_Path.key)[:BEAM]
-    for path in paths:
-        path.close_chunk()
-    return sorted(min(paths, key=_Path.key).chosen, key=lambda match: match.start)
+        if len(paths) > 1:
+            paths.sort(key=_KEY)
+        paths = _advance(paths[:BEAM], position, here, fixed)
+    paths.sort(key=_KEY)
+    # The chunk that is open at the end counts too.
+    closed = [(p[0], p[1] + (p[4] != -1), p[2], p[7]) for p in paths[:BEAM]]
+    chosen = [*fixed.values(), *_unchained(min(closed, key=_KEY)[3])]
+    return sorted(chosen, key=lambda match: match.start)
 
 
 def _fixed(matches: Sequence[Sequence[Match]]) -> dict[int, Match]:
@@ -129,29 +105,41 @@ def _advance(
     following: list[_Path] = []
     bit = 1 << position
     for path in paths:
-        if path.used & bit:
-            if position >= path.next:
-                match = fixed.get(path.next)
-                if match is None:
-                    continue
-                path.take(match)
-                path.distance += abs(match.start - match.output_start)
-            following.append(path)
+        weight, chunks, distance, here, end, used, used_output, chosen = path
+        if used & bit:
+            if position < here:
+                following.append(path)
+            elif (match := fixed.get(here)) is not None:
+                distance += abs(match.start - match.output_start)
+                taken = _taken(match, weight, chunks, end)
+                following.append((*taken[:2], distance, *taken[2:], used, used_output, chosen))
             continue
         for match in matches:
-            if path.used & match.words or path.used_output & match.output_words:
+            words, output_words = match.words, match.output_words
+            if used & words or used_output & output_words:
                 continue
-            longer = path.copy()
-            longer.chosen = (*path.chosen, match)
-            longer.used |= match.words
-            longer.used_output |= match.output_words
-            longer.take(match)
-            path.distance += abs(match.start - match.output_start)
-            following.append(longer)
-        path.close_chunk()
-        path.next += 1
-        following.append(path)
+            new_weight, new_chunks, new_here, new_end = _taken(match, weight, chunks, end)
+            both = used | words, used_output | output_words
+            following.append(
+                (new_weight, new_chunks, distance, new_here, new_end, *both, (chosen, match))
+            )
+            distance += abs(match.start - match.output_start)
+        chunks += end != -1
+        following.append((weight, chunks, distance, here + 1, -1, used, used_output, chosen))
     return following or list(paths[:1])
+
+
+def _taken(match: Match, weight: int, chunks: int, end: int) -> tuple[int, int, int, int]:
+    """Weight, chunks, next word and end after a match."""
+    _, start, length, output_start, output_length, _, _, match_weight = match
+    broken = end != -1 and end != output_start
+    return weight - match_weight, chunks + broken, start + length, output_start + output_length
+
+
+def _unchained(chain: Chain) -> Iterator[Match]:
+    while chain is not None:
+        chain, match = chain
+        yield match
 
 
 def chunks_of(alignment: Sequence[Match]) -> int:

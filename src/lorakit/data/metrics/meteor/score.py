@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from lorakit.data.metrics.meteor.align import Match, align, chunks_of
+from lorakit.data.metrics.meteor.align import EXACT, Match, align, chunks_of
 from lorakit.data.metrics.meteor.normalize import normalized_words
 from lorakit.data.metrics.meteor.tables import Phrase, Tables, tables
 
@@ -148,19 +148,19 @@ class _Matcher:
     def _matches(self, output: list[str], reference: list[str]) -> list[list[Match]]:
         """By the reference's word: exact matches; then stems, synonyms and paraphrases."""
         matches: list[list[Match]] = [[] for _ in reference]
-        for here, word in zip(enumerate(matches), reference, strict=True):
-            start, found = here
-            found += [Match.of(0, start, 1, at, 1) for at, w in enumerate(output) if w == word]
+        places = _places(output)
+        for start, word in enumerate(reference):
+            matches[start] += [Match.of(EXACT, start, 1, at, 1) for at in places.get(word, ())]
         if output == reference:
             return matches
-        for module, key in ((STEM, self.stem), (SYNONYM, self.lists.synsets)):
-            keys = [key(word) for word in output]
+        stems = _places([self.stem(word) for word in output])
+        synonyms = _places_of_members([self.lists.synsets(word) for word in output])
+        for module, found in ((STEM, stems), (SYNONYM, synonyms)):
             for start, word in enumerate(reference):
-                wanted = key(word)
-                for at, other in enumerate(keys):
-                    alike = wanted == other if module == STEM else not wanted.isdisjoint(other)
-                    if alike and word != output[at]:
-                        matches[start].append(Match.of(module, start, 1, at, 1))
+                keys = {self.stem(word)} if module == STEM else self.lists.synsets(word)
+                alike = sorted({at for key in keys for at in found.get(key, ())})
+                others = (at for at in alike if output[at] != word)
+                matches[start] += [Match.of(module, start, 1, at, 1) for at in others]
         for start, length, at, other in self._paraphrased(reference, output):
             matches[start].append(Match.of(PARAPHRASE, start, length, at, other))
         for at, other, start, length in self._paraphrased(output, reference):
@@ -170,13 +170,31 @@ class _Matcher:
     def _paraphrased(self, words: list[str], others: list[str]) -> list[tuple[int, int, int, int]]:
         """Phrases of one sentence that the other has paraphrases of: both starts and lengths."""
         found = []
+        first_words = _places(others)
         for start in range(len(words)):
             for length in range(1, min(self.longest, len(words) - start) + 1):
                 for paraphrase in self.paraphrases.get(tuple(words[start : start + length]), ()):
                     size = len(paraphrase)
                     found += [
                         (start, length, at, size)
-                        for at in range(len(others) - size + 1)
+                        for at in first_words.get(paraphrase[0], ())
                         if tuple(others[at : at + size]) == paraphrase
                     ]
         return found
+
+
+def _places(words: Sequence[str]) -> dict[str, list[int]]:
+    """Where each word is."""
+    places: dict[str, list[int]] = {}
+    for at, word in enumerate(words):
+        places.setdefault(word, []).append(at)
+    return places
+
+
+def _places_of_members(groups: Sequence[Iterable[str]]) -> dict[str, list[int]]:
+    """Where each member of some group is."""
+    places: dict[str, list[int]] = {}
+    for at, members in enumerate(groups):
+        for member in members:
+            places.setdefault(member, []).append(at)
+    return places

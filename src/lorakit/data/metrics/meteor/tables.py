@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import zipfile
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from itertools import islice
@@ -114,8 +115,10 @@ class Tables:
     def paraphrases(self, vocabulary: Iterable[str]) -> dict[Phrase, list[Phrase]]:
         """The paraphrases of each phrase, of pairs whose words are all in a vocabulary."""
         words, tokens, lengths = self._paraphrase_table
-        known_words = set(vocabulary)
-        known = np.fromiter((word in known_words for word in words), bool, len(words))
+        known = np.zeros(len(words), bool)
+        for word in vocabulary:
+            place = bisect_left(words, word)
+            known[place : place + 1] = words[place : place + 1] == [word]
         starts = np.zeros(len(lengths) * 2, np.int64)
         np.cumsum(lengths.ravel()[:-1], out=starts[1:])
         pairs = np.flatnonzero(np.logical_and.reduceat(known[tokens], starts[::2]))
@@ -132,10 +135,10 @@ class Tables:
 
     @cached_property
     def _paraphrase_table(self) -> tuple[list[str], NDArray[np.int32], NDArray[np.uint8]]:
-        """The words; the pairs' words, one after the other; the lengths of each pair's phrases."""
+        """The words, sorted; the pairs' words, one after the other; the lengths of each pair's phrases."""
         source = packaged(_PARAPHRASES)
         size = source.stat().st_size
-        key = hashlib.sha256(f"1 {source.name} {size}".encode()).hexdigest()[:12]
+        key = hashlib.sha256(f"2 {source.name} {size}".encode()).hexdigest()[:12]
         path = cache_folder() / f"meteor-paraphrases-{key}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,8 +189,11 @@ def _read_paraphrases(source: Path) -> dict[str, NDArray[np.generic]]:
             numbers = [ids.setdefault(word, len(ids)) for phrase in phrases for word in phrase]
             tokens.append(np.array(numbers, np.int32))
             lengths.append(np.array([len(phrase) for phrase in phrases], np.uint8))
+    words = sorted(ids)
+    places = np.empty(len(ids), np.int32)
+    places[[ids[word] for word in words]] = np.arange(len(ids), dtype=np.int32)
     return {
-        "words": np.frombuffer("\n".join(ids).encode(), np.uint8),
-        "tokens": np.concatenate(tokens),
+        "words": np.frombuffer("\n".join(words).encode(), np.uint8),
+        "tokens": places[np.concatenate(tokens)],
         "lengths": np.concatenate(lengths).reshape(-1, 2),
     }
