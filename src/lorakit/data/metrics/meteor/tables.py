@@ -135,7 +135,7 @@ class Tables:
 
     @cached_property
     def _paraphrase_table(self) -> tuple[list[str], NDArray[np.int32], NDArray[np.uint8]]:
-        """The words, sorted; the pairs' words, one after the other; the lengths of each pair's phrases."""
+        """The sorted words; the pairs' words in a row; the lengths of each pair's phrases."""
         source = packaged(_PARAPHRASES)
         size = source.stat().st_size
         key = hashlib.sha256(f"2 {source.name} {size}".encode()).hexdigest()[:12]
