@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BEAM = 40
 EXACT = 0
@@ -46,8 +46,8 @@ class Match(NamedTuple):
         return cls(module, start, length, output_start, output_length, words, output_words, weight)
 
 
-Chain = tuple["Chain", Match] | None
-"""The matches that a path has chosen, the last one outside."""
+Chain = tuple[Any, Match] | None
+"""The matches that a path has chosen: those before the last one, as another chain, and it."""
 
 _Path = tuple[int, int, int, int, int, int, int, Chain]
 """A part of an alignment, from the reference's first word to the present one: minus the words that
