@@ -78,14 +78,15 @@ def test_webnlg(variant: str, part: str, monkeypatch: pytest.MonkeyPatch) -> Non
         for output, row in zip(found["hypotheses"], rows("web_nlg"), strict=True)
         if part == "all" or row["seen_category"] == (part == "seen")
     ]
-    if variant == "paper":
-        # Its TER has an expected value of its own, of a part of the file.
-        monkeypatch.setattr("lorakit.data.metrics.triples._pyter", lambda *_: math.nan)
+    # TER takes minutes: tercom's is compared on one part, pyter's below on 150 segments.
+    monkeypatch.setattr("lorakit.data.metrics.triples._pyter", lambda *_: math.nan)
+    if part != "seen":
+        monkeypatch.setattr("lorakit.data.metrics.triples._tercom", lambda *_: math.nan)
     scores = score("webnlg", *zip(*pairs, strict=True), variant=variant)
     expected = found["expected"]["lora" if variant == "paper" else "official"][part]
     assert scores["bleu"] == pytest.approx(expected["bleu"]["BLEU"], abs=0.005)
     assert scores["meteor"] == pytest.approx(expected["METEOR"], abs=5e-5)
-    if variant == "official":
+    if variant == "official" and part == "seen":
         assert scores["ter"] == pytest.approx(expected["ter"]["TER"], abs=3e-4)
 
 
