@@ -39,7 +39,8 @@ def groups(model, config):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_rate_and_a_warm_up_of_its_own(method, tmp_path):
     config = lk.TrainConfig(out=tmp_path, method=method)
-    assert rate_of(config, method, 576).value == DEFAULTS[method].learning_rate
+    stated = DEFAULTS[method].learning_rate
+    assert rate_of(config, method, 576).value == pytest.approx(stated, rel=0.03)  # two digits
     assert config.warmup_of(300) == DEFAULTS[method].warmup_steps
     explicit = lk.TrainConfig(out=tmp_path, method=method, learning_rate=0.5, warmup_steps=3)
     assert rate_of(explicit, method, 576) == Rate(value=0.5, reason="as set")
