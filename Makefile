@@ -7,7 +7,7 @@ READY := .venv/.ready
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-all check docs gpu clean
+.PHONY: setup demo test test-all check docs site gpu clean
 
 demo: setup
 	@$(BIN)/lorakit demo
@@ -35,6 +35,12 @@ docs: setup
 	@mkdir -p build
 	@$(BIN)/python -m lorakit.cli.reference > build/cli.md
 	@mv build/cli.md docs/cli.md
+
+# Offline; a warning is an error. To search in it: python -m http.server -d build/site
+site: setup
+	@$(BIN)/python docs/pages.py build/pages
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 setup: $(READY)
 

@@ -28,8 +28,8 @@ class DataConfig(Settings):
     """Which rows to read, and what each column means."""
 
     train: str | None = None
-    """Rows to train on: a .jsonl, .json, .csv or .parquet file, builtin:NAME[:SPLIT] (places, sql),
-    or hub:OWNER/NAME[/SUBSET][:SPLIT]."""
+    """Rows to train on: a .jsonl, .json, .csv or .parquet file, builtin:NAME (places, sql), or
+    hub:OWNER/NAME or hub:OWNER/NAME/SUBSET; :SPLIT after a name chooses a split."""
 
     validation: str | None = None
     """Rows to score during training; None: no evaluation."""
