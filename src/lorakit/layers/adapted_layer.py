@@ -85,10 +85,12 @@ class AdaptedLayer(SwappedModule):
 
 
 def adapt_output(
-    layer: AdaptedLayer, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A layer's output, made by somebody else's forward pass, changed by the active operation."""
-    operation = layer.current_operation() if isinstance(layer, AdaptedLayer) else None
+    if not isinstance(layer, AdaptedLayer):
+        return output
+    operation = layer.current_operation()
     return output if operation is None else _adapted(layer, operation, output, args, kwargs)
 
 
