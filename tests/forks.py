@@ -76,7 +76,9 @@ def serve() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def execute(program: str, arguments: list[str], environment: dict[str, str], files: list) -> int:
+def execute(
+    program: str, arguments: list[str], environment: dict[str, str], files: list[str]
+) -> int:
     """Run a program as `python -c` would, with its output in files, and return its exit code."""
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lorakit.errors import AdapterFileError, BankError, RouteError
 from references import alone, attach_random, base_hash, outputs
 from tiny_models import build, example_inputs
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "qv": {"rank": 2},
     "all": {"rank": 5, "targets": ("all-linear",), "use_rslora": True},
     "head": {"rank": 3, "targets": ("embed", "head"), "dtype": "bfloat16"},

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from covering import covering
 from references import attach_random, base_hash, outputs, randomise
 from tiny_models import FAMILIES, build, example_inputs
 
-ADAPTED = {"rank": 2, "targets": ("q", "v")}
+ADAPTED: dict[str, Any] = {"rank": 2, "targets": ("q", "v")}
 REENTRANT = {"use_reentrant": True}
-CHECKPOINTING = (({}, None), (REENTRANT, None), (REENTRANT, "1"))
+CHECKPOINTING: tuple[tuple[dict[str, Any], str | None], ...] = (
+    ({}, None),
+    (REENTRANT, None),
+    (REENTRANT, "1"),
+)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -1,6 +1,7 @@
 """The loss behind an output head: exact for all options together, and small."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def attached(config):
 
 
 HEADS = (frozen, frozen_without_bias, trained, tied, adapted, copied)
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "smoothed": {"label_smoothing": 0.1},
     "z": {"z_loss": 0.02},
@@ -72,7 +73,7 @@ OPTIONS = {
     },
 }
 
-CHANGES = {
+CHANGES: dict[str, Any] = {
     "multiplied": LogitTransform(scale=0.25),
     "capped": LogitTransform(cap=1.5),
     "both": LogitTransform(scale=-0.5, cap=2.0),
@@ -316,12 +317,12 @@ def test_rows_stay_together_for_heads_that_tell_them_apart(chunk_tokens):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_with_a_forward_of_its_own_is_called():
+def test_a_head_with_a_forward_of_its_own_is_called(monkeypatch):
     # As accelerate gives it, where weights move between devices.
     head = nn.Linear(D, VOCABULARY).requires_grad_(False)
     hidden, targets, weights = asked(torch.float64)
     head.double()
-    head.forward = lambda x: nn.Linear.forward(head, x) * 2
+    monkeypatch.setattr(head, "forward", lambda x: nn.Linear.forward(head, x) * 2)
     total, _ = head_cross_entropy(hidden, head, targets, weights)
     torch.testing.assert_close(total, expected(hidden, head, targets, weights.double())[0])
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ LAYERS = {
     "no bias": lambda: nn.Linear(7, 5, bias=False),
     "transposed": lambda: Conv1D(5, 7),
 }
-TINY = {
+TINY: dict[str, dict[str, Any]] = {
     "llama": {"targets": ("all-linear",)},
     "gpt2": {"targets": ("q", "v", "down"), "bias": "lora", "use_rslora": True},
     "gpt_neox": {"targets": ("k", "v"), "rank_pattern": {"v": 2}},

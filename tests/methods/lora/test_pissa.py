@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ LAYERS = {
     "embedding": lambda: nn.Embedding(11, 6),
     "convolution": lambda: nn.Conv2d(4, 6, 3, groups=2),
 }
-TINY = {
+TINY: dict[str, dict[str, Any]] = {
     "llama": {"targets": ("q", "down", "head"), "rank_pattern": {"q": 4}},
     "gpt2": {"targets": ("q", "v"), "use_rslora": True, "alpha": 5},
     "bert": {"targets": ("q", "v", "embed")},

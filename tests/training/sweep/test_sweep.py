@@ -73,7 +73,7 @@ def assert_same_adapter(found, expected, *, tolerance):
     assert found.card["scores"] == pytest.approx(expected.card["scores"], rel=1e-3)
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(
-            found.tensors[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            found.tensors[name], tensor, rtol=0, atol=tolerance, msg=f"{name}: ".__add__
         )
 
 
