@@ -57,7 +57,7 @@ def with_updates(
         for name, factor in combination.items():
             adapter = adapters[name]
             for site in adapter.sites:
-                layer = plain.get_submodule(site.path)
+                layer: Any = plain.get_submodule(site.path)
                 a, b = (adapter.tensors[f"{site.name}.lora_{x}"].flatten(1).double() for x in "ab")
                 delta = factor * site.scale * (b @ a)
                 # A tied weight changes in this layer alone.
@@ -69,5 +69,5 @@ def with_updates(
                 matrix[chosen] += delta.reshape(matrix[chosen].shape).to(matrix.dtype)
             for key, tensor in adapter.tensors.items():
                 if key in original:
-                    written[key] += factor * (tensor - original[key])
+                    written[key].add_(tensor - original[key], alpha=factor)
     return plain

@@ -369,7 +369,7 @@ def test_a_bank_holds_what_was_attached_before_it(inputs, folders, tmp_path):
     assert bank.names == ("trained", "qv")
     expected = answers(bank, inputs, "trained")
     with torch.no_grad():
-        for parameter in bank.model._lorakit.adapters["trained"].updates[0].parameters():
+        for parameter in model._lorakit.adapters["trained"].updates[0].parameters():
             parameter.add_(1)
     # The name holds other weights now than those in the folder.
     bank.load("trained", saved)

@@ -9,7 +9,7 @@ from jaxtyping import TypeCheckError
 
 PROGRAM = """
 from __future__ import annotations
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 import torch
 from torch import Tensor
 from jaxtyping import Float
@@ -30,7 +30,7 @@ def unknown(count: int, other: Decimal) -> int:
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory):
     """Return a module that jaxtyping's hook treats as lorakit's."""
-    hook = next(each for each in sys.meta_path if type(each).__name__ == "_JaxtypingFinder")
+    hook: Any = next(each for each in sys.meta_path if type(each).__name__ == "_JaxtypingFinder")
     folder = tmp_path_factory.mktemp("checked")
     (folder / "shape_checked_example.py").write_text(PROGRAM)
     with pytest.MonkeyPatch.context() as patch:

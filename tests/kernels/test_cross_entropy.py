@@ -176,6 +176,7 @@ def test_changed_logits_without_a_target_leave_no_trace(change):
     )
     total.backward()
     assert torch.isfinite(losses).all()
+    assert answer.grad is not None
     assert answer.grad[0].any()
     assert not answer.grad[1].any()
 
@@ -266,6 +267,7 @@ def test_logits_that_are_not_finite_count_only_where_there_is_a_target():
     total, losses = head_cross_entropy(logits, nn.Identity(), targets, weights)
     total.backward()
     assert torch.isfinite(losses).all()
+    assert logits.grad is not None
     assert not logits.grad[1].any()
     assert logits.grad[0].any()
     found = head_cross_entropy(logits, nn.Identity(), torch.tensor([1, 1, 2]), weights)

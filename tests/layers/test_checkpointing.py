@@ -121,10 +121,11 @@ def test_only_reentrant_checkpointing_touches_an_input(model):
         block = model.model.layers[0]
         theirs = block._gradient_checkpointing_func
 
-        def spy(function, *inputs, _theirs=theirs, _seen=seen):
+        def noted(function, *inputs, _theirs=theirs, _seen=seen):
             _seen.append(inputs[0].requires_grad)
             return _theirs(function, *inputs)
 
+        spy: Any = noted
         spy.keywords = theirs.keywords
         block._gradient_checkpointing_func = spy
         run(model).backward()

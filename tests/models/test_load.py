@@ -109,7 +109,7 @@ def test_a_redrawn_head_is_that_of_another_load(family, tmp_path):
 def test_a_head_of_the_checkpoint_is_not_redrawn(tmp_path):
     build("bert").save_pretrained(tmp_path)
     save_tokenizer(tmp_path, pad_token="<pad>")
-    model, _ = load_model(tmp_path, task="classification")
+    model: Any = load_model(tmp_path, task="classification")[0]
     before = model.classifier.weight.clone()
     redraw_fresh_head(model)
     assert torch.equal(model.classifier.weight, before)
@@ -147,7 +147,7 @@ def test_a_trained_classifier_keeps_its_head_and_labels(tmp_path):
     trained = build("bert", id2label={0: "x", 1: "y", 2: "z"})
     trained.save_pretrained(tmp_path)
     save_tokenizer(tmp_path, pad_token="<pad>")
-    model, _ = load_model(tmp_path, task="classification")
+    model: Any = load_model(tmp_path, task="classification")[0]
     assert torch.equal(model.classifier.weight, trained.classifier.weight)
     assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
 

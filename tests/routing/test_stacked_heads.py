@@ -298,7 +298,7 @@ class Watched(nn.Module):
         return self.dense(x)
 
 
-def with_head(head: nn.Module) -> nn.Module:
+def with_head(head: nn.Module) -> Any:
     model = nn.Sequential(collections.OrderedDict(body=nn.Linear(6, 6), head=head)).eval()
     for seed, name in enumerate("abc"):
         attach_random(model, name, seed=seed, targets=("body",), rank=2, modules_to_save=("head",))
@@ -352,7 +352,7 @@ def test_copies_of_token_embeddings_are_done_blend_by_blend():
 
 
 def test_other_threads_never_see_stacked_parameters_in_the_copies():
-    head = Watched()
+    head: Any = Watched()
     model = with_head(head)
     seen = []
 

@@ -97,11 +97,12 @@ def test_a_blend_is_the_sum_of_updates(family, combination):
     model, base, adapters = adapted(family)
     inputs = example_inputs(model, rows=2)
     expected = outputs(with_updates(base, adapters, combination), inputs)
-    close = {"rtol": 0.02, "atol": 0.02} if "half" in combination else {"rtol": 1e-4, "atol": 1e-4}
+    close = 0.02 if "half" in combination else 1e-4
     with lk.route(model, [combination, None]):
-        torch.testing.assert_close(outputs(model, inputs)[0], expected[0], **close)
+        found = outputs(model, inputs)[0]
+        torch.testing.assert_close(found, expected[0], rtol=close, atol=close)
     with lk.route(model, combination):
-        torch.testing.assert_close(outputs(model, inputs), expected, **close)
+        torch.testing.assert_close(outputs(model, inputs), expected, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert", "vit"])
@@ -275,8 +276,8 @@ def test_gradients_of_a_mixed_batch_are_the_sums_of_its_rows(family):
     gradients(slice(None), names)
     mixed = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    for row, name in enumerate(names):
-        gradients(slice(row, row + 1), name)
+    for row, chosen in enumerate(names):
+        gradients(slice(row, row + 1), chosen)
     separate = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert mixed.keys() == separate.keys() > set()
     for key, gradient in mixed.items():

@@ -51,7 +51,7 @@ def with_lengths(model: nn.Module) -> nn.Module:
     for name in own.keys() & tensors.keys():
         own[name].data = tensors[name]
     for site in adapter.sites:
-        layer = plain.get_submodule(site.path)
+        layer: Any = plain.get_submodule(site.path)
         turned = type(layer) is Conv1D
         weight = layer.weight.detach().T if turned else layer.weight.detach()
         changed = weight_of(weight, adapter, site, tensors)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ CONVS = [
 
 class One(nn.Module):
     """A model of one layer."""
+
+    layer: Any
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
