@@ -17,7 +17,7 @@ from references import attach_random
 from tiny_models import build, example_inputs
 
 def made(seed, **settings):
-    model = build({family!r})
+    model = build({family!r}, **{size})
     torch.manual_seed(seed)
     attach_random(model, modules_to_save=(), **settings)
     return lk.extract(model)
@@ -27,7 +27,7 @@ adapters = {{
     "wide": made(1, rank=5, alpha=20, targets=("attention",)),
     "late": made(2, rank=9, targets=("all-linear",)),
 }}
-plain, inner = build({family!r}).eval(), build({family!r}).eval()
+plain, inner = build({family!r}, **{size}).eval(), build({family!r}, **{size}).eval()
 model = torch.compile(inner, backend="eager")
 inputs = {{name: torch.cat([x, x]) for name, x in example_inputs(plain).items()}}
 expected, bank = lk.AdapterBank(plain), lk.AdapterBank(model)
@@ -106,11 +106,15 @@ assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["gpt2", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("llama", "gpt_neox"))],
+    ("family", "size"),
+    [
+        pytest.param("gpt2", {"n_layer": 1}, id="gpt2"),
+        pytest.param("llama", {}, id="llama", marks=pytest.mark.thorough),
+        pytest.param("gpt_neox", {}, id="gpt_neox", marks=pytest.mark.thorough),
+    ],
 )
-def test_a_new_route_and_a_new_resident_compile_nothing(family, forks):
-    forks.run(PROGRAM.format(family=family))
+def test_a_new_route_and_a_new_resident_compile_nothing(family, size, forks):
+    forks.run(PROGRAM.format(family=family, size=size))
 
 
 @pytest.mark.thorough
