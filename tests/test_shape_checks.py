@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from typing import Any
 
 import pytest
 from beartype.roar import BeartypeCallHintViolation
@@ -9,7 +10,7 @@ from jaxtyping import TypeCheckError
 
 PROGRAM = """
 from __future__ import annotations
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from jaxtyping import Float

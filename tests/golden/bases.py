@@ -44,7 +44,8 @@ def build(family: str) -> Any:
         )
         model = transformers.GPT2LMHeadModel(gpt2)
     else:
-        bert = transformers.BertConfig(**_BLOCKS, type_vocab_size=2, num_labels=3)
+        bert = transformers.BertConfig(**_BLOCKS, type_vocab_size=2)
+        bert.num_labels = 3
         model = transformers.BertForSequenceClassification(bert)
     fill(model.named_parameters(), seed="base")
     return model.eval()

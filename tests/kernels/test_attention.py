@@ -159,6 +159,7 @@ def test_padding_gets_zeros_and_gives_no_gradient():
         assert not out[row, used:].any()
         assert out[row, :used].all()
         for tensor in tensors:
+            assert tensor.grad is not None
             assert not tensor.grad[row, :, used:].any()
 
 

@@ -1,5 +1,7 @@
 """Compiled models: another route, or another resident adapter, compiles nothing again."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -125,14 +127,16 @@ def test_rows_are_counted_in_front_of_the_compiled_code_and_beams_are_known(fork
 def test_a_bank_knows_a_compiled_model():
     model = build("llama")
     assert not is_compiled(model)
-    assert is_compiled(torch.compile(model, backend="eager"))
+    compiled: Any = torch.compile(model, backend="eager")
+    assert is_compiled(compiled)
     model.compile(backend="eager")
     assert is_compiled(model)
 
 
 def test_trained_adapters_of_a_compiled_model_keep_their_gradients():
     model = build("llama")
-    bank = lk.AdapterBank(torch.compile(model, backend="eager"))
+    compiled: Any = torch.compile(model, backend="eager")
+    bank = lk.AdapterBank(compiled)
     attach_random(model, targets=("q",))
     with bank.route(["default", None]):
         operations = bank._state.route.top.operations

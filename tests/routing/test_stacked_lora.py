@@ -276,8 +276,8 @@ def test_gradients_of_a_mixed_batch_are_the_sums_of_its_rows(family):
     gradients(slice(None), names)
     mixed = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    for row, chosen in enumerate(names):
-        gradients(slice(row, row + 1), chosen)
+    for row, own in enumerate(names):
+        gradients(slice(row, row + 1), own)
     separate = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert mixed.keys() == separate.keys() > set()
     for key, gradient in mixed.items():

@@ -21,6 +21,8 @@ from tiny_models import build, example_inputs
 class One(nn.Module):
     """A model of one layer."""
 
+    layer: Any
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
