@@ -26,8 +26,13 @@ def checkpointed_block():
     return model.model.layers[0]
 
 
+def hooked_module():
+    return accelerate.hooks.add_hook_to_module(torch.nn.Module(), accelerate.hooks.ModelHook())
+
+
 INSTANCES = {
     "torch.nn.Module": torch.nn.Module,
+    "accelerate.hooks.ModelHook": hooked_module,
     "torch._dynamo.OptimizedModule": lambda: torch.compile(torch.nn.Linear(1, 1), backend="eager"),
     "torch._ops.OpOverload": lambda: torch.ops.aten.mm.default,
     "transformers.PreTrainedConfig": transformers.PreTrainedConfig,
