@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-IMPORTED = ("torch._dynamo", "transformers.trainer", "lorakit")
+IMPORTED = ("torch._dynamo", "transformers.trainer", "lorakit.bank", "lorakit.training.run")
 IGNORE = ("-W", "ignore")
 FORKS = sys.platform == "linux"
 """Elsewhere a fork of a process that has imported torch can hang."""

@@ -13,7 +13,13 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.tensor_files import value_problems
 from lorakit.attachment.attach import extract, fit_and_build, install, remove
-from lorakit.attachment.state import Attachment, attached, attachment_of, is_compiled, unwrapped
+from lorakit.attachment.state import (
+    Attachment,
+    attachment_for,
+    attachment_of,
+    is_compiled,
+    unwrapped,
+)
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
 from lorakit.layers.operation import Update
 from lorakit.merging.merge import MergeReport, merge, unmerge
@@ -82,7 +88,7 @@ class AdapterBank:
         """Held by the thread whose route is open."""
         if is_compiled(model):
             prepare_for_compile(model)
-        self._attachment = attached(self.model)
+        self._attachment = attachment_for(self.model)
         self._notice()
 
     def load(self, name: str, folder: str | Path) -> Adapter:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
+from lorakit.attachment.state import active_name, adapter_names
 from lorakit.errors import (
     AdapterFileError,
     AttachError,
@@ -32,8 +33,8 @@ def test_two_adapters_live_beside_each_other(model, inputs):
     one = outputs(model, inputs)
     attach_random(model, "two", seed=1, rank=3, targets=("k", "mlp"))
     two = outputs(model, inputs)
-    assert lk.adapter_names(model) == ("one", "two")
-    assert lk.active_name(model) == "two"
+    assert adapter_names(model) == ("one", "two")
+    assert active_name(model) == "two"
     lk.switch(model, "one")
     assert torch.equal(outputs(model, inputs), one)
     lk.switch(model, None)
@@ -46,7 +47,7 @@ def test_two_adapters_live_beside_each_other(model, inputs):
 def test_names_may_hold_anything(model, inputs):
     for name in ("org/task.v1", "keys", "50%", "ä b", ""):
         attach_random(model, name, rank=2)
-    assert lk.adapter_names(model) == ("org/task.v1", "keys", "50%", "ä b", "")
+    assert adapter_names(model) == ("org/task.v1", "keys", "50%", "ä b", "")
     lk.switch(model, "org/task.v1")
     outputs(model, inputs)
 
@@ -128,7 +129,7 @@ def test_every_misfit_of_an_adapter_is_told_at_once(model):
     assert "model.layers.0.self_attn.q_proj.lora_b  missing" in text
     assert "(4, 32) in the adapter, (2, 32) expected: was it trained with rank 4?" in text
     assert "model.layers.9.self_attn.v_proj.lora_a  in the adapter, but it has no place" in text
-    assert lk.adapter_names(model) == ()
+    assert adapter_names(model) == ()
 
 
 def test_a_layer_left_out_of_an_adapter_is_missed(model):

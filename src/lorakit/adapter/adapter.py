@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,7 +22,7 @@ class Adapter(AdapterContent):
     that parameter (docs/design/adapter.md has all shapes).
     """
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the adapter as a folder (docs/adapter-format.md) and return the folder.
 
         The folder appears whole or not at all; it is read back before it gets its name.
@@ -34,7 +35,7 @@ class Adapter(AdapterContent):
 
     @staticmethod
     def load(
-        path: str | Path,
+        path: str | os.PathLike[str],
         *,
         config: LoRAConfig | None = None,
         kernel_sizes: Mapping[str, int] | None = None,
@@ -54,7 +55,7 @@ class Adapter(AdapterContent):
 
     @staticmethod
     @contextmanager
-    def reading(folder: str | Path) -> Iterator[Adapter]:
+    def reading(folder: str | os.PathLike[str]) -> Iterator[Adapter]:
         """The adapter of a folder, for a block of work while another thread computes its hash.
 
         The hash is checked at the end of the block: until then nothing may count that the block
@@ -75,3 +76,7 @@ def _with_files(content: AdapterContent) -> Adapter:
     adapter = Adapter(**{each.name: getattr(content, each.name) for each in fields(content)})
     adapter.keep_hash_of(content)
     return adapter
+
+
+AdapterSource = str | os.PathLike[str] | Adapter
+"""Whatever stands for an adapter: its folder, or the adapter itself."""

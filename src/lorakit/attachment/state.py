@@ -79,6 +79,8 @@ class Attachment:
     """The adapted layers by their numbers."""
     original_weights: dict[str, dict[str, OriginalWeight]] = field(default_factory=dict)
     """Unmerged weights by module path and parameter name, while an adapter is merged."""
+    rounded_to: torch.dtype | None = None
+    """What the latest merge was asked to round to; None: the weights' own precision."""
     hooks: dict[str, RemovableHandle] = field(default_factory=dict)
     """The hooks on the model, its output head, its input embedding and its stacks of blocks."""
     compiled: bool = False
@@ -181,7 +183,7 @@ def modules_of(model: nn.Module) -> BaseModules:
     return state.modules
 
 
-def attached(model: nn.Module) -> Attachment:
+def attachment_for(model: nn.Module) -> Attachment:
     """The attachment of a model, which gets one if it has none."""
     state = attachment_of(model)
     if state is None:

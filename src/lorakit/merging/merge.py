@@ -165,6 +165,7 @@ def merge(
         restore_original_weights(model, state)
         raise
     state.route.set_bottom(Frame(name=name, merged=True))
+    state.rounded_to = round_to
     after = outputs_on(model, probe)
     change = None if before is None or after is None else (after - before).abs().max().item()
     return MergeReport(adapter=name, weights=weights, logit_change=change)

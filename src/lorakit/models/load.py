@@ -101,6 +101,19 @@ def redraw_fresh_head(model: nn.Module) -> None:
         initialize(model, model.get_submodule(path))
 
 
+def task_of(model: transformers.PreTrainedModel) -> str:
+    """The task that a loaded model does: classification and regression have a head of their own."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return "generation"
+    return "regression" if model.config.num_labels == 1 else "classification"
+
+
+def labels_of(model: transformers.PreTrainedModel) -> tuple[str, ...]:
+    """The names of a classifier's classes, in order."""
+    names: dict[Any, str] = dict(model.config.id2label or {})
+    return tuple(names[number] for number in sorted(names, key=int))
+
+
 def model_name(model: nn.Module) -> str:
     """The packaged name, folder or hub id that a model was loaded by; "" if it was not."""
     source = loaded_from(model)
