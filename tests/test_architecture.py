@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -107,7 +108,9 @@ def test_the_map_in_the_pages_is_that_of_the_source():
 
 def test_no_room_is_called_like_a_public_function():
     # `lorakit.merge` would be a module or a function, whichever was imported last.
-    assert not {name for name in rooms.rooms() if name in lorakit.__all__}
+    functions = {name for name in lorakit.__all__ if inspect.isroutine(getattr(lorakit, name))}
+    assert functions >= {"merge", "train", "generate"}
+    assert not functions & set(rooms.rooms())
 
 
 def test_modules_begin_with_their_idea_and_are_named_after_it():
