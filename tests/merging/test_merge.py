@@ -194,3 +194,13 @@ def test_a_thousand_random_steps_leave_the_base_unchanged():
         lk.detach(model)
     assert base_hash(model) == hashed
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_report_is_shown_in_one_line():
+    model = build("llama").to(torch.bfloat16)
+    attach_random(model, std=1e-3)
+    report = lk.merge(model)
+    lost = f"{report.worst.rounding_error:.3%}"
+    assert repr(report) == (
+        f"MergeReport('default' in 4 weights, at most {lost} of ΔW lost, with a warning)"
+    )

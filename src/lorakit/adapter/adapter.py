@@ -11,6 +11,7 @@ from pathlib import Path
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.folder import load_path, reading
 from lorakit.adapter.folder_write import save_folder
+from lorakit.adapter.hub import local_path
 from lorakit.config.methods import LoRAConfig
 
 
@@ -35,23 +36,34 @@ class Adapter(AdapterContent):
 
     @staticmethod
     def load(
-        path: str | os.PathLike[str],
+        source: str | os.PathLike[str],
         *,
+        revision: str | None = None,
         config: LoRAConfig | None = None,
         kernel_sizes: Mapping[str, int] | None = None,
     ) -> Adapter:
-        """Read an adapter folder of lorakit or PEFT, or a loralib .pt file.
+        """Read an adapter folder of lorakit or PEFT, by its path or hub id, or a loralib .pt file.
+
+        Of a repository of the hub, only the JSON and safetensors files of an adapter are fetched,
+        into the hub's cache on this machine.
 
         Args:
-            path: the folder, or the .pt file.
+            source: the folder, the .pt file, or OWNER/NAME on the hub, where there is no such path.
+            revision: a branch, tag or commit of the hub's repository.
             config: rank, alpha and targets, for a loralib file, which does not hold them.
             kernel_sizes: the convolutions in a loralib file, by path or the end of it, and the size
                 of their square kernels; the file does not tell them from other layers.
 
         Raises:
-            AdapterFileError: every problem of the files in one message.
+            AdapterFileError: every problem of the files in one message; or there are none.
         """
-        return _with_files(load_path(Path(path), config=config, kernel_sizes=kernel_sizes))
+        path = local_path(source, revision)
+        return _with_files(load_path(path, config=config, kernel_sizes=kernel_sizes))
+
+    @staticmethod
+    def of(source: AdapterSource) -> Adapter:
+        """The adapter that is given by its folder, its hub id, or as it is."""
+        return source if isinstance(source, Adapter) else Adapter.load(source)
 
     @staticmethod
     @contextmanager
@@ -79,4 +91,4 @@ def _with_files(content: AdapterContent) -> Adapter:
 
 
 AdapterSource = str | os.PathLike[str] | Adapter
-"""Whatever stands for an adapter: its folder, or the adapter itself."""
+"""Whatever stands for an adapter: its folder, its hub id, or the adapter itself."""

@@ -30,7 +30,7 @@ def generate(
 
     Args:
         prompts: one text, or several.
-        adapter: a folder, or an `Adapter`. None: the model alone, or as it is where it is loaded.
+        adapter: a folder, a hub id, or an `Adapter`. None: the model alone; a loaded one as it is.
         model: the base by name, or a loaded one, which is left as it was found. None: the base
             that the adapter was trained on.
         tokenizer: that of a loaded model.

@@ -57,7 +57,7 @@ def attach(
     Args:
         model: a plain module; one that has adapters already gets one more.
         what: settings of a method for a fresh adapter (LoRA's has A random and B zero: the model
-            answers as before), those of several methods, an `Adapter`, or its folder.
+            answers as before), those of several methods, an `Adapter`, its folder, or its hub id.
         name: what to call it in this model.
         trainable: whether A, B, biases and copies take gradients. None: a fresh one does.
         allow_other_base: accept an adapter whose base has other weights.
@@ -99,7 +99,7 @@ def plan(
 
     Args:
         model: a plain module, or one with adapters.
-        what: settings of one method or of several, an `Adapter`, or its folder.
+        what: settings of one method or of several, an `Adapter`, its folder, or its hub id.
         allow_other_base: accept an adapter whose base has other weights.
 
     Raises:
@@ -130,7 +130,8 @@ def _what(given: object) -> MethodConfig | Sequence[MethodConfig] | Adapter:
         return given
     raise AttachError(
         "what is attached are settings such as lk.LoRAConfig(rank=8), those of several methods in "
-        f"a list, an Adapter, or its folder; found {given!r:.60}, a {type(given).__name__}"
+        "a list, an Adapter, its folder, or its hub id; found "
+        f"{given!r:.60}, a {type(given).__name__}"
     )
 
 

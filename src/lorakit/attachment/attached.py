@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -44,7 +45,7 @@ def attached(
     """
     state = attachment_of(model)
     before = Frame() if state is None else state.route.frame
-    name = _free_name(model) if name is None else name
+    name = free_name(model, "attached") if name is None else name
     found = attach(
         model,
         what,
@@ -58,17 +59,17 @@ def attached(
     finally:
         if name in adapter_names(model):
             detach(model, name)
-        _use_again(model, before)
+        use_again(model, before)
 
 
-def _free_name(model: nn.Module) -> str:
-    names, number = adapter_names(model), 1
-    while f"attached-{number}" in names:
-        number += 1
-    return f"attached-{number}"
+def free_name(model: nn.Module, wanted: str) -> str:
+    """A name that no adapter of a model has: the wanted one, if it is free, else with a number."""
+    names = adapter_names(model)
+    numbered = (f"{wanted}-{number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain([wanted], numbered) if name not in names)
 
 
-def _use_again(model: nn.Module, frame: Frame) -> None:
+def use_again(model: nn.Module, frame: Frame) -> None:
     """Have the layers read a frame again, or the base, where its adapter is gone."""
     state = attachment_of(model)
     if state is None:

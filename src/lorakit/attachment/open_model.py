@@ -54,7 +54,7 @@ def open_model(
     """A base with an adapter attached, or the base alone.
 
     Args:
-        source: the adapter, or its folder; None: no adapter.
+        source: the adapter, its folder, or its hub id; None: no adapter.
         model: the base. None: the one that the adapter names.
         dtype: precision of the base.
         task: what the model does. None: what the adapter was trained for, else generation.
@@ -69,7 +69,7 @@ def open_model(
         ModelError: the base cannot be found.
         MissingExtraError: the base is to be quantised, and the library for it is not installed.
     """
-    adapter = _adapter(source)
+    adapter = None if source is None else Adapter.of(source)
     card: Mapping[str, Any] = adapter.card if adapter else {}
     base = model or (adapter.base.name if adapter and adapter.base else "")
     if not base and adapter is None:
@@ -146,7 +146,7 @@ def _borrowed(
     data: DataConfig | None,
     allow_other_base: bool,
 ) -> Iterator[Opened]:
-    adapter = _adapter(source) or _active(model)
+    adapter = _active(model) if source is None else Adapter.of(source)
     card: Mapping[str, Any] = adapter.card if adapter else {}
     own = task_of(model)
     asked = task or card.get("task") or own
@@ -195,10 +195,6 @@ def check_loaded(model: object, tokenizer: object, config: Settings) -> None:
     if given:
         which = f"{' and '.join(given)} {'is that' if len(given) == 1 else 'are those'}"
         raise ConfigError(f"{which} of a base which is loaded by name: leave it out")
-
-
-def _adapter(source: AdapterSource | None) -> Adapter | None:
-    return source if isinstance(source, Adapter | None) else Adapter.load(source)
 
 
 def _active(model: transformers.PreTrainedModel) -> Adapter | None:

@@ -131,7 +131,16 @@ class Attachment:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, also through torch.compile's or DDP's wrapper."""
+    """The attachment of a model, also through torch.compile's or DDP's wrapper.
+
+    Raises:
+        AttachError: this is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise AttachError(
+            "a model is a torch.nn.Module, as in model, tokenizer = lk.load_model(…); "
+            f"this is a {type(model).__name__}"
+        )
     found = vars(model).get("_lorakit")
     if found is None:
         found = vars(unwrapped(model)).get("_lorakit")

@@ -5,15 +5,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lorakit.config.base import DType, HeldIn, Names, PositiveInt, Settings
+from lorakit.config.base import AdapterPlace, DType, HeldIn, Names, PositiveInt, Settings
 from lorakit.config.train import DataConfig
 
 
 class GenerateConfig(Settings):
     """Settings of generate: the model and adapter, the prompts, and the search."""
 
-    adapter: Path | None = None
-    """Adapter folder; None: the model alone."""
+    adapter: AdapterPlace | None = None
+    """Adapter folder, or OWNER/NAME on the hub; None: the model alone."""
 
     model: str | None = None
     """Base model. None: the one that the adapter was trained on."""
@@ -59,8 +59,8 @@ class GenerateConfig(Settings):
 class EvaluateConfig(Settings):
     """Settings of evaluate: the model and adapter, the rows, and the scores."""
 
-    adapter: Path | None = None
-    """Adapter folder; None: the model alone."""
+    adapter: AdapterPlace | None = None
+    """Adapter folder, or OWNER/NAME on the hub; None: the model alone."""
 
     model: str | None = None
     """Base model. None: the one that the adapter was trained on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.layers.class_swap import SwappedModule, swap_back, swapped_class
-from lorakit.layers.operation import Operation
+from lorakit.layers.operation import Operation, Update
 from lorakit.layers.route import Route
 from lorakit.models.base import base_modules
-from lorakit.upstream.private_names import own_parameters
+from lorakit.upstream.private_names import own_modules, own_parameters
 
 
 def bank_key(name: str) -> str:
@@ -22,11 +22,25 @@ def bank_key(name: str) -> str:
     return "@" + name.replace("%", "%25").replace(".", "%2E")
 
 
+def adapter_name(key: str) -> str:
+    """The name of the adapter that has this child name."""
+    return key.removeprefix("@").replace("%2E", ".").replace("%25", "%")
+
+
+class LayerBank(nn.ModuleDict):
+    """The updates of one adapted layer, by `bank_key`."""
+
+    def __repr__(self) -> str:
+        """One line: what each adapter has here."""
+        updates = cast(Mapping[str, Update], own_modules(self))
+        return "; ".join(f"{adapter_name(key)}: {each.summary}" for key, each in updates.items())
+
+
 class AdaptedLayer(SwappedModule):
     """Mixed into a layer's own class by `convert`; see docs/design/layers.md for the reasons."""
 
     prefix = "Adapted"
-    adapter_bank: nn.ModuleDict
+    adapter_bank: LayerBank
     adapter_route: Route
     adapter_number: int
     """The key of this layer in the operations of a frame."""
@@ -122,7 +136,7 @@ def convert(
     """
     if not isinstance(layer, AdaptedLayer):
         adapted = cast(AdaptedLayer, layer)
-        adapted.adapter_bank = nn.ModuleDict()
+        adapted.adapter_bank = LayerBank()
         adapted.adapter_route, adapted.adapter_path, adapted.adapter_input = route, path, reads
         adapted.adapter_number = route.layers
         route.layers += 1

@@ -79,6 +79,13 @@ class MergeReport:
             "merge into float32, or keep the adapter unmerged"
         )
 
+    def __repr__(self) -> str:
+        """One line: the adapter, how many weights, and the most that rounding took of one."""
+        worst = self.worst
+        lost = "" if worst is None else f", at most {worst.rounding_error:.3%} of ΔW lost"
+        warned = "" if self.warning is None else ", with a warning"
+        return f"MergeReport({self.adapter!r} in {len(self.weights)} weights{lost}{warned})"
+
     def __str__(self) -> str:
         """The report as a table."""
         width = max((len(w.name) for w in self.weights), default=6)

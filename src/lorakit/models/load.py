@@ -92,12 +92,17 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def fresh_heads(model: nn.Module) -> Sequence[str]:
+    """The paths of the modules that `load_model` made afresh, as the checkpoint has none."""
+    return tuple(getattr(model, "_lorakit_fresh", ()))
+
+
 def redraw_fresh_head(model: nn.Module) -> None:
     """Draw a task's head once more, from torch's random state, if `load_model` made it afresh.
 
     After the same `torch.manual_seed` it is the head that loading the model again would give.
     """
-    for path in getattr(model, "_lorakit_fresh", ()):
+    for path in fresh_heads(model):
         initialize(model, model.get_submodule(path))
 
 

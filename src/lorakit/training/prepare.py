@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.attach import attach
+from lorakit.attachment.attached import free_name
 from lorakit.attachment.plan import Plan
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
@@ -22,6 +23,7 @@ from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.models.quantized import Quantization
+from lorakit.training.loaded_base import LoadedBase
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
 from lorakit.training.virtual_tokens import check_infix, longest_row, with_tokens
@@ -52,9 +54,13 @@ class Prepared:
     """Optimizer steps of the whole run."""
     packing: Packing = PLAIN
 
-    def __str__(self) -> str:
-        """The match table, the reports of the rows, and the packing, as text."""
-        parts = [str(self.plan), f"training rows: {self.training.report}"]
+    def describe(self, table: str = "grouped") -> str:
+        """The match table, the reports of the rows, and the packing, as text.
+
+        Args:
+            table: grouped, or full, as the setting of that name.
+        """
+        parts = [self.plan.table(full=table == "full"), f"training rows: {self.training.report}"]
         if self.validation is not None:
             parts.append(f"validation rows: {self.validation.report}")
         return "\n".join([*parts, f"batches: {self.packing}"])
@@ -69,22 +75,30 @@ class _TaskRows:
     validation: Rows | None
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig, base: LoadedBase | None = None) -> Prepared:
     """Read the rows, load the base and attach the adapter; nothing is written.
+
+    Args:
+        config: the settings of the run.
+        base: the base, if it is loaded already.
 
     Raises:
         LorakitError: the run cannot start.
     """
-    return prepare_all({NAME: config})[NAME]
+    name = NAME if base is None else free_name(base.model, NAME)
+    return prepare_all({name: config}, base)[name]
 
 
-def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
+def prepare_all(
+    configs: Mapping[str, TrainConfig], base: LoadedBase | None = None
+) -> dict[str, Prepared]:
     """Read the rows of several runs, load their one base, and attach an adapter for each.
 
     Rows that runs share are read and encoded once. Each adapter starts as if its run were alone.
 
     Args:
         configs: the settings of each run, by the adapter's name; they share what loads the base.
+        base: the base, if it is loaded already.
 
     Raises:
         LorakitError: the runs cannot start; the error lists the problems of each.
@@ -96,7 +110,11 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     read = _for_each(sources, _read)
     task, labels = _shared(read)
     first = next(iter(configs.values()))
-    model, tokenizer = _load(first, task, labels)
+    if base is None:
+        model, tokenizer = _load(first, task, labels)
+    else:
+        base.check_task(task, labels)
+        model, tokenizer = base.model, base.tokenizer
     packing = _packing(model, task, first)
     check_memory(model, first)
     plans = _for_each(
