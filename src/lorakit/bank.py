@@ -18,6 +18,7 @@ from lorakit.attachment.state import (
     Attachment,
     attachment_for,
     attachment_of,
+    check_model,
     is_compiled,
     unwrapped,
 )
@@ -79,6 +80,7 @@ class AdapterBank:
         budget_bytes: int | None = None,
         allow_other_base: bool = False,
     ) -> None:
+        check_model(model)
         self.model = unwrapped(model)
         self.budget_bytes = budget_bytes
         self._allow_other_base = allow_other_base

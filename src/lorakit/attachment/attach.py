@@ -17,6 +17,7 @@ from lorakit.attachment.state import (
     active_name,
     attachment_for,
     attachment_of,
+    check_model,
     identity_of,
     modules_of,
     require_attachment,
@@ -108,6 +109,7 @@ def plan(
             what a method needs.
         AdapterFileError: the adapter does not fit this model; every problem is listed.
     """
+    check_model(model)
     what = _what(what)
     if isinstance(what, Adapter):
         base, identity = modules_of(model), identity_of(model)

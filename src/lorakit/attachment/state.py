@@ -136,15 +136,24 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     Raises:
         AttachError: this is no model.
     """
+    check_model(model)
+    found = vars(model).get("_lorakit")
+    if found is None:
+        found = vars(unwrapped(model)).get("_lorakit")
+    return cast("Attachment | None", found)
+
+
+def check_model(model: object) -> None:
+    """Make sure that this is a model.
+
+    Raises:
+        AttachError: it is something else.
+    """
     if not isinstance(model, nn.Module):
         raise AttachError(
             "a model is a torch.nn.Module, as in model, tokenizer = lk.load_model(…); "
             f"this is a {type(model).__name__}"
         )
-    found = vars(model).get("_lorakit")
-    if found is None:
-        found = vars(unwrapped(model)).get("_lorakit")
-    return cast("Attachment | None", found)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
