@@ -49,6 +49,8 @@ with lk.route(model, ["default", None, {"default": 0.5, "other": 0.5}]):
 
 result = lk.train(config, model=model, tokenizer=tokenizer)
 lk.attach(model, result.adapter)
+base, _ = result.adapter.load_base(dtype="bfloat16")
+lk.detach(base)
 ranks: list[int] = [trial.adapter.sites[0].rank for trial in lk.sweep(config).trials]
 texts: list[str] = lk.generate(["a", "b"], adapter=result.adapter, max_new_tokens=4)
 scores: dict[str, float] = lk.evaluate(adapter=folder, data=data, metrics="loss")

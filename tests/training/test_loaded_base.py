@@ -69,6 +69,11 @@ def test_a_fresh_head_is_given_back_and_its_trained_copy_is_the_adapters(
     result = lk.train(settings(tmp_path / "a", label_rows), model=model, tokenizer=tokenizer)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert result.adapter.copied_modules == ("classifier",)
+    again, _ = result.adapter.load_base()
+    lk.attach(again, result.adapter)
+    ids = {"input_ids": torch.tensor([[4, 5, 6]])}
+    with lk.attached(model, result.adapter):
+        assert torch.equal(outputs(again, ids), outputs(model, ids))
     wrong = lk.DataConfig(train=str(label_rows), labels=("yes", "no"))
     with pytest.raises(ConfigError, match="classes yes, no, and the loaded model's are no, yes"):
         lk.train(settings(tmp_path / "b", label_rows, data=wrong), model=model, tokenizer=tokenizer)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.folder import load_path, reading
 from lorakit.adapter.folder_write import save_folder
 from lorakit.adapter.hub import local_path
 from lorakit.config.methods import LoRAConfig
+from lorakit.errors import AdapterFileError
+from lorakit.models.load import load_model
+from lorakit.models.quantized import quantization_on
 
 
 class Adapter(AdapterContent):
@@ -59,6 +64,40 @@ class Adapter(AdapterContent):
         """
         path = local_path(source, revision)
         return _with_files(load_path(path, config=config, kernel_sizes=kernel_sizes))
+
+    def load_base(
+        self,
+        name: str | None = None,
+        *,
+        dtype: str = "float32",
+        task: str | None = None,
+        labels: Sequence[str] | None = None,
+        quantize: str = "as-trained",
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base that it was trained on, loaded for its task, and its tokenizer.
+
+        Args:
+            name: another one. None: the one that it names.
+            dtype: precision of the base.
+            task: what the base does. None: what the adapter was trained for, else generation.
+            labels: names of the classes. None: those of its training.
+            quantize: how the base holds its weights: as-trained, none (in `dtype`), 4bit or 8bit.
+
+        Raises:
+            AdapterFileError: it names no base.
+            ModelError: the base cannot be found or loaded.
+            MissingExtraError: the base is quantised, and the library for it is not installed.
+        """
+        name = name or (self.base.name if self.base else "")
+        if not name:
+            raise AdapterFileError(
+                "the adapter does not say which base it was trained on: name the model"
+            )
+        task = task or self.card.get("task") or "generation"
+        labels = (labels or self.card.get("labels")) if task == "classification" else None
+        way = None if quantize == "none" else quantize
+        how = quantization_on(self.card) if quantize == "as-trained" else way
+        return load_model(name, dtype=dtype, task=task, labels=labels, quantize=how)
 
     @staticmethod
     def of(source: AdapterSource) -> Adapter:

@@ -17,9 +17,8 @@ from lorakit.attachment.state import attachment_of
 from lorakit.config.answering import EvaluateConfig, GenerateConfig
 from lorakit.config.base import Settings
 from lorakit.config.train import DataConfig
-from lorakit.errors import AdapterFileError, ConfigError, ModelError
+from lorakit.errors import ConfigError, ModelError
 from lorakit.models.load import labels_of, load_model, task_of
-from lorakit.models.quantized import Quantization, quantization_on
 
 ModelSource = str | os.PathLike[str] | transformers.PreTrainedModel
 """Whatever stands for a base: its packaged name, folder or hub id, or the loaded model."""
@@ -71,22 +70,19 @@ def open_model(
     """
     adapter = None if source is None else Adapter.of(source)
     card: Mapping[str, Any] = adapter.card if adapter else {}
-    base = model or (adapter.base.name if adapter and adapter.base else "")
-    if not base and adapter is None:
-        raise ConfigError("give an adapter, a model, or both")
-    if not base:
-        raise AdapterFileError(
-            f"{source} does not say which base it was trained on: name the model"
-        )
-    task = task or card.get("task") or "generation"
-    merged = _data(card, data)
+    merged, task = _data(card, data), task or card.get("task") or "generation"
     labels = merged.labels or card.get("labels")
     labels = tuple(labels) if labels and task == "classification" else None
-    loaded, tokenizer = load_model(
-        base, dtype=dtype, task=task, labels=labels, quantize=_quantization(quantize, card)
-    )
     if adapter is not None:
+        loaded, tokenizer = adapter.load_base(
+            model, dtype=dtype, task=task, labels=labels, quantize=quantize
+        )
         attach(loaded, adapter, allow_other_base=allow_other_base)
+    elif model:
+        way = None if quantize in ("none", "as-trained") else quantize
+        loaded, tokenizer = load_model(model, dtype=dtype, task=task, labels=labels, quantize=way)
+    else:
+        raise ConfigError("give an adapter, a model, or both")
     return Opened(
         model=loaded, tokenizer=tokenizer, adapter=adapter, task=task, labels=labels, data=merged
     )
@@ -208,10 +204,3 @@ def _data(card: Mapping[str, Any], given: DataConfig | None) -> DataConfig:
     """How rows are read: as in training, where nothing else is given."""
     trained, given = DataConfig(**card.get("data", {})), given or DataConfig()
     return trained.model_copy(update={k: getattr(given, k) for k in given.model_fields_set})
-
-
-def _quantization(asked: str, card: Mapping[str, Any]) -> str | Quantization | None:
-    """The `quantize` argument of `load_model` for a setting of `HeldIn`."""
-    if asked == "as-trained":
-        return quantization_on(card)
-    return None if asked == "none" else asked
