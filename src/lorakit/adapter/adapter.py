@@ -100,7 +100,7 @@ class Adapter(AdapterContent):
         return load_model(name, dtype=dtype, task=task, labels=labels, quantize=how)
 
     @staticmethod
-    def of(source: AdapterSource) -> Adapter:
+    def of(source: str | os.PathLike[str] | Adapter) -> Adapter:
         """The adapter that is given by its folder, its hub id, or as it is."""
         return source if isinstance(source, Adapter) else Adapter.load(source)
 
