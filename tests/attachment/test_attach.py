@@ -95,9 +95,9 @@ def test_the_match_table_shows_each_site():
     plan = lk.plan(build("gpt2"), lk.LoRAConfig(rank=2, alpha=3, targets=("q", "wte")))
     assert plan.table(full=True).splitlines() == [
         "role   shape  layers  rank  scale  parameters  module",
+        "embed  32×64          2     1.5    192         transformer.wte",
         "q      32×32  0       2     1.5    128         transformer.h.0.attn.c_attn[q]",
         "q      32×32  1       2     1.5    128         transformer.h.1.attn.c_attn[q]",
-        "embed  32×64          2     1.5    192         transformer.wte",
         "448 parameters are trained",
     ]
 
@@ -109,7 +109,7 @@ def test_layers_that_are_alike_share_a_line_of_the_match_table():
         "role  shape  layers  rank  scale  parameters  module",
         "q     32×32  0–1     2     1      256         model.layers.*.self_attn.q_proj",
         "v     16×32  0       2     1      96          model.layers.0.self_attn.v_proj",
-        "v     16×32  1       4     0.5    192         model.layers.1.self_attn.v_proj",
+        "v     16×32  1       4     1      192         model.layers.1.self_attn.v_proj",
         "544 parameters are trained",
     ]
     assert repr(plan) == "Plan(lora: 4 × low-rank update; 544 parameters)"

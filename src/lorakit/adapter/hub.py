@@ -12,7 +12,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from lorakit.adapter.peft_config import CONFIG_FILE
 from lorakit.adapter.record import RECORD_FILE
@@ -52,7 +51,7 @@ def _is_hub_id(source: str | os.PathLike[str]) -> bool:
     if not isinstance(source, str) or source.count("/") != 1:
         return False
     try:
-        validate_repo_id(source)
+        huggingface_hub.try_to_load_from_cache(source, CONFIG_FILE)
     except HFValidationError:
         return False
     return True

@@ -16,7 +16,7 @@ from lorakit.attachment.state import active_name
 from lorakit.config.answering import EvaluateConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_prompt
-from lorakit.data.metrics import bleu, exact_match
+from lorakit.data.metrics.basic import bleu, exact_match
 from lorakit.data.row_types import Rows, references_of
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, OutputError

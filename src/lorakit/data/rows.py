@@ -61,7 +61,8 @@ def read_rows(
             )
             return Rows(kind="classification", rows=numbers, source=source)
         case "classification":
-            return _classification_rows(table, known=labels or data.labels)
+            known = labels or data.labels
+            return _classification_rows(table, known=tuple(known) if known else None)
         case "text":
             texts = table.rows(lambda values: TextRow(text=table.fields.text("text", values)))
             return Rows(kind="text", rows=texts, source=source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,6 +80,10 @@ def borrowed(
     frame = Frame() if state is None else state.route.frame
     modes = {module: module.training for module in model.modules()}
     device, heads = model.device, _fresh_heads(model)
+    # With adapters in it, nothing of the base is trained; without, lorakit keeps what was.
+    trained = [each for each in model.parameters() if names and each.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         yield LoadedBase(model=model, tokenizer=tokenizer)
     finally:
@@ -89,7 +94,9 @@ def borrowed(
         for module, training in modes.items():
             module.training = training
         if model.device != device:
-            model.to(device)
+            cast(nn.Module, model).to(device)
+        for parameter in trained:
+            parameter.requires_grad_()
         for parameter, values in heads:
             parameter.data.copy_(values)
 
