@@ -159,10 +159,11 @@ def state():
     return handlers, logging.root.level, str(torch.get_default_dtype()), dict(os.environ)
 before, modules = state(), set(sys.modules)
 import lorakit
+unchanged = state() == before
 trainer = {"train", "sweep", "evaluate", "generate"}  # transformers' own Trainer imports PEFT
 for name in set(lorakit.__all__) - trainer:
     getattr(lorakit, name)
-print(json.dumps({"unchanged": state() == before, "modules": sorted(set(sys.modules) - modules)}))
+print(json.dumps({"unchanged": unchanged, "modules": sorted(set(sys.modules) - modules)}))
 """
 
 

@@ -79,6 +79,11 @@ class AdaptedLayer(SwappedModule):
             return (operation.adapt(self, args, output[0]), *output[1:])
         return operation.adapt(self, args, output)
 
+    def __repr__(self) -> str:
+        """As its own class shows it, and what each adapter has here where that does not say it."""
+        shown = super().__repr__()
+        return shown if f"({BANK}): " in shown else f"{shown} ({BANK}): {self.adapter_bank!r}"
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists only in this process; a copy or a pickle makes it anew.
         return _blank, (self.own_class, self.uncalled), self.__dict__
