@@ -20,11 +20,11 @@ from lorakit.attachment.state import (
     attachment_of,
     check_model,
     is_compiled,
-    unwrapped,
 )
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
 from lorakit.layers.operation import Update
 from lorakit.merging.merge import MergeReport, merge, unmerge
+from lorakit.models.base import unwrapped
 from lorakit.routing.choices import Choice, RowChoices
 from lorakit.routing.compiled_model import prepare_for_compile
 from lorakit.routing.route import route_rows, switch

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapter.adapter import AdapterSource
 from lorakit.adapter.atomic_write import write_new_file
+from lorakit.adapter.output_place import check_new
 from lorakit.attachment.open_model import ModelSource, Opened, opened_model
 from lorakit.attachment.state import active_name
 from lorakit.config.answering import EvaluateConfig
@@ -19,7 +20,7 @@ from lorakit.data.encode import encode_prompt
 from lorakit.data.metrics.basic import bleu, exact_match
 from lorakit.data.row_types import Rows, references_of
 from lorakit.data.rows import read_rows
-from lorakit.errors import ConfigError, OutputError
+from lorakit.errors import ConfigError
 from lorakit.training.evaluation import answer, score
 from lorakit.training.loss import Loss
 from lorakit.training.virtual_tokens import encode_for
@@ -82,6 +83,11 @@ def evaluation(
         config, adapter, model, tokenizer, task=config.task, data=config.data
     ) as opened:
         rows = _rows(opened)
+        if config.outputs is not None and not _written(config, opened, rows):
+            raise ConfigError(
+                "outputs is a file for answers, and none are generated here: they are for the "
+                f"metrics {' and '.join(WRITTEN)} on rows with prompts"
+            )
         scores = _scores(config, opened, rows, progress=progress)
     return Evaluation(rows=len(rows), source=rows.source, task=opened.task, scores=scores)
 
@@ -92,8 +98,8 @@ def _check(config: EvaluateConfig) -> None:
         raise ConfigError(f"metrics: {unknown} unknown; there are loss, {', '.join(WRITTEN)}")
     if config.data.validation is None:
         raise ConfigError("data.validation must say which rows to score")
-    if config.outputs is not None and config.outputs.exists():
-        raise OutputError(f"{config.outputs} exists: choose another file")
+    if config.outputs is not None:
+        check_new(config.outputs)
 
 
 def _rows(opened: Opened) -> Rows:
@@ -124,13 +130,19 @@ def _scores(
             batch_size=config.batch_size,
             progress=progress,
         )
-    wanted = [name for name in WRITTEN if name in config.metrics]
-    if opened.task == "generation" and wanted and rows.kind != "text":
+    wanted = _written(config, opened, rows)
+    if wanted:
         answers = _answers(config, opened, rows, progress=progress)
         references = [references_of(row) for row in rows.rows]
         compute = {"exact_match": exact_match, "bleu": bleu}
         scores |= {name: compute[name](answers, references) for name in wanted}
     return scores
+
+
+def _written(config: EvaluateConfig, opened: Opened, rows: Rows) -> list[str]:
+    """The metrics that are asked for and need generated answers."""
+    answered = opened.task == "generation" and rows.kind != "text"
+    return [name for name in WRITTEN if name in config.metrics and answered]
 
 
 def _answers(config: EvaluateConfig, opened: Opened, rows: Rows, *, progress: bool) -> list[str]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from lorakit.adapter.adapter import AdapterSource
 from lorakit.attachment.open_model import ModelSource, Opened, opened_model
 from lorakit.config.answering import GenerateConfig
+from lorakit.config.seed import generator_seed
 from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError
@@ -51,7 +52,7 @@ def answers(
 ) -> list[str]:
     """The text after each prompt."""
     ids = _encoded(config, opened, prompts)
-    set_seed(config.seed)
+    set_seed(generator_seed(config.seed))
     return answer(
         opened.model,
         opened.tokenizer,
@@ -67,7 +68,7 @@ def answers(
 def stream(config: GenerateConfig, opened: Opened, prompt: str) -> str:
     """The text after one prompt, written to stdout word by word as it is generated."""
     (ids,) = _encoded(config, opened, [prompt])
-    set_seed(config.seed)
+    set_seed(generator_seed(config.seed))
     tokens = torch.tensor([ids], device=opened.model.device)
     streamer = None
     if config.num_beams == 1:

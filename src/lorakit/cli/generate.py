@@ -33,7 +33,8 @@ def run(settings: GenerateConfig) -> Result:
 
 def _read(source: str) -> list[str]:
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        file = Path(source).expanduser()
+        text = sys.stdin.read() if source == "-" else file.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

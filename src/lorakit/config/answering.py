@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lorakit.config.base import AdapterPlace, DType, HeldIn, Names, PositiveInt, Settings
+from lorakit.config.seed import Seed
 from lorakit.config.train import DataConfig
 
 
@@ -39,7 +40,7 @@ class GenerateConfig(Settings):
     num_beams: PositiveInt = 1
     """Beams of the search; 1 is greedy."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of what is drawn."""
 
     batch_size: PositiveInt = 16
@@ -54,6 +55,12 @@ class GenerateConfig(Settings):
 
     allow_other_base: bool = False
     """Accept a base with other weights than the adapter was trained on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "GenerateConfig":
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError("top_p is of drawing at random, and temperature is 0: raise it")
+        return self
 
 
 class EvaluateConfig(Settings):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,9 +17,11 @@ from lorakit.data.batches import pad_token
 from lorakit.errors import LorakitError, TrainingError
 from lorakit.training.checks import Interruption
 from lorakit.training.loaded_base import LoadedBase, borrowed
-from lorakit.training.prepare import Prepared, prepare_all
+from lorakit.training.prepare import Prepared, for_each, prepare_all
 from lorakit.training.record import SharedBar
-from lorakit.training.run import Run, TrainResult, check_config, check_free, execute, while_training
+from lorakit.training.resume import settings_to_resume
+from lorakit.training.run import Run, TrainResult, check_config, execute, while_training
+from lorakit.training.run_folder import check_free, locked
 from lorakit.training.sweep.coroutine_thread import CoroutineThread
 from lorakit.training.sweep.grid import Trial, trials_of
 from lorakit.training.sweep.joint_step import MicroBatch, TrialTrainer, joint_losses
@@ -66,7 +70,7 @@ def sweep(
             go on.
     """
     check_config(config)
-    with borrowed(config, model, tokenizer) as base:
+    with locked(config.out), borrowed(config, model, tokenizer) as base:
         config = config if base is None else base.settings(config)
         return _sweep(config, base, progress=progress, table=table)
 
@@ -76,8 +80,8 @@ def _sweep(
 ) -> SweepResult:
     trials = trials_of(config)
     finished = _open(config, trials)
-    left = {trial.name: trial for trial in trials if trial.name not in finished}
-    runs = [_run(left[name], prepared) for name, prepared in _prepare(left, base).items()]
+    left = _to_train([trial for trial in trials if trial.name not in finished])
+    runs = _runs(left, base)
     if table:
         print("\n".join(_outline(run) for run in runs), file=sys.stderr)
     started = time.perf_counter()
@@ -87,7 +91,6 @@ def _sweep(
         results[name] = TrialResult(results[name].trial, ended.result, ended.error)
         write_figures(_result(config, results, started))
 
-    config.out.mkdir(parents=True, exist_ok=True)
     if runs:
         _train(runs, record, progress=progress)
     result = _result(config, results, started)
@@ -140,10 +143,41 @@ def _open(config: TrainConfig, trials: Sequence[Trial]) -> dict[str, TrainResult
     return finished
 
 
-def _run(trial: Trial, prepared: Prepared) -> Run:
-    # A sweep that was interrupted early may have trials without a checkpoint: they start anew.
+def _checkpoint(trial: Trial) -> Path | None:
+    """The checkpoint from which a trial goes on.
+
+    A sweep that was interrupted early may have trials without one: they start anew.
+    """
     found = list_checkpoints(trial.config.out / "checkpoints") if trial.config.resume else []
-    return Run(config=trial.config, prepared=prepared, checkpoint=found[-1] if found else None)
+    return found[-1] if found else None
+
+
+def _to_train(trials: Sequence[Trial]) -> dict[str, Trial]:
+    """The trials, by name, with the settings to go on with.
+
+    Raises:
+        TrainingError: checkpoints were made with other settings; lists those of all trials.
+    """
+
+    def with_settings(trial: Trial, name: str) -> Trial:
+        checkpoint = _checkpoint(trial)
+        return (
+            replace(trial, config=settings_to_resume(trial.config, checkpoint))
+            if checkpoint
+            else trial
+        )
+
+    return for_each({trial.name: trial for trial in trials}, with_settings)
+
+
+def _runs(trials: Mapping[str, Trial], base: LoadedBase | None) -> list[Run]:
+    """The runs of trials, prepared."""
+    prepared = _prepare(trials, base)
+
+    def run(trial: Trial, name: str) -> Run:
+        return Run.of(trial.config, prepared[name], _checkpoint(trial))
+
+    return list(for_each(trials, run).values())
 
 
 def _train(
