@@ -10,7 +10,7 @@ from lorakit.adapter.output_place import check_place
 from lorakit.attachment.attach import attach, extract
 from lorakit.attachment.state import require_attachment
 from lorakit.cli.verbs import Result
-from lorakit.config.base import PositiveInt, Settings
+from lorakit.config.base import AdapterPlace, PositiveInt, Settings
 from lorakit.config.methods import LoRAConfig
 from lorakit.models.load import load_model
 
@@ -18,8 +18,8 @@ from lorakit.models.load import load_model
 class ConvertConfig(Settings):
     """Settings of convert: the adapter to read, and the format and folder to write."""
 
-    source: Path
-    """Adapter folder of lorakit or PEFT, or a loralib .pt file."""
+    source: AdapterPlace
+    """Adapter folder of lorakit or PEFT, OWNER/NAME on the hub, or a loralib .pt file."""
 
     out: Path
     """New folder for the result."""

@@ -12,7 +12,7 @@ from lorakit.adapter.output_place import check_new
 from lorakit.attachment.attach import attach, detach
 from lorakit.attachment.open_model import Opened, open_model
 from lorakit.cli.verbs import Result
-from lorakit.config.base import DType, Settings
+from lorakit.config.base import AdapterPlace, DType, Settings
 from lorakit.errors import ConfigError, ModelError, OutputError
 from lorakit.merging.merge import MergeReport, finalize, merge
 from lorakit.merging.quantized_base import TrainedModel
@@ -23,8 +23,8 @@ from lorakit.models.quantized import dequantize, quantization_of
 class MergeConfig(Settings):
     """Settings of merge: the adapter, its base, and where to write the model."""
 
-    adapter: Path
-    """Adapter folder."""
+    adapter: AdapterPlace
+    """Adapter folder, or OWNER/NAME on the hub."""
 
     out: Path
     """New folder for the model, in transformers' format."""
