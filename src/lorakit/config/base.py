@@ -1,6 +1,7 @@
 """The base of all settings: frozen, unknown keys refused, every problem reported at once."""
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -30,8 +31,25 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
+@dataclass(frozen=True)
+class Topic:
+    """Settings that the help explains together."""
+
+    name: str
+    meaning: str
+    settings: tuple[str, ...]
+    """Their dotted names, such as lora.rank."""
+
+
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys refused, every problem reported at once."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    """The settings that words of a command line without a flag give, in this order."""
+
+    topics: ClassVar[tuple[Topic, ...]] = ()
+    """The settings by topic, in the help of a class that has many; the first has what people need
+    first. A section is a topic too, of what these leave in it."""
 
     model_config = ConfigDict(
         frozen=True,
