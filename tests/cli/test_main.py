@@ -201,7 +201,7 @@ def test_wrong_settings_do_not_run_the_verb(verb, capsys):
     assert capsys.readouterr().err == (
         "error: EchoSettings has settings that cannot be used (2 problems):\n"
         "  word: must be given\n"
-        "  wrod: unknown setting; did you mean 'word'?\n"
+        "  --wrod: unknown setting; did you mean --word?\n"
     )
 
 
