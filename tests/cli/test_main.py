@@ -201,7 +201,7 @@ def test_wrong_settings_do_not_run_the_verb(verb, capsys):
     assert capsys.readouterr().err == (
         "error: EchoSettings has settings that cannot be used (2 problems):\n"
         "  word: must be given\n"
-        "  wrod: unknown setting; did you mean 'word'?\n"
+        "  --wrod: unknown setting; did you mean --word?\n"
     )
 
 
@@ -308,7 +308,7 @@ def test_the_verb_of_two_words_needs_both(capsys):
 def test_the_verb_of_two_words_has_settings_and_help(capsys):
     assert main(["bench", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "  bench switch  Time switching" in out
+    assert "  bench switch   Time switching" in out
     assert "  train" not in out
     assert main(["bench", "switch", "--help"]) == 0
     assert "usage: lorakit bench switch [CONFIG.yaml]" in capsys.readouterr().out

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings, Topic
-from lorakit.config.marks import Invocation, Mark, Recorded, Shared, Varies
+from lorakit.config.marks import Escapes, Invocation, Mark, Recorded, Shared, Varies
 from lorakit.config.methods import (
     METHODS,
     BitFitConfig,
@@ -41,7 +41,7 @@ class DataConfig(Settings):
     fields: dict[RowField, str] = {}
     """Our field name: the file's column, or a template such as "{subject}: {body}"."""
 
-    separator: str = "\n"
+    separator: Annotated[str, Escapes()] = "\n"
     """Written between prompt and completion."""
 
     max_length: PositiveInt = 512

@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from lorakit.cli.overview import SWITCHES, WIDTH, listed
-from lorakit.cli.parsing.flags import Flag, Key, section_of
+from lorakit.cli.parsing.flags import Flag
 from lorakit.cli.verbs import VERBS
 from lorakit.config.base import Settings
+from lorakit.config.fields import Key, section_of
 from lorakit.errors import ConfigError, did_you_mean
 
 ALL = "all"
