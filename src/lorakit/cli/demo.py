@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorakit.adapter.output_place import check_place
 from lorakit.attachment.attach import detach
 from lorakit.bank import AdapterBank
 from lorakit.cli.verbs import Result
@@ -19,7 +20,7 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.config.verbs import DemoConfig
 from lorakit.data.encode import encode_prompt
-from lorakit.data.metrics import exact_match
+from lorakit.data.metrics.basic import exact_match
 from lorakit.data.row_types import PromptRow, references_of
 from lorakit.data.rows import read_rows
 from lorakit.errors import OutputError
@@ -141,6 +142,7 @@ def run(settings: DemoConfig) -> Result:
 def _folder(asked: Path | None) -> Path:
     if asked is None:
         return Path(tempfile.mkdtemp(prefix="lorakit-demo-"))
+    check_place(asked, "the demo writes a folder")
     if asked.exists() and any(asked.iterdir()):
         raise OutputError(f"{asked} exists and is not empty: choose another folder")
     return asked
