@@ -21,7 +21,9 @@ from lorakit.config.methods import (
 )
 
 Format = Literal["auto", "prompt", "messages", "text", "classification"]
-RowField = Literal["prompt", "completion", "references", "messages", "text", "text_pair", "label"]
+RowField = Literal[
+    "prompt", "completion", "references", "messages", "tools", "text", "text_pair", "label"
+]
 
 
 class DataConfig(Settings):
@@ -35,11 +37,13 @@ class DataConfig(Settings):
     """Rows to score during training; None: no evaluation."""
 
     format: Format = "auto"
-    """What a row is: prompt (prompt, completion, optional references), messages (a chat), text, or
-    classification (text, optional text_pair, label). auto: inferred from the fields of the rows."""
+    """What a row is: prompt (prompt, completion, optional references), messages (a chat, optional
+    tools), text, or classification (text, optional text_pair, label). auto: inferred from the
+    fields of the rows."""
 
     fields: dict[RowField, str] = {}
-    """Our field name: the file's column, or a template such as "{subject}: {body}"."""
+    """Our field name: the file's column, or a template such as "{subject}: {body}". {body?} may be
+    empty or missing, and is then left out with the white space before it."""
 
     separator: str = "\n"
     """Written between prompt and completion."""

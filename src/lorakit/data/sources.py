@@ -99,7 +99,7 @@ def _json_lines(path: Path, problems: Problems) -> Iterator[RawRow]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             problems.add(f"line {number}", _malformed(error))
         else:
@@ -114,11 +114,25 @@ def _json(path: Path, problems: Problems) -> Iterator[RawRow]:
         yield from _json_lines(path, problems)
         return
     try:
-        values = json.loads("".join(_lines(path, problems)))
+        values = json.loads("".join(_lines(path, problems)), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         problems.add(f"line {getattr(error, 'lineno', 1)}", _malformed(error))
     else:
         yield from _objects(((f"row {i}", value) for i, value in enumerate(values, 1)), problems)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values.
+
+    Raises:
+        ValueError: a key is there twice, of which Python's reader would drop one.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice in one object")
+    return found
 
 
 def _malformed(error: ValueError | RecursionError) -> str:
