@@ -16,6 +16,7 @@ from lorakit.attachment.state import (
     active_name,
     attached,
     attachment_of,
+    check_no_foreign_layers,
     identity_of,
     modules_of,
     require_attachment,
@@ -30,9 +31,10 @@ from lorakit.layers.operation import Update
 from lorakit.layers.route import Frame
 from lorakit.methods.component import Materials
 from lorakit.methods.lora.eva import input_singular_vectors
+from lorakit.methods.lora.lora import LoRAUpdate, parameter_shapes
 from lorakit.methods.lora.pissa import join_frozen_factors
 from lorakit.methods.prompt.hooks import HOOKS, watch
-from lorakit.models.base import base_parameter
+from lorakit.models.base import base_modules, base_parameter
 from lorakit.models.roles import shared_inputs, task_heads
 
 
@@ -69,7 +71,9 @@ def attach(
         AdapterFileError: the adapter does not fit this model; every problem is listed.
     """
     state = attachment_of(model)
-    if state is not None:
+    if state is None:
+        check_no_foreign_layers(model)
+    else:
         _check_free(state, name)
     _check_data(what, data)
     if isinstance(what, Adapter):
@@ -276,6 +280,8 @@ def restore_module(model: nn.Module, path: str, weights: Mapping[str, OriginalWe
     module = model.get_submodule(path)
     for name, original_weights in weights.items():
         if isinstance(original_weights, nn.Parameter):
+            # The model may have been moved or cast since; the parameter stays the same object.
+            original_weights.data = original_weights.data.to(base_parameter(module, name))
             set_parameter(module, name, original_weights)
         else:
             weight = (
@@ -300,18 +306,40 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
         name: which; None: the active one.
 
     Raises:
-        AttachError: there is none.
+        AttachError: there is none, or its layers were replaced or resized since it was attached.
     """
     state = require_attachment(model)
     name = active_name(model) if name is None else name
     if name is None:
         raise AttachError(f"no adapter is active: give a name, one of {', '.join(state.adapters)}")
     require_name(state, name)
+    check_in_place(model, state, name)
     tensors = {
         n: p.detach().to("cpu", copy=True).contiguous() for n, p in adapter_parameters(model, name)
     }
     record = state.adapters[name].record
     return replace(record, tensors=join_frozen_factors(record.sites, tensors))
+
+
+def check_in_place(model: nn.Module, state: Attachment, name: str) -> None:
+    """Compare the layers that an adapter changes with those that it was attached to.
+
+    Raises:
+        AttachError: one was replaced in the model, or has another shape now; all are listed.
+    """
+    # Not by path: torch.compile and others wrap a model, and then its paths begin otherwise.
+    modules, problems = {module for _, module in base_modules(model)}, []
+    for number, update in state.adapters[name].updates.items():
+        layer, path = state.layers[number], state.layers[number].adapter_path
+        parts = list(update.low_ranks()) if isinstance(update, LoRAUpdate) else []
+        if layer not in modules:
+            problems.append(f"{path}  is another module now, which the adapter does not change")
+        elif any((p.a.shape, p.b.shape) != parameter_shapes(layer, p.site) for p in parts):
+            problems.append(f"{path}  has another size now than A and B of the adapter")
+    if problems:
+        raise AttachError.listing(
+            f"the model was changed after adapter {name!r} was attached to it", problems
+        )
 
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:

@@ -328,6 +328,10 @@ def combination_problems(methods: Sequence[str]) -> list[str]:
     return problems
 
 
+MOST_BLOCKS = 100_000
+"""More than any model has: ranges of blocks may come from a stranger's file."""
+
+
 def layer_numbers(text: str) -> frozenset[int]:
     """The block numbers that a range such as "0-5,11" names.
 
@@ -340,6 +344,8 @@ def layer_numbers(text: str) -> frozenset[int]:
         if not first.isdigit() or (dash and not last.isdigit()):
             raise ValueError(f"layers {text!r} is not a list of blocks such as '0-5,11'")
         stop = int(last) if dash else int(first)
+        if stop >= MOST_BLOCKS:
+            raise ValueError(f"layers {text!r} goes beyond block {MOST_BLOCKS}, the last thinkable")
         if stop < int(first):
             raise ValueError(f"layers {text!r} has a range that ends before it starts")
         numbers.update(range(int(first), stop + 1))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lorakit.layers.class_swap import SwappedModule, swap_back, swapped_class
 from lorakit.layers.operation import Operation
 from lorakit.layers.route import Route
-from lorakit.models.base import base_modules
-from lorakit.upstream.private_names import own_parameters
+from lorakit.models.base import BANK, base_modules
+from lorakit.upstream.private_names import own_modules, own_parameters
 
 
 def bank_key(name: str) -> str:
@@ -86,9 +86,20 @@ def adapted_class(base: type[nn.Module], uncalled: tuple[str, ...] = ()) -> type
         base: the layer's own class.
         uncalled: parameters that are used without a module call.
     """
-    properties = ((name, _read_as_routed(name)) for name in uncalled)
-    made = swapped_class(AdaptedLayer, base, ("uncalled", uncalled), *properties)
+    members: list[tuple[str, Any]] = [(name, _read_as_routed(name)) for name in uncalled]
+    if issubclass(base, nn.Sequential):
+        # It calls its children one after the other, and the updates are no step of it.
+        members += [("__iter__", _own_children), ("__len__", _count_of_own_children)]
+    made = swapped_class(AdaptedLayer, base, ("uncalled", uncalled), *members)
     return cast(type[AdaptedLayer], made)
+
+
+def _own_children(layer: nn.Module) -> Iterator[nn.Module | None]:
+    return iter([child for name, child in own_modules(layer).items() if name != BANK])
+
+
+def _count_of_own_children(layer: nn.Module) -> int:
+    return sum(name != BANK for name in own_modules(layer))
 
 
 @cache
