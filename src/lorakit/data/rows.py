@@ -1,6 +1,7 @@
 """Rows of a source, read and checked as a whole before anything is trained on them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lorakit.config.train import DataConfig
@@ -9,8 +10,9 @@ from lorakit.data.columns import ColumnTable, Values
 from lorakit.data.conversations import has_message_lists, messages_row, two_part_row
 from lorakit.data.fields import FieldMap, as_number, as_text
 from lorakit.data.labels import class_name, class_order
+from lorakit.data.nested import rows_within, with_nested
 from lorakit.data.problems import UnusableRowError
-from lorakit.data.row_types import ClassificationRow, PromptRow, Rows, TextRow
+from lorakit.data.row_types import ClassificationRow, PromptRow, Rows, RowType, TextRow
 from lorakit.data.sources import read_raw_rows
 from lorakit.errors import DataError
 
@@ -45,14 +47,34 @@ def read_rows(
     """
     if source.startswith(BUILTIN_PREFIX):
         return _builtin_rows(source, data, limit=limit, split=split)
-    raw = read_raw_rows(source, limit=limit, split=split)
-    table = ColumnTable.of(source, raw, data)
-    match table.kind(data, answered=answered):
+    raw = read_raw_rows(source, limit=limit, split=split, delimiter=data.delimiter)
+    table = ColumnTable.of(source, with_nested(raw.rows, data.fields), data)
+    try:
+        kind = table.kind(data, answered=answered)
+    except DataError as error:
+        raise DataError(f"{error}{rows_within(raw.rows)}") from None
+    rows = _typed_rows(
+        table, kind, labels=labels or data.labels, regression=regression, answered=answered
+    )
+    return replace(rows, notes=(*raw.notes, *rows.notes))
+
+
+def _typed_rows(
+    table: ColumnTable,
+    kind: RowType,
+    *,
+    labels: tuple[str, ...] | None,
+    regression: bool,
+    answered: bool,
+) -> Rows:
+    """The rows of a table, of one type."""
+    source = table.source
+    match kind:
         case "messages":
             turns = table.rows(lambda values: messages_row(table.fields, values))
             notes = table.remarks("messages")
             return Rows(kind="messages", rows=turns, source=source, notes=notes)
-        case "prompt" if has_message_lists(table.fields, [each.values for each in raw]):
+        case "prompt" if has_message_lists(table.fields, [each.values for each in table.raw]):
             turns = table.rows(lambda values: two_part_row(table.fields, values))
             notes = table.remarks("messages", "prompt", "completion")
             return Rows(kind="messages", rows=turns, source=source, notes=notes)
@@ -65,7 +87,7 @@ def read_rows(
             notes = table.remarks("classification")
             return Rows(kind="classification", rows=numbers, source=source, notes=notes)
         case "classification":
-            return _classification_rows(table, known=labels or data.labels)
+            return _classification_rows(table, known=labels)
         case "text":
             texts = table.rows(lambda values: TextRow(text=table.fields.text("text", values)))
             return Rows(kind="text", rows=texts, source=source, notes=table.remarks("text"))
