@@ -14,7 +14,7 @@ from lorakit.errors import TargetError, did_you_mean
 from lorakit.models.base import base_modules
 from lorakit.models.families import UNKNOWN_FAMILY, Family, RowSplit, family_name, family_of
 from lorakit.models.linear_probe import returns_tensor
-from lorakit.models.paths import block_number, ends_with, is_within
+from lorakit.models.paths import block_number, ends_with, is_within, matches
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head")
 """Roles a layer can have, in the order in which messages name them."""
@@ -254,8 +254,9 @@ def _named_by(word: str, model: nn.Module, targets: tuple[Target, ...]) -> tuple
         linear = _linear_paths(model)
         return tuple(target for target in targets if target.path in linear)
     if word.startswith("re:"):
-        pattern = re.compile(word.removeprefix("re:"))
-        return tuple(target for target in targets if pattern.fullmatch(target.path))
+        pattern = word.removeprefix("re:")
+        re.compile(pattern)
+        return tuple(target for target in targets if matches(pattern, target.path))
     if "*" in word or "?" in word:
         return tuple(target for target in targets if fnmatch.fnmatchcase(target.path, word))
     return tuple(
