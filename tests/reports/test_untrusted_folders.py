@@ -200,6 +200,13 @@ def test_an_adapter_s_other_files_are_not_read(folder: Path) -> None:
     assert not mark.exists()
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    build("llama", vocab_size=70).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"writes tokens up to 261, and the model's embedding has"):
+        load_model(tmp_path)
+
+
 # Words of users.
 
 

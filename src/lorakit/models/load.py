@@ -22,7 +22,7 @@ from lorakit.models.gguf_file import SUFFIX, converted, file_within
 from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
 from lorakit.models.quantized import quantize as quantize_model
-from lorakit.models.roles import task_heads
+from lorakit.models.roles import input_embedding, task_heads
 from lorakit.upstream.private_names import initialize, loaded_from
 
 TASKS = ("generation", "classification", "regression")
@@ -87,6 +87,7 @@ def load_model(
         # The file goes on; its conversion is only on this machine.
         model._lorakit_file = asked
     _give_padding_token(tokenizer, asked)
+    _check_vocabulary(model, tokenizer, asked)
     if task != "generation":
         # A decoder scores the last token that is not padding, which it looks up by this id.
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -223,6 +224,30 @@ def _check_complete(
     ]
     if problems:
         raise ModelError.listing(f"{name!r} does not fit {task} with these settings", problems)
+
+
+def _check_vocabulary(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    name: str,
+) -> None:
+    """Refuse a tokenizer whose tokens the model has no embedding for.
+
+    Of those that were added to it only the special ones count, which every text may get.
+
+    Raises:
+        ModelError: it has such tokens.
+    """
+    embedding = input_embedding(model)
+    if not isinstance(embedding, nn.Embedding):
+        return
+    special = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id]
+    largest = max([tokenizer.vocab_size - 1, *(i for i in special if isinstance(i, int))])
+    if largest >= embedding.num_embeddings:
+        raise ModelError(
+            f"the tokenizer of {name!r} writes tokens up to {largest}, and the model's embedding "
+            f"has {embedding.num_embeddings} rows: they do not belong together"
+        )
 
 
 def _give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: str) -> None:

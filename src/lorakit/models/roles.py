@@ -155,6 +155,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return _embedding(model, "get_output_embeddings")
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that embeds a model's inputs, or None where there is none."""
+    return _embedding(model, "get_input_embeddings")
+
+
 def task_heads(model: nn.Module) -> tuple[str, ...]:
     """The paths of the modules that a task put on top of a pre-trained backbone.
 
@@ -194,7 +199,7 @@ def _embedding_roles(model: nn.Module, family: Family) -> dict[str, str]:
     output = output_head(model)
     inputs = None
     if "embed" not in family.roles.values():
-        inputs = _embedding(model, "get_input_embeddings")
+        inputs = input_embedding(model)
     # ViT's is a module around its convolution.
     embeddings = set() if inputs is None else set(inputs.modules())
     roles = {path: "embed" for path, module in base_modules(model) if module in embeddings}
