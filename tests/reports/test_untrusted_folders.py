@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import lorakit as lk
+from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data import template_limits
 from lorakit.data.chat import ChatTemplate
 from lorakit.data.problems import UnusableRowError
@@ -17,6 +18,7 @@ from lorakit.data.row_types import Message
 from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError
 from lorakit.models import paths
 from lorakit.models.load import load_model
+from lorakit.training.run import train
 from tiny_models import build
 from tiny_tokenizers import build_tokenizer
 
@@ -210,13 +212,27 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 # Words of users.
 
 
-def test_prompts_and_answers_are_not_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+def test_a_run_keeps_no_words_of_its_rows(
+    tmp_path: Path,
+    tiny_llama: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """Prompts and answers are in no log, no message and no file of the run."""
     caplog.set_level(logging.DEBUG)
-    tokenizer = build_tokenizer()
-    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
-    ids = ChatTemplate(tokenizer).prompt([Message(role="user", content="a very private word")])
-    assert tokenizer.decode(ids)
-    assert "private" not in caplog.text
-    assert "private" not in "".join(capfd.readouterr())
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": "red secretword", "completion": "cat hiddenword"}
+    rows.write_text("\n".join([json.dumps(row)] * 8))
+    config = TrainConfig(
+        model=str(tiny_llama),
+        out=tmp_path / "run",
+        data=DataConfig(train=str(rows), validation=str(rows)),
+        dtype="float32",
+        steps=2,
+        batch_size=4,
+    )
+    train(config)
+    written = [f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()]
+    texts = [caplog.text, *capfd.readouterr(), *(data.decode(errors="ignore") for data in written)]
+    assert any("lora_a" in text for text in texts)
+    assert not any("secretword" in text or "hiddenword" in text for text in texts)
