@@ -22,7 +22,7 @@ from lorakit.training.run import train
 from tiny_models import build
 from tiny_tokenizers import build_tokenizer
 
-SLOW = "(" * 12 + "[a-z]+.?" + ")*" * 12 + "!"
+SLOW = "(.|.)*[A-Z]"
 """A pattern that takes for ever to say no to a path."""
 
 
@@ -186,6 +186,7 @@ def test_a_base_with_code_of_its_own_runs_none(
     mark = with_code(tmp_path)
     config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    build_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
     with pytest.raises(ModelError, match="lorakit runs no code that comes with a model"):
         load_model(tmp_path)
@@ -205,7 +206,7 @@ def test_an_adapter_s_other_files_are_not_read(folder: Path) -> None:
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     build("llama", vocab_size=70).save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"writes tokens up to 261, and the model's embedding has"):
+    with pytest.raises(ModelError, match=r"writes tokens up to 257, and the model's embedding has"):
         load_model(tmp_path)
 
 
