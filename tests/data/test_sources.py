@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.data.sources import RawRow, read_raw_rows
+from lorakit.data.file_formats import RawRow
+from lorakit.data.sources import read_raw_rows
 from lorakit.errors import DataError, MissingExtraError
 
 
 def records(path: Path, *, limit: int | None = None) -> list[RawRow]:
-    return read_raw_rows(str(path), limit=limit, split="train")
+    return list(read_raw_rows(str(path), limit=limit, split="train").rows)
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -81,8 +82,8 @@ def test_a_folder_is_refused_with_the_data_files_in_it(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_of_file_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"\.jsonl, \.json, \.csv, \.parquet"):
-        records(written(tmp_path, "a.tsv", "x\ty\n"))
+    with pytest.raises(DataError, match=r"\.jsonl, \.ndjson, \.json, \.csv, \.tsv"):
+        records(written(tmp_path, "a.txt", "x\ty\n"))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 def test_a_hub_source_names_owner_name_subset_and_split(
     hub: FakeHub, source: str, asked: tuple[str, str | None, str]
 ) -> None:
-    assert read_raw_rows(source, limit=1, split="validation") == [RawRow("row 1", {"x": 1})]
+    found = read_raw_rows(source, limit=1, split="validation")
+    assert found.rows == (RawRow("row 1", {"x": 1}),)
     assert hub.asked == [asked]
 
 

@@ -43,7 +43,15 @@ def record(folder):
     read = json.loads((folder / "lorakit.json").read_text(encoding="utf-8"))
     del read["version"], read["checksum"]
     read["card"].pop("versions", None)
-    return read
+    return {**read, "card": completed(read["card"])}
+
+
+def completed(card):
+    """Return a card with the defaults of settings that it is too old to have."""
+    if "data" not in card:
+        return card
+    defaults = lk.DataConfig().model_dump(mode="json")
+    return {**card, "data": {**defaults, **card["data"]}}
 
 
 def test_nothing_is_missing():
@@ -156,7 +164,7 @@ def compare_ends(found, expected, *, exact):
     ours, theirs = lk.Adapter.load(found), lk.Adapter.load(expected)
     assert_same_tensors(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours.sites, ours.configs, ours.base) == (theirs.sites, theirs.configs, theirs.base)
-    ours, theirs = dict(ours.card), dict(theirs.card)
+    ours, theirs = completed(ours.card), completed(theirs.card)
     assert ours.pop("scores") == pytest.approx(theirs.pop("scores"), rel=1e-3)
     assert ours | {"versions": {}} == theirs | {"versions": {}}
 

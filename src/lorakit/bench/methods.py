@@ -174,7 +174,7 @@ def _config(
         "model": settings.model,
         "dtype": settings.dtype,
         "out": out,
-        "data": settings.data.model_copy(update={"validation": None}),
+        "data": settings.data.model_copy(update={"validation": None, "validation_rows": None}),
         "task": settings.task,
         "steps": settings.steps,
         "batch_size": settings.batch_size,

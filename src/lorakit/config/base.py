@@ -1,6 +1,7 @@
 """The base of all settings: frozen, unknown keys refused, every problem reported at once."""
 
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -8,6 +9,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
 )
 
 from lorakit.errors import ConfigError, did_you_mean
@@ -30,6 +32,11 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
+def _types(annotation: Any) -> tuple[Any, ...]:
+    """A type, or the members of a union."""
+    return get_args(annotation) or (annotation,)
+
+
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys refused, every problem reported at once."""
 
@@ -41,6 +48,24 @@ class Settings(BaseModel):
         protected_namespaces=(),
         validate_default=True,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _names_a_path(cls, value: Any, info: Any) -> Any:
+        """Refuse an empty text as a path: Path("") is the working folder."""
+        if value == "" and Path in _types(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("is empty: give a path (the working folder is .)")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _expands_home(cls, value: Any) -> Any:
+        if not isinstance(value, Path):
+            return value
+        try:
+            return value.expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{value}: {error}") from None
 
     def __init__(self, **values: Any) -> None:
         try:

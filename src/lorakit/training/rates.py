@@ -22,6 +22,11 @@ def learning_rates(config: TrainConfig, plan: Plan) -> dict[str, float]:
     }
 
 
+def rates_by_method(config: TrainConfig, plan: Plan) -> dict[str, float]:
+    """The peak learning rate of each method that an adapter has tensors of."""
+    return {method: config.rate_of(method) for method in sorted(set(plan.methods.values()))}
+
+
 def split_by_rate(
     optimizer: torch.optim.Optimizer,
     trained: Mapping[str, nn.Parameter],

@@ -331,8 +331,9 @@ def test_mistakes_are_told_before_anything_is_written(settings, tmp_path, label_
     assert "(2 problems)" in str(raised.value)
     with pytest.raises(lk.LorakitError, match=r"targets=qq: .*qq"):
         sweep(settings({"lora.targets": ["q", "qq"]}))
+    either = {"data.train": [str(label_rows), str(prompt_rows)]}
     with pytest.raises(ConfigError, match=r"classification into no, yes"):
-        sweep(settings({"data.train": [str(label_rows), str(prompt_rows)]}, data=DataConfig()))
+        sweep(settings(either, data=DataConfig(), eval_every=None))
     with pytest.raises(ConfigError, match=r"call lorakit\.training\.sweep"):
         train(settings(ranks))
     assert os.listdir(occupied) == ["mine.txt"]
@@ -390,7 +391,7 @@ def test_without_matplotlib_the_table_says_what_is_missing(settings, monkeypatch
 
 @pytest.mark.thorough
 def test_without_validation_trials_are_compared_by_training_loss(settings, prompt_rows):
-    config = settings({"seed": [0, 1]}, data=DataConfig(train=str(prompt_rows)))
+    config = settings({"seed": [0, 1]}, data=DataConfig(train=str(prompt_rows)), eval_every=None)
     result = sweep(config)
     assert result.score_name == "training loss"
     assert "training loss" in result.summary

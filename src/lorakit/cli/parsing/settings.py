@@ -34,7 +34,7 @@ def parse(settings: type[S], argv: Sequence[str]) -> S:
         )
     values = _section_defaults(settings)
     for file in files:
-        _overlay(values, strict_yaml.read_mapping(Path(file)), settings)
+        _overlay(values, strict_yaml.read_mapping(Path(file).expanduser()), settings)
     for key, value in flags.items():
         _put(values, key, value)
     try:
