@@ -221,7 +221,7 @@ def test_a_hub_id_out_of_reach_is_told_how_to_get(monkeypatch):
 
 
 def test_a_failed_download_is_told_with_the_way_out(monkeypatch):
-    def unreachable(_name):
+    def unreachable(_name, **_settings):
         raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
 
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)

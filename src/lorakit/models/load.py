@@ -270,7 +270,7 @@ def _explained(name: str, source: str, task: str) -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         where = "" if source == name else f" from {source}"
         advice = "" if Path(source).is_dir() else f" {_way_to_get(name)}"
-        if "trust_remote_code" in str(error):
+        if "trust_remote_code=True" in str(error):
             advice = " lorakit runs no code that comes with a model: use one that transformers has."
         raise ModelError(
             f"{name!r} cannot be loaded{where} for {task}: {reason.rstrip('.')}.{advice}"
