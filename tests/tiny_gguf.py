@@ -44,7 +44,9 @@ def write_gguf(
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":
-            writer.add_tensor(table.get_name(name, (".weight",)), tensor.numpy())
+            written = table.get_name(name, (".weight",))
+            assert written is not None, name
+            writer.add_tensor(written, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

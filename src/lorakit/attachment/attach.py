@@ -34,7 +34,7 @@ from lorakit.methods.lora.eva import input_singular_vectors
 from lorakit.methods.lora.lora import LoRAUpdate, parameter_shapes
 from lorakit.methods.lora.pissa import join_frozen_factors
 from lorakit.methods.prompt.hooks import HOOKS, watch
-from lorakit.models.base import base_modules, base_parameter
+from lorakit.models.base import base_modules, base_parameter, unwrapped
 from lorakit.models.roles import shared_inputs, task_heads
 
 
@@ -70,6 +70,9 @@ def attach(
         TargetError: a target of the settings matches nothing.
         AdapterFileError: the adapter does not fit this model; every problem is listed.
     """
+    train = not isinstance(what, Adapter) if trainable is None else trainable
+    _check_replicas(model, train)
+    model = unwrapped(model)
     state = attachment_of(model)
     if state is None:
         check_no_foreign_layers(model)
@@ -84,7 +87,6 @@ def attach(
             found = _with_singular_vectors(model, state, found, data)
         updates = found.updates(Materials(modules=modules_of(model).by_path))
         record = found.adapter(model, identity_of(model))
-    train = not isinstance(what, Adapter) if trainable is None else trainable
     install(model, updates, name, record, trainable=train).activate(name)
     return found
 
@@ -108,6 +110,7 @@ def plan(
             what a method needs.
         AdapterFileError: the adapter does not fit this model; every problem is listed.
     """
+    model = unwrapped(model)
     if isinstance(what, Adapter):
         base, identity = modules_of(model), identity_of(model)
         return saved_plan(base, what, identity, allow_other_base=allow_other_base)
@@ -121,6 +124,20 @@ def _check_free(state: Attachment, name: str) -> None:
         )
     if state.route.merged is not None:
         raise AttachError("an adapter is merged into this model: lk.unmerge(model) first")
+
+
+def _check_replicas(model: nn.Module, train: bool) -> None:
+    """Refuse to train what other processes would not hear of.
+
+    Raises:
+        AttachError: the wrapper has noted already which parameters' gradients it averages.
+    """
+    group = getattr(model, "process_group", None)
+    if train and group is not None and group.size() > 1:
+        raise AttachError(
+            f"{type(model).__name__} averages the gradients of the parameters that it was given: "
+            "attach the adapter to the model first, and wrap it then"
+        )
 
 
 def _check_data(what: object, data: object) -> None:
@@ -230,6 +247,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     Raises:
         AttachError: nothing is attached, or nothing of that name.
     """
+    model = unwrapped(model)
     state = require_attachment(model)
     if name is not None:
         require_name(state, name)

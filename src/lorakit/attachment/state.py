@@ -21,13 +21,13 @@ from lorakit.layers.batch_rows import check_batch
 from lorakit.layers.checkpointing import keep_routes, stacks_of_blocks
 from lorakit.layers.operation import Update
 from lorakit.layers.route import Frame, Route
-from lorakit.models.base import base_modules, base_parameters
+from lorakit.models.base import base_modules, base_parameters, unwrapped
 from lorakit.models.families import layers_shared_by_batch, uncalled_weights
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
 from lorakit.models.quantized import original_identity
 from lorakit.models.roles import output_head, shared_inputs, task_heads
-from lorakit.upstream.private_names import COMPILED_WRAPPER, compiled_call, is_compiled_wrapper
+from lorakit.upstream.private_names import compiled_call, is_compiled_wrapper
 
 OTHER_LIBRARIES = ("peft", "loralib")
 """Packages whose layers hold adapters."""
@@ -134,18 +134,8 @@ class Attachment:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, also through torch.compile's or DDP's wrapper."""
-    found = vars(model).get("_lorakit")
-    if found is None:
-        found = vars(unwrapped(model)).get("_lorakit")
-    return cast("Attachment | None", found)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's or DDP's wrapper."""
-    for wrapper in ("module", COMPILED_WRAPPER):
-        model = cast(nn.Module, getattr(model, wrapper, model))
-    return model
+    """The attachment of a model, also through wrappers."""
+    return cast("Attachment | None", vars(unwrapped(model)).get("_lorakit"))
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -167,6 +157,7 @@ def require_attachment(model: nn.Module) -> Attachment:
 
 def identity_of(model: nn.Module) -> BaseIdentity | None:
     """The identity of a model's base, which is taken once, before the first adapter."""
+    model = unwrapped(model)
     state = attachment_of(model)
     if state is not None:
         return state.base.identity
@@ -178,6 +169,7 @@ def identity_of(model: nn.Module) -> BaseIdentity | None:
 
 def modules_of(model: nn.Module) -> BaseModules:
     """A base's modules by path, and what is remembered of them while they stay the same."""
+    model = unwrapped(model)
     found, state = BaseModules(dict(base_modules(model))), attachment_of(model)
     if state is None:
         return found
@@ -188,6 +180,7 @@ def modules_of(model: nn.Module) -> BaseModules:
 
 def attached(model: nn.Module) -> Attachment:
     """The attachment of a model, which gets one if it has none."""
+    model = unwrapped(model)
     state = attachment_of(model)
     if state is None:
         check_no_foreign_layers(model)

@@ -52,7 +52,8 @@ class DataConfig(Settings):
     train: Place[str | None] = None
     """Rows to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, also as .gz, .bz2
     or .xz), several with commas between, a pattern such as data/*.jsonl, - for standard input,
-    builtin:NAME[:SPLIT] (places, sql), or hub:OWNER/NAME[/SUBSET][:SPLIT]."""
+    builtin:NAME (places, sql), hub:OWNER/NAME or hub:OWNER/NAME/SUBSET; :SPLIT after a name
+    chooses a split."""
 
     validation: Place[str | None] = None
     """Rows to score during training; None: no evaluation."""

@@ -30,7 +30,13 @@ from lorakit.layers.operation import Update
 from lorakit.layers.route import Frame
 from lorakit.merging.probe import default_probe, outputs_on
 from lorakit.methods.lora.lora import LoRAUpdate
-from lorakit.models.base import base_modules, base_parameter, base_parameters
+from lorakit.models.base import (
+    base_modules,
+    base_parameter,
+    base_parameters,
+    is_offloaded,
+    unwrapped,
+)
 from lorakit.models.quantized_weight import is_quantized
 from lorakit.routing.route import route
 from lorakit.upstream.private_names import own_parameters
@@ -145,6 +151,7 @@ def merge(
         MergeError: no adapter is active, this one cannot be merged (bottlenecks, virtual tokens,
             quantised weights), is merged already, or a route is open.
     """
+    model = unwrapped(model)
     state = require_attachment(model)
     name = active_name(model) if name is None else name
     if name is None:
@@ -180,6 +187,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         MergeError: nothing is merged.
     """
+    model = unwrapped(model)
     state = attachment_of(model)
     if state is None or state.route.merged is None:
         raise MergeError("no adapter is merged into this model")
@@ -199,9 +207,10 @@ def _check_mergeable(state: Attachment, name: str) -> None:
             update.unmergeable
             or _quantized_reason(layer, update)
             or _computed_reason(layer, update)
+            or _offloaded_reason(layer)
         )
         if reason is not None:
-            reasons.setdefault(reason, state.layers[number].adapter_path)
+            reasons.setdefault(reason, layer.adapter_path)
     if reasons:
         lines = [f"{reason} (first at {path or 'the model'})" for reason, path in reasons.items()]
         method = state.adapters[name].record.method
@@ -219,6 +228,13 @@ def _quantized_reason(layer: nn.Module, update: Update) -> str | None:
         "the weight is quantised, and would lose most of the update in being so again: save the "
         "adapter and run `lorakit merge`, or detach it, dequantize the model, and attach it again"
     )
+
+
+def _offloaded_reason(layer: nn.Module) -> str | None:
+    """Why nothing can be merged into a layer's weights; None: they are in memory."""
+    if not any(is_offloaded(module) for _, module in base_modules(layer)):
+        return None
+    return "the weight is offloaded and read anew for each call: load the base into memory to merge"
 
 
 def _computed_reason(layer: nn.Module, update: Update) -> str | None:
@@ -308,6 +324,7 @@ def finalize(model: nn.Module) -> None:
     Raises:
         MergeError: nothing is merged.
     """
+    model = unwrapped(model)
     state = attachment_of(model)
     if state is None or state.route.merged is None:
         raise MergeError("no adapter is merged into this model")
