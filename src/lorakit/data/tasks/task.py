@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.file_formats import RawRow
 from lorakit.data.row_types import PromptRow, Row, Rows, RowType, references_of
-from lorakit.data.sources import HUB, RawRow, read_raw_rows
+from lorakit.data.sources import HUB, read_raw_rows
 from lorakit.errors import DataError
 
 Values = Mapping[str, Any]
@@ -63,12 +64,18 @@ class Task:
         """
         source = _source(self, split, folder)
         raw = read_raw_rows(source, limit=limit, split=self.splits[split].hub)
-        rows = list(_made(self, source, raw))
+        rows = list(_made(self, source, raw.rows))
         spread = [one for row in rows for one in _spread(row)]
-        notes = () if limit else tuple(_size_notes(self, split, len(spread)))
+        sizes = () if limit else tuple(_size_notes(self, split, len(spread)))
         held_out = _by_prompt(spread) if self.grouped else rows
         found = tuple(spread if training else held_out)
-        return Rows(kind=self.kind, rows=found, source=source, labels=self.labels, notes=notes)
+        return Rows(
+            kind=self.kind,
+            rows=found,
+            source=source,
+            labels=self.labels,
+            notes=(*raw.notes, *sizes),
+        )
 
 
 def _source(task: Task, split: str, folder: str | None) -> str:
