@@ -12,7 +12,7 @@ from lorakit.bench import train, train_participants, train_processes
 from lorakit.bench.tables import table
 from lorakit.bench.train import FULL_LEARNING_RATE
 from lorakit.bench.train_processes import Record, Rounds, run_rounds
-from lorakit.bench.train_rounds import PARTS, Clock, Ended, Gate, Ready, Round
+from lorakit.bench.train_rounds import PARTS, Clock, ClockedBatchTrainer, Ended, Gate, Ready, Round
 from lorakit.bench.train_settings import TrainBenchConfig
 from lorakit.cli.main import main
 from lorakit.config.train import DataConfig
@@ -57,8 +57,8 @@ def bench(tiny_llama, prompt_rows, capsys, monkeypatch):
     monkeypatch.setattr(train_processes, "_start", start_thread)
 
     def run(*words):
-        words = ["--model", tiny_llama, "--data.train", prompt_rows, *SMALL, *words, "--json"]
-        code = main(["bench", "train", *map(str, words)])
+        given = ["--model", tiny_llama, "--data.train", prompt_rows, *SMALL, *words, "--json"]
+        code = main(["bench", "train", *map(str, given)])
         return code, json.loads(capsys.readouterr().out)
 
     return run
@@ -155,8 +155,7 @@ def test_every_part_of_a_step_takes_time(records):
 
 def test_full_fine_tuning_trains_every_weight_of_the_bare_base(tasks, monkeypatch):
     seen = []
-    trainer_class = train_participants.ClockedBatchTrainer
-    monkeypatch.setattr(trainer_class, "train", lambda self: seen.append(self))
+    monkeypatch.setattr(ClockedBatchTrainer, "train", lambda self: seen.append(self))
     monkeypatch.setattr(train_participants, "_held_out_loss", lambda *given: 0.0)
     own, _ = multiprocessing.Pipe()
     train_participants.full(tasks["full"], Gate(own, steps=1))

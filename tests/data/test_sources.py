@@ -2,6 +2,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,10 @@ def test_parquet_gives_what_was_written(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    rows = [{"x": "a", "messages": [{"role": "user", "content": "b"}]}, {"x": None, "messages": []}]
+    rows: list[dict[str, Any]] = [
+        {"x": "a", "messages": [{"role": "user", "content": "b"}]},
+        {"x": None, "messages": []},
+    ]
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert records(path) == [RawRow("row 1", rows[0]), RawRow("row 2", rows[1])]

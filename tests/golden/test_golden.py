@@ -34,7 +34,7 @@ def assert_same_tensors(found, expected, **tolerance):
     assert found.tensors.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(
-            found.tensors[name], tensor, **tolerance, msg=lambda text, n=name: f"{n}: {text}"
+            found.tensors[name], tensor, **tolerance, msg=f"{name}: ".__add__
         )
 
 
@@ -164,9 +164,9 @@ def compare_ends(found, expected, *, exact):
     ours, theirs = lk.Adapter.load(found), lk.Adapter.load(expected)
     assert_same_tensors(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours.sites, ours.configs, ours.base) == (theirs.sites, theirs.configs, theirs.base)
-    ours, theirs = completed(ours.card), completed(theirs.card)
-    assert ours.pop("scores") == pytest.approx(theirs.pop("scores"), rel=1e-3)
-    assert ours | {"versions": {}} == theirs | {"versions": {}}
+    card, wanted = completed(ours.card), completed(theirs.card)
+    assert card.pop("scores") == pytest.approx(wanted.pop("scores"), rel=1e-3)
+    assert card | {"versions": {}} == wanted | {"versions": {}}
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -156,7 +156,7 @@ def private_uses(tree, own):
                 args=[_, ast.Constant(value=str(name)), *_],
             ):
                 names = [name] if name not in own else []
-        yield from ((node.lineno, name) for name in names if is_private(name))
+        yield from ((getattr(node, "lineno", 0), name) for name in names if is_private(name))
 
 
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}

@@ -73,7 +73,7 @@ def assert_same_adapter(found, expected, *, tolerance):
     assert found.card["scores"] == pytest.approx(expected.card["scores"], rel=1e-3)
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(
-            found.tensors[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            found.tensors[name], tensor, rtol=0, atol=tolerance, msg=f"{name}: ".__add__
         )
 
 
@@ -267,16 +267,16 @@ ENDS = [(press_ctrl_c, KeyboardInterrupt, 0.0), (cut_power, PowerCut, 1e-4)]
 def test_an_ended_sweep_resumes_to_the_same_adapters(
     settings, tmp_path, at_pass, end, error, tolerance
 ):
-    trials = [{"steps": 4, "name": "short"}, {"seed": 1, "name": "first"}, {"seed": 2}]
-    changes = {"steps": 12, "learning_rate": 1e-3, "eval_every": 6}
+    trials = [{"steps": 2, "name": "short"}, {"seed": 1, "name": "first"}, {"seed": 2}]
+    changes = {"steps": 8, "learning_rate": 1e-3, "eval_every": 4}
     whole = sweep(settings(trials, **changes, out=tmp_path / "whole"))
     config = settings(trials, **changes, out=tmp_path / "ended")
-    at_pass(8, end)
+    at_pass(5, end)
     with pytest.raises(error) as raised:
         sweep(config)
     if error is KeyboardInterrupt:
         assert "2 of 3 trials are unfinished" in str(raised.value)
-        assert "stopped after step 8 of 12, which is saved: give --resume" in str(raised.value)
+        assert "stopped after step 5 of 8, which is saved: give --resume" in str(raised.value)
     recorded = json.loads((config.out / "sweep.json").read_text())["members"]
     assert [each["status"] for each in recorded] == ["finished", "unfinished", "unfinished"]
     resumed = sweep(config.model_copy(update={"resume": True}))
