@@ -24,9 +24,10 @@ from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.models.quantized import Quantization
-from lorakit.models.shape import context_length
+from lorakit.models.shape import context_length, hidden_size
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
+from lorakit.training.rates import Rate, rates_by_method
 from lorakit.training.virtual_tokens import check_infix, longest_row, with_tokens
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ class Prepared:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
+    rates: Mapping[str, Rate]
+    """Peak learning rate of each method."""
     training: Encoded
     validation: Encoded | None
     steps: int
@@ -59,7 +62,9 @@ class Prepared:
 
     def __str__(self) -> str:
         """The match table, the reports of the rows, and the packing, as text."""
-        parts = [str(self.plan), f"training rows: {self.training.report}"]
+        parts = [str(self.plan)]
+        parts += [f"learning rate: {rate}" for rate in self.rates.values()]
+        parts.append(f"training rows: {self.training.report}")
         if self.validation is not None:
             parts.append(f"validation rows: {self.validation.report}")
         parts.append(f"batches: {self.packing}")
@@ -119,6 +124,7 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     encode = _Encodings(model, tokenizer, read, source_of)
     encoded = for_each(configs, encode)
     runs = {name: (config, encoded[name]) for name, config in configs.items()}
+    width = hidden_size(model)
     steps = for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
     return {
         name: Prepared(
@@ -129,13 +135,14 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
             model=model,
             tokenizer=tokenizer,
             plan=plans[name],
+            rates=rates_by_method(config, plans[name], width),
             training=training,
             validation=validation,
             steps=steps[name],
             packing=packing,
-            idle=idle_settings(configs[name]),
+            idle=idle_settings(config),
         )
-        for name, (_, (training, validation)) in runs.items()
+        for name, (config, (training, validation)) in runs.items()
     }
 
 
