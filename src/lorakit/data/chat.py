@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import CALLS, MessagesRow
+from lorakit.data.template_limits import check_template, written
 from lorakit.errors import DataError
 
 IGNORED = -100
@@ -37,7 +38,7 @@ class ChatTemplate:
         """Check that there is a template.
 
         Raises:
-            DataError: the tokenizer has none.
+            DataError: the tokenizer has none, or one that could take for ever.
         """
         if not tokenizer.chat_template:
             raise DataError(
@@ -45,6 +46,7 @@ class ChatTemplate:
                 " written as it expects. Use rows with prompt and completion, or a model that was"
                 " trained for chat."
             )
+        check_template(tokenizer)
         self._tokenizer = tokenizer
         self._special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
@@ -119,7 +121,7 @@ class ChatTemplate:
         return special[-1] + 1
 
     def _unwritten(
-        self, row: MessagesRow, written: str, *, assistant_next: bool = False
+        self, row: MessagesRow, text: str, *, assistant_next: bool = False
     ) -> frozenset[str]:
         """The keys without which the template writes the same.
 
@@ -130,10 +132,10 @@ class ChatTemplate:
         same = {
             key
             for key in keys
-            if self._render(_without(row, key), assistant_next=assistant_next) == written
+            if self._render(_without(row, key), assistant_next=assistant_next) == text
         }
         untooled = replace(row, tools=())
-        if row.tools and self._render(untooled, assistant_next=assistant_next) == written:
+        if row.tools and self._render(untooled, assistant_next=assistant_next) == text:
             same.add("tools")
         lost = [key for key in ("tools", *CALLS) if key in same]
         if lost:
@@ -157,13 +159,11 @@ class ChatTemplate:
     def _written(self, row: MessagesRow, *, assistant_next: bool) -> str:
         turns = [{"role": m.role, "content": m.content, **m.keys} for m in row.messages]
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    turns,
-                    tools=list(row.tools) or None,
-                    tokenize=False,
-                    add_generation_prompt=assistant_next,
-                )
+            return written(
+                self._tokenizer,
+                turns,
+                tools=list(row.tools) or None,
+                add_generation_prompt=assistant_next,
             )
         except TemplateError as error:
             raise UnusableRowError(f"the chat template refuses the messages: {error}") from error
