@@ -121,7 +121,7 @@ class ChatTemplate:
         return special[-1] + 1
 
     def _unwritten(
-        self, row: MessagesRow, written: str, *, assistant_next: bool = False
+        self, row: MessagesRow, text: str, *, assistant_next: bool = False
     ) -> frozenset[str]:
         """The keys without which the template writes the same.
 
@@ -132,10 +132,10 @@ class ChatTemplate:
         same = {
             key
             for key in keys
-            if self._render(_without(row, key), assistant_next=assistant_next) == written
+            if self._render(_without(row, key), assistant_next=assistant_next) == text
         }
         untooled = replace(row, tools=())
-        if row.tools and self._render(untooled, assistant_next=assistant_next) == written:
+        if row.tools and self._render(untooled, assistant_next=assistant_next) == text:
             same.add("tools")
         lost = [key for key in ("tools", *CALLS) if key in same]
         if lost:

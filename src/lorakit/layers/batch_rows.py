@@ -123,7 +123,7 @@ def _other_size(layer: AdaptedLayer, found: int, rows: int) -> str:
             "input all rows share cannot differ between them"
         )
     return (
-        f"the route is for {rows} rows, but {layer.adapter_path} was given {found} entries first: "
-        "tokens, windows or images are not rows; route the whole batch to one adapter, or leave "
-        "the layer out"
+        f"the route is for {rows} rows, but the batch has {found} at {layer.adapter_path}: other "
+        "rows, or tokens, windows or images, which are no rows; route the whole batch to one "
+        "adapter, or leave the layer out"
     )

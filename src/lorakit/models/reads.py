@@ -8,11 +8,10 @@ torch's own encoder layer.
 from __future__ import annotations
 
 import dis
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import CodeType, FunctionType
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -33,7 +32,7 @@ def read_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     modules = dict(base_modules(model))
     found: dict[str, tuple[str, ...]] = {}
     for path, module in modules.items():
-        for child in _uses_of(cast(Hashable, type(module))).read:
+        for child in _uses_of(type(module)).read:
             full = f"{path}.{child}" if path else child
             own = own_parameters(modules[full]) if full in modules else {}
             # Who reads one of them computes what a call would, and needs the other too.
@@ -48,7 +47,7 @@ def only_read(model: nn.Module) -> frozenset[str]:
     called = {
         f"{path}.{child}" if path else child
         for path, module in base_modules(model)
-        for child in _uses_of(cast(Hashable, type(module))).called
+        for child in _uses_of(type(module)).called
     }
     return frozenset(read_weights(model).keys() - called)
 
@@ -63,8 +62,16 @@ class Uses:
     """Children that are called, or given to somebody who may."""
 
 
-@cache
+_KNOWN: dict[type[nn.Module], Uses] = {}
+
+
 def _uses_of(kind: type[nn.Module]) -> Uses:
+    if kind not in _KNOWN:
+        _KNOWN[kind] = _found_in(kind)
+    return _KNOWN[kind]
+
+
+def _found_in(kind: type[nn.Module]) -> Uses:
     found: dict[str, Any] = {}
     for each in kind.__mro__:
         if each not in (nn.Module, object):
@@ -105,8 +112,9 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
 
 def _uses_in(code: CodeType) -> Iterator[tuple[str, bool]]:
     """Yield each dotted name after `self` in code, and whether values of a parameter are used."""
+    before: Any = None
     chain: list[str] | None = None
-    before, asked = "", False
+    asked = False
     for step in (*dis.get_instructions(code), None):
         operation, name = ("", None) if step is None else (step.opname, step.argval)
         if operation in ("LOAD_ATTR", "LOAD_METHOD") and chain is not None:
@@ -118,7 +126,7 @@ def _uses_in(code: CodeType) -> Iterator[tuple[str, bool]]:
         # One instruction may load two variables, the second of which is on top.
         is_self = loads and (name == "self" or (isinstance(name, tuple) and name[-1] == "self"))
         chain, asked = ([] if is_self else None), before in QUESTIONS
-        before = str(name) if operation == "LOAD_GLOBAL" else ""
+        before = name if operation == "LOAD_GLOBAL" else None
 
 
 def _use(chain: Sequence[str]) -> Iterator[tuple[str, bool]]:
