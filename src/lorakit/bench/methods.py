@@ -224,7 +224,7 @@ def _row(settings: MethodsConfig, name: str, config: TrainConfig) -> _Row:
         result = execute(run, interruption, bar=peak)
     with route(prepared.model, prepared.name):
         scores = _scores(settings, prepared.model, prepared.tokenizer, prepared.labels)
-    rate = max(map(config.rate_of, config.method))
+    rate = max(rate.value for rate in prepared.rates.values())
     return {
         "method": name,
         "learning rate": rate,

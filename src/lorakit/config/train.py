@@ -160,7 +160,8 @@ class TrainConfig(Settings):
     """Forward passes per optimizer step."""
 
     learning_rate: Varies[PositiveFloat | None] = None
-    """Peak learning rate of AdamW. None: each method's own, found by trial (docs/methods.md)."""
+    """Peak learning rate of AdamW. None: by a rule of the method and the width of the base
+    (docs/methods.md), which the match table prints."""
 
     lora_plus_ratio: Varies[PositiveFloat] = 1.0
     """Learning rate of LoRA's B over that of A (LoRA+, Hayou 2024, has 16). 1: both are equal."""
@@ -264,10 +265,6 @@ class TrainConfig(Settings):
             config_of(name, (sections.get(name) or by_family[name.split("-")[0]]).model_dump())
             for name in self.method
         )
-
-    def rate_of(self, method: str) -> float:
-        """The peak learning rate of a method's weights."""
-        return self.learning_rate or defaults_of(method, self.lora).learning_rate
 
     def warmup_of(self, steps: int) -> int:
         """The steps of a run over which learning rates rise from zero."""

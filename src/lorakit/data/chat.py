@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import Message
+from lorakit.data.template_limits import check_template, written
 from lorakit.errors import DataError
 
 IGNORED = -100
@@ -21,7 +22,7 @@ class ChatTemplate:
         """Check that there is a template.
 
         Raises:
-            DataError: the tokenizer has none.
+            DataError: the tokenizer has none, or one that could take for ever.
         """
         if not tokenizer.chat_template:
             raise DataError(
@@ -29,6 +30,7 @@ class ChatTemplate:
                 " written as it expects. Use rows with prompt and completion, or a model that was"
                 " trained for chat."
             )
+        check_template(tokenizer)
         self._tokenizer = tokenizer
         self._special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
@@ -85,11 +87,7 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], *, assistant_next: bool = False) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=assistant_next
-                )
-            )
+            return written(self._tokenizer, turns, add_generation_prompt=assistant_next)
         except TemplateError as error:
             raise UnusableRowError(f"the chat template refuses the messages: {error}") from error
 

@@ -25,9 +25,11 @@ from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.models.quantized import Quantization
+from lorakit.models.shape import hidden_size
 from lorakit.training.loaded_base import LoadedBase
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
+from lorakit.training.rates import Rate, rates_by_method
 from lorakit.training.virtual_tokens import check_infix, longest_row, with_tokens
 
 T = TypeVar("T")
@@ -50,6 +52,8 @@ class Prepared:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
+    rates: Mapping[str, Rate]
+    """Peak learning rate of each method."""
     training: Encoded
     validation: Encoded | None
     steps: int
@@ -64,7 +68,9 @@ class Prepared:
         Args:
             table: grouped, or full, as the setting of that name.
         """
-        parts = [self.plan.table(full=table == "full"), f"training rows: {self.training.report}"]
+        parts = [self.plan.table(full=table == "full")]
+        parts += [f"learning rate: {rate}" for rate in self.rates.values()]
+        parts.append(f"training rows: {self.training.report}")
         if self.validation is not None:
             parts.append(f"validation rows: {self.validation.report}")
         parts.append(f"batches: {self.packing}")
@@ -133,6 +139,7 @@ def prepare_all(
     encode = _Encodings(model, tokenizer, read, source_of)
     encoded = for_each(configs, encode)
     runs = {name: (config, encoded[name]) for name, config in configs.items()}
+    width = hidden_size(model)
     steps = for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
     return {
         name: Prepared(
@@ -143,13 +150,14 @@ def prepare_all(
             model=model,
             tokenizer=tokenizer,
             plan=plans[name],
+            rates=rates_by_method(config, plans[name], width),
             training=training,
             validation=validation,
             steps=steps[name],
             packing=packing,
-            idle=idle_settings(configs[name]),
+            idle=idle_settings(config),
         )
-        for name, (_, (training, validation)) in runs.items()
+        for name, (config, (training, validation)) in runs.items()
     }
 
 

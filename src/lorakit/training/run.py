@@ -250,6 +250,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     plain_loss = Loss(prepared.task)
     collate = Collator(prepared.tokenizer)
     validation = prepared.validation
+    rates = learning_rates(config, prepared.plan, prepared.rates)
 
     def scorer(model: torch.nn.Module) -> dict[str, float]:
         assert validation is not None
@@ -265,12 +266,12 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     trainer = make_trainer(
         adapter_name=prepared.name,
         checkpoints=config.out / "checkpoints",
-        rates=learning_rates(config, prepared.plan),
+        rates=rates,
         save_record=RunRecord.of(config, prepared, run.changes).save,
         scorer=scorer if validation else None,
         by_length=prepared.packing.by_length,
         model=prepared.model,
-        args=make_arguments(config, prepared.steps),
+        args=make_arguments(config, prepared.steps, learning_rate=max(rates.values())),
         train_dataset=prepared.training,
         eval_dataset=validation,
         data_collator=Collator(prepared.tokenizer, prepared.packing),
@@ -322,6 +323,7 @@ def training_card(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> 
         },
         "settings": config.model_dump(mode="json", include=on_card),
         **quantized,
+        **_rates_of_rule(run),
         **({"changes": [dict(change) for change in run.changes]} if run.changes else {}),
         "step": step,
         "scores": {
@@ -334,6 +336,14 @@ def training_card(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> 
             **{name: version(name) for name in libraries},
         },
     }
+
+
+def _rates_of_rule(run: Run) -> dict[str, Any]:
+    """The card's entry of the peak learning rates, where the settings have none."""
+    if run.config.learning_rate is not None:
+        return {}
+    rates = run.prepared.rates
+    return {"learning_rates": {method: rate.value for method, rate in rates.items()}}
 
 
 def _stopped(error: TrainingError, trainer: AdapterTrainer, run: Run) -> TrainingError:
