@@ -3,9 +3,6 @@
 from lorakit.answering.evaluate import evaluation
 from lorakit.cli.verbs import Result
 from lorakit.config.answering import EvaluateConfig
-from lorakit.config.base import Settings
-
-SETTINGS: type[Settings] = EvaluateConfig
 
 
 def run(settings: EvaluateConfig) -> Result:

@@ -7,10 +7,7 @@ from lorakit.answering.generate import answers, stream
 from lorakit.attachment.open_model import opened_model
 from lorakit.cli.verbs import Result
 from lorakit.config.answering import GenerateConfig
-from lorakit.config.base import Settings
 from lorakit.errors import ConfigError, DataError
-
-SETTINGS: type[Settings] = GenerateConfig
 
 
 def run(settings: GenerateConfig) -> Result:

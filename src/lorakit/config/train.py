@@ -1,6 +1,6 @@
 """Settings of runs: one class is the Python argument, the YAML file and the flags at once."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -12,8 +12,10 @@ from lorakit.config.base import (
     PositiveFloat,
     PositiveInt,
     Settings,
+    Topic,
 )
 from lorakit.config.marks import (
+    Escapes,
     Extends,
     Handles,
     Invocation,
@@ -38,7 +40,9 @@ from lorakit.config.methods import (
 from lorakit.config.seed import Seed
 
 Format = Literal["auto", "prompt", "messages", "text", "classification"]
-RowField = Literal["prompt", "completion", "references", "messages", "text", "text_pair", "label"]
+RowField = Literal[
+    "prompt", "completion", "references", "messages", "tools", "text", "text_pair", "label"
+]
 
 
 def _delimiter(value: Any) -> Any:
@@ -66,18 +70,20 @@ class DataConfig(Settings):
     """Rows to score during training; None: no evaluation."""
 
     format: Format = "auto"
-    """What a row is: prompt (prompt, completion, optional references), messages (a chat), text, or
-    classification (text, optional text_pair, label). auto: inferred from the fields of the rows."""
+    """What a row is: prompt (prompt, completion, optional references), messages (a chat, optional
+    tools), text, or classification (text, optional text_pair, label). auto: inferred from the
+    fields of the rows."""
 
     fields: dict[RowField, str] = {}
-    """Our field name: the file's column, or a template such as "{subject}: {body}". A name with
-    dots is of a value within a column: answers.text.0."""
+    """Our field name: the file's column, or a template such as "{subject}: {body}". {body?} may be
+    empty or missing, and is then left out with the white space before it. A name with dots is of a
+    value within a column: answers.text.0."""
 
     delimiter: Delimiter | None = None
     """What separates the columns of a CSV file: one character, or tab. None: found in its first
     line."""
 
-    separator: str = "\n"
+    separator: Annotated[str, Escapes()] = "\n"
     """Written between prompt and completion."""
 
     max_length: PositiveInt = 512
@@ -103,6 +109,46 @@ class DataConfig(Settings):
 
 class TrainConfig(Settings):
     """One training run: the model, the data, the adapter and the schedule."""
+
+    topics: ClassVar[tuple[Topic, ...]] = (
+        Topic(
+            "first",
+            "What most runs need.",
+            (
+                *("model", "data.train", "data.validation", "out", "method", "lora.rank"),
+                *("lora.targets", "epochs", "batch_size", "learning_rate"),
+            ),
+        ),
+        Topic(
+            "run",
+            "What is trained for how long, scored and saved.",
+            (
+                *("task", "steps", "accumulate", "seed", "eval_every", "save_every", "patience"),
+                *("check_after", "allow_untrained"),
+            ),
+        ),
+        Topic(
+            "optimizer",
+            "How weights are changed.",
+            (
+                *("warmup_steps", "schedule", "weight_decay", "max_grad_norm", "label_smoothing"),
+                *("z_loss", "lora_plus_ratio", "eva_batches"),
+            ),
+        ),
+        Topic(
+            "speed",
+            "What is held in memory, and what computes.",
+            (
+                *("dtype", "quantize", "double_quantization", "packing", "memory", "offload"),
+                *("kernels", "compile"),
+            ),
+        ),
+        Topic(
+            "folder",
+            "Runs that go on from others, replace them, or are several.",
+            ("init_from", "allow_other_base", "resume", "overwrite", "dry_run", "table", "sweep"),
+        ),
+    )
 
     model: Annotated[str, Mark(on_card=False, may_change=True)] = "smollm2"
     """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""
