@@ -23,7 +23,7 @@ import lorakit as lk
 from lorakit.config.methods import config_of
 from measured import begin, write_result
 
-WIDTHS = (64, 128, 256, 512, 1024)
+WIDTHS = (64, 128, 256, 512)
 METHODS: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
     "lora": ("lora", {}, 5e-3),
     "lora all-linear": ("lora", {"targets": "all-linear"}, 2e-3),
@@ -37,7 +37,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
 """The method, its settings, and the rate to look from, by the name in the table."""
 STEPS, CHANGE = 20, 0.3
 ROWS, TOKENS, VOCABULARY = 4, 16, 512
-LOOKS = 6
+LOOKS = 5
 """Runs with which the rate is approached."""
 
 

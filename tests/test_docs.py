@@ -18,7 +18,7 @@ def test_cli_page_is_the_help_of_today():
 def test_the_page_of_methods_has_all_with_their_rates():
     page = (DOCS / "methods.md").read_text(encoding="utf-8")
     rows = re.findall(
-        r"^\| `([a-z-]+)` \| [^|]+ \| [^|]+ \| ([0-9e-]+) \|", page, flags=re.MULTILINE
+        r"^\| `([a-z-]+)` \| [^|]+ \| [^|]+ \| ([0-9.e-]+) \|", page, flags=re.MULTILINE
     )
     assert sorted(name for name, _ in rows) == sorted(METHODS)
     assert {name: float(rate) for name, rate in rows} == {

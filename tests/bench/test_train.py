@@ -13,8 +13,8 @@ from lorakit.bench.tables import table
 from lorakit.bench.train import FULL_LEARNING_RATE
 from lorakit.bench.train_processes import Record, Rounds, run_rounds
 from lorakit.bench.train_rounds import PARTS, Clock, ClockedBatchTrainer, Ended, Gate, Ready, Round
-from lorakit.bench.train_settings import TrainBenchConfig
 from lorakit.cli.main import main
+from lorakit.config.bench import TrainBenchConfig
 from lorakit.config.train import DataConfig
 from lorakit.data.encode import encode_rows
 from lorakit.data.rows import read_rows

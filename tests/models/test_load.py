@@ -4,7 +4,6 @@ from logging import Handler
 from pathlib import Path
 from typing import Any
 
-import gguf
 import huggingface_hub
 import pytest
 import torch
@@ -16,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from lorakit.errors import MissingExtraError, ModelError
-from lorakit.models import packaged
+from lorakit.models import gguf_file, packaged
 from lorakit.models.load import load_model, model_name, redraw_fresh_head
+from tiny_gguf import write_gguf
 from tiny_models import VOCABULARY, build
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, VOCABULARY))]
@@ -222,7 +222,7 @@ def test_a_hub_id_out_of_reach_is_told_how_to_get(monkeypatch):
 
 
 def test_a_failed_download_is_told_with_the_way_out(monkeypatch):
-    def unreachable(_name):
+    def unreachable(_name, **_settings):
         raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
 
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
@@ -319,42 +319,6 @@ def package(tmp_path, monkeypatch):
     return folder / "tiny.gguf"
 
 
-def write_gguf(file, model):
-    """Write a tiny Llama with a byte-level tokenizer as a GGUF file."""
-    config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(VOCABULARY)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    letters = [*"abcdefghij0123456789", "Ġ", "ĠĠ"]
-    tokens = special + letters
-    tokens += [f"unused{number}" for number in range(VOCABULARY - len(tokens))]
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(special) + [1] * (VOCABULARY - len(special)))
-    writer.add_token_merges(["Ġ Ġ"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight":
-            written = table.get_name(name, (".weight",))
-            assert written is not None, name
-            writer.add_tensor(written, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_a_gguf_model_becomes_a_plain_one(package, cache):
     model, tokenizer = load_model("smollm2")
     source = build("llama", tie_word_embeddings=True).state_dict()
@@ -378,7 +342,7 @@ def test_smollm2s_digits_are_tokens_of_their_own(package, cache):
 
 def test_a_gguf_model_is_converted_once(package, cache, monkeypatch):
     load_model("smollm2")
-    monkeypatch.setattr(packaged, "_read_gguf", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf_file, "_read_gguf", lambda *_: pytest.fail("converted again"))
     load_model("smollm2", dtype="bfloat16")
 
 
@@ -392,23 +356,23 @@ def test_another_gguf_file_is_converted_anew(package, cache):
 
 
 def test_the_slower_of_two_conversions_leaves_the_first_alone(package, cache, monkeypatch):
-    read = packaged._read_gguf
+    read = gguf_file._read_gguf
 
     def overtaken(*arguments):
-        monkeypatch.setattr(packaged, "_read_gguf", read)
+        monkeypatch.setattr(gguf_file, "_read_gguf", read)
         first.append(packaged.packaged_folder("smollm2"))
         (first[0] / "mark").touch()
         return read(*arguments)
 
     first: list[Path] = []
-    monkeypatch.setattr(packaged, "_read_gguf", overtaken)
+    monkeypatch.setattr(gguf_file, "_read_gguf", overtaken)
     assert packaged.packaged_folder("smollm2") == first[0]
     assert (first[0] / "mark").exists()
     assert list(cache.iterdir()) == first
 
 
 def test_an_interrupted_conversion_leaves_nothing(package, cache, monkeypatch):
-    monkeypatch.setattr(packaged, "_flush", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(gguf_file, "_flush", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         load_model("smollm2")
     assert list(cache.iterdir()) == []
@@ -418,7 +382,7 @@ def test_a_full_disk_is_told_with_the_way_out(package, cache, monkeypatch):
     def full(_path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packaged, "_flush", full)
+    monkeypatch.setattr(gguf_file, "_flush", full)
     message = told("smollm2")
     assert f"'smollm2' cannot be unpacked into {cache}" in message
     assert "No space left on device" in message
@@ -462,11 +426,11 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("LORAKIT_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert packaged.cache_folder() == tmp_path / ".cache" / "lorakit"
+    assert gguf_file.cache_folder() == tmp_path / ".cache" / "lorakit"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert packaged.cache_folder() == tmp_path / "xdg" / "lorakit"
+    assert gguf_file.cache_folder() == tmp_path / "xdg" / "lorakit"
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "own"))
-    assert packaged.cache_folder() == tmp_path / "own"
+    assert gguf_file.cache_folder() == tmp_path / "own"
 
 
 def test_a_models_name_is_the_one_it_was_asked_by(package, cache, llama_folder):

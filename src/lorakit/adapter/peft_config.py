@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorakit.adapter.json_files import file_problems
 from lorakit.adapter.site import scale_of
+from lorakit.models.paths import matches
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -94,10 +95,10 @@ def first_match(pattern: Mapping[str, V], path: str, default: V) -> V:
     """A pattern's value for a path by PEFT's rule: the first key that ends the path.
 
     Raises:
-        re.error: a key is not a regular expression.
+        re.error: a key is not a regular expression, or takes too long.
     """
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if matches(rf"(.*\.)?({key})", path):
             return value
     return default
 

@@ -72,7 +72,11 @@ def read_peft(
     named: dict[str, Tensor] = dict(found.replaced)
     for path in sorted(found.updates, key=_natural):
         kind: LayerKind = "embedding" if path in found.embeddings else "linear"
-        site, parts, wrong = _site(config, path, kind, found.updates[path])
+        try:
+            site, parts, wrong = _site(config, path, kind, found.updates[path])
+        except re.error as error:
+            problems.append(f"{CONFIG_FILE}  rank_pattern or alpha_pattern: {error}")
+            break
         problems += wrong
         if site is not None:
             sites.append(site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ def recorded_adapter(
         expected = outline.tensors if config is None else encode(layers, outline.tensors)
         problems = [] if config is None else list(disagreements(config, outline, layers))
     # Only someone who also computed a new checksum gets here.
-    except (IndexError, KeyError, RuntimeError, ValueError, ArithmeticError) as error:
+    except (IndexError, KeyError, RuntimeError, ValueError, ArithmeticError, re.error) as error:
         raise AdapterFileError(f"{folder}: {RECORD_FILE} contradicts itself: {error}") from error
     problems += misfits(expected, found)
     tensors = dict(found)

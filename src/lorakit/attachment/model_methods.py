@@ -58,7 +58,7 @@ def guarded_methods(
         look_at_save: what is done before `save_pretrained`.
     """
     looks = {"save_pretrained": look_at_save, "resize_token_embeddings": refuse_resize}
-    found = {name: look for name, look in looks.items() if callable(getattr(model, name, None))}
+    found = {name: look for name, look in looks.items() if hasattr(type(model), name)}
     return {name: GuardedMethod(model, name, look) for name, look in found.items()}
 
 

@@ -29,7 +29,7 @@ from lorakit.models.quantized import original_identity
 from lorakit.models.roles import output_head, shared_inputs, task_heads
 from lorakit.upstream.private_names import compiled_call, is_compiled_wrapper
 
-OTHER_LIBRARIES = ("peft", "loralib", "adapters")
+OTHER_LIBRARIES = ("peft", "loralib")
 """Packages whose layers hold adapters."""
 
 

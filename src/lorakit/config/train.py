@@ -1,12 +1,13 @@
 """Settings of runs: one class is the Python argument, the YAML file and the flags at once."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings, Topic
 from lorakit.config.marks import (
+    Escapes,
     Extends,
     Handles,
     Invocation,
@@ -31,7 +32,9 @@ from lorakit.config.methods import (
 from lorakit.config.seed import Seed
 
 Format = Literal["auto", "prompt", "messages", "text", "classification"]
-RowField = Literal["prompt", "completion", "references", "messages", "text", "text_pair", "label"]
+RowField = Literal[
+    "prompt", "completion", "references", "messages", "tools", "text", "text_pair", "label"
+]
 
 
 def _delimiter(value: Any) -> Any:
@@ -59,18 +62,20 @@ class DataConfig(Settings):
     """Rows to score during training; None: no evaluation."""
 
     format: Format = "auto"
-    """What a row is: prompt (prompt, completion, optional references), messages (a chat), text, or
-    classification (text, optional text_pair, label). auto: inferred from the fields of the rows."""
+    """What a row is: prompt (prompt, completion, optional references), messages (a chat, optional
+    tools), text, or classification (text, optional text_pair, label). auto: inferred from the
+    fields of the rows."""
 
     fields: dict[RowField, str] = {}
-    """Our field name: the file's column, or a template such as "{subject}: {body}". A name with
-    dots is of a value within a column: answers.text.0."""
+    """Our field name: the file's column, or a template such as "{subject}: {body}". {body?} may be
+    empty or missing, and is then left out with the white space before it. A name with dots is of a
+    value within a column: answers.text.0."""
 
     delimiter: Delimiter | None = None
     """What separates the columns of a CSV file: one character, or tab. None: found in its first
     line."""
 
-    separator: str = "\n"
+    separator: Annotated[str, Escapes()] = "\n"
     """Written between prompt and completion."""
 
     max_length: PositiveInt = 512
@@ -96,6 +101,46 @@ class DataConfig(Settings):
 
 class TrainConfig(Settings):
     """One training run: the model, the data, the adapter and the schedule."""
+
+    topics: ClassVar[tuple[Topic, ...]] = (
+        Topic(
+            "first",
+            "What most runs need.",
+            (
+                *("model", "data.train", "data.validation", "out", "method", "lora.rank"),
+                *("lora.targets", "epochs", "batch_size", "learning_rate"),
+            ),
+        ),
+        Topic(
+            "run",
+            "What is trained for how long, scored and saved.",
+            (
+                *("task", "steps", "accumulate", "seed", "eval_every", "save_every", "patience"),
+                *("check_after", "allow_untrained"),
+            ),
+        ),
+        Topic(
+            "optimizer",
+            "How weights are changed.",
+            (
+                *("warmup_steps", "schedule", "weight_decay", "max_grad_norm", "label_smoothing"),
+                *("z_loss", "lora_plus_ratio", "eva_batches"),
+            ),
+        ),
+        Topic(
+            "speed",
+            "What is held in memory, and what computes.",
+            (
+                *("dtype", "quantize", "double_quantization", "packing", "memory", "offload"),
+                *("kernels", "compile"),
+            ),
+        ),
+        Topic(
+            "folder",
+            "Runs that go on from others, replace them, or are several.",
+            ("init_from", "allow_other_base", "resume", "overwrite", "dry_run", "sweep"),
+        ),
+    )
 
     model: Annotated[str, Mark(on_card=False, may_change=True)] = "smollm2"
     """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""
@@ -153,7 +198,8 @@ class TrainConfig(Settings):
     """Forward passes per optimizer step."""
 
     learning_rate: Varies[PositiveFloat | None] = None
-    """Peak learning rate of AdamW. None: each method's own, found by trial (docs/methods.md)."""
+    """Peak learning rate of AdamW. None: by a rule of the method and the width of the base
+    (docs/methods.md), which the match table prints."""
 
     lora_plus_ratio: Varies[PositiveFloat] = 1.0
     """Learning rate of LoRA's B over that of A (LoRA+, Hayou 2024, has 16). 1: both are equal."""
@@ -254,10 +300,6 @@ class TrainConfig(Settings):
             config_of(name, (sections.get(name) or by_family[name.split("-")[0]]).model_dump())
             for name in self.method
         )
-
-    def rate_of(self, method: str) -> float:
-        """The peak learning rate of a method's weights."""
-        return self.learning_rate or defaults_of(method, self.lora).learning_rate
 
     def warmup_of(self, steps: int) -> int:
         """The steps of a run over which learning rates rise from zero."""

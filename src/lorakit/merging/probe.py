@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, MergeError
+from lorakit.models.roles import input_embedding
 
 TOKENS = 16
 """Token ids in a row; fewer for a model with fewer than twice as many positions."""
@@ -114,10 +115,7 @@ def _token_ids(model: nn.Module, device: torch.device) -> Tensor | None:
 
 def _text_embedding(model: nn.Module) -> nn.Embedding | None:
     """The input embedding, or else the embedding with the size of the config's vocabulary."""
-    try:
-        found = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        found = None
+    found = input_embedding(model)
     if isinstance(found, nn.Embedding):
         return found
     size = _number(model, "vocab_size")

@@ -18,10 +18,11 @@ from transformers.utils import logging
 
 from lorakit.config.base import DType
 from lorakit.errors import ModelError, did_you_mean
+from lorakit.models.gguf_file import SUFFIX, converted, file_within
 from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
 from lorakit.models.quantized import quantize as quantize_model
-from lorakit.models.roles import task_heads
+from lorakit.models.roles import input_embedding, task_heads
 from lorakit.upstream.private_names import initialize, loaded_from
 
 TASKS = ("generation", "classification", "regression")
@@ -44,8 +45,8 @@ def load_model(
     checkpoint has none: call `torch.manual_seed` first to get the same one again.
 
     Args:
-        name: A packaged name (smollm2, minilm), else a folder, else a hub id. Write ./smollm2 for
-            a folder of that name.
+        name: A packaged name (smollm2, minilm), else a folder, else a GGUF file or a folder with
+            one, else a hub id. Write ./smollm2 for a folder of that name.
         dtype: Precision of the weights: float32, bfloat16 or float16.
         task: generation (a causal language model), classification or regression (one number).
         labels: Names of the classes, in order; None keeps those of the checkpoint.
@@ -55,8 +56,8 @@ def load_model(
 
     Raises:
         ModelError: the model cannot be found, read or used for the task, or not be quantised.
-        MissingExtraError: smollm2 is to be unpacked without the `gguf` extra, or a model to be
-            quantised without the `quantized` extra.
+        MissingExtraError: smollm2 or a GGUF file is to be unpacked without the `gguf` extra, or a
+            model to be quantised without the `quantized` extra.
     """
     _check_arguments(dtype, task, labels, quantize)
     if quantize is not None:
@@ -68,11 +69,13 @@ def load_model(
     with _quiet():
         source = _source(asked)
         with _explained(asked, source, task):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             model, info = auto_class.from_pretrained(
                 source,
                 dtype=getattr(torch, dtype),
                 output_loading_info=True,
+                # Without a word transformers would ask at the terminal.
+                trust_remote_code=False,
                 # Reported by us, with the shapes.
                 ignore_mismatched_sizes=True,
                 **_head_settings(task, labels),
@@ -80,7 +83,11 @@ def load_model(
     _check_complete(model, info, asked, task)
     fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
     model._lorakit_fresh = [path for path, _ in model.named_modules() if path in fresh]
+    if asked not in PACKAGES and _gguf_file(Path(asked).expanduser()) is not None:
+        # The file goes on; its conversion is only on this machine.
+        model._lorakit_file = asked
     _give_padding_token(tokenizer, asked)
+    _check_vocabulary(model, tokenizer, asked)
     if task != "generation":
         # A decoder scores the last token that is not padding, which it looks up by this id.
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -102,8 +109,10 @@ def redraw_fresh_head(model: nn.Module) -> None:
 
 
 def model_name(model: nn.Module) -> str:
-    """The packaged name, folder or hub id that a model was loaded by; "" if it was not."""
+    """The packaged name, folder, file or hub id that a model was loaded by; "" if it was not."""
     source = loaded_from(model)
+    if (name := getattr(model, "_lorakit_file", None)) is not None:
+        return str(name)
     return packaged_name(source) or source
 
 
@@ -134,6 +143,9 @@ def _source(name: str) -> str:
     if name in PACKAGES:
         return str(packaged_folder(name))
     folder = Path(name).expanduser()
+    gguf = _gguf_file(folder)
+    if gguf is not None:
+        return str(converted(name, gguf, prefix="file"))
     if folder.is_dir():
         _check_folder(folder)
         return str(folder)
@@ -160,6 +172,14 @@ def _way_to_get(name: str) -> str:
 def _packaged_names(name: str) -> str:
     """The packaged names, which need neither hub nor folder, and the one that was perhaps meant."""
     return f"Packaged are {' and '.join(PACKAGES)}{did_you_mean(name, PACKAGES) or '.'}"
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path is, or that is in a folder without a model in another form."""
+    if path.is_dir() and not (path / "config.json").is_file():
+        return file_within(path)
+    is_gguf = path.suffix.lower() == SUFFIX and path.is_file()
+    return path if is_gguf else None
 
 
 def _check_folder(folder: Path) -> None:
@@ -206,6 +226,30 @@ def _check_complete(
         raise ModelError.listing(f"{name!r} does not fit {task} with these settings", problems)
 
 
+def _check_vocabulary(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    name: str,
+) -> None:
+    """Refuse a tokenizer whose tokens the model has no embedding for.
+
+    Of those that were added to it only the special ones count, which every text may get.
+
+    Raises:
+        ModelError: it has such tokens.
+    """
+    embedding = input_embedding(model)
+    if not isinstance(embedding, nn.Embedding):
+        return
+    special = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id]
+    largest = max([tokenizer.vocab_size - 1, *(i for i in special if isinstance(i, int))])
+    if largest >= embedding.num_embeddings:
+        raise ModelError(
+            f"the tokenizer of {name!r} writes tokens up to {largest}, and the model's embedding "
+            f"has {embedding.num_embeddings} rows: they do not belong together"
+        )
+
+
 def _give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: str) -> None:
     """Pad with the end-of-text token where the tokenizer has no padding token."""
     if tokenizer.pad_token is None:
@@ -226,6 +270,8 @@ def _explained(name: str, source: str, task: str) -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         where = "" if source == name else f" from {source}"
         advice = "" if Path(source).is_dir() else f" {_way_to_get(name)}"
+        if "trust_remote_code=True" in str(error):
+            advice = " lorakit runs no code that comes with a model: use one that transformers has."
         raise ModelError(
             f"{name!r} cannot be loaded{where} for {task}: {reason.rstrip('.')}.{advice}"
         ) from error

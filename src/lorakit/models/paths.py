@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
+
+import regex  # type: ignore[import-untyped]
+
+SLOWEST_MATCH_S = 1.0
+"""A pattern may come from a stranger's file, and some take for ever."""
 
 
 def ends_with(path: str, end: str) -> bool:
     """Whether a dotted path ends with the whole components of another."""
     return f".{path}".endswith(f".{end}")
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression matches a whole path.
+
+    Raises:
+        re.error: it is none, or takes longer than `SLOWEST_MATCH_S`.
+    """
+    try:
+        return regex.fullmatch(pattern, path, timeout=SLOWEST_MATCH_S) is not None
+    except regex.error as error:
+        raise re.error(str(error)) from error
+    except TimeoutError:
+        raise re.error(f"it takes more than {SLOWEST_MATCH_S:g} s to match {path!r}") from None
 
 
 def is_within(path: str, modules: Collection[str]) -> bool:

@@ -14,7 +14,7 @@ from lorakit.errors import TargetError, did_you_mean
 from lorakit.models.base import base_modules
 from lorakit.models.families import UNKNOWN_FAMILY, Family, RowSplit, family_name, family_of
 from lorakit.models.linear_probe import returns_tensor
-from lorakit.models.paths import block_number, ends_with, is_within
+from lorakit.models.paths import block_number, ends_with, is_within, matches
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head")
 """Roles a layer can have, in the order in which messages name them."""
@@ -155,6 +155,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return _embedding(model, "get_output_embeddings")
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that embeds a model's inputs, or None where there is none."""
+    return _embedding(model, "get_input_embeddings")
+
+
 def task_heads(model: nn.Module) -> tuple[str, ...]:
     """The paths of the modules that a task put on top of a pre-trained backbone.
 
@@ -194,7 +199,7 @@ def _embedding_roles(model: nn.Module, family: Family) -> dict[str, str]:
     output = output_head(model)
     inputs = None
     if "embed" not in family.roles.values():
-        inputs = _embedding(model, "get_input_embeddings")
+        inputs = input_embedding(model)
     # ViT's is a module around its convolution.
     embeddings = set() if inputs is None else set(inputs.modules())
     roles = {path: "embed" for path, module in base_modules(model) if module in embeddings}
@@ -254,8 +259,9 @@ def _named_by(word: str, model: nn.Module, targets: tuple[Target, ...]) -> tuple
         linear = _linear_paths(model)
         return tuple(target for target in targets if target.path in linear)
     if word.startswith("re:"):
-        pattern = re.compile(word.removeprefix("re:"))
-        return tuple(target for target in targets if pattern.fullmatch(target.path))
+        pattern = word.removeprefix("re:")
+        re.compile(pattern)
+        return tuple(target for target in targets if matches(pattern, target.path))
     if "*" in word or "?" in word:
         return tuple(target for target in targets if fnmatch.fnmatchcase(target.path, word))
     return tuple(

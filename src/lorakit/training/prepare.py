@@ -24,8 +24,10 @@ from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.models.quantized import Quantization
+from lorakit.models.shape import context_length, hidden_size
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
+from lorakit.training.rates import Rate, rates_by_method
 from lorakit.training.virtual_tokens import check_infix, longest_row, with_tokens
 
 T = TypeVar("T")
@@ -48,6 +50,8 @@ class Prepared:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
+    rates: Mapping[str, Rate]
+    """Peak learning rate of each method."""
     training: Encoded
     validation: Encoded | None
     steps: int
@@ -58,7 +62,9 @@ class Prepared:
 
     def __str__(self) -> str:
         """The match table, the reports of the rows, and the packing, as text."""
-        parts = [str(self.plan), f"training rows: {self.training.report}"]
+        parts = [str(self.plan)]
+        parts += [f"learning rate: {rate}" for rate in self.rates.values()]
+        parts.append(f"training rows: {self.training.report}")
         if self.validation is not None:
             parts.append(f"validation rows: {self.validation.report}")
         parts.append(f"batches: {self.packing}")
@@ -109,12 +115,16 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     plans = for_each(
         configs,
         lambda config, name: _attach(
-            model, config, name, _eva_batches(config, read[source_of[name]].training, tokenizer)
+            model,
+            config,
+            name,
+            _eva_batches(config, read[source_of[name]].training, model, tokenizer),
         ),
     )
     encode = _Encodings(model, tokenizer, read, source_of)
     encoded = for_each(configs, encode)
     runs = {name: (config, encoded[name]) for name, config in configs.items()}
+    width = hidden_size(model)
     steps = for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
     return {
         name: Prepared(
@@ -125,13 +135,14 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
             model=model,
             tokenizer=tokenizer,
             plan=plans[name],
+            rates=rates_by_method(config, plans[name], width),
             training=training,
             validation=validation,
             steps=steps[name],
             packing=packing,
-            idle=idle_settings(configs[name]),
+            idle=idle_settings(config),
         )
-        for name, (_, (training, validation)) in runs.items()
+        for name, (config, (training, validation)) in runs.items()
     }
 
 
@@ -274,7 +285,7 @@ def _steps(config: TrainConfig, rows: int) -> int:
 
 
 def _eva_batches(
-    config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig, rows: Rows, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]] | None:
     """The batches of training rows from which LoRA's init eva starts; None for other starts."""
     if config.init_from is not None or "lora" not in config.method or config.lora.init != "eva":
@@ -283,7 +294,8 @@ def _eva_batches(
     size = config.batch_size
     chosen = torch.randperm(len(rows), generator=generator)[: config.eva_batches * size].tolist()
     few = replace(rows, rows=tuple(rows.rows[row] for row in chosen))
-    examples, collate = encode_rows(few, tokenizer, config.data).examples, Collator(tokenizer)
+    longest, collate = context_length(model), Collator(tokenizer)
+    examples = encode_rows(few, tokenizer, config.data, longest=longest).examples
     return [collate(examples[at : at + size]) for at in range(0, len(examples), size)]
 
 

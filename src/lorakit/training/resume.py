@@ -13,7 +13,6 @@ from lorakit.config.train import TrainConfig
 from lorakit.data.encode import Encoded
 from lorakit.errors import TrainingError
 from lorakit.training.prepare import Prepared
-from lorakit.training.rates import rates_by_method
 from lorakit.training.trainer import step_of
 
 RUN_FILE = "run.json"
@@ -45,7 +44,7 @@ class RunRecord:
         """The record of a run."""
         return RunRecord(
             settings={name: value for name, (_, value) in _compared(config).items()},
-            rates=rates_by_method(config, prepared.plan),
+            rates={method: rate.value for method, rate in prepared.rates.items()},
             training=prepared.training.content_hash,
             validation=_hash(prepared.validation),
             labels=None if prepared.labels is None else list(prepared.labels),

@@ -32,7 +32,7 @@ from lorakit.training.memory.compiled_blocks import compiled_blocks
 from lorakit.training.memory.memory_setting import training_memory
 from lorakit.training.prepare import Prepared, prepare
 from lorakit.training.rates import learning_rates
-from lorakit.training.record import JsonLines, ProgressBar, tensorboard
+from lorakit.training.record import JsonLines, LogWithScores, ProgressBar, tensorboard
 from lorakit.training.resume import (
     Change,
     RunRecord,
@@ -210,6 +210,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     plain_loss = Loss(prepared.task)
     collate = Collator(prepared.tokenizer)
     validation = prepared.validation
+    rates = learning_rates(config, prepared.plan, prepared.rates)
 
     def scorer(model: torch.nn.Module) -> dict[str, float]:
         assert validation is not None
@@ -225,18 +226,19 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     trainer = make_trainer(
         adapter_name=prepared.name,
         checkpoints=config.out / "checkpoints",
-        rates=learning_rates(config, prepared.plan),
+        rates=rates,
         save_record=RunRecord.of(config, prepared, run.changes).save,
         scorer=scorer if validation else None,
         by_length=prepared.packing.by_length,
         model=prepared.model,
-        args=make_arguments(config, prepared.steps),
+        args=make_arguments(config, prepared.steps, learning_rate=max(rates.values())),
         train_dataset=prepared.training,
         eval_dataset=validation,
         data_collator=Collator(prepared.tokenizer, prepared.packing),
         compute_loss_func=loss,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LogWithScores())
     trainer.add_callback(OwnIntervals())
     trainer.add_callback(JsonLines(config.out / LOG))
     trainer.add_callback(tensorboard(config.out / "tensorboard"))
@@ -275,6 +277,7 @@ def training_card(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> 
         "task_type": "CAUSAL_LM" if prepared.task == "generation" else "SEQ_CLS",
         "rows_kind": prepared.kind,
         "labels": None if prepared.labels is None else list(prepared.labels),
+        "end_tokens": list(prepared.training.ends),
         "data": config.data.model_dump(mode="json"),
         "rows": {
             "training": len(prepared.training.examples),
@@ -282,6 +285,7 @@ def training_card(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> 
         },
         "settings": config.model_dump(mode="json", include=on_card),
         **quantized,
+        **_rates_of_rule(run),
         **({"changes": [dict(change) for change in run.changes]} if run.changes else {}),
         "step": step,
         "scores": {
@@ -294,6 +298,14 @@ def training_card(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> 
             **{name: version(name) for name in libraries},
         },
     }
+
+
+def _rates_of_rule(run: Run) -> dict[str, Any]:
+    """The card's entry of the peak learning rates, where the settings have none."""
+    if run.config.learning_rate is not None:
+        return {}
+    rates = run.prepared.rates
+    return {"learning_rates": {method: rate.value for method, rate in rates.items()}}
 
 
 def _stopped(error: TrainingError, trainer: AdapterTrainer, run: Run) -> TrainingError:

@@ -233,15 +233,19 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def make_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
-    """Trainer's arguments for a run of so many steps."""
+def make_arguments(
+    config: TrainConfig, steps: int, *, learning_rate: float | None = None
+) -> TrainingArguments:
+    """Trainer's arguments for so many steps, at the rate that is given or that of the settings."""
+    rate = learning_rate or config.learning_rate
+    assert rate is not None
     every = config.eval_every
     return TrainingArguments(
         output_dir=str(config.out),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
-        learning_rate=max(map(config.rate_of, config.method)),
+        learning_rate=rate,
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup_of(steps),
         weight_decay=config.weight_decay,
