@@ -37,7 +37,7 @@ def _as_text(value: Any) -> Any:
     Raises:
         ValueError: the text is empty.
     """
-    if value == "":
+    if isinstance(value, str) and not value.strip():
         raise ValueError("is empty: give a path (the working folder is .)")
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
