@@ -63,8 +63,8 @@ class ScoreConfig(Settings):
     positional: ClassVar[tuple[str, ...]] = ("outputs", "references")
 
     task: str
-    """e2e, webnlg, dart, samsum, wikisql, or a task of GLUE: cola, sst2, mrpc, qqp, stsb, mnli, qnli,
-    rte."""
+    """e2e, webnlg, dart, samsum, wikisql, or a task of GLUE: cola, sst2, mrpc, qqp, stsb, mnli,
+    qnli, rte."""
 
     outputs: Path
     """File of the outputs, one a line: texts, classes or scores; for wikisql JSON objects."""
