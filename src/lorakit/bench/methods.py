@@ -25,7 +25,7 @@ from lorakit.config.methods import METHODS
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_prompt
-from lorakit.data.metrics import bleu
+from lorakit.data.metrics.basic import bleu
 from lorakit.data.row_types import Rows, references_of
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError

@@ -19,7 +19,7 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.config.verbs import DemoConfig
 from lorakit.data.encode import encode_prompt
-from lorakit.data.metrics import exact_match
+from lorakit.data.metrics.basic import exact_match
 from lorakit.data.row_types import PromptRow, references_of
 from lorakit.data.rows import read_rows
 from lorakit.errors import OutputError

@@ -13,7 +13,7 @@ from lorakit.config.base import DType, HeldIn, Names, PositiveInt, Settings
 from lorakit.config.train import DataConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_prompt
-from lorakit.data.metrics import bleu, exact_match
+from lorakit.data.metrics.basic import bleu, exact_match
 from lorakit.data.row_types import Rows, references_of
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, OutputError

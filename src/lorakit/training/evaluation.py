@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lorakit.data.batches import generation_batch, pad_token
 from lorakit.data.collate import Collator
 from lorakit.data.encode import Example
-from lorakit.data.metrics import accuracy, pearson
+from lorakit.data.metrics.basic import accuracy, pearson
 from lorakit.training.lm_loss import is_target, text_losses
 from lorakit.training.loss import Loss, perplexity
 

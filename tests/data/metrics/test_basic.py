@@ -1,5 +1,4 @@
 import math
-import random
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.data.metrics import accuracy, bleu, exact_match, matthews, pearson
+from lorakit.data.metrics.basic import accuracy, bleu, exact_match, pearson
 from lorakit.errors import DataError, MissingExtraError
 
 
@@ -35,31 +34,6 @@ def test_pearson_agrees_with_numpy_and_a_hand_computed_value() -> None:
 def test_a_constant_side_shows_no_relation(constant: list[float]) -> None:
     assert pearson(constant, [1.0, 2.0, 3.0]) == 0
     assert pearson([1.0, 2.0, 3.0], constant) == 0
-    assert matthews(constant, [1, 2, 3]) == 0
-
-
-def test_matthews_of_two_classes_is_the_usual_formula() -> None:
-    predicted = [1] * 6 + [0] * 4 + [1] * 2 + [0] * 3
-    expected = [1] * 6 + [1] * 4 + [0] * 2 + [0] * 3
-    tp, fn, fp, tn = 6, 4, 2, 3
-    by_hand = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    assert matthews(predicted, expected) == pytest.approx(by_hand)
-    assert matthews(["a", "b"], ["a", "b"]) == pytest.approx(1)
-    assert matthews(["a", "b"], ["b", "a"]) == pytest.approx(-1)
-
-
-def test_matthews_of_three_classes_is_gorodkins() -> None:
-    rng = random.Random(0)
-    predicted, expected = ([rng.randrange(3) for _ in range(60)] for _ in range(2))
-    table = np.zeros((3, 3))
-    for p, e in zip(predicted, expected, strict=True):
-        table[e, p] += 1
-    total, right = table.sum(), np.trace(table)
-    truly, said = table.sum(1), table.sum(0)
-    by_counts = (right * total - truly @ said) / math.sqrt(
-        (total**2 - said @ said) * (total**2 - truly @ truly)
-    )
-    assert matthews(predicted, expected) == pytest.approx(by_counts)
 
 
 def test_bleu_of_one_sentence_is_the_formula() -> None:
@@ -82,7 +56,6 @@ def test_bleu_takes_the_best_of_ragged_references_in_any_case() -> None:
         (exact_match, "a", ["a"]),
         (accuracy, "a", "a"),
         (pearson, 1.0, 1.0),
-        (matthews, 1, 1),
         (bleu, "a", ["a"]),
     ],
 )

@@ -44,28 +44,7 @@ def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
     x, y = (np.asarray(side, dtype=np.float64) for side in (predicted, expected))
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
-    x, y = x - x.mean(), y - y.mean()
-    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
-
-
-def matthews(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> float:
-    """Matthews' correlation, from -1 to 1; 0 where one side is constant.
-
-    For more than two classes it is Gorodkin's R_K (2004, equation 8), of which the usual formula
-    is the case of two.
-
-    Raises:
-        DataError: there is no prediction, or not one expectation for each.
-    """
-    _check(predicted, expected)
-    classes = list(dict.fromkeys([*predicted, *expected]))
-    # One row per prediction, one column per class: the sum of p·e counts agreements.
-    p, e = (
-        np.array([[v == c for c in classes] for v in side], float) for side in (predicted, expected)
-    )
-    p, e = p - p.mean(axis=0), e - e.mean(axis=0)
-    spread = float(np.sqrt((p * p).sum() * (e * e).sum()))
-    return float((p * e).sum()) / spread if spread else 0.0
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -1,0 +1,153 @@
+"""The alignment of two sentences that METEOR scores: a beam search over matches of words.
+
+The search follows METEOR 1.5 (Denkowski and Lavie, 2014) to its last peculiarity, because the
+choice among equal alignments shows in the fourth decimal: while paths are compared, a match that is
+not exact counts half its words, rounded down; the distance of every match that is tried is added to
+the path that it is tried on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+BEAM = 40
+EXACT = 0
+
+
+class Match(NamedTuple):
+    """Words of the reference that words of the output may stand for."""
+
+    module: int
+    """How they match: exactly (0), by stem, synonym or paraphrase."""
+    start: int
+    length: int
+    """Words in the reference: the first, and how many."""
+    output_start: int
+    output_length: int
+    """Words in the output."""
+    words: int
+    output_words: int
+    """The words that it covers in each, as bits."""
+    weight: int
+    """What it counts in the search."""
+
+    @classmethod
+    @lru_cache(1_000_000)
+    def of(
+        cls, module: int, start: int, length: int, output_start: int, output_length: int
+    ) -> Match:
+        """A match, with what follows from its place."""
+        exact = module == EXACT
+        weight = 2 if exact else length // 2 + output_length // 2
+        words, output_words = (1 << length) - 1 << start, (1 << output_length) - 1 << output_start
+        return cls(module, start, length, output_start, output_length, words, output_words, weight)
+
+
+Chain = tuple[Any, Match] | None
+"""The matches that a path has chosen: those before the last one, as another chain, and it."""
+
+_Path = tuple[int, int, int, int, int, int, int, Chain]
+"""A part of an alignment, from the reference's first word to the present one: minus the words that
+match, chunks, distance; the reference's next word, the end of the last match in the output; the
+words in use in both, as bits; the chosen matches."""
+
+_KEY = itemgetter(0, 1, 2)
+
+
+def align(matches: Sequence[Sequence[Match]]) -> list[Match]:
+    """The best alignment, in the reference's order.
+
+    Args:
+        matches: for each word of the reference the matches that start there, in the order of the
+            modules.
+    """
+    fixed = _fixed(matches)
+    used = sum(match.words for match in fixed.values())
+    used_output = sum(match.output_words for match in fixed.values())
+    paths: list[_Path] = [(0, 0, 0, 0, -1, used, used_output, None)]
+    for position, here in enumerate(matches):
+        if len(paths) > 1:
+            paths.sort(key=_KEY)
+        paths = _advance(paths[:BEAM], position, here, fixed)
+    paths.sort(key=_KEY)
+    # The chunk that is open at the end counts too.
+    closed = [(p[0], p[1] + (p[4] != -1), p[2], p[7]) for p in paths[:BEAM]]
+    chosen = [*fixed.values(), *_unchained(min(closed, key=_KEY)[3])]
+    return sorted(chosen, key=lambda match: match.start)
+
+
+def _fixed(matches: Sequence[Sequence[Match]]) -> dict[int, Match]:
+    """The matches that have no rival for any of their words, by their start."""
+    seen = seen_twice = seen_output = seen_output_twice = 0
+    for here in matches:
+        for match in here:
+            words, output_words = match.words, match.output_words
+            seen_twice |= seen & words
+            seen |= words
+            seen_output_twice |= seen_output & output_words
+            seen_output |= output_words
+    return {
+        start: here[0]
+        for start, here in enumerate(matches)
+        if len(here) == 1
+        and not here[0].words & seen_twice
+        and not here[0].output_words & seen_output_twice
+    }
+
+
+def _advance(
+    paths: Sequence[_Path], position: int, matches: Sequence[Match], fixed: dict[int, Match]
+) -> list[_Path]:
+    """The paths one word further on: each match that starts there taken, or none."""
+    following: list[_Path] = []
+    bit = 1 << position
+    for path in paths:
+        weight, chunks, distance, here, end, used, used_output, chosen = path
+        if used & bit:
+            if position < here:
+                following.append(path)
+            elif (match := fixed.get(here)) is not None:
+                distance += abs(match.start - match.output_start)
+                taken = _taken(match, weight, chunks, end)
+                following.append((*taken[:2], distance, *taken[2:], used, used_output, chosen))
+            continue
+        for match in matches:
+            words, output_words = match.words, match.output_words
+            if used & words or used_output & output_words:
+                continue
+            new_weight, new_chunks, new_here, new_end = _taken(match, weight, chunks, end)
+            both = used | words, used_output | output_words
+            following.append(
+                (new_weight, new_chunks, distance, new_here, new_end, *both, (chosen, match))
+            )
+            distance += abs(match.start - match.output_start)
+        chunks += end != -1
+        following.append((weight, chunks, distance, here + 1, -1, used, used_output, chosen))
+    return following or list(paths[:1])
+
+
+def _taken(match: Match, weight: int, chunks: int, end: int) -> tuple[int, int, int, int]:
+    """Weight, chunks, next word and end after a match."""
+    _, start, length, output_start, output_length, _, _, match_weight = match
+    broken = end != -1 and end != output_start
+    return weight - match_weight, chunks + broken, start + length, output_start + output_length
+
+
+def _unchained(chain: Chain) -> Iterator[Match]:
+    while chain is not None:
+        chain, match = chain
+        yield match
+
+
+def chunks_of(alignment: Sequence[Match]) -> int:
+    """How many runs of matches are adjacent, and in the same order, in both sentences."""
+    chunks = 0
+    end = output_end = -1
+    for match in alignment:
+        chunks += match.start != end or match.output_start != output_end
+        end = match.start + match.length
+        output_end = match.output_start + match.output_length
+    return chunks

@@ -1,0 +1,100 @@
+"""Every task's scores through one function."""
+
+import math
+from typing import Any
+
+import pytest
+
+from lorakit.data.metrics import triples
+from lorakit.data.metrics.meteor.tables import Tables
+from lorakit.data.metrics.score import TASKS, score, score_names, scorer
+from lorakit.errors import ConfigError, DataError
+
+TABLE = {"types": ["text", "real"], "rows": [["Mill", 3], ["Barn", 5], ["mill", 7]]}
+
+
+def query(sel: int, agg: int, *conds: list[Any]) -> dict[str, Any]:
+    return {"sel": sel, "agg": agg, "conds": list(conds)}
+
+
+@pytest.mark.parametrize(
+    ("output", "form", "result"),
+    [
+        (query(1, 0, [0, 0, "MILL"], [1, 1, 4]), True, True),
+        (query(1, 0, [1, 1, 4], [0, 0, "mill"]), True, True),
+        (query(1, 0, [1, 1, "4.0"], [0, 0, "mill"]), False, True),
+        (query(1, 1, [0, 0, "mill"]), False, True),
+        (query(1, 0, [0, 0, "mill"]), False, False),
+        (query(9, 0), False, False),
+        ({"error": "no parse"}, False, False),
+        (None, False, False),
+    ],
+)
+def test_a_query_is_right_by_form_or_by_result(output: Any, form: bool, result: bool) -> None:
+    right = query(1, 0, [0, 0, "mill"], [1, 1, "4"])
+    found = score("wikisql", [output], [right], tables=[TABLE])
+    assert found == {"logical_form": form, "execution": result}
+    assert score("wikisql", [output], [right]) == {"logical_form": form}
+
+
+def test_a_column_with_two_conditions_is_compared_with_the_last_value() -> None:
+    twice = query(0, 0, [1, 1, 6], [1, 1, 4])
+    assert score("wikisql", [twice], [query(0, 0, [1, 1, 4])], tables=[TABLE])["execution"] == 1
+
+
+def test_glue_takes_numbers_and_names() -> None:
+    assert score("mrpc", ["equivalent", 0, "1"], [1, 1, 1]) == {
+        "accuracy": pytest.approx(2 / 3),
+        "f1": pytest.approx(0.8),
+    }
+    # tp 2, fn 1, fp 0, tn 1.
+    matthews = 2 * 1 / math.sqrt(2 * 3 * 1 * 2)
+    assert score("cola", [1, 1, 0, 0], [1, 1, 1, 0])["matthews"] == pytest.approx(matthews)
+    assert score("stsb", [1, 2, 4], ["1", "2", "3"])["spearman"] == pytest.approx(1)
+    assert math.isnan(score("stsb", [1, 1], [1, 2])["pearson"])
+
+
+def test_webnlg_and_dart_take_three_references_or_six(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tables, "paraphrases", lambda _, vocabulary: {})
+    outputs = ["The Mill is in Ñandú-town.", "It is old."]
+    references = [["x y", "x", "y", "the mill is in Nandu - town ."], ["It is very old."]]
+    official = score("webnlg", outputs, references)
+    paper = score("webnlg", outputs, references, variant="paper")
+    assert set(official) == set(paper) == set(score_names("webnlg"))
+    # Of the second output one word of five is missing; the first has nothing right in three.
+    assert paper["ter"] == pytest.approx((1 / 8 + 1 / 5) / 2)
+    assert official["ter"] == pytest.approx((8 + 1) / (4 / 3 + 5))
+    assert score("dart", outputs[1:], references[1:])["ter"] == pytest.approx(1 / 5)
+    assert triples._cut("a-b. c") == "a - b . c"
+
+
+def test_the_best_of_several_summaries_counts() -> None:
+    found = score("samsum", ["the cats sat"], [["the cat sat", "nothing"]])
+    assert found["rouge1"] == found["rouge_l"] == 1
+
+
+def test_what_made_a_score_has_a_name() -> None:
+    assert "variant python" in scorer("e2e")
+    assert "variant paper" in scorer("dart", "paper")
+    assert all("version" in scorer(task) for task in TASKS)
+
+
+@pytest.mark.parametrize(
+    ("words", "kwargs", "error", "message"),
+    [
+        (("e2", ["a"], [["a"]]), {}, ConfigError, "did you mean 'e2e'"),
+        (("e2e", ["a"], [["a"]]), {"variant": "paper"}, ConfigError, "python and perl"),
+        (("sst2", [1], [1]), {"variant": "paper"}, ConfigError, "has no variants"),
+        (("e2e", [], []), {}, DataError, "0 outputs and 0 references"),
+        (("e2e", ["a"], [["a"], ["b"]]), {}, DataError, "1 outputs and 2 references"),
+        (("e2e", ["a", None, "b"], [[], ["x"], "y"]), {}, DataError, "3 problems"),
+        (("mrpc", [2, "same"], [0, 1]), {}, DataError, "not_equivalent, equivalent"),
+        (("stsb", ["high"], [1]), {}, DataError, "Not a score"),
+        (("wikisql", [None], [query(0, 0)]), {"tables": []}, DataError, "1 outputs and 0 tables"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(
+    words: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        score(*words, **kwargs)

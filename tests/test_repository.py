@@ -1,0 +1,57 @@
+"""What the files around the source say agrees with the source."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.version import Version
+
+import lorakit
+import lowest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert project["version"] == citation["version"] == lorakit.__version__
+
+
+def test_pinned_versions_are_at_least_the_lowest():
+    pins = {}
+    for line in read("constraints.txt").splitlines():
+        if "==" in line:
+            name, _, version = line.partition("==")
+            pins[lowest.name_of(name)] = Version(version)
+    bounds = dict(line.partition(";")[0].split("==") for line in lowest.constraints())
+    assert {"transformers", "numpy", "peft", "pytest"} <= bounds.keys()
+    assert "torch" not in bounds, "torch comes first, as the build for the machine"
+    assert not [name for name, low in bounds.items() if pins[lowest.name_of(name)] < Version(low)]
+
+
+def test_torch_is_the_same_version_in_all_files_that_install_it():
+    pinned = re.findall(r"^torch==(.+)$", read("constraints.txt"), flags=re.MULTILINE)
+    bound = tomllib.loads(read("pyproject.toml"))["project"]["dependencies"]
+    lowest_torch = next(each for each in bound if each.startswith("torch>=")).partition(">=")[2]
+    named = re.findall(r"torch==([\d.]+)", read("Makefile") + read(".github/workflows/checks.yml"))
+    assert set(named) == {*pinned, f"{lowest_torch}.0"}
+
+
+def test_commits_are_checked_by_the_tools_of_make_check():
+    hooks = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"][0]["hooks"]
+    tools = {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in hooks}
+    assert tools == set(re.findall(r"\$\(BIN\)/(ruff|mypy)", read("Makefile")))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
