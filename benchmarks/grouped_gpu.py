@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from lorakit.kernels.grouped import down_project, gather, up_project_onto
-from lorakit.kernels.grouping import Grouping, group_rows
+from lorakit.kernels.grouping import Grouping, Kernels, group_rows
 from measured import begin, write_result
 
 D, RANK = 4096, 16
@@ -43,7 +43,7 @@ class Layer:
         self.a = random(adapters, RANK, D, dtype=torch.float32)
         self.b = random(adapters, RANK, D, dtype=torch.float32)
 
-    def forward(self, kernels: str) -> Callable[[], None]:
+    def forward(self, kernels: Kernels) -> Callable[[], None]:
         """A forward without gradients, of gathered weights."""
         grouping = self._grouping(kernels)
         a, b = (gather(stack.detach(), grouping) for stack in (self.a, self.b))
@@ -55,7 +55,7 @@ class Layer:
 
         return run
 
-    def backward(self, kernels: str) -> Callable[[], None]:
+    def backward(self, kernels: Kernels) -> Callable[[], None]:
         """A forward and its backward, from the stacks of weights."""
         grouping = self._grouping(kernels)
         grad = torch.ones_like(self.output)
@@ -67,7 +67,7 @@ class Layer:
 
         return run
 
-    def _grouping(self, kernels: str) -> Grouping:
+    def _grouping(self, kernels: Kernels) -> Grouping:
         return group_rows(self.index_of_row, device="cuda", dtype=self.a.dtype, kernels=kernels)
 
 

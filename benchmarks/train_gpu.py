@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -84,6 +84,7 @@ def operations(work: Work, adapter: int) -> int:
     """
     config, tokens = work.config, work.rows * work.tokens
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    assert config.num_key_value_heads is not None
     keys = width * config.num_key_value_heads // config.num_attention_heads
     qkv = width * (width + 2 * keys)
     block = qkv + width * width + 3 * width * inner
@@ -122,16 +123,17 @@ class Participants:
         with torch.device(device):
             self.model = AutoModelForCausalLM.from_config(work.config, dtype=torch.bfloat16)
         self.work = work
+        self.steps = WARM_UPS + STEPS
         self.config = lk.TrainConfig(
             out=folder / "run",
             lora=lk.LoRAConfig(rank=RANK, targets=("all-linear",)),
-            steps=WARM_UPS + STEPS,
+            steps=self.steps,
             batch_size=work.rows,
             warmup_steps=1,
             learning_rate=1e-4,
         )
         generator = torch.Generator().manual_seed(0)
-        size = (work.rows * self.config.steps, work.tokens)
+        size = (work.rows * self.steps, work.tokens)
         ids = torch.randint(work.config.vocab_size, size, generator=generator).tolist()
         self.examples = tuple(Example(input_ids=row, labels=list(row)) for row in ids)
         self.operations = 0
@@ -147,11 +149,11 @@ class Participants:
             kind="text",
             labels=None,
             model=self.model,
-            tokenizer=SimpleNamespace(pad_token_id=0, eos_token_id=0),
+            tokenizer=cast(Any, SimpleNamespace(pad_token_id=0, eos_token_id=0)),
             plan=plan,
-            training=Encoded(examples=self.examples, report=None),
+            training=Encoded(examples=self.examples, report=cast(Any, None)),
             validation=None,
-            steps=self.config.steps,
+            steps=self.steps,
             packing=choose_packing(self.model, task="generation", packing="auto"),
         )
         forget_peak()
@@ -169,7 +171,7 @@ class Participants:
         if compiled:
             for block in self.model.model.layers:
                 block.compile()
-        arguments = make_arguments(self.config, self.config.steps)
+        arguments = make_arguments(self.config, self.steps)
         arguments.save_strategy = "no"
         trainer = Trainer(
             model=model,

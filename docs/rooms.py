@@ -72,13 +72,18 @@ def page_block() -> str:
 def _lines() -> Iterator[tuple[str, str]]:
     yield "src/lorakit/", ""
     for name in READING_ORDER:
-        module = SOURCE / f"{name}.py"
-        if module.is_file():
-            yield f"  {name}.py", _idea(module)
+        if (SOURCE / f"{name}.py").is_file():
+            yield f"  {name}.py", idea(name)
             continue
-        yield f"  {name}/", _idea(SOURCE / name / "__init__.py")
+        yield f"  {name}/", idea(name)
         for inner in sorted((SOURCE / name).glob("*/__init__.py")):
             yield f"    {inner.parent.name}/", _idea(inner)
+
+
+def idea(room: str) -> str:
+    """What a room's docstring says it is."""
+    module = SOURCE / f"{room}.py"
+    return _idea(module if module.is_file() else SOURCE / room / "__init__.py")
 
 
 def _idea(module: Path) -> str:

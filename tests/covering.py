@@ -14,7 +14,7 @@ def covering(
     names: str | Sequence[str],
     cases: Iterable[Case],
     *,
-    each: int = 2,
+    each: int = 1,
     also: Callable[..., object] | None = None,
     **options: Any,
 ) -> Callable[[Any], Any]:
@@ -42,6 +42,26 @@ def covering(
     return parametrized
 
 
+def sampled(
+    name: str, values: Sequence[Any], *, share: int = 3, **options: Any
+) -> Callable[[Any], Any]:
+    """Parametrise a test with values, of which one in `share` stays; the others are thorough.
+
+    The test's name is the seed: of several claims about the same values, each stays with others.
+    """
+
+    def parametrized(test: Any) -> Any:
+        drawn = sorted(range(len(values)), key=lambda at: _drawn(test.__name__, at, values[at]))
+        kept = set(drawn[: -(-len(values) // share)])
+        marked = [
+            pytest.param(value, marks=() if at in kept else pytest.mark.thorough)
+            for at, value in enumerate(values)
+        ]
+        return pytest.mark.parametrize(name, marked, **options)(test)
+
+    return parametrized
+
+
 def chosen(
     cases: Sequence[Case],
     *,
@@ -54,19 +74,19 @@ def chosen(
     Cases come in an order drawn by the seed, and one is kept if any of its values is in fewer than
     `each` of those kept before. So every value ends in that many.
     """
-
-    def drawn(at: int) -> bytes:
-        return hashlib.sha256(f"{seed} {at} {named[at]}".encode()).digest()
-
     named = [[*map(_name, case), *([repr(also(*case))] if also else [])] for case in cases]
     kept: set[int] = set()
     seen: Counter[tuple[int, str]] = Counter()
-    for at in sorted(range(len(cases)), key=drawn):
+    for at in sorted(range(len(cases)), key=lambda at: _drawn(seed, at, named[at])):
         values = list(enumerate(named[at]))
         if any(seen[value] < each for value in values):
             kept.add(at)
             seen.update(values)
     return kept
+
+
+def _drawn(seed: str, at: int, name: object) -> bytes:
+    return hashlib.sha256(f"{seed} {at} {name}".encode()).digest()
 
 
 def _name(value: object) -> str:

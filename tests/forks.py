@@ -9,13 +9,31 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 IMPORTED = ("torch._dynamo", "transformers.trainer", "lorakit")
 IGNORE = ("-W", "ignore")
 FORKS = sys.platform == "linux"
 """Elsewhere a fork of a process that has imported torch can hang."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A program that runs in a process of its own."""
+
+    pid: int
+    finish: Callable[[], tuple[int, str, str]]
+    """Waits for its end, and gives its exit code, what it printed and its messages."""
+
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
 
 class Forks:
@@ -26,7 +44,13 @@ class Forks:
         self._parent: subprocess.Popen[str] | None = None
 
     def run(self, program: str, *arguments: str, **environment: str) -> str:
-        """Run a program and return what it printed.
+        """Run a program and return what it printed; the arguments are those of `start`."""
+        code, printed, problem = self.start(program, *arguments, **environment).finish()
+        assert code == 0, problem[-3000:]
+        return printed
+
+    def start(self, program: str, *arguments: str, **environment: str) -> Started:
+        """Start a program, of which one runs at a time.
 
         Args:
             program: Python, without `from __future__`.
@@ -35,15 +59,20 @@ class Forks:
         """
         own = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         if FORKS:
-            code, printed, problem = self._fork(program, arguments, own, own | environment)
-        else:
-            command = [sys.executable, *IGNORE, "-c", program, *arguments]
-            done = subprocess.run(
-                command, env=own | environment, capture_output=True, text=True, check=False
-            )
-            code, printed, problem = done.returncode, done.stdout, done.stderr
-        assert code == 0, problem[-3000:]
-        return printed
+            return self._fork(program, arguments, own, own | environment)
+        process = subprocess.Popen(
+            [sys.executable, *IGNORE, "-c", program, *arguments],
+            env=own | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+        def finish() -> tuple[int, str, str]:
+            printed, problem = process.communicate()
+            return process.returncode, printed, problem
+
+        return Started(process.pid, finish)
 
     def close(self) -> None:
         """End the process."""
@@ -53,30 +82,40 @@ class Forks:
 
     def _fork(
         self, program: str, arguments: Sequence[str], own: dict[str, str], given: dict[str, str]
-    ) -> tuple[int, str, str]:
+    ) -> Started:
         if self._parent is None:
             command = [sys.executable, *IGNORE, __file__]
             self._parent = subprocess.Popen(
                 command, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
+        pipe = self._parent.stdout
+        assert pipe is not None
         files = [str(self._folder / name) for name in ("stdout", "stderr")]
         asked = json.dumps([program, arguments, given, files])
         print(asked, file=self._parent.stdin, flush=True)
-        code = int(self._parent.stdout.readline())
-        printed, problem = (Path(file).read_text(encoding="utf-8") for file in files)
-        return code, printed, problem
+        pid = int(pipe.readline())
+
+        def finish() -> tuple[int, str, str]:
+            code = int(pipe.readline())
+            printed, problem = (Path(file).read_text(encoding="utf-8") for file in files)
+            return code, printed, problem
+
+        return Started(pid, finish)
 
 
 def serve() -> None:
-    """Fork a process for each program that is asked for, and print its exit code."""
+    """Fork a process for each program that is asked for, and print its number and exit code."""
     for line in sys.stdin:
         child = os.fork()
         if not child:
             os._exit(execute(*json.loads(line)))
+        print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def execute(program: str, arguments: list[str], environment: dict[str, str], files: list) -> int:
+def execute(
+    program: str, arguments: list[str], environment: dict[str, str], files: list[str]
+) -> int:
     """Run a program as `python -c` would, with its output in files, and return its exit code."""
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

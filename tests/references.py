@@ -1,13 +1,18 @@
 """Reference implementations for tests: the hash of a base, random adapters, plain outputs."""
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
-from lorakit.models.identity import weights_hash as base_hash  # noqa: F401
+from lorakit.models.identity import weights_hash
+
+base_hash = weights_hash
+"""Of two models that must not differ in any bit."""
 
 
 def randomise(model: nn.Module, name: str = "default", *, seed: int = 0, std: float = 0.2) -> None:
@@ -20,7 +25,7 @@ def randomise(model: nn.Module, name: str = "default", *, seed: int = 0, std: fl
 
 
 def attach_random(
-    model: nn.Module, name: str = "default", *, seed: int = 0, std: float = 0.2, **config: object
+    model: nn.Module, name: str = "default", *, seed: int = 0, std: float = 0.2, **config: Any
 ) -> None:
     """Attach an adapter with random weights."""
     lk.attach(model, lk.LoRAConfig(**config), name=name)
@@ -33,7 +38,7 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return model(**inputs).logits
 
 
-def alone(model: nn.Module, inputs: dict[str, Tensor], names: list) -> list[Tensor]:
+def alone(model: nn.Module, inputs: dict[str, Tensor], names: Sequence[Any]) -> list[Tensor]:
     """Each row's logits, computed for that row alone under its own route."""
     found = []
     for row, name in enumerate(names):
@@ -42,7 +47,9 @@ def alone(model: nn.Module, inputs: dict[str, Tensor], names: list) -> list[Tens
     return found
 
 
-def with_updates(base: nn.Module, adapters: dict[str, lk.Adapter], combination: dict) -> nn.Module:
+def with_updates(
+    base: nn.Module, adapters: dict[str, lk.Adapter], combination: dict[str, float]
+) -> nn.Module:
     """A copy of a plain base with the sum of weight·scale·B·A, biases and copies in its weights."""
     plain, original = copy.deepcopy(base), dict(base.named_parameters())
     written = dict(plain.named_parameters())
@@ -50,7 +57,7 @@ def with_updates(base: nn.Module, adapters: dict[str, lk.Adapter], combination: 
         for name, factor in combination.items():
             adapter = adapters[name]
             for site in adapter.sites:
-                layer = plain.get_submodule(site.path)
+                layer: Any = plain.get_submodule(site.path)
                 a, b = (adapter.tensors[f"{site.name}.lora_{x}"].flatten(1).double() for x in "ab")
                 delta = factor * site.scale * (b @ a)
                 # A tied weight changes in this layer alone.
@@ -62,5 +69,5 @@ def with_updates(base: nn.Module, adapters: dict[str, lk.Adapter], combination: 
                 matrix[chosen] += delta.reshape(matrix[chosen].shape).to(matrix.dtype)
             for key, tensor in adapter.tensors.items():
                 if key in original:
-                    written[key] += factor * (tensor - original[key])
+                    written[key].add_(tensor - original[key], alpha=factor)
     return plain

@@ -14,7 +14,7 @@ def spare_shapeless_functions() -> None:
     What jaxtyping does around each call, for the sizes that its annotations share, takes longer
     than many of the functions, and without a shape there is nothing to share.
     """
-    jaxtyping.jaxtyped = functools.partial(_checked, jaxtyping.jaxtyped)
+    vars(jaxtyping)["jaxtyped"] = functools.partial(_checked, jaxtyping.jaxtyped)
 
 
 def _checked(full: Callable[..., Any], *, typechecker: Any) -> Callable[[Any], Any]:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lorakit.errors import AdapterFileError, BankError, RouteError
 from references import alone, attach_random, base_hash, outputs
 from tiny_models import build, example_inputs
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "qv": {"rank": 2},
     "all": {"rank": 5, "targets": ("all-linear",), "use_rslora": True},
     "head": {"rank": 3, "targets": ("embed", "head"), "dtype": "bfloat16"},
@@ -368,7 +369,7 @@ def test_a_bank_holds_what_was_attached_before_it(inputs, folders, tmp_path):
     assert bank.names == ("trained", "qv")
     expected = answers(bank, inputs, "trained")
     with torch.no_grad():
-        for parameter in bank.model._lorakit.adapters["trained"].updates[0].parameters():
+        for parameter in model._lorakit.adapters["trained"].updates[0].parameters():
             parameter.add_(1)
     # The name holds other weights now than those in the folder.
     bank.load("trained", saved)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,6 +14,7 @@ from torch import nn
 import lorakit as lk
 import lorakit.bank
 from lorakit.adapter import folder as formats
+from lorakit.attachment.attach import fit_and_build
 from lorakit.attachment.state import modules_of
 from lorakit.errors import AdapterFileError
 from references import attach_random, outputs
@@ -45,7 +47,7 @@ def flip_last_bit(folder: Path) -> None:
 
 def while_built(monkeypatch, action):
     """Have an action run after a bank has made an adapter's updates, before they count."""
-    build_updates = lorakit.bank.fit_and_build
+    build_updates = fit_and_build
 
     def wrapped(model, adapter, **how):
         ready = build_updates(model, adapter, **how)
@@ -62,7 +64,7 @@ def assert_empty(bank):
 
 def test_a_wrong_hash_is_noticed_after_the_updates_were_made(bank, saved, monkeypatch):
     flip_last_bit(saved)
-    built = []
+    built: list[Any] = []
     while_built(monkeypatch, built.append)
     with pytest.raises(AdapterFileError, match="the content hash is another"):
         bank.load("new", saved)

@@ -1,5 +1,7 @@
 """AdapterBank's merged switch: from one adapter to another with the bits of a fresh merge."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -43,7 +45,11 @@ def test_a_merge_over_another_has_the_bits_of_a_fresh_one(tied, dtype, inputs):
 
 def test_heads_and_biases_merge_over_each_other():
     bank = lk.AdapterBank(build("bert"))
-    kinds = {"lora": {"bias": "lora"}, "all": {"bias": "all", "targets": ("k",)}, "none": {}}
+    kinds: dict[str, dict[str, Any]] = {
+        "lora": {"bias": "lora"},
+        "all": {"bias": "all", "targets": ("k",)},
+        "none": {},
+    }
     hashes = {}
     for seed, (name, kind) in enumerate(kinds.items()):
         bank.add(name, made("bert", seed=seed, **kind))

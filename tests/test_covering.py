@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from covering import chosen, covering
+from covering import chosen, covering, sampled
 
 CASES = list(itertools.product("abcdefg", "vwxyz"))
 
@@ -48,7 +48,23 @@ def test_all_others_are_marked_thorough_and_none_is_left_out():
     _, parameters = mark.args
     assert [tuple(each.values) for each in parameters] == CASES
     thorough = {at for at, each in enumerate(parameters) if each.marks}
-    assert thorough == set(range(len(CASES))) - chosen(CASES, each=2, seed="a_claim")
+    assert thorough == set(range(len(CASES))) - chosen(CASES, each=1, seed="a_claim")
+
+
+def test_a_sample_is_a_share_of_the_values_another_for_each_claim():
+    values = [*"abcdefg"]
+
+    def kept(name):
+        def claim():
+            pass
+
+        claim.__name__ = name
+        (mark,) = sampled("value", values)(claim).pytestmark
+        assert [each.values[0] for each in mark.args[1]] == values
+        return {each.values[0] for each in mark.args[1] if not each.marks}
+
+    assert len(kept("a claim")) == 3
+    assert kept("a claim") == kept("a claim") != kept("another claim")
 
 
 def test_a_value_without_a_lasting_name_is_refused():

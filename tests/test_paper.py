@@ -1,5 +1,7 @@
 """The paper's numbers of trained parameters, counted on models without memory."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -23,7 +25,7 @@ DEBERTA_XXL = DebertaV2Config(
 GPT2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
 GPT2_LARGE = GPT2Config(n_embd=1280, n_layer=36, n_head=20)
 GPT3 = GPT2Config(n_embd=12288, n_layer=96, n_head=96)
-MADE = {}
+MADE: dict[tuple[Any, int], Any] = {}
 """Models of this module's configs: a plan leaves them as they are."""
 
 

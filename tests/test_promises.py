@@ -2,25 +2,34 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 
 import lorakit as lk
-from covering import covering
+from covering import covering, sampled
 from references import attach_random, base_hash, outputs, randomise
 from tiny_models import FAMILIES, build, example_inputs
 
-ADAPTED = {"rank": 2, "targets": ("q", "v")}
+ADAPTED: dict[str, Any] = {"rank": 2, "targets": ("q", "v")}
 REENTRANT = {"use_reentrant": True}
-CHECKPOINTING = (({}, None), (REENTRANT, None), (REENTRANT, "1"))
+CHECKPOINTING: tuple[tuple[dict[str, Any], str | None], ...] = (
+    ({}, None),
+    (REENTRANT, None),
+    (REENTRANT, "1"),
+)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture
 def model(request):
     return build(request.param)
 
 
+families = sampled("model", FAMILIES, indirect=True)
+
+
+@families
 def test_a_fresh_adapter_changes_nothing(model):
     inputs = example_inputs(model)
     lk.attach(copy.deepcopy(model), lk.LoRAConfig(**ADAPTED))
@@ -29,6 +38,7 @@ def test_a_fresh_adapter_changes_nothing(model):
     assert torch.equal(outputs(model, inputs), before)
 
 
+@families
 def test_only_the_adapter_trains(model):
     plan = lk.attach(model, lk.LoRAConfig(**ADAPTED))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -40,6 +50,7 @@ def test_only_the_adapter_trains(model):
     assert moved == set(trained)
 
 
+@families
 def test_save_and_load_gives_the_same_outputs_bit_for_bit(model, tmp_path):
     inputs = example_inputs(model)
     attach_random(model, **ADAPTED)
@@ -50,6 +61,7 @@ def test_save_and_load_gives_the_same_outputs_bit_for_bit(model, tmp_path):
     assert torch.equal(outputs(model, inputs), adapted)
 
 
+@families
 def test_merged_equals_unmerged(model):
     inputs = example_inputs(model)
     attach_random(model, **ADAPTED)
@@ -58,6 +70,7 @@ def test_merged_equals_unmerged(model):
     torch.testing.assert_close(outputs(model, inputs), unmerged, rtol=1e-4, atol=2e-5)
 
 
+@families
 def test_detach_gives_the_base_back_bit_for_bit(model):
     inputs = example_inputs(model)
     names, hashed, before = list(model.state_dict()), base_hash(model), outputs(model, inputs)
@@ -75,6 +88,7 @@ def test_detach_gives_the_base_back_bit_for_bit(model):
     assert torch.equal(outputs(model, inputs), before)
 
 
+@families
 def test_rows_that_choose_adapters_answer_as_if_alone(model):
     inputs = example_inputs(model)
     base = outputs(model, inputs)
@@ -86,6 +100,7 @@ def test_rows_that_choose_adapters_answer_as_if_alone(model):
     torch.testing.assert_close(mixed[1], base[1], rtol=1e-5, atol=1e-5)
 
 
+@families
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_is_equal_and_independent(model, make):
     inputs = example_inputs(model)

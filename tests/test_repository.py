@@ -34,6 +34,7 @@ def test_pinned_versions_are_at_least_the_lowest():
     bounds = dict(line.partition(";")[0].split("==") for line in lowest.constraints())
     assert {"transformers", "numpy", "peft", "pytest"} <= bounds.keys()
     assert "torch" not in bounds, "torch comes first, as the build for the machine"
+    assert not [name for name in bounds if lowest.name_of(name) not in pins], "not pinned"
     assert not [name for name, low in bounds.items() if pins[lowest.name_of(name)] < Version(low)]
 
 

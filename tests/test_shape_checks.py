@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from typing import Any
 
 import pytest
 from beartype.roar import BeartypeCallHintViolation
@@ -30,7 +31,7 @@ def unknown(count: int, other: Decimal) -> int:
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory):
     """Return a module that jaxtyping's hook treats as lorakit's."""
-    hook = next(each for each in sys.meta_path if type(each).__name__ == "_JaxtypingFinder")
+    hook: Any = next(each for each in sys.meta_path if type(each).__name__ == "_JaxtypingFinder")
     folder = tmp_path_factory.mktemp("checked")
     (folder / "shape_checked_example.py").write_text(PROGRAM)
     with pytest.MonkeyPatch.context() as patch:

@@ -4,6 +4,7 @@ import itertools
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_the_bank_of_the_readme_answers_a_mixed_batch(tmp_path, monkeypatch):
         lk.extract(model).save(tmp_path / "out" / name)
         lk.detach(model)
     *_, program = blocks("python")
-    found = {}
+    found: dict[str, Any] = {}
     exec(compile(program, "README.md", "exec"), found)
     assert found["answers"].shape[0] == 3
     assert found["bank"].names == ("places", "sql")

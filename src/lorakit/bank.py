@@ -13,10 +13,11 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.tensor_files import value_problems
 from lorakit.attachment.attach import extract, fit_and_build, install, remove
-from lorakit.attachment.state import Attachment, attached, attachment_of, is_compiled, unwrapped
+from lorakit.attachment.state import Attachment, attached, attachment_of, is_compiled
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
 from lorakit.layers.operation import Update
 from lorakit.merging.merge import MergeReport, merge, unmerge
+from lorakit.models.base import unwrapped
 from lorakit.routing.choices import Choice, RowChoices
 from lorakit.routing.compiled_model import prepare_for_compile
 from lorakit.routing.route import route_rows, switch

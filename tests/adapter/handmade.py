@@ -19,6 +19,8 @@ BASE = BaseIdentity(
     names_hash="ab" * 32,
     samples="AACAPwAAAEA=",
 )
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""The shapes of A and B, by the path of their site."""
 CARD = {"task_type": "CAUSAL_LM", "seed": 3, "scores": {"bleu": 65.6}, "note": 'rows of 8 — "ü"'}
 
 
@@ -39,7 +41,7 @@ def slice_of(
 
 def adapter(
     *sites: Site,
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    shapes: Shapes | None = None,
     extra: dict[str, tuple[int, ...]] | None = None,
     dtype: torch.dtype = torch.float32,
     config: LoRAConfig | None = None,
@@ -74,7 +76,7 @@ def linear() -> Adapter:
 
 def slices() -> Adapter:
     path = "h.0.attn.c_attn"
-    facts = {"kind": "transposed"}
+    facts: dict[str, Any] = {"kind": "transposed"}
     return adapter(
         slice_of(path, "q", (0, 8), **facts),
         slice_of(path, "v", (16, 24), **facts),
@@ -140,7 +142,7 @@ def convolution() -> Adapter:
 
 
 def grouped_convolution() -> Adapter:
-    shapes = {"conv": ((4, 3, 3, 3), (6, 4, 1, 1))}
+    shapes: Shapes = {"conv": ((4, 3, 3, 3), (6, 4, 1, 1))}
     return adapter(site("conv", kind="conv", groups=2), shapes=shapes)
 
 

@@ -1,6 +1,7 @@
 """Writing a folder: whatever stops it, the folder holds the old adapter or the new one, whole."""
 
 import errno
+import functools
 import os
 import random
 import signal
@@ -52,9 +53,8 @@ def save_until(step: int, folder: Path) -> None:
 
         return stop_or_go
 
-    for name in STEPS:
-        setattr(Path, name, counted(getattr(Path, name)))
-    os.fsync = counted(os.fsync)
+    for owner, name in [*((Path, name) for name in STEPS), (os, "fsync")]:
+        setattr(owner, name, counted(getattr(owner, name)))
     slices().save(folder, overwrite=True)
 
 
@@ -64,7 +64,7 @@ def test_a_kill_at_any_step_leaves_the_old_adapter_or_the_new_one(tmp_path: Path
     for step in range(100):
         folder = linear().save(tmp_path / str(step))
         (folder / "log.jsonl").write_text("kept")
-        child = in_child(lambda step=step, folder=folder: save_until(step, folder))
+        child = in_child(functools.partial(save_until, step, folder))
         _, status = os.waitpid(child, 0)
         seen.append(held(folder))
         assert (folder / "log.jsonl").read_text() == "kept"
@@ -82,7 +82,7 @@ def test_a_kill_at_any_step_leaves_the_old_adapter_or_the_new_one(tmp_path: Path
 def test_a_kill_at_any_step_leaves_no_half_of_a_new_folder(tmp_path: Path) -> None:
     for step in range(100):
         folder = tmp_path / f"{step}" / "new"
-        child = in_child(lambda step=step, folder=folder: save_until(step, folder))
+        child = in_child(functools.partial(save_until, step, folder))
         _, status = os.waitpid(child, 0)
         if folder.exists():
             assert held(folder) == NEW
@@ -184,7 +184,7 @@ def fill(folder: Path) -> None:
 def test_a_folder_filled_by_other_code_is_synced_checked_and_then_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = []
+    done: list[int | str] = []
     sync, rename = os.fsync, Path.rename
 
     def fsync(handle: int) -> None:

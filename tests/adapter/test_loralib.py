@@ -226,6 +226,7 @@ class Pictures(nn.Module):
 
 
 KERNELS = {"first": 3, "second": 4, "point": 1}
+BIASES = {"first": 6, "second": 5}
 CONVOLUTIONS = lk.LoRAConfig(
     rank=2,
     alpha=3,
@@ -255,7 +256,8 @@ def convolution_file(path: Path) -> Path:
         tensors[f"{name}.lora_A"] = random(rank * k, layer.in_channels * k, seed=k)
         tensors[f"{name}.lora_B"] = random(layer.out_channels * k, rank * k, seed=k + 9)
     # loralib keeps the layer itself in a child.
-    return saved(path, tensors | {"first.conv.bias": random(6, seed=20)})
+    biases = {f"{name}.conv.bias": random(size, seed=20) for name, size in BIASES.items()}
+    return saved(path, tensors | biases | {"head.bias": random(2, seed=21)})
 
 
 def as_loralib_computes(path: Path) -> Tensor:
@@ -266,7 +268,9 @@ def as_loralib_computes(path: Path) -> Tensor:
             weight = getattr(model, name).weight
             delta = tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"]
             weight += delta.view(weight.shape) * 3 / CONVOLUTIONS.rank_pattern.get(name, 2)
-        model.first.bias.copy_(tensors["first.conv.bias"])
+        for name in BIASES:
+            getattr(model, name).bias.copy_(tensors[f"{name}.conv.bias"])
+        model.head.bias.copy_(tensors["head.bias"])
     return look(model)
 
 

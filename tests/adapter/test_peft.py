@@ -85,7 +85,7 @@ def shake(parameters: list[nn.Parameter]) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in parameters:
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
 def trained(parameters: Any) -> list[nn.Parameter]:
@@ -133,7 +133,7 @@ def test_an_adapter_of_peft_gives_the_same_outputs_here_and_back_there(
 ) -> None:
     theirs = peft.get_peft_model(make(family), peft.LoraConfig(**settings))
     shake(trained(theirs.parameters()))
-    theirs.eval().save_pretrained(tmp_path / "peft")
+    theirs.eval().save_pretrained(str(tmp_path / "peft"))
     expected = output(theirs, family)
     assert (expected - output(make(family), family)).abs().max() > 1e-3
 
@@ -228,9 +228,9 @@ def test_the_config_holds_only_what_peft_knew_in_0_14(
 
 
 def test_a_folder_of_peft_says_what_it_cannot_prove(tmp_path: Path) -> None:
-    settings = {"target_modules": ["q_proj", "embed_tokens"]}
-    theirs = peft.get_peft_model(make("llama"), peft.LoraConfig(**settings))
-    theirs.save_pretrained(tmp_path / "a")
+    settings = peft.LoraConfig(target_modules=["q_proj", "embed_tokens"])
+    theirs = peft.get_peft_model(make("llama"), settings)
+    theirs.save_pretrained(str(tmp_path / "a"))
     text = "\n".join(Adapter.load(tmp_path / "a").unverified)
     for fact in ("the base (not named)", "the weights", "the scales", "the list of layers"):
         assert fact in text
@@ -239,7 +239,7 @@ def test_a_folder_of_peft_says_what_it_cannot_prove(tmp_path: Path) -> None:
 
 def test_a_grouped_convolution_that_mixes_its_groups_is_refused(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["grouped"])
-    peft.get_peft_model(make("convolutions"), config).save_pretrained(tmp_path / "a")
+    peft.get_peft_model(make("convolutions"), config).save_pretrained(str(tmp_path / "a"))
     with pytest.raises(AdapterFileError, match="grouped  A mixes the convolution's 2 groups"):
         Adapter.load(tmp_path / "a")
 
@@ -261,7 +261,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target_modules=["body.0"], r=4, lora_alpha=8, bias="lora_only", modules_to_save=["head"]
     )
     folder = tmp_path_factory.mktemp("peft")
-    peft.get_peft_model(make("tables"), config).save_pretrained(folder)
+    peft.get_peft_model(make("tables"), config).save_pretrained(str(folder))
     return folder
 
 
@@ -280,7 +280,7 @@ def _put(**by_name: Tensor) -> Callable[[dict[str, Tensor]], None]:
     return lambda tensors: tensors.update(by_name)
 
 
-SPOILED: tuple[tuple[Callable[[dict[str, Tensor]], None], Settings, str], ...] = (
+SPOILED: tuple[tuple[Callable[[dict[str, Tensor]], object], Settings, str], ...] = (
     (_rename(A, P + A), {}, "is there twice; was the model wrapped twice"),
     (_rename(A, A.removeprefix(P)), {}, "it does not start with 'base_model.model.'"),
     (
@@ -353,9 +353,10 @@ def test_a_spoiled_folder_of_peft_is_refused(
 
 def test_words_that_are_roles_here_keep_peft_s_meaning(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(make("t5"), peft.LoraConfig(target_modules=["q", "wi_0"]))
-    theirs.save_pretrained(tmp_path / "a")
+    theirs.save_pretrained(str(tmp_path / "a"))
     adapter = Adapter.load(tmp_path / "a")
     assert adapter.target_modules == ("q", "wi_0")
+    assert adapter.lora is not None
     assert adapter.lora.targets == (r"re:(.*\.)?q", "wi_0")
     chosen = {site.path for site in lk.plan(make("t5"), adapter.lora).sites}
     assert chosen == {site.path for site in adapter.sites}

@@ -1,6 +1,7 @@
 """Real models with adapters made in lorakit and in PEFT: the same logits in both."""
 
 import itertools
+from typing import Any
 
 import peft
 import pytest
@@ -74,7 +75,7 @@ def test_an_adapter_made_here_gives_the_same_logits_in_peft(name, task, config, 
     assert (ours - theirs).abs().max() < 1e-5
 
 
-CONFIGS = {
+CONFIGS: dict[str, Any] = {
     "smollm2": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "smollm2-patterns": {
         "target_modules": "all-linear",

@@ -8,8 +8,10 @@ import torch
 
 from lorakit.bench import mixed, sweep
 from lorakit.bench.load import read_tensors
+from lorakit.bench.memory import peak_bytes
 from lorakit.bench.peers import save_random_adapters
-from lorakit.bench.result import Findings, Goal, Seconds
+from lorakit.bench.result import Findings, Goal
+from lorakit.bench.rounds import Seconds
 from lorakit.bench.tables import table
 from lorakit.cli.main import main
 from lorakit.config.bench import SweepConfig
@@ -53,8 +55,8 @@ def bench(tiny_llama, capsys):
     """A function that runs a benchmark on the tiny model and gives back code and JSON."""
 
     def run(name, *words):
-        words = ["--model", tiny_llama, "--repeats", 2, *SMALL[name], *words, "--json"]
-        code = main(["bench", name, *map(str, words)])
+        given = ["--model", tiny_llama, "--repeats", 2, *SMALL[name], *words, "--json"]
+        code = main(["bench", name, *map(str, given)])
         return code, json.loads(capsys.readouterr().out)
 
     return run
@@ -152,11 +154,13 @@ def test_each_adapter_of_a_joint_step_learns_its_own_rows(tiny_llama):
 
 
 def test_peak_memory_counts_what_this_process_held():
-    before = sweep.peak_bytes()
+    before = peak_bytes()
     if before is None:
         pytest.skip("only Linux tells the largest resident set")
     held = torch.ones(before + 50_000_000, dtype=torch.uint8)
-    assert sweep.peak_bytes() > len(held)
+    after = peak_bytes()
+    assert after is not None
+    assert after > len(held)
 
 
 @pytest.mark.thorough

@@ -21,8 +21,8 @@ def compare(tiny_llama, prompt_rows, capsys, monkeypatch):
 
     def run(*words):
         given = ["--model", tiny_llama, "--data.train", prompt_rows, "--data.validation"]
-        words = [*given, prompt_rows, *SMALL, *words, "--json"]
-        code = main(["bench", "methods", *map(str, words)])
+        given += [prompt_rows, *SMALL, *words, "--json"]
+        code = main(["bench", "methods", *map(str, given)])
         return code, capsys.readouterr()
 
     return run

@@ -12,7 +12,7 @@ from lorakit.bench import train, train_participants, train_processes
 from lorakit.bench.tables import table
 from lorakit.bench.train import FULL_LEARNING_RATE
 from lorakit.bench.train_processes import Record, Rounds, run_rounds
-from lorakit.bench.train_rounds import PARTS, Clock, Ended, Gate, Ready, Round
+from lorakit.bench.train_rounds import PARTS, Clock, ClockedBatchTrainer, Ended, Gate, Ready, Round
 from lorakit.cli.main import main
 from lorakit.config.bench import TrainBenchConfig
 from lorakit.config.train import DataConfig
@@ -57,8 +57,8 @@ def bench(tiny_llama, prompt_rows, capsys, monkeypatch):
     monkeypatch.setattr(train_processes, "_start", start_thread)
 
     def run(*words):
-        words = ["--model", tiny_llama, "--data.train", prompt_rows, *SMALL, *words, "--json"]
-        code = main(["bench", "train", *map(str, words)])
+        given = ["--model", tiny_llama, "--data.train", prompt_rows, *SMALL, *words, "--json"]
+        code = main(["bench", "train", *map(str, given)])
         return code, json.loads(capsys.readouterr().out)
 
     return run
@@ -92,11 +92,38 @@ def records(tasks):
 
 
 def test_participants_see_the_same_rows_in_the_same_order(records):
-    assert list(records) == ["ours", "peft", "full"]
+    assert list(records) == ["ours", "peft", "peft_by_length", "full"]
     ours = records["ours"].batch_hashes
     assert len(ours) == 6
     assert len(set(ours)) == 6
-    assert all(record.batch_hashes == ours for record in records.values())
+    assert all(records[name].batch_hashes == ours for name in ("peft", "full"))
+
+
+def test_peft_at_its_best_has_the_same_rows_those_of_similar_length_together(
+    tasks, records, tmp_path
+):
+    seen, lengths = [], []
+
+    class Spy(train_participants.ClockedLengthTrainer):
+        def train(self):
+            seen.extend(self._get_train_sampler())
+            lengths.extend(len(example.input_ids) for example in self.train_dataset)
+
+    task = tasks["peft_by_length"]
+    task = replace(task, config=task.config.model_copy(update={"out": tmp_path}))
+    own, _ = multiprocessing.Pipe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_participants, "ClockedLengthTrainer", Spy)
+        patch.setattr(train_participants, "_held_out_loss", lambda *given: 0.0)
+        train_participants.PARTICIPANTS["peft_by_length"](task, Gate(own, steps=1))
+    assert sorted(seen) == list(range(18))
+    batches = [sorted(lengths[row] for row in seen[at : at + 3]) for at in range(0, 18, 3)]
+    assert [length for batch in sorted(batches) for length in batch] == sorted(lengths)
+    by_length, ours = records["peft_by_length"], records["ours"]
+    assert by_length.batch_hashes != ours.batch_hashes
+    assert by_length.tokens == ours.tokens
+    other_order = records["peft"].ended.evaluation_loss
+    assert by_length.ended.evaluation_loss == pytest.approx(other_order, rel=0.01)
 
 
 def test_losses_equal_those_of_peft_and_start_where_full_fine_tuning_does(records):
@@ -128,8 +155,7 @@ def test_every_part_of_a_step_takes_time(records):
 
 def test_full_fine_tuning_trains_every_weight_of_the_bare_base(tasks, monkeypatch):
     seen = []
-    trainer_class = train_participants.ClockedBatchTrainer
-    monkeypatch.setattr(trainer_class, "train", lambda self: seen.append(self))
+    monkeypatch.setattr(ClockedBatchTrainer, "train", lambda self: seen.append(self))
     monkeypatch.setattr(train_participants, "_held_out_loss", lambda *given: 0.0)
     own, _ = multiprocessing.Pipe()
     train_participants.full(tasks["full"], Gate(own, steps=1))
@@ -161,20 +187,23 @@ def test_the_result_has_speed_memory_losses_and_goals(bench, tmp_path):
     code, result = bench("--out", tmp_path / "train.json", "--no-full")
     assert code == 0, result
     assert set(result["seconds"]) == {"step", *PARTS}
-    assert all(set(each) == {"ours", "peft"} for each in result["seconds"].values())
+    who = {"ours", "peft", "peft_by_length"}
+    assert all(set(each) == who for each in result["seconds"].values())
     assert set(result["ratios"]["peft"]) >= {"step", "forward", "backward", "memory"}
     assert {name: len(losses) for name, losses in result["curves"].items()} == {
         "ours": 6,
         "peft": 6,
+        "peft_by_length": 6,
     }
     assert result["checks"]["same_rows_in_each_step"] is True
+    assert result["checks"]["same_tokens_by_length"] is True
     assert 0 <= result["checks"]["largest_loss_difference_from_peft"] < 0.1
     assert [goal["what"] for goal in result["goals"]] == [
         "useful tokens per second against peft",
         "memory against peft",
         "held-out loss, difference from peft",
     ]
-    ours, peft = result["tables"]["contestants"]
+    ours, peft, _ = result["tables"]["contestants"]
     assert ours["who"] == "ours"
     speed = ours["useful tokens per second"] / peft["useful tokens per second"]
     assert result["goals"][0]["got"] == pytest.approx(speed)
@@ -185,12 +214,12 @@ def test_the_result_has_speed_memory_losses_and_goals(bench, tmp_path):
 def test_compiled_adds_ours_and_peft_compiled_unless_ours_is_so_already(settings, tmp_path):
     asked = settings.model_copy(update={"compiled": True, "ours": {"z_loss": 0.1}})
     tasks = train._tasks(asked, tmp_path)
-    assert list(tasks) == ["ours", "compiled", "peft", "peft_compiled", "full"]
+    assert list(tasks) == [*("ours", "compiled", "peft", "peft_by_length", "peft_compiled", "full")]
     assert {name for name, task in tasks.items() if task.config.compile} == {"compiled"}
     assert {name for name, task in tasks.items() if task.config.z_loss} == {"ours", "compiled"}
     asked = settings.model_copy(update={"compiled": True, "ours": {"compile": True}})
     tasks = train._tasks(asked, tmp_path)
-    assert list(tasks) == ["ours", "peft", "peft_compiled", "full"]
+    assert list(tasks) == ["ours", "peft", "peft_by_length", "peft_compiled", "full"]
     assert tasks["ours"].config.compile
 
 
@@ -256,6 +285,8 @@ def test_different_rows_do_not_go_unseen():
     other = record()
     other = replace(other, rounds=(replace(other.rounds[0], batch_hashes=(2,)),))
     assert train._checks({"ours": record(), "full": other})["same_rows_in_each_step"] is False
+    fewer = {"ours": record(), "peft_by_length": record(tokens_per_s=99)}
+    assert train._checks(fewer)["same_tokens_by_length"] is False
 
 
 @pytest.mark.parametrize(

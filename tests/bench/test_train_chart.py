@@ -17,7 +17,7 @@ def row(who, speed, loaded=500_000_000, above=100_000_000):
     }
 
 
-WAYS = ("ours", "compiled", "peft", "peft_compiled", "full")
+WAYS = ("ours", "compiled", "peft", "peft_by_length", "peft_compiled", "full")
 ROWS = [row(way, 900.0 - 100 * place) for place, way in enumerate(WAYS)]
 
 

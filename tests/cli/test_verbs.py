@@ -149,7 +149,7 @@ def test_merge_makes_the_parents_of_out_but_not_of_a_file(trained, tmp_path, run
     (tmp_path / "file").write_text("")
     code, result = run("merge", "--adapter", trained, "--out", tmp_path / "file" / "merged")
     assert code == 2
-    assert f"{tmp_path / 'file' / 'merged'} could not be written" in result["error"]["message"]
+    assert f"{tmp_path / 'file' / 'merged'} is below the file" in result["error"]["message"]
 
 
 def test_a_classifier_is_trained_evaluated_and_merged(tiny_bert, label_rows, tmp_path, run):

@@ -1,5 +1,7 @@
 """Settings: what is refused, and that every problem is told at once."""
 
+from typing import Any
+
 import pytest
 
 import lorakit as lk
@@ -53,8 +55,9 @@ def test_all_problems_of_all_sections_come_in_one_error():
 
 
 def test_settings_cannot_be_changed_afterwards():
+    settings: Any = lk.LoRAConfig()
     with pytest.raises(ValueError, match="frozen"):
-        lk.LoRAConfig().rank = 4
+        settings.rank = 4
 
 
 def test_names_may_be_written_in_one_string():

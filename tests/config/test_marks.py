@@ -1,7 +1,7 @@
 """Marks of settings: every setting of a run has been decided, and what the marks come to."""
 
 from lorakit.config.base import Settings
-from lorakit.config.marks import Mark, mark_of, settings_where
+from lorakit.config.marks import Mark, flat_settings, mark_of, settings_where
 from lorakit.config.train import TrainConfig
 from lorakit.training.sweep.grid import SECTIONS, VARYING
 
@@ -11,7 +11,7 @@ VARYING_OF_RUNS = {
     *("eva_batches", "warmup_steps", "schedule", "weight_decay", "max_grad_norm"),
     *("label_smoothing", "z_loss", "seed", "eval_every", "patience"),
 }
-OF_ONE_CALL = {"out", "sweep", "resume", "overwrite", "dry_run"}
+OF_ONE_CALL = {"out", "sweep", "resume", "keep_settings", "overwrite", "dry_run"}
 
 
 def test_every_setting_of_a_run_has_one_mark():
@@ -36,6 +36,15 @@ def test_what_varies_between_trials_is_as_agreed():
         f"{name}.{each}" for name, section in SECTIONS.items() for each in section.model_fields
     }
     assert {name for name in VARYING if "." in name} == inner
+
+
+def test_what_a_resumed_run_may_change_is_a_short_list():
+    config = TrainConfig(out="run")
+    names = {name for name, mark, _ in flat_settings(config) if mark.may_change}
+    scored = {"eval_every", "patience", "data.validation", "data.validation_rows"}
+    checks = {"check_after", "allow_untrained", "allow_other_base"}
+    handled = {"save_every", "memory", "offload", "model", "data.train"}
+    assert names == {"steps", "epochs"} | scored | checks | handled
 
 
 def test_what_the_card_and_a_resumed_sweep_leave_out_is_as_agreed():

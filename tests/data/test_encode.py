@@ -35,7 +35,7 @@ def encode(
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    return tokenizer.decode(example.input_ids)
+    return str(tokenizer.decode(example.input_ids))
 
 
 def target_text(tokenizer: Tokenizer, example: Example) -> str:
@@ -46,7 +46,7 @@ def target_text(tokenizer: Tokenizer, example: Example) -> str:
     for token, label in zip(example.input_ids, example.labels, strict=True):
         assert label in (IGNORED, token)
         if label == token:
-            parts[-1] += tokenizer.decode([token])
+            parts[-1] += str(tokenizer.decode([token]))
         elif parts[-1]:
             parts.append("")
     return "|".join(part for part in parts if part)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from lorakit.data.collate import PACKED, Collator
 from lorakit.data.encode import Example
 from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.errors import ConfigError
+from lorakit.kernels.packed_sequences import PackedSequences
+from lorakit.models.attention import attention_within
 from lorakit.training.loss import Loss
 from lorakit.training.run import train
 from lorakit.training.sweep.joint_step import MicroBatch, joint_losses
@@ -28,7 +31,7 @@ from references import attach_random
 from tiny_models import build
 
 WINDOW = {"sliding_window": 3}
-JOINING = {
+JOINING: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": WINDOW,
     "qwen2": {**WINDOW, "use_sliding_window": True, "max_window_layers": 1},
@@ -106,7 +109,7 @@ def test_joined_rows_have_the_loss_and_gradients_of_padded_ones(tokenizer, famil
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert", "gpt2"])
 def test_padded_rows_of_classifiers_keep_their_loss_and_gradients(tokenizer, family):
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    off: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     off |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
     off |= {"summary_last_dropout": 0.0, "classifier_dropout": 0.0, **JOINING["gpt2"]}
     model = build(family, head="ForSequenceClassification", **off).double()
@@ -169,13 +172,10 @@ def test_a_trial_leaves_model_and_random_numbers_as_they_were():
 def test_a_model_whose_rows_see_each_other_is_found_out(monkeypatch, family, dtype):
     model = build(family).to(dtype)
     assert choose_packing(model, task="generation", packing="auto").joined
-    whole = packing_module.attention_within
 
     def one_segment(model, packed):
         width = packed.width
-        return whole(
-            model, packing_module.PackedSequences(((width,),) * len(packed.lengths), width)
-        )
+        return attention_within(model, PackedSequences(((width,),) * len(packed.lengths), width))
 
     monkeypatch.setattr(packing_module, "attention_within", one_segment)
     packing = choose_packing(model, task="generation", packing="auto")

@@ -27,8 +27,8 @@ def read(tmp_path: Path) -> Any:
     def write_and_read(rows: list[dict[str, Any]], **settings: Any) -> Rows:
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(json.dumps(row) for row in rows))
-        options = {"limit", "split", "labels", "regression", "answered"} & settings.keys()
-        options = {name: settings.pop(name) for name in options}
+        names = {"limit", "split", "labels", "regression", "answered"} & settings.keys()
+        options = {name: settings.pop(name) for name in names}
         return read_rows(str(path), DataConfig(**settings), **options)
 
     return write_and_read

@@ -2,15 +2,17 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorakit.data.sources import RawRow, read_raw_rows
+from lorakit.data.file_formats import RawRow
+from lorakit.data.sources import read_raw_rows
 from lorakit.errors import DataError, MissingExtraError
 
 
 def records(path: Path, *, limit: int | None = None) -> list[RawRow]:
-    return read_raw_rows(str(path), limit=limit, split="train")
+    return list(read_raw_rows(str(path), limit=limit, split="train").rows)
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -50,7 +52,10 @@ def test_parquet_gives_what_was_written(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    rows = [{"x": "a", "messages": [{"role": "user", "content": "b"}]}, {"x": None, "messages": []}]
+    rows: list[dict[str, Any]] = [
+        {"x": "a", "messages": [{"role": "user", "content": "b"}]},
+        {"x": None, "messages": []},
+    ]
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert records(path) == [RawRow("row 1", rows[0]), RawRow("row 2", rows[1])]
@@ -81,8 +86,8 @@ def test_a_folder_is_refused_with_the_data_files_in_it(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_of_file_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"\.jsonl, \.json, \.csv, \.parquet"):
-        records(written(tmp_path, "a.tsv", "x\ty\n"))
+    with pytest.raises(DataError, match=r"\.jsonl, \.ndjson, \.json, \.csv, \.tsv"):
+        records(written(tmp_path, "a.txt", "x\ty\n"))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +208,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 def test_a_hub_source_names_owner_name_subset_and_split(
     hub: FakeHub, source: str, asked: tuple[str, str | None, str]
 ) -> None:
-    assert read_raw_rows(source, limit=1, split="validation") == [RawRow("row 1", {"x": 1})]
+    found = read_raw_rows(source, limit=1, split="validation")
+    assert found.rows == (RawRow("row 1", {"x": 1}),)
     assert hub.asked == [asked]
 
 

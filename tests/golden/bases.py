@@ -4,18 +4,24 @@ import hashlib
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 WORDS = ("red", "green", "blue", "big", "small", "old", "new", "cat", "dog", "bird", "fish")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 TOKENS = (*SPECIAL, *WORDS, "yes", "no", "\n")
 VOCABULARY = 24
-_SHARED = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_BLOCKS = {
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_BLOCKS: dict[str, Any] = {
     **_SHARED,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -25,21 +31,22 @@ _BLOCKS = {
 }
 
 
-def build(family: str) -> PreTrainedModel:
+def build(family: str) -> Any:
     """Return a base in eval mode: a llama with grouped heads, a gpt2, or a bert that classifies."""
     if family == "llama":
-        config = transformers.LlamaConfig(
+        llama = transformers.LlamaConfig(
             **_BLOCKS, num_key_value_heads=2, tie_word_embeddings=False
         )
-        model = transformers.LlamaForCausalLM(config)
+        model: Any = transformers.LlamaForCausalLM(llama)
     elif family == "gpt2":
-        config = transformers.GPT2Config(
+        gpt2 = transformers.GPT2Config(
             **_SHARED, n_embd=16, n_layer=2, n_head=4, n_positions=32, n_inner=24
         )
-        model = transformers.GPT2LMHeadModel(config)
+        model = transformers.GPT2LMHeadModel(gpt2)
     else:
-        config = transformers.BertConfig(**_BLOCKS, type_vocab_size=2, num_labels=3)
-        model = transformers.BertForSequenceClassification(config)
+        bert = transformers.BertConfig(**_BLOCKS, type_vocab_size=2)
+        bert.num_labels = 3
+        model = transformers.BertForSequenceClassification(bert)
     fill(model.named_parameters(), seed="base")
     return model.eval()
 

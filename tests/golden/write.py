@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import peft
@@ -29,7 +30,7 @@ from lorakit.cli.main import main
 from lorakit.errors import MergeError
 
 LORA = lk.LoRAConfig(rank=2, alpha=3)
-ADAPTERS = {
+ADAPTERS: dict[str, Any] = {
     "llama-lora": [LORA],
     "llama-dora": [lk.LoRAConfig(rank=2, targets=("q", "down"), use_dora=True)],
     "llama-pissa": [lk.LoRAConfig(rank=2, alpha=3, init="pissa")],
@@ -64,7 +65,7 @@ ADAPTERS = {
 }
 """Settings of each adapter; its name begins with that of its base."""
 
-RUN = {
+RUN: dict[str, Any] = {
     "model": "base",
     "out": "out",
     "data": {"train": "prompts.jsonl", "validation": "prompts.jsonl"},
@@ -75,7 +76,7 @@ RUN = {
     "learning_rate": 0.01,
     "eval_every": 2,
 }
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "llama-lora": {"lora": {"rank": 2, "targets": "all-linear", "dropout": 0.1}},
     "llama-lora+prefix-layer": {
         "method": "lora,prefix-layer",
@@ -134,7 +135,7 @@ def write_peft(folder: Path) -> None:
     trained = [(n, p) for n, p in theirs.named_parameters() if p.requires_grad]
     bases.fill(trained, seed="peft", std=0.15, add=True)
     written, ours = folder / "foreign" / "llama-peft", folder / "adapters" / "llama-peft"
-    theirs.eval().save_pretrained(written)
+    theirs.eval().save_pretrained(str(written))
     (written / "README.md").unlink()
     on_its_base(lk.Adapter.load(written), "llama").save(ours)
     found = logits_of(ours)["llama-peft.attached"]
@@ -176,7 +177,7 @@ def logits_of(adapter: Path) -> dict[str, Tensor]:
     return found
 
 
-def write_run(folder: Path, settings: dict) -> None:
+def write_run(folder: Path, settings: dict[str, Any]) -> None:
     """Train once to the end, for what is expected, and once until Ctrl-C, for what is resumed."""
     folder.mkdir(parents=True)
     with contextlib.chdir(folder):

@@ -4,6 +4,7 @@
 """
 
 import os
+from typing import Any
 
 import numpy
 import pytest
@@ -167,7 +168,7 @@ def test_inputs_need_not_be_contiguous(calls):
     assert calls == ["gated", "rms_norm"]
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "smoothed": {"label_smoothing": 0.1},
     "z": {"z_loss": 0.02},

@@ -48,7 +48,17 @@ def near(found, wanted, tolerance=1e-5):
     return torch.allclose(found.double(), wanted.double(), rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("index_of_row", USES.values(), ids=USES)
+SOME = ("one row", "skewed", "some base rows", "base rows only")
+"""The uses of adapters that `make test` tries in the interpreter."""
+
+
+@pytest.mark.parametrize(
+    "index_of_row",
+    [
+        pytest.param(rows, id=use, marks=() if use in SOME else pytest.mark.thorough)
+        for use, rows in USES.items()
+    ],
+)
 def test_values_and_gradients_are_those_of_plain_torch(index_of_row):
     batch = on_device(mixed_batch(len(index_of_row), (3,)))
     assert near(answer(batch.parts(), index_of_row), expected(batch, index_of_row))
@@ -109,7 +119,9 @@ def test_a_slice_of_an_output_is_changed_in_place():
     assert near(found, wanted)
 
 
-@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "x_dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.thorough), torch.float16]
+)
 def test_a_half_precision_base_with_float32_weights_is_rounded_once(x_dtype):
     batch = on_device(mixed_batch(len(BASES), (3,), x_dtype=x_dtype))
     found = answer(batch.parts(), BASES)

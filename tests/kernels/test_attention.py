@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lorakit.errors import ModelError
 from lorakit.kernels.attention import (
@@ -32,17 +33,18 @@ def sequences_of(rows, *, padding=0):
     return PackedSequences(tuple(map(tuple, rows)), max(map(sum, rows)) + padding)
 
 
-def inputs(packed, *, heads=(6, 2), dtype=torch.float64, seed=0):
+def inputs(packed, *, heads=(6, 2), dtype=torch.float64, seed=0) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v as layers make them: heads side by side in memory."""
     generator = torch.Generator().manual_seed(seed)
     sizes = ((heads[0], 4), (heads[1], 4), (heads[1], 5))
-    return [
+    q, k, v = (
         torch.randn(len(packed.lengths), packed.width, *size, generator=generator)
         .to(dtype)
         .transpose(1, 2)
         .requires_grad_()
         for size in sizes
-    ]
+    )
+    return q, k, v
 
 
 def naive(q, k, v, packed, rule):
@@ -157,6 +159,7 @@ def test_padding_gets_zeros_and_gives_no_gradient():
         assert not out[row, used:].any()
         assert out[row, :used].all()
         for tensor in tensors:
+            assert tensor.grad is not None
             assert not tensor.grad[row, :, used:].any()
 
 
@@ -174,7 +177,8 @@ def test_half_precision_is_within_its_rounding(dtype):
     packed = sequences_of([[9, 12, 1]])
     tensors = inputs(packed)
     expected = naive(*tensors, packed, RULES["causal"])
-    found = packed_attention(*(t.to(dtype) for t in tensors), packed, RULES["causal"])
+    q, k, v = (t.to(dtype) for t in tensors)
+    found = packed_attention(q, k, v, packed, RULES["causal"])
     assert found.dtype == dtype
     error = (found.double() - expected).abs().max()
     assert error < 4 * torch.finfo(dtype).eps * expected.abs().max()
@@ -201,7 +205,8 @@ def test_groups_hold_every_sequence_once_and_only_those_of_like_length(rows):
 def test_attention_on_a_gpu_equals_naive_attention(rule):
     packed = sequences_of([[5, 1, 30], [12]], padding=2)
     tensors = inputs(packed)
-    found = packed_attention(*(t.cuda() for t in tensors), packed, RULES[rule])
+    q, k, v = (t.cuda() for t in tensors)
+    found = packed_attention(q, k, v, packed, RULES[rule])
     torch.testing.assert_close(found.cpu(), naive(*tensors, packed, RULES[rule]))
 
 

@@ -1,6 +1,7 @@
 """The loss behind an output head: exact for all options together, and small."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def attached(config):
 
 
 HEADS = (frozen, frozen_without_bias, trained, tied, adapted, copied)
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "smoothed": {"label_smoothing": 0.1},
     "z": {"z_loss": 0.02},
@@ -72,7 +73,7 @@ OPTIONS = {
     },
 }
 
-CHANGES = {
+CHANGES: dict[str, Any] = {
     "multiplied": LogitTransform(scale=0.25),
     "capped": LogitTransform(cap=1.5),
     "both": LogitTransform(scale=-0.5, cap=2.0),
@@ -175,6 +176,7 @@ def test_changed_logits_without_a_target_leave_no_trace(change):
     )
     total.backward()
     assert torch.isfinite(losses).all()
+    assert answer.grad is not None
     assert answer.grad[0].any()
     assert not answer.grad[1].any()
 
@@ -265,6 +267,7 @@ def test_logits_that_are_not_finite_count_only_where_there_is_a_target():
     total, losses = head_cross_entropy(logits, nn.Identity(), targets, weights)
     total.backward()
     assert torch.isfinite(losses).all()
+    assert logits.grad is not None
     assert not logits.grad[1].any()
     assert logits.grad[0].any()
     found = head_cross_entropy(logits, nn.Identity(), torch.tensor([1, 1, 2]), weights)
@@ -316,12 +319,12 @@ def test_rows_stay_together_for_heads_that_tell_them_apart(chunk_tokens):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_with_a_forward_of_its_own_is_called():
+def test_a_head_with_a_forward_of_its_own_is_called(monkeypatch):
     # As accelerate gives it, where weights move between devices.
     head = nn.Linear(D, VOCABULARY).requires_grad_(False)
     hidden, targets, weights = asked(torch.float64)
     head.double()
-    head.forward = lambda x: nn.Linear.forward(head, x) * 2
+    monkeypatch.setattr(head, "forward", lambda x: nn.Linear.forward(head, x) * 2)
     total, _ = head_cross_entropy(hidden, head, targets, weights)
     torch.testing.assert_close(total, expected(hidden, head, targets, weights.double())[0])
 

@@ -81,7 +81,7 @@ def random_factors(draw, use, *, rank=3, dtype=torch.float64):
     return Factors(a.to(dtype), b.to(dtype), use)
 
 
-def inputs(draw, shape, dtype=torch.float64):
+def inputs(draw, shape, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     output = torch.randn(*shape, D_OUT, generator=draw, dtype=torch.float64)
     x = torch.randn(*shape, D_IN, generator=draw, dtype=torch.float64)
     return output.to(dtype), x.to(dtype)

@@ -138,6 +138,7 @@ def test_a_bad_row_harms_only_its_own_adapters_gradient(index_of_row):
     found = answer(batch, index_of_row)
     assert torch.isnan(found[-1]).any() == (index_of_row[-1] >= 0)
     found.sum().backward()
+    assert batch.a.grad is not None
     for adapter in set(range(ADAPTERS)) - {index_of_row[-1]}:
         assert torch.isfinite(batch.a.grad[adapter]).all()
 

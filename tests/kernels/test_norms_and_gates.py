@@ -1,12 +1,14 @@
 """Norms and gated activations of frozen blocks against the plain lines that they stand for."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lorakit.kernels.norms_and_gates import gated, rms_norm
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Any] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

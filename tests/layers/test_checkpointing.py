@@ -5,6 +5,7 @@ That gradients are right with it is one of the promises, for every family, and i
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -116,14 +117,15 @@ def test_only_reentrant_checkpointing_touches_an_input(model):
     for reentrant in (False, True):
         enable(model, use_reentrant=reentrant)
         model.disable_input_require_grads()
-        seen = []
+        seen: list[Any] = []
         block = model.model.layers[0]
         theirs = block._gradient_checkpointing_func
 
-        def spy(function, *inputs, _theirs=theirs, _seen=seen):
+        def noted(function, *inputs, _theirs=theirs, _seen=seen):
             _seen.append(inputs[0].requires_grad)
             return _theirs(function, *inputs)
 
+        spy: Any = noted
         spy.keywords = theirs.keywords
         block._gradient_checkpointing_func = spy
         run(model).backward()

@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ POSITIONS = TokenPositions(torch.tensor([[0, -1], [-1, -1]]))
 
 
 def test_a_frame_never_changes():
+    frame: Any = SWITCHED
     with pytest.raises(FrozenInstanceError):
-        SWITCHED.name = "other"
+        frame.name = "other"
 
 
 def test_a_block_is_on_top_until_its_end_and_a_new_bottom_appears_then():

@@ -73,7 +73,7 @@ def test_biases_that_are_read_train_beside_a_bottleneck_at_the_same_place():
     values = dict(adapter_parameters(both, "default"))
     before = outputs(both, inputs)
     with torch.no_grad():
-        values["deberta.encoder.layer.0.attention.self.q_bias"] += 0.5
+        values["deberta.encoder.layer.0.attention.self.q_bias"].add_(0.5)
     assert not torch.allclose(outputs(both, inputs), before)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
+from covering import sampled
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, TargetError
 from lorakit.merging.merge import finalize
@@ -25,7 +26,7 @@ def trained(model):
     return dict(adapter_parameters(model, "default"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@sampled("family", FAMILIES)
 def test_full_covers_every_parameter_of_every_family_and_starts_at_the_base(family):
     model = build(family)
     inputs = example_inputs(model)
@@ -41,7 +42,7 @@ def test_full_covers_every_parameter_of_every_family_and_starts_at_the_base(fami
     assert dead == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@sampled("family", FAMILIES)
 def test_full_computes_what_the_model_with_these_weights_does(family):
     model = build(family)
     lk.attach(model, lk.FullConfig())

@@ -2,6 +2,7 @@ import importlib.util
 import sys
 from logging import Handler
 from pathlib import Path
+from typing import Any
 
 import gguf
 import huggingface_hub
@@ -108,7 +109,7 @@ def test_a_redrawn_head_is_that_of_another_load(family, tmp_path):
 def test_a_head_of_the_checkpoint_is_not_redrawn(tmp_path):
     build("bert").save_pretrained(tmp_path)
     save_tokenizer(tmp_path, pad_token="<pad>")
-    model, _ = load_model(tmp_path, task="classification")
+    model: Any = load_model(tmp_path, task="classification")[0]
     before = model.classifier.weight.clone()
     redraw_fresh_head(model)
     assert torch.equal(model.classifier.weight, before)
@@ -146,17 +147,17 @@ def test_a_trained_classifier_keeps_its_head_and_labels(tmp_path):
     trained = build("bert", id2label={0: "x", 1: "y", 2: "z"})
     trained.save_pretrained(tmp_path)
     save_tokenizer(tmp_path, pad_token="<pad>")
-    model, _ = load_model(tmp_path, task="classification")
+    model: Any = load_model(tmp_path, task="classification")[0]
     assert torch.equal(model.classifier.weight, trained.classifier.weight)
     assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
 
 
 @pytest.fixture
-def logged():
+def logged(monkeypatch):
     """A list of what transformers logs, at its usual verbosity."""
-    records = []
+    records: list[Any] = []
     handler = Handler()
-    handler.emit = records.append
+    monkeypatch.setattr(handler, "emit", records.append)
     before = logging.get_verbosity()
     logging.set_verbosity_warning()
     logging.add_handler(handler)
@@ -345,7 +346,9 @@ def write_gguf(file, model):
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":
-            writer.add_tensor(table.get_name(name, (".weight",)), tensor.numpy())
+            written = table.get_name(name, (".weight",))
+            assert written is not None, name
+            writer.add_tensor(written, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,5 +1,6 @@
 import fnmatch
 from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -281,7 +282,7 @@ def zero(model, chosen):
                 layer.bias.data[start:stop] = 0
 
 
-FUSED = {
+FUSED: dict[str, Any] = {
     "gpt2": ("gpt2", {}),
     "gpt_neox": ("gpt_neox", {}),
     "bloom": ("bloom", {}),
@@ -359,7 +360,7 @@ def test_deberta_rows_of_q_and_k_make_exactly_its_scores(role):
 def test_phi3_rows_of_gate_and_up_make_exactly_their_halves(role):
     model = build("phi3")
     mlp = model.model.layers[0].mlp
-    seen = {}
+    seen: dict[str, Any] = {}
     mlp.activation_fn.register_forward_hook(
         lambda _module, inputs, output: seen.update(gate=inputs[0], activated=output)
     )

@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import lorakit as lk
 from covering import covering
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import RouteError
+from lorakit.kernels.grouped import gather
 from lorakit.routing import stacked_heads as heads
 from lorakit.routing.row_groups import ByRowGroup
 from lorakit.routing.stacked_heads import StackedHeads
@@ -29,11 +31,11 @@ CLASSES = {"a": 3, "b": 3, "c": 3, "d": 3, "two": 2, "five": 5, "5": 5}
 EQUAL = ["c", "a", None, "b", "a", "d", "a", None]
 WIDTHS = ["five", "a", None, "two", "5", "b", "five", "two", "c"]
 BLENDS = [{"a": 0.7, "b": 0.6}, {"c": 0.5}, "a", None, {"b": 1.0, "c": -1.0, "d": 0.1}, {"a": 0.2}]
-EXACT = {"rtol": 1e-9, "atol": 1e-10}
+EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
 
 
 @functools.cache
-def adapter(family: str, classes: int, seed: int, **settings: str) -> lk.Adapter:
+def adapter(family: str, classes: int, seed: int, **settings: Any) -> lk.Adapter:
     model = build(family, num_labels=classes)
     attach_random(model, rank=2, seed=seed, **settings)
     return dataclasses.replace(lk.extract(model), base=None)
@@ -151,7 +153,7 @@ def test_gradients_of_heads_are_those_of_separate_runs(family):
     assert mixed.keys() == separate.keys()
     assert any("@five.copy" in name for name in mixed)
     for key, gradient in mixed.items():
-        torch.testing.assert_close(gradient, separate[key], **EXACT, msg=lambda m, k=key: k + m)
+        torch.testing.assert_close(gradient, separate[key], **EXACT, msg=key.__add__)
 
 
 class Counter(TorchDispatchMode):
@@ -159,7 +161,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls = collections.Counter()
+        self.calls: collections.Counter[Any] = collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls[func.overloadpacket.__name__] += 1
@@ -185,8 +187,8 @@ def test_more_adapters_are_no_more_products(family, train):
 
 
 def test_frozen_heads_are_stacked_once_for_a_route_and_trained_ones_in_each_pass(monkeypatch):
-    real, calls = heads.gather, []
-    monkeypatch.setattr(heads, "gather", lambda *args: calls.append(args) or real(*args))
+    calls: list[Any] = []
+    monkeypatch.setattr(heads, "gather", lambda *args: calls.append(args) or gather(*args))
     for train, expected in ((False, 0), (True, 2)):
         model = adapted("bert", train=train)
         with lk.route(model, ["a", "b"]):
@@ -296,7 +298,7 @@ class Watched(nn.Module):
         return self.dense(x)
 
 
-def with_head(head: nn.Module) -> nn.Module:
+def with_head(head: nn.Module) -> Any:
     model = nn.Sequential(collections.OrderedDict(body=nn.Linear(6, 6), head=head)).eval()
     for seed, name in enumerate("abc"):
         attach_random(model, name, seed=seed, targets=("body",), rank=2, modules_to_save=("head",))
@@ -304,7 +306,7 @@ def with_head(head: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def check_layer(model, x, names) -> dict:
+def check_layer(model, x, names) -> dict[str, Any]:
     with lk.route(model, names):
         mixed = model(x)
         operations = dict(model._lorakit.route.top.operations)
@@ -350,7 +352,7 @@ def test_copies_of_token_embeddings_are_done_blend_by_blend():
 
 
 def test_other_threads_never_see_stacked_parameters_in_the_copies():
-    head = Watched()
+    head: Any = Watched()
     model = with_head(head)
     seen = []
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ BIASED = ("gpt2", "gpt_neox", "bloom", "bert", "roberta", "vit", "opt", "phi")
 NAMES = ("small", "wide", "half", "other")
 BLENDS = ({"small": 0.7, "wide": 0.3}, {"half": 0.5}, {"other": -1.5, "small": 1.0}, {"wide": 0.0})
 CHOICES = st.lists(st.sampled_from([None, *NAMES, *BLENDS]), min_size=1, max_size=6)
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def configs(family: str) -> dict[str, dict]:
+def configs(family: str) -> dict[str, dict[str, Any]]:
     """Return settings that differ in all that adapters can differ in."""
     embedding = "patch_embeddings.projection" if family == "vit" else "embed"
     bias = "lora" if family in BIASED else "none"
@@ -51,8 +52,10 @@ def check_rows(model, inputs, names) -> None:
     with lk.route(model, names):
         mixed = outputs(model, inputs)
     for name, found, expected in zip(names, mixed, alone(model, inputs, names), strict=True):
-        close = CLOSE if "half" not in (name or ()) else {"rtol": 0.02, "atol": 0.02}
-        torch.testing.assert_close(found, expected, **close, msg=lambda m, n=name: f"{n}: {m}")
+        close: dict[str, Any] = (
+            CLOSE if "half" not in (name or ()) else {"rtol": 0.02, "atol": 0.02}
+        )
+        torch.testing.assert_close(found, expected, **close, msg=f"{name}: ".__add__)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -94,11 +97,12 @@ def test_a_blend_is_the_sum_of_updates(family, combination):
     model, base, adapters = adapted(family)
     inputs = example_inputs(model, rows=2)
     expected = outputs(with_updates(base, adapters, combination), inputs)
-    close = {"rtol": 0.02, "atol": 0.02} if "half" in combination else {"rtol": 1e-4, "atol": 1e-4}
+    close = 0.02 if "half" in combination else 1e-4
     with lk.route(model, [combination, None]):
-        torch.testing.assert_close(outputs(model, inputs)[0], expected[0], **close)
+        found = outputs(model, inputs)[0]
+        torch.testing.assert_close(found, expected[0], rtol=close, atol=close)
     with lk.route(model, combination):
-        torch.testing.assert_close(outputs(model, inputs), expected, **close)
+        torch.testing.assert_close(outputs(model, inputs), expected, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert", "vit"])
@@ -272,8 +276,8 @@ def test_gradients_of_a_mixed_batch_are_the_sums_of_its_rows(family):
     gradients(slice(None), names)
     mixed = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    for row, name in enumerate(names):
-        gradients(slice(row, row + 1), name)
+    for row, own in enumerate(names):
+        gradients(slice(row, row + 1), own)
     separate = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert mixed.keys() == separate.keys() > set()
     for key, gradient in mixed.items():

@@ -1,5 +1,7 @@
 """The loss of texts is what plain torch finds from all logits, whatever the model does to them."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -60,7 +62,7 @@ def check(model, inputs, labels, *, called=None):
     found = gradients(model)
     wanted, losses = plain(model, inputs, labels, **OPTIONS)
     wanted.backward()
-    tolerance = {"rtol": 1e-9, "atol": 1e-11}
+    tolerance: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
     torch.testing.assert_close(loss, wanted, **tolerance)
     _, each = text_losses(model, inputs, labels, **OPTIONS)
     torch.testing.assert_close(each[:, :-1], losses.detach(), **tolerance)
@@ -118,7 +120,7 @@ def test_a_change_that_no_config_names_is_the_models_own(family, monkeypatch):
     check(model, *batch(model))
 
 
-ADAPTED = {
+ADAPTED: dict[str, Any] = {
     "trained with its embedding": None,
     "adapted": {"targets": ("q_proj", "head"), "rank": 3},
     "copied": {"targets": ("q_proj",), "modules_to_save": ("lm_head",)},
@@ -243,7 +245,7 @@ def test_plain_kernels_give_the_same_loss_and_gradients_from_all_logits(per_row)
     attach_random(model)
     model.double()
     inputs, labels = batch(model)
-    options = {"weights": 0.25, **OPTIONS}
+    options: dict[str, Any] = {"weights": 0.25, **OPTIONS}
     if per_row:
         rows = len(labels)
         options = {name: torch.linspace(v, v / 2, rows).double() for name, v in options.items()}

@@ -1,6 +1,7 @@
 """LoRA's later forms, each trained from settings to folder."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lorakit.methods.lora.pissa import split_frozen_factors
 from lorakit.training.run import train
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "plus": {},
     "orthogonal": {"init": "orthogonal"},
     "freeze-a": {"freeze_a": True},

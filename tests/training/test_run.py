@@ -4,9 +4,8 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -25,14 +24,14 @@ from lorakit.training.run import train
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
 
 
-@pytest.fixture
-def settings(tiny_llama, prompt_rows, tmp_path):
-    """A maker of settings for a short run."""
+@pytest.fixture(scope="module")
+def settings_into(tiny_llama, prompt_rows):
+    """A maker of settings for a short run into a folder."""
 
-    def make(**changes):
+    def make(out, **changes):
         values = {
             "model": str(tiny_llama),
-            "out": tmp_path / "run",
+            "out": out,
             "lora": LoRAConfig(rank=4, targets=("all-linear",), dropout=0.1),
             "data": DataConfig(train=str(prompt_rows), validation=str(prompt_rows)),
             "dtype": "float32",
@@ -43,6 +42,16 @@ def settings(tiny_llama, prompt_rows, tmp_path):
             "learning_rate": 1e-2,
         }
         return TrainConfig(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def settings(settings_into, tmp_path):
+    """A maker of settings for a short run."""
+
+    def make(*, out=tmp_path / "run", **changes):
+        return settings_into(out, **changes)
 
     return make
 
@@ -94,7 +103,7 @@ def losses_of_all_logits(model, inputs, labels, *, weights, label_smoothing, z_l
 
 
 def test_every_step_has_the_loss_of_plain_torch(settings, tmp_path, monkeypatch):
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("ours", "plain"):
         compute = {"ours": text_losses, "plain": losses_of_all_logits}[name]
 
@@ -118,34 +127,40 @@ def test_another_seed_gives_another_adapter(settings, tmp_path):
     assert contents(first.out) != contents(second.out)
 
 
-def run_in_process(config, tmp_path):
-    """Start `lorakit train` as a program of its own."""
+LORAKIT = """
+import sys
+from lorakit.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def ended_after_step(step, end, config, tmp_path, forks):
+    """The exit code and messages of `lorakit train`, which gets a signal once it saved a step."""
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "lorakit.cli", "train", str(file)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(folder, step, process):
-    """Wait until a checkpoint of this step or a later one is there."""
+    process = forks.start(LORAKIT, "train", str(file))
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        numbers = [int(p.name.split("-")[1]) for p in folder.glob("checkpoints/checkpoint-*")]
-        if any(number >= step for number in numbers):
-            return
+    while time.monotonic() < deadline and process.is_running():
+        saved = [int(p.name.split("-")[1]) for p in config.out.glob("checkpoints/checkpoint-*")]
+        if any(number >= step for number in saved):
+            os.kill(process.pid, end)
+            code, _, messages = process.finish()
+            return code, messages
         time.sleep(0.005)
-    process.kill()
-    raise AssertionError(f"no checkpoint of step {step}: {process.communicate()[1][-2000:]}")
+    raise AssertionError(f"no checkpoint of step {step}: {process.finish()[2][-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def whole(settings_into, tmp_path_factory):
+    """A run that nothing ended."""
+    return train(settings_into(tmp_path_factory.mktemp("whole") / "run", steps=24))
 
 
 @pytest.mark.parametrize("step", [3, pytest.param(15, marks=pytest.mark.thorough)])
-def test_a_killed_run_resumes_to_the_same_bytes(settings, tmp_path, step):
-    whole = train(settings(out=tmp_path / "whole", steps=24))
+def test_a_killed_run_resumes_to_the_same_bytes(settings, tmp_path, step, forks, whole):
     config = settings(out=tmp_path / "killed", steps=24)
-    process = run_in_process(config, tmp_path)
-    wait_for_step(config.out, step, process)
-    process.kill()
-    process.communicate()
+    code, _ = ended_after_step(step, signal.SIGKILL, config, tmp_path, forks)
+    assert code == -signal.SIGKILL
     resumed = train(config.model_copy(update={"resume": True}))
     assert resumed.steps == 24
     assert contents(resumed.out) == contents(whole.out)
@@ -155,8 +170,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(settings, tmp_path, step):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"lora": {"rank": 1, "targets": "all-linear"}}, "lora: rank is 1, and was 4"),
-        ({"method": "bitfit", "bitfit": {"add_missing": True}}, "bitfit: add_missing is True"),
+        ({"lora": {"rank": 1, "targets": "all-linear"}}, "lora.rank is 1, and was 4"),
+        ({"method": "bitfit", "bitfit": {"add_missing": True}}, "bitfit.add_missing is yes"),
     ],
 )
 def test_a_run_is_not_resumed_as_another(settings, changes, problem):
@@ -169,14 +184,10 @@ def test_a_run_is_not_resumed_as_another(settings, changes, problem):
     assert contents(config.out) == before
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):
-    whole = train(settings(out=tmp_path / "whole", steps=40))
-    config = settings(out=tmp_path / "stopped", steps=40)
-    process = run_in_process(config, tmp_path)
-    wait_for_step(config.out, 3, process)
-    process.send_signal(signal.SIGINT)
-    _, messages = process.communicate()
-    assert process.returncode == 130, messages[-2000:]
+def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path, forks, whole):
+    config = settings(out=tmp_path / "stopped", steps=24)
+    code, messages = ended_after_step(3, signal.SIGINT, config, tmp_path, forks)
+    assert code == 130, messages[-2000:]
     assert "--resume" in messages
     resumed = train(config.model_copy(update={"resume": True}))
     assert contents(resumed.out) == contents(whole.out)
@@ -276,9 +287,10 @@ def test_mistakes_are_told_before_anything_is_written(settings, tmp_path):
     with pytest.raises(ConfigError, match="warmup_steps 20 leaves nothing"):
         train(settings(warmup_steps=20))
     with pytest.raises(ConfigError, match=r"data\.train"):
-        train(settings(data=DataConfig()))
+        train(settings(data=DataConfig(), eval_every=None))
+    none = DataConfig(train=str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="does not exist"):
-        train(settings(data=DataConfig(train=str(tmp_path / "none.jsonl"))))
+        train(settings(data=none, eval_every=None))
     assert (occupied / "mine.txt").read_text() == "mine"
     assert not (tmp_path / "run").exists()
 

@@ -26,8 +26,13 @@ def checkpointed_block():
     return model.model.layers[0]
 
 
+def hooked_module():
+    return accelerate.hooks.add_hook_to_module(torch.nn.Module(), accelerate.hooks.ModelHook())
+
+
 INSTANCES = {
     "torch.nn.Module": torch.nn.Module,
+    "accelerate.hooks.ModelHook": hooked_module,
     "torch._dynamo.OptimizedModule": lambda: torch.compile(torch.nn.Linear(1, 1), backend="eager"),
     "torch._ops.OpOverload": lambda: torch.ops.aten.mm.default,
     "transformers.PreTrainedConfig": transformers.PreTrainedConfig,
@@ -151,7 +156,7 @@ def private_uses(tree, own):
                 args=[_, ast.Constant(value=str(name)), *_],
             ):
                 names = [name] if name not in own else []
-        yield from ((node.lineno, name) for name in names if is_private(name))
+        yield from ((getattr(node, "lineno", 0), name) for name in names if is_private(name))
 
 
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}

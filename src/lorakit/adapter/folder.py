@@ -14,8 +14,10 @@ from pathlib import Path
 
 from lorakit.adapter.atomic_write import read_file, read_files
 from lorakit.adapter.content import AdapterContent
+from lorakit.adapter.file_sizes import size_problems
 from lorakit.adapter.json_files import read_object
 from lorakit.adapter.loralib import read_loralib
+from lorakit.adapter.other_tools import check_not_safetensors, named_files
 from lorakit.adapter.peft_config import CONFIG_FILE, read_config, unknown_values
 from lorakit.adapter.peft_read import read_peft
 from lorakit.adapter.record import RECORD_FILE, AdapterRecord, read_record
@@ -81,6 +83,9 @@ def reading(folder: Path) -> Iterator[AdapterContent]:
 def _read_folder(folder: Path) -> tuple[AdapterContent, AdapterRecord | None]:
     """The adapter of a folder, with the record of what was saved, if there is one."""
     try:
+        problems = size_problems(folder, (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE))
+        if problems:
+            raise AdapterFileError.listing(f"{folder} cannot be used", problems)
         files = read_files(folder, (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE))
         if WEIGHTS_FILE not in files:
             files |= read_files(folder, (PICKLE_FILE,))
@@ -133,6 +138,7 @@ def _what_is_missing(files: Mapping[str, bytes], has_weights: bool, folder: Path
     missing = [] if CONFIG_FILE in files else [CONFIG_FILE]
     missing += [] if has_weights else [WEIGHTS_FILE]
     text = f"{folder} is no adapter folder: {' and '.join(missing)} missing"
+    text += named_files(folder)
     inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
     if CONFIG_FILE in missing and len(inner) == 1:
         text += f"; its sub-folder has them: load {inner[0]}"
@@ -146,6 +152,7 @@ def _load_file(
 ) -> AdapterContent:
     if path.name in (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, PICKLE_FILE):
         raise AdapterFileError(f"{path} is one file of an adapter: give its folder, {path.parent}")
+    check_not_safetensors(path)
     if config is None:
         raise AdapterFileError(
             f"{path} is a file; lorakit reads it as loralib's, without rank, alpha or targets: "

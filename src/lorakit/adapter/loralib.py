@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter.content import AdapterContent
+from lorakit.adapter.other_tools import tool_of
 from lorakit.adapter.peft_read import EMBEDDINGS
 from lorakit.adapter.site import Site, scale_of
 from lorakit.adapter.tensor_files import read_pickle, value_problems
@@ -34,6 +35,7 @@ UNPROVEN = (
     "which rows the slices are: q, k, v are taken as equal thirds, enabled as the targets say",
     "which layers are embeddings: it is told by their names, and matters for PEFT's files alone",
 )
+UNPROVEN_BIASES = "which biases were trained: those that are in the file, and it may hold some only"
 UNPROVEN_KERNELS = "which layers are convolutions, and their kernels: they are as kernel_sizes says"
 
 _LISTED_LAYERS = 20
@@ -104,7 +106,11 @@ def read_loralib(
         sites=tuple(sites),
         tensors=named | others,
         copied_modules=copied,
-        unverified=(*UNPROVEN, *([UNPROVEN_KERNELS] if kernel_sizes else [])),
+        unverified=(
+            *UNPROVEN,
+            *([UNPROVEN_BIASES] if any(name.endswith(".bias") for name in others) else []),
+            *([UNPROVEN_KERNELS] if kernel_sizes else []),
+        ),
     )
 
 
@@ -118,7 +124,9 @@ def _layers(
     names = [name.rpartition(".")[0] for name in tensors if name.endswith(_ENDS)]
     paths = list(dict.fromkeys(names))
     if not paths:
-        problems.append("it holds no update: no tensor is called ….lora_A")
+        tool = tool_of(tensors)
+        whose = f"; its names are those of {tool}, which lorakit does not read" if tool else ""
+        problems.append(f"it holds no update: no tensor is called ….lora_A{whose}")
         return []
     ranks = _by_path(config.rank_pattern, paths, "rank_pattern", problems)
     alphas = _by_path(config.alpha_pattern, paths, "alpha_pattern", problems)

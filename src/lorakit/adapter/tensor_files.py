@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lorakit.adapter.file_sizes import unpacked_problem
 from lorakit.errors import AdapterFileError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -66,6 +67,8 @@ def read_pickle(data: bytes, name: str) -> dict[str, Tensor]:
     Raises:
         AdapterFileError: it is damaged, holds more than tensors, or would run code.
     """
+    if (problem := unpacked_problem(data)) is not None:
+        raise AdapterFileError(f"{name} cannot be read: {problem}")
     try:
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     # The bytes may be anything, and so may what the unpickler makes of them.
@@ -82,6 +85,9 @@ def read_pickle(data: bytes, name: str) -> dict[str, Tensor]:
 
 def _flat(loaded: Any, name: str) -> dict[str, Tensor]:
     found = loaded.items() if isinstance(loaded, Mapping) else ()
+    wide = [key for key, tensor in found if isinstance(tensor, Tensor) and _is_spread(tensor)]
+    if wide:
+        raise AdapterFileError(f"{name}  {wide[0]} has a larger shape than values in the file")
     tensors = {
         key: tensor.detach().contiguous()
         for key, tensor in found
@@ -90,6 +96,12 @@ def _flat(loaded: Any, name: str) -> dict[str, Tensor]:
     if not tensors or len(tensors) != len(found):
         raise AdapterFileError(f"{name} is not a flat dictionary of names and tensors")
     return tensors
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor repeats its values in memory: contiguous, it may be of any size."""
+    strided = tensor.layout == torch.strided and not tensor.is_meta
+    return strided and tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes()
 
 
 def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:

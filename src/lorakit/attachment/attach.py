@@ -16,6 +16,7 @@ from lorakit.attachment.state import (
     active_name,
     attached,
     attachment_of,
+    check_no_foreign_layers,
     identity_of,
     modules_of,
     require_attachment,
@@ -30,9 +31,10 @@ from lorakit.layers.operation import Update
 from lorakit.layers.route import Frame
 from lorakit.methods.component import Materials
 from lorakit.methods.lora.eva import input_singular_vectors
+from lorakit.methods.lora.lora import LoRAUpdate, parameter_shapes
 from lorakit.methods.lora.pissa import join_frozen_factors
 from lorakit.methods.prompt.hooks import HOOKS, watch
-from lorakit.models.base import base_parameter
+from lorakit.models.base import base_modules, base_parameter, unwrapped
 from lorakit.models.roles import shared_inputs, task_heads
 
 
@@ -68,8 +70,13 @@ def attach(
         TargetError: a target of the settings matches nothing.
         AdapterFileError: the adapter does not fit this model; every problem is listed.
     """
+    train = not isinstance(what, Adapter) if trainable is None else trainable
+    _check_replicas(model, train)
+    model = unwrapped(model)
     state = attachment_of(model)
-    if state is not None:
+    if state is None:
+        check_no_foreign_layers(model)
+    else:
         _check_free(state, name)
     _check_data(what, data)
     if isinstance(what, Adapter):
@@ -80,7 +87,6 @@ def attach(
             found = _with_singular_vectors(model, state, found, data)
         updates = found.updates(Materials(modules=modules_of(model).by_path))
         record = found.adapter(model, identity_of(model))
-    train = not isinstance(what, Adapter) if trainable is None else trainable
     install(model, updates, name, record, trainable=train).activate(name)
     return found
 
@@ -104,6 +110,7 @@ def plan(
             what a method needs.
         AdapterFileError: the adapter does not fit this model; every problem is listed.
     """
+    model = unwrapped(model)
     if isinstance(what, Adapter):
         base, identity = modules_of(model), identity_of(model)
         return saved_plan(base, what, identity, allow_other_base=allow_other_base)
@@ -117,6 +124,20 @@ def _check_free(state: Attachment, name: str) -> None:
         )
     if state.route.merged is not None:
         raise AttachError("an adapter is merged into this model: lk.unmerge(model) first")
+
+
+def _check_replicas(model: nn.Module, train: bool) -> None:
+    """Refuse to train what other processes would not hear of.
+
+    Raises:
+        AttachError: the wrapper has noted already which parameters' gradients it averages.
+    """
+    group = getattr(model, "process_group", None)
+    if train and group is not None and group.size() > 1:
+        raise AttachError(
+            f"{type(model).__name__} averages the gradients of the parameters that it was given: "
+            "attach the adapter to the model first, and wrap it then"
+        )
 
 
 def _check_data(what: object, data: object) -> None:
@@ -226,6 +247,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     Raises:
         AttachError: nothing is attached, or nothing of that name.
     """
+    model = unwrapped(model)
     state = require_attachment(model)
     if name is not None:
         require_name(state, name)
@@ -276,6 +298,8 @@ def restore_module(model: nn.Module, path: str, weights: Mapping[str, OriginalWe
     module = model.get_submodule(path)
     for name, original_weights in weights.items():
         if isinstance(original_weights, nn.Parameter):
+            # The model may have been moved or cast since; the parameter stays the same object.
+            original_weights.data = original_weights.data.to(base_parameter(module, name))
             set_parameter(module, name, original_weights)
         else:
             weight = (
@@ -300,18 +324,40 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
         name: which; None: the active one.
 
     Raises:
-        AttachError: there is none.
+        AttachError: there is none, or its layers were replaced or resized since it was attached.
     """
     state = require_attachment(model)
     name = active_name(model) if name is None else name
     if name is None:
         raise AttachError(f"no adapter is active: give a name, one of {', '.join(state.adapters)}")
     require_name(state, name)
+    check_in_place(model, state, name)
     tensors = {
         n: p.detach().to("cpu", copy=True).contiguous() for n, p in adapter_parameters(model, name)
     }
     record = state.adapters[name].record
     return replace(record, tensors=join_frozen_factors(record.sites, tensors))
+
+
+def check_in_place(model: nn.Module, state: Attachment, name: str) -> None:
+    """Compare the layers that an adapter changes with those that it was attached to.
+
+    Raises:
+        AttachError: one was replaced in the model, or has another shape now; all are listed.
+    """
+    # Not by path: torch.compile and others wrap a model, and then its paths begin otherwise.
+    modules, problems = {module for _, module in base_modules(model)}, []
+    for number, update in state.adapters[name].updates.items():
+        layer, path = state.layers[number], state.layers[number].adapter_path
+        parts = list(update.low_ranks()) if isinstance(update, LoRAUpdate) else []
+        if layer not in modules:
+            problems.append(f"{path}  is another module now, which the adapter does not change")
+        elif any((p.a.shape, p.b.shape) != parameter_shapes(layer, p.site) for p in parts):
+            problems.append(f"{path}  has another size now than A and B of the adapter")
+    if problems:
+        raise AttachError.listing(
+            f"the model was changed after adapter {name!r} was attached to it", problems
+        )
 
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:

@@ -21,7 +21,7 @@ from lorakit.config.methods import (
     PrefixConfig,
     combination_problems,
 )
-from lorakit.errors import ConfigError, TargetError, did_you_mean
+from lorakit.errors import AttachError, ConfigError, TargetError, did_you_mean
 from lorakit.layers.chain import Chain
 from lorakit.layers.operation import Update
 from lorakit.methods import bitfit, bottleneck, full
@@ -33,7 +33,7 @@ from lorakit.methods.lora.lora import LoRAUpdate
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
 from lorakit.methods.module_copy import TrainedCopy, trained_copy
 from lorakit.methods.prompt import prefix
-from lorakit.models.base import base_modules, base_parameters
+from lorakit.models.base import base_modules, base_parameters, is_offloaded
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.paths import is_within, outermost
 from lorakit.models.quantized import card_of_base, quantized_within
@@ -93,7 +93,12 @@ class Plan:
         return sum(each.parameters for each in self.components)
 
     def updates(self, materials: Materials) -> dict[str, Update]:
-        """The update of each changed module, by its path; the modules are not changed."""
+        """The update of each changed module, by its path; the modules are not changed.
+
+        Raises:
+            AttachError: weights of the base are needed that accelerate has offloaded.
+        """
+        _check_offloaded(self, materials)
         updates: dict[str, Update] = {}
         for each in self.components:
             first, own = updates.get(each.path), each.update(materials)
@@ -123,6 +128,26 @@ class Plan:
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         return "\n".join([*lines, f"{self.parameters:,} parameters are trained"])
+
+
+def _check_offloaded(found: Plan, materials: Materials) -> None:
+    """Refuse updates that are made from weights, or copy modules, which are not in memory.
+
+    Raises:
+        AttachError: there are such.
+    """
+    problems = [
+        f"{each.path}  {each.what}"
+        for each in found.components
+        if (each.reads_base and materials.tensors is None) or isinstance(each, TrainedCopy)
+        if any(is_offloaded(module) for _, module in base_modules(materials.modules[each.path]))
+    ]
+    if problems:
+        raise AttachError.listing(
+            "some weights that the adapter starts from are offloaded: load the base into memory, "
+            "or leave these modules out",
+            problems,
+        )
 
 
 def _alike(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:

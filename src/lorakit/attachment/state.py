@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.base_modules import BaseModules
+from lorakit.attachment.model_methods import GuardedMethod, guarded_methods, warn_of_save
 from lorakit.attachment.original_weights import OriginalWeight
 from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import AttachError, did_you_mean
@@ -20,13 +21,16 @@ from lorakit.layers.batch_rows import check_batch
 from lorakit.layers.checkpointing import keep_routes, stacks_of_blocks
 from lorakit.layers.operation import Update
 from lorakit.layers.route import Frame, Route
-from lorakit.models.base import base_modules, base_parameters
+from lorakit.models.base import base_modules, base_parameters, unwrapped
 from lorakit.models.families import layers_shared_by_batch, uncalled_weights
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
 from lorakit.models.quantized import original_identity
 from lorakit.models.roles import output_head, shared_inputs, task_heads
-from lorakit.upstream.private_names import COMPILED_WRAPPER, compiled_call, is_compiled_wrapper
+from lorakit.upstream.private_names import compiled_call, is_compiled_wrapper
+
+OTHER_LIBRARIES = ("peft", "loralib", "adapters")
+"""Packages whose layers hold adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +83,9 @@ class Attachment:
     """The adapted layers by their numbers."""
     original_weights: dict[str, dict[str, OriginalWeight]] = field(default_factory=dict)
     """Unmerged weights by module path and parameter name, while an adapter is merged."""
-    hooks: dict[str, RemovableHandle] = field(default_factory=dict)
-    """The hooks on the model, its output head, its input embedding and its stacks of blocks."""
+    hooks: dict[str, RemovableHandle | GuardedMethod] = field(default_factory=dict)
+    """The hooks on the model, its output head, its input embedding and its stacks of blocks, and
+    the methods of the model that look at adapters first."""
     compiled: bool = False
     """Whether routes take the one form that torch.compile need not compile again."""
     mixed: tuple[Any, Frame, Any] | None = None
@@ -129,18 +134,8 @@ class Attachment:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, also through torch.compile's or DDP's wrapper."""
-    found = vars(model).get("_lorakit")
-    if found is None:
-        found = vars(unwrapped(model)).get("_lorakit")
-    return cast("Attachment | None", found)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's or DDP's wrapper."""
-    for wrapper in ("module", COMPILED_WRAPPER):
-        model = cast(nn.Module, getattr(model, wrapper, model))
-    return model
+    """The attachment of a model, also through wrappers."""
+    return cast("Attachment | None", vars(unwrapped(model)).get("_lorakit"))
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -162,6 +157,7 @@ def require_attachment(model: nn.Module) -> Attachment:
 
 def identity_of(model: nn.Module) -> BaseIdentity | None:
     """The identity of a model's base, which is taken once, before the first adapter."""
+    model = unwrapped(model)
     state = attachment_of(model)
     if state is not None:
         return state.base.identity
@@ -173,6 +169,7 @@ def identity_of(model: nn.Module) -> BaseIdentity | None:
 
 def modules_of(model: nn.Module) -> BaseModules:
     """A base's modules by path, and what is remembered of them while they stay the same."""
+    model = unwrapped(model)
     found, state = BaseModules(dict(base_modules(model))), attachment_of(model)
     if state is None:
         return found
@@ -183,8 +180,10 @@ def modules_of(model: nn.Module) -> BaseModules:
 
 def attached(model: nn.Module) -> Attachment:
     """The attachment of a model, which gets one if it has none."""
+    model = unwrapped(model)
     state = attachment_of(model)
     if state is None:
+        check_no_foreign_layers(model)
         state = Attachment(Base.of(model))
         state.hooks["rows"] = model.register_forward_pre_hook(check_rows, with_kwargs=True)
         for path, stack in stacks_of_blocks(model):
@@ -192,9 +191,33 @@ def attached(model: nn.Module) -> Attachment:
         head = output_head(model)
         if head is not None:
             state.hooks["head"] = head.register_forward_pre_hook(make_contiguous)
+        state.hooks |= guarded_methods(model, _look_at_save)
         model.requires_grad_(False)
         model._lorakit = state  # type: ignore[assignment]
     return state
+
+
+def check_no_foreign_layers(model: nn.Module) -> None:
+    """Refuse a model that holds another library's adapters: their layers would be adapted too.
+
+    Raises:
+        AttachError: it does.
+    """
+    for path, module in base_modules(model):
+        modules = {kind.__module__.partition(".")[0] for kind in type(module).__mro__}
+        library = next((name for name in OTHER_LIBRARIES if name in modules), None)
+        if library is not None:
+            raise AttachError(
+                f"{path or 'the model'} is a {type(module).__name__} of {library}: lorakit "
+                "attaches to a base alone. Take the other adapter out (PEFT: model.unload()), or "
+                "merge it; lk.Adapter.load reads a folder that PEFT saved"
+            )
+
+
+def _look_at_save(model: nn.Module) -> None:
+    name, state = active_name(model), attachment_of(model)
+    if name is not None and state is not None and state.route.merged is None:
+        warn_of_save(name)
 
 
 def require_name(state: Attachment, name: str) -> None:

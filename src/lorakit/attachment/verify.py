@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.loralib import UNPROVEN_BIASES
 from lorakit.adapter.site import Site
 from lorakit.attachment.base_modules import BaseModules
 from lorakit.attachment.plan import Plan, in_order, keeps_ties, wanted, with_ties
@@ -15,11 +17,13 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.methods.bitfit import TrainedBias, adds_bias, trained_bias
 from lorakit.methods.component import Component, Shape
-from lorakit.methods.lora.lora import is_adaptable, is_linear, kind_of, matrix_shape
+from lorakit.methods.lora.lora import is_linear, kind_of, matrix_shape, why_not_adaptable
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
 from lorakit.methods.module_copy import TrainedCopy, trained_copy
 from lorakit.models.base import base_modules
 from lorakit.models.identity import BaseIdentity
+from lorakit.models.linear_probe import own_class
+from lorakit.models.paths import is_within
 from lorakit.models.quantized import quantized_within
 from lorakit.upstream.private_names import own_parameters
 
@@ -46,7 +50,8 @@ def saved_plan(
     """
     found = _Found(base, adapter)
     plan = in_order(found.components(other_heads), adapter.configs)
-    problems = [*found.problems, *_differences(plan.shapes, adapter, found.refused)]
+    twins, told = _second_names(base, adapter, plan.shapes)
+    problems = [*found.problems, *told, *_differences(plan.shapes, adapter, found.refused, twins)]
     problems += _missed_by_targets(base, adapter)
     if not allow_other_base and adapter.base is not None and identity is not None:
         other = adapter.base.difference(identity)
@@ -122,8 +127,8 @@ class _Found:
             return (), [str(error)]
 
     def _biases(self, known: set[str]) -> Iterator[TrainedBias]:
-        """The trained biases that only the adapter's own tensors tell of, as LoRA's do."""
-        for name in self._adapter.tensors:
+        """The trained biases: those that the tensors tell of, and those of LoRA's settings."""
+        for name in dict.fromkeys([*self._adapter.tensors, *self._wanted_biases()]):
             path, _, leaf = name.rpartition(".")
             layer = self._base.by_path.get(path)
             if leaf != "bias" or name in known or name in self.refused or layer is None:
@@ -132,13 +137,26 @@ class _Found:
                 config = self._adapter.lora or self._adapter.configs[0]
                 yield trained_bias(layer, path, config)
 
+    def _wanted_biases(self) -> Iterator[str]:
+        """The names of the biases that LoRA trains; loralib's files may have any of them."""
+        config = self._adapter.lora
+        if config is None or config.bias == "none" or UNPROVEN_BIASES in self._adapter.unverified:
+            return
+        adapted = {site.path for site in self._adapter.sites}
+        for path, layer in self._base.by_path.items():
+            chosen = config.bias == "all" or path in adapted
+            has_bias = own_parameters(layer).get("bias") is not None and adds_bias(layer)
+            if chosen and has_bias and not is_within(path, self._adapter.copied_modules):
+                yield f"{path}.bias"
+
 
 def _site_problem(layer: nn.Module | None, site: Site, config: LoRAConfig) -> str | None:
     """How one low-rank update does not fit its layer, if it does not."""
     if layer is None:
         return f"{site.path}  is not a module of this model"
-    if not is_adaptable(layer):
-        return f"{site.path}  is a {type(layer).__name__}, which LoRA can't adapt"
+    reason = why_not_adaptable(layer)
+    if reason is not None:
+        return f"{site.path}  is a {own_class(layer).__name__}, which LoRA can't adapt: {reason}"
     if site.rows is not None and site.rows[-1][1] > matrix_shape(layer)[0]:
         return f"{site.name}  has rows beyond the layer's {matrix_shape(layer)[0]}"
     if config.use_dora and not is_linear(layer):
@@ -181,8 +199,39 @@ def _with_classes(copy: TrainedCopy, head: nn.Module, tensors: Mapping[str, obje
     return replace(copy, sizes=sizes)
 
 
+def _second_names(
+    base: BaseModules, adapter: Adapter, expected: Mapping[str, Shape]
+) -> tuple[set[str], list[str]]:
+    """The adapter's tensors of parameters that the base has under an expected name, too.
+
+    PEFT's bias="all" writes the bias of BERT's head for words under both of its names.
+
+    Returns:
+        Their names, and a line for each that has other values than the first.
+    """
+
+    def parameter(name: str) -> nn.Parameter | None:
+        owner, _, leaf = name.rpartition(".")
+        module = base.by_path.get(owner)
+        return None if module is None else own_parameters(module).get(leaf)
+
+    first = {id(found): name for name in expected if (found := parameter(name)) is not None}
+    twins = {
+        name: first[id(found)]
+        for name in adapter.tensors.keys() - expected.keys()
+        if (found := parameter(name)) is not None and id(found) in first
+    }
+    problems = [
+        f"{name}  has other values than {other}, which is the same parameter in this model"
+        for name, other in sorted(twins.items())
+        if other in adapter.tensors
+        and not torch.equal(adapter.tensors[name], adapter.tensors[other])
+    ]
+    return set(twins), problems
+
+
 def _differences(
-    expected: Mapping[str, Shape], adapter: Adapter, refused: set[str]
+    expected: Mapping[str, Shape], adapter: Adapter, refused: set[str], twins: set[str]
 ) -> Iterator[str]:
     """How an adapter's tensors differ from those of its plan."""
     tensors = adapter.tensors
@@ -194,13 +243,17 @@ def _differences(
             yield f"{name}  shape {found} in the adapter, {shape} expected{hint}"
     named = expected.keys() | refused
     yield from (f"{name}  missing from the adapter" for name in sorted(named - tensors.keys()))
-    for name in sorted(tensors.keys() - named):
+    for name in sorted(tensors.keys() - named - twins):
         yield f"{name}  in the adapter, but it has no place in this model"
 
 
 def _missed_by_targets(base: BaseModules, adapter: Adapter) -> list[str]:
-    """The layers that the adapter's targets name in this model and its sites leave out."""
+    """The layers that the adapter's targets name in this model and its sites leave out.
+
+    What is copied in full is adapted by neither PEFT nor lorakit, whatever the targets name.
+    """
     if adapter.lora is None or not adapter.lora.targets:
         return []
-    missing = sorted(base.selected(adapter.lora) - {site.name for site in adapter.sites})
+    left = base.selected(adapter.lora) - {site.name for site in adapter.sites}
+    missing = sorted(name for name in left if not is_within(name, adapter.copied_modules))
     return [f"{name}  is among the targets, but the adapter has nothing for it" for name in missing]

@@ -137,7 +137,7 @@ def _config(
         "model": settings.model,
         "dtype": settings.dtype,
         "out": out,
-        "data": settings.data.model_copy(update={"validation": None}),
+        "data": settings.data.model_copy(update={"validation": None, "validation_rows": None}),
         "task": settings.task,
         "steps": settings.steps,
         "batch_size": settings.batch_size,
@@ -187,7 +187,7 @@ def _row(settings: MethodsConfig, name: str, config: TrainConfig) -> _Row:
         result = execute(run, interruption, bar=peak)
     with route(prepared.model, prepared.name):
         scores = _scores(settings, prepared.model, prepared.tokenizer, prepared.labels)
-    rate = max(map(config.rate_of, config.method))
+    rate = max(rate.value for rate in prepared.rates.values())
     return {
         "method": name,
         "learning rate": rate,

@@ -11,7 +11,7 @@ from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.rounds import Seconds
 from lorakit.bench.startup import first_step
 from lorakit.bench.train_chart import check_chart, draw
-from lorakit.bench.train_participants import Task
+from lorakit.bench.train_participants import BY_LENGTH, Task
 from lorakit.bench.train_processes import Record, Rounds, run_rounds
 from lorakit.bench.train_rounds import PARTS
 from lorakit.bench.train_settings import draw_rows, run_settings, write_rows
@@ -73,6 +73,7 @@ def _participants(settings: TrainBenchConfig) -> list[str]:
         OURS: True,
         "compiled": settings.compiled and not (settings.ours or {}).get("compile"),
         "peft": settings.peer,
+        BY_LENGTH: settings.peer,
         "peft_compiled": settings.peer and settings.compiled,
         "full": settings.full,
     }
@@ -157,9 +158,10 @@ def _row(name: str, record: Record) -> dict[str, Any]:
 def _checks(records: Mapping[str, Record]) -> dict[str, Any]:
     """Whether all trained on the same batches, and how far our losses are from PEFT's."""
     ours, peft = records[OURS], records.get("peft")
-    checks: dict[str, Any] = {
-        "same_rows_in_each_step": len({record.batch_hashes for record in records.values()}) == 1
-    }
+    batches = {record.batch_hashes for name, record in records.items() if name != BY_LENGTH}
+    checks: dict[str, Any] = {"same_rows_in_each_step": len(batches) == 1}
+    if BY_LENGTH in records:
+        checks["same_tokens_by_length"] = records[BY_LENGTH].tokens == ours.tokens
     if peft is not None:
         pairs = zip(ours.losses, peft.losses, strict=True)
         checks["largest_loss_difference_from_peft"] = max(abs(a - b) for a, b in pairs)

@@ -14,6 +14,7 @@ COLOURS = {
     OURS: "#1d63c1",
     "compiled": "#8fb4e3",
     "peft": "#d9822b",
+    "peft_by_length": "#b3541e",
     "peft_compiled": "#ecb77a",
     "full": "#7a828c",
 }
@@ -130,5 +131,10 @@ def _draw_losses(axes: Any, curves: Mapping[str, Sequence[float]]) -> None:
 
 
 def _label(name: str) -> str:
-    labels = {"compiled": "ours compiled", "peft": "PEFT", "peft_compiled": "PEFT compiled"}
+    labels = {
+        "compiled": "ours compiled",
+        "peft": "PEFT",
+        "peft_by_length": "PEFT by length",
+        "peft_compiled": "PEFT compiled",
+    }
     return labels.get(name, name)

@@ -19,6 +19,7 @@ from lorakit.bench.result import OURS
 from lorakit.bench.train_rounds import (
     ClockedAdapterTrainer,
     ClockedBatchTrainer,
+    ClockedLengthTrainer,
     ClockedTrainer,
     Gate,
 )
@@ -81,13 +82,14 @@ def full(task: Task, gate: Gate) -> float:
         return _held_out_loss(model, prepared, task)
 
 
-def peft(task: Task, gate: Gate, *, compiled: bool = False) -> float:
+def peft(task: Task, gate: Gate, *, compiled: bool = False, by_length: bool = False) -> float:
     """Train with PEFT and transformers' Trainer, from the same A, padded to the longest row."""
     prepared = prepare(task.config)
     model = _peft_model(prepared, task.config)
     if compiled:
         model.compile()
-    trainer = ClockedTrainer(
+    trainer_class = ClockedLengthTrainer if by_length else ClockedTrainer
+    trainer = trainer_class(
         gate=gate,
         model=model,
         args=_peers_arguments(task.config, prepared.steps),
@@ -101,10 +103,14 @@ def peft(task: Task, gate: Gate, *, compiled: bool = False) -> float:
     return _held_out_loss(model, prepared, task)
 
 
+BY_LENGTH = "peft_by_length"
+"""The participant with batches of its own: of the same rows, those of similar length together."""
+
 PARTICIPANTS: dict[str, Callable[[Task, Gate], float]] = {
     OURS: ours,
     "compiled": ours,
     "peft": peft,
+    BY_LENGTH: partial(peft, by_length=True),
     "peft_compiled": partial(peft, compiled=True),
     "full": full,
 }

@@ -60,6 +60,11 @@ class Record:
         return tuple(h for each in (*self.warm_ups, *self.rounds) for h in each.batch_hashes)
 
     @property
+    def tokens(self) -> int:
+        """The useful tokens of all steps."""
+        return sum(each.tokens for each in (*self.warm_ups, *self.rounds))
+
+    @property
     def tokens_per_s(self) -> float:
         """Useful tokens per second, the median over the rounds."""
         return statistics.median(each.tokens / each.seconds for each in self.rounds)

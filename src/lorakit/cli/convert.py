@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.folder_write import save_peft
+from lorakit.adapter.output_place import check_place
 from lorakit.attachment.attach import attach, extract
 from lorakit.attachment.state import require_attachment
 from lorakit.cli.verbs import Result
@@ -13,6 +14,7 @@ from lorakit.models.load import load_model
 
 def run(settings: ConvertConfig) -> Result:
     """Convert the adapter; the result lists what its files could not prove."""
+    check_place(settings.out, "an adapter is a folder")
     adapter = Adapter.load(
         settings.source, config=settings.lora, kernel_sizes=settings.kernel_sizes
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorakit.adapter.output_place import check_place
 from lorakit.attachment.attach import detach
 from lorakit.bank import AdapterBank
 from lorakit.cli.verbs import Result
@@ -141,6 +142,7 @@ def run(settings: DemoConfig) -> Result:
 def _folder(asked: Path | None) -> Path:
     if asked is None:
         return Path(tempfile.mkdtemp(prefix="lorakit-demo-"))
+    check_place(asked, "the demo writes a folder")
     if asked.exists() and any(asked.iterdir()):
         raise OutputError(f"{asked} exists and is not empty: choose another folder")
     return asked

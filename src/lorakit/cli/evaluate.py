@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorakit.adapter.atomic_write import write_new_file
+from lorakit.adapter.output_place import check_new
 from lorakit.attachment.open_model import Opened, open_model
 from lorakit.attachment.state import active_name
 from lorakit.cli.verbs import Result
@@ -16,7 +17,7 @@ from lorakit.data.encode import encode_prompt
 from lorakit.data.metrics.basic import bleu, exact_match
 from lorakit.data.row_types import Rows, references_of
 from lorakit.data.rows import read_rows
-from lorakit.errors import ConfigError, OutputError
+from lorakit.errors import ConfigError
 from lorakit.training.evaluation import answer, score
 from lorakit.training.loss import Loss
 from lorakit.training.virtual_tokens import encode_for
@@ -76,8 +77,8 @@ def run(settings: EvaluateConfig) -> Result:
         raise ConfigError(f"metrics: {unknown} unknown; there are loss, {', '.join(WRITTEN)}")
     if settings.data.validation is None:
         raise ConfigError("data.validation must say which rows to score")
-    if settings.outputs is not None and settings.outputs.exists():
-        raise OutputError(f"{settings.outputs} exists: choose another file")
+    if settings.outputs is not None:
+        check_new(settings.outputs)
     opened = open_model(
         settings.adapter,
         model=settings.model,
@@ -97,6 +98,11 @@ def run(settings: EvaluateConfig) -> Result:
         labels=opened.labels,
         regression=opened.task == "regression",
     )
+    if settings.outputs is not None and not _written(settings, opened, rows):
+        raise ConfigError(
+            "outputs is a file for answers, and none are generated here: they are for the metrics "
+            f"{' and '.join(WRITTEN)} on rows with prompts"
+        )
     scores = _scores(settings, opened, rows)
     lines = [f"{name:12} {value:.4f}" for name, value in scores.items()]
     return Result(
@@ -118,13 +124,19 @@ def _scores(settings: EvaluateConfig, opened: Opened, rows: Rows) -> dict[str, f
             batch_size=settings.batch_size,
             progress=True,
         )
-    wanted = [name for name in WRITTEN if name in settings.metrics]
-    if opened.task == "generation" and wanted and rows.kind != "text":
+    wanted = _written(settings, opened, rows)
+    if wanted:
         answers = _answers(settings, opened, rows)
         references = [references_of(row) for row in rows.rows]
         compute = {"exact_match": exact_match, "bleu": bleu}
         scores |= {name: compute[name](answers, references) for name in wanted}
     return scores
+
+
+def _written(settings: EvaluateConfig, opened: Opened, rows: Rows) -> list[str]:
+    """The metrics that are asked for and need generated answers."""
+    answered = opened.task == "generation" and rows.kind != "text"
+    return [name for name in WRITTEN if name in settings.metrics and answered]
 
 
 def _answers(settings: EvaluateConfig, opened: Opened, rows: Rows) -> list[str]:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import TextStreamer, set_seed
 
 from lorakit.attachment.open_model import Opened, open_model
 from lorakit.cli.verbs import Result
 from lorakit.config.base import DType, HeldIn, PositiveInt, Settings
+from lorakit.config.seed import Seed, generator_seed
 from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError, DataError
@@ -48,7 +49,7 @@ class GenerateConfig(Settings):
     num_beams: PositiveInt = 1
     """Beams of the search; 1 is greedy."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of what is drawn."""
 
     batch_size: PositiveInt = 16
@@ -63,6 +64,12 @@ class GenerateConfig(Settings):
 
     allow_other_base: bool = False
     """Accept a base with other weights than the adapter was trained on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "GenerateConfig":
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError("top_p is of drawing at random, and temperature is 0: raise it")
+        return self
 
 
 SETTINGS: type[Settings] = GenerateConfig
@@ -84,7 +91,7 @@ def run(settings: GenerateConfig) -> Result:
         raise ConfigError(f"this adapter does {opened.task}: it has labels, and writes no text")
     rows = list(_rows(prompts, settings, opened))
     ids = [encode_prompt(row, opened.tokenizer, opened.data) for row in rows]
-    set_seed(settings.seed)
+    set_seed(generator_seed(settings.seed))
     if settings.prompt is not None:
         answers = [_stream(ids[0], settings, opened)]
         return Result(text="", data=_data(prompts, answers))
@@ -107,7 +114,8 @@ def _data(prompts: list[str], answers: list[str]) -> dict[str, Any]:
 
 def _read(source: str) -> list[str]:
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        file = Path(source).expanduser()
+        text = sys.stdin.read() if source == "-" else file.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

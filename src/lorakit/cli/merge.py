@@ -7,6 +7,7 @@ import transformers
 from torch import Tensor
 
 from lorakit.adapter.atomic_write import write_new_folder
+from lorakit.adapter.output_place import check_new
 from lorakit.attachment.attach import attach, detach
 from lorakit.attachment.open_model import Opened, open_model
 from lorakit.cli.verbs import Result
@@ -20,8 +21,7 @@ from lorakit.models.quantized import dequantize, quantization_of
 
 def run(settings: MergeConfig) -> Result:
     """Merge in float32, round once, write the checkpoint, and report the rounding error."""
-    if settings.out.exists():
-        raise OutputError(f"{settings.out} exists: choose another folder")
+    check_new(settings.out)
     # Loaded in float32, so that base and update are added before anything is rounded.
     opened = _open(settings, quantize="as-trained")
     dtype = getattr(torch, settings.dtype)

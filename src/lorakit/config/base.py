@@ -73,8 +73,18 @@ class Settings(BaseModel):
         if types & {int, float} and not types & {bool, Any} and _has_truth_value(value):
             raise ValueError(f"true and false are no numbers, found {value!r}")
         if Path in types_of(annotation) and isinstance(value, str) and not value.strip():
-            raise ValueError("is empty: give a path")
+            raise ValueError("is empty: give a path (the working folder is .)")
         return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _expands_home(cls, value: Any) -> Any:
+        if not isinstance(value, Path):
+            return value
+        try:
+            return value.expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{value}: {error}") from None
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -256,32 +256,45 @@ METHODS: dict[str, tuple[type[MethodConfig], Mapping[str, Any]]] = {
 """The settings of each method by its name, and the values that the name implies."""
 
 
+REFERENCE_WIDTH = 576
+"""The width of the base, SmolLM2's, at which default learning rates are stated."""
+NARROWEST = 384
+"""The narrowest base of the trials, MiniLM's; a narrower one gets its rates."""
+
+
 class Defaults(Settings):
     """The training settings of a method where none are given (docs/methods.md says how found)."""
 
     learning_rate: PositiveFloat
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW on a base of `REFERENCE_WIDTH`."""
+    exponent: Annotated[float, Field(ge=0)] = 1.0
+    """How the rate falls with the width d of the base: as d to the power of minus this."""
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     """Steps over which the learning rate rises from zero."""
 
+    def rate_at(self, width: int) -> float:
+        """The peak learning rate on a base of a width, to two digits."""
+        wider = max(width, NARROWEST) / REFERENCE_WIDTH
+        return float(f"{self.learning_rate * wider**-self.exponent:.2g}")
+
 
 DEFAULTS: Mapping[str, Defaults] = {
-    "lora": Defaults(learning_rate=6e-3),
+    "lora": Defaults(learning_rate=2e-3),
     "full": Defaults(learning_rate=2e-4),
-    "top-k": Defaults(learning_rate=2e-3),
-    "bitfit": Defaults(learning_rate=5e-3),
-    "prefix-embedding": Defaults(learning_rate=2e-1),
-    "prefix-layer": Defaults(learning_rate=5e-2),
-    "adapter-h": Defaults(learning_rate=4e-3),
-    "adapter-l": Defaults(learning_rate=4e-3),
-    "adapter-p": Defaults(learning_rate=8e-3),
-    "adapter-d": Defaults(learning_rate=8e-3),
+    "top-k": Defaults(learning_rate=5e-4),
+    "bitfit": Defaults(learning_rate=5e-3, exponent=0),
+    "prefix-embedding": Defaults(learning_rate=2e-1, exponent=0.5),
+    "prefix-layer": Defaults(learning_rate=5e-2, exponent=0.5),
+    "adapter-h": Defaults(learning_rate=2e-3),
+    "adapter-l": Defaults(learning_rate=1.33e-3),
+    "adapter-p": Defaults(learning_rate=2e-3),
+    "adapter-d": Defaults(learning_rate=2e-3),
 }
 
 
 FORMS: Mapping[str, Defaults] = {
-    "pissa": Defaults(learning_rate=2e-3),
-    "freeze_a": Defaults(learning_rate=2e-2),
+    "pissa": Defaults(learning_rate=1e-3),
+    "freeze_a": Defaults(learning_rate=1e-2),
 }
 """The forms of LoRA that need another learning rate than LoRA."""
 
@@ -331,6 +344,10 @@ def combination_problems(methods: Sequence[str]) -> list[str]:
     return problems
 
 
+MOST_BLOCKS = 100_000
+"""More than any model has: ranges of blocks may come from a stranger's file."""
+
+
 def layer_numbers(text: str) -> frozenset[int]:
     """The block numbers that a range such as "0-5,11" names.
 
@@ -343,6 +360,8 @@ def layer_numbers(text: str) -> frozenset[int]:
         if not first.isdigit() or (dash and not last.isdigit()):
             raise ValueError(f"layers {text!r} is not a list of blocks such as '0-5,11'")
         stop = int(last) if dash else int(first)
+        if stop >= MOST_BLOCKS:
+            raise ValueError(f"layers {text!r} goes beyond block {MOST_BLOCKS}, the last thinkable")
         if stop < int(first):
             raise ValueError(f"layers {text!r} has a range that ends before it starts")
         numbers.update(range(int(first), stop + 1))

@@ -3,10 +3,20 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings, Topic
-from lorakit.config.marks import Escapes, Invocation, Mark, Recorded, Shared, Varies
+from lorakit.config.marks import (
+    Escapes,
+    Extends,
+    Handles,
+    Invocation,
+    Mark,
+    Place,
+    Recorded,
+    Shared,
+    Varies,
+)
 from lorakit.config.methods import (
     METHODS,
     BitFitConfig,
@@ -19,19 +29,34 @@ from lorakit.config.methods import (
     config_of,
     defaults_of,
 )
+from lorakit.config.seed import Seed
 
 Format = Literal["auto", "prompt", "messages", "text", "classification"]
 RowField = Literal["prompt", "completion", "references", "messages", "text", "text_pair", "label"]
 
 
+def _delimiter(value: Any) -> Any:
+    """One character; a tab may be given as a word, since it is hard to type."""
+    named = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}
+    value = named.get(value, value) if isinstance(value, str) else value
+    if not isinstance(value, str) or len(value) != 1 or value in '\r\n"':
+        raise ValueError("must be one character, or tab")
+    return value
+
+
+Delimiter = Annotated[str, BeforeValidator(_delimiter)]
+
+
 class DataConfig(Settings):
     """Which rows to read, and what each column means."""
 
-    train: str | None = None
-    """Rows to train on: a .jsonl, .json, .csv or .parquet file, builtin:NAME[:SPLIT] (places, sql),
-    or hub:OWNER/NAME[/SUBSET][:SPLIT]."""
+    train: Place[str | None] = None
+    """Rows to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, also as .gz, .bz2
+    or .xz), several with commas between, a pattern such as data/*.jsonl, - for standard input,
+    builtin:NAME (places, sql), hub:OWNER/NAME or hub:OWNER/NAME/SUBSET; :SPLIT after a name
+    chooses a split."""
 
-    validation: str | None = None
+    validation: Place[str | None] = None
     """Rows to score during training; None: no evaluation."""
 
     format: Format = "auto"
@@ -39,7 +64,12 @@ class DataConfig(Settings):
     classification (text, optional text_pair, label). auto: inferred from the fields of the rows."""
 
     fields: dict[RowField, str] = {}
-    """Our field name: the file's column, or a template such as "{subject}: {body}"."""
+    """Our field name: the file's column, or a template such as "{subject}: {body}". A name with
+    dots is of a value within a column: answers.text.0."""
+
+    delimiter: Delimiter | None = None
+    """What separates the columns of a CSV file: one character, or tab. None: found in its first
+    line."""
 
     separator: Annotated[str, Escapes()] = "\n"
     """Written between prompt and completion."""
@@ -50,7 +80,7 @@ class DataConfig(Settings):
     train_rows: PositiveInt | None = None
     """Use only the first so many training rows."""
 
-    validation_rows: PositiveInt | None = None
+    validation_rows: Place[PositiveInt | None] = None
     """Use only the first so many validation rows."""
 
     labels: Annotated[Names, Field(min_length=2)] | None = None
@@ -60,6 +90,8 @@ class DataConfig(Settings):
     def _check(self) -> "DataConfig":
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ValueError("labels names a class twice")
+        if self.train == self.validation == "-":
+            raise ValueError("train and validation can't both be standard input")
         return self
 
 
@@ -106,7 +138,7 @@ class TrainConfig(Settings):
         ),
     )
 
-    model: Annotated[str, Mark(on_card=False)] = "smollm2"
+    model: Annotated[str, Mark(on_card=False, may_change=True)] = "smollm2"
     """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""
 
     out: Invocation[Path]
@@ -149,10 +181,10 @@ class TrainConfig(Settings):
     double_quantization: Shared[bool] = True
     """Quantise the scales of 4bit too, which saves 0.37 bits a weight."""
 
-    steps: Varies[PositiveInt | None] = None
+    steps: Extends[PositiveInt | None] = None
     """Optimizer steps. None: as many as `epochs` asks for."""
 
-    epochs: Varies[PositiveFloat] = 1.0
+    epochs: Extends[PositiveFloat] = 1.0
     """Passes over the training rows, where `steps` is not given."""
 
     batch_size: Varies[PositiveInt] = 8
@@ -162,7 +194,8 @@ class TrainConfig(Settings):
     """Forward passes per optimizer step."""
 
     learning_rate: Varies[PositiveFloat | None] = None
-    """Peak learning rate of AdamW. None: each method's own, found by trial (docs/methods.md)."""
+    """Peak learning rate of AdamW. None: by a rule of the method and the width of the base
+    (docs/methods.md), which the match table prints."""
 
     lora_plus_ratio: Varies[PositiveFloat] = 1.0
     """Learning rate of LoRA's B over that of A (LoRA+, Hayou 2024, has 16). 1: both are equal."""
@@ -190,16 +223,16 @@ class TrainConfig(Settings):
     z_loss: Varies[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = 0.0
     """Factor on (log Σ exp(logits))², added to each loss to keep logits small (PaLM has 1e-4)."""
 
-    seed: Varies[Annotated[int, Field(ge=0)]] = 0
+    seed: Varies[Seed] = 0
     """Seed of the adapter's start, the row order and dropout."""
 
-    eval_every: Varies[PositiveInt | None] = None
+    eval_every: Extends[PositiveInt | None] = None
     """Steps between two evaluations. None: once, at the end of each epoch."""
 
-    save_every: Shared[PositiveInt] = 100
+    save_every: Handles[PositiveInt] = 100
     """Steps between two checkpoints from which a run can resume."""
 
-    patience: Varies[PositiveInt | None] = None
+    patience: Extends[PositiveInt | None] = None
     """Stop after so many evaluations without a better score. None: never."""
 
     packing: Shared[Literal["auto", "on", "off"]] = "auto"
@@ -207,12 +240,12 @@ class TrainConfig(Settings):
     batches are of rows of like length. off: padded rows in random order. on: an error where the
     model cannot."""
 
-    memory: Shared[Literal["low", "balanced", "fast"]] = "fast"
+    memory: Handles[Literal["low", "balanced", "fast"]] = "fast"
     """What is kept for the backward pass. fast: all that it needs; balanced: the results of
     products, and the rest is computed again; low: the input of each block and A·x, and all else is
     computed again."""
 
-    offload: Shared[bool] = False
+    offload: Handles[bool] = False
     """Keep in the CPU's memory what low or balanced keep of a GPU's."""
 
     kernels: Shared[Literal["auto", "plain"]] = "auto"
@@ -223,13 +256,13 @@ class TrainConfig(Settings):
     """Train the model's blocks through torch.compile. One is compiled for all, which takes half a
     minute on a CPU (docs/log.md says when that pays)."""
 
-    check_after: Shared[Annotated[int, Field(ge=3)]] = 5
+    check_after: Handles[Annotated[int, Field(ge=3)]] = 5
     """Steps after which every adapted layer must have moved."""
 
-    allow_untrained: Shared[bool] = False
+    allow_untrained: Handles[bool] = False
     """Go on although an adapted layer gets no gradient."""
 
-    allow_other_base: Shared[bool] = False
+    allow_other_base: Handles[bool] = False
     """Start from `init_from` although it was trained on another base."""
 
     init_from: Shared[Path | None] = None
@@ -242,7 +275,12 @@ class TrainConfig(Settings):
     name: second}]."""
 
     resume: Invocation[bool] = False
-    """Go on from the last checkpoint in `out`."""
+    """Go on from the last checkpoint in `out`. Rows and settings must be as they were, but for the
+    number of steps, evaluation, saving and memory."""
+
+    keep_settings: Invocation[bool] = False
+    """With resume: take over the settings that the checkpoint was saved with, in place of refusing
+    others. Of those that may change, the ones that are given count."""
 
     overwrite: Invocation[bool] = False
     """Replace what is in `out`."""
@@ -258,10 +296,6 @@ class TrainConfig(Settings):
             config_of(name, (sections.get(name) or by_family[name.split("-")[0]]).model_dump())
             for name in self.method
         )
-
-    def rate_of(self, method: str) -> float:
-        """The peak learning rate of a method's weights."""
-        return self.learning_rate or defaults_of(method, self.lora).learning_rate
 
     def warmup_of(self, steps: int) -> int:
         """The steps of a run over which learning rates rise from zero."""
@@ -288,7 +322,23 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_scored(self) -> "TrainConfig":
+        asked = {
+            "eval_every": self.eval_every,
+            "patience": self.patience,
+            "data.validation_rows": self.data.validation_rows,
+        }
+        idle = [name for name, value in asked.items() if value is not None]
+        if idle and self.data.validation is None:
+            raise ValueError(f"data.validation names no rows to score, as {', '.join(idle)} asks")
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         if self.offload and self.memory == "fast":
             raise ValueError("offload goes with memory: low or balanced, and memory is fast")
+        if self.keep_settings and not self.resume:
+            raise ValueError("keep_settings takes over what a checkpoint has, so it needs resume")
+        if self.resume and self.overwrite:
+            raise ValueError("resume goes on with a run and overwrite replaces it: give one")
         return self

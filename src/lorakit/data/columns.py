@@ -6,9 +6,9 @@ from typing import Any, TypeAlias, TypeVar
 
 from lorakit.config.train import DataConfig, RowField
 from lorakit.data.fields import FieldMap
+from lorakit.data.file_formats import RawRow
 from lorakit.data.problems import Problems, UnusableRowError
 from lorakit.data.row_types import RowType
-from lorakit.data.sources import RawRow
 from lorakit.errors import DataError
 
 R = TypeVar("R")

@@ -1,5 +1,6 @@
 """Rows to samples: tokens and labels, with a count of what was cut or left out."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,14 @@ class Encoded:
 
     examples: tuple[Example, ...]
     report: EncodingReport
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the samples in their order: tokens, labels, and which text tokens are from."""
+        content = hashlib.sha256()
+        for each in self.examples:
+            content.update(repr((each.input_ids, each.labels, each.token_type_ids)).encode())
+        return content.hexdigest()
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -1,6 +1,7 @@
 """Rows of a source, read and checked as a whole before anything is trained on them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lorakit.config.train import DataConfig
@@ -8,8 +9,17 @@ from lorakit.data.builtin import builtin_task
 from lorakit.data.columns import ColumnTable, Values
 from lorakit.data.fields import FieldMap, as_number, as_text
 from lorakit.data.labels import class_name, class_order
+from lorakit.data.nested import rows_within, with_nested
 from lorakit.data.problems import UnusableRowError
-from lorakit.data.row_types import ClassificationRow, Message, MessagesRow, PromptRow, Rows, TextRow
+from lorakit.data.row_types import (
+    ClassificationRow,
+    Message,
+    MessagesRow,
+    PromptRow,
+    Rows,
+    RowType,
+    TextRow,
+)
 from lorakit.data.sources import read_raw_rows
 from lorakit.errors import DataError
 
@@ -47,9 +57,29 @@ def read_rows(
     """
     if source.startswith(BUILTIN_PREFIX):
         return _builtin_rows(source, data, limit=limit, split=split)
-    raw = read_raw_rows(source, limit=limit, split=split)
-    table = ColumnTable(source, raw, FieldMap(data.fields))
-    match table.kind(data, answered=answered):
+    raw = read_raw_rows(source, limit=limit, split=split, delimiter=data.delimiter)
+    table = ColumnTable(source, with_nested(raw.rows, data.fields), FieldMap(data.fields))
+    try:
+        kind = table.kind(data, answered=answered)
+    except DataError as error:
+        raise DataError(f"{error}{rows_within(raw.rows)}") from None
+    rows = _typed_rows(
+        table, kind, labels=labels or data.labels, regression=regression, answered=answered
+    )
+    return replace(rows, notes=(*raw.notes, *rows.notes))
+
+
+def _typed_rows(
+    table: ColumnTable,
+    kind: RowType,
+    *,
+    labels: tuple[str, ...] | None,
+    regression: bool,
+    answered: bool,
+) -> Rows:
+    """The rows of a table, of one type."""
+    source = table.source
+    match kind:
         case "messages":
             turns = table.rows(lambda values: _messages_row(table.fields, values))
             return Rows(kind="messages", rows=turns, source=source)
@@ -61,7 +91,7 @@ def read_rows(
             )
             return Rows(kind="classification", rows=numbers, source=source)
         case "classification":
-            return _classification_rows(table, known=labels or data.labels)
+            return _classification_rows(table, known=labels)
         case "text":
             texts = table.rows(lambda values: TextRow(text=table.fields.text("text", values)))
             return Rows(kind="text", rows=texts, source=source)

@@ -94,6 +94,7 @@ def available(x: Tensor, *, training: bool) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and (training or torch.is_grad_enabled())
         and choice.fast()
         and not torch.is_autocast_enabled(x.device.type)

@@ -54,12 +54,23 @@ def embedding_update(
     scale: float,
     *,
     dropout: float = 0.0,
+    padding: int | None = None,
+    by_frequency: bool = False,
 ) -> Float[Tensor, "*rows d_model"]:
     """scale·B·A[:, ids], which is Eq. 3 for one-hot inputs.
 
     Dropping an element of a one-hot input drops the whole token, so dropout works per token.
+
+    Args:
+        ids: of tokens.
+        a: the adapter's A.
+        b: its B.
+        scale: factor on the update.
+        dropout: probability by which a token's update is dropped.
+        padding: a token whose column of A gets no gradient, as the layer's padding_idx.
+        by_frequency: divide a column's gradient by how often its token is there.
     """
-    down_project = F.embedding(ids, a.T)
+    down_project = F.embedding(ids, a.T, padding_idx=padding, scale_grad_by_freq=by_frequency)
     if dropout:
         down_project = down_project * F.dropout(down_project.new_ones((*ids.shape, 1)), dropout)
     return F.linear(down_project, b) * scale

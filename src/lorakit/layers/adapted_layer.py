@@ -5,16 +5,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
+from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.layers.class_swap import SwappedModule, swap_back, swapped_class
+from lorakit.layers.instance_forward import InstanceForward
 from lorakit.layers.operation import Operation
 from lorakit.layers.route import Route
-from lorakit.models.base import base_modules
-from lorakit.upstream.private_names import own_parameters
+from lorakit.models.base import BANK, base_modules
+from lorakit.upstream.private_names import (
+    accelerate_forward,
+    own_modules,
+    own_parameters,
+    set_accelerate_forward,
+)
 
 
 def bank_key(name: str) -> str:
@@ -39,6 +46,8 @@ class AdaptedLayer(SwappedModule):
 
     Layers whose blocks share compiled code must not be told apart by their numbers in it.
     """
+    adapter_patch: InstanceForward | None = None
+    """The forward pass that somebody put on this object; None: nobody did."""
     uncalled: tuple[str, ...]
     """Parameters that are used without a module call."""
 
@@ -51,6 +60,11 @@ class AdaptedLayer(SwappedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output, changed by the active operation."""
+        if not isinstance(self, AdaptedLayer):
+            # Whoever read this method before `detach` still calls it.
+            return type(self).forward(self, *args, **kwargs)
+        if self.adapter_patch is not None:
+            self.adapter_patch.note()
         # Reentrant checkpointing runs its forward pass without gradients, but in training.
         if (torch.is_grad_enabled() or self.training) and not torch.compiler.is_compiling():
             self.adapter_route.check_recomputation()
@@ -58,16 +72,42 @@ class AdaptedLayer(SwappedModule):
         if operation is None:
             return super().forward(*args, **kwargs)
         output = None if operation.replaces_output else super().forward(*args, **kwargs)
-        if kwargs:
-            args = _positional(self.own_class.forward, self, args, kwargs)
-        if isinstance(output, tuple):
-            # Blocks of some families return more than the hidden states.
-            return (operation.adapt(self, args, output[0]), *output[1:])
-        return operation.adapt(self, args, output)
+        return _adapted(self, operation, output, args, kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a forward pass of the object's own has the adapter too."""
+        if name == "forward":
+            self.adapter_patch = value = InstanceForward(self, value, adapt_output)
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists only in this process; a copy or a pickle makes it anew.
         return _blank, (self.own_class, self.uncalled), self.__dict__
+
+
+def adapt_output(
+    layer: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A layer's output, made by somebody else's forward pass, changed by the active operation."""
+    if not isinstance(layer, AdaptedLayer):
+        return output
+    operation = layer.current_operation()
+    return output if operation is None else _adapted(layer, operation, output, args, kwargs)
+
+
+def _adapted(
+    layer: AdaptedLayer,
+    operation: Operation,
+    output: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if kwargs:
+        args = _positional(layer.own_class.forward, layer, args, kwargs)
+    if isinstance(output, tuple):
+        # Blocks of some families return more than the hidden states.
+        return (operation.adapt(layer, args, output[0]), *output[1:])
+    return operation.adapt(layer, args, output)
 
 
 def _positional(
@@ -86,9 +126,20 @@ def adapted_class(base: type[nn.Module], uncalled: tuple[str, ...] = ()) -> type
         base: the layer's own class.
         uncalled: parameters that are used without a module call.
     """
-    properties = ((name, _read_as_routed(name)) for name in uncalled)
-    made = swapped_class(AdaptedLayer, base, ("uncalled", uncalled), *properties)
+    members: list[tuple[str, Any]] = [(name, _read_as_routed(name)) for name in uncalled]
+    if issubclass(base, nn.Sequential):
+        # It calls its children one after the other, and the updates are no step of it.
+        members += [("__iter__", _own_children), ("__len__", _count_of_own_children)]
+    made = swapped_class(AdaptedLayer, base, ("uncalled", uncalled), *members)
     return cast(type[AdaptedLayer], made)
+
+
+def _own_children(layer: nn.Module) -> Iterator[nn.Module | None]:
+    return iter([child for name, child in own_modules(layer).items() if name != BANK])
+
+
+def _count_of_own_children(layer: nn.Module) -> int:
+    return sum(name != BANK for name in own_modules(layer))
 
 
 @cache
@@ -126,14 +177,40 @@ def convert(
         adapted.adapter_route, adapted.adapter_path, adapted.adapter_input = route, path, reads
         adapted.adapter_number = route.layers
         route.layers += 1
-        layer.__class__ = adapted_class(type(layer), uncalled)
+        own = type(layer)
+        layer.__class__ = adapted_class(own, uncalled)
+        _take_over(adapted, own)
     return cast(AdaptedLayer, layer)
+
+
+def _take_over(layer: AdaptedLayer, own: type[nn.Module]) -> None:
+    """Have the adapter act in a forward pass that was put on the object before.
+
+    Within accelerate's, inputs and weights are where they belong.
+    """
+    hooked = accelerate_forward(layer)
+    if isinstance(hooked, MethodType) and hooked.__func__ is own.forward:
+        set_accelerate_forward(layer, MethodType(AdaptedLayer.forward, layer))
+    if "forward" in vars(layer):
+        cast(Any, layer).forward = vars(layer)["forward"]
+
+
+def _hand_back(layer: nn.Module) -> None:
+    """Leave somebody else's forward pass on the object as it would be without an adapter."""
+    hooked = accelerate_forward(layer)
+    if isinstance(hooked, MethodType) and hooked.__func__ is AdaptedLayer.forward:
+        set_accelerate_forward(layer, MethodType(type(layer).forward, layer))
+    patch = vars(layer).get("forward")
+    if isinstance(patch, InstanceForward):
+        vars(layer)["forward"] = patch.own
+    vars(layer).pop("adapter_patch", None)
 
 
 def restore(layer: nn.Module) -> None:
     """Turn an adapted layer into what it was before `convert`."""
     assert isinstance(layer, AdaptedLayer)
     swap_back(layer)
+    _hand_back(layer)
     for name in ("bank", "route", "number", "path", "input"):
         delattr(layer, f"adapter_{name}")
 

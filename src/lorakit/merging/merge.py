@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attachment.attach import (
+    check_in_place,
     detach,
     restore_module,
     restore_original_weights,
@@ -27,8 +28,15 @@ from lorakit.errors import MergeError
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Update
 from lorakit.layers.route import Frame
+from lorakit.merging.probe import default_probe, outputs_on
 from lorakit.methods.lora.lora import LoRAUpdate
-from lorakit.models.base import base_modules, base_parameter, base_parameters
+from lorakit.models.base import (
+    base_modules,
+    base_parameter,
+    base_parameters,
+    is_offloaded,
+    unwrapped,
+)
 from lorakit.models.quantized_weight import is_quantized
 from lorakit.routing.route import route
 from lorakit.upstream.private_names import own_parameters
@@ -128,8 +136,8 @@ def merge(
     Args:
         model: a model with adapters.
         name: which adapter; None: the active one.
-        probe: a batch to run before and after. None: a fixed batch of token ids, where the model
-            has an input embedding.
+        probe: a batch to run before and after. None: a fixed batch of token ids, an image or a
+            sound, whichever the model takes.
         round_to: round to this precision (kept in the weights' own), for a checkpoint that will be
             written in it.
         original_weights: where to keep them. copy: in the CPU's memory; checkpoint: in the
@@ -139,9 +147,11 @@ def merge(
             the merge several times faster.
 
     Raises:
+        AttachError: layers were replaced or resized since the adapter was attached.
         MergeError: no adapter is active, this one cannot be merged (bottlenecks, virtual tokens,
             quantised weights), is merged already, or a route is open.
     """
+    model = unwrapped(model)
     state = require_attachment(model)
     name = active_name(model) if name is None else name
     if name is None:
@@ -151,6 +161,7 @@ def merge(
         raise MergeError(f"adapter {name!r} is merged already: lk.unmerge(model) first")
     if state.route.below:
         raise MergeError("a route is open, which would restore another adapter: merge after it")
+    check_in_place(model, state, name)
     _check_mergeable(state, name)
     probe = (default_probe(model) if probe is None else probe) if measure else None
     if probe is not None and state.route.merged is not None:
@@ -176,6 +187,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         MergeError: nothing is merged.
     """
+    model = unwrapped(model)
     state = attachment_of(model)
     if state is None or state.route.merged is None:
         raise MergeError("no adapter is merged into this model")
@@ -190,9 +202,15 @@ def _check_mergeable(state: Attachment, name: str) -> None:
     """
     reasons: dict[str, str] = {}
     for number, update in state.adapters[name].updates.items():
-        reason = update.unmergeable or _quantized_reason(state.layers[number], update)
+        layer = state.layers[number]
+        reason = (
+            update.unmergeable
+            or _quantized_reason(layer, update)
+            or _computed_reason(layer, update)
+            or _offloaded_reason(layer)
+        )
         if reason is not None:
-            reasons.setdefault(reason, state.layers[number].adapter_path)
+            reasons.setdefault(reason, layer.adapter_path)
     if reasons:
         lines = [f"{reason} (first at {path or 'the model'})" for reason, path in reasons.items()]
         method = state.adapters[name].record.method
@@ -209,6 +227,25 @@ def _quantized_reason(layer: nn.Module, update: Update) -> str | None:
     return (
         "the weight is quantised, and would lose most of the update in being so again: save the "
         "adapter and run `lorakit merge`, or detach it, dequantize the model, and attach it again"
+    )
+
+
+def _offloaded_reason(layer: nn.Module) -> str | None:
+    """Why nothing can be merged into a layer's weights; None: they are in memory."""
+    if not any(is_offloaded(module) for _, module in base_modules(layer)):
+        return None
+    return "the weight is offloaded and read anew for each call: load the base into memory to merge"
+
+
+def _computed_reason(layer: nn.Module, update: Update) -> str | None:
+    """Why an update has no parameter to be merged into; None: it has."""
+    changes_weight = isinstance(update, LoRAUpdate) and update.parts
+    if not changes_weight or own_parameters(layer).get("weight") is not None:
+        return None
+    return (
+        "the weight is computed in each forward pass from others (weight_norm, spectral_norm, …), "
+        "which cannot hold a sum: make it a plain weight first (remove_parametrizations, "
+        "remove_weight_norm), or keep the adapter unmerged"
     )
 
 
@@ -281,39 +318,13 @@ def _tied_parameters(model: nn.Module) -> set[int]:
     return {key for key, count in seen.items() if count > 1}
 
 
-def default_probe(model: nn.Module) -> Mapping[str, Tensor] | None:
-    """A fixed batch of 1×16 token ids, or None for a model that takes no token ids."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    if not isinstance(embedding, nn.Embedding) or embedding.weight.is_meta:
-        return None
-    step = max(1, embedding.num_embeddings // 17)
-    ids = torch.arange(1, 17, device=embedding.weight.device) * step % embedding.num_embeddings
-    batch = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = ids[None]
-    return batch
-
-
-@torch.no_grad()
-def outputs_on(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor | None:
-    """A model's outputs for a batch, in float32 and eval mode; None: there is no batch."""
-    if probe is None:
-        return None
-    training = model.training
-    try:
-        result = model.eval()(**probe)
-    finally:
-        model.train(training)
-    logits = getattr(result, "logits", result)
-    return logits.float() if isinstance(logits, Tensor) else None
-
-
 def finalize(model: nn.Module) -> None:
     """Make a merge final: the merged weights stay, all adapters go, and the model is plain.
 
     Raises:
         MergeError: nothing is merged.
     """
+    model = unwrapped(model)
     state = attachment_of(model)
     if state is None or state.route.merged is None:
         raise MergeError("no adapter is merged into this model")

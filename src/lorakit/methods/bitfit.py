@@ -16,7 +16,7 @@ from lorakit.layers.operation import Update
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.lora.lora import ConvNd, LoRAUpdate, is_linear, matrix_shape
 from lorakit.methods.uncalled import uncalled_component
-from lorakit.models.base import base_modules
+from lorakit.models.base import base_modules, device_of
 from lorakit.models.families import family_name, uncalled_weights
 from lorakit.models.paths import block_number
 from lorakit.models.roles import task_heads
@@ -178,13 +178,12 @@ class AddedBias(Component):
 
     def update(self, materials: Materials) -> AddedBiasUpdate:
         """The update of the layer."""
-        weight = own_parameters(materials.modules[self.path])["weight"]
-        assert weight is not None
+        device = device_of(materials.modules[self.path])
         if materials.tensors is not None:
             saved = materials.tensors[f"{self.path}.added_bias"]
-            return AddedBiasUpdate(saved.to(weight.device, copy=True))
+            return AddedBiasUpdate(saved.to(device, copy=True))
         dtype = getattr(torch, self.dtype)
-        return AddedBiasUpdate(torch.zeros(self.size, dtype=dtype, device=weight.device))
+        return AddedBiasUpdate(torch.zeros(self.size, dtype=dtype, device=device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +196,7 @@ class TrainedBias(Component):
 
     step = 1
     what = "bias"
+    reads_base = True
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -205,10 +205,12 @@ class TrainedBias(Component):
 
     def update(self, materials: Materials) -> LoRAUpdate:
         """The update of the layer, whose fresh bias is the base's own."""
-        base = cast(Tensor, materials.modules[self.path].bias).detach()
+        layer = materials.modules[self.path]
         if materials.tensors is None:
+            base = cast(Tensor, layer.bias).detach()
             return LoRAUpdate({}, base.to(getattr(torch, self.dtype), copy=True))
-        return LoRAUpdate({}, materials.tensors[f"{self.path}.bias"].to(base.device, copy=True))
+        saved = materials.tensors[f"{self.path}.bias"]
+        return LoRAUpdate({}, saved.to(device_of(layer), copy=True))
 
     @property
     def row(self) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from lorakit.kernels.dropout import Dropout
 from lorakit.layers.operation import Update
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.module_copy import trained_copy
-from lorakit.models.base import base_modules, base_parameters
+from lorakit.models.base import base_modules, base_parameters, device_of
 from lorakit.models.blocks import OUTPUTS, Block, blocks, named_modules
 
 SIZES = {"h": 16, "l": 32, "p": 32, "d": 48}
@@ -201,8 +200,8 @@ class BottleneckComponent(Component):
         """The bottleneck; a fresh one changes nothing."""
         modules, tensors = materials.modules, materials.tensors
         # A dropout, say, has no parameters; its model has.
-        near = itertools.chain(*(base_parameters(modules[path]) for path in (self.path, "")))
-        device = next(near)[1].device
+        near = self.path if any(True for _ in base_parameters(modules[self.path])) else ""
+        device = device_of(modules[near])
         if tensors is None:
             own = {name: self._fresh(name, device) for name in self._shapes_inside}
         else:

@@ -42,6 +42,11 @@ class Component(ABC):
     """When its update of a module comes, among those of other components: lower is earlier."""
 
     @property
+    def reads_base(self) -> bool:
+        """Whether a fresh start is made from the base's own values."""
+        return False
+
+    @property
     @abstractmethod
     def what(self) -> str:
         """What it is, for the match table."""

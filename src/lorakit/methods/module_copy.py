@@ -130,6 +130,7 @@ class TrainedCopy(Component):
 
     step = 2
     what = "full copy"
+    reads_base = True
 
     @property
     def shapes(self) -> Mapping[str, Shape]:

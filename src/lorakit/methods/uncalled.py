@@ -60,6 +60,8 @@ class UncalledComponent(Component):
     dtype: str
     """Precision of the trained values."""
 
+    reads_base = True
+
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """The shape of each tensor, which has the name of the base's parameter."""

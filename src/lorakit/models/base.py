@@ -2,12 +2,35 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
-from lorakit.upstream.private_names import own_modules, own_parameters
+from lorakit.upstream.private_names import (
+    COMPILED_WRAPPER,
+    accelerate_device,
+    own_modules,
+    own_parameters,
+)
+
+WRAPPERS = ("torch", "deepspeed", "accelerate")
+"""The packages whose modules hold a model in `module`, to call it in several places."""
 
 BANK = "adapter_bank"
 """Name of the child module, of an adapted layer, that holds its updates."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile, of DistributedDataParallel and the like.
+
+    Names in adapters are those of the model itself, whatever runs it.
+    """
+    while True:
+        is_wrapper = type(model).__module__.partition(".")[0] in WRAPPERS
+        inner = getattr(model, COMPILED_WRAPPER, None)
+        inner = getattr(model, "module", None) if inner is None and is_wrapper else inner
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -45,3 +68,19 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter is not None and parameter not in seen:
                 seen.add(parameter)
                 yield (f"{path}.{name}" if path else name), parameter
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings a module's own weights from elsewhere for each call."""
+    own = (parameter for parameter in own_parameters(module).values() if parameter is not None)
+    return accelerate_device(module) is not None and any(parameter.is_meta for parameter in own)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its first weight is, or is brought to for a call."""
+    for _, inner in base_modules(module):
+        for parameter in own_parameters(inner).values():
+            if parameter is not None:
+                offloaded = accelerate_device(inner) if parameter.is_meta else None
+                return parameter.device if offloaded is None else offloaded
+    return torch.device("cpu")

@@ -13,6 +13,7 @@ from lorakit.config.methods import layer_numbers
 from lorakit.errors import TargetError, did_you_mean
 from lorakit.models.base import base_modules
 from lorakit.models.families import UNKNOWN_FAMILY, Family, RowSplit, family_name, family_of
+from lorakit.models.linear_probe import returns_tensor
 from lorakit.models.paths import block_number, ends_with, is_within
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head")
@@ -22,7 +23,8 @@ GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 """Words that stand for whichever of several roles the model has."""
 
 ALL_LINEAR = "all-linear"
-"""Every Linear and Conv1D but the output head and the task heads, as in PEFT."""
+"""Every Linear and Conv1D but the output head and the task heads, as in PEFT, and routers that are
+Linears which return more than one tensor."""
 
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LISTED_NAMES = 20
@@ -271,6 +273,7 @@ def _linear_paths(model: nn.Module) -> set[str]:
         if isinstance(module, (nn.Linear, Conv1D))
         and module is not output
         and not is_within(path, heads)
+        and returns_tensor(module)
     }
 
 

@@ -30,5 +30,8 @@ def is_causal(model: nn.Module) -> bool:
 
 def hidden_size(model: nn.Module) -> int | None:
     """The width of the residual stream; None: the model's config does not say."""
-    size = getattr(getattr(model, "config", None), "hidden_size", None)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    size = getattr(config, "hidden_size", None)
     return size if isinstance(size, int) else None

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.attachment.state import attached, check_rows, unwrapped
+from lorakit.attachment.state import attached, check_rows
 from lorakit.methods.lora.lora import is_adaptable, is_linear
-from lorakit.models.base import base_modules
+from lorakit.models.base import base_modules, unwrapped
 from lorakit.upstream.private_names import (
     compiled_call,
     forward_pre_hooks,

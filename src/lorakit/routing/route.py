@@ -14,6 +14,7 @@ from lorakit.attachment.state import Attached, Attachment, require_attachment, r
 from lorakit.errors import MergeError, RouteError
 from lorakit.kernels import choice
 from lorakit.layers.route import Frame
+from lorakit.models.base import device_of
 from lorakit.routing.choices import Choice, RowChoices, UpdatesByName
 from lorakit.routing.compiled_batch import static_operations
 from lorakit.routing.stacked_lora import mixed_operations
@@ -79,7 +80,7 @@ def route_rows(model: nn.Module, choices: RowChoices) -> Iterator[None]:
             f"adapter {state.route.merged!r} is merged into the weights, so no row can have "
             "another, or the base: lk.unmerge(model) first"
         )
-    frame = _frame(state, used, choices, next(model.parameters()).device)
+    frame = _frame(state, used, choices, device_of(model))
     with state.route.block(replace(frame, rows=choices.rows)):
         yield
 

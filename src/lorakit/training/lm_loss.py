@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorakit.attachment.state import attachment_of, is_compiled, unwrapped
+from lorakit.attachment.state import attachment_of, is_compiled
 from lorakit.data.chat import IGNORED
 from lorakit.kernels.choice import fast
 from lorakit.kernels.cross_entropy import head_cross_entropy
@@ -26,6 +26,7 @@ from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 from lorakit.kernels.packed_sequences import FEW_SIZES
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.route import Frame
+from lorakit.models.base import unwrapped
 from lorakit.models.logits import logit_transform
 from lorakit.models.roles import output_head
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.attach import attach
 from lorakit.attachment.plan import Plan
+from lorakit.config.idle import idle_settings
+from lorakit.config.seed import generator_seed
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import Encoded, encode_rows
@@ -22,8 +24,10 @@ from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.models.quantized import Quantization
+from lorakit.models.shape import hidden_size
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
+from lorakit.training.rates import Rate, rates_by_method
 from lorakit.training.virtual_tokens import check_infix, longest_row, with_tokens
 
 T = TypeVar("T")
@@ -46,18 +50,27 @@ class Prepared:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
+    rates: Mapping[str, Rate]
+    """Peak learning rate of each method."""
     training: Encoded
     validation: Encoded | None
     steps: int
     """Optimizer steps of the whole run."""
     packing: Packing = PLAIN
+    idle: tuple[str, ...] = ()
+    """Settings that were given and have no effect, with the reasons."""
 
     def __str__(self) -> str:
         """The match table, the reports of the rows, and the packing, as text."""
-        parts = [str(self.plan), f"training rows: {self.training.report}"]
+        parts = [str(self.plan)]
+        parts += [f"learning rate: {rate}" for rate in self.rates.values()]
+        parts.append(f"training rows: {self.training.report}")
         if self.validation is not None:
             parts.append(f"validation rows: {self.validation.report}")
-        return "\n".join([*parts, f"batches: {self.packing}"])
+        parts.append(f"batches: {self.packing}")
+        if self.idle:
+            parts.append(f"without effect: {', '.join(self.idle)}")
+        return "\n".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,22 +106,23 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
         check_compile(config)
     source_of = _sources(configs)
     sources = {name: configs[name] for name in source_of.values()}
-    read = _for_each(sources, _read)
+    read = for_each(sources, _read)
     task, labels = _shared(read)
     first = next(iter(configs.values()))
     model, tokenizer = _load(first, task, labels)
     packing = _packing(model, task, first)
     check_memory(model, first)
-    plans = _for_each(
+    plans = for_each(
         configs,
         lambda config, name: _attach(
             model, config, name, _eva_batches(config, read[source_of[name]].training, tokenizer)
         ),
     )
     encode = _Encodings(model, tokenizer, read, source_of)
-    encoded = _for_each(configs, encode)
+    encoded = for_each(configs, encode)
     runs = {name: (config, encoded[name]) for name, config in configs.items()}
-    steps = _for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
+    width = hidden_size(model)
+    steps = for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
     return {
         name: Prepared(
             name=name,
@@ -118,12 +132,14 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
             model=model,
             tokenizer=tokenizer,
             plan=plans[name],
+            rates=rates_by_method(config, plans[name], width),
             training=training,
             validation=validation,
             steps=steps[name],
             packing=packing,
+            idle=idle_settings(config),
         )
-        for name, (_, (training, validation)) in runs.items()
+        for name, (config, (training, validation)) in runs.items()
     }
 
 
@@ -156,7 +172,7 @@ def _sources(configs: Mapping[str, TrainConfig]) -> dict[str, str]:
     }
 
 
-def _for_each(given: Mapping[str, T], work: Callable[[T, str], U]) -> dict[str, U]:
+def for_each(given: Mapping[str, T], work: Callable[[T, str], U]) -> dict[str, U]:
     """The result of some work for each value and its name.
 
     Raises:
@@ -271,7 +287,8 @@ def _eva_batches(
     """The batches of training rows from which LoRA's init eva starts; None for other starts."""
     if config.init_from is not None or "lora" not in config.method or config.lora.init != "eva":
         return None
-    generator, size = torch.Generator().manual_seed(config.seed), config.batch_size
+    generator = torch.Generator().manual_seed(generator_seed(config.seed))
+    size = config.batch_size
     chosen = torch.randperm(len(rows), generator=generator)[: config.eva_batches * size].tolist()
     few = replace(rows, rows=tuple(rows.rows[row] for row in chosen))
     examples, collate = encode_rows(few, tokenizer, config.data).examples, Collator(tokenizer)
@@ -282,9 +299,9 @@ def _attach(
     model: PreTrainedModel, config: TrainConfig, name: str, data: list[dict[str, Any]] | None
 ) -> Plan:
     """Attach an adapter whose start depends on the seed alone, not on earlier random numbers."""
-    set_seed(config.seed)
+    set_seed(generator_seed(config.seed))
     redraw_fresh_head(model)
-    set_seed(config.seed)
+    set_seed(generator_seed(config.seed))
     if config.init_from is None:
         return attach(model, config.methods(), name=name, data=data)
     start = Adapter.load(config.init_from)

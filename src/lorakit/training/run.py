@@ -33,13 +33,15 @@ from lorakit.training.memory.memory_setting import training_memory
 from lorakit.training.prepare import Prepared, prepare
 from lorakit.training.rates import learning_rates
 from lorakit.training.record import JsonLines, ProgressBar, tensorboard
-from lorakit.training.trainer import (
-    AdapterTrainer,
-    KeepBest,
-    list_checkpoints,
-    make_arguments,
-    step_of,
+from lorakit.training.resume import (
+    Change,
+    RunRecord,
+    changes_of,
+    scored_on_other_rows,
+    settings_to_resume,
 )
+from lorakit.training.run_folder import LOG, find_checkpoint, locked
+from lorakit.training.trainer import AdapterTrainer, KeepBest, OwnIntervals, make_arguments, step_of
 
 BEST_BY = {"generation": "loss", "classification": "accuracy", "regression": "pearson"}
 """The score that decides which adapter is the best, by task."""
@@ -74,6 +76,25 @@ class Run:
     prepared: Prepared
     checkpoint: Path | None
     """None: from the first step."""
+    changes: tuple[Change, ...] = ()
+    """What resumptions have changed in its settings."""
+    scored_afresh: bool = False
+    """Scores of the steps before the checkpoint do not count: they are of other rows."""
+
+    @staticmethod
+    def of(config: TrainConfig, prepared: Prepared, checkpoint: Path | None) -> Run:
+        """A run from its first step, or from a checkpoint.
+
+        Raises:
+            TrainingError: it does not go on from the checkpoint.
+        """
+        return Run(
+            config=config,
+            prepared=prepared,
+            checkpoint=checkpoint,
+            changes=changes_of(config, prepared, checkpoint),
+            scored_afresh=scored_on_other_rows(prepared, checkpoint),
+        )
 
     @property
     def steps_done(self) -> int:
@@ -102,13 +123,16 @@ def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -
         raise ConfigError(
             "sweep asks for several adapters: call lorakit.training.sweep.sweep.sweep(config)"
         )
-    checkpoint = find_checkpoint(config)
-    prepared = prepare(config)
-    if table:
-        print(prepared, file=sys.stderr)
-    run = Run(config=config, prepared=prepared, checkpoint=checkpoint)
-    with while_training(prepared.model, config) as interruption:
-        return execute(run, interruption, bar=ProgressBar(show=progress))
+    with locked(config.out):
+        checkpoint = find_checkpoint(config)
+        if checkpoint:
+            config = settings_to_resume(config, checkpoint)
+        prepared = prepare(config)
+        run = Run.of(config, prepared, checkpoint)
+        if table:
+            print(prepared, file=sys.stderr)
+        with while_training(prepared.model, config) as interruption:
+            return execute(run, interruption, bar=ProgressBar(show=progress))
 
 
 @contextmanager
@@ -125,35 +149,6 @@ def while_training(model: PreTrainedModel, config: TrainConfig) -> Iterator[Inte
         compiled_blocks(model) if config.compile else nullcontext(),
     ):
         yield interruption
-
-
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, or make sure that the folder is free.
-
-    Raises:
-        OutputError: the folder is in use.
-        TrainingError: there is nothing to resume.
-    """
-    if not config.resume:
-        check_free(config)
-        return None
-    checkpoints = list_checkpoints(config.out / "checkpoints")
-    if not checkpoints:
-        raise TrainingError(f"{config.out} has no checkpoint to resume: leave out --resume")
-    return checkpoints[-1]
-
-
-def check_free(config: TrainConfig) -> None:
-    """Make sure that a new run may write its folder.
-
-    Raises:
-        OutputError: something is there already, and `overwrite` is not set.
-    """
-    if not config.overwrite and config.out.exists() and any(config.out.iterdir()):
-        raise OutputError(
-            f"{config.out} exists and is not empty: choose another folder, or give --resume to "
-            "go on with its run or --overwrite to replace it"
-        )
 
 
 def execute(
@@ -188,6 +183,11 @@ def execute(
             seconds = trainer.train_from(run.checkpoint)
     except TrainingError as error:
         raise _stopped(error, trainer, run) from None
+    except OSError as error:
+        raise OutputError(
+            f"{run.config.out} cannot be written: {error.strerror or error}; its checkpoints are "
+            "kept, from which --resume goes on"
+        ) from error
     if interruption.happened and trainer.state.global_step < steps:
         raise KeyboardInterrupt(
             f"stopped after step {trainer.state.global_step} of {steps}, which is saved: "
@@ -210,6 +210,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     plain_loss = Loss(prepared.task)
     collate = Collator(prepared.tokenizer)
     validation = prepared.validation
+    rates = learning_rates(config, prepared.plan, prepared.rates)
 
     def scorer(model: torch.nn.Module) -> dict[str, float]:
         assert validation is not None
@@ -225,18 +226,20 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     trainer = make_trainer(
         adapter_name=prepared.name,
         checkpoints=config.out / "checkpoints",
-        rates=learning_rates(config, prepared.plan),
+        rates=rates,
+        save_record=RunRecord.of(config, prepared, run.changes).save,
         scorer=scorer if validation else None,
         by_length=prepared.packing.by_length,
         model=prepared.model,
-        args=make_arguments(config, prepared.steps),
+        args=make_arguments(config, prepared.steps, learning_rate=max(rates.values())),
         train_dataset=prepared.training,
         eval_dataset=validation,
         data_collator=Collator(prepared.tokenizer, prepared.packing),
         compute_loss_func=loss,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(JsonLines(config.out / "log.jsonl"))
+    trainer.add_callback(OwnIntervals())
+    trainer.add_callback(JsonLines(config.out / LOG))
     trainer.add_callback(tensorboard(config.out / "tensorboard"))
     if not config.allow_untrained:
         trainer.add_callback(UntrainedParts(trainer.trained, check_after=config.check_after))
@@ -248,23 +251,22 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
                 metric=best,
                 greater=best != "loss",
                 patience=config.patience,
+                afresh=run.scored_afresh,
             )
         )
     return trainer
 
 
 def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:
-    card = training_card(
-        run.config, run.prepared, trainer.state.global_step, trainer.state.log_history
-    )
+    state = trainer.state
+    card = training_card(run, state.global_step, state.log_history)
     adapter = extract(run.prepared.model, run.prepared.name)
     replace(adapter, card=card).save(folder, overwrite=True)
 
 
-def training_card(
-    config: TrainConfig, prepared: Prepared, step: int, history: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def training_card(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The training card of an adapter; identical runs have identical ones: no dates, no times."""
+    config, prepared = run.config, run.prepared
     on_card = set(settings_where(TrainConfig, lambda mark: mark.on_card))
     scores = [e for e in history if any(key.startswith("eval_") for key in e)]
     quantized = card_of_base(prepared.model)
@@ -281,6 +283,8 @@ def training_card(
         },
         "settings": config.model_dump(mode="json", include=on_card),
         **quantized,
+        **_rates_of_rule(run),
+        **({"changes": [dict(change) for change in run.changes]} if run.changes else {}),
         "step": step,
         "scores": {
             name.removeprefix("eval_"): value
@@ -292,6 +296,14 @@ def training_card(
             **{name: version(name) for name in libraries},
         },
     }
+
+
+def _rates_of_rule(run: Run) -> dict[str, Any]:
+    """The card's entry of the peak learning rates, where the settings have none."""
+    if run.config.learning_rate is not None:
+        return {}
+    rates = run.prepared.rates
+    return {"learning_rates": {method: rate.value for method, rate in rates.items()}}
 
 
 def _stopped(error: TrainingError, trainer: AdapterTrainer, run: Run) -> TrainingError:

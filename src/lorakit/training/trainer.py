@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     TrainerCallback,
@@ -21,8 +22,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.attach import adapter_parameters, extract
+from lorakit.config.seed import generator_seed
 from lorakit.config.train import TrainConfig
-from lorakit.errors import TrainingError
+from lorakit.errors import OutputError, TrainingError
 from lorakit.methods.lora.pissa import split_frozen_factors
 from lorakit.training.batch_trainer import BatchTrainer
 from lorakit.training.rates import split_by_rate
@@ -44,10 +46,21 @@ class AdapterTrainer(BatchTrainer):
         checkpoints: Path,
         scorer: Scorer | None,
         rates: Mapping[str, float],
+        save_record: Callable[[Path], None],
         **kwargs: Any,
     ) -> None:
-        """Prepare training; `rates` has the peak learning rate of each tensor, by its name."""
+        """Prepare training.
+
+        Args:
+            adapter_name: the name of the adapter in the model.
+            checkpoints: the folder of the checkpoints.
+            scorer: what scores the validation rows, if there are any.
+            rates: the peak learning rate of each tensor, by its name.
+            save_record: what writes the record of the run into a checkpoint's folder.
+            kwargs: arguments of transformers' Trainer.
+        """
         super().__init__(**kwargs)
+        self.save_record = save_record
         self.rates = rates
         self.adapter_name = adapter_name
         self.checkpoints = checkpoints
@@ -122,6 +135,7 @@ class AdapterTrainer(BatchTrainer):
     ) -> None:
         assert output_dir is not None
         extract(self.adapted, self.adapter_name).save(output_dir, overwrite=True)
+        self.save_record(Path(output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:
         # Trainer writes a checkpoint file by file; it is in this folder until it is complete.
@@ -130,6 +144,34 @@ class AdapterTrainer(BatchTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         staging = Path(self._get_output_dir(trial))
         shutil.rmtree(staging, ignore_errors=True)
+        try:
+            self._fill_checkpoint(staging, model, trial)
+        # torch's writer and that of safetensors have errors of their own for a full disk.
+        except (OSError, RuntimeError, SafetensorError, OutputError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise self._unwritten(error) from error
+        for old in list_checkpoints(self.checkpoints)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def _unwritten(self, error: Exception) -> OutputError:
+        """The error of a checkpoint that could not be written, with what is kept."""
+        kept = list_checkpoints(self.checkpoints)
+        # The reason of a failed write is at the end of a chain of errors; torch's is of many lines.
+        reason = error.__cause__ or error
+        said = getattr(reason, "strerror", None) or next(iter(str(reason).splitlines()), "")
+        free = shutil.disk_usage(self.checkpoints).free
+        return OutputError(
+            f"the checkpoint of step {self.state.global_step} could not be written to "
+            f"{self.checkpoints}, where {free:,} bytes are free: {said}. "
+            + (
+                f"That of step {step_of(kept[-1])} is kept: make room, and give --resume to go on"
+                if kept
+                else "It would have been the first: make room, and start again with --overwrite"
+            )
+        )
+
+    def _fill_checkpoint(self, staging: Path, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint into a folder for unfinished ones, and move it to its place."""
         staging.mkdir(parents=True)
         super()._save_checkpoint(model, trial)
         (made,) = staging.iterdir()
@@ -140,8 +182,6 @@ class AdapterTrainer(BatchTrainer):
         shutil.rmtree(final, ignore_errors=True)
         made.rename(final)
         staging.rmdir()
-        for old in list_checkpoints(self.checkpoints)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -164,14 +204,17 @@ def _check_same(saved: Adapter, wanted: Adapter, checkpoint: str) -> None:
         {f"{c.method}: {name}": value for c in each.configs for name, value in c}
         for each in (saved, wanted)
     )
-    problems = [
+    moved = saved.base and wanted.base and saved.base.difference(wanted.base)
+    problems = [f"the base is another one: {moved}"] if moved else []
+    problems += [
         f"{name} is {now.get(name, 'not set')}, and was {before.get(name, 'not set')}"
         for name in dict.fromkeys([*before, *now])
         if before.get(name) != now.get(name)
     ]
     ranks = {site.name: site.rank for site in saved.sites}
-    if not problems and (moved := [s.name for s in wanted.sites if ranks.get(s.name) != s.rank]):
-        problems = [f"{name} has another rank" for name in moved]
+    if not problems:
+        other = [site.name for site in wanted.sites if ranks.get(site.name) != site.rank]
+        problems = [f"{name} has another rank" for name in other]
     if problems:
         raise TrainingError.listing(
             f"{checkpoint} can't be resumed with other settings of what is trained; give those "
@@ -190,21 +233,25 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def make_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
-    """Trainer's arguments for a run of so many steps."""
+def make_arguments(
+    config: TrainConfig, steps: int, *, learning_rate: float | None = None
+) -> TrainingArguments:
+    """Trainer's arguments for so many steps, at the rate that is given or that of the settings."""
+    rate = learning_rate or config.learning_rate
+    assert rate is not None
     every = config.eval_every
     return TrainingArguments(
         output_dir=str(config.out),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
-        learning_rate=max(map(config.rate_of, config.method)),
+        learning_rate=rate,
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup_of(steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",
-        seed=config.seed,
+        seed=generator_seed(config.seed),
         eval_strategy="no" if config.data.validation is None else "steps" if every else "epoch",
         eval_steps=every,
         save_strategy="steps",
@@ -220,6 +267,16 @@ def make_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
     )
 
 
+class OwnIntervals(TrainerCallback):
+    """Has a resumed run evaluate and save at its own intervals, not at those of its checkpoint."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Replace the intervals that came with the checkpoint's state."""
+        state.compute_steps(args, state.max_steps)
+
+
 class KeepBest(TrainerCallback):
     """Saves the adapter whenever its score is the best so far; stops a run that has lost patience.
 
@@ -227,12 +284,27 @@ class KeepBest(TrainerCallback):
     """
 
     def __init__(
-        self, save: Callable[[], None], *, metric: str, greater: bool, patience: int | None
+        self,
+        save: Callable[[], None],
+        *,
+        metric: str,
+        greater: bool,
+        patience: int | None,
+        afresh: bool = False,
     ) -> None:
+        """Compare by a metric; `afresh`: the scores of the steps before do not count."""
         self._save = save
         self._metric = f"eval_{metric}"
         self._greater = greater
         self._patience = patience
+        self._afresh = afresh
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the best score, where it is of other rows."""
+        if self._afresh:
+            state.best_metric = state.best_global_step = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

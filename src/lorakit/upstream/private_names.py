@@ -189,6 +189,24 @@ def set_checkpoint_function(block: Any, function: Callable[..., Any]) -> None:
     block._gradient_checkpointing_func = function
 
 
+def accelerate_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward pass that accelerate's hook on a module calls; None: it has no hook."""
+    return vars(module).get("_old_forward")
+
+
+def set_accelerate_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let accelerate's hook on a module call this."""
+    cast(Any, module)._old_forward = forward
+
+
+def accelerate_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate's hook brings a module's weights and inputs for a call, if it has one."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    devices = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,)))
+    found = next((device for device in devices if device is not None), None)
+    return None if found is None else torch.device(found)
+
+
 def set_sync_gradients(gradient_state: Any, value: bool) -> None:
     """Tell accelerate whether the batch at hand is the last one of an optimizer step."""
     gradient_state._set_sync_gradients(value)

@@ -157,6 +157,12 @@ transformers.Trainer _load_from_checkpoint
     is overridden: a resumed run reads the adapter
     no run can be resumed
 # accelerate
+accelerate.hooks.ModelHook _old_forward
+    is what accelerate's hook on a layer calls, once inputs and weights are where it computes
+    adapters of layers whose weights are offloaded cannot read them
+accelerate.hooks.ModelHook _hf_hook
+    says where a layer computes whose weights are offloaded
+    A and B of such layers have no values
 accelerate.state.GradientState _set_sync_gradients
     the trainers of a joint sweep share this state and take turns
     gradient accumulation in a joint sweep steps at wrong times

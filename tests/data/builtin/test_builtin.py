@@ -128,7 +128,7 @@ def test_three_clauses_are_joined_as_english_does() -> None:
 def test_a_query_uses_the_columns_of_its_table_and_the_values_of_its_question(split: str) -> None:
     for row in sql.rows(split):
         table, question = row.prompt.split(": ", 1)
-        name, columns = re.fullmatch(r"(\w+)\((.+)\)", table).groups()  # type: ignore[union-attr]
+        name, columns = re.fullmatch(r"(\w+)\((.+)\)", table).groups()
         assert set(columns.split(", ")) == {*sql.TABLES[name].words, *sql.TABLES[name].numbers}
         assert f" FROM {name} WHERE " in row.completion
         conditions = row.completion.split(" WHERE ")[1].split(" AND ")

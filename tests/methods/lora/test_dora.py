@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from tiny_models import build, example_inputs
 
 class One(nn.Module):
     """A model of one layer."""
+
+    layer: Any
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ def with_lengths(model: nn.Module) -> nn.Module:
     for name in own.keys() & tensors.keys():
         own[name].data = tensors[name]
     for site in adapter.sites:
-        layer = plain.get_submodule(site.path)
+        layer: Any = plain.get_submodule(site.path)
         turned = type(layer) is Conv1D
         weight = layer.weight.detach().T if turned else layer.weight.detach()
         changed = weight_of(weight, adapter, site, tensors)
@@ -63,7 +66,7 @@ LAYERS = {
     "no bias": lambda: nn.Linear(7, 5, bias=False),
     "transposed": lambda: Conv1D(5, 7),
 }
-TINY = {
+TINY: dict[str, dict[str, Any]] = {
     "llama": {"targets": ("all-linear",)},
     "gpt2": {"targets": ("q", "v", "down"), "bias": "lora", "use_rslora": True},
     "gpt_neox": {"targets": ("k", "v"), "rank_pattern": {"v": 2}},

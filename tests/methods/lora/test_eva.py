@@ -1,5 +1,7 @@
 """EVA: A starts as the right singular vectors of what the layer reads, found here by one SVD."""
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -33,7 +35,7 @@ def batches(model, count=3):
 
 def inputs_of(model, data):
     """All tokens that each linear layer reads, (tokens, d_in), without padding."""
-    read = {}
+    read: dict[str, Any] = {}
 
     def note(path):
         def hook(layer, args):
@@ -102,7 +104,7 @@ def test_layers_that_read_the_same_train_each_their_own():
 def test_cross_attention_reads_two_inputs():
     model = build("t5")
     data = [example_inputs(model, seed=seed) for seed in range(3)]
-    read = {}
+    read: dict[str, Any] = {}
 
     def note(path):
         return lambda layer, args: read.setdefault(path, []).append(args[0].flatten(0, 1))

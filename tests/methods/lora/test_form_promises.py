@@ -1,6 +1,7 @@
 """What holds for LoRA, held by its later forms: recomputation, generation, copies, sweeps."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lorakit.training.memory.memory_setting import training_memory
 from references import attach_random, outputs, randomise
 from tiny_models import build, example_inputs
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "freeze-a": {"freeze_a": True},
     "dora": {"use_dora": True, "bias": "lora"},
     "pissa": {"init": "pissa"},

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ CONVS = [
 class One(nn.Module):
     """A model of one layer."""
 
+    layer: Any
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
@@ -51,9 +54,8 @@ def with_delta(model: One) -> nn.Module:
         b = adapter.tensors[f"{site.name}.lora_b"].double()
         delta = site.scale * torch.einsum("o r, r i -> o i", b.flatten(1), a.flatten(1))
         weight = layer.weight.data.T if transposed else layer.weight.data
-        rows = range(weight.shape[0])
-        if site.rows is not None:
-            rows = list(itertools.chain(*(range(*pair) for pair in site.rows)))
+        pairs = site.rows if site.rows is not None else ((0, weight.shape[0]),)
+        rows = itertools.chain(*(range(*pair) for pair in pairs))
         for row, values in zip(rows, delta, strict=True):
             weight[row] += values.reshape(weight[row].shape)
     for name, tensor in adapter.tensors.items():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ LAYERS = {
     "embedding": lambda: nn.Embedding(11, 6),
     "convolution": lambda: nn.Conv2d(4, 6, 3, groups=2),
 }
-TINY = {
+TINY: dict[str, dict[str, Any]] = {
     "llama": {"targets": ("q", "down", "head"), "rank_pattern": {"q": 4}},
     "gpt2": {"targets": ("q", "v"), "use_rslora": True, "alpha": 5},
     "bert": {"targets": ("q", "v", "embed")},
@@ -42,7 +43,7 @@ def shake(model, name="default"):
     with torch.no_grad():
         for _, parameter in adapter_parameters(model, name):
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
 def halves(adapter, site):
@@ -91,9 +92,10 @@ def test_each_slice_of_a_fused_layer_has_its_own():
 
 def test_the_randomised_decomposition_comes_close():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 48))
+    layer = nn.Linear(64, 48)
+    model = nn.Sequential(layer)
     with torch.no_grad():
-        model[0].weight.mul_(torch.linspace(0, 3, 64) ** 4)
+        layer.weight.mul_(torch.linspace(0, 3, 64) ** 4)
     config = lk.LoRAConfig(targets=("0",), rank=3, init="pissa", svd_iterations=8)
     lk.attach(model, config)
     adapter = lk.extract(model)
@@ -154,7 +156,9 @@ def test_the_gradient_is_that_of_the_half_that_trains(kernels):
             assert parameter.grad is None
             continue
         rows, columns = parameter.shape
-        expected = whole[name].grad[:rows, :columns]
+        expected = whole[name].grad
+        assert expected is not None
+        expected = expected[:rows, :columns]
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -213,8 +213,8 @@ def test_recomputed_blocks_have_the_tokens_of_their_own_forward_pass(family, ree
     model = prefixed(family).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".adapter_bank." in name)
-    one, other = example_inputs(model), example_inputs(model, rows=3, seed=1)
-    other["input_ids"], other["attention_mask"] = other["input_ids"][:, :4], None
+    one, ids = example_inputs(model), example_inputs(model, rows=3, seed=1)["input_ids"]
+    other = {"input_ids": ids[:, :4], "attention_mask": None}
 
     def gradients():
         model.zero_grad()

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -313,7 +314,7 @@ def test_attention_with_dropout_is_not_kept():
 
 def test_another_operation_than_in_the_forward_pass_takes_nothing_that_was_kept():
     weight, x = torch.randn(6, 6) / 4, torch.randn(5, 6, requires_grad=True)
-    first = []
+    first: list[Any] = []
 
     def cached(x):
         # As a table that is made once, in the first forward pass.

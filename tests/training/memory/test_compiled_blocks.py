@@ -58,8 +58,8 @@ def settings(model, rows, out, **others):
         "dtype": "float32",
         "warmup_steps": 1,
         "batch_size": 6,
-        "steps": 12,
-        "eval_every": 5,
+        "steps": 6,
+        "eval_every": 3,
     }
     return TrainConfig(**{**given, **others})
 

@@ -1,5 +1,7 @@
 """A coroutine thread: it runs only while its owner waits for it."""
 
+from collections.abc import Callable
+
 import torch
 
 from lorakit.training.sweep.coroutine_thread import CoroutineThread
@@ -30,7 +32,12 @@ def test_a_coroutine_thread_keeps_its_error_and_can_be_closed():
     failed = CoroutineThread("fails", fail)
     assert failed.advance() is None
     assert isinstance(failed.error, ValueError)
-    endless = CoroutineThread("endless", lambda submit: [submit(n) for n in range(10**9)])
+
+    def count(submit: Callable[[int], int]) -> None:
+        for number in range(10**9):
+            submit(number)
+
+    endless = CoroutineThread("endless", count)
     assert endless.advance() == 0
     endless.close()
     assert isinstance(endless.error, SystemExit)

@@ -1,6 +1,7 @@
 """The joint pass: each adapter gets the loss and the gradients that it would get alone."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_gradients_of_language_models_equal_those_alone(dtype, adapted, family):
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
 def test_gradients_of_classifiers_with_own_heads_equal_those_alone(family, dtype):
     head = "ForSequenceClassification"
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    off: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     off |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = with_adapters(build(family, head=head, num_labels=3, **off), bias="lora").to(dtype)
     loss = Loss("classification")

@@ -34,7 +34,7 @@ def parse(settings: type[S], argv: Sequence[str]) -> S:
     values = _section_defaults(settings)
     try:
         for file in given.files:
-            _overlay(values, strict_yaml.read_mapping(Path(file)), settings)
+            _overlay(values, strict_yaml.read_mapping(Path(file).expanduser()), settings)
     except ConfigError as error:
         # What the file would have said is unknown, so nothing else can be validated.
         if not given.problems:

@@ -34,6 +34,10 @@ def fresh_tensors(
         a, b = vectors.rows[: site.rank].clone(), torch.zeros(shape_b)
     else:
         a, b = fresh_a(shape_a, layer, config), torch.zeros(shape_b)
+    padding = layer.padding_idx if isinstance(layer, nn.Embedding) else None
+    if padding is not None:
+        # No gradient reaches it, and the answer for a padding token stays the base's.
+        a[:, padding] = 0
     made = {"lora_a": a.reshape(shape_a), "lora_b": b.reshape(shape_b)}
     if config.use_dora:
         # As forward passes compute them, so that at the start both are equal in every bit.

@@ -16,9 +16,9 @@ from lorakit.adapter.site import LayerKind, RowRanges, Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.kernels import fused, plain
 from lorakit.kernels.dropout import Dropout
-from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Update
 from lorakit.methods.lora.dora import RowNorms, rescaled
+from lorakit.models.linear_probe import own_class, why_no_matmul
 from lorakit.models.quantized_weight import float_weight, is_quantized
 from lorakit.upstream.private_names import (
     NonDynamicallyQuantizableLinear,
@@ -79,28 +79,28 @@ def is_linear(layer: nn.Module) -> bool:
 
 def is_adaptable(layer: nn.Module) -> bool:
     """Whether LoRA knows what this layer computes from its weight."""
+    return why_not_adaptable(layer) is None
+
+
+def why_not_adaptable(layer: nn.Module) -> str | None:
+    """Why LoRA has no update for a layer; None: it has."""
     kinds = (nn.Linear, Conv1D, nn.Embedding, *ConvNd)
     kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
-    own = layer.own_class if isinstance(layer, AdaptedLayer) else type(layer)
-    if kind is None or own is NonDynamicallyQuantizableLinear:
-        # MultiheadAttention reads this projection's weight and never calls it.
-        return False
+    own = own_class(layer)
+    if kind is None:
+        return "it is no matmul, convolution or embedding"
+    if own is NonDynamicallyQuantizableLinear:
+        return "MultiheadAttention reads its weight and never calls it"
+    if getattr(layer, "max_norm", None) is not None:
+        return "its max_norm rescales rows of the weight whenever they are looked up"
     if own.forward is kind.forward or is_quantized(layer):
-        return True
+        return None
     # A subclass may compute something else, as OPT's positions do, or the same, as FalconLinear.
     if isinstance(layer, nn.Linear):
-        return _is_matmul(layer, own)
-    return isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale")
-
-
-@torch.no_grad()
-def _is_matmul(layer: nn.Linear, own: type[nn.Module]) -> bool:
-    """Whether a layer's forward is W·x + b, by a probe."""
-    if layer.weight.is_meta:
-        return True
-    x = torch.linspace(-1, 1, layer.in_features).to(layer.weight)[None]
-    found = own.forward(layer, x)
-    return torch.allclose(found, F.linear(x, layer.weight, layer.bias), rtol=0.02, atol=1e-3)
+        return why_no_matmul(layer)
+    if isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale"):
+        return None
+    return f"it computes something else than a plain {kind.__name__}"
 
 
 ENDS = ("lora_a", "lora_b", "lora_magnitude", "frozen_a", "frozen_b")
@@ -173,7 +173,15 @@ class LowRank(nn.Module):
         a, b, scale = self.a, self.b, self.site.scale
         dropout = self.dropout if self.training else 0.0
         if isinstance(layer, nn.Embedding):
-            operation = plain.embedding_update(x, a, b, scale, dropout=dropout)
+            operation = plain.embedding_update(
+                x,
+                a,
+                b,
+                scale,
+                dropout=dropout,
+                padding=layer.padding_idx,
+                by_frequency=layer.scale_grad_by_freq,
+            )
             # Gemma's embedding multiplies what it looks up.
             return operation * getattr(layer, "embed_scale", 1.0)
         if isinstance(layer, ConvNd):

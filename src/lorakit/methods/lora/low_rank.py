@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from lorakit.methods.lora.eva import SingularVectors
 from lorakit.methods.lora.init import fresh_tensors
 from lorakit.methods.lora.lora import LoRAUpdate, LowRank, parameter_shapes
 from lorakit.methods.lora.pissa import split_frozen_factors
+from lorakit.models.base import device_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,11 @@ class LowRankComponent(Component):
 
     step = 0
     what = "low-rank update"
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether a fresh start is made from the base's own values."""
+        return self.config.use_dora or self.config.init == "pissa"
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
@@ -64,7 +69,7 @@ class LowRankComponent(Component):
     def update(self, materials: Materials) -> LoRAUpdate:
         """The update of the layer; a fresh A is drawn from torch's global generator."""
         layer = materials.modules[self.path]
-        device = cast(Tensor, layer.weight).device
+        device = device_of(layer)
         if materials.tensors is None:
             own, copy = self._fresh(layer, device), False
         else:

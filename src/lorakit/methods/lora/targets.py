@@ -12,8 +12,9 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.errors import TargetError
 from lorakit.methods.bitfit import bias_paths, trained_bias
 from lorakit.methods.component import Component
-from lorakit.methods.lora.lora import is_adaptable, is_linear, kind_of, matrix_shape
+from lorakit.methods.lora.lora import is_linear, kind_of, matrix_shape, why_not_adaptable
 from lorakit.methods.lora.low_rank import low_rank_component
+from lorakit.models.linear_probe import own_class
 from lorakit.models.roles import Target, select_targets, targets_by_word
 
 V = TypeVar("V")
@@ -45,9 +46,10 @@ def components(model: nn.Module, config: LoRAConfig) -> tuple[Component, ...]:
 
 def _check_adaptable(model: nn.Module, kept: Sequence[Target]) -> None:
     problems = [
-        f"{target.path} is a {type(model.get_submodule(target.path)).__name__}"
+        f"{target.path} is a {own_class(layer).__name__}: {reason}"
         for target in kept
-        if not is_adaptable(model.get_submodule(target.path))
+        for layer in [model.get_submodule(target.path)]
+        if (reason := why_not_adaptable(layer)) is not None
     ]
     if problems:
         raise TargetError.listing("LoRA has no update for some targets; exclude them", problems)

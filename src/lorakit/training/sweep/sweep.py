@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
@@ -13,9 +15,11 @@ from lorakit.config.train import TrainConfig
 from lorakit.data.batches import pad_token
 from lorakit.errors import LorakitError, TrainingError
 from lorakit.training.checks import Interruption
-from lorakit.training.prepare import Prepared, prepare_all
+from lorakit.training.prepare import Prepared, for_each, prepare_all
 from lorakit.training.record import SharedBar
-from lorakit.training.run import Run, TrainResult, check_free, execute, while_training
+from lorakit.training.resume import settings_to_resume
+from lorakit.training.run import Run, TrainResult, execute, while_training
+from lorakit.training.run_folder import check_free, locked
 from lorakit.training.sweep.coroutine_thread import CoroutineThread
 from lorakit.training.sweep.grid import Trial, trials_of
 from lorakit.training.sweep.joint_step import MicroBatch, TrialTrainer, joint_losses
@@ -53,10 +57,15 @@ def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -
         KeyboardInterrupt: it was interrupted; each trial has a checkpoint, the text says how to
             go on.
     """
+    with locked(config.out):
+        return _sweep(config, progress=progress, table=table)
+
+
+def _sweep(config: TrainConfig, *, progress: bool, table: bool) -> SweepResult:
     trials = trials_of(config)
     finished = _open(config, trials)
-    left = {trial.name: trial for trial in trials if trial.name not in finished}
-    runs = [_run(left[name], prepared) for name, prepared in _prepare(left).items()]
+    left = _to_train([trial for trial in trials if trial.name not in finished])
+    runs = _runs(left)
     if table:
         print("\n".join(_outline(run) for run in runs), file=sys.stderr)
     started = time.perf_counter()
@@ -66,7 +75,6 @@ def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -
         results[name] = TrialResult(results[name].trial, ended.result, ended.error)
         write_figures(_result(config, results, started))
 
-    config.out.mkdir(parents=True, exist_ok=True)
     if runs:
         _train(runs, record, progress=progress)
     result = _result(config, results, started)
@@ -119,10 +127,41 @@ def _open(config: TrainConfig, trials: Sequence[Trial]) -> dict[str, TrainResult
     return finished
 
 
-def _run(trial: Trial, prepared: Prepared) -> Run:
-    # A sweep that was interrupted early may have trials without a checkpoint: they start anew.
+def _checkpoint(trial: Trial) -> Path | None:
+    """The checkpoint from which a trial goes on.
+
+    A sweep that was interrupted early may have trials without one: they start anew.
+    """
     found = list_checkpoints(trial.config.out / "checkpoints") if trial.config.resume else []
-    return Run(config=trial.config, prepared=prepared, checkpoint=found[-1] if found else None)
+    return found[-1] if found else None
+
+
+def _to_train(trials: Sequence[Trial]) -> dict[str, Trial]:
+    """The trials, by name, with the settings to go on with.
+
+    Raises:
+        TrainingError: checkpoints were made with other settings; lists those of all trials.
+    """
+
+    def with_settings(trial: Trial, name: str) -> Trial:
+        checkpoint = _checkpoint(trial)
+        return (
+            replace(trial, config=settings_to_resume(trial.config, checkpoint))
+            if checkpoint
+            else trial
+        )
+
+    return for_each({trial.name: trial for trial in trials}, with_settings)
+
+
+def _runs(trials: Mapping[str, Trial]) -> list[Run]:
+    """The runs of trials, prepared."""
+    prepared = _prepare(trials)
+
+    def run(trial: Trial, name: str) -> Run:
+        return Run.of(trial.config, prepared[name], _checkpoint(trial))
+
+    return list(for_each(trials, run).values())
 
 
 def _train(
