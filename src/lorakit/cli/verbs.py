@@ -43,6 +43,10 @@ VERBS = {
         meaning="Complete prompts, with or without an adapter.",
         settings="cli.generate:GenerateConfig",
     ),
+    "chat": Entry(
+        meaning="Talk to a model in the terminal, and switch between adapters.",
+        settings="config.verbs:ChatConfig",
+    ),
     "merge": Entry(
         meaning="Write a plain model that has the adapter in its weights.",
         settings="config.verbs:MergeConfig",
@@ -50,6 +54,10 @@ VERBS = {
     "convert": Entry(
         meaning="Read an adapter of one format and write it in another.",
         settings="config.verbs:ConvertConfig",
+    ),
+    "completion": Entry(
+        meaning="Print the script that completes commands in bash, zsh or fish.",
+        settings="config.verbs:CompletionConfig",
     ),
     "bench latency": Entry(
         meaning="Time a forward pass with each method: Table 1 of the paper.",
