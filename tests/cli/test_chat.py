@@ -60,7 +60,8 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(chat, tmp_path, adapter)
         "/exit            end",
     ):
         assert told in err
-    assert f"error: {tmp_path / 'none'}" in err
+    assert err.count("error: ") == 4
+    assert str(tmp_path / "none") in err
 
 
 def test_folders_of_one_name_are_refused(chat, adapter):
