@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from lorakit.cli.overview import SWITCHES
 from lorakit.cli.parsing.flags import Flag, flags_of
-from lorakit.cli.verbs import VERBS, Result, settings_of
+from lorakit.cli.verbs import VERBS, Result, second_words, settings_of
 from lorakit.config.fields import types_of
 from lorakit.config.verbs import CompletionConfig
 from lorakit.errors import MissingExtraError
@@ -37,7 +37,10 @@ def parser(file: Any) -> ArgumentParser:
     for name, entry in VERBS.items():
         first, _, second = name.partition(" ")
         if second and first not in groups:
-            groups[first] = verbs.add_parser(first, add_help=False).add_subparsers()
+            # shtab leaves out a verb without a meaning.
+            meaning = f"One of {', '.join(second_words(first))}."
+            group = verbs.add_parser(first, help=meaning, add_help=False)
+            groups[first] = group.add_subparsers()
         verb = (groups[first] if second else verbs).add_parser(
             second or first, help=_plain(entry.meaning), add_help=False
         )
