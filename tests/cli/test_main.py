@@ -279,6 +279,27 @@ def test_reader_that_went_away_is_no_error(monkeypatch):
     stdout.close()  # The interpreter does so at its end; it raises if something is left to write.
 
 
+def shell(command):
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+def test_no_place_for_stdout_ends_in_a_trace():
+    lorakit = f"{sys.executable} -m lorakit.cli"
+    for command, code in (
+        (f"{lorakit} --help | true; exit ${{PIPESTATUS[0]}}", {0, 141}),
+        (f"{lorakit} --help >&-", {0}),
+        (f"{lorakit} --nonsense 2>&-", {2}),
+        (f"{lorakit} --help --json >/dev/full", {2}),
+        (f"PYTHONIOENCODING=ascii {lorakit} train --help data", {0}),
+    ):
+        done = shell(command)
+        assert done.returncode in code, (command, done.stderr)
+        assert "Traceback" not in done.stderr, command
+    assert "cannot be written to stdout: No space left" in shell(f"{lorakit} >/dev/full").stderr
+    assert "\\u2026" in shell(f"PYTHONIOENCODING=cp437 {lorakit} train --help data").stdout
+
+
 def test_listing_the_verbs_imports_none_of_them(monkeypatch):
     modules = {f"lorakit.cli.{name}" for name in VERBS}
     for module in modules:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from io import TextIOWrapper
 
 from lorakit import __version__
 from lorakit.cli.overview import SWITCHES, overview
@@ -47,33 +48,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     line = _Line.of(["--help" if word == "-h" else word for word in words])
+    if isinstance(sys.stdout, TextIOWrapper):
+        # What an encoding such as cp1252 lacks is written as \\u2192, as on stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # transformers imports PEFT if it is there, and PEFT imports bitsandbytes.
         with quiet_library():
             code = _run(line)
-        sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit, which would raise the error again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         return 141
+    except _StdoutError as error:
+        _silence()
+        print(f"error: the result cannot be written to stdout: {error}", file=sys.stderr)
+        return 2
     return code
+
+
+class _StdoutError(Exception):
+    """stdout takes no more, as on a full disk."""
+
+
+def _print(text: str) -> None:
+    """Print a text, and see to it that it is out."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _StdoutError(error.strerror) from error
+
+
+def _silence() -> None:
+    """Send to nowhere what the interpreter flushes at its end, where that would fail again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
 
 
 def _run(line: _Line) -> int:
     """Print the result of a command line, or what went wrong, and return the exit code."""
     as_json = "--json" in line.switches
     try:
-        with _stdout_on_stderr() if as_json else nullcontext():
+        with _stdout_on_stderr() if as_json and sys.stdout is not None else nullcontext():
             result = _result(line)
         text = _json(result.data) if as_json else result.text.rstrip("\n")
     except (LorakitError, KeyboardInterrupt) as error:
         return _fail(error, line.switches)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if as_json:
-            print(_error_json(error))
+            _print(_error_json(error))
         raise
     if text:
-        print(text)
+        _print(text)
+    elif sys.stdout is not None:
+        sys.stdout.flush()
     return 0
 
 
@@ -135,7 +169,7 @@ def _fail(error: BaseException, switches: set[str]) -> int:
     stopped = isinstance(error, KeyboardInterrupt)
     print(_message(error) if stopped else f"error: {_message(error)}", file=sys.stderr)
     if "--json" in switches:
-        print(_error_json(error))
+        _print(_error_json(error))
     return 130 if stopped else 2
 
 

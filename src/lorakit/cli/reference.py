@@ -12,8 +12,14 @@ Made from `--help` by `make docs`.
 A verb's settings come from a YAML file and from flags; a flag overrides the file. The flag
 `--lora.rank 4` is the line `rank: 4` in the file's section `lora:`. Booleans are `--overwrite` and
 `--no-overwrite`, lists are `q,v`, mappings are `'{k: 4}'`, and `none` empties a setting that may be
-empty. A value that starts with two dashes is written `--name=--value`. An unknown name is an error,
-as is a wrong value; all of them are reported at once.
+empty. A value that starts with two dashes is written `--name=--value`. A word without a flag is a
+settings file if it ends in .yaml or .yml, else the setting that the verb's usage line names. An
+unknown name is an error, as is a wrong value; all of them are reported at once.
+
+`lorakit train --help` explains what most runs need, `--help TOPIC` a topic, a section or a setting,
+and `--help all` everything, as below. `eval "$(lorakit completion bash)"` completes verbs, flags,
+choices and files (`pip install 'lorakit[completion]'`; zsh and fish too). Where stderr is no
+terminal, progress is a line every ten seconds.
 
 Results are on stdout, progress and messages on stderr. With `--json` stdout has one JSON object:
 the result, or `{"error": {"type": …, "message": …}}`.

@@ -47,6 +47,10 @@ VERBS = {
         meaning="Score a file of outputs by its task's official scorer.",
         settings="config.verbs:ScoreConfig",
     ),
+    "chat": Entry(
+        meaning="Talk to a model in the terminal, and switch between adapters.",
+        settings="config.verbs:ChatConfig",
+    ),
     "merge": Entry(
         meaning="Write a plain model that has the adapter in its weights.",
         settings="config.verbs:MergeConfig",
@@ -54,6 +58,10 @@ VERBS = {
     "convert": Entry(
         meaning="Read an adapter of one format and write it in another.",
         settings="config.verbs:ConvertConfig",
+    ),
+    "completion": Entry(
+        meaning="Print the script that completes commands in bash, zsh or fish.",
+        settings="config.verbs:CompletionConfig",
     ),
     "bench latency": Entry(
         meaning="Time a forward pass with each method: Table 1 of the paper.",

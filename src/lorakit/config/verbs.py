@@ -1,9 +1,11 @@
-"""Settings of the verbs merge, convert, score and demo."""
+"""Settings of the verbs merge, convert, score, chat, completion and demo."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from lorakit.config.base import AdapterPlace, DType, PositiveInt, Settings
+from pydantic import Field
+
+from lorakit.config.base import AdapterPlace, DType, HeldIn, PositiveInt, Settings
 from lorakit.config.methods import LoRAConfig
 
 
@@ -100,3 +102,51 @@ class DemoConfig(Settings):
 
     batch_size: PositiveInt = 8
     """Rows per step."""
+
+
+class ChatConfig(Settings):
+    """Settings of chat: the base, the adapters to switch between, and the search."""
+
+    positional: ClassVar[tuple[str, ...]] = ("adapters",)
+
+    adapters: tuple[Path, ...] = ()
+    """Adapter folders on one base; each is called as its folder is. The first one answers until
+    another is chosen. None: the model alone."""
+
+    model: str | None = None
+    """Base model. None: the one that the first adapter was trained on."""
+
+    system: str | None = None
+    """Message of the system with which the conversation starts."""
+
+    max_new_tokens: PositiveInt = 256
+    """Longest answer, in tokens."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the likeliest token each time; more draws at random."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that have this probability together."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of what is drawn."""
+
+    dtype: DType = "float32"
+    """Precision of the base."""
+
+    quantize: HeldIn = "as-trained"
+    """How the base's linear layers are held: as-trained (as in the first adapter's training), none
+    (in `dtype`), 4bit or 8bit."""
+
+    allow_other_base: bool = False
+    """Accept a base with other weights than the adapters were trained on."""
+
+
+class CompletionConfig(Settings):
+    """Settings of completion."""
+
+    positional: ClassVar[tuple[str, ...]] = ("shell",)
+
+    shell: Literal["bash", "zsh", "fish"]
+    """The shell whose script is printed: eval "$(lorakit completion bash)" in ~/.bashrc turns
+    completion on."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.data.batches import generation_batch, pad_token
@@ -17,6 +15,7 @@ from lorakit.data.encode import Example
 from lorakit.data.metrics.basic import accuracy, pearson
 from lorakit.training.lm_loss import is_target, text_losses
 from lorakit.training.loss import Loss, perplexity
+from lorakit.training.progress import steps
 
 
 @torch.no_grad()
@@ -42,7 +41,7 @@ def score(
     expected: list[Tensor] = []
     # Rows of similar length share a batch, so that little of it is padding.
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    for start in _steps(len(ordered), batch_size, "evaluating", progress):
+    for start in steps(len(ordered), batch_size, title="evaluating", show=progress):
         batch = collate(ordered[start : start + batch_size])
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         labels = batch.pop("labels")
@@ -71,11 +70,6 @@ def _task_scores(
     return {"accuracy": accuracy(logits.argmax(-1).tolist(), labels.tolist())}
 
 
-def _steps(total: int, batch_size: int, title: str, progress: bool) -> Any:
-    starts = range(0, total, batch_size)
-    return tqdm(starts, desc=title, unit="batch", file=sys.stderr, disable=not progress)
-
-
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,
@@ -95,14 +89,14 @@ def answer(
         prompts: token ids.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts at once.
-        progress: show a bar on stderr.
+        progress: show it on stderr.
         search: options of transformers' GenerationConfig, such as num_beams.
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     texts = [""] * len(prompts)
     settings = generation_settings(tokenizer, max_new_tokens=max_new_tokens, **search)
-    for start in _steps(len(order), batch_size, "answering", progress):
+    for start in steps(len(order), batch_size, title="answering", show=progress):
         rows = order[start : start + batch_size]
         batch = generation_batch([prompts[row] for row in rows], pad_id=pad_token(tokenizer))
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -1,9 +1,8 @@
-"""The record of a run while it trains: JSON lines, TensorBoard, and a progress bar on stderr."""
+"""The record of a run while it trains: JSON lines, TensorBoard, and progress on stderr."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from lorakit.training.progress import PlainProgress, progress_bar
+
 DROPPED = ("total_flos", "epoch")
 """Figures that transformers logs, and lorakit leaves out."""
 SHOWN = ("loss", "eval_loss", "eval_accuracy", "eval_pearson")
-"""Figures that the progress bar shows."""
+"""Figures that the progress shows."""
 
 
 class JsonLines(TrainerCallback):
@@ -71,20 +72,18 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self, *, show: bool) -> None:
         self._show = show
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[Any] | PlainProgress | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar, at the step from which a resumed run continues."""
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=state.max_steps,
             initial=state.global_step,
-            desc="training",
+            title="training",
             unit="step",
-            file=sys.stderr,
-            disable=not self._show,
-            dynamic_ncols=True,
+            show=self._show,
         )
 
     def on_step_end(
@@ -117,17 +116,11 @@ class ProgressBar(TrainerCallback):
 
 
 class SharedBar(TrainerCallback):
-    """Shows the steps of several runs, which train jointly, as one bar on stderr."""
+    """Shows the steps of several runs, which train jointly, together on stderr."""
 
     def __init__(self, *, runs: int, steps: int, done: int, show: bool) -> None:
-        self._bar = tqdm(
-            total=steps,
-            initial=done,
-            desc=f"training {runs} adapters",
-            unit="step",
-            file=sys.stderr,
-            disable=not show,
-            dynamic_ncols=True,
+        self._bar = progress_bar(
+            total=steps, initial=done, title=f"training {runs} adapters", unit="step", show=show
         )
 
     def __enter__(self) -> SharedBar:

@@ -1,0 +1,70 @@
+"""The verb chat: lines that are piped in are answered, and commands change who answers."""
+
+import io
+import json
+import shutil
+
+import pytest
+
+from lorakit.cli.main import main
+
+
+@pytest.fixture
+def adapter(tiny_llama, prompt_rows, tmp_path, run):
+    """The folder of a short training."""
+    words = ["--model", tiny_llama, "--data.train", prompt_rows, "--dtype", "float32"]
+    code, _ = run("train", *words, "--out", tmp_path / "words", "--steps", 4, "--warmup-steps", 1)
+    assert code == 0
+    return tmp_path / "words"
+
+
+@pytest.fixture
+def chat(adapter, monkeypatch, capsys):
+    """A function that pipes lines into chat and gives back its exit code, result and stderr."""
+
+    def talk(*lines, words=()):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        more = ("--max-new-tokens", "4", "--json", *words)
+        code = main(["chat", str(adapter), *more])
+        out, err = capsys.readouterr()
+        return code, json.loads(out), err
+
+    return talk
+
+
+def test_lines_are_answered_by_the_adapter_or_the_base_that_was_chosen(adapter, chat, run):
+    code, result, _ = chat("red cat", "", "/base", "red cat", "/adapter words", "/exit", "never")
+    assert code == 0
+    assert [turn["adapter"] for turn in result["turns"]] == ["words", None]
+    expected = run("generate", "--adapter", adapter, "--prompt", "red cat", "--max-new-tokens", 4)[
+        1
+    ]
+    assert result["turns"][0]["answer"] == expected["answers"][0]["answer"]
+
+
+def test_a_mistake_is_told_and_the_conversation_goes_on(chat, tmp_path, adapter):
+    again = shutil.copytree(adapter, tmp_path / "again")
+    lines = ("/adaptr x", "/adapter wrods", f"/load {tmp_path / 'none'}", "/retry", "red")
+    code, result, err = chat(*lines, f"/load {again}", "big", "/retry", "/adapter", "/help")
+    assert code == 0
+    assert [(turn["adapter"], turn["prompt"]) for turn in result["turns"]] == [
+        ("words", "red"),
+        ("again", "big"),
+    ]
+    for told in (
+        "error: there is no command /adaptr; did you mean '/adapter'?",
+        "error: there is no adapter 'wrods'; did you mean 'words'?",
+        "error: nothing was asked yet",
+        "again answers, each line alone, as it was trained",
+        "  words\n* again\n",
+        "/exit            end",
+    ):
+        assert told in err
+    assert err.count("error: ") == 4
+    assert str(tmp_path / "none") in err
+
+
+def test_folders_of_one_name_are_refused(chat, adapter):
+    code, result, _ = chat(words=[str(adapter)])
+    assert code == 2
+    assert "two adapter folders are called words" in result["error"]["message"]
