@@ -12,9 +12,9 @@ from lorakit.bench.memory import peak_bytes
 from lorakit.bench.peers import save_random_adapters
 from lorakit.bench.result import Findings, Goal
 from lorakit.bench.rounds import Seconds
-from lorakit.bench.sweep import SweepConfig
 from lorakit.bench.tables import table
 from lorakit.cli.main import main
+from lorakit.config.bench import SweepConfig
 from lorakit.models.identity import weights_hash
 from tiny_models import build
 

@@ -9,10 +9,11 @@ from transformers import GPT2Config, GPT2Model
 
 import lorakit as lk
 from lorakit.bench import latency
-from lorakit.bench.latency import SETTINGS, LatencyConfig, overhead_percent
+from lorakit.bench.latency import SETTINGS, overhead_percent
 from lorakit.bench.rounds import Seconds
 from lorakit.bench.tables import table
 from lorakit.cli.main import main
+from lorakit.config.bench import LatencyConfig
 from lorakit.errors import ConfigError
 from lorakit.layers.adapted_layer import AdaptedLayer
 

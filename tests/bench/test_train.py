@@ -22,8 +22,8 @@ from lorakit.bench.train_rounds import (
     Ready,
     Round,
 )
-from lorakit.bench.train_settings import TrainBenchConfig
 from lorakit.cli.main import main
+from lorakit.config.bench import TrainBenchConfig
 from lorakit.config.train import DataConfig
 from lorakit.data.encode import encode_rows
 from lorakit.data.rows import read_rows

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from lorakit.cli.main import main
-from lorakit.cli.verbs import VERBS, Result
+from lorakit.cli.verbs import VERBS, Entry, Result
 from lorakit.config.base import Settings
 from lorakit.errors import DataError
 
@@ -43,9 +43,10 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
 
     def install(run: Run) -> None:
         module = ModuleType("lorakit.cli.echo")
-        module.__dict__.update(SETTINGS=EchoSettings, run=run)
+        module.__dict__.update(EchoSettings=EchoSettings, run=run)
         monkeypatch.setitem(sys.modules, "lorakit.cli.echo", module)
-        monkeypatch.setitem(VERBS, "echo", "Say a word.")
+        entry = Entry(meaning="Say a word.", settings="cli.echo:EchoSettings")
+        monkeypatch.setitem(VERBS, "echo", entry)
 
     return install
 
@@ -123,7 +124,8 @@ def test_the_collector_passes_by_what_was_imported_until_the_verb_ends(verb, err
 
 
 def test_the_collector_goes_on_after_a_verb_that_cannot_be_imported(monkeypatch):
-    monkeypatch.setitem(VERBS, "absent", "Do nothing.")
+    entry = Entry(meaning="Do nothing.", settings="config.verbs:DemoConfig")
+    monkeypatch.setitem(VERBS, "absent", entry)
     with pytest.raises(ModuleNotFoundError):
         main(["absent"])
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
@@ -199,7 +201,7 @@ def test_wrong_settings_do_not_run_the_verb(verb, capsys):
     assert capsys.readouterr().err == (
         "error: EchoSettings has settings that cannot be used (2 problems):\n"
         "  word: must be given\n"
-        "  wrod: unknown setting; did you mean 'word'?\n"
+        "  --wrod: unknown setting; did you mean --word?\n"
     )
 
 
@@ -215,8 +217,9 @@ def test_print_config_prints_all_settings_and_does_not_run_the_verb(verb, capsys
 def test_lorakit_alone_lists_the_verbs(argv, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
-    for name, meaning in VERBS.items():
-        assert f"  {name:<14}{meaning}\n" in out
+    column = max(map(len, VERBS)) + 4
+    for name, entry in VERBS.items():
+        assert f"  {name:<{column - 2}}{entry.meaning}\n" in out
 
 
 @pytest.mark.parametrize("argv", [["echo", "--help"], ["echo", "-h"], ["--help", "echo"]])
@@ -227,6 +230,25 @@ def test_help_of_a_verb_does_not_need_its_required_settings(verb, capsys, argv):
     assert "Say a word.\n" in out
     assert "  --word TEXT  (required)\n      The word to say.\n" in out
     assert "  --times N  (default: 1)\n      How often to say it.\n" in out
+
+
+def test_help_of_a_topic_or_a_setting_shows_it_alone(capsys):
+    assert main(["train", "--help", "optimizer"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("optimizer: ")
+    assert "--warmup-steps" in out
+    assert "--model" not in out
+    assert main(["train", "--help", "lora.rank"]) == 0
+    assert capsys.readouterr().out.startswith("  --lora.rank N  (default: 8)\n")
+    assert main(["train", "--help", "--lora.use-dora"]) == 0
+    assert capsys.readouterr().out.startswith("  --[no-]lora.use-dora  ")
+    assert main(["train", "--help", "optimiser"]) == 2
+    assert "no setting 'optimiser'; did you mean 'optimizer'?" in capsys.readouterr().err
+
+
+def test_words_of_a_whole_command_are_no_topic_of_its_help(capsys):
+    assert main(["train", "run.yaml", "--lora.rank", "4", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: lorakit train ")
 
 
 def test_unknown_verb_names_the_nearest_or_all(capsys):
@@ -286,7 +308,7 @@ def test_the_verb_of_two_words_needs_both(capsys):
 def test_the_verb_of_two_words_has_settings_and_help(capsys):
     assert main(["bench", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "  bench switch  Time switching" in out
+    assert "  bench switch   Time switching" in out
     assert "  train" not in out
     assert main(["bench", "switch", "--help"]) == 0
     assert "usage: lorakit bench switch [CONFIG.yaml]" in capsys.readouterr().out

@@ -27,7 +27,10 @@ from lorakit.errors import ConfigError, LorakitError
         ({"layers": "all"}, "is not a list of blocks"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern.q"),
         ({"targts": "q"}, "targts: unknown setting; did you mean 'targets'?"),
-        ({"targets": (), "modules_to_save": ()}, "nothing would be trained"),
+        ({"targets": (), "modules_to_save": ()}, "targets is empty, so no layer would be adapted"),
+        ({"targets": []}, "targets is empty, so no layer would be adapted"),
+        ({"alpha": True}, "alpha: true and false are no numbers, found True"),
+        ({"r": 4, "lora_alpha": 8}, "lora_alpha: unknown setting; did you mean 'alpha'?"),
     ],
 )
 def test_a_wrong_setting_is_told(settings, message):
@@ -41,7 +44,13 @@ def test_all_problems_of_all_sections_come_in_one_error():
         lk.TrainConfig(out="x", steps=0, lora={"rank": 0, "alfa": 3}, data={"max_lenght": 3})
     text = str(error.value)
     assert "4 problems" in text
-    for part in ("steps:", "lora.rank:", "lora.alfa:", "did you mean 'alpha'", "data.max_lenght:"):
+    for part in (
+        "steps:",
+        "lora.rank:",
+        "lora.alfa:",
+        "did you mean 'lora.alpha'",
+        "data.max_lenght:",
+    ):
         assert part in text
 
 

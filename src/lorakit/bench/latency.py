@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from lorakit.attachment.attach import adapter_parameters, attach
-from lorakit.bench.result import OURS, Findings, Goal, Measured
+from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.rounds import Participant, Seconds, interleaved
-from lorakit.config.base import DType, PositiveInt
+from lorakit.config.bench import HEAD_WIDTH, WIDTH, LatencyConfig
 from lorakit.config.methods import BottleneckConfig, LoRAConfig, MethodConfig
 from lorakit.merging.merge import merge
 
@@ -29,50 +28,10 @@ LABELS = {
     "adapter_h": "Adapter^H",
 }
 """The participants in the order of a round, and their names in the table."""
-WIDTH, BLOCKS, HEAD_WIDTH = 1024, 24, 64
-"""The sizes of GPT-2 medium: width of the model, number of blocks, width of an attention head."""
+BLOCKS = 24
+"""The number of GPT-2 medium's blocks."""
 NOISE_PERCENT = 1.0
 """The difference between a merged adapter and the plain model, same operations, that is noise."""
-
-
-class LatencyConfig(Measured):
-    """The paper's Table 1, on random weights; the output head, the same for all, is left out."""
-
-    model: Literal["gpt2-medium"] = "gpt2-medium"
-    """Shape of the model, whose weights are random."""
-
-    dtype: DType = "float32"
-    """Precision of the base."""
-
-    rank: PositiveInt = 4
-    """Rank of LoRA on q and v, the paper's for GPT-2."""
-
-    adapter_dtype: DType = "float32"
-    """Precision of A, B and the bottlenecks."""
-
-    repeats: PositiveInt = 20
-    """Rounds, in each of which every participant is measured once; the paper's figures are means
-    of 100."""
-
-    full: bool = False
-    """The paper's 24 blocks and rows (32x512, 16x256 and 1x128 tokens), for a GPU or a large
-    machine."""
-
-    blocks: PositiveInt = 4
-    """Blocks, where not `full`: all of them are alike, so overheads in per cent stay as they
-    are."""
-
-    shrink: PositiveInt = 8
-    """Divisor of the paper's numbers of rows, where not `full`; one row is left."""
-
-    width: PositiveInt = WIDTH
-    """Width of the model, a multiple of 64; the bottlenecks' sizes are in proportion."""
-
-    @model_validator(mode="after")
-    def _check(self) -> LatencyConfig:
-        if self.width % HEAD_WIDTH:
-            raise ValueError(f"width {self.width} is not a multiple of {HEAD_WIDTH}")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)

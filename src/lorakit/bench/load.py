@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import safetensors.torch
-from pydantic import Field
 from torch import Tensor
 
 from lorakit.adapter.tensor_files import WEIGHTS_FILE
 from lorakit.bank import AdapterBank
 from lorakit.bench.peers import peft_loading, peft_model, save_random_adapters
-from lorakit.bench.result import OURS, BenchConfig, Findings, Goal
+from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.rounds import Participant, interleaved
-from lorakit.config.base import PositiveInt
+from lorakit.config.bench import LoadConfig
 from lorakit.models.load import load_model
 
 NAME = "measured"
 """The name of the adapter that is loaded and removed."""
-
-
-class LoadConfig(BenchConfig):
-    """The numbers of adapters that are already loaded."""
-
-    resident: PositiveInt = 500
-    """Adapters in the bank after the last load (10 MB each for smollm2)."""
-
-    peer_resident: Annotated[int, Field(ge=2)] = 16
-    """The same in PEFT, where each load takes longer than the one before."""
 
 
 def measure_load(settings: LoadConfig) -> Findings:

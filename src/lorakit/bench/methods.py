@@ -10,20 +10,19 @@ from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from lorakit.attachment.state import active_name
 from lorakit.bench.memory import forget_peak, most_bytes, used_bytes
-from lorakit.bench.result import Findings, Measured
-from lorakit.config.base import PositiveFloat, PositiveInt
+from lorakit.bench.result import Findings
+from lorakit.config.bench import MethodsConfig
 from lorakit.config.methods import METHODS
-from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_prompt
 from lorakit.data.metrics.basic import bleu
@@ -31,13 +30,13 @@ from lorakit.data.row_types import Rows, references_of
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model
-from lorakit.models.quantized import quiet_library
 from lorakit.routing.route import route
 from lorakit.training.evaluation import answer, score
 from lorakit.training.loss import Loss
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run, execute, while_training
 from lorakit.training.virtual_tokens import encode_for
+from lorakit.upstream.quiet_library import quiet_library
 
 _Row = dict[str, Any]
 
@@ -46,42 +45,6 @@ EVERYWHERE = {"bitfit": {"bitfit": {"add_missing": True}}}
 
 BASE = "base"
 """The name in the table of the model without any training."""
-
-
-class MethodsConfig(Measured):
-    """The methods that are compared, and their rows."""
-
-    methods: dict[str, dict[str, Any]] = {}
-    """What is trained: a name, and what `lorakit train` is told beside what all share. A name that
-    is no method says the method too: {dora: {method: lora, lora: {use_dora: true}}}. Empty: every
-    method with its defaults, bitfit with added biases where there are none."""
-
-    rates: dict[str, tuple[PositiveFloat, ...]] = {}
-    """Peak learning rates to try, by the name in `methods`; the others run at their own rate."""
-
-    data: DataConfig = DataConfig()
-    """Rows to train on, and in `data.validation` those to score afterwards; both must be given."""
-
-    task: Literal["auto", "generation", "classification", "regression"] = "auto"
-    """What the model does. auto: classification where rows have labels, else generation."""
-
-    steps: PositiveInt = 300
-    """Optimizer steps of each run."""
-
-    batch_size: PositiveInt = 8
-    """Rows per step."""
-
-    answers: Annotated[int, Field(ge=0)] = 100
-    """Held-out rows that are answered in words and scored with BLEU; 0: none."""
-
-    max_new_tokens: PositiveInt = 96
-    """Longest answer, in tokens."""
-
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the start, the order of rows, and dropout."""
-
-    parallel: PositiveInt = 1
-    """Runs at the same time, each in a process of its own with as many `threads`."""
 
 
 @dataclass(frozen=True, kw_only=True)

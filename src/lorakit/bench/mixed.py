@@ -16,43 +16,15 @@ from transformers import PreTrainedModel
 
 from lorakit.bank import AdapterBank
 from lorakit.bench.peers import peft_model, save_random_adapters
-from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, Timings
+from lorakit.bench.result import OURS, Findings, Goal, Timings
 from lorakit.bench.rounds import Participant, Seconds, interleaved
-from lorakit.config.base import PositiveInt
+from lorakit.config.bench import MixedConfig
 from lorakit.models.load import load_model
 
 CHECKED_ROWS = 4
 """Rows of the batch on which the answers are compared with PEFT's, in float32."""
 TOLERANCE = 1e-4
 """Largest difference of a logit from PEFT's, as a share of the largest logit."""
-
-
-class MixedConfig(BenchConfig):
-    """The sizes of the batches, and the numbers of adapters."""
-
-    rows: PositiveInt = 16
-    """Rows of the batch that is compared with the plain model and with PEFT."""
-
-    adapters: PositiveInt = 16
-    """Distinct adapters in it."""
-
-    prompt_tokens: PositiveInt = 8
-    """Tokens of each prompt before the decoding."""
-
-    new_tokens: PositiveInt = 32
-    """Tokens that are decoded greedily."""
-
-    prefill_tokens: PositiveInt = 64
-    """Tokens of each row of the prefill."""
-
-    many_rows: PositiveInt = 64
-    """Rows of the batch whose number of distinct adapters varies."""
-
-    many_prefill_tokens: PositiveInt = 16
-    """Tokens of each of its rows in the prefill."""
-
-    distinct: tuple[PositiveInt, ...] = (1, 4, 16, 64)
-    """Numbers of distinct adapters in that batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from lorakit.bench.environment import environment, uncommitted
 from lorakit.bench.peers import require_peft
 from lorakit.bench.rounds import Seconds
-from lorakit.config.base import DType, PositiveInt, Settings
+from lorakit.config.bench import BenchConfig, Measured
 from lorakit.errors import OutputError
 
 OURS = "ours"
@@ -23,38 +23,6 @@ SHOWN = 3
 """Changed files that a message names."""
 Timings = Mapping[str, Mapping[str, Seconds]]
 """The seconds of each participant, by measurement."""
-
-
-class Measured(Settings):
-    """The settings of every benchmark."""
-
-    model: str = "smollm2"
-    """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""
-
-    dtype: DType = "bfloat16"
-    """Precision of the base."""
-
-    threads: PositiveInt | None = None
-    """Threads of torch. None: as many as torch takes by itself."""
-
-    out: Path | None = None
-    """JSON file for the result, which is replaced. None: none."""
-
-
-class BenchConfig(Measured):
-    """The settings of benchmarks that measure in rounds."""
-
-    rank: PositiveInt = 8
-    """Rank of the adapters, which sit on all linear layers."""
-
-    adapter_dtype: DType = "float32"
-    """Precision of A and B."""
-
-    repeats: PositiveInt = 7
-    """Rounds, in each of which every participant is measured once; medians are compared."""
-
-    peer: bool = True
-    """Measure PEFT too, which the extra `bench` installs."""
 
 
 C = TypeVar("C", bound=Measured)

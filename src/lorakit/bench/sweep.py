@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.attachment.attach import adapter_parameters, attach
 from lorakit.bench.memory import peak_bytes
 from lorakit.bench.peers import require_peft
-from lorakit.bench.result import OURS, BenchConfig, Findings, Goal, threads
+from lorakit.bench.result import OURS, Findings, Goal, threads
 from lorakit.bench.rounds import Participant, Seconds, interleaved
-from lorakit.config.base import PositiveInt
+from lorakit.config.bench import SweepConfig
 from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig
 from lorakit.data.batches import pad_token
@@ -29,22 +29,6 @@ from lorakit.training.loss import Loss
 from lorakit.training.sweep.joint_step import MicroBatch, joint_losses
 
 LEARNING_RATE = 1e-3
-
-
-class SweepConfig(BenchConfig):
-    """The number of adapters that are trained, and their rows."""
-
-    adapters: PositiveInt = 8
-    """Adapters that are trained."""
-
-    rows: PositiveInt = 2
-    """Rows of each in one step."""
-
-    task: str = "builtin:places"
-    """Source of the rows, as in data.train."""
-
-    memory: bool = True
-    """Measure the largest resident set of each participant too, in a process of its own (Linux)."""
 
 
 def measure_sweep(settings: SweepConfig) -> Findings:

@@ -14,22 +14,12 @@ from transformers import PreTrainedModel
 
 from lorakit.bank import AdapterBank
 from lorakit.bench.peers import peft_model, save_random_adapters
-from lorakit.bench.result import OURS, BenchConfig, Findings, Goal
+from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.rounds import Participant, Seconds, interleaved
-from lorakit.config.base import PositiveInt
+from lorakit.config.bench import SwitchConfig
 from lorakit.models.base import base_parameters
 from lorakit.models.identity import weights_hash
 from lorakit.models.load import load_model
-
-
-class SwitchConfig(BenchConfig):
-    """The settings of the switches, and of the forward pass that a merged one is compared with."""
-
-    tokens: PositiveInt = 128
-    """Tokens of the one row of that forward pass."""
-
-    unmerged_repeats: PositiveInt = 100
-    """Rounds of the unmerged switch, which is short."""
 
 
 @torch.no_grad()

@@ -14,13 +14,8 @@ from lorakit.bench.train_chart import check_chart, draw
 from lorakit.bench.train_participants import BY_LENGTH, Task
 from lorakit.bench.train_processes import Record, Rounds, run_rounds
 from lorakit.bench.train_rounds import PARTS
-from lorakit.bench.train_settings import (
-    WARM_UPS,
-    TrainBenchConfig,
-    draw_rows,
-    run_settings,
-    write_rows,
-)
+from lorakit.bench.train_settings import draw_rows, run_settings, write_rows
+from lorakit.config.bench import WARM_UPS, TrainBenchConfig
 from lorakit.config.train import TrainConfig
 
 FULL_LEARNING_RATE = 5e-5

@@ -6,70 +6,17 @@ import json
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from lorakit.bench.result import BenchConfig
-from lorakit.config.base import Names, PositiveFloat, PositiveInt
+from lorakit.config.bench import TrainBenchConfig
 from lorakit.config.methods import LoRAConfig
-from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.config.train import TrainConfig
 from lorakit.data.row_types import PromptRow
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError
 
-WARM_UPS = 1
-"""Rounds that do not count: the first steps compile, allocate and fill caches."""
 WARM_UP_STEPS = 20
 """Steps over which the learning rate rises, where the run is at least twice as long."""
-
-
-class TrainBenchConfig(BenchConfig):
-    """What is trained, on what, and who takes part."""
-
-    rank: PositiveInt = 8
-    """Rank of the adapters."""
-
-    targets: Names = ("q", "v")
-    """Layers to adapt, in the words of lora.targets of `lorakit train`."""
-
-    data: DataConfig = DataConfig(train="builtin:places", max_length=256)
-    """Where the rows come from; they must have a prompt and a completion."""
-
-    batch_size: PositiveInt = 8
-    """Rows per step."""
-
-    learning_rate: PositiveFloat = 2e-3
-    """Peak learning rate of AdamW for the adapters."""
-
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the choice of rows, of their order and of A."""
-
-    ours: dict[str, Any] | None = None
-    """Other settings of `lorakit train` for ours, such as {memory: low}."""
-
-    steps: PositiveInt = 4
-    """Steps of each participant in a round."""
-
-    held_out: PositiveInt = 64
-    """Rows that are not trained on, and scored after the last step."""
-
-    full: bool = True
-    """Measure full fine-tuning too."""
-
-    compiled: bool = False
-    """Measure ours and PEFT with torch.compile too, which takes minutes to compile on a CPU."""
-
-    starts: Annotated[int, Field(ge=0)] = 3
-    """Starts of `lorakit train` on all rows that are timed until the first step; 0: none."""
-
-    plot: Path | None = None
-    """PNG file for a bar chart, which is replaced. None: none."""
-
-    @property
-    def all_steps(self) -> int:
-        """The steps of each participant, those of the warm-up included."""
-        return self.steps * (WARM_UPS + self.repeats)
 
 
 def draw_rows(settings: TrainBenchConfig, count: int, *, what_for: str) -> list[PromptRow]:

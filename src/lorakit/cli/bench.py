@@ -4,18 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.bench.latency import LatencyConfig, measure_latency
-from lorakit.bench.load import LoadConfig, measure_load
-from lorakit.bench.methods import MethodsConfig, measure_methods
-from lorakit.bench.mixed import MixedConfig, measure_mixed
-from lorakit.bench.result import Findings, Measured, run_bench
-from lorakit.bench.sweep import SweepConfig, measure_sweep
-from lorakit.bench.switch import SwitchConfig, measure_switch
+from lorakit.bench.latency import measure_latency
+from lorakit.bench.load import measure_load
+from lorakit.bench.methods import measure_methods
+from lorakit.bench.mixed import measure_mixed
+from lorakit.bench.result import Findings, run_bench
+from lorakit.bench.sweep import measure_sweep
+from lorakit.bench.switch import measure_switch
 from lorakit.bench.tables import table
 from lorakit.bench.train import measure_train
-from lorakit.bench.train_settings import TrainBenchConfig
 from lorakit.cli.verbs import Result, Verb
-from lorakit.config.base import Settings
+from lorakit.config.bench import Measured
 
 
 @dataclass
@@ -23,7 +22,6 @@ class Bench:
     """One benchmark as a verb."""
 
     name: str
-    SETTINGS: type[Settings]
     measure: Callable[[Any], Findings]
 
     def run(self, settings: Measured) -> Result:
@@ -34,12 +32,12 @@ class Bench:
 
 
 SECOND_WORDS: dict[str, Verb] = {
-    "latency": Bench("latency", LatencyConfig, measure_latency),
-    "load": Bench("load", LoadConfig, measure_load),
-    "methods": Bench("methods", MethodsConfig, measure_methods),
-    "mixed": Bench("mixed", MixedConfig, measure_mixed),
-    "switch": Bench("switch", SwitchConfig, measure_switch),
-    "sweep": Bench("sweep", SweepConfig, measure_sweep),
-    "train": Bench("train", TrainBenchConfig, measure_train),
+    "latency": Bench("latency", measure_latency),
+    "load": Bench("load", measure_load),
+    "methods": Bench("methods", measure_methods),
+    "mixed": Bench("mixed", measure_mixed),
+    "switch": Bench("switch", measure_switch),
+    "sweep": Bench("sweep", measure_sweep),
+    "train": Bench("train", measure_train),
 }
 """Each benchmark, by the second word of its verb."""

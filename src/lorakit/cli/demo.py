@@ -16,9 +16,9 @@ from lorakit.adapter.output_place import check_place
 from lorakit.attachment.attach import detach
 from lorakit.bank import AdapterBank
 from lorakit.cli.verbs import Result
-from lorakit.config.base import PositiveInt, Settings
 from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
+from lorakit.config.verbs import DemoConfig
 from lorakit.data.encode import encode_prompt
 from lorakit.data.metrics.basic import exact_match
 from lorakit.data.row_types import PromptRow, references_of
@@ -39,25 +39,6 @@ SWEEP_RANKS = (1, 2, 4, 8)
 SWEEP_STEPS = 12
 MIXED_ROWS = 8
 """Rows of the mixed batch; the tasks and the base take turns."""
-
-
-class DemoConfig(Settings):
-    """Settings of demo: how long to train and how much to score."""
-
-    out: Path | None = None
-    """New folder for the adapters. None: a temporary one, which stays for you to look at."""
-
-    steps: PositiveInt | None = None
-    """Optimizer steps per task. None: as many as each task needs."""
-
-    rows: PositiveInt = 32
-    """Held-out rows scored per task."""
-
-    batch_size: PositiveInt = 8
-    """Rows per step."""
-
-
-SETTINGS: type[Settings] = DemoConfig
 
 
 @dataclass(frozen=True, kw_only=True)

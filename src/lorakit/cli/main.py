@@ -2,6 +2,9 @@
 
 Exit codes: 0 success; 2 a mistake that the user can mend; 130 Ctrl-C; 141 the reader of stdout has
 closed it; 1, with a trace, a defect of lorakit.
+
+What takes long to import is imported where it is needed: neither the list of verbs nor the version
+needs pydantic, and neither flags nor help need torch.
 """
 
 import json
@@ -10,15 +13,30 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-
-from pydantic_core import to_jsonable_python
+from dataclasses import dataclass
 
 from lorakit import __version__
-from lorakit.cli.parsing.help import SWITCHES, overview, verb_help
-from lorakit.cli.parsing.settings import parse, to_yaml
-from lorakit.cli.verbs import VERBS, Result, loaded_verb, second_words
+from lorakit.cli.overview import SWITCHES, overview
+from lorakit.cli.verbs import VERBS, Result, loaded_verb, second_words, settings_of
 from lorakit.errors import ConfigError, LorakitError, did_you_mean
-from lorakit.models.quantized import quiet_library
+from lorakit.upstream.quiet_library import quiet_library
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A command line: its words, and the switches taken out of them."""
+
+    words: list[str]
+    switches: set[str]
+    topic: str | None
+    """The word right after --help."""
+
+    @classmethod
+    def of(cls, argv: Sequence[str]) -> "_Line":
+        words = [word for word in argv if word not in SWITCHES]
+        helped = argv.index("--help") + 1 if "--help" in argv else len(argv)
+        topic = next((word for word in argv[helped : helped + 1] if word in words), None)
+        return cls(words=words, switches=set(argv) & SWITCHES.keys(), topic=topic)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,12 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `lorakit`. None: those of this process.
     """
     words = sys.argv[1:] if argv is None else argv
-    words = ["--help" if word == "-h" else word for word in words]
-    switches = {word for word in words if word in SWITCHES}
+    line = _Line.of(["--help" if word == "-h" else word for word in words])
     try:
         # transformers imports PEFT if it is there, and PEFT imports bitsandbytes.
         with quiet_library():
-            code = _run([word for word in words if word not in SWITCHES], switches)
+            code = _run(line)
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes stdout once more at exit, which would raise the error again.
@@ -42,15 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(words: list[str], switches: set[str]) -> int:
+def _run(line: _Line) -> int:
     """Print the result of a command line, or what went wrong, and return the exit code."""
-    as_json = "--json" in switches
+    as_json = "--json" in line.switches
     try:
         with _stdout_on_stderr() if as_json else nullcontext():
-            result = _result(words, switches)
+            result = _result(line)
         text = _json(result.data) if as_json else result.text.rstrip("\n")
     except (LorakitError, KeyboardInterrupt) as error:
-        return _fail(error, switches)
+        return _fail(error, line.switches)
     except Exception as error:
         if as_json:
             print(_error_json(error))
@@ -60,23 +77,30 @@ def _run(words: list[str], switches: set[str]) -> int:
     return 0
 
 
-def _result(words: list[str], switches: set[str]) -> Result:
+def _result(line: _Line) -> Result:
     """The result of the verb; or the help, the version or the settings, if a switch says so."""
+    words, switches = line.words, line.switches
     if words == ["--version"]:
         return Result(text=f"lorakit {__version__}", data={"version": __version__})
     if not words:
-        return Result(text=overview(), data={"verbs": VERBS})
+        meanings = {name: entry.meaning for name, entry in VERBS.items()}
+        return Result(text=overview(), data={"verbs": meanings})
     if "--help" in switches and len(words) == 1 and second_words(words[0]):
         text = overview(words[0])
         return Result(text=text, data={"help": text})
     name, rest = _verb_and_rest(words)
+    if "--help" in switches:
+        from lorakit.cli.parsing.help import verb_help
+
+        topic = line.topic if line.topic in rest else None
+        text = verb_help(name, settings_of(name), topic)
+        return Result(text=text, data={"help": text})
+    from lorakit.cli.parsing.settings import parse, to_yaml
+
+    settings = parse(settings_of(name), rest)
+    if "--print-config" in switches:
+        return Result(text=to_yaml(settings), data=settings.model_dump())
     with loaded_verb(name) as verb:
-        if "--help" in switches:
-            text = verb_help(name, verb.SETTINGS)
-            return Result(text=text, data={"help": text})
-        settings = parse(verb.SETTINGS, rest)
-        if "--print-config" in switches:
-            return Result(text=to_yaml(settings), data=settings.model_dump())
         return verb.run(settings)
 
 
@@ -127,6 +151,8 @@ def _error_json(error: BaseException) -> str:
 
 def _json(data: dict[str, object]) -> str:
     """One line of JSON; NaN and infinity, which JSON lacks, become null."""
+    from pydantic_core import to_jsonable_python
+
     return json.dumps(to_jsonable_python(data, inf_nan_mode="null"))
 
 

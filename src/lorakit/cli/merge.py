@@ -1,7 +1,6 @@
 """The verb merge: a plain model, with the adapter in its weights, that loads without lorakit."""
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 import transformers
@@ -12,38 +11,12 @@ from lorakit.adapter.output_place import check_new
 from lorakit.attachment.attach import attach, detach
 from lorakit.attachment.open_model import Opened, open_model
 from lorakit.cli.verbs import Result
-from lorakit.config.base import DType, Settings
+from lorakit.config.verbs import MergeConfig
 from lorakit.errors import ConfigError, ModelError, OutputError
 from lorakit.merging.merge import MergeReport, finalize, merge
 from lorakit.merging.quantized_base import TrainedModel
 from lorakit.models.load import load_model
 from lorakit.models.quantized import dequantize, quantization_of
-
-
-class MergeConfig(Settings):
-    """Settings of merge: the adapter, its base, and where to write the model."""
-
-    adapter: Path
-    """Adapter folder."""
-
-    out: Path
-    """New folder for the model, in transformers' format."""
-
-    model: str | None = None
-    """Base model. None: the one that the adapter was trained on."""
-
-    into: Literal["dequantised", "original"] = "dequantised"
-    """Which base to merge into, where the adapter was trained on a quantised one: what its weights
-    stand for, dequantised, which gives the model that was trained; or the original."""
-
-    dtype: DType = "float32"
-    """Precision of the written weights; the sum is rounded to it once."""
-
-    allow_other_base: bool = False
-    """Accept a base with other weights than the adapter was trained on."""
-
-
-SETTINGS: type[Settings] = MergeConfig
 
 
 def run(settings: MergeConfig) -> Result:

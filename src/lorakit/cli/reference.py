@@ -1,7 +1,8 @@
 """The page docs/cli.md, made from the help: `python -m lorakit.cli.reference > docs/cli.md`."""
 
-from lorakit.cli.parsing.help import overview, verb_help
-from lorakit.cli.verbs import VERBS, load_verb
+from lorakit.cli.overview import overview
+from lorakit.cli.parsing.help import ALL, verb_help
+from lorakit.cli.verbs import VERBS, settings_of
 
 INTRODUCTION = """\
 # The command line
@@ -29,7 +30,7 @@ the result, or `{"error": {"type": …, "message": …}}`.
 def reference() -> str:
     """The text of docs/cli.md: every verb and every setting."""
     helps = {"lorakit": overview()} | {
-        f"lorakit {name}": verb_help(name, load_verb(name).SETTINGS) for name in VERBS
+        f"lorakit {name}": verb_help(name, settings_of(name), ALL) for name in VERBS
     }
     sections = (f"## {title}\n\n```text\n{text}```\n" for title, text in helps.items())
     return "\n".join([INTRODUCTION, *sections])

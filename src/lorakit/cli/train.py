@@ -3,14 +3,11 @@
 from typing import Any
 
 from lorakit.cli.verbs import Result
-from lorakit.config.base import Settings
 from lorakit.config.train import TrainConfig
 from lorakit.training.prepare import Prepared, prepare
 from lorakit.training.run import train
 from lorakit.training.sweep.report import figures
 from lorakit.training.sweep.sweep import describe, prepare_sweep, sweep
-
-SETTINGS: type[Settings] = TrainConfig
 
 
 def run(settings: TrainConfig) -> Result:

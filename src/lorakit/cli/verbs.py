@@ -5,26 +5,82 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from lorakit.config.base import Settings
+if TYPE_CHECKING:
+    from lorakit.config.base import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is known of a verb before anything of it is imported."""
+
+    meaning: str
+    """What it does, in one line."""
+
+    settings: str
+    """Where the class of its settings is, such as config.train:TrainConfig.
+
+    Flags and help are made from that class, so its module imports neither torch nor transformers,
+    which take seconds.
+    """
+
 
 VERBS = {
-    "demo": "Train, switch, mix and merge adapters on a real model, in minutes.",
-    "train": "Train an adapter on your model and your data.",
-    "evaluate": "Score a model, with or without an adapter, on held-out rows.",
-    "generate": "Complete prompts, with or without an adapter.",
-    "merge": "Write a plain model that has the adapter in its weights.",
-    "convert": "Read an adapter of one format and write it in another.",
-    "bench latency": "Time a forward pass with each method: Table 1 of the paper.",
-    "bench load": "Time the loading of adapters, beside PEFT and plain reading.",
-    "bench methods": "Train every method of the paper on the same rows, and score each.",
-    "bench mixed": "Time batches of many adapters, beside PEFT and the plain model.",
-    "bench switch": "Time switching between adapters, beside PEFT.",
-    "bench sweep": "Time training many adapters at once, beside one by one.",
-    "bench train": "Time training, beside PEFT and full fine-tuning.",
+    "demo": Entry(
+        meaning="Train, switch, mix and merge adapters on a real model, in minutes.",
+        settings="config.verbs:DemoConfig",
+    ),
+    "train": Entry(
+        meaning="Train an adapter on your model and your data.",
+        settings="config.train:TrainConfig",
+    ),
+    "evaluate": Entry(
+        meaning="Score a model, with or without an adapter, on held-out rows.",
+        settings="cli.evaluate:EvaluateConfig",
+    ),
+    "generate": Entry(
+        meaning="Complete prompts, with or without an adapter.",
+        settings="cli.generate:GenerateConfig",
+    ),
+    "merge": Entry(
+        meaning="Write a plain model that has the adapter in its weights.",
+        settings="config.verbs:MergeConfig",
+    ),
+    "convert": Entry(
+        meaning="Read an adapter of one format and write it in another.",
+        settings="config.verbs:ConvertConfig",
+    ),
+    "bench latency": Entry(
+        meaning="Time a forward pass with each method: Table 1 of the paper.",
+        settings="config.bench:LatencyConfig",
+    ),
+    "bench load": Entry(
+        meaning="Time the loading of adapters, beside PEFT and plain reading.",
+        settings="config.bench:LoadConfig",
+    ),
+    "bench methods": Entry(
+        meaning="Train every method of the paper on the same rows, and score each.",
+        settings="config.bench:MethodsConfig",
+    ),
+    "bench mixed": Entry(
+        meaning="Time batches of many adapters, beside PEFT and the plain model.",
+        settings="config.bench:MixedConfig",
+    ),
+    "bench switch": Entry(
+        meaning="Time switching between adapters, beside PEFT.",
+        settings="config.bench:SwitchConfig",
+    ),
+    "bench sweep": Entry(
+        meaning="Time training many adapters at once, beside one by one.",
+        settings="config.bench:SweepConfig",
+    ),
+    "bench train": Entry(
+        meaning="Time training, beside PEFT and full fine-tuning.",
+        settings="config.bench:TrainBenchConfig",
+    ),
 }
-"""Name, of one word or two, and meaning of each verb; a verb's module is imported when it runs."""
+"""Each verb by its name, of one word or two; its module is imported when it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +106,21 @@ class Verb(Protocol):
     argument says how to go on.
     """
 
-    SETTINGS: type[Settings]
-    """The verb's settings, from which its flags and its help are made."""
-
     def run(self, settings: Any) -> Result:
-        """Do the verb's work with the settings, an instance of SETTINGS."""
+        """Do the verb's work with the settings, an instance of the class that VERBS names."""
         ...
 
 
 def second_words(first: str) -> list[str]:
     """The second words of the verbs of two words with this first one."""
     return [name.partition(" ")[2] for name in VERBS if name.startswith(f"{first} ")]
+
+
+def settings_of(name: str) -> "type[Settings]":
+    """The class of a verb's settings."""
+    module, _, attribute = VERBS[name].settings.partition(":")
+    found = getattr(importlib.import_module(f"lorakit.{module}"), attribute)
+    return cast("type[Settings]", found)
 
 
 def load_verb(name: str) -> Verb:

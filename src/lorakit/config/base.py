@@ -1,7 +1,9 @@
 """The base of all settings: frozen, unknown keys refused, every problem reported at once."""
 
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -12,7 +14,8 @@ from pydantic import (
     field_validator,
 )
 
-from lorakit.errors import ConfigError, did_you_mean
+from lorakit.config.fields import Key, meant, types_of, types_within
+from lorakit.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
 HeldIn = Literal["as-trained", "none", "4bit", "8bit"]
@@ -32,13 +35,25 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
-def _types(annotation: Any) -> tuple[Any, ...]:
-    """A type, or the members of a union."""
-    return get_args(annotation) or (annotation,)
+@dataclass(frozen=True)
+class Topic:
+    """Settings that the help explains together."""
+
+    name: str
+    meaning: str
+    settings: tuple[str, ...]
+    """Their dotted names, such as lora.rank."""
 
 
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys refused, every problem reported at once."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    """The settings that words of a command line without a flag give, in this order."""
+
+    topics: ClassVar[tuple[Topic, ...]] = ()
+    """The settings by topic, in the help of a class that has many; the first has what people need
+    first. A section is a topic too, of what these leave in it."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -51,9 +66,13 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _names_a_path(cls, value: Any, info: Any) -> Any:
-        """Refuse an empty text as a path: Path("") is the working folder."""
-        if value == "" and Path in _types(cls.model_fields[str(info.field_name)].annotation):
+    def _refuse_what_pydantic_converts(cls, value: Any, info: Any) -> Any:
+        """Refuse true in the place of 1, and an empty path, which would be the working folder."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        types = types_within(annotation)
+        if types & {int, float} and not types & {bool, Any} and _has_truth_value(value):
+            raise ValueError(f"true and false are no numbers, found {value!r}")
+        if Path in types_of(annotation) and isinstance(value, str) and not value.strip():
             raise ValueError("is empty: give a path (the working folder is .)")
         return value
 
@@ -80,18 +99,31 @@ class Settings(BaseModel):
 
 def config_error(settings: type[BaseModel], error: ValidationError) -> ConfigError:
     """One ConfigError with a line for each of pydantic's problems."""
-    return ConfigError.listing(
-        f"{settings.__name__} has settings that cannot be used", problem_lines(settings, error)
-    )
+    return ConfigError.listing(headline(settings), problem_lines(settings, error))
 
 
-def problem_lines(settings: type[BaseModel], error: ValidationError) -> list[str]:
-    """A line for each of pydantic's problems: the setting, and what is wrong with it."""
+def headline(settings: type[BaseModel]) -> str:
+    """What stands over the problems of some settings."""
+    return f"{settings.__name__} has settings that cannot be used"
+
+
+def problem_lines(
+    settings: type[BaseModel], error: ValidationError, *, told: Collection[Key] = ()
+) -> list[str]:
+    """A line for each of pydantic's problems: the setting, and what is wrong with it.
+
+    Args:
+        settings: the class that was validated.
+        error: what pydantic found.
+        told: settings whose problem is told already.
+    """
     lines = []
     for problem in error.errors():
+        if problem["loc"] in told:
+            continue
         key = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown setting{_nearest(settings, problem['loc'])}")
+            lines.append(f"{key}: unknown setting{_nearest(settings, key)}")
         elif problem["type"] == "missing":
             lines.append(f"{key}: must be given")
         elif problem["type"] == "value_error":
@@ -102,14 +134,18 @@ def problem_lines(settings: type[BaseModel], error: ValidationError) -> list[str
     return lines
 
 
-def _nearest(settings: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    """The hint "; did you mean 'x'?" with the known key nearest to an unknown one."""
-    for part in location[:-1]:
-        field = settings.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return ""
-        settings = inner
-    known = settings.model_fields
-    hint = did_you_mean(str(location[-1]), known)
-    return hint or f"; the known ones are {', '.join(known)}"
+def _nearest(settings: type[BaseModel], name: str) -> str:
+    """The hint "; did you mean 'x'?" with the settings that an unknown name may mean."""
+    likely = meant(settings, name)
+    if likely:
+        return f"; did you mean {' or '.join(map(repr, likely))}?"
+    return f"; the known ones are {', '.join(settings.model_fields)}"
+
+
+def _has_truth_value(value: Any) -> bool:
+    """Whether a value is true or false, or has one of them in it."""
+    if isinstance(value, Mapping):
+        return any(map(_has_truth_value, value.values()))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return any(map(_has_truth_value, value))
+    return isinstance(value, bool)

@@ -49,6 +49,11 @@ Invocation = Annotated[T, Mark(on_card=False, compared=False)]
 """A setting of one call: which folder it writes, and how it treats the files there."""
 
 
+@dataclass(frozen=True)
+class Escapes:
+    """The mark of a text in which a flag's \\n, \\t and \\\\ stand for what they do in Python."""
+
+
 def mark_of(settings: type[BaseModel], name: str, *, default: Mark | None = None) -> Mark:
     """The mark of a setting; the default one where it has none."""
     marks = (each for each in settings.model_fields[name].metadata if isinstance(each, Mark))

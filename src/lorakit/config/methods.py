@@ -94,8 +94,11 @@ class LoRAConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _check(self) -> LoRAConfig:
-        if not self.targets and self.bias == "none" and not self.modules_to_save:
-            raise ValueError("targets is empty, so nothing would be trained")
+        if not self.targets and self.bias == "none" and self.modules_to_save in ((), ("auto",)):
+            raise ValueError(
+                "targets is empty, so no layer would be adapted: name some, such as q,v "
+                "(a head or norm alone is trained by its name in modules_to_save)"
+            )
         if self.eva_rho > 1 and self.init != "eva":
             raise ValueError(f"eva_rho moves ranks in init eva, and init is {self.init}")
         if self.layers is not None:

@@ -1,12 +1,13 @@
 """Settings of runs: one class is the Python argument, the YAML file and the flags at once."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings, Topic
 from lorakit.config.marks import (
+    Escapes,
     Extends,
     Handles,
     Invocation,
@@ -70,7 +71,7 @@ class DataConfig(Settings):
     """What separates the columns of a CSV file: one character, or tab. None: found in its first
     line."""
 
-    separator: str = "\n"
+    separator: Annotated[str, Escapes()] = "\n"
     """Written between prompt and completion."""
 
     max_length: PositiveInt = 512
@@ -96,6 +97,46 @@ class DataConfig(Settings):
 
 class TrainConfig(Settings):
     """One training run: the model, the data, the adapter and the schedule."""
+
+    topics: ClassVar[tuple[Topic, ...]] = (
+        Topic(
+            "first",
+            "What most runs need.",
+            (
+                *("model", "data.train", "data.validation", "out", "method", "lora.rank"),
+                *("lora.targets", "epochs", "batch_size", "learning_rate"),
+            ),
+        ),
+        Topic(
+            "run",
+            "What is trained for how long, scored and saved.",
+            (
+                *("task", "steps", "accumulate", "seed", "eval_every", "save_every", "patience"),
+                *("check_after", "allow_untrained"),
+            ),
+        ),
+        Topic(
+            "optimizer",
+            "How weights are changed.",
+            (
+                *("warmup_steps", "schedule", "weight_decay", "max_grad_norm", "label_smoothing"),
+                *("z_loss", "lora_plus_ratio", "eva_batches"),
+            ),
+        ),
+        Topic(
+            "speed",
+            "What is held in memory, and what computes.",
+            (
+                *("dtype", "quantize", "double_quantization", "packing", "memory", "offload"),
+                *("kernels", "compile"),
+            ),
+        ),
+        Topic(
+            "folder",
+            "Runs that go on from others, replace them, or are several.",
+            ("init_from", "allow_other_base", "resume", "overwrite", "dry_run", "sweep"),
+        ),
+    )
 
     model: Annotated[str, Mark(on_card=False, may_change=True)] = "smollm2"
     """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""

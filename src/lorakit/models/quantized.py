@@ -7,9 +7,7 @@ identity is that of the float weights, so an adapter fits the quantised and the 
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -23,6 +21,7 @@ from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.quantized_weight import float_weight, is_quantized
 from lorakit.models.roles import output_head, task_heads
 from lorakit.upstream.private_names import kept_in_float32, own_parameters
+from lorakit.upstream.quiet_library import quiet_library
 
 CARD_KEY = "quantised"
 """The training card's key for how the base was quantised."""
@@ -64,21 +63,6 @@ def check_library() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError("a quantised base", "quantized")
-
-
-@contextmanager
-def quiet_library() -> Iterator[None]:
-    """Suppress bitsandbytes' warning, on import, about a kernel of the hub that lorakit omits."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.addFilter(_is_of_use)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_of_use)
-
-
-def _is_of_use(record: logging.LogRecord) -> bool:
-    return "kernels-community" not in record.getMessage()
 
 
 def quantize(model: nn.Module, how: Quantization) -> None:

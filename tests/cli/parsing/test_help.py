@@ -1,18 +1,21 @@
 """The help: every setting with its flag, its default and its meaning."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from lorakit.cli.overview import WIDTH, overview
 from lorakit.cli.parsing.flags import flags_of
-from lorakit.cli.parsing.help import WIDTH, overview, verb_help
+from lorakit.cli.parsing.help import ALL, verb_help
+from lorakit.cli.verbs import VERBS
 from lorakit.config.base import Names, Settings
 from lorakit.config.train import TrainConfig
 
 
 def test_help_has_every_setting_of_training_with_its_meaning():
-    text = " ".join(verb_help("train", TrainConfig).split())
+    text = " ".join(verb_help("train", TrainConfig, ALL).split())
     for flag in flags_of(TrainConfig):
         assert flag.name.removeprefix("--") in text
         assert flag.field.description, f"{flag.name} has no docstring"
@@ -20,8 +23,24 @@ def test_help_has_every_setting_of_training_with_its_meaning():
 
 
 def test_no_line_is_wider_than_the_help():
-    lines = [*overview().splitlines(), *verb_help("train", TrainConfig).splitlines()]
-    assert max(map(len, lines)) <= WIDTH
+    pages = (overview(), verb_help("train", TrainConfig), verb_help("train", TrainConfig, ALL))
+    assert max(len(line) for page in pages for line in page.splitlines()) <= WIDTH
+
+
+def test_help_of_training_fits_a_screen_and_names_every_setting_once():
+    text = verb_help("train", TrainConfig)
+    named = re.findall(r"--(?:\[no-\])?([a-z][a-z._-]*)", text.partition("every verb:")[0])
+    for flag in flags_of(TrainConfig):
+        assert named.count(flag.name[2:]) == 1, flag.name
+    assert len(text.splitlines()) < 80
+
+
+def test_meanings_stand_in_one_column():
+    lines = [line for line in overview().splitlines() if line.startswith("  ")]
+    names = list(VERBS)
+    columns = {line.index(VERBS[name].meaning) for name, line in zip(names, lines, strict=True)}
+    assert len(columns) == 1
+    assert all(line[column - 1] == " " for column in columns for line in lines)
 
 
 class Inner(Settings):

@@ -91,6 +91,8 @@ def test_last_of_two_equal_flags_counts():
         (["--overwrite"], "overwrite: true"),
         (["--no-overwrite"], "overwrite: false"),
         (["--overwrite=yes"], "overwrite: yes"),
+        (["--packing", "off"], "packing: off"),
+        (["--data.labels", "no,yes"], "data: {labels: [no, yes]}"),
         (["--lora.use-rslora"], "lora: {use_rslora: true}"),
         (["--no-lora.use-rslora"], "lora: {use_rslora: false}"),
         (["--lora.targets", "q, k,v"], "lora: {targets: [q, k, v]}"),
@@ -181,27 +183,27 @@ def test_all_problems_of_file_and_flags_are_in_one_message(tmp_path):
         "TrainConfig has settings that cannot be used (9 problems):\n"
         "  out: must be given\n"
         "  lora.dropout: input should be less than 1, found 7\n"
-        "  lora.rnk: unknown setting; did you mean 'rank'?\n"
         "  epochs: input should be greater than 0, found -1\n"
         "  batch_size: input should be a valid integer, unable to parse string as an integer, "
         "found 'few'\n"
-        "  seed: input should be a valid integer, found no value\n"
         "  stepz: unknown setting; did you mean 'steps'?\n"
-        "  ot: unknown setting; did you mean 'out'?\n"
-        "  ovewrite: unknown setting; did you mean 'overwrite'?"
+        "  --ot: unknown setting; did you mean --out?\n"
+        "  --lora.rnk: unknown setting; did you mean --lora.rank?\n"
+        "  --ovewrite: unknown setting; did you mean --overwrite?\n"
+        "  --seed: needs a value (N)"
     )
 
 
 @pytest.mark.parametrize(
     ("flag", "told"),
     [
-        ("--lra.rank=3", "lra: unknown setting; did you mean 'lora'?"),
-        ("--steps.x=3", "steps.x: unknown setting; did you mean 'steps'?"),
-        ("-steps=3", "-steps: unknown setting; did you mean 'steps'?"),
-        ("--no-ovewrite", "no-ovewrite: unknown setting; did you mean 'overwrite'?"),
-        ("--no-steps", "no-steps: unknown setting; did you mean 'steps'?"),
-        ("--frobnicate=1", "frobnicate: unknown setting; the known ones are model, out, method"),
-        ("--lora=3", "lora: input should be a valid dictionary"),
+        ("--lra.rank=3", "--lra.rank: unknown setting; did you mean --lora.rank?"),
+        ("--steps.x=3", "--steps.x: unknown setting; did you mean --steps?"),
+        ("-steps=3", "-steps: unknown setting; did you mean --steps?"),
+        ("--no-ovewrite", "--no-ovewrite: unknown setting; did you mean --overwrite?"),
+        ("--no-steps", "--no-steps: unknown setting; did you mean --steps?"),
+        ("--frobnicate=1", "--frobnicate: unknown setting; --help lists the known ones"),
+        ("--lora=3", "--lora: unknown setting; did you mean"),
         ("--overwrite=maybe", "overwrite: input should be a valid boolean"),
         ("--lora.rank-pattern=[k]", "lora.rank_pattern: input should be a valid dictionary"),
         ("--lora.rank-pattern={k: ", "lora.rank_pattern: input should be a valid dictionary"),
@@ -218,12 +220,12 @@ def test_wrong_flag_is_refused_by_name(flag, told):
 
 def test_mistyped_boolean_does_not_swallow_the_file(config):
     message = complaint("--ovewrite", config)
-    assert message.splitlines()[1:] == ["  ovewrite: unknown setting; did you mean 'overwrite'?"]
+    assert message.splitlines()[1:] == ["  --ovewrite: unknown setting; did you mean --overwrite?"]
 
 
 def test_flag_followed_by_a_flag_lacks_a_value_and_leaves_the_next_alone():
     message = complaint("--model", "--out", "x")
-    assert message.splitlines()[1:] == ["  model: input should be a valid string, found no value"]
+    assert message.splitlines()[1:] == ["  --model: needs a value (TEXT)"]
 
 
 def test_wrong_section_of_a_file_is_not_hidden_by_a_flag_in_it(tmp_path):
@@ -267,15 +269,125 @@ def test_missing_file_and_folder_are_told_by_name(tmp_path):
     assert f"configuration file {str(tmp_path)!r}: Is a directory" in complaint(str(tmp_path))
 
 
-def test_second_bare_word_is_refused(config):
-    assert complaint(config, "more") == (
-        f"one configuration file is read, but 2 words stand alone: {config}, more. "
-        "A setting is given as --name VALUE."
-    )
+def test_second_settings_file_is_refused(config, tmp_path):
+    more = write(tmp_path, "steps: 2")
+    assert complaint(config, more).splitlines()[1:] == [
+        f"  {config}, {more}: one settings file is read; a setting is given as --NAME VALUE"
+    ]
 
 
 def test_config_flag_without_a_file_is_refused():
-    assert complaint("--config") == "--config needs the name of a YAML file"
+    assert complaint("--out", "x", "--config").splitlines()[1:] == [
+        "  --config: needs the name of a YAML file"
+    ]
+
+
+def test_file_that_cannot_be_read_is_told_beside_the_mistakes_of_flags(tmp_path):
+    message = complaint("nope.yaml", "--lr", "1e-4")
+    assert message.count("\n") == 2
+    assert "cannot read the configuration file 'nope.yaml'" in message
+    assert "--lr: unknown setting; did you mean --learning-rate?" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--lora.targets q v", "v: a list is one word; did you mean --lora.targets q,v?"),
+        ("--lora.targets q k,v", "k,v: a list is one word; did you mean --lora.targets q,k,v?"),
+        ("--lora.targets=q v", "v: a list is one word; did you mean --lora.targets q,v?"),
+        ("--lr 1e-4", "--lr: unknown setting; did you mean --learning-rate?"),
+        ("--target_modules q_proj v_proj", "--target_modules: unknown setting; did you mean "
+        "--lora.targets?"),
+        ("--rank 4", "--rank: unknown setting; did you mean --lora.rank?"),
+        ("--dropout 0.1", "did you mean --lora.dropout or --bottleneck.dropout?"),
+        ("--lora-alpha 4", "--lora-alpha: unknown setting; did you mean --lora.alpha?"),
+        ("--num-train-epochs 4", "did you mean --epochs?"),
+    ],
+)  # fmt: skip
+def test_words_of_other_tools_and_lists_in_two_words_get_a_hint(words, told):
+    message = complaint("--out", "x", *words.split())
+    assert message.splitlines()[1:] == [f"  {told}"] or message.endswith(told)
+    assert "(1 problem)" in message
+
+
+def test_names_of_other_tools_get_a_hint_in_a_file_too(tmp_path):
+    message = complaint(write(tmp_path, "out: x\nlr: 1\nlora: {target_modules: q}"))
+    assert "lr: unknown setting; did you mean 'learning_rate'?" in message
+    assert "lora.target_modules: unknown setting; did you mean 'lora.targets'?" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("learning_rate: yes", "learning_rate: input should be a valid number"),
+        ("learning_rate: true", "learning_rate: true and false are no numbers, found True"),
+        ("steps: off", "steps: input should be a valid integer"),
+        ("seed: false", "seed: true and false are no numbers, found False"),
+        ("lora: {rank_pattern: {q: true}}", "true and false are no numbers, found {'q': True}"),
+        ("packing: false", "packing: input should be 'auto', 'on' or 'off', found False"),
+        ("data: {labels: [true, false]}", "data.labels.0: input should be a valid string"),
+        ("lora: {targets: []}", "targets is empty"),
+        ("init_from: ''", "init_from: is empty: give a path"),
+    ],
+)
+def test_a_word_of_yaml_never_becomes_a_number(tmp_path, line, told):
+    message = complaint(write(tmp_path, f"out: x\n{line}"))
+    assert told in message
+
+
+def test_an_empty_out_is_refused():
+    for words in (["--out", ""], ["--out="], ["--out", " "]):
+        assert "out: is empty: give a path" in complaint(*words, "--overwrite")
+
+
+def test_a_separator_is_typed_with_escapes_on_the_command_line():
+    def separator(text):
+        return parse(TrainConfig, ["--out", "x", "--data.separator", text]).data.separator
+
+    assert separator(r"\n") == separator("\n") == "\n"
+    assert separator(r"\n\t###") == "\n\t###"
+    assert separator(r"\\n \d") == r"\n \d"
+
+
+class Folders(Settings):
+    positional = ("source", "out")
+
+    source: Path
+    out: Path
+    seeds: tuple[int, ...] = ()
+
+
+def test_words_give_the_positional_settings(tmp_path, config):
+    expected = Folders(source="a", out="b")
+    assert parse(Folders, ["a", "b"]) == expected
+    assert parse(Folders, ["a", "--out", "b"]) == expected
+    assert parse(Folders, ["--source", "a", "--out=b"]) == expected
+    file = write(tmp_path, "seeds: [1]\nout: c")
+    assert parse(Folders, ["a", "b", file]) == Folders(source="a", out="b", seeds=(1,))
+    assert parse(Folders, [file, "a"]) == Folders(source="a", out="c", seeds=(1,))
+    folder = tmp_path / "folder.yaml"
+    folder.mkdir()
+    assert parse(Folders, [str(folder), "b"]) == Folders(source=folder, out="b")
+
+
+def test_mistakes_of_words_are_told_with_the_others(tmp_path):
+    words = ["a", "b", "c", "--seeds", "1", "2", "--sede", "3", "--out", "d"]
+    assert complaint(*words, settings=Folders).splitlines()[1:] == [
+        "  --sede: unknown setting; did you mean --seeds?",
+        "  b: out is given by --out too",
+        "  c: a word too many, words without a flag give source and out; a setting is given as "
+        "--NAME VALUE",
+        "  2: a list is one word; did you mean --seeds 1,2?",
+    ]
+
+
+def test_the_last_positional_setting_takes_all_words_if_it_is_a_list():
+    class Several(Settings):
+        positional = ("adapters",)
+
+        adapters: tuple[Path, ...] = ()
+
+    assert parse(Several, ["a", "b"]).adapters == (Path("a"), Path("b"))
 
 
 def test_none_is_a_word_where_a_setting_cannot_be_empty():

@@ -5,32 +5,26 @@ flag does not alter the meaning of the other words, and all mistakes are reporte
 """
 
 import difflib
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lorakit.cli.parsing import strict_yaml
-from lorakit.errors import ConfigError
-
-Key = tuple[str, ...]
-"""The path of a setting: the names of its sections, then its own, as in ("lora", "rank")."""
+from lorakit.config.fields import Key, fields_of, meant, types_of
+from lorakit.config.marks import Escapes
 
 _KINDS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 """The words that the help shows for a value, by type."""
-
-
-class NoValue:
-    """The value of a flag whose value was left out; validation reports it with other mistakes."""
-
-    def __repr__(self) -> str:
-        return "no value"
+_ESCAPED = {"n": "\n", "t": "\t", "\\": "\\"}
+"""What stands for itself behind a backslash in a text that is marked so, and what it means."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +45,23 @@ class Flag:
     @property
     def is_boolean(self) -> bool:
         """Whether the flag takes no value, and has a --no- form."""
-        return set(_types(self.field.annotation)) <= {bool, NoneType}
+        return set(types_of(self.field.annotation)) <= {bool, NoneType}
 
     @property
     def kind(self) -> str:
         """The word that the help shows for the value, such as N or linear|cosine."""
-        kinds = (_kind(each) for each in _types(self.field.annotation) if each is not NoneType)
+        kinds = (_kind(each) for each in types_of(self.field.annotation) if each is not NoneType)
         return "|".join(dict.fromkeys(kinds))
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the value is a list, as in q,v."""
+        origins = {get_origin(each) for each in types_of(self.field.annotation)} - {None}
+        return bool(origins) and origins <= {list, tuple}
 
     def parse(self, text: str) -> Any:
         """The value that a text stands for, or the text itself for pydantic to validate."""
-        types = _types(self.field.annotation)
+        types = types_of(self.field.annotation)
         if NoneType in types and text.lower() in ("none", "null"):
             return None
         origins = {get_origin(each) for each in types if each is not NoneType}
@@ -69,97 +69,105 @@ class Flag:
             return _from_yaml(text, dict | list if list in origins else dict)
         if origins <= {list, tuple}:
             return [part.strip() for part in text.split(",") if part.strip()]
+        if any(isinstance(mark, Escapes) for mark in self.field.metadata):
+            return re.sub(r"\\(.)", lambda found: _ESCAPED.get(found[1], found[0]), text)
         return text
 
 
-def flags_of(settings: type[BaseModel], within: Key = ()) -> list[Flag]:
+@dataclass(frozen=True)
+class Word:
+    """A word of a command line that is neither a flag nor the value of one."""
+
+    text: str
+    after: str | None = None
+    """The flag right before it, of a list or unknown: perhaps it was to be one of its values."""
+
+
+@dataclass
+class Given:
+    """What a command line gives: words, values, and what is wrong with its flags."""
+
+    files: list[str] = field(default_factory=list)
+    """The files of --config."""
+    words: list[Word] = field(default_factory=list)
+    values: dict[Key, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    refused: set[Key] = field(default_factory=set)
+    """The settings that a problem is about, so that it is not told again."""
+
+
+def flags_of(settings: type[BaseModel]) -> list[Flag]:
     """The flags of a class's settings and of its sections, in the order of the class."""
-    flags = []
-    for name, field in settings.model_fields.items():
-        section = section_of(field)
-        key = (*within, name)
-        flags += flags_of(section, key) if section else [Flag(key=key, field=field)]
-    return flags
+    return [Flag(key=key, field=field) for key, field in fields_of(settings)]
 
 
-def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The class of the settings that a field nests, or None for a plain value."""
-    for each in _types(field.annotation):
-        if isinstance(each, type) and issubclass(each, BaseModel):
-            return each
-    return None
-
-
-def read_flags(settings: type[BaseModel], argv: Sequence[str]) -> tuple[list[str], dict[Key, Any]]:
-    """The bare words of a command line, and the values of its flags; a repeated flag overrides.
-
-    Mistakes are among the values: an unknown flag under a key that no setting has, a value left
-    out as NoValue. So validation refuses them together with wrong values. --config FILE is the
-    same as the bare word FILE.
-
-    Raises:
-        ConfigError: --config is the last word, without a file.
-    """
+def read_flags(settings: type[BaseModel], argv: Sequence[str]) -> Given:
+    """What a command line gives; a repeated flag overrides."""
     flags = {".".join(flag.key): flag for flag in flags_of(settings)}
-    words: list[str] = []
-    values: dict[Key, Any] = {}
+    given = Given()
     left = deque(argv)
+    before = None
     while left:
         word = left.popleft()
         if not word.startswith("-"):
-            words.append(word)
+            given.words.append(Word(word, after=before))
         elif word.startswith("--config="):
-            words.append(word.removeprefix("--config="))
+            given.files.append(word.removeprefix("--config="))
         elif word == "--config":
-            if not left:
-                raise ConfigError("--config needs the name of a YAML file")
-            words.append(left.popleft())
+            if left:
+                given.files.append(left.popleft())
+            else:
+                given.problems.append("--config: needs the name of a YAML file")
         else:
-            key, value = _read_flag(word, left, flags, settings)
-            values[key] = value
-    return words, values
+            before = _read_flag(word, left, flags, settings, given)
+    return given
 
 
 def _read_flag(
-    word: str, left: deque[str], flags: Mapping[str, Flag], settings: type[BaseModel]
-) -> tuple[Key, Any]:
-    """The key and the value of one flag, taking the value from the words that are left."""
+    word: str,
+    left: deque[str],
+    flags: Mapping[str, Flag],
+    settings: type[BaseModel],
+    given: Given,
+) -> str | None:
+    """Read one flag, taking its value from the words that are left.
+
+    Returns the flag, if words right after it may have been meant as values of it.
+    """
     name, equals, text = word.removeprefix("--").partition("=")
     dotted = name.replace("-", "_")
     flag = flags.get(dotted) or flags.get(dotted.removeprefix("no_"))
     if flag and flag.is_boolean and not equals:
-        return flag.key, dotted in flags
+        given.values[flag.key] = dotted in flags
+        return None
     flag = flags.get(dotted)
-    if not equals and not _is_nearly_boolean(dotted, flags):
-        if not left or left[0].startswith("--"):
-            return flag.key if flag else _unknown_key(settings, name), NoValue()
+    typed = word.partition("=")[0]
+    takes_word = not equals and not _is_nearly_boolean(dotted, flags)
+    lacks_word = takes_word and (not left or left[0].startswith("--"))
+    if takes_word and not lacks_word:
         text = left.popleft()
-    return (flag.key, flag.parse(text)) if flag else (_unknown_key(settings, name), text)
+    if not flag:
+        given.problems.append(f"{typed}: unknown setting{_hint(settings, dotted)}")
+    elif lacks_word:
+        given.problems.append(f"{typed}: needs a value ({flag.kind})")
+        given.refused.add(flag.key)
+    else:
+        given.values[flag.key] = flag.parse(text)
+    listed = flag is None or flag.is_list
+    return typed if listed and (takes_word or equals) else None
+
+
+def _hint(settings: type[BaseModel], dotted: str) -> str:
+    """The end of the message about an unknown flag: those that it may mean."""
+    likely = meant(settings, dotted.removeprefix("no_"))
+    names = (f"--{each.replace('_', '-')}" for each in likely)
+    return f"; did you mean {' or '.join(names)}?" if likely else "; --help lists the known ones"
 
 
 def _is_nearly_boolean(dotted: str, flags: Mapping[str, Flag]) -> bool:
     """Whether an unknown flag looks like a mistyped boolean, which takes no word."""
     nearest = difflib.get_close_matches(dotted, flags, n=1)
     return dotted not in flags and bool(nearest) and flags[nearest[0]].is_boolean
-
-
-def _unknown_key(settings: type[BaseModel], name: str) -> Key:
-    """The key of an unknown flag: in the section that it names, where no setting has this key."""
-    first, _, rest = name.partition(".")
-    known = first.replace("-", "_")
-    if known not in settings.model_fields:
-        return (first,)
-    section = section_of(settings.model_fields[known])
-    return (known, *_unknown_key(section, rest)) if section and rest else (name,)
-
-
-def _types(annotation: Any) -> list[Any]:
-    """The members of a union, such as A and None of A | None; of any other type, the type."""
-    if get_origin(annotation) is Annotated:
-        return _types(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [each for part in get_args(annotation) for each in _types(part)]
-    return [annotation]
 
 
 def _kind(type_: Any) -> str:

@@ -1,5 +1,6 @@
-"""Strict YAML for settings: plain data alone, and no key twice."""
+"""Strict YAML for settings: plain data alone, no key twice, no booleans but true and false."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,11 @@ def _place_and_reason(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key given twice: YAML alone would drop the first."""
+    """The safe loader, without YAML 1.1's surprises.
+
+    It refuses a key given twice, of which YAML alone would drop the first; and as in YAML 1.2, yes,
+    no, on and off are words: `packing: off` means the word, and a class may be called no.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """The next mapping of the document, before its `<<` keys add other mappings to it."""
@@ -68,3 +73,13 @@ class _Loader(yaml.SafeLoader):
                 raise ComposerError(None, None, problem, key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return node
+
+
+_BOOLEAN = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _BOOLEAN, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)

@@ -1,0 +1,75 @@
+"""Settings of the verbs merge, convert and demo."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from lorakit.config.base import DType, PositiveInt, Settings
+from lorakit.config.methods import LoRAConfig
+
+
+class MergeConfig(Settings):
+    """Settings of merge: the adapter, its base, and where to write the model."""
+
+    positional: ClassVar[tuple[str, ...]] = ("adapter", "out")
+
+    adapter: Path
+    """Adapter folder."""
+
+    out: Path
+    """New folder for the model, in transformers' format."""
+
+    model: str | None = None
+    """Base model. None: the one that the adapter was trained on."""
+
+    into: Literal["dequantised", "original"] = "dequantised"
+    """Which base to merge into, where the adapter was trained on a quantised one: what its weights
+    stand for, dequantised, which gives the model that was trained; or the original."""
+
+    dtype: DType = "float32"
+    """Precision of the written weights; the sum is rounded to it once."""
+
+    allow_other_base: bool = False
+    """Accept a base with other weights than the adapter was trained on."""
+
+
+class ConvertConfig(Settings):
+    """Settings of convert: the adapter to read, and the format and folder to write."""
+
+    positional: ClassVar[tuple[str, ...]] = ("source", "out")
+
+    source: Path
+    """Adapter folder of lorakit or PEFT, or a loralib .pt file."""
+
+    out: Path
+    """New folder for the result."""
+
+    to: Literal["lorakit", "peft"] = "lorakit"
+    """lorakit: PEFT's two files and lorakit.json. peft: PEFT's two files alone."""
+
+    model: str | None = None
+    """Base model to check the adapter against, and to record. None: files are checked alone."""
+
+    lora: LoRAConfig | None = None
+    """Rank, alpha and targets, which a loralib file does not hold."""
+
+    kernel_sizes: dict[str, PositiveInt] | None = None
+    """Convolutions of a loralib file, by path or the end of it, and the size of their square
+    kernels, such as '{conv1: 3}'."""
+
+
+class DemoConfig(Settings):
+    """Settings of demo: how long to train and how much to score."""
+
+    positional: ClassVar[tuple[str, ...]] = ("out",)
+
+    out: Path | None = None
+    """New folder for the adapters. None: a temporary one, which stays for you to look at."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps per task. None: as many as each task needs."""
+
+    rows: PositiveInt = 32
+    """Held-out rows scored per task."""
+
+    batch_size: PositiveInt = 8
+    """Rows per step."""
