@@ -126,12 +126,12 @@ def test_a_weight_is_near_the_one_that_was_quantised(way, shape, double, dtype):
     check_error(way, shape, double, dtype)
 
 
-# bitsandbytes has code of its own for an odd number of weights, and has it compiled by torch.
+# For rows of odd length bitsandbytes takes code of its own, which it has compiled by torch first.
 @pytest.mark.thorough
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_odd_number_of_weights_is_near_those_that_were_quantised(way, double, dtype):
+def test_a_weight_with_rows_of_odd_length_is_near_the_one_that_was_quantised(way, double, dtype):
     check_error(way, (3, 33), double, dtype)
 
 
