@@ -146,10 +146,15 @@ def test_unusable_prompt_rows_are_told_by_line(
     [
         ([], "messages must be a list"),
         ("Hi", "messages must be a list"),
-        ([{"from": "human", "value": "Hi"}], "message 1 must have role and content, found from, v"),
+        ([{"who": "human", "says": "Hi"}], "message 1 must have role and content, found who, says"),
         ([TURNS[0], "Hi"], "message 2 must have role and content, found 'Hi'"),
-        ([TURNS[0] | {"weight": 0}], "message 1 has weight, which lorakit cannot train on"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "content of message 1 is a list"),
+        ([TURNS[0] | {"weight": 1}], "message 1 has weight and is the user's: only the assistant"),
+        ([TURNS[0], TURNS[1] | {"weight": 0.5}], "message 2 has weight 0.5, and a turn is trained"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            "a part of the content of message",
+        ),
+        ([{"role": "user", "content": [{"type": "image"}]}], "content of message 1 has a part of "),
     ],
 )
 def test_unusable_messages_are_told_by_line(read: Any, messages: object, message: str) -> None:
@@ -165,12 +170,13 @@ def test_all_unusable_rows_are_told_at_once(read: Any) -> None:
 def test_empty_completions_are_noted_and_refused_only_if_all_are(read: Any) -> None:
     rows = read([{"prompt": "a", "completion": " "}, {"prompt": "b", "completion": "c"}])
     assert rows.notes == ("empty completions: 1; there the model learns to answer nothing",)
+    assert [references_of(row) for row in rows.rows] == [(" ",), ("c",)]
     with pytest.raises(DataError, match=r"all completions are empty \(2 rows\)"):
         read([{"prompt": "a", "completion": " "}, {"prompt": "b", "completion": ""}])
 
 
 def test_prompts_that_are_only_to_be_answered_need_no_completion(read: Any) -> None:
-    assert read([{"prompt": "a"}], answered=False).rows == (PromptRow(prompt="a", completion=""),)
+    assert read([{"prompt": "a"}], answered=False).rows == (PromptRow(prompt="a", completion=None),)
     with pytest.raises(DataError, match="prompt rows need prompt and completion"):
         read([{"prompt": "a"}])
 
@@ -261,7 +267,8 @@ def test_references_are_what_an_answer_is_compared_with() -> None:
     turns = tuple(Message(**turn) for turn in TURNS)
     assert references_of(PromptRow(prompt="a", completion="b")) == ("b",)
     assert references_of(PromptRow(prompt="a", completion="b", references=("c", "d"))) == ("c", "d")
-    assert references_of(PromptRow(prompt="a", completion="")) == ()
+    assert references_of(PromptRow(prompt="a", completion="")) == ("",)
+    assert references_of(PromptRow(prompt="a", completion=None)) == ()
     assert references_of(MessagesRow(messages=turns)) == ("Hello",)
     assert references_of(MessagesRow(messages=turns[:1])) == ()
     assert references_of(TextRow(text="a")) == ()

@@ -167,7 +167,7 @@ def test_weights_that_are_offloaded_are_no_reason_for_an_adapter_without_values(
 )
 def test_what_starts_from_offloaded_weights_is_refused_before_anything_changes(config):
     found = offloaded()
-    with pytest.raises(AttachError, match="weights that the adapter starts from are offloaded"):
+    with pytest.raises(AttachError, match="weights that the adapter needs are offloaded"):
         lk.attach(found, config)
     assert lk.adapter_names(found) == ()
 

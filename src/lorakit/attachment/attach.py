@@ -231,6 +231,7 @@ def install(
         by_number[layer.adapter_number] = update
         if update.virtual_tokens and HOOKS[0] not in state.hooks:
             state.hooks |= watch(model, path)
+    state.effects.forget(by_number)
     before = state.adapters.get(name)
     stale = () if before is None else before.updates.keys() - by_number.keys()
     state.replace(name, by_number, record)

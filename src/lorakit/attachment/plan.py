@@ -34,10 +34,11 @@ from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
 from lorakit.methods.module_copy import TrainedCopy, trained_copy
 from lorakit.methods.prompt import prefix
 from lorakit.models.base import base_modules, base_parameters, is_offloaded
+from lorakit.models.families import uncalled_weights
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.paths import is_within, outermost
 from lorakit.models.quantized import card_of_base, quantized_within
-from lorakit.models.roles import task_heads
+from lorakit.models.roles import never_called, task_heads
 
 COMPONENTS: Mapping[type[MethodConfig], Callable[[nn.Module, Any], tuple[Component, ...]]] = {
     LoRAConfig: targets.components,
@@ -136,15 +137,20 @@ def _check_offloaded(found: Plan, materials: Materials) -> None:
     Raises:
         AttachError: there are such.
     """
+    away = [
+        each
+        for each in found.components
+        if any(is_offloaded(module) for _, module in base_modules(materials.modules[each.path]))
+    ]
+    fresh, read = materials.tensors is None, uncalled_weights(materials.modules[""]) if away else {}
     problems = [
         f"{each.path}  {each.what}"
-        for each in found.components
-        if (each.reads_base and materials.tensors is None) or isinstance(each, TrainedCopy)
-        if any(is_offloaded(module) for _, module in base_modules(materials.modules[each.path]))
+        for each in away
+        if (each.reads_base and fresh) or isinstance(each, TrainedCopy) or each.path in read
     ]
     if problems:
         raise AttachError.listing(
-            "some weights that the adapter starts from are offloaded: load the base into memory, "
+            "some weights that the adapter needs are offloaded: load the base into memory, "
             "or leave these modules out",
             problems,
         )
@@ -200,6 +206,9 @@ def fresh_plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) ->
     configs = as_configs(what)
     found = in_order(wanted(model, configs), configs)
     _check_float(model, found.copies)
+    idle = list(without_effect(model, found.components))
+    if idle:
+        raise TargetError.listing("some parts of the adapter would do nothing", idle)
     # What changes the output of a copy as a whole comes after it; inside it would be lost.
     inside = [
         each.path
@@ -209,6 +218,16 @@ def fresh_plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) ->
     ]
     _check_apart(found.copies, inside)
     return found
+
+
+def without_effect(model: nn.Module, components: Iterable[Component]) -> Iterator[str]:
+    """Yield a line for each component of a module that the model never calls."""
+    uncalled = never_called(model)
+    for each in components:
+        ties = isinstance(each, TrainedCopy) and each.keeps_ties
+        if each.path in uncalled and not ties:
+            names = " and ".join(uncalled[each.path])
+            yield f"{each.path}  is never called: name {names}, which hold the same weight"
 
 
 def wanted(

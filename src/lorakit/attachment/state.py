@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.base_modules import BaseModules
+from lorakit.attachment.effects import Call, Effects
 from lorakit.attachment.model_methods import GuardedMethod, guarded_methods, warn_of_save
 from lorakit.attachment.original_weights import OriginalWeight
 from lorakit.data.virtual_tokens import VirtualTokens
@@ -22,9 +23,10 @@ from lorakit.layers.checkpointing import keep_routes, stacks_of_blocks
 from lorakit.layers.operation import Update
 from lorakit.layers.route import Frame, Route
 from lorakit.models.base import base_modules, base_parameters, unwrapped
-from lorakit.models.families import layers_shared_by_batch, uncalled_weights
+from lorakit.models.families import layers_for_all_rows, layers_in_pieces, uncalled_weights
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
+from lorakit.models.paths import is_within
 from lorakit.models.quantized import original_identity
 from lorakit.models.roles import output_head, shared_inputs, task_heads
 from lorakit.upstream.private_names import compiled_call, is_compiled_wrapper
@@ -43,9 +45,13 @@ class Base:
     inputs: Mapping[str, str]
     """A word for the input of those layers that read the same as their neighbours, by path."""
     uncalled: Mapping[str, tuple[str, ...]]
-    """The parameters that are used without a module call, by their module's path."""
-    shared_by_batch: frozenset[str]
-    """The paths of the layers that have one input for all rows."""
+    """The parameters that are read without a module call, by their module's path."""
+    for_all_rows: Mapping[str, str]
+    """Why rows cannot have adapters of their own in a layer, by its path."""
+    in_pieces: frozenset[str]
+    """The paths of the layers whose input has several entries for each row."""
+    lists: frozenset[str]
+    """The paths of lists of modules that code chooses from: blocks, experts."""
 
     @staticmethod
     def of(model: nn.Module) -> Base:
@@ -55,7 +61,9 @@ class Base:
             requires_grad={path: p.requires_grad for path, p in base_parameters(model)},
             inputs=shared_inputs(model),
             uncalled=uncalled_weights(model),
-            shared_by_batch=layers_shared_by_batch(model),
+            for_all_rows=layers_for_all_rows(model),
+            in_pieces=layers_in_pieces(model),
+            lists=frozenset(p for p, m in base_modules(model) if isinstance(m, nn.ModuleList)),
         )
 
 
@@ -90,6 +98,8 @@ class Attachment:
     """Whether routes take the one form that torch.compile need not compile again."""
     mixed: tuple[Any, Frame, Any] | None = None
     """The latest mixed batch: what it was made from, its frame, and the memory of its weights."""
+    effects: Effects = field(default_factory=Effects)
+    """What was found out about layers in calls of the model."""
     modules: BaseModules | None = None
     """What adapters are compared with, as long as the base has these modules."""
 
@@ -101,7 +111,15 @@ class Attachment:
     def convert(self, path: str, layer: nn.Module) -> AdaptedLayer:
         """Turn a layer into an adapted layer, if it is not one yet, and know it by its number."""
         reads, uncalled = self.base.inputs.get(path, path), self.base.uncalled.get(path, ())
-        adapted = convert(layer, self.route, path, reads=reads, uncalled=uncalled)
+        adapted = convert(
+            layer,
+            self.route,
+            path,
+            reads=reads,
+            uncalled=uncalled,
+            pieces=path in self.base.in_pieces,
+            listed=is_within(path, self.base.lists),
+        )
         self.layers[adapted.adapter_number] = adapted
         return adapted
 
@@ -135,7 +153,10 @@ class Attachment:
 
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment of a model, also through wrappers."""
-    return cast("Attachment | None", vars(unwrapped(model)).get("_lorakit"))
+    found = vars(model).get("_lorakit")
+    if found is None:
+        found = vars(unwrapped(model)).get("_lorakit")
+    return cast("Attachment | None", found)
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -185,7 +206,8 @@ def attached(model: nn.Module) -> Attachment:
     if state is None:
         check_no_foreign_layers(model)
         state = Attachment(Base.of(model))
-        state.hooks["rows"] = model.register_forward_pre_hook(check_rows, with_kwargs=True)
+        state.hooks["rows"] = model.register_forward_pre_hook(begin_call, with_kwargs=True)
+        state.hooks["effects"] = model.register_forward_hook(end_call, with_kwargs=True)
         for path, stack in stacks_of_blocks(model):
             state.hooks[f"blocks of {path}"] = stack.register_forward_pre_hook(keep_routes)
         head = output_head(model)
@@ -267,6 +289,36 @@ def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Raises:
         RouteError: the batch has another number of rows than the route.
     """
-    state = attachment_of(model)
-    if state is not None and not torch.compiler.is_compiling():
-        check_batch(state.route, args, kwargs)
+    state = None if torch.compiler.is_compiling() else attachment_of(model)
+    if state is None:
+        return
+    check_batch(state.route, args, kwargs)
+    if state.compiled:
+        state.effects.prove_all_rows(
+            Call(unwrapped(model), args, kwargs), state.route, state.layers
+        )
+
+
+def begin_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Compare a batch with the model's route, and look at what layers do: a forward pre-hook.
+
+    Raises:
+        RouteError: the batch has another number of rows than the route.
+    """
+    state = None if torch.compiler.is_compiling() else attachment_of(model)
+    if state is None:
+        return
+    check_batch(state.route, args, kwargs)
+    state.effects.begin(Call(model, args, kwargs), state.route, state.layers)
+
+
+def end_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Compare what layers did with what the route needs: a forward hook.
+
+    Raises:
+        RouteError: the rows of a layer's input are not those of the batch.
+        AttachError: the model has read the weights of a layer that it has not called.
+    """
+    state = None if torch.compiler.is_compiling() else attachment_of(model)
+    if state is not None:
+        state.effects.end(Call(model, args, kwargs), state.route, state.layers)

@@ -12,7 +12,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.loralib import UNPROVEN_BIASES
 from lorakit.adapter.site import Site
 from lorakit.attachment.base_modules import BaseModules
-from lorakit.attachment.plan import Plan, in_order, keeps_ties, wanted, with_ties
+from lorakit.attachment.plan import Plan, in_order, keeps_ties, wanted, with_ties, without_effect
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.methods.bitfit import TrainedBias, adds_bias, trained_bias
@@ -52,7 +52,7 @@ def saved_plan(
     plan = in_order(found.components(other_heads), adapter.configs)
     twins, told = _second_names(base, adapter, plan.shapes)
     problems = [*found.problems, *told, *_differences(plan.shapes, adapter, found.refused, twins)]
-    problems += _missed_by_targets(base, adapter)
+    problems += [*without_effect(base.model, plan.components), *_missed_by_targets(base, adapter)]
     if not allow_other_base and adapter.base is not None and identity is not None:
         other = adapter.base.difference(identity)
         if other:

@@ -32,7 +32,9 @@ from lorakit.config.methods import (
 from lorakit.config.seed import Seed
 
 Format = Literal["auto", "prompt", "messages", "text", "classification"]
-RowField = Literal["prompt", "completion", "references", "messages", "text", "text_pair", "label"]
+RowField = Literal[
+    "prompt", "completion", "references", "messages", "tools", "text", "text_pair", "label"
+]
 
 
 def _delimiter(value: Any) -> Any:
@@ -60,12 +62,14 @@ class DataConfig(Settings):
     """Rows to score during training; None: no evaluation."""
 
     format: Format = "auto"
-    """What a row is: prompt (prompt, completion, optional references), messages (a chat), text, or
-    classification (text, optional text_pair, label). auto: inferred from the fields of the rows."""
+    """What a row is: prompt (prompt, completion, optional references), messages (a chat, optional
+    tools), text, or classification (text, optional text_pair, label). auto: inferred from the
+    fields of the rows."""
 
     fields: dict[RowField, str] = {}
-    """Our field name: the file's column, or a template such as "{subject}: {body}". A name with
-    dots is of a value within a column: answers.text.0."""
+    """Our field name: the file's column, or a template such as "{subject}: {body}". {body?} may be
+    empty or missing, and is then left out with the white space before it. A name with dots is of a
+    value within a column: answers.text.0."""
 
     delimiter: Delimiter | None = None
     """What separates the columns of a CSV file: one character, or tab. None: found in its first

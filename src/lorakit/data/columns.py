@@ -1,5 +1,7 @@
 """The columns of one source: which of lorakit's fields they give, and so which type of row."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -23,6 +25,14 @@ _NEEDED: dict[RowType, tuple[RowField, ...]] = {
 }
 """The fields that each type of row needs; `auto` is the first type whose fields are all there."""
 
+_OPTIONAL: dict[RowType, tuple[RowField, ...]] = {
+    "messages": ("tools",),
+    "prompt": ("references",),
+    "classification": ("text_pair",),
+    "text": (),
+}
+"""The fields that rows of a type may have besides."""
+
 _ANSWERS: tuple[RowField, ...] = ("completion", "references")
 
 
@@ -34,10 +44,29 @@ class ColumnTable:
     raw: Sequence[RawRow]
     fields: FieldMap
 
+    @classmethod
+    def of(cls, source: str, raw: Sequence[RawRow], data: DataConfig) -> ColumnTable:
+        """The table of a source, with the map that its settings and its columns give."""
+        return cls(source, raw, FieldMap.of(data.fields, _columns(raw)))
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The names that occur in any raw row."""
-        return tuple(dict.fromkeys(column for each in self.raw for column in each.values))
+        return _columns(self.raw)
+
+    def remarks(self, kind: RowType, *more: RowField) -> tuple[str, ...]:
+        """How the columns are read as rows of a type, and which are not read at all.
+
+        Args:
+            kind: the type of row.
+            more: further fields that are read.
+        """
+        fields = (*_NEEDED[kind], *_OPTIONAL[kind], *more)
+        columns = self.columns
+        read = {column for name in fields for column in self.fields.columns(name, columns)}
+        left = [column or "(no name)" for column in columns if column not in read]
+        unread = (f"columns that are not read: {', '.join(left)}",) if left else ()
+        return (*(self.fields.notes[name] for name in fields if name in self.fields.notes), *unread)
 
     def rows(self, make: Callable[[Values], R]) -> tuple[R, ...]:
         """The rows that a function makes of the raw rows, in their order.
@@ -106,3 +135,7 @@ class ColumnTable:
             for name in names
             for column in self.fields.absent(name, columns)
         ]
+
+
+def _columns(raw: Sequence[RawRow]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(column for each in raw for column in each.values))

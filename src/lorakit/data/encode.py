@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,8 @@ TOGETHER = 10_000
 """The number of rows that are tokenized at once: the tokenizer then uses all cores."""
 NO_TARGET = "no target token within the limit"
 NO_ANSWER = "no turn of the assistant that answers something"
+NO_TRAINED_ANSWER = "no turn of the assistant that is to be trained"
+NO_COMPLETION = "no completion"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,8 @@ class Encoded:
 
     examples: tuple[Example, ...]
     report: EncodingReport
+    ends: tuple[int, ...] = ()
+    """The tokens that ended the targets, in ascending order."""
 
     @cached_property
     def content_hash(self) -> str:
@@ -62,6 +66,10 @@ class _Draft:
     dropped: str = ""
     cut_prompt: bool = False
     cut_completion: bool = False
+    ends: frozenset[int] = frozenset()
+    """The tokens that end its targets."""
+    unwritten: frozenset[str] = frozenset()
+    """Keys of messages that the chat template does not write."""
 
 
 def encode_rows(
@@ -73,11 +81,14 @@ def encode_rows(
 ) -> Encoded:
     """The samples of rows, of at most `data.max_length` tokens each.
 
-    - A prompt row becomes the prompt, the separator, the completion and the end token; the last two
-      are the target tokens. If it is too long, the prompt is cut from the left. If no token of the
-      prompt would be left, the prompt keeps half of the limit and the completion is cut as well.
-    - Of a conversation, the assistant's turns are the targets. One that is too long loses its end.
-    - Of a text, all tokens and the end token are targets. One that is too long loses its end.
+    - A prompt row becomes the prompt, the separator, the completion and the end token, which is not
+      added to a completion that has it; the last two are the target tokens. If it is too long, the
+      prompt is cut from the left. If no token of the prompt would be left, the prompt keeps half of
+      the limit and the completion is cut as well.
+    - Of a conversation, the assistant's turns that are trained are the targets. One that is too
+      long loses its end.
+    - Of a text, all tokens are targets, and the end token, which is not added to a text that has
+      it. One that is too long loses its end.
     - A text or pair to classify has the number of its class, or the number to predict. If it is too
       long, the longer of the two is cut.
 
@@ -105,7 +116,8 @@ def encode_rows(
     if not report.kept:
         raise DataError(f"No row is left to train on.\n{report}")
     examples = tuple(draft.example for draft in drafts if draft.example)
-    return Encoded(examples=examples, report=report)
+    ends = frozenset[int]().union(*(draft.ends for draft in drafts))
+    return Encoded(examples=examples, report=report, ends=tuple(sorted(ends)))
 
 
 def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[int]:
@@ -125,7 +137,7 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig
             return _openings(tokenizer, [row.text])[row.text]
         case MessagesRow():
             try:
-                return ChatTemplate(tokenizer).prompt(row.messages)
+                return ChatTemplate(tokenizer).prompt(row)
             except UnusableRowError as error:
                 raise DataError(f"A conversation cannot be answered: {error}.") from error
         case ClassificationRow():
@@ -168,7 +180,8 @@ class _Encoder:
         known = {text: ids for text, ids in self._openings.items() if len(ids) <= self.limit}
         new = [text for text in openings if text not in known]
         self._openings = known | _openings(self._tokenizer, new)
-        self._completions = _plain(self._tokenizer, [row.completion for row in prompts])
+        completions = [row.completion for row in prompts if row.completion is not None]
+        self._completions = _plain(self._tokenizer, completions)
 
     @cached_property
     def _end(self) -> int:
@@ -180,18 +193,18 @@ class _Encoder:
             case PromptRow():
                 return self._prompt(row)
             case TextRow():
-                ids = [*self._openings[row.text], self._end]
+                ids = self._ended(self._openings[row.text])
                 return self._continuous(ids, list(ids))
             case MessagesRow():
-                assert self._chat is not None, "rows of one kind"
-                ids, labels = self._chat.example(row.messages)
-                return self._continuous(ids, labels) if ids else _Draft(dropped=NO_ANSWER)
+                return self._conversation(row)
             case ClassificationRow():
                 return self._classification(row)
 
     def _prompt(self, row: PromptRow) -> _Draft:
+        if row.completion is None:
+            return _Draft(dropped=NO_COMPLETION)
         prompt = self._openings[row.prompt + self._separator]
-        completion = [*self._completions[row.completion], self._end]
+        completion = self._ended(self._completions[row.completion])
         # At least one token of the prompt stays: the first target token must follow a token.
         fits = len(completion) < self.limit
         room = self.limit - len(completion) if fits else self.limit // 2
@@ -203,7 +216,21 @@ class _Encoder:
             example=Example(input_ids=kept + targets, labels=[IGNORED] * len(kept) + targets),
             cut_prompt=len(kept) < len(prompt),
             cut_completion=len(targets) < len(completion),
+            ends=frozenset({self._end}),
         )
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Tokens with the end token, which a text that ends with it has already."""
+        return ids if ids[-1:] == [self._end] else [*ids, self._end]
+
+    def _conversation(self, row: MessagesRow) -> _Draft:
+        assert self._chat is not None, "rows of one kind"
+        found = self._chat.example(row)
+        if found is None:
+            spared = any(m.role == "assistant" and not m.trained for m in row.messages[1:])
+            return _Draft(dropped=NO_TRAINED_ANSWER if spared else NO_ANSWER)
+        draft = self._continuous(found.ids, found.labels)
+        return replace(draft, ends=found.ends, unwritten=found.unwritten)
 
     def _continuous(self, ids: list[int], labels: list[int]) -> _Draft:
         """The draft of a text or conversation, whose end is cut."""
@@ -214,6 +241,7 @@ class _Encoder:
         return _Draft(
             example=Example(input_ids=ids[: self.limit], labels=kept),
             cut_completion=len(kept) < len(labels),
+            ends=frozenset({ids[-1]}),
         )
 
     def _classification(self, row: ClassificationRow) -> _Draft:
@@ -231,10 +259,13 @@ class _Encoder:
 def _openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
     """The tokens of each text, with the tokenizer's start token but without its end token.
 
-    Equal texts share one list.
+    A text that starts with the start token gets no second one. Equal texts share one list.
     """
     found = _tokens(tokenizer, texts, add_special_tokens=True)
-    end = tokenizer.eos_token_id
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    twice = [text for text, ids in found.items() if ids[:2] == [start, start]]
+    written = {text for text, ids in _plain(tokenizer, twice).items() if ids[:2] != [start, start]}
+    found = {text: ids[1:] if text in written else ids for text, ids in found.items()}
     ended = _plain(tokenizer, [text for text, ids in found.items() if ids[-1:] == [end]])
     added = {text for text, ids in ended.items() if ids[-1:] != [end]}
     return {text: ids[:-1] if text in added else ids for text, ids in found.items()}
@@ -283,5 +314,13 @@ def _report(rows: Rows, drafts: Sequence[_Draft], *, limit: int) -> EncodingRepo
         longest=max(lengths, default=0),
         mean=sum(lengths) / max(len(lengths), 1),
         max_length=limit,
-        notes=rows.notes,
+        notes=(*rows.notes, *_unwritten_note(drafts)),
     )
+
+
+def _unwritten_note(drafts: Sequence[_Draft]) -> tuple[str, ...]:
+    counts = Counter(key for draft in drafts for key in sorted(draft.unwritten))
+    if not counts:
+        return ()
+    keys = ", ".join(f"{key} ({count:,})" for key, count in counts.items())
+    return (f"the chat template does not write these keys of messages (conversations): {keys}",)

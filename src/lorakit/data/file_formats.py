@@ -72,7 +72,7 @@ def _json_lines(file: DataFile, reading: Reading) -> Iterator[RawRow]:
             continue
         where = f"{file.prefix}line {number}"
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             reading.problems.add(where, _malformed(error))
         else:
@@ -81,7 +81,7 @@ def _json_lines(file: DataFile, reading: Reading) -> Iterator[RawRow]:
 
 def _json_array(file: DataFile, reading: Reading) -> Iterator[RawRow]:
     try:
-        values = json.loads("".join(file.lines(reading.problems)))
+        values = json.loads("".join(file.lines(reading.problems)), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         where = f"{file.prefix}line {getattr(error, 'lineno', 1)}"
         reading.problems.add(where, _malformed(error))
@@ -95,7 +95,7 @@ def _json_array(file: DataFile, reading: Reading) -> Iterator[RawRow]:
 def _json_objects(file: DataFile, reading: Reading) -> Iterator[RawRow]:
     """The raw rows of objects that take several lines each; reading ends at a malformed one."""
     text, at, line = "".join(file.lines(reading.problems)), 0, 1
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     while (start := at + len(text[at:]) - len(text[at:].lstrip())) < len(text):
         line += text.count("\n", at, start)
         where = f"{file.prefix}line {line}"
@@ -107,6 +107,20 @@ def _json_objects(file: DataFile, reading: Reading) -> Iterator[RawRow]:
             return
         line += text.count("\n", start, at)
         yield from _objects([(where, value)], reading.problems)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values.
+
+    Raises:
+        ValueError: a key is there twice, of which Python's reader would drop one.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice in one object")
+    return found
 
 
 def _malformed(error: ValueError | RecursionError) -> str:

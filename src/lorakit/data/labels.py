@@ -10,6 +10,7 @@ from lorakit.errors import DataError
 
 _WHOLE = re.compile(r"-?\d+")
 _DECIMAL = re.compile(r"(-?\d*)\.(\d+)")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def class_name(value: Any, *, known: tuple[str, ...] | None) -> str:
@@ -19,17 +20,33 @@ def class_name(value: Any, *, known: tuple[str, ...] | None) -> str:
     position among them, counted from 0.
 
     Raises:
-        UnusableRowError: the label is unknown, or is no class but a number to predict.
+        UnusableRowError: the label is unknown, or is no class but a number to predict, several
+            labels, or the text of a missing one.
     """
+    if isinstance(value, list | tuple):
+        raise UnusableRowError(
+            f"label is a list of {len(value)}: a row has one class (several at once, multi-label,"
+            " cannot be trained)"
+        )
     name = str(value) if isinstance(value, bool) else as_text("label", value).strip()
     if known is not None:
         return _known_name(name, known)
-    decimal = _DECIMAL.fullmatch(name)
-    if decimal and int(decimal[2]):
+    if name.lower() == "nan":
+        raise UnusableRowError(
+            f"label {name} stands for a missing one: leave out the row, or list the classes in"
+            " data.labels if one is called so"
+        )
+    if _is_fraction(name):
         raise UnusableRowError(
             f"label {name} is a fraction: set task: regression, or list the classes in data.labels"
         )
+    decimal = _DECIMAL.fullmatch(name)
     return decimal[1] if decimal else name
+
+
+def _is_fraction(name: str) -> bool:
+    """Whether a label is a number that is not whole, such as 2.5 or 1e-05."""
+    return bool(_NUMBER.fullmatch(name)) and not float(name).is_integer()
 
 
 def _known_name(name: str, known: tuple[str, ...]) -> str:

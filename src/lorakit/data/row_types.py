@@ -1,8 +1,11 @@
 """The types of a row of data: a prompt, a conversation, a text, or a text with a label."""
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
+CALLS = ("tool_calls", "function_call")
+"""The keys of a message that calls a tool."""
 RowType = Literal["prompt", "messages", "text", "classification"]
 
 
@@ -11,8 +14,8 @@ class PromptRow:
     """A prompt, and the answer that the model should give."""
 
     prompt: str
-    completion: str
-    """The answer to train on; empty in a row for generation alone."""
+    completion: str | None
+    """The answer to train on, which may be empty; None: the row is for generation alone."""
     references: tuple[str, ...] = ()
     """All good answers, where there are several."""
 
@@ -24,6 +27,10 @@ class Message:
     role: str
     """system, user, assistant, or another role that the chat template knows."""
     content: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    """What else the chat template may write of it, such as tool_calls or reasoning_content."""
+    trained: bool = True
+    """Whether it is a target, if it is the assistant's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +38,8 @@ class MessagesRow:
     """A conversation."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Any, ...] = ()
+    """The tools that the assistant may call, each as its JSON schema."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,13 +79,22 @@ class Rows:
         return len(self.rows)
 
 
+def calls_tool(message: Message) -> bool:
+    """Whether a turn calls a tool, in place of a text or after it."""
+    return any(key in message.keys for key in CALLS)
+
+
 def references_of(row: Row) -> tuple[str, ...]:
-    """The texts that a generated answer to a row is compared with; none for some rows."""
+    """The texts that a generated answer to a row is compared with; none for some rows.
+
+    An empty completion is the reference "". A turn that calls a tool has none: how it is written is
+    the chat template's affair.
+    """
     match row:
         case PromptRow():
-            return row.references or ((row.completion,) if row.completion else ())
+            return row.references or (() if row.completion is None else (row.completion,))
         case MessagesRow():
             last = row.messages[-1]
-            return (last.content,) if last.role == "assistant" else ()
+            return (last.content,) if last.role == "assistant" and not calls_tool(last) else ()
         case _:
             return ()

@@ -7,26 +7,16 @@ from typing import Any
 from lorakit.config.train import DataConfig
 from lorakit.data.builtin import builtin_task
 from lorakit.data.columns import ColumnTable, Values
+from lorakit.data.conversations import has_message_lists, messages_row, two_part_row
 from lorakit.data.fields import FieldMap, as_number, as_text
 from lorakit.data.labels import class_name, class_order
 from lorakit.data.nested import rows_within, with_nested
 from lorakit.data.problems import UnusableRowError
-from lorakit.data.row_types import (
-    ClassificationRow,
-    Message,
-    MessagesRow,
-    PromptRow,
-    Rows,
-    RowType,
-    TextRow,
-)
+from lorakit.data.row_types import ClassificationRow, PromptRow, Rows, RowType, TextRow
 from lorakit.data.sources import read_raw_rows
 from lorakit.errors import DataError
 
 BUILTIN_PREFIX = "builtin:"
-
-_UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "weight")
-"""Keys of a message that would change how it is trained on."""
 
 
 def read_rows(
@@ -58,7 +48,7 @@ def read_rows(
     if source.startswith(BUILTIN_PREFIX):
         return _builtin_rows(source, data, limit=limit, split=split)
     raw = read_raw_rows(source, limit=limit, split=split, delimiter=data.delimiter)
-    table = ColumnTable(source, with_nested(raw.rows, data.fields), FieldMap(data.fields))
+    table = ColumnTable.of(source, with_nested(raw.rows, data.fields), data)
     try:
         kind = table.kind(data, answered=answered)
     except DataError as error:
@@ -81,20 +71,26 @@ def _typed_rows(
     source = table.source
     match kind:
         case "messages":
-            turns = table.rows(lambda values: _messages_row(table.fields, values))
-            return Rows(kind="messages", rows=turns, source=source)
+            turns = table.rows(lambda values: messages_row(table.fields, values))
+            notes = table.remarks("messages")
+            return Rows(kind="messages", rows=turns, source=source, notes=notes)
+        case "prompt" if has_message_lists(table.fields, [each.values for each in table.raw]):
+            turns = table.rows(lambda values: two_part_row(table.fields, values))
+            notes = table.remarks("messages", "prompt", "completion")
+            return Rows(kind="messages", rows=turns, source=source, notes=notes)
         case "prompt":
             return _prompt_rows(table, answered=answered)
         case "classification" if regression:
             numbers = table.rows(
                 lambda values: _labelled_row(table.fields, values, read_label=as_number)
             )
-            return Rows(kind="classification", rows=numbers, source=source)
+            notes = table.remarks("classification")
+            return Rows(kind="classification", rows=numbers, source=source, notes=notes)
         case "classification":
             return _classification_rows(table, known=labels)
         case "text":
             texts = table.rows(lambda values: TextRow(text=table.fields.text("text", values)))
-            return Rows(kind="text", rows=texts, source=source)
+            return Rows(kind="text", rows=texts, source=source, notes=table.remarks("text"))
 
 
 def _builtin_rows(source: str, data: DataConfig, *, limit: int | None, split: str) -> Rows:
@@ -107,19 +103,19 @@ def _builtin_rows(source: str, data: DataConfig, *, limit: int | None, split: st
 
 def _prompt_rows(table: ColumnTable, *, answered: bool) -> Rows:
     rows = table.rows(lambda values: _prompt_row(table.fields, values, answered=answered))
-    empty = sum(not row.completion.strip() for row in rows)
+    empty = sum(not (row.completion or "").strip() for row in rows)
     if answered and empty == len(rows):
         raise DataError(f"{table.source}: all completions are empty ({empty} rows).")
-    notes = _answer_notes(table, empty=empty) if answered else ()
+    notes = (*table.remarks("prompt"), *(_answer_notes(table, empty=empty) if answered else ()))
     return Rows(kind="prompt", rows=rows, source=table.source, notes=notes)
 
 
 def _prompt_row(fields: FieldMap, values: Values, *, answered: bool) -> PromptRow:
     references = _references(fields, values)
     if fields.value("completion", values) is not None or (answered and not references):
-        completion = fields.text("completion", values)
+        completion: str | None = fields.text("completion", values)
     else:
-        completion = references[0] if references else ""
+        completion = references[0] if references else None
     prompt = fields.text("prompt", values)
     return PromptRow(prompt=prompt, completion=completion, references=references)
 
@@ -143,31 +139,14 @@ def _answer_notes(table: ColumnTable, *, empty: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _messages_row(fields: FieldMap, values: Values) -> MessagesRow:
-    value = fields.value("messages", values)
-    if not isinstance(value, list) or not value:
-        raise UnusableRowError("messages must be a list of {role, content}, with one turn at least")
-    return MessagesRow(messages=tuple(_message(i, turn) for i, turn in enumerate(value, start=1)))
-
-
-def _message(number: int, turn: Any) -> Message:
-    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-        found = ", ".join(turn) if isinstance(turn, dict) else repr(turn)[:40]
-        raise UnusableRowError(f"message {number} must have role and content, found {found}")
-    for key in _UNSUPPORTED_IN_MESSAGES:
-        if turn.get(key) is not None:
-            raise UnusableRowError(f"message {number} has {key}, which lorakit cannot train on")
-    role = as_text(f"role of message {number}", turn["role"])
-    return Message(role=role, content=as_text(f"content of message {number}", turn["content"]))
-
-
 def _classification_rows(table: ColumnTable, *, known: tuple[str, ...] | None) -> Rows:
     def named(label: Any) -> str:
         return class_name(label, known=known)
 
     rows = table.rows(lambda values: _labelled_row(table.fields, values, read_label=named))
     labels = known or class_order([str(row.label) for row in rows], source=table.source)
-    return Rows(kind="classification", rows=rows, source=table.source, labels=labels)
+    notes = table.remarks("classification")
+    return Rows(kind="classification", rows=rows, source=table.source, labels=labels, notes=notes)
 
 
 def _labelled_row(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import MethodType
 from typing import Any, cast
@@ -48,8 +49,12 @@ class AdaptedLayer(SwappedModule):
     """
     adapter_patch: InstanceForward | None = None
     """The forward pass that somebody put on this object; None: nobody did."""
+    adapter_pieces: bool = False
+    """Whether its input has several entries for each row, one row after the other."""
+    adapter_listed: bool = False
+    """Whether it is in a list of modules that code chooses from: blocks, experts."""
     uncalled: tuple[str, ...]
-    """Parameters that are used without a module call."""
+    """Parameters that are read without a module call."""
 
     def current_operation(self) -> Operation | None:
         """The layer's active operation; None: the base answers."""
@@ -65,6 +70,8 @@ class AdaptedLayer(SwappedModule):
             return type(self).forward(self, *args, **kwargs)
         if self.adapter_patch is not None:
             self.adapter_patch.note()
+        if self.adapter_route.waiting and not torch.compiler.is_compiling():
+            self.adapter_route.waiting.discard(self.adapter_number)
         # Reentrant checkpointing runs its forward pass without gradients, but in training.
         if (torch.is_grad_enabled() or self.training) and not torch.compiler.is_compiling():
             self.adapter_route.check_recomputation()
@@ -85,12 +92,53 @@ class AdaptedLayer(SwappedModule):
         return _blank, (self.own_class, self.uncalled), self.__dict__
 
 
+class ReadLayer(AdaptedLayer):
+    """An adapted layer with parameters that others read, who get those with the update.
+
+    Its own call reads the base's, since the update comes after it.
+    """
+
+    adapter_inside: bool = False
+    """Whether its own call is being compiled."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the layer's own call runs in this thread."""
+        if torch.compiler.is_compiling():
+            return self.adapter_inside
+        return self.adapter_number in self.adapter_route.own.calls
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's output, changed by the active operation."""
+        if not isinstance(self, ReadLayer):
+            return type(self).forward(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            with self.own_call():
+                return super().forward(*args, **kwargs)
+        self.adapter_inside = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.adapter_inside = False
+
+    @contextmanager
+    def own_call(self) -> Iterator[None]:
+        """Let the parameters be the base's in this thread, inside a block."""
+        calls = self.adapter_route.own.calls
+        calls.append(self.adapter_number)
+        try:
+            yield
+        finally:
+            calls.pop()
+
+
 def adapt_output(
     layer: nn.Module, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A layer's output, made by somebody else's forward pass, changed by the active operation."""
     if not isinstance(layer, AdaptedLayer):
         return output
+    layer.adapter_route.waiting.discard(layer.adapter_number)
     operation = layer.current_operation()
     return output if operation is None else _adapted(layer, operation, output, args, kwargs)
 
@@ -124,13 +172,14 @@ def adapted_class(base: type[nn.Module], uncalled: tuple[str, ...] = ()) -> type
 
     Args:
         base: the layer's own class.
-        uncalled: parameters that are used without a module call.
+        uncalled: parameters that are read without a module call.
     """
     members: list[tuple[str, Any]] = [(name, _read_as_routed(name)) for name in uncalled]
     if issubclass(base, nn.Sequential):
         # It calls its children one after the other, and the updates are no step of it.
         members += [("__iter__", _own_children), ("__len__", _count_of_own_children)]
-    made = swapped_class(AdaptedLayer, base, ("uncalled", uncalled), *members)
+    kind = ReadLayer if uncalled else AdaptedLayer
+    made = swapped_class(kind, base, ("uncalled", uncalled), *members)
     return cast(type[AdaptedLayer], made)
 
 
@@ -144,9 +193,9 @@ def _count_of_own_children(layer: nn.Module) -> int:
 
 @cache
 def _read_as_routed(name: str) -> property:
-    def read(layer: AdaptedLayer) -> Tensor:
+    def read(layer: ReadLayer) -> Tensor:
         weight, operation = cast(Tensor, own_parameters(layer)[name]), layer.current_operation()
-        return weight if operation is None else operation.read(name, weight)
+        return weight if operation is None else operation.read(name, weight, inside=layer.is_inside)
 
     return property(read)
 
@@ -157,7 +206,14 @@ def _blank(base: type[nn.Module], uncalled: tuple[str, ...]) -> nn.Module:
 
 
 def convert(
-    layer: nn.Module, route: Route, path: str, *, reads: str, uncalled: tuple[str, ...] = ()
+    layer: nn.Module,
+    route: Route,
+    path: str,
+    *,
+    reads: str,
+    uncalled: tuple[str, ...] = (),
+    pieces: bool = False,
+    listed: bool = False,
 ) -> AdaptedLayer:
     """Turn a layer into an adapted layer, in place; one that is adapted already stays as it is.
 
@@ -169,12 +225,15 @@ def convert(
         route: that of the model.
         path: of the layer in the model.
         reads: a word for its input.
-        uncalled: its parameters that are used without a module call.
+        uncalled: its parameters that are read without a module call.
+        pieces: whether its input has several entries for each row, one row after the other.
+        listed: whether it is in a list of modules that code chooses from: blocks, experts.
     """
     if not isinstance(layer, AdaptedLayer):
         adapted = cast(AdaptedLayer, layer)
         adapted.adapter_bank = nn.ModuleDict()
         adapted.adapter_route, adapted.adapter_path, adapted.adapter_input = route, path, reads
+        adapted.adapter_pieces, adapted.adapter_listed = pieces, listed
         adapted.adapter_number = route.layers
         route.layers += 1
         own = type(layer)
@@ -190,7 +249,7 @@ def _take_over(layer: AdaptedLayer, own: type[nn.Module]) -> None:
     """
     hooked = accelerate_forward(layer)
     if isinstance(hooked, MethodType) and hooked.__func__ is own.forward:
-        set_accelerate_forward(layer, MethodType(AdaptedLayer.forward, layer))
+        set_accelerate_forward(layer, MethodType(type(layer).forward, layer))
     if "forward" in vars(layer):
         cast(Any, layer).forward = vars(layer)["forward"]
 
@@ -198,7 +257,8 @@ def _take_over(layer: AdaptedLayer, own: type[nn.Module]) -> None:
 def _hand_back(layer: nn.Module) -> None:
     """Leave somebody else's forward pass on the object as it would be without an adapter."""
     hooked = accelerate_forward(layer)
-    if isinstance(hooked, MethodType) and hooked.__func__ is AdaptedLayer.forward:
+    ours = (AdaptedLayer.forward, ReadLayer.forward)
+    if isinstance(hooked, MethodType) and hooked.__func__ in ours:
         set_accelerate_forward(layer, MethodType(type(layer).forward, layer))
     patch = vars(layer).get("forward")
     if isinstance(patch, InstanceForward):
@@ -211,7 +271,7 @@ def restore(layer: nn.Module) -> None:
     assert isinstance(layer, AdaptedLayer)
     swap_back(layer)
     _hand_back(layer)
-    for name in ("bank", "route", "number", "path", "input"):
+    for name in ("bank", "route", "number", "path", "input", "pieces", "listed"):
         delattr(layer, f"adapter_{name}")
 
 

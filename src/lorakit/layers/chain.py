@@ -42,10 +42,10 @@ class Chain(Update):
             adapted = link.adapt(layer, inputs, adapted)
         return output + weight * (adapted - start)
 
-    def read(self, name: str, weight: Tensor) -> Tensor:
+    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """The value that is read in place of a parameter, after each update."""
         for link in self._updates():
-            weight = link.read(name, weight)
+            weight = link.read(name, weight, inside=inside)
         return weight
 
     def let_train(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -52,7 +53,8 @@ class InstanceForward:
         """The output with the adapter's update."""
         outer, self._reached.now = self._reached.now, False
         try:
-            output = self.own(*args, **kwargs)
+            with getattr(self.layer, "own_call", nullcontext)():
+                output = self.own(*args, **kwargs)
             reached = self._reached.now
         finally:
             self._reached.now = outer

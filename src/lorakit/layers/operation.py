@@ -29,8 +29,14 @@ class Operation(ABC):
         May write into `output`, which is the layer's own, fresh result.
         """
 
-    def read(self, name: str, weight: Tensor) -> Tensor:
-        """The value that is read in place of a parameter which is used without a module call."""
+    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
+        """The value that is read in place of one of the layer's parameters.
+
+        Args:
+            name: of the parameter.
+            weight: the base's own.
+            inside: whether the layer's own call reads it, whose output `adapt` changes.
+        """
         return weight
 
     def tokens_of_rows(self, rows: int) -> list[VirtualTokens | None]:

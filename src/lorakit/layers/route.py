@@ -47,11 +47,23 @@ class Frame:
         return Frame(operations, name, key=object())
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a model is called with."""
+
+    rows: int
+    """Those of the route, or several times as many in `generate`."""
+    has_sequences: bool
+    """Whether a row has several tokens."""
+
+
 class OwnFrames(threading.local):
     """The frames that each thread pushed for itself."""
 
     def __init__(self) -> None:
         self.stack: list[Frame] = []
+        self.calls: list[int] = []
+        """The numbers of layers, with parameters that others read, whose calls run."""
 
     @contextmanager
     def pushed(self, frame: Frame) -> Iterator[None]:
@@ -83,6 +95,12 @@ class Route:
     """The key of the frame of the latest forward pass that was made for training."""
     repeats: int = 1
     """How many rows `generate` makes of each at present: beams, or several answers."""
+    batch: Batch | None = None
+    """The batch of the model's latest call under a route whose rows may differ."""
+    unsure: set[int] = field(default_factory=set)
+    """The layers in this call whose input may have tokens where rows are expected."""
+    waiting: set[int] = field(default_factory=set)
+    """The layers that this call has not come to; kept only where somebody looks at it."""
     lock: AbstractContextManager[Any] = field(default_factory=threading.RLock)
     """Held for moments, where frames change, or what an adapter's frame is."""
 
@@ -135,7 +153,7 @@ class Route:
             with self.lock:
                 self.frame = self.below[-1]
                 self.below = self.below[:-1]
-                self.repeats = 1
+                self.repeats, self.batch = 1, None
 
     def of_call(self, tokens: TokenPositions | None) -> Frame:
         """The frame of a call of the model whose rows have virtual tokens at these positions."""

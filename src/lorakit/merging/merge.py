@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Update
 from lorakit.layers.route import Frame
 from lorakit.merging.probe import default_probe, outputs_on
+from lorakit.merging.rounding import distance, is_rounding, rounding_errors
 from lorakit.methods.lora.lora import LoRAUpdate
 from lorakit.models.base import (
     base_modules,
@@ -149,7 +150,8 @@ def merge(
     Raises:
         AttachError: layers were replaced or resized since the adapter was attached.
         MergeError: no adapter is active, this one cannot be merged (bottlenecks, virtual tokens,
-            quantised weights), is merged already, or a route is open.
+            quantised weights), is merged already, a route is open, or the outputs changed by much
+            more than rounding explains.
     """
     model = unwrapped(model)
     state = require_attachment(model)
@@ -177,8 +179,40 @@ def merge(
         raise
     state.route.set_bottom(Frame(name=name, merged=True))
     after = outputs_on(model, probe)
-    change = None if before is None or after is None else (after - before).abs().max().item()
+    if before is None or after is None:
+        return MergeReport(adapter=name, weights=weights, logit_change=None)
+    _check_change(model, state, weights, probe, (before, after))
+    change = (after - before).abs().max().item()
     return MergeReport(adapter=name, weights=weights, logit_change=change)
+
+
+def _check_change(
+    model: nn.Module,
+    state: Attachment,
+    weights: Sequence[MergedWeight],
+    probe: Mapping[str, Tensor] | None,
+    outputs: tuple[Tensor, Tensor],
+) -> None:
+    """Take back a merge that changed the outputs by much more than rounding explains.
+
+    Raises:
+        MergeError: it did; the weights are the base's again.
+    """
+    before, after = outputs
+    name = state.route.merged
+    assert name is not None
+    sizes = {each.name: each.rounding_error * each.relative_update for each in weights}
+    layers = {number: state.layers[number] for number in state.adapters[name].updates}
+    with state.route.own.pushed(Frame(rounding_errors(layers, sizes))):
+        moved = outputs_on(model, probe)
+    if moved is None or is_rounding(before, after, moved):
+        return
+    restore_original_weights(model, state)
+    raise MergeError(
+        f"merging adapter {name!r} changed the outputs by {distance(before, after):.3g}, where "
+        f"rounding explains {distance(moved, after):.3g}: merged, the adapter does something else "
+        "than attached, and one of them is wrong; the weights are the base's again"
+    )
 
 
 def unmerge(model: nn.Module) -> None:

@@ -39,7 +39,7 @@ def components(model: nn.Module, config: FullConfig) -> tuple[Component, ...]:
                 model.get_submodule(path), path, names, method=config.method, dtype=config.dtype
             )
             for path, names in uncalled.items()
-            if is_within(path, within)
+            if is_within(path, within) and not is_within(path, copies)
         ),
     )
 

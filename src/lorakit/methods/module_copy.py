@@ -89,6 +89,11 @@ class ModuleCopy(Update):
         dtype = first.dtype if _is_floating(first) else base.dtype
         return result.to(dtype) if isinstance(result, Tensor) else result
 
+    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
+        """The copy's own value, in the precision of the base's."""
+        own = None if inside else dict(self.copy.named_parameters()).get(name)
+        return weight if own is None else own.to(weight.dtype)
+
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter of the copy."""
         for name, parameter in self.copy.named_parameters():

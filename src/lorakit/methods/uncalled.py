@@ -35,7 +35,7 @@ class UncalledWeights(Update):
         """The output as it is: it was made with what `read` returns."""
         return output
 
-    def read(self, name: str, weight: Tensor) -> Tensor:
+    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """The adapter's own value, in the precision of the base's."""
         own = own_parameters(self).get(name)
         return weight if own is None else own.to(weight.dtype)

@@ -8,6 +8,7 @@ from torch import nn
 
 from lorakit.models.base import base_modules
 from lorakit.models.paths import ends_with
+from lorakit.models.reads import only_read, read_weights
 from lorakit.upstream.private_names import own_parameters
 
 Widths = tuple[tuple[str, int], ...]
@@ -28,7 +29,8 @@ class Family:
     """End of a fused projection's path: how its output rows are divided."""
 
     uncalled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """End of a module's path: its parameters that the model uses without calling the module."""
+    """End of a module's path: its parameters that the model uses without calling the module, beyond
+    those that `models/reads.py` finds."""
 
     shared_by_batch: tuple[str, ...] = ()
     """Ends of the paths of layers whose input is shared by the batch: it has no row per sample."""
@@ -169,12 +171,8 @@ _DISTILBERT = Family(
     }
 )
 
-# T5's get_input_embeddings() is `shared`, which the forward pass never calls: each stack looks its
-# tokens up in an embedding of its own, tied to that one.
 _T5 = Family(
     roles={
-        "encoder.embed_tokens": "embed",
-        "decoder.embed_tokens": "embed",
         **{
             f"{attention}.{role}": role
             for attention in ("SelfAttention", "EncDecAttention")
@@ -271,13 +269,39 @@ def family_name(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
 
 
+_WINDOWS = tuple(
+    f"{attention}.{layer}"
+    for attention, layers in {
+        "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "self": ("query", "key", "value"),
+        "attention.output": ("dense",),
+    }.items()
+    for layer in layers
+)
+
+PIECES: Mapping[str, tuple[str, ...]] = {
+    # Tokens without a dimension of rows.
+    "opt": ("fc1", "fc2", "final_layer_norm", "activation_fn"),
+    # The windows of each image.
+    "swin": _WINDOWS,
+    "swinv2": _WINDOWS,
+    "donut-swin": _WINDOWS,
+    "maskformer-swin": _WINDOWS,
+}
+"""By model type: ends of the paths of layers whose input has several entries for each row along its
+first dimension, one row after the other."""
+
+FEATURES = ("get_image_features", "get_video_features", "get_audio_features")
+"""The methods of transformers' models by which rows of tokens get images, videos or sounds."""
+
+
 def uncalled_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The parameters that are used without a module call, by their module's path.
+    """The parameters that are read without a module call, by their module's path.
 
     DeBERTa's relative positions are the weight of an embedding that is never called.
     """
     ends = family_of(model).uncalled
-    found: dict[str, tuple[str, ...]] = {}
+    found = read_weights(model)
     for path, module in base_modules(model) if ends else ():
         for end, names in ends.items():
             own = tuple(name for name in names if own_parameters(module).get(name) is not None)
@@ -286,8 +310,41 @@ def uncalled_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def layers_shared_by_batch(model: nn.Module) -> frozenset[str]:
-    """The paths of the layers whose input is shared by the batch."""
-    ends = family_of(model).shared_by_batch
+def layers_in_pieces(model: nn.Module) -> frozenset[str]:
+    """The paths of the layers whose input has several entries for each row (`PIECES`)."""
+    ends = PIECES.get(getattr(getattr(model, "config", None), "model_type", ""), ())
     paths = (path for path, _ in base_modules(model))
     return frozenset(path for path in paths if any(ends_with(path, end) for end in ends))
+
+
+def layers_for_all_rows(model: nn.Module) -> dict[str, str]:
+    """Why rows cannot have adapters of their own in a layer, by its path."""
+    ends = family_of(model).shared_by_batch
+    of_images = _outside_text(model)
+    reads = only_read(model)
+    reasons = {}
+    for path, _ in base_modules(model):
+        if any(ends_with(path, end) for end in ends):
+            reasons[path] = "have an input all rows share"
+        elif path in reads:
+            reasons[path] = "have a weight that the model reads by itself, once for all rows"
+        elif path in of_images:
+            reasons[path] = "are given images, videos or sounds, which are no rows of the batch"
+    return reasons
+
+
+def _outside_text(model: nn.Module) -> set[str]:
+    """The paths of the modules that make features for rows of tokens.
+
+    A row may have several images or none, so that an image's number says nothing of its row.
+    """
+    if not any(hasattr(model, name) for name in FEATURES):
+        return set()
+    inside: set[int] = set()
+    for getter in ("get_decoder", "get_input_embeddings", "get_output_embeddings"):
+        try:
+            found = getattr(model, getter)()
+        except (AttributeError, NotImplementedError):
+            continue
+        inside |= set() if found in (None, model) else set(map(id, found.modules()))
+    return {path for path, module in base_modules(model) if path and id(module) not in inside}

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lorakit.upstream.private_names import own_parameters
+
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer is one of bitsandbytes' whose weight is in 4 or 8 bits."""
@@ -28,7 +30,9 @@ def float_weight(layer: nn.Module) -> Tensor:
         ModelError: bitsandbytes has packed the weight for inference, which loses some of it.
     """
     if not is_quantized(layer):
-        return cast(Tensor, layer.weight)
+        # What a parametrization makes of other parameters is no parameter of the layer's own.
+        own = own_parameters(layer).get("weight")
+        return cast(Tensor, layer.weight) if own is None else own
     # Imported late: it needs bitsandbytes.
     from lorakit.models.quantized_layers import dequantized
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.config.methods import layer_numbers
 from lorakit.errors import TargetError, did_you_mean
 from lorakit.models.base import base_modules
-from lorakit.models.families import UNKNOWN_FAMILY, Family, RowSplit, family_name, family_of
+from lorakit.models.families import UNKNOWN_FAMILY, RowSplit, family_name, family_of
 from lorakit.models.linear_probe import returns_tensor
 from lorakit.models.paths import block_number, ends_with, is_within, matches
 
@@ -57,7 +57,7 @@ def targets_of(model: nn.Module) -> tuple[Target, ...]:
     """
     family = family_of(model)
     heads = task_heads(model)
-    ends = _embedding_roles(model, family)
+    ends = _embedding_roles(model)
     found: list[Target] = []
     for path, module in base_modules(model):
         if not isinstance(module, _ADAPTABLE):
@@ -194,14 +194,33 @@ def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
         return None
 
 
-def _embedding_roles(model: nn.Module, family: Family) -> dict[str, str]:
+def never_called(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The embeddings that only hold a weight, by path, and those that are called in their place.
+
+    The `shared` of T5, BART and their kin is what get_input_embeddings() gives; each stack looks
+    its tokens up in an embedding of its own, tied to that one.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {}
+    inputs = input_embedding(model)
+    ends = ("encoder.embed_tokens", "decoder.embed_tokens")
+    embeddings = {p: m for p, m in base_modules(model) if isinstance(m, nn.Embedding)}
+    of_stacks = {p: m for p, m in embeddings.items() if any(ends_with(p, end) for end in ends)}
+    if not of_stacks or inputs in of_stacks.values():
+        return {}
+    return {path: tuple(of_stacks) for path, module in embeddings.items() if module is inputs}
+
+
+def _embedding_roles(model: nn.Module) -> dict[str, str]:
     """The roles of the embedding and the output head, by path: the model says which they are."""
     output = output_head(model)
-    inputs = None
-    if "embed" not in family.roles.values():
-        inputs = input_embedding(model)
+    inputs = input_embedding(model)
     # ViT's is a module around its convolution.
     embeddings = set() if inputs is None else set(inputs.modules())
+    uncalled = never_called(model)
+    if uncalled:
+        called = {path for paths in uncalled.values() for path in paths}
+        embeddings = {module for path, module in base_modules(model) if path in called}
     roles = {path: "embed" for path, module in base_modules(model) if module in embeddings}
     roles |= {path: "head" for path, module in base_modules(model) if module is output}
     return roles

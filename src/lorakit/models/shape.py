@@ -6,19 +6,41 @@ from typing import Any
 
 from torch import nn
 
-OFFSET = ("roberta", "xlm-roberta")
-"""Families that count positions from the one after the pad token's."""
+from lorakit.models.base import base_modules
+
 SILENT = ("bloom",)
 """Causal families whose attention modules have no `is_causal` attribute."""
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The most tokens that a sequence may have; None: the model has no limit of its own."""
+    """The most tokens that a sequence may have; None: the model has no limit of its own.
+
+    It is what the config says, or what rotary positions that are scaled reach, and no more than a
+    table of learnt positions has, which some count from the one after the pad token's (RoBERTa).
+    """
     config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int):
         return None
-    return longest - (config.pad_token_id + 1 if config.model_type in OFFSET else 0)
+    tables = (
+        module.num_embeddings - module.padding_idx - 1
+        for path, module in base_modules(model)
+        if isinstance(module, nn.Embedding)
+        and module.padding_idx is not None
+        and "position" in path.rpartition(".")[2]
+    )
+    return min([max(longest, _scaled_positions(config)), *tables])
+
+
+def _scaled_positions(config: Any) -> int:
+    """The positions that scaled rotary embeddings reach; 0 where the config does not say."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return 0
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    return int(original * factor) if original and factor else 0
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
-from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, matrix_shape, positions
+from lorakit.methods.lora.lora import (
+    LoRAUpdate,
+    LowRank,
+    is_linear,
+    matrix_shape,
+    positions,
+)
 from lorakit.routing.choices import Combination, RowChoices, UpdatesByName
+from lorakit.routing.row_groups import read_for_all
 from lorakit.routing.stacked_lora import bias_shifts, is_sum, mixed_operations
 from lorakit.upstream.private_names import mark_dynamic
 
@@ -66,6 +74,8 @@ class StaticLoRA(Operation):
         d_out, d_in = matrix_shape(layer)
         weight = cast(Tensor, layer.weight)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        first = choices.combinations[0] if choices.index_of_row[0] >= 0 else ()
+        self._read = [(updates[name], w) for name, w in first if name in updates]
         terms = [_terms(combination, updates) for combination in choices.combinations]
         rank = max([LEAST_RANK, *(sum(p.site.rank for p, _ in each) for each in terms)])
         a = torch.zeros(len(terms) + 1, rank, d_in, dtype=dtype, device=device)
@@ -84,11 +94,19 @@ class StaticLoRA(Operation):
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """The output with each row's own update added."""
         rows = self._a.shape[0]
+        if rows > 1 and not torch.compiler.is_compiling():
+            check_rows_first(cast(AdaptedLayer, layer), inputs[0], rows)
         x = inputs[0].reshape(rows, -1, inputs[0].shape[-1]).to(self._a.dtype)
         update = torch.bmm(torch.bmm(x, self._a.mT), self._b)
         if self._shift is not None:
             update = update + self._shift[:, None]
         return (output + update.reshape(output.shape)).to(output.dtype)
+
+    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
+        """A parameter with the updates of the one combination that all rows use."""
+        if inside:
+            return weight
+        return read_for_all(self._read, self._a.shape[0], name, weight, inside=False)
 
 
 def _terms(

@@ -107,11 +107,12 @@ def _check_rows_apart(state: Attachment, used: Iterable[Attached]) -> None:
     """
     numbers = {number for each in used for number in each.updates}
     paths = {state.layers[number].adapter_path for number in numbers}
-    found = sorted(paths & state.base.shared_by_batch)
+    reasons = state.base.for_all_rows
+    found = sorted(paths & reasons.keys())
     if found:
         raise RouteError(
-            f"the rows cannot differ: {len(found)} adapted layers, such as {found[0]}, have an "
-            "input all rows share; route the whole batch to one adapter, or leave them out"
+            f"the rows cannot differ: {len(found)} adapted layers, such as {found[0]}, "
+            f"{reasons[found[0]]}; route the whole batch to one adapter, or leave them out"
         )
 
 

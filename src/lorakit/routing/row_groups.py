@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.errors import RouteError
 from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
 from lorakit.methods.module_copy import ModuleCopy
 from lorakit.routing.choices import RowChoices, Terms
@@ -57,10 +58,12 @@ class ByRowGroup(Operation):
         """The output with each row's own update."""
         if self._rows == 1:
             return _applied(self._groups[0].terms, layer, inputs, output)
-        if inputs[0].shape[0] == 1 and not inputs[0].is_floating_point():
+        if inputs[0].dim() > 1 and len(inputs[0]) == 1 and not inputs[0].is_floating_point():
             # All rows share one input, such as positions; their outputs differ all the same.
             inputs = (inputs[0].expand(self._rows, *inputs[0].shape[1:]), *inputs[1:])
             output = output.expand(self._rows, *output.shape[1:])
+        else:
+            check_rows_first(cast(AdaptedLayer, layer), inputs[0], self._rows)
         results: list[tuple[Tensor, Tensor]] = []
         for group in self._groups:
             index = _input_rows(group.index, inputs[0].shape[0], self._rows)
@@ -83,12 +86,30 @@ class ByRowGroup(Operation):
         )
         return _applied(group.terms, layer, mine, output[index])
 
-    def read(self, name: str, weight: Tensor) -> Tensor:
+    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """A parameter with the updates of the one combination that all rows use."""
-        adapted = weight
-        for update, factor in self._groups[0].terms:
-            adapted = adapted + factor * (update.read(name, weight) - weight)
-        return adapted
+        if self._rows > 1 and inside:
+            return weight
+        return read_for_all(self._groups[0].terms, self._rows, name, weight, inside=inside)
+
+
+def read_for_all(
+    terms: Sequence[tuple[Update, float]], rows: int, name: str, weight: Tensor, *, inside: bool
+) -> Tensor:
+    """A parameter with the updates of the combination that all rows use.
+
+    Raises:
+        RouteError: there are several rows, which may differ.
+    """
+    if rows > 1:
+        raise RouteError(
+            "the rows cannot differ: an adapted layer has a weight that the model reads by itself, "
+            "once for all rows; route the whole batch to one adapter, or leave the layer out"
+        )
+    adapted = weight
+    for update, factor in terms:
+        adapted = adapted + factor * (update.read(name, weight, inside=inside) - weight)
+    return adapted
 
 
 def _applied(
@@ -132,11 +153,6 @@ def widened(output: Tensor, width: int) -> Tensor:
 def _input_rows(index: Tensor, found: int, rows: int) -> Tensor:
     """The rows of an input that belong to rows of the batch; it may have several for each."""
     each = found // rows
-    if found % rows:
-        raise RouteError(
-            f"the route is for {rows} rows, but a layer was given {found}: an input all rows share "
-            "cannot differ between them"
-        )
     if each == 1:
         return index
     return (index[:, None] * each + torch.arange(each, device=index.device)).flatten()

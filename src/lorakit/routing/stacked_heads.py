@@ -13,6 +13,7 @@ from torch.func import functional_call
 from lorakit.kernels.grouped import gather
 from lorakit.kernels.grouping import group_rows
 from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.batch_rows import check_rows_first
 from lorakit.methods.module_copy import ModuleCopy
 from lorakit.models.base import base_parameters
 from lorakit.routing.choices import RowChoices, Terms
@@ -59,7 +60,9 @@ class StackedHeads(ByRowGroup):
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """The output with each row's own head."""
         x = inputs[0]
-        fits = x.is_floating_point() and x.shape[0] % self._rows == 0
+        fits = x.is_floating_point() and self._rows > 1
+        if fits:
+            check_rows_first(cast(AdaptedLayer, layer), x, self._rows)
         if fits and len(inputs) == 1 and not self._refused:
             try:
                 return self._stacked(x, output)

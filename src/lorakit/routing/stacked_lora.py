@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.adapter.site import RowRanges
-from lorakit.errors import RouteError
 from lorakit.kernels import choice, fused, grouped
 from lorakit.kernels.grouping import Grouping, group_rows
 from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
 from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, positions
 from lorakit.routing.choices import RowChoices, Terms, UpdatesByName
-from lorakit.routing.row_groups import ByRowGroup
+from lorakit.routing.row_groups import ByRowGroup, read_for_all
 from lorakit.routing.stacked_heads import StackedHeads, are_heads
 from lorakit.upstream.private_names import write_count
 
@@ -284,11 +284,6 @@ class BiasShift:
         """The output, (rows·k, …, d_out), with each row's shift added."""
         shifts = bias_shifts(cast(Tensor, layer.bias), self.terms, self.terms[0][0][0].dtype)
         shift = shifts[self.term_of_row].to(output.dtype)
-        if output.shape[0] % len(shift):
-            raise RouteError(
-                f"the route is for {len(shift)} rows, but a layer was given {output.shape[0]}: an "
-                "input all rows share cannot differ between them"
-            )
         rows = output.unflatten(0, (len(shift), -1))
         return (rows + shift.reshape(len(shift), *[1] * (rows.dim() - 2), -1)).flatten(0, 1)
 
@@ -360,6 +355,8 @@ class StackedLoRA(Operation):
     ) -> None:
         self._parts = tuple(parts)
         self._bias = _bias(terms, choices, device)
+        self._rows = len(choices.index_of_row)
+        self._terms = terms.get(choices.index_of_row[0], [])
         triton = any(shared.grouping.kernels == "triton" for shared, _ in parts)
         fixed = all(shared.is_fixed for shared, _ in parts)
         self._unstacked = None if triton or fixed else Unstacked(terms, choices)
@@ -367,12 +364,20 @@ class StackedLoRA(Operation):
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """The output with each row's own update added."""
         x = inputs[0]
+        if self._rows > 1:
+            check_rows_first(cast(AdaptedLayer, layer), x, self._rows)
         if self._unstacked is not None and fused.available(x, training=layer.training):
             per_row = self._parts[0][0].grouping.per_row(x)
             output = self._unstacked.add(x, output, per_row=per_row)
         else:
             output = self._add_stacked(x, output)
         return output if self._bias is None else self._bias.add(layer, output)
+
+    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
+        """A parameter with the updates of the one combination that all rows use."""
+        if inside:
+            return weight
+        return read_for_all(self._terms, self._rows, name, weight, inside=False)
 
     def _add_stacked(self, x: Tensor, output: Tensor) -> Tensor:
         for shared, at in self._parts:

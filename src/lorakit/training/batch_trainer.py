@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -34,6 +35,18 @@ class BatchTrainer(Trainer):
             return super()._get_train_sampler(*args)
         lengths = [len(example.input_ids) for example in self.train_dataset]  # type: ignore
         return ByLength(lengths, batch_size=self.args.train_batch_size, seed=self.args.seed)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """The items that a step's loss is averaged over: target tokens, or rows with a label each.
+
+        transformers counts the labels that are not IGNORED, and a number to predict may be that.
+        """
+        how = self.compute_loss_func
+        if not isinstance(how, Loss) or how.task == "generation":
+            return super()._get_num_items_in_batch(batch_samples, device)
+        by_row = [torch.zeros(len(each["labels"])) for each in batch_samples]
+        counted = [{"labels": each, "shift_labels": each} for each in by_row]
+        return super()._get_num_items_in_batch(counted, device)
 
     def training_step(
         self,

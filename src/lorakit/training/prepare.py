@@ -24,7 +24,7 @@ from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.models.quantized import Quantization
-from lorakit.models.shape import hidden_size
+from lorakit.models.shape import context_length, hidden_size
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
 from lorakit.training.rates import Rate, rates_by_method
@@ -115,7 +115,10 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     plans = for_each(
         configs,
         lambda config, name: _attach(
-            model, config, name, _eva_batches(config, read[source_of[name]].training, tokenizer)
+            model,
+            config,
+            name,
+            _eva_batches(config, read[source_of[name]].training, model, tokenizer),
         ),
     )
     encode = _Encodings(model, tokenizer, read, source_of)
@@ -282,7 +285,7 @@ def _steps(config: TrainConfig, rows: int) -> int:
 
 
 def _eva_batches(
-    config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig, rows: Rows, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]] | None:
     """The batches of training rows from which LoRA's init eva starts; None for other starts."""
     if config.init_from is not None or "lora" not in config.method or config.lora.init != "eva":
@@ -291,7 +294,8 @@ def _eva_batches(
     size = config.batch_size
     chosen = torch.randperm(len(rows), generator=generator)[: config.eva_batches * size].tolist()
     few = replace(rows, rows=tuple(rows.rows[row] for row in chosen))
-    examples, collate = encode_rows(few, tokenizer, config.data).examples, Collator(tokenizer)
+    longest, collate = context_length(model), Collator(tokenizer)
+    examples = encode_rows(few, tokenizer, config.data, longest=longest).examples
     return [collate(examples[at : at + size]) for at in range(0, len(examples), size)]
 
 

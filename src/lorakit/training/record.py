@@ -37,6 +37,22 @@ class JsonLines(TrainerCallback):
             file.write(_line(state.log_history[-1]))
 
 
+class LogWithScores(TrainerCallback):
+    """Has the loss logged at the last step too, and at each after which rows are scored."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a log after the last step, or one after which rows are scored."""
+        control.should_log |= control.should_evaluate or state.global_step >= state.max_steps
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a log where rows are scored after an epoch."""
+        control.should_log |= control.should_evaluate
+
+
 def _line(figures: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in figures.items() if k not in DROPPED}) + "\n"
 

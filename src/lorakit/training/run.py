@@ -32,7 +32,7 @@ from lorakit.training.memory.compiled_blocks import compiled_blocks
 from lorakit.training.memory.memory_setting import training_memory
 from lorakit.training.prepare import Prepared, prepare
 from lorakit.training.rates import learning_rates
-from lorakit.training.record import JsonLines, ProgressBar, tensorboard
+from lorakit.training.record import JsonLines, LogWithScores, ProgressBar, tensorboard
 from lorakit.training.resume import (
     Change,
     RunRecord,
@@ -238,6 +238,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
         compute_loss_func=loss,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LogWithScores())
     trainer.add_callback(OwnIntervals())
     trainer.add_callback(JsonLines(config.out / LOG))
     trainer.add_callback(tensorboard(config.out / "tensorboard"))
@@ -276,6 +277,7 @@ def training_card(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> 
         "task_type": "CAUSAL_LM" if prepared.task == "generation" else "SEQ_CLS",
         "rows_kind": prepared.kind,
         "labels": None if prepared.labels is None else list(prepared.labels),
+        "end_tokens": list(prepared.training.ends),
         "data": config.data.model_dump(mode="json"),
         "rows": {
             "training": len(prepared.training.examples),

@@ -14,9 +14,9 @@ from lorakit.models.shape import context_length
 
 
 def longest_row(model: nn.Module, name: str | None) -> int | None:
-    """The most tokens of a row with which an adapter's virtual tokens fit; None: any number."""
+    """The most tokens of a row beside an adapter's virtual tokens; None: the model has no limit."""
     tokens, context = virtual_tokens(model, name), context_length(model)
-    return None if tokens is None or context is None else context - len(tokens)
+    return None if context is None else context - len(tokens or ())
 
 
 def check_infix(model: nn.Module, name: str, kind: str) -> None:

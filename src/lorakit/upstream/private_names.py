@@ -206,7 +206,9 @@ def set_accelerate_forward(module: nn.Module, forward: Callable[..., Any]) -> No
 
 def accelerate_device(module: nn.Module) -> torch.device | None:
     """Where accelerate's hook brings a module's weights and inputs for a call, if it has one."""
-    hook: Any = getattr(module, "_hf_hook", None)
+    hook: Any = vars(module).get("_hf_hook")
+    if hook is None:
+        return None
     devices = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,)))
     found = next((device for device in devices if device is not None), None)
     return None if found is None else torch.device(found)

@@ -147,6 +147,9 @@ transformers.modeling_layers.GradientCheckpointingLayer _gradient_checkpointing_
 transformers.Trainer _get_train_sampler
     is overridden: rows of like length share a batch
     batches of any lengths: slower
+transformers.Trainer _get_num_items_in_batch
+    is overridden: rows of a classification or regression are counted, whatever their labels
+    a number to predict that is -100 is not counted: the loss is too large
 transformers.Trainer _get_output_dir
     is overridden: a checkpoint is written aside until it is complete
     a killed run may leave half a checkpoint

@@ -215,6 +215,18 @@ class LowRank(nn.Module):
                 rows *= (norms / plain.norms(rows))[:, None]
             start += last - first
 
+    def added_to(self, matrix: Tensor) -> Tensor:
+        """A weight plus ΔW, (d_out, …), its rows with their magnitudes; all may take gradients."""
+        a, b = (factor.flatten(1).to(matrix.dtype) for factor in (self.a, self.b))
+        entries = None if self.site.rows is None else positions(self.site.rows, matrix.device)
+        part = matrix if entries is None else matrix[entries]
+        delta = (b @ a) * self.site.scale
+        part = part + delta.reshape(part.shape)
+        if self.lora_magnitude is not None:
+            norms = plain.norms(part.detach().flatten(1))
+            part = part * (self.lora_magnitude.to(part.dtype) / norms)[:, None]
+        return part if entries is None else matrix.index_copy(0, entries, part)
+
 
 def _frozen(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
@@ -273,6 +285,25 @@ class LoRAUpdate(Update):
             output = _add(output, update.to(output.dtype), part.site.rows)
         return output
 
+    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
+        """The weight plus ΔW, or the trained bias, in the precision of the base's."""
+        if inside:
+            return weight
+        if name == "bias":
+            return weight if self.bias is None else self.bias.to(weight.dtype)
+        return self._weight(weight, torch.promote_types(weight.dtype, torch.float32)).to(weight)
+
+    def _weight(self, weight: Tensor, exact: torch.dtype) -> Tensor:
+        """The weight of a layer plus ΔW, in another precision; A and B may take gradients."""
+        if not self.parts:
+            return weight
+        embeds_or_turned = any(p.site.kind in ("embedding", "transposed") for p in self.low_ranks())
+        matrix = weight.to(exact)
+        matrix = matrix.T if embeds_or_turned else matrix
+        for part in self.low_ranks():
+            matrix = part.added_to(matrix)
+        return matrix.T if embeds_or_turned else matrix
+
     def join(self, other: LoRAUpdate) -> None:
         """Take over what another update of the same adapter does to the layer."""
         own_modules(self).update(other.parts)
@@ -302,7 +333,7 @@ class LoRAUpdate(Update):
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the weight plus ΔW, and the trained bias."""
         if self.parts:
-            weight = cast(Tensor, layer.weight).detach().to(exact, copy=True)
+            weight = float_weight(layer).detach().to(exact, copy=True)
             matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight
             for part in self.low_ranks():
                 part.add_to(matrix)

@@ -15,6 +15,7 @@ from lorakit.methods.component import Component
 from lorakit.methods.lora.lora import is_linear, kind_of, matrix_shape, why_not_adaptable
 from lorakit.methods.lora.low_rank import low_rank_component
 from lorakit.models.linear_probe import own_class
+from lorakit.models.reads import only_read
 from lorakit.models.roles import Target, select_targets, targets_by_word
 
 V = TypeVar("V")
@@ -29,6 +30,7 @@ def components(model: nn.Module, config: LoRAConfig) -> tuple[Component, ...]:
     kept = select_targets(model, config.targets, layers=config.layers, exclude=config.exclude)
     _check_adaptable(model, kept)
     _check_form(model, kept, config)
+    _check_dropout(model, kept, config)
     ranks = _by_target(model, kept, config.rank_pattern, "rank_pattern")
     alphas = _by_target(model, kept, config.alpha_pattern, "alpha_pattern")
     _check_ranks(model, {target: ranks.get(target, config.rank) for target in kept}, config)
@@ -71,6 +73,22 @@ def _check_form(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) ->
     if problems:
         raise TargetError.listing(
             f"{form} is for linear layers alone; exclude the others", problems
+        )
+
+
+def _check_dropout(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) -> None:
+    """Refuse to drop elements of inputs that are not given to the layer.
+
+    Raises:
+        TargetError: the model reads the weight of a target by itself.
+    """
+    read = only_read(model) if config.dropout else ()
+    problems = [target.name for target in kept if target.path in read]
+    if problems:
+        raise TargetError.listing(
+            "the model reads the weights of some targets by itself, where no input can be dropped: "
+            "set dropout to 0, or exclude them",
+            problems,
         )
 
 

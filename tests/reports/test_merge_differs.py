@@ -1,0 +1,46 @@
+"""A merge that changes the outputs by more than rounding explains is taken back."""
+
+import pytest
+import torch
+from torch import nn
+
+import lorakit as lk
+from lorakit.errors import MergeError
+from references import base_hash, outputs, randomise
+from tiny_models import build, example_inputs
+
+
+class Doubles(nn.Linear):
+    """A layer that computes something else from its weight than LoRA knows, where it matters."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + (x.shape[-2] > 3))
+
+
+def test_a_merge_that_does_something_else_is_taken_back():
+    model = build("llama")
+    for block in model.model.layers:
+        block.mlp.down_proj.__class__ = Doubles
+    before = base_hash(model)
+    lk.attach(model, lk.LoRAConfig(rank=2, targets=("q", "down")))
+    randomise(model, std=1.0)
+    inputs = example_inputs(model)
+    want = outputs(model, inputs)
+    with pytest.raises(MergeError, match="does something else than attached"):
+        lk.merge(model)
+    assert torch.equal(outputs(model, inputs), want)
+    assert lk.active_name(model) == "default"
+    lk.detach(model)
+    assert base_hash(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_error(dtype):
+    model = build("llama").to(dtype)
+    lk.attach(model, lk.LoRAConfig(rank=2, targets=("all-linear",)))
+    for std in (1e-4, 0.1, 1.0):
+        randomise(model, std=std)
+        lk.merge(model)
+        lk.unmerge(model)
+        lk.merge(model, round_to=torch.bfloat16)
+        lk.unmerge(model)
