@@ -439,7 +439,7 @@ def test_compiling_is_refused():
 def test_a_command_line_drops_one_warning_of_the_library_and_no_other(monkeypatch, caplog):
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
 
-    def run(words, switches):
+    def run(line):
         logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: none")
         logger.warning("something else")
         return 0
