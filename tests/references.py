@@ -32,6 +32,12 @@ def attach_random(
     randomise(model, name, seed=seed, std=std)
 
 
+def checkpoint_blocks(model: Any, settings: dict[str, Any] | None = None) -> None:
+    """Turn activation checkpointing on; in transformers 5.17 it has another name."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)(settings)
+
+
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """A model's logits without gradients."""
     with torch.no_grad():

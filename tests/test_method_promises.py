@@ -16,7 +16,7 @@ from lorakit.config.methods import METHODS as NAMED
 from lorakit.config.methods import MethodConfig
 from lorakit.errors import MergeError, RouteError, TargetError
 from lorakit.training.run import train
-from references import base_hash, outputs, randomise
+from references import base_hash, checkpoint_blocks, outputs, randomise
 from tiny_models import build, example_inputs
 
 DECODERS = ("llama", "gpt2", "opt")
@@ -385,7 +385,7 @@ def test_gradients_are_the_same_under_gradient_checkpointing(method, model):
     expected = gradients(model, inputs)
     for reentrant in (False, True):
         settings = {"use_reentrant": reentrant}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        checkpoint_blocks(model, settings)
         model.disable_input_require_grads()
         found = gradients(model, inputs)
         assert found.keys() == expected.keys()

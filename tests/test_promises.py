@@ -9,7 +9,7 @@ import torch
 
 import lorakit as lk
 from covering import covering, sampled
-from references import attach_random, base_hash, outputs, randomise
+from references import attach_random, base_hash, checkpoint_blocks, outputs, randomise
 from tiny_models import FAMILIES, build, example_inputs
 
 ADAPTED: dict[str, Any] = {"rank": 2, "targets": ("q", "v")}
@@ -129,7 +129,7 @@ def test_gradients_reach_every_part_under_gradient_checkpointing(model, settings
     model(**inputs).logits.square().sum().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings or None)
+    checkpoint_blocks(model, settings or None)
     # For text alone, transformers lets the embeddings require grad; ours must not depend on it.
     model.disable_input_require_grads()
     torch.manual_seed(0)

@@ -32,12 +32,13 @@ def write_gguf(
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    letters = [*"abcdefghij0123456789", "Ġ", "ĠĠ"]
+    letters = [*"abcdefghij0123456789", "Ġ", "ĠĠ", "ĠĠĠ"]
     tokens = special + letters
     tokens += [f"unused{number}" for number in range(VOCABULARY - len(tokens))]
     writer.add_token_list(tokens)
     writer.add_token_types([3] * len(special) + [1] * (VOCABULARY - len(special)))
-    writer.add_token_merges(["Ġ Ġ"])
+    # Two: of a list with one entry transformers 5.17 reads that entry in place of the list.
+    writer.add_token_merges(["Ġ Ġ", "ĠĠ Ġ"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)

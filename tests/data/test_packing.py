@@ -27,7 +27,7 @@ from lorakit.models.attention import attention_within
 from lorakit.training.loss import Loss
 from lorakit.training.run import train
 from lorakit.training.sweep.joint_step import MicroBatch, joint_losses
-from references import attach_random
+from references import attach_random, checkpoint_blocks
 from tiny_models import build
 
 WINDOW = {"sliding_window": 3}
@@ -95,7 +95,7 @@ def test_joined_rows_have_the_loss_and_gradients_of_padded_ones(tokenizer, famil
         attach_random(model, name, seed=seed, targets=("all-linear",), rank=2 + seed)
     model.to(dtype)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        checkpoint_blocks(model, {"use_reentrant": True})
         model.config.use_cache = False
     alone = [losses_and_gradients(model, tokenizer, [name], PLAIN) for name in ("one", "two")]
     for name, expected in zip(("one", "two"), alone, strict=True):

@@ -12,6 +12,7 @@ def test_the_kernels_keep_their_promises_in_the_interpreter(pytestconfig):
     run_checks(
         *("liger_checks.py", "segments_checks.py"),
         chosen=pytestconfig.getoption("markexpr"),
+        warnings=pytestconfig.getoption("pythonwarnings") or (),
         TRITON_INTERPRET="1",
         CUDA_VISIBLE_DEVICES="",
     )

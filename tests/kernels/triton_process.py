@@ -17,13 +17,23 @@ GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device of compute capability 8")
 
 
-def run_checks(*files, chosen="", **environment):
-    """Run files of this folder as tests, those that a marker expression chooses."""
+def run_checks(*files, chosen="", warnings=(), **environment):
+    """Run files of this folder as tests, those that a marker expression chooses.
+
+    `warnings` are values of pytest's option -W.
+    """
     # Shapes are checked in the kernels' modules alone: for all modules it takes ten seconds.
     options = "--import-mode=importlib --jaxtyping-packages=lorakit.kernels,beartype.beartype"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"addopts={options}"]
     found = subprocess.run(
-        [*command, "-rA", "-m", chosen, *(str(Path(__file__).with_name(file)) for file in files)],
+        [
+            *command,
+            *(f"-W{each}" for each in warnings),
+            "-rA",
+            "-m",
+            chosen,
+            *(str(Path(__file__).with_name(file)) for file in files),
+        ],
         cwd=ROOT,
         # Triton 3.9 warns while the first one is not set.
         env=os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"} | environment,

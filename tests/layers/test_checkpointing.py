@@ -12,7 +12,7 @@ import torch
 
 import lorakit as lk
 from lorakit.layers.checkpointing import RoutedCheckpoint, keep_routes, let_input_require_grad
-from references import attach_random
+from references import attach_random, checkpoint_blocks
 from tiny_models import build
 
 
@@ -39,7 +39,7 @@ def model():
 
 
 def enable(model, **settings):
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings or None)
+    checkpoint_blocks(model, settings or None)
 
 
 def test_checkpointing_turned_on_at_any_time_keeps_routes_until_the_last_adapter_goes(model):

@@ -21,7 +21,7 @@ from lorakit.errors import AdapterFileError, ConfigError, MergeError, TargetErro
 from lorakit.methods.bottleneck import BottleneckComponent
 from lorakit.methods.module_copy import TrainedCopy
 from lorakit.training.memory.activation_checkpointing import matmuls, narrow_matmuls, recomputing
-from references import base_hash, outputs, randomise
+from references import base_hash, checkpoint_blocks, outputs, randomise
 from tiny_models import build, example_inputs
 
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer"}
@@ -375,9 +375,7 @@ def test_recomputed_blocks_drop_the_same_and_have_the_same_gradients(
     )
     randomise(model)
     expected = gradients(model, inputs)
-    model.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
+    checkpoint_blocks(model, {"use_reentrant": reentrant})
     model.disable_input_require_grads()
     found = gradients(model, inputs)
     assert all(gradient.any() for gradient in expected.values())

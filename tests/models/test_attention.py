@@ -9,7 +9,7 @@ import lorakit as lk
 from lorakit.errors import ModelError
 from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.attention import attention_within, takes_attention_functions
-from references import attach_random
+from references import attach_random, checkpoint_blocks
 from tiny_models import build
 
 LENGTHS = (5, 1, 7)
@@ -131,7 +131,7 @@ def test_gradient_checkpointing_draws_the_same_dropout_again():
         attach_random(model, targets=("all-linear",))
         lk.switch(model, "default")
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_blocks(model, {"use_reentrant": False})
         model.train()
         torch.manual_seed(0)
         with attention_within(model, PackedSequences((LENGTHS,), 13)):

@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -21,12 +22,14 @@ from tiny_models import build, example_inputs
 def randomize(model: nn.Module, *, scale: float = 0.3) -> None:
     """Give every tensor of the active adapter random values."""
     generator = torch.Generator().manual_seed(1)
+    active = active_name(model)
+    assert active is not None
     with torch.no_grad():
-        for _, parameter in adapter_parameters(model, active_name(model)):
+        for _, parameter in adapter_parameters(model, active):
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def attached(*targets: str, tie: bool = True) -> nn.Module:
+def attached(*targets: str, tie: bool = True) -> Any:
     model = build("llama", tie_word_embeddings=tie)
     lk.attach(model, lk.LoRAConfig(rank=2, targets=targets))
     randomize(model)
@@ -132,7 +135,7 @@ def test_a_copy_looks_at_its_own_adapters(copied, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_model_that_holds_peft_s_layers_is_refused(inner: bool) -> None:
-    theirs = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    theirs: Any = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     model = theirs.base_model.model if inner else theirs
     for what in ("all-linear", "q"):
         with pytest.raises(AttachError, match="of peft: lorakit attaches to a base alone"):
@@ -143,7 +146,7 @@ def test_a_model_that_holds_peft_s_layers_is_refused(inner: bool) -> None:
 class Table(nn.Module):
     """An embedding and a layer."""
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.table = nn.Embedding(9, 8, **settings)
@@ -174,7 +177,7 @@ def test_a_padding_token_stays_the_base_s(init: str) -> None:
 
 @pytest.mark.parametrize("settings", [{"padding_idx": 2}, {"scale_grad_by_freq": True}])
 def test_gradients_of_an_embedding_are_peft_s(settings) -> None:
-    theirs = peft.get_peft_model(
+    theirs: Any = peft.get_peft_model(
         Table(**settings), peft.LoraConfig(r=2, lora_alpha=2, target_modules=["table"])
     )
     layer = theirs.base_model.model.table

@@ -1,5 +1,7 @@
 """What ended in a traceback: routers and kernels among the targets, and merges of any model."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -18,9 +20,9 @@ TEXT = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-VISION = {**TEXT, "image_size": 8, "patch_size": 4}
+VISION: dict[str, Any] = {**TEXT, "image_size": 8, "patch_size": 4}
 VISION.pop("vocab_size")
-GPT = {"vocab_size": 60, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1}
+GPT: dict[str, Any] = {"vocab_size": 60, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1}
 GPT |= {"eos_token_id": 2}
 DECODER = {
     **TEXT,
@@ -30,7 +32,7 @@ DECODER = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-WHISPER = {
+WHISPER: dict[str, Any] = {
     "vocab_size": 60,
     "d_model": 16,
     "encoder_layers": 1,
@@ -48,7 +50,7 @@ WHISPER = {
     "decoder_start_token_id": 1,
     "begin_suppress_tokens": None,
 }
-WAVE = {
+WAVE: dict[str, Any] = {
     "vocab_size": 20,
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -100,9 +102,8 @@ def blip() -> nn.Module:
 
 def vision_to_text() -> nn.Module:
     encoder = transformers.ViTModel(transformers.ViTConfig(**VISION))
-    config = transformers.GPT2Config(
-        **GPT, n_positions=32, add_cross_attention=True, is_decoder=True
-    )
+    config = transformers.GPT2Config(**GPT, n_positions=32, add_cross_attention=True)
+    config.is_decoder = True
     decoder = transformers.GPT2LMHeadModel(config)
     return transformers.VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
 

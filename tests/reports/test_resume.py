@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 
@@ -115,7 +116,7 @@ def test_fewer_steps_than_are_done_are_refused(interrupted):
 def test_a_score_of_other_rows_is_not_compared_with(interrupted, prompt_rows, monkeypatch):
     scores = iter([1.0, 5.0, 4.0])
     monkeypatch.setattr("lorakit.training.run.score", lambda *a, **k: {"loss": next(scores)})
-    data = {"train": str(prompt_rows), "validation": str(prompt_rows)}
+    data: dict[str, Any] = {"train": str(prompt_rows), "validation": str(prompt_rows)}
     train(interrupted(data=data, steps=4, eval_every=4))
     data["validation_rows"] = 8
     result = train(interrupted(data=data, steps=6, eval_every=1))

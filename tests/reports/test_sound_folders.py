@@ -35,7 +35,7 @@ def wrapped(model, **settings) -> peft.PeftModel:
 
 
 def saved(model: peft.PeftModel, folder: Path) -> Path:
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 

@@ -12,7 +12,7 @@ import lorakit as lk
 from lorakit.attachment.state import active_name
 from lorakit.errors import MergeError, RouteError
 from lorakit.routing import choices
-from references import alone, attach_random, base_hash, outputs, randomise
+from references import alone, attach_random, base_hash, checkpoint_blocks, outputs, randomise
 from tiny_models import build, example_inputs
 
 NAMES = ["two", None, "one", "two"]
@@ -181,7 +181,7 @@ def test_gradients_of_a_mixed_batch_are_right_under_checkpointing(inputs, reentr
     twin = copy.deepcopy(model)
     expected = gradients(model)
     settings = {"use_reentrant": reentrant}
-    twin.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    checkpoint_blocks(twin, settings)
     found = gradients(twin)
     assert found.keys() == expected.keys() > set()
     for key, gradient in found.items():
@@ -209,7 +209,7 @@ def test_a_recomputation_runs_under_the_route_of_its_forward_pass(inputs, reentr
     twin = copy.deepcopy(model)
     expected = gradients(model)
     settings = {"use_reentrant": reentrant}
-    twin.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    checkpoint_blocks(twin, settings)
     found = gradients(twin)
     assert found.keys() == expected.keys() > set()
     for key, gradient in found.items():

@@ -13,6 +13,7 @@ import transformers
 
 import lorakit
 from lorakit.upstream.reasons import PRIVATE, PrivateName
+from references import checkpoint_blocks
 from tiny_models import build
 
 SOURCE = Path(lorakit.__file__).parent
@@ -22,7 +23,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes
 
 def checkpointed_block():
     model = build("llama")
-    model.activation_checkpointing_enable()
+    checkpoint_blocks(model)
     return model.model.layers[0]
 
 

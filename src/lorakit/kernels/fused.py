@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.kernels import choice
 from lorakit.kernels.dropout import Dropout
-from lorakit.upstream.private_names import functorch_is_active, is_view
+from lorakit.upstream.private_names import functorch_is_active, is_traced, is_view
 
 _PIECE = 256
 """Tokens that are converted at once on CPUs: 1.5 MB of float32 at 1536 features, and large buffers
@@ -94,7 +94,7 @@ def available(x: Tensor, *, training: bool) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not is_traced()
         and (training or torch.is_grad_enabled())
         and choice.fast()
         and not torch.is_autocast_enabled(x.device.type)

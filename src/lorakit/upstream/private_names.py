@@ -57,6 +57,11 @@ def in_compiled_call() -> bool:
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace records what is computed."""
+    return torch._C._is_tracing()
+
+
 def mark_dynamic(tensor: Tensor, dimension: int) -> None:
     """Let one compiled graph serve all sizes of a dimension, if the compiler can."""
     torch._dynamo.maybe_mark_dynamic(tensor, dimension)

@@ -30,6 +30,9 @@ torch._C _are_functorch_transforms_active
 torch._C._dynamo.eval_frame get_eval_frame_callback
     tells that virtual tokens' hooks run in compiled code, between its graphs too
     a compiled model with virtual tokens answers with those of an earlier call
+torch._C _is_tracing
+    tells that torch.jit.trace records, which cannot hold our autograd functions
+    a traced model fails, or computes what its example did
 torch._dynamo maybe_mark_dynamic
     the rank in a prepared batch may grow without a compilation
     a compiled bank compiles anew for each rank

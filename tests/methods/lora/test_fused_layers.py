@@ -11,7 +11,7 @@ from covering import covering
 from lorakit.kernels import fused
 from lorakit.kernels.choice import use
 from lorakit.methods.lora.lora import positions
-from references import attach_random
+from references import attach_random, checkpoint_blocks
 from tiny_models import build, example_inputs
 
 ROUTES = {
@@ -78,7 +78,7 @@ def test_gradients_equal_plain_torch_with_all_options_together(family, named, mo
 def test_checkpointing_recomputes_the_same_masks(settings, route):
     model = adapted("llama")
     expected = gradients(model, route)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    checkpoint_blocks(model, settings)
     model.disable_input_require_grads()
     assert_equal(gradients(model, route), expected)
 

@@ -23,7 +23,7 @@ from prefix_reference import (
     row_with_tokens,
     run,
 )
-from references import base_hash, outputs, randomise, with_updates
+from references import base_hash, checkpoint_blocks, outputs, randomise, with_updates
 from tiny_models import build, example_inputs
 
 EVERY = pytest.mark.parametrize("every_layer", [False, True], ids=["embedding", "layer"])
@@ -225,7 +225,7 @@ def test_recomputed_blocks_have_the_tokens_of_their_own_forward_pass(family, ree
 
     wanted = gradients()
     settings = {"use_reentrant": reentrant}
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    checkpoint_blocks(model, settings)
     model.disable_input_require_grads()
     found = gradients()
     assert found.keys() == wanted.keys()

@@ -24,7 +24,7 @@ from lorakit.training.memory.activation_checkpointing import (
 )
 from lorakit.training.memory.memory_setting import check_memory, training_memory
 from lorakit.training.run import train
-from references import attach_random
+from references import attach_random, checkpoint_blocks
 from tiny_models import FAMILIES, build, example_inputs
 
 MEMORY = ("fast", "balanced", "low")
@@ -213,7 +213,7 @@ def test_no_frozen_weight_is_copied_to_float32_in_a_step(memory):
 def test_blocks_come_back_as_they_were(fails):
     model = build("llama").train()
     attach_random(model)
-    model.activation_checkpointing_enable()
+    checkpoint_blocks(model)
     before = [dict(vars(block)) for block in model.model.layers]
     model.model.layers[1].gradient_checkpointing = False
     before[1]["gradient_checkpointing"] = False
