@@ -26,7 +26,7 @@ from lorakit.data.encode import encode_prompt, encode_rows
 from lorakit.data.metrics.basic import bleu, exact_match
 from lorakit.data.row_types import references_of
 from lorakit.data.rows import read_rows
-from lorakit.training.evaluation import answer
+from lorakit.training.answer import answer
 from lorakit.training.run import train
 from measured import begin, write_result
 

@@ -75,7 +75,7 @@ def test_generate_answers_a_prompt_a_file_and_standard_input(trained, tmp_path, 
     short = ["--adapter", trained, "--max-new-tokens", 4]
     _, one = run("generate", *short, "--prompt", "red cat dog")
     _, many = run("generate", *short, "--input", file)
-    monkeypatch.setattr("sys.stdin", io.StringIO(file.read_text()))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
     _, piped = run("generate", *short, "--input", "-")
     assert [pair["prompt"] for pair in many["answers"]] == ["red cat dog", "big fish bird"]
     assert one["answers"][0]["answer"] == many["answers"][0]["answer"]

@@ -27,7 +27,7 @@ def read(tmp_path: Path) -> Any:
     def write_and_read(rows: list[dict[str, Any]], **settings: Any) -> Rows:
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(json.dumps(row) for row in rows))
-        names = {"limit", "split", "labels", "regression", "answered"} & settings.keys()
+        names = {"limit", "split", "labels", "task", "answered"} & settings.keys()
         options = {name: settings.pop(name) for name in names}
         return read_rows(str(path), DataConfig(**settings), **options)
 
@@ -247,7 +247,7 @@ def test_fractions_are_no_classes_but_can_be_predicted(read: Any) -> None:
     rows = [{"text": "a", "label": 2.5}, {"text": "b", "label": "4"}]
     with pytest.raises(DataError, match=r"line 1: label 2.5 is a fraction: set task: regression"):
         read(rows)
-    predicted = read(rows, regression=True)
+    predicted = read(rows, task="regression")
     assert (predicted.kind, predicted.labels) == ("classification", None)
     assert [row.label for row in predicted.rows] == [2.5, 4.0]
 
@@ -255,7 +255,7 @@ def test_fractions_are_no_classes_but_can_be_predicted(read: Any) -> None:
 @pytest.mark.parametrize("label", ["high", "nan", float("inf"), [1]])
 def test_a_regression_refuses_what_is_no_finite_number(read: Any, label: object) -> None:
     with pytest.raises(DataError, match=r"line 1: label is .*, where a (finite )?number is needed"):
-        read([{"text": "a", "label": label}], regression=True)
+        read([{"text": "a", "label": label}], task="regression")
 
 
 def test_rows_of_one_class_teach_nothing(read: Any) -> None:
@@ -291,7 +291,7 @@ def test_real_files_are_read_whole() -> None:
     assert len(e2e) == 630
     assert sum(len(references_of(row)) for row in e2e.rows) == 4693
     pairs = DataConfig(fields={"text": "sentence1", "text_pair": "sentence2"})
-    stsb = read_rows(str(SHARED / "stsb" / "test.jsonl"), pairs, regression=True)
+    stsb = read_rows(str(SHARED / "stsb" / "test.jsonl"), pairs, task="regression")
     assert len(stsb) == 1379
     mrpc = read_rows(str(SHARED / "mrpc" / "test.jsonl"), pairs)
     assert (len(mrpc), mrpc.labels) == (1725, ("0", "1"))

@@ -253,6 +253,6 @@ def test_a_number_to_predict_may_not_be_missing(read: Any, tmp_path: Path) -> No
     path = tmp_path / "r.jsonl"
     path.write_text('{"text": "a", "label": NaN}\n{"text": "b", "label": Infinity}\n')
     with pytest.raises(DataError) as error:
-        read_rows(str(path), DataConfig(), regression=True)
+        read_rows(str(path), DataConfig(), task="regression")
     assert "line 1: the label is missing" in str(error.value)
     assert "line 2: label is inf, where a finite number is needed" in str(error.value)

@@ -17,11 +17,12 @@ from lorakit.attachment.state import active_name
 from lorakit.config.answering import EvaluateConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_prompt
-from lorakit.data.metrics.basic import bleu, exact_match
-from lorakit.data.row_types import Rows, references_of
+from lorakit.data.metrics.basic import bleu, check_library, exact_match
+from lorakit.data.row_types import Row, Rows, references_of
 from lorakit.data.rows import read_rows
-from lorakit.errors import ConfigError
-from lorakit.training.evaluation import answer, score
+from lorakit.errors import ConfigError, DataError
+from lorakit.training.answer import answer, warn
+from lorakit.training.evaluation import score
 from lorakit.training.loss import Loss
 from lorakit.training.virtual_tokens import encode_for
 
@@ -38,6 +39,8 @@ class Evaluation:
     """Where the rows are from."""
     task: str
     scores: dict[str, float]
+    notes: tuple[str, ...]
+    """What was cut or left out, and from which scores."""
 
 
 def evaluate(
@@ -66,7 +69,10 @@ def evaluate(
         LorakitError: a setting is wrong, or the model, the adapter or the rows cannot be used.
     """
     config = EvaluateConfig(**settings)
-    return evaluation(config, adapter, model, tokenizer, progress=progress).scores
+    found = evaluation(config, adapter, model, tokenizer, progress=progress)
+    for note in found.notes:
+        warn(note)
+    return found.scores
 
 
 def evaluation(
@@ -83,13 +89,19 @@ def evaluation(
         config, adapter, model, tokenizer, task=config.task, data=config.data
     ) as opened:
         rows = _rows(opened)
-        if config.outputs is not None and not _written(config, opened, rows):
+        wanted, asked = _to_answer(config, opened, rows)
+        if config.outputs is not None and not wanted:
             raise ConfigError(
                 "outputs is a file for answers, and none are generated here: they are for the "
                 f"metrics {' and '.join(WRITTEN)} on rows with prompts"
             )
-        scores = _scores(config, opened, rows, progress=progress)
-    return Evaluation(rows=len(rows), source=rows.source, task=opened.task, scores=scores)
+        notes = [*rows.notes, *_left_out(config, opened, rows, asked)]
+        scores = _scores(config, opened, rows, notes, progress=progress)
+        if wanted:
+            scores |= _written_scores(config, opened, asked, wanted, notes, progress=progress)
+    return Evaluation(
+        rows=len(rows), source=rows.source, task=opened.task, scores=scores, notes=tuple(notes)
+    )
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -111,42 +123,72 @@ def _rows(opened: Opened) -> Rows:
         limit=data.validation_rows,
         split="test",
         labels=opened.labels,
-        regression=opened.task == "regression",
+        task=opened.task,
+        answered=False,
     )
 
 
-def _scores(
-    config: EvaluateConfig, opened: Opened, rows: Rows, *, progress: bool
-) -> dict[str, float]:
-    scores: dict[str, float] = {}
-    if opened.task != "generation" or "loss" in config.metrics:
-        scores = score(
-            opened.model,
-            encode_for(
-                opened.model, active_name(opened.model), rows, opened.tokenizer, opened.data
-            ).examples,
-            loss=Loss(opened.task),
-            collate=Collator(opened.tokenizer),
-            batch_size=config.batch_size,
-            progress=progress,
+def _to_answer(config: EvaluateConfig, opened: Opened, rows: Rows) -> tuple[list[str], list[Row]]:
+    """The scores for which answers are generated, and the rows to answer, which have references.
+
+    Raises:
+        DataError: no row has a reference.
+        MissingExtraError: the library that computes a score is not installed.
+    """
+    wanted = [name for name in WRITTEN if name in config.metrics]
+    if opened.task != "generation" or not wanted:
+        return [], []
+    asked = [row for row in rows.rows if references_of(row)]
+    if not asked and not (rows.kind == "text" and "loss" in config.metrics):
+        raise DataError(
+            f"{rows.source}: none of its {len(rows)} {rows.kind} rows has an answer to compare"
+            f" with, which {' and '.join(wanted)} need: metrics: loss needs none"
         )
-    wanted = _written(config, opened, rows)
-    if wanted:
-        answers = _answers(config, opened, rows, progress=progress)
-        references = [references_of(row) for row in rows.rows]
-        compute = {"exact_match": exact_match, "bleu": bleu}
-        scores |= {name: compute[name](answers, references) for name in wanted}
-    return scores
+    for name in wanted if asked else ():
+        check_library(name)
+    return (wanted if asked else []), asked
 
 
-def _written(config: EvaluateConfig, opened: Opened, rows: Rows) -> list[str]:
-    """The metrics that are asked for and need generated answers."""
-    answered = opened.task == "generation" and rows.kind != "text"
-    return [name for name in WRITTEN if name in config.metrics and answered]
+def _left_out(
+    config: EvaluateConfig, opened: Opened, rows: Rows, asked: Sequence[Row]
+) -> list[str]:
+    names = " and ".join(name for name in WRITTEN if name in config.metrics)
+    left = len(rows) - len(asked)
+    if not names or not left or opened.task != "generation":
+        return []
+    return [f"{names}: left out {left:,} of {len(rows):,} rows, without an answer to compare with"]
 
 
-def _answers(config: EvaluateConfig, opened: Opened, rows: Rows, *, progress: bool) -> list[str]:
-    prompts = [encode_prompt(row, opened.tokenizer, opened.data) for row in rows.rows]
+def _scores(
+    config: EvaluateConfig, opened: Opened, rows: Rows, notes: list[str], *, progress: bool
+) -> dict[str, float]:
+    """The loss, and the scores that come with it."""
+    if opened.task == "generation" and "loss" not in config.metrics:
+        return {}
+    name = active_name(opened.model)
+    encoded = encode_for(opened.model, name, rows, opened.tokenizer, opened.data)
+    notes += [f"loss: {line}" for line in encoded.report.losses()]
+    return score(
+        opened.model,
+        encoded.examples,
+        loss=Loss(opened.task),
+        collate=Collator(opened.tokenizer),
+        batch_size=config.batch_size,
+        progress=progress,
+    )
+
+
+def _written_scores(
+    config: EvaluateConfig,
+    opened: Opened,
+    rows: Sequence[Row],
+    wanted: Sequence[str],
+    notes: list[str],
+    *,
+    progress: bool,
+) -> dict[str, float]:
+    """The scores of generated answers."""
+    prompts = [encode_prompt(row, opened.tokenizer, opened.data) for row in rows]
     answers = answer(
         opened.model,
         opened.tokenizer,
@@ -155,14 +197,17 @@ def _answers(config: EvaluateConfig, opened: Opened, rows: Rows, *, progress: bo
         batch_size=config.batch_size,
         num_beams=config.num_beams,
         progress=progress,
+        note=notes.append,
     )
     if config.outputs is not None:
         write_new_file(config.outputs, _lines(opened, rows, prompts, answers).encode())
-    return answers
+    references = [references_of(row) for row in rows]
+    compute = {"exact_match": exact_match, "bleu": bleu}
+    return {name: compute[name](answers, references) for name in wanted}
 
 
 def _lines(
-    opened: Opened, rows: Rows, prompts: Sequence[Sequence[int]], answers: Sequence[str]
+    opened: Opened, rows: Sequence[Row], prompts: Sequence[Sequence[int]], answers: Sequence[str]
 ) -> str:
     records = (
         {
@@ -170,6 +215,6 @@ def _lines(
             "answer": text,
             "references": list(references_of(row)),
         }
-        for row, prompt, text in zip(rows.rows, prompts, answers, strict=True)
+        for row, prompt, text in zip(rows, prompts, answers, strict=True)
     )
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -15,7 +15,7 @@ from lorakit.config.seed import generator_seed
 from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError
-from lorakit.training.evaluation import answer, generation_settings
+from lorakit.training.answer import Note, answer, fitted, generation_settings, text_of, warn
 
 
 def generate(
@@ -48,9 +48,14 @@ def generate(
 
 
 def answers(
-    config: GenerateConfig, opened: Opened, prompts: Sequence[str], *, progress: bool
+    config: GenerateConfig,
+    opened: Opened,
+    prompts: Sequence[str],
+    *,
+    progress: bool,
+    note: Note = warn,
 ) -> list[str]:
-    """The text after each prompt."""
+    """The text after each prompt; `note` is called with each remark on what was cut short."""
     ids = _encoded(config, opened, prompts)
     set_seed(generator_seed(config.seed))
     return answer(
@@ -60,22 +65,30 @@ def answers(
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
         progress=progress,
+        note=note,
         **_search(config),
     )
 
 
 @torch.no_grad()
-def stream(config: GenerateConfig, opened: Opened, prompt: str) -> str:
+def stream(config: GenerateConfig, opened: Opened, prompt: str, *, note: Note = warn) -> str:
     """The text after one prompt, written to stdout word by word as it is generated."""
-    (ids,) = _encoded(config, opened, [prompt])
+    fit = fitted(
+        opened.model,
+        opened.tokenizer,
+        _encoded(config, opened, [prompt]),
+        max_new_tokens=config.max_new_tokens,
+    )
+    for remark in fit.remarks:
+        note(remark)
     set_seed(generator_seed(config.seed))
-    tokens = torch.tensor([ids], device=opened.model.device)
+    tokens = torch.tensor(fit.prompts, device=opened.model.device)
     streamer = None
     if config.num_beams == 1:
         tokenizer = cast(Any, opened.tokenizer)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     limits = generation_settings(
-        opened.tokenizer, max_new_tokens=config.max_new_tokens, **_search(config)
+        opened.model, opened.tokenizer, max_new_tokens=fit.rooms[0], **_search(config)
     )
     written = cast(Any, opened.model).generate(
         input_ids=tokens,
@@ -83,11 +96,11 @@ def stream(config: GenerateConfig, opened: Opened, prompt: str) -> str:
         generation_config=limits,
         streamer=streamer,
     )
-    text = opened.tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True)
-    assert isinstance(text, str)
+    new = written[0, tokens.shape[1] :].tolist()
+    text = text_of(opened.tokenizer, new, limits.eos_token_id or ())
     if streamer is None:
         print(text)
-    return text.strip()
+    return text
 
 
 def _encoded(config: GenerateConfig, opened: Opened, prompts: Sequence[str]) -> list[list[int]]:
@@ -97,7 +110,8 @@ def _encoded(config: GenerateConfig, opened: Opened, prompts: Sequence[str]) -> 
         ConfigError: the model writes no text.
     """
     if opened.task != "generation":
-        raise ConfigError(f"this adapter does {opened.task}: it has labels, and writes no text")
+        what = "adapter" if opened.adapter else "model"
+        raise ConfigError(f"this {what} does {opened.task}: it has labels, and writes no text")
     rows = _rows(prompts, config, opened)
     return [encode_prompt(row, opened.tokenizer, opened.data) for row in rows]
 
@@ -113,7 +127,7 @@ def _rows(prompts: Iterable[str], config: GenerateConfig, opened: Opened) -> Ite
         if chat:
             yield MessagesRow(messages=(Message(role="user", content=prompt),))
         else:
-            yield PromptRow(prompt=prompt, completion="")
+            yield PromptRow(prompt=prompt, completion=None)
 
 
 def _search(config: GenerateConfig) -> dict[str, Any]:

@@ -17,8 +17,16 @@ from lorakit.attachment.state import attachment_of
 from lorakit.config.answering import EvaluateConfig, GenerateConfig
 from lorakit.config.base import Settings
 from lorakit.config.train import DataConfig
-from lorakit.errors import ConfigError, ModelError
-from lorakit.models.load import labels_of, load_model, task_of
+from lorakit.data.labels import head_classes
+from lorakit.errors import AdapterFileError, ConfigError, ModelError
+from lorakit.models.load import (
+    fresh_heads,
+    labels_of,
+    load_model,
+    own_classes,
+    own_task,
+    task_of,
+)
 
 ModelSource = str | os.PathLike[str] | transformers.PreTrainedModel
 """Whatever stands for a base: its packaged name, folder or hub id, or the loaded model."""
@@ -56,7 +64,7 @@ def open_model(
         source: the adapter, its folder, or its hub id; None: no adapter.
         model: the base. None: the one that the adapter names.
         dtype: precision of the base.
-        task: what the model does. None: what the adapter was trained for, else generation.
+        task: what the model does. None: what the adapter was trained for, else what the base is.
         data: what differs from the adapter's training in how rows are read.
         quantize: how the base holds its weights: as-trained (as the adapter's card says; without an
             adapter, in `dtype`), none (in `dtype`), 4bit or 8bit.
@@ -65,24 +73,31 @@ def open_model(
     Raises:
         ConfigError: neither an adapter nor a model is given.
         AdapterFileError: the adapter's files are unusable, name no base, or do not fit it.
-        ModelError: the base cannot be found.
+        ModelError: the base cannot be found, or has no head for the task.
         MissingExtraError: the base is to be quantised, and the library for it is not installed.
     """
     adapter = None if source is None else Adapter.of(source)
     card: Mapping[str, Any] = adapter.card if adapter else {}
-    merged, task = _data(card, data), task or card.get("task") or "generation"
-    labels = merged.labels or card.get("labels")
-    labels = tuple(labels) if labels and task == "classification" else None
+    base = model or (adapter.base.name if adapter and adapter.base else "")
+    if not base and adapter is None:
+        raise ConfigError("give an adapter, a model, or both")
+    if not base:
+        raise AdapterFileError(
+            "the adapter does not say which base it was trained on: name the model"
+        )
+    task = task or card.get("task") or own_task(base)
+    merged = _data(card, data)
+    labels = _classes(base, card, merged) if task == "classification" else None
     if adapter is not None:
         loaded, tokenizer = adapter.load_base(
-            model, dtype=dtype, task=task, labels=labels, quantize=quantize
+            base, dtype=dtype, task=task, labels=labels, quantize=quantize
         )
-        attach(loaded, adapter, allow_other_base=allow_other_base)
-    elif model:
-        way = None if quantize in ("none", "as-trained") else quantize
-        loaded, tokenizer = load_model(model, dtype=dtype, task=task, labels=labels, quantize=way)
     else:
-        raise ConfigError("give an adapter, a model, or both")
+        way = None if quantize in ("none", "as-trained") else quantize
+        loaded, tokenizer = load_model(base, dtype=dtype, task=task, labels=labels, quantize=way)
+    _check_head(loaded, adapter, base, task)
+    if adapter is not None:
+        attach(loaded, adapter, allow_other_base=allow_other_base)
     return Opened(
         model=loaded, tokenizer=tokenizer, adapter=adapter, task=task, labels=labels, data=merged
     )
@@ -148,6 +163,9 @@ def _borrowed(
     asked = task or card.get("task") or own
     if asked != own:
         raise ConfigError(f"the task is {asked}, and the loaded model does {own}")
+    read, labels = _data(card, data), None
+    if own == "classification":
+        labels = head_classes(read.labels, labels_of(model), whose="the loaded model")
     training = model.training
     with (
         nullcontext()
@@ -160,8 +178,8 @@ def _borrowed(
                 tokenizer=tokenizer,
                 adapter=adapter,
                 task=own,
-                labels=labels_of(model) if own == "classification" else None,
-                data=_data(card, data),
+                labels=labels,
+                data=read,
             )
         finally:
             model.train(training)
@@ -198,6 +216,35 @@ def _active(model: transformers.PreTrainedModel) -> Adapter | None:
     state = attachment_of(model)
     name = None if state is None else state.route.frame.name
     return None if state is None or name is None else state.adapters[name].record
+
+
+def _classes(base: str, card: Mapping[str, Any], data: DataConfig) -> tuple[str, ...] | None:
+    """The names of the classes in the order of the head: an adapter's, or else the base's own."""
+    if card.get("labels"):
+        return head_classes(data.labels, tuple(card["labels"]), whose="the adapter")
+    return head_classes(data.labels, own_classes(base), whose=base)
+
+
+def _check_head(
+    model: transformers.PreTrainedModel, adapter: Adapter | None, base: str, task: str
+) -> None:
+    """Make sure that a task's head comes from the base or the adapter.
+
+    Raises:
+        ModelError: neither has it, so that what it answers would be random.
+    """
+    tensors = adapter.tensors if adapter else {}
+    lacking = [
+        path
+        for path in fresh_heads(model)
+        if not any(name.startswith(f"{path}.") for name in tensors)
+    ]
+    if lacking:
+        who = f"{base} has" if adapter is None else f"{base} and the adapter have"
+        raise ModelError(
+            f"{who} no head for {task} ({', '.join(lacking)}), so the answers would be random: give"
+            " an adapter that was trained for it"
+        )
 
 
 def _data(card: Mapping[str, Any], given: DataConfig | None) -> DataConfig:

@@ -287,6 +287,12 @@ def active_name(model: nn.Module) -> str | None:
     return None if state is None else state.route.frame.name
 
 
+def active_card(model: nn.Module) -> Mapping[str, Any]:
+    """The training card of the adapter in use; empty for the base, and where rows differ."""
+    state, name = attachment_of(model), active_name(model)
+    return {} if state is None or name is None else state.adapters[name].record.card
+
+
 def virtual_tokens(model: nn.Module, name: str | None) -> VirtualTokens | None:
     """The virtual tokens that rows of an adapter get; None: it has none, or is none."""
     state = attachment_of(model)

@@ -31,7 +31,8 @@ from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model
 from lorakit.routing.route import route
-from lorakit.training.evaluation import answer, score
+from lorakit.training.answer import answer
+from lorakit.training.evaluation import score
 from lorakit.training.loss import Loss
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run, execute, while_training
@@ -201,10 +202,10 @@ def _row(settings: MethodsConfig, name: str, config: TrainConfig) -> _Row:
 
 def _row_of_base(settings: MethodsConfig) -> _Row:
     """The scores of the model without any training."""
-    regression = settings.task == "regression"
     data, limit = settings.data, settings.data.train_rows
-    rows = read_rows(str(data.train), data, limit=limit, regression=regression)
-    task = "regression" if regression else "classification" if rows.labels else "generation"
+    asked = None if settings.task == "auto" else settings.task
+    rows = read_rows(str(data.train), data, limit=limit, task=asked)
+    task = asked or rows.task
     model, tokenizer = load_model(
         settings.model, dtype=settings.dtype, task=task, labels=rows.labels
     )
@@ -220,18 +221,16 @@ def _scores(
     labels: tuple[str, ...] | None,
 ) -> dict[str, float]:
     data = settings.data
-    source, regression = str(data.validation), settings.task == "regression"
+    asked = None if settings.task == "auto" else settings.task
     rows = read_rows(
-        source,
+        str(data.validation),
         data,
         limit=data.validation_rows,
         split="validation",
         labels=labels,
-        regression=regression,
+        task=asked,
     )
-    task = settings.task
-    if task == "auto":
-        task = "classification" if rows.kind == "classification" else "generation"
+    task = asked or rows.task
     found = score(
         model,
         encode_for(model, active_name(model), rows, tokenizer, data).examples,
@@ -256,7 +255,12 @@ def _bleu(
     answered = rows.rows[: settings.answers]
     prompts = [encode_prompt(row, tokenizer, settings.data) for row in answered]
     written = answer(
-        model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=25
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=25,
+        note=lambda text: print(text, file=sys.stderr),
     )
     return bleu(written, [references_of(row) for row in answered])
 

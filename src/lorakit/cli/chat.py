@@ -25,7 +25,7 @@ from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError, LorakitError, did_you_mean
 from lorakit.models.shape import context_length
-from lorakit.training.evaluation import generation_settings
+from lorakit.training.answer import generation_settings
 
 HELP = """\
 /adapter NAME    let this adapter answer; without a name, list them
@@ -205,6 +205,7 @@ class Chat:
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             generation_config=generation_settings(
+                self._model,
                 self._tokenizer,
                 max_new_tokens=min(settings.max_new_tokens, context - len(ids)),
                 **(sampled if settings.temperature > 0 else {}),

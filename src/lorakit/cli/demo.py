@@ -28,7 +28,7 @@ from lorakit.merging.merge import merge, unmerge
 from lorakit.models.identity import weights_hash
 from lorakit.models.load import load_model
 from lorakit.routing.route import switch
-from lorakit.training.evaluation import answer
+from lorakit.training.answer import answer
 from lorakit.training.run import train
 from lorakit.training.sweep.sweep import sweep
 

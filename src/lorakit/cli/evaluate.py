@@ -10,6 +10,12 @@ def run(settings: EvaluateConfig) -> Result:
     found = evaluation(settings, settings.adapter, settings.model, progress=True)
     lines = [f"{name:12} {value:.4f}" for name, value in found.scores.items()]
     return Result(
-        text="\n".join([f"{found.rows} rows of {found.source}", *lines]),
-        data={"rows": found.rows, "source": found.source, "task": found.task, **found.scores},
+        text="\n".join([f"{found.rows} rows of {found.source}", *found.notes, *lines]),
+        data={
+            "rows": found.rows,
+            "source": found.source,
+            "task": found.task,
+            "notes": found.notes,
+            **found.scores,
+        },
     )

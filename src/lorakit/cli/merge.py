@@ -17,6 +17,7 @@ from lorakit.merging.merge import MergeReport, finalize, merge
 from lorakit.merging.quantized_base import TrainedModel
 from lorakit.models.load import load_model
 from lorakit.models.quantized import dequantize, quantization_of
+from lorakit.training.answer import end_tokens
 
 
 def run(settings: MergeConfig) -> Result:
@@ -69,8 +70,17 @@ def _merge_as_trained(settings: MergeConfig, opened: Opened) -> tuple[Opened, Me
 
 
 def _save(opened: Opened, folder: Path) -> None:
+    _record_ends(opened)
     opened.model.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
+
+
+def _record_ends(opened: Opened) -> None:
+    """Have a plain model's answers end with what ended the targets in training, too."""
+    config = opened.model.generation_config if opened.model.can_generate() else None
+    trained = opened.adapter.card.get("end_tokens", ()) if opened.adapter else ()
+    if config is not None and set(trained) - set(end_tokens(opened.model, opened.tokenizer)):
+        config.eos_token_id = end_tokens(opened.model, opened.tokenizer, trained=trained)
 
 
 def _check_saved(opened: Opened, folder: Path, settings: MergeConfig) -> None:

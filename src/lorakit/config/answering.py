@@ -25,13 +25,15 @@ class GenerateConfig(Settings):
     """One prompt, whose answer appears as it is written."""
 
     input: str | None = None
-    """File with one prompt a line; - for standard input. Answers appear one a line."""
+    """File with one prompt a line; - for standard input. Each line has its line of output: the
+    answer, its line breaks written as \\n, or nothing for a blank one. --json has the answers as
+    they are."""
 
     chat: bool | None = None
     """Send prompts as a user's message through the chat template. None: as in training."""
 
     max_new_tokens: PositiveInt = 128
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens; less where the model's context ends."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the likeliest token each time; more draws at random."""
@@ -80,7 +82,7 @@ class EvaluateConfig(Settings):
     """Rows: `data.validation` names them; what else is unset is as it was in training."""
 
     task: Literal["generation", "classification", "regression"] | None = None
-    """What the model does. None: what the adapter was trained for, else generation."""
+    """What the model does. None: what the adapter was trained for, else what the base is."""
 
     metrics: Names = ("loss", "exact_match", "bleu")
     """For generation: loss (with perplexity), exact_match, bleu. Others have loss and one score."""
@@ -96,7 +98,7 @@ class EvaluateConfig(Settings):
     """Rows at once."""
 
     max_new_tokens: PositiveInt = 128
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens; less where the model's context ends."""
 
     num_beams: PositiveInt = 1
     """Beams of the search for answers; 1 is greedy."""

@@ -114,7 +114,7 @@ def encode_rows(
     problems.raise_if_any()
     report = _report(rows, drafts, limit=encoder.limit)
     if not report.kept:
-        raise DataError(f"No row is left to train on.\n{report}")
+        raise DataError(f"No row is left.\n{report}")
     examples = tuple(draft.example for draft in drafts if draft.example)
     ends = frozenset[int]().union(*(draft.ends for draft in drafts))
     return Encoded(examples=examples, report=report, ends=tuple(sorted(ends)))
@@ -208,7 +208,7 @@ class _Encoder:
         # At least one token of the prompt stays: the first target token must follow a token.
         fits = len(completion) < self.limit
         room = self.limit - len(completion) if fits else self.limit // 2
-        kept = _last(prompt, room, start=self._start)
+        kept = last_tokens(prompt, room, start=self._start)
         targets = completion[: self.limit - len(kept)]
         if not kept or not targets:
             return _Draft(dropped=NO_TARGET)
@@ -292,7 +292,7 @@ def _tokens(
     return dict(zip(distinct, found["input_ids"], strict=True))
 
 
-def _last(ids: list[int], room: int, *, start: int | None) -> list[int]:
+def last_tokens(ids: list[int], room: int, *, start: int | None) -> list[int]:
     """The last `room` tokens; a start token at the front is kept in place of the first of them."""
     if len(ids) <= room:
         return ids

@@ -6,11 +6,42 @@ from typing import Any
 
 from lorakit.data.fields import as_text
 from lorakit.data.problems import UnusableRowError
-from lorakit.errors import DataError
+from lorakit.errors import ConfigError, DataError
 
 _WHOLE = re.compile(r"-?\d+")
 _DECIMAL = re.compile(r"(-?\d*)\.(\d+)")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+_UNNAMED = re.compile(r"LABEL_\d+")
+"""The name that transformers gives to a class without one."""
+
+
+def head_classes(
+    asked: tuple[str, ...] | None, own: tuple[str, ...] | None, *, whose: object
+) -> tuple[str, ...] | None:
+    """The names of the classes in the order of a head that is trained already.
+
+    Args:
+        asked: the names that the settings list, if they do; they may give all classes new names.
+        own: the classes of the head; None: it has none yet, and any will do.
+        whose: the model or adapter that has the head, for messages.
+
+    Raises:
+        ConfigError: the settings have another number of classes, or the same ones in another order.
+    """
+    if asked is None or own is None or asked == own:
+        return own if asked is None else asked
+    classes = f"the classes of {whose} are, in the order of its head, {', '.join(own)}"
+    if len(asked) != len(own):
+        raise ConfigError(f"data.labels has {len(asked)} classes, and {classes}")
+    if set(asked) & set(own):
+        raise ConfigError(f"data.labels is {', '.join(asked)}, but {classes}: leave it out")
+    return asked
+
+
+def are_unnamed(names: Collection[str]) -> bool:
+    """Whether classes have the names that transformers gives to those without one."""
+    return all(map(_UNNAMED.fullmatch, names))
 
 
 def class_name(value: Any, *, known: tuple[str, ...] | None) -> str:
@@ -58,7 +89,8 @@ def _known_name(name: str, known: tuple[str, ...]) -> str:
         return whole
     if whole.isdecimal() and int(whole) < len(known) and not any(map(_WHOLE.fullmatch, known)):
         return known[int(whole)]
-    raise UnusableRowError(f"unknown label {name!r}; the labels are {', '.join(known)}")
+    hint = ": name the head's classes, in this order, in data.labels" if are_unnamed(known) else ""
+    raise UnusableRowError(f"unknown label {name!r}; the labels are {', '.join(known)}{hint}")
 
 
 def class_order(names: Collection[str], *, source: str) -> tuple[str, ...]:

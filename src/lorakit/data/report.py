@@ -36,17 +36,21 @@ class EncodingReport:
 
     def __str__(self) -> str:
         """The report as a few plain lines."""
-        lines = [
+        first = (
             f"{self.source}: {self.rows:,} {self.kind} rows read, {self.kept:,} kept;"
             f" tokens per row {self.mean:.1f} on average, {self.longest:,} at most"
             f" (limit {self.max_length:,})"
-        ]
-        lines += [f"dropped {_counted(count, 'row')}: {why}" for why, count in self.dropped.items()]
+        )
+        return "\n  ".join([first, *self.losses(), *self.notes])
+
+    def losses(self) -> list[str]:
+        """A line for each reason why rows were dropped, and for each part of rows that was cut."""
+        lines = [f"dropped {_counted(count, 'row')}: {why}" for why, count in self.dropped.items()]
         if self.truncated_prompts:
             lines.append(f"cut {_counted(self.truncated_prompts, _INPUT[self.kind])}")
         if self.truncated_completions:
             lines.append(f"cut {_counted(self.truncated_completions, _OUTPUT[self.kind])}")
-        return "\n  ".join([*lines, *self.notes])
+        return lines
 
 
 def _counted(count: int, noun: str) -> str:

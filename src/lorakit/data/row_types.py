@@ -75,6 +75,11 @@ class Rows:
     notes: tuple[str, ...] = ()
     """Remarks on the source, shown in the encoding's report."""
 
+    @property
+    def task(self) -> str:
+        """The task that rows of this type are for, if they are not for a regression."""
+        return "classification" if self.kind == "classification" else "generation"
+
     def __len__(self) -> int:
         return len(self.rows)
 

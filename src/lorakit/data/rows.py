@@ -26,7 +26,7 @@ def read_rows(
     limit: int | None = None,
     split: str = "train",
     labels: tuple[str, ...] | None = None,
-    regression: bool = False,
+    task: str | None = None,
     answered: bool = True,
 ) -> Rows:
     """The rows of a file, a hub data set or a built-in task.
@@ -38,23 +38,26 @@ def read_rows(
         split: the split to read where the source has several and names none.
         labels: the classes of the training rows, for validation rows. None: those of `data`, or
             the distinct labels found.
-        regression: labels are numbers to predict.
+        task: what the rows are for: generation, classification (into classes) or regression (to
+            numbers). None: what their type is for.
         answered: prompt rows need a completion; False for prompts that are for generation alone.
 
     Raises:
-        DataError: the source is missing, malformed or lacks fields; lists what is wrong.
+        DataError: the source is missing, malformed or lacks fields, or its rows are not for the
+            task; lists what is wrong.
         MissingExtraError: the library that reads the source is not installed.
     """
     if source.startswith(BUILTIN_PREFIX):
-        return _builtin_rows(source, data, limit=limit, split=split)
+        return _builtin_rows(source, data, limit=limit, split=split, task=task)
     raw = read_raw_rows(source, limit=limit, split=split, delimiter=data.delimiter)
     table = ColumnTable.of(source, with_nested(raw.rows, data.fields), data)
     try:
         kind = table.kind(data, answered=answered)
     except DataError as error:
         raise DataError(f"{error}{rows_within(raw.rows)}") from None
+    _check_task(source, kind, task)
     known = tuple(labels or data.labels or ()) or None
-    rows = _typed_rows(table, kind, labels=known, regression=regression, answered=answered)
+    rows = _typed_rows(table, kind, labels=known, task=task, answered=answered)
     return replace(rows, notes=(*raw.notes, *rows.notes))
 
 
@@ -63,7 +66,7 @@ def _typed_rows(
     kind: RowType,
     *,
     labels: tuple[str, ...] | None,
-    regression: bool,
+    task: str | None,
     answered: bool,
 ) -> Rows:
     """The rows of a table, of one type."""
@@ -79,7 +82,7 @@ def _typed_rows(
             return Rows(kind="messages", rows=turns, source=source, notes=notes)
         case "prompt":
             return _prompt_rows(table, answered=answered)
-        case "classification" if regression:
+        case "classification" if task == "regression":
             numbers = table.rows(
                 lambda values: _labelled_row(table.fields, values, read_label=as_number)
             )
@@ -92,9 +95,31 @@ def _typed_rows(
             return Rows(kind="text", rows=texts, source=source, notes=table.remarks("text"))
 
 
-def _builtin_rows(source: str, data: DataConfig, *, limit: int | None, split: str) -> Rows:
+def _check_task(source: str, kind: RowType, task: str | None) -> None:
+    """Make sure that rows of a type are for a task.
+
+    Raises:
+        DataError: they are for another.
+    """
+    if task is None or (kind == "classification") == (task != "generation"):
+        return
+    if task == "generation":
+        needed = "rows with prompt and completion, messages or text"
+        hint = "data.format: text learns the texts alone, without their labels"
+    else:
+        needed = "rows with text and label"
+        hint = "data.format and data.fields say which columns these are"
+    raise DataError(
+        f"{source} has {kind} rows, and the task is {task}, which needs {needed}: {hint}"
+    )
+
+
+def _builtin_rows(
+    source: str, data: DataConfig, *, limit: int | None, split: str, task: str | None
+) -> Rows:
     if data.format not in ("auto", "prompt"):
         raise DataError(f"{source} has prompt rows, but data.format is {data.format}.")
+    _check_task(source, "prompt", task)
     name, _, named_split = source.removeprefix(BUILTIN_PREFIX).partition(":")
     rows = builtin_task(name).rows(named_split or split)
     return Rows(kind="prompt", rows=rows[:limit], source=source)

@@ -115,14 +115,49 @@ def redraw_fresh_head(model: nn.Module) -> None:
 
 def task_of(model: transformers.PreTrainedModel) -> str:
     """The task that a loaded model does: classification and regression have a head of their own."""
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        return "generation"
-    return "regression" if model.config.num_labels == 1 else "classification"
+    return _task(type(model).__name__, model.config)
 
 
 def labels_of(model: transformers.PreTrainedModel) -> tuple[str, ...]:
     """The names of a classifier's classes, in order."""
-    names: dict[Any, str] = dict(model.config.id2label or {})
+    return _labels(model.config)
+
+
+def own_task(name: str | os.PathLike[str]) -> str:
+    """The task for which a base has a head, by its config alone; nothing is loaded.
+
+    Raises:
+        ModelError: the model cannot be found, or its config not be read.
+    """
+    config = _config(os.fspath(name))
+    return _task(next(iter(config.architectures or ()), ""), config)
+
+
+def own_classes(name: str | os.PathLike[str]) -> tuple[str, ...] | None:
+    """The names of the classes of a base that is a classifier, in the order of its head; or None.
+
+    Raises:
+        ModelError: the model cannot be found, or its config not be read.
+    """
+    return _labels(_config(os.fspath(name))) if own_task(name) == "classification" else None
+
+
+def _config(asked: str) -> transformers.PreTrainedConfig:
+    with _quiet():
+        source = _source(asked)
+        with _explained(asked, source, "any task"):
+            config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(source)
+    return config
+
+
+def _task(architecture: str, config: transformers.PreTrainedConfig) -> str:
+    if not architecture.endswith("ForSequenceClassification"):
+        return "generation"
+    return "regression" if config.num_labels == 1 else "classification"
+
+
+def _labels(config: transformers.PreTrainedConfig) -> tuple[str, ...]:
+    names: dict[Any, str] = dict(config.id2label or {})
     return tuple(names[number] for number in sorted(names, key=int))
 
 

@@ -1,15 +1,12 @@
-"""Scores of a model on rows, loss and accuracy in one pass, and its generated answers."""
+"""Scores of a model on rows, loss and accuracy in one pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.data.batches import generation_batch, pad_token
 from lorakit.data.collate import Collator
 from lorakit.data.encode import Example
 from lorakit.data.metrics.basic import accuracy, pearson
@@ -68,55 +65,3 @@ def _task_scores(
     if task == "regression":
         return {"pearson": pearson(logits.squeeze(-1).tolist(), labels.tolist())}
     return {"accuracy": accuracy(logits.argmax(-1).tolist(), labels.tolist())}
-
-
-@torch.no_grad()
-def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 16,
-    progress: bool = False,
-    **search: Any,
-) -> list[str]:
-    """The text that the model generates after each prompt; greedily, unless an option is given.
-
-    Args:
-        model: a causal language model, with or without an adapter.
-        tokenizer: its tokenizer.
-        prompts: token ids.
-        max_new_tokens: longest answer, in tokens.
-        batch_size: prompts at once.
-        progress: show it on stderr.
-        search: options of transformers' GenerationConfig, such as num_beams.
-    """
-    model.eval()
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    texts = [""] * len(prompts)
-    settings = generation_settings(tokenizer, max_new_tokens=max_new_tokens, **search)
-    for start in steps(len(order), batch_size, title="answering", show=progress):
-        rows = order[start : start + batch_size]
-        batch = generation_batch([prompts[row] for row in rows], pad_id=pad_token(tokenizer))
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        written = cast(Any, model).generate(**batch, generation_config=settings)
-        assert isinstance(written, Tensor)
-        new = written[:, batch["input_ids"].shape[1] :]
-        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
-        for row, text in zip(rows, decoded, strict=True):
-            texts[row] = text.strip()
-    return texts
-
-
-def generation_settings(
-    tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, **options: Any
-) -> GenerationConfig:
-    """Settings for generation that do not inherit the base model's own sampling options."""
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=options.pop("do_sample", False),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **options,
-    )

@@ -15,6 +15,7 @@ from lorakit.attachment.attached import use_again
 from lorakit.attachment.open_model import check_loaded
 from lorakit.attachment.state import adapter_names, attachment_of
 from lorakit.config.train import TrainConfig
+from lorakit.data.labels import are_unnamed
 from lorakit.errors import ConfigError
 from lorakit.layers.route import Frame
 from lorakit.models.base import base_parameters
@@ -34,6 +35,13 @@ class LoadedBase:
         name = model_name(self.model) or "a loaded model"
         return config.model_copy(update={"model": name, "dtype": dtype, "quantize": None})
 
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of its classes, in the order of its head; None: any will do."""
+        if task_of(self.model) != "classification":
+            return None
+        names = labels_of(self.model)
+        return None if fresh_heads(self.model) and are_unnamed(names) else names
+
     def check_task(self, task: str, labels: tuple[str, ...] | None) -> None:
         """Make sure that the model does the task of the rows.
 
@@ -47,8 +55,9 @@ class LoadedBase:
                 f"lk.load_model(…, task={task!r}) loads it for them"
             )
         names = labels_of(self.model) if task == "classification" else None
-        unnamed = names == tuple(f"LABEL_{number}" for number in range(len(names or ())))
-        if labels != names and not (unnamed and len(names or ()) == len(labels or ())):
+        if labels != names and not (
+            are_unnamed(names or ()) and len(names or ()) == len(labels or ())
+        ):
             raise ConfigError(
                 f"the rows have the classes {', '.join(labels or ())}, and the loaded model's are "
                 f"{', '.join(names or ())}: data.labels names those of the model in its order"

@@ -19,11 +19,12 @@ from lorakit.config.seed import generator_seed
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import Encoded, encode_rows
+from lorakit.data.labels import head_classes
 from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
-from lorakit.errors import ConfigError, DataError, LorakitError
-from lorakit.models.load import load_model, redraw_fresh_head
+from lorakit.errors import ConfigError, LorakitError
+from lorakit.models.load import load_model, own_classes, redraw_fresh_head
 from lorakit.models.quantized import Quantization
 from lorakit.models.shape import context_length, hidden_size
 from lorakit.training.loaded_base import LoadedBase
@@ -120,7 +121,7 @@ def prepare_all(
         check_compile(config)
     source_of = _sources(configs)
     sources = {name: configs[name] for name in source_of.values()}
-    read = for_each(sources, _read)
+    read = for_each(sources, lambda config, _: _read(config, _known_classes(config, base)))
     task, labels = _shared(read)
     first = next(iter(configs.values()))
     if base is None:
@@ -214,12 +215,27 @@ def for_each(given: Mapping[str, T], work: Callable[[T, str], U]) -> dict[str, U
     return made
 
 
-def _read(config: TrainConfig, name: str) -> _TaskRows:
+def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, ...] | None:
+    """The classes of a head that the base has already, in its order; None: it has none yet.
+
+    Raises:
+        ConfigError: the settings have others.
+    """
+    if config.task not in ("auto", "classification"):
+        return None
+    if base is None:
+        own = own_classes(config.model)
+        return head_classes(config.data.labels, own, whose=config.model)
+    return base.classes() if config.data.labels is None else None
+
+
+def _read(config: TrainConfig, labels: tuple[str, ...] | None) -> _TaskRows:
     data = config.data
     if data.train is None:
         raise ConfigError("data.train must say which rows to train on")
-    regression = config.task == "regression"
-    rows = read_rows(data.train, data, limit=data.train_rows, regression=regression)
+    asked = None if config.task == "auto" else config.task
+    rows = read_rows(data.train, data, limit=data.train_rows, labels=labels, task=asked)
+    task = asked or rows.task
     held_out = None
     if data.validation is not None:
         held_out = read_rows(
@@ -228,18 +244,9 @@ def _read(config: TrainConfig, name: str) -> _TaskRows:
             limit=data.validation_rows,
             split="validation",
             labels=rows.labels,
-            regression=regression,
+            task=task,
         )
-    return _TaskRows(task=_task(config, rows), training=rows, validation=held_out)
-
-
-def _task(config: TrainConfig, rows: Rows) -> str:
-    found = "classification" if rows.kind == "classification" else "generation"
-    if config.task == "auto":
-        return found
-    if (config.task == "generation") != (found == "generation"):
-        raise DataError(f"task is {config.task}, but {rows.source} has {rows.kind} rows")
-    return config.task
+    return _TaskRows(task=task, training=rows, validation=held_out)
 
 
 def _shared(read: Mapping[str, _TaskRows]) -> tuple[str, tuple[str, ...] | None]:
@@ -276,7 +283,8 @@ class _Encodings:
         """The encoded training and validation rows of a run, with its adapter's virtual tokens."""
         source = self._source_of[name]
         rows = self._read[source]
-        check_infix(self._model, name, rows.training.kind)
+        for each in filter(None, (rows.training, rows.validation)):
+            check_infix(self._model, name, each.kind)
         training = self._encoded(rows.training, config, (source, name, False))
         if rows.validation is None:
             return training, None

@@ -2,6 +2,8 @@
 
 from collections.abc import Hashable, Sequence
 from itertools import zip_longest
+from types import ModuleType
+from typing import cast
 
 import numpy as np
 
@@ -47,6 +49,16 @@ def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
+def check_library(metric: str) -> None:
+    """Make sure that the library which computes a score is installed.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if metric == "bleu":
+        _sacrebleu()
+
+
 def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """The corpus BLEU, from 0 to 100, in lower case, as sacrebleu computes it.
 
@@ -62,13 +74,17 @@ def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         raise DataError(
             f"BLEU needs references, and {without} of {len(outputs)} outputs have none."
         )
+    # sacrebleu wants the first references of all, then the second ones, with gaps as None.
+    streams = [list(stream) for stream in zip_longest(*references)]
+    return float(_sacrebleu().corpus_bleu(list(outputs), streams, lowercase=True).score)
+
+
+def _sacrebleu() -> ModuleType:
     try:
         import sacrebleu
     except ImportError:
         raise MissingExtraError("BLEU", "metrics") from None
-    # sacrebleu wants the first references of all, then the second ones, with gaps as None.
-    streams = [list(stream) for stream in zip_longest(*references)]
-    return float(sacrebleu.corpus_bleu(list(outputs), streams, lowercase=True).score)
+    return cast(ModuleType, sacrebleu)
 
 
 def _check(outputs: Sequence[object], expected: Sequence[object]) -> None:
