@@ -37,11 +37,11 @@ VERBS = {
     ),
     "evaluate": Entry(
         meaning="Score a model, with or without an adapter, on held-out rows.",
-        settings="cli.evaluate:EvaluateConfig",
+        settings="config.answering:EvaluateConfig",
     ),
     "generate": Entry(
         meaning="Complete prompts, with or without an adapter.",
-        settings="cli.generate:GenerateConfig",
+        settings="config.answering:GenerateConfig",
     ),
     "merge": Entry(
         meaning="Write a plain model that has the adapter in its weights.",

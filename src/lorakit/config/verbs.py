@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from lorakit.config.base import DType, PositiveInt, Settings
+from lorakit.config.base import AdapterPlace, DType, PositiveInt, Settings
 from lorakit.config.methods import LoRAConfig
 
 
@@ -12,8 +12,8 @@ class MergeConfig(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("adapter", "out")
 
-    adapter: Path
-    """Adapter folder."""
+    adapter: AdapterPlace
+    """Adapter folder, or OWNER/NAME on the hub."""
 
     out: Path
     """New folder for the model, in transformers' format."""
@@ -37,8 +37,8 @@ class ConvertConfig(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("source", "out")
 
-    source: Path
-    """Adapter folder of lorakit or PEFT, or a loralib .pt file."""
+    source: AdapterPlace
+    """Adapter folder of lorakit or PEFT, OWNER/NAME on the hub, or a loralib .pt file."""
 
     out: Path
     """New folder for the result."""

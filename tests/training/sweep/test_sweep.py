@@ -267,7 +267,7 @@ ENDS = [(press_ctrl_c, KeyboardInterrupt, 0.0), (cut_power, PowerCut, 1e-4)]
 def test_an_ended_sweep_resumes_to_the_same_adapters(
     settings, tmp_path, at_pass, end, error, tolerance
 ):
-    trials = [{"steps": 2, "name": "short"}, {"seed": 1, "name": "first"}, {"seed": 2}]
+    trials = [{"steps": 3, "name": "short"}, {"seed": 1, "name": "first"}, {"seed": 2}]
     changes = {"steps": 8, "learning_rate": 1e-3, "eval_every": 4}
     whole = sweep(settings(trials, **changes, out=tmp_path / "whole"))
     config = settings(trials, **changes, out=tmp_path / "ended")
