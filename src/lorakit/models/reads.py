@@ -116,7 +116,8 @@ def _uses_in(code: CodeType) -> Iterator[tuple[str, bool]]:
     chain: list[str] | None = None
     asked = False
     for step in (*dis.get_instructions(code), None):
-        operation, name = ("", None) if step is None else (step.opname, step.argval)
+        operation: str = "" if step is None else step.opname
+        name: Any = None if step is None else step.argval
         if operation in ("LOAD_ATTR", "LOAD_METHOD") and chain is not None:
             chain.append(str(name))
             continue
