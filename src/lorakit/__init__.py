@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lorakit.config.methods import PrefixConfig as PrefixConfig
     from lorakit.config.train import DataConfig as DataConfig
     from lorakit.config.train import TrainConfig as TrainConfig
+    from lorakit.data.metrics.score import score as score
     from lorakit.errors import LorakitError as LorakitError
     from lorakit.merging.merge import MergeReport as MergeReport
     from lorakit.merging.merge import merge as merge
@@ -59,6 +60,7 @@ _HOMES = {
         "PrefixConfig",
     ),
     "config.train": ("DataConfig", "TrainConfig"),
+    "data.metrics.score": ("score",),
     "errors": ("LorakitError", "errors"),
     "merging.merge": ("MergeReport", "merge", "unmerge"),
     "merging.merged": ("merged",),

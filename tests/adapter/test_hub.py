@@ -1,6 +1,7 @@
 """An adapter by its hub id: from the hub's cache, with nothing but JSON and safetensors fetched."""
 
 import shutil
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -85,7 +86,7 @@ def test_a_path_comes_first_and_a_mistyped_one_asks_no_hub(folder, cache, tmp_pa
 
 
 def test_only_json_and_safetensors_are_fetched(cache, monkeypatch):
-    asked = {}
+    asked: dict[str, Any] = {}
 
     def download(name, *, revision, allow_patterns):
         asked.update(name=name, revision=revision, files=allow_patterns)

@@ -43,6 +43,10 @@ VERBS = {
         meaning="Complete prompts, with or without an adapter.",
         settings="config.answering:GenerateConfig",
     ),
+    "score": Entry(
+        meaning="Score a file of outputs by its task's official scorer.",
+        settings="config.verbs:ScoreConfig",
+    ),
     "merge": Entry(
         meaning="Write a plain model that has the adapter in its weights.",
         settings="config.verbs:MergeConfig",

@@ -1,7 +1,7 @@
 """Settings of what a trained model is asked: answers to prompts, and scores on held-out rows."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,8 @@ from lorakit.config.train import DataConfig
 
 class GenerateConfig(Settings):
     """Settings of generate: the model and adapter, the prompts, and the search."""
+
+    positional: ClassVar[tuple[str, ...]] = ("adapter",)
 
     adapter: AdapterPlace | None = None
     """Adapter folder, or OWNER/NAME on the hub; None: the model alone."""
@@ -65,6 +67,8 @@ class GenerateConfig(Settings):
 
 class EvaluateConfig(Settings):
     """Settings of evaluate: the model and adapter, the rows, and the scores."""
+
+    positional: ClassVar[tuple[str, ...]] = ("adapter",)
 
     adapter: AdapterPlace | None = None
     """Adapter folder, or OWNER/NAME on the hub; None: the model alone."""

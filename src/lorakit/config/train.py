@@ -160,7 +160,10 @@ class TrainConfig(Settings):
         Topic(
             "folder",
             "Runs that go on from others, replace them, or are several.",
-            ("init_from", "allow_other_base", "resume", "overwrite", "dry_run", "table", "sweep"),
+            (
+                *("init_from", "allow_other_base", "resume", "keep_settings", "overwrite"),
+                *("table", "dry_run", "sweep"),
+            ),
         ),
     )
 

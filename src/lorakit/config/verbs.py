@@ -1,4 +1,4 @@
-"""Settings of the verbs merge, convert and demo."""
+"""Settings of the verbs merge, convert, score and demo."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -55,6 +55,33 @@ class ConvertConfig(Settings):
     kernel_sizes: dict[str, PositiveInt] | None = None
     """Convolutions of a loralib file, by path or the end of it, and the size of their square
     kernels, such as '{conv1: 3}'."""
+
+
+class ScoreConfig(Settings):
+    """Settings of score: the task, its outputs and references, and what scores them."""
+
+    positional: ClassVar[tuple[str, ...]] = ("outputs", "references")
+
+    task: str
+    """e2e, webnlg, dart, samsum, wikisql, or a task of GLUE: cola, sst2, mrpc, qqp, stsb, mnli,
+    qnli, rte."""
+
+    outputs: Path
+    """File of the outputs, one a line: texts, classes or scores; for wikisql JSON objects."""
+
+    references: Path
+    """File of the references, a JSON list: for each output a list of texts, or the right query,
+    class or score."""
+
+    variant: str | None = None
+    """Of the scorer: python (as the paper's code; the default) or perl for e2e; official (the
+    default) or paper for webnlg and dart."""
+
+    tables: Path | None = None
+    """For wikisql: a JSON list with the table of each query. None: no execution."""
+
+    scorer: Literal["python", "java"] = "python"
+    """java: CoreNLP and METEOR's own program do their part of e2e, as a check of ours."""
 
 
 class DemoConfig(Settings):
