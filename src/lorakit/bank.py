@@ -71,6 +71,17 @@ class AdapterBank:
             not used for the longest time; they are read again from their folders when a route names
             them. None: no limit.
         allow_other_base: accept adapters that were trained on other weights.
+
+    Examples:
+        >>> bank = lk.AdapterBank(model, budget_bytes=500_000_000)
+        >>> for task in ("places", "sql"):
+        ...     adapter = bank.load(task, f"out/{task}")
+        >>> bank.names
+        ('places', 'sql')
+        >>> batch = tokenizer(["The sea", "The sea"], return_tensors="pt")
+        >>> with bank.route(["places", {"places": 0.5, "sql": 0.5}]):
+        ...     logits = model(**batch).logits
+        >>> bank.switch("sql")  # all rows from now on
     """
 
     def __init__(

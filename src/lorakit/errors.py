@@ -1,18 +1,22 @@
 """Every error that lorakit raises for something a user can mend.
 
-LorakitError
-├── ConfigError        a setting is wrong, unknown or contradicts another
-├── ModelError         a base model cannot be found or loaded
-├── TargetError        a target names nothing in the model, or names it twice
-├── AttachError        an adapter cannot be put into, or taken out of, this model
-├── AdapterFileError   an adapter's files are missing, damaged or do not fit the model
-├── RouteError         a route names an adapter that is not there, or has the wrong length
-├── BankError          a bank does not know an adapter, has no room for it, or cannot let it go
-├── MergeError         a merge, unmerge or switch is not possible now
-├── DataError          rows are missing, malformed or unusable
-├── TrainingError      a run cannot start, or was stopped by a guardrail
-├── OutputError        a result cannot be written where it was asked for
-└── MissingExtraError  an optional library is needed and not installed
+    LorakitError
+    ├── ConfigError        a setting is wrong, unknown or contradicts another
+    ├── ModelError         a base model cannot be found or loaded
+    ├── TargetError        a target names nothing in the model, or names it twice
+    ├── AttachError        an adapter cannot be put into, or taken out of, this model
+    ├── AdapterFileError   an adapter's files are missing, damaged or do not fit the model
+    ├── RouteError         a route names an adapter that is not there, or has the wrong length
+    ├── BankError          a bank does not know an adapter, has no room for it, or cannot let it go
+    ├── MergeError         a merge, unmerge or switch is not possible now
+    ├── DataError          rows are missing, malformed or unusable
+    ├── TrainingError      a run cannot start, or was stopped by a guardrail
+    ├── OutputError        a result cannot be written where it was asked for
+    └── MissingExtraError  an optional library is needed and not installed
+
+Examples:
+    >>> issubclass(lk.errors.TargetError, lk.LorakitError)
+    True
 """
 
 import difflib
@@ -23,7 +27,15 @@ Error = TypeVar("Error", bound="LorakitError")
 
 
 class LorakitError(Exception):
-    """The base class of all of lorakit's errors."""
+    """The base class of all of lorakit's errors.
+
+    Examples:
+        >>> try:
+        ...     lk.plan(model, lk.LoRAConfig(targets=["queue"]))
+        ... except lk.LorakitError as error:
+        ...     print(type(error).__name__)
+        TargetError
+    """
 
     @classmethod
     def listing(cls: type[Error], headline: str, problems: Sequence[str]) -> Error:

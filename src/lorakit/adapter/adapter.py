@@ -26,6 +26,13 @@ class Adapter(AdapterContent):
     Tensors are named `<site>.lora_a` (rank, d_in) and `<site>.lora_b` (d_out, rank), and with DoRA
     `<site>.lora_magnitude` (d_out,). A tensor under one of the base's own parameter names replaces
     that parameter (docs/design/adapter.md has all shapes).
+
+    Examples:
+        >>> adapter = lk.Adapter.load("out/places")
+        >>> adapter.method, len(adapter.sites)
+        ('lora', 60)
+        >>> adapter.tensors["model.layers.0.self_attn.q_proj.lora_a"].shape
+        torch.Size([8, 576])
     """
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

@@ -67,6 +67,12 @@ def evaluate(
 
     Raises:
         LorakitError: a setting is wrong, or the model, the adapter or the rows cannot be used.
+
+    Examples:
+        >>> data = lk.DataConfig(validation="builtin:places:test", validation_rows=2)
+        >>> scores = lk.evaluate(adapter="out/places", data=data, metrics=["loss"])
+        >>> sorted(scores)
+        ['loss', 'perplexity']
     """
     config = EvaluateConfig(**settings)
     found = evaluation(config, adapter, model, tokenizer, progress=progress)

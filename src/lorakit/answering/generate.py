@@ -40,6 +40,12 @@ def generate(
 
     Raises:
         LorakitError: a setting is wrong, or the model or the adapter cannot be used.
+
+    Examples:
+        >>> prompts = ["The sea is", "Bread is"]
+        >>> len(lk.generate(prompts, adapter="out/places", max_new_tokens=5))
+        2
+        >>> answer = lk.generate("The sea is", model=model, tokenizer=tokenizer, max_new_tokens=5)
     """
     config = GenerateConfig(**settings)
     asked = [prompts] if isinstance(prompts, str) else list(prompts)

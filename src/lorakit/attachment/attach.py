@@ -74,6 +74,12 @@ def attach(
             the settings.
         TargetError: a target of the settings matches nothing.
         AdapterFileError: the adapter does not fit this model; every problem is listed.
+
+    Examples:
+        >>> plan = lk.attach(model, lk.LoRAConfig(rank=8, alpha=16, targets=["q", "v"]))
+        >>> plan.parameters
+        460800
+        >>> plan = lk.attach(model, "out/sql", name="sql")  # a saved one beside it
     """
     check_model(model)
     what = _what(what)
@@ -116,6 +122,12 @@ def plan(
         TargetError: a name in the settings matches nothing, or a layer twice; or the model lacks
             what a method needs.
         AdapterFileError: the adapter does not fit this model; every problem is listed.
+
+    Examples:
+        >>> lk.plan(model, lk.LoRAConfig(rank=8, targets="all-linear")).parameters
+        2442240
+        >>> lk.plan(model, "out/places").parameters  # does it fit?
+        460800
     """
     check_model(model)
     model, what = unwrapped(model), _what(what)
@@ -275,6 +287,10 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
     Raises:
         AttachError: nothing is attached, or nothing of that name.
+
+    Examples:
+        >>> plan = lk.attach(model, "out/places")
+        >>> lk.detach(model)
     """
     model = unwrapped(model)
     state = require_attachment(model)
@@ -354,6 +370,12 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
 
     Raises:
         AttachError: there is none, or its layers were replaced or resized since it was attached.
+
+    Examples:
+        >>> plan = lk.attach(model, lk.LoRAConfig(rank=4))
+        >>> folder = lk.extract(model).save("out/mine")
+        >>> sorted(file.name for file in folder.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors', 'lorakit.json']
     """
     state = require_attachment(model)
     name = active_name(model) if name is None else name

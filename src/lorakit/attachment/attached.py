@@ -42,6 +42,10 @@ def attached(
 
     Raises:
         LorakitError: as `attach` does; the model is as it was.
+
+    Examples:
+        >>> with lk.attached(model, "out/places"):
+        ...     answers = lk.generate("The sea is", model=model, tokenizer=tokenizer)
     """
     state = attachment_of(model)
     before = Frame() if state is None else state.route.frame

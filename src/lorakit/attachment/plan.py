@@ -58,7 +58,15 @@ C = TypeVar("C", bound=Component)
 
 @dataclass(frozen=True)
 class Plan:
-    """What an adapter is on one model: every component, before anything is changed."""
+    """What an adapter is on one model: every component, before anything is changed.
+
+    Examples:
+        >>> plan = lk.plan(model, lk.LoRAConfig(rank=8, targets="q"))
+        >>> len(plan.sites), plan.parameters
+        (30, 276480)
+        >>> plan.shapes["model.layers.0.self_attn.q_proj.lora_b"]
+        (576, 8)
+    """
 
     components: tuple[Component, ...]
     """In the order in which their updates are made."""

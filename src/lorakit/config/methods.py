@@ -31,7 +31,13 @@ class MethodConfig(Settings):
 
 
 class LoRAConfig(MethodConfig):
-    """How to adapt a model with LoRA (Hu et al. 2021, section 4.1)."""
+    """How to adapt a model with LoRA (Hu et al. 2021, section 4.1).
+
+    Examples:
+        >>> config = lk.LoRAConfig(rank=8, alpha=16, targets=["q", "v"], layers="0-9")
+        >>> lk.plan(model, config).parameters
+        153600
+    """
 
     rank: PositiveInt = 8
     """Inner width r of the update B·A. The paper tries 1 to 64 (Table 6)."""
@@ -118,7 +124,12 @@ class FullSettings(MethodConfig):
 
 
 class FullConfig(FullSettings):
-    """Full fine-tuning (FT), or that of the last blocks alone (FT^Top2; section 5.1)."""
+    """Full fine-tuning (FT), or that of the last blocks alone (FT^Top2; section 5.1).
+
+    Examples:
+        >>> lk.plan(model, lk.FullConfig(only_top=True, top=1)).parameters
+        3540096
+    """
 
     only_top: bool = False
     """Train the last `top` blocks alone."""
@@ -130,7 +141,12 @@ class FullConfig(FullSettings):
 
 
 class BitFitConfig(MethodConfig):
-    """BitFit: the bias vectors alone are trained (Ben Zaken et al. 2021; section 5.1)."""
+    """BitFit: the bias vectors alone are trained (Ben Zaken et al. 2021; section 5.1).
+
+    Examples:
+        >>> lk.plan(model, lk.BitFitConfig(add_missing=True)).parameters  # the model has no biases
+        155520
+    """
 
     add_missing: bool = False
     """Give the linear layers that have no bias one that starts at zero, as Llama needs it."""
@@ -166,7 +182,12 @@ class PrefixSettings(MethodConfig):
 
 
 class PrefixConfig(PrefixSettings):
-    """PreEmbed and PreLayer: embeddings of special tokens are trained (section 5.1)."""
+    """PreEmbed and PreLayer: embeddings of special tokens are trained (section 5.1).
+
+    Examples:
+        >>> lk.plan(model, lk.PrefixConfig(prefix=8, infix=8)).parameters
+        9216
+    """
 
     every_layer: bool = False
     """PreLayer: train what these tokens are after every block, too."""
@@ -222,7 +243,12 @@ class BottleneckSettings(MethodConfig):
 
 
 class BottleneckConfig(BottleneckSettings):
-    """Adapter layers (section 5.1): Houlsby, Lin, Pfeiffer, and AdapterDrop."""
+    """Adapter layers (section 5.1): Houlsby, Lin, Pfeiffer, and AdapterDrop.
+
+    Examples:
+        >>> lk.plan(model, lk.BottleneckConfig(variant="p", size=16)).parameters
+        570720
+    """
 
     variant: Literal["h", "l", "p", "d"] = "h"
     """h: after attention and after the MLP (Houlsby 2019); l: after the block, with a LayerNorm of

@@ -58,7 +58,14 @@ Delimiter = Annotated[str, BeforeValidator(_delimiter)]
 
 
 class DataConfig(Settings):
-    """Which rows to read, and what each column means."""
+    """Which rows to read, and what each column means.
+
+    Examples:
+        >>> columns = {"prompt": "question", "completion": "answer"}
+        >>> data = lk.DataConfig(train="mine.csv", fields=columns)
+        >>> data.max_length
+        512
+    """
 
     train: Place[str | None] = None
     """Rows to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, also as .gz, .bz2
@@ -108,7 +115,14 @@ class DataConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """One training run: the model, the data, the adapter and the schedule."""
+    """One training run: the model, the data, the adapter and the schedule.
+
+    Examples:
+        >>> data = lk.DataConfig(train="builtin:places")
+        >>> config = lk.TrainConfig(model="smollm2", out="out/mine", data=data, steps=70)
+        >>> config.lora.rank, config.batch_size
+        (8, 8)
+    """
 
     topics: ClassVar[tuple[Topic, ...]] = (
         Topic(

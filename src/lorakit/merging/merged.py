@@ -42,6 +42,10 @@ def merged(
 
     Raises:
         MergeError: as `merge` does.
+
+    Examples:
+        >>> with lk.attached(model, "out/places"), lk.merged(model) as report:
+        ...     answers = lk.generate("The sea is", model=model, tokenizer=tokenizer)
     """
     state = require_attachment(model)
     active, before, rounded_to = state.route.bottom.name, state.route.merged, state.rounded_to

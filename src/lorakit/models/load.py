@@ -58,6 +58,11 @@ def load_model(
         ModelError: the model cannot be found, read or used for the task, or not be quantised.
         MissingExtraError: smollm2 or a GGUF file is to be unpacked without the `gguf` extra, or a
             model to be quantised without the `quantized` extra.
+
+    Examples:
+        >>> model, tokenizer = lk.load_model("smollm2", dtype="bfloat16")
+        >>> model.num_parameters()
+        134515008
     """
     _check_arguments(dtype, task, labels, quantize)
     if quantize is not None:

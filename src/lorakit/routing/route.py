@@ -29,6 +29,12 @@ def switch(model: nn.Module, name: str | None) -> None:
     Raises:
         AttachError: there is no adapter of that name.
         MergeError: another adapter is merged into the weights.
+
+    Examples:
+        >>> plan = lk.attach(model, "out/places", name="places")
+        >>> plan = lk.attach(model, "out/sql", name="sql")
+        >>> lk.switch(model, "places")
+        >>> lk.switch(model, None)  # the base answers
     """
     state = require_attachment(model)
     if name is not None:
@@ -56,6 +62,13 @@ def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
     Raises:
         RouteError: a name is not attached, a weight is no number, an adapter is merged into the
             weights, or (in the forward pass) the batch has another number of rows.
+
+    Examples:
+        >>> plan = lk.attach(model, "out/places", name="places")
+        >>> plan = lk.attach(model, "out/sql", name="sql")
+        >>> batch = tokenizer(["The sea"] * 3, return_tensors="pt")
+        >>> with lk.route(model, ["places", None, {"places": 0.5, "sql": 0.5}]):
+        ...     logits = model(**batch).logits
     """
     state = require_attachment(model)
     with route_rows(model, RowChoices.of(names, state.adapters)):

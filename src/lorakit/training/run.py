@@ -140,6 +140,13 @@ def train(
     Raises:
         LorakitError: the run cannot start, or a check stopped it.
         KeyboardInterrupt: it was interrupted; a checkpoint is saved, the text says how to go on.
+
+    Examples:
+        >>> data = lk.DataConfig(train="builtin:places")
+        >>> config = lk.TrainConfig(out="out/new", data=data, steps=2, batch_size=1)
+        >>> result = lk.train(config, model=model, tokenizer=tokenizer)
+        >>> result.adapter.method, result.parameters
+        ('lora', 460800)
     """
     check_config(config)
     if config.sweep is not None:

@@ -64,9 +64,6 @@ def score(
 ) -> dict[str, float]:
     """The scores of a task's outputs, equal to those of its official scorer.
 
-    >>> score("sst2", [1, 0, 1, 1], [1, 0, 0, 1])
-    {'accuracy': 0.75}
-
     Args:
         task: e2e, webnlg, dart, samsum, wikisql, or a task of GLUE (cola, sst2, mrpc, qqp, stsb,
             mnli, qnli, rte).
@@ -90,6 +87,10 @@ def score(
         ConfigError: the task or the variant is unknown.
         DataError: there are no outputs, not as many references, or an output without one.
         MissingExtraError: a library of the extra `metrics` is not installed.
+
+    Examples:
+        >>> lk.score("sst2", [1, 0, 1, 1], [1, 0, 0, 1])
+        {'accuracy': 0.75}
     """
     chosen: Any = _variant(task, variant)
     _check(task, outputs, references)

@@ -68,6 +68,14 @@ def sweep(
         LorakitError: the sweep cannot start, or no trial came to its end.
         KeyboardInterrupt: it was interrupted; each trial has a checkpoint, the text says how to
             go on.
+
+    Examples:
+        >>> data = lk.DataConfig(train="builtin:places")
+        >>> ranks = {"lora.rank": [1, 2]}
+        >>> config = lk.TrainConfig(out="out/ranks", data=data, sweep=ranks, steps=2, batch_size=1)
+        >>> result = lk.sweep(config, model=model, tokenizer=tokenizer)
+        >>> {name: run.parameters for name, run in result.finished.items()}
+        {'rank=1': 57600, 'rank=2': 115200}
     """
     check_config(config)
     with locked(config.out), borrowed(config, model, tokenizer) as base:
