@@ -6,7 +6,8 @@ python benchmarks/demo.py [--out benchmarks/results/demo.json]
 import argparse
 from pathlib import Path
 
-from lorakit.cli.demo import DemoConfig, run
+from lorakit.cli.demo import run
+from lorakit.config.verbs import DemoConfig
 from measured import begin, write_result
 
 

@@ -25,7 +25,8 @@ from lorakit.attachment.attach import adapter_parameters
 from lorakit.attachment.state import require_attachment
 from lorakit.errors import LorakitError
 from lorakit.layers.route import Frame
-from lorakit.merging import merge, rounding
+from lorakit.merging import rounding
+from lorakit.merging.probe import outputs_on
 from lorakit.merging.rounding import LIMIT
 from measured import begin, write_result
 
@@ -71,18 +72,18 @@ def found(model: nn.Module, size: float, seed: int) -> dict[str, Any]:
         probe["pixel_values"] = probe["pixel_values"].to(model.dtype)
     state = require_attachment(model)
     with lk.route(model, "default"):
-        before = merge.outputs_on(model, probe)
+        before = outputs_on(model, probe)
     updates = state.adapters["default"].updates
     broken = sorted(updates)[len(updates) // 2]
     with state.route.block(Frame({n: u for n, u in updates.items() if n != broken})):
-        wrong = merge.outputs_on(model, probe)
+        wrong = outputs_on(model, probe)
     rounding.LIMIT = float("inf")
     report = lk.merge(model, probe=probe)
-    after = merge.outputs_on(model, probe)
+    after = outputs_on(model, probe)
     sizes = {each.name: each.rounding_error * each.relative_update for each in report.weights}
     errors = rounding.rounding_errors({n: state.layers[n] for n in updates}, sizes)
     with state.route.own.pushed(Frame(errors)):
-        moved = merge.outputs_on(model, probe)
+        moved = outputs_on(model, probe)
     assert not any(each is None for each in (before, wrong, after, moved))
     expected = rounding.distance(moved, after)
     return {

@@ -148,6 +148,7 @@ class Participants:
             task="generation",
             kind="text",
             labels=None,
+            rates={},
             model=self.model,
             tokenizer=cast(Any, SimpleNamespace(pad_token_id=0, eos_token_id=0)),
             plan=plan,

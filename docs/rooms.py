@@ -18,6 +18,7 @@ BLOCK = re.compile(r"(?<=<!-- rooms -->\n).*?(?=<!-- end of rooms -->)", re.DOTA
 FLOW = (
     ("cli",),
     ("bench",),
+    ("answering",),
     ("training",),
     ("bank", "merging"),
     ("routing", "attachment"),
@@ -45,6 +46,7 @@ READING_ORDER = (
     "kernels",
     "upstream",
     "training",
+    "answering",
     "bench",
     "cli",
 )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-IMPORTED = ("torch._dynamo", "transformers.trainer", "lorakit")
+IMPORTED = ("torch._dynamo", "transformers.trainer", "lorakit.bank", "lorakit.training.run")
 IGNORE = ("-W", "ignore")
 FORKS = sys.platform == "linux"
 """Elsewhere a fork of a process that has imported torch can hang."""

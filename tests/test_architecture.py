@@ -1,10 +1,14 @@
 """The shape of the source: its rooms, which way imports point, and what importing it does."""
 
 import ast
+import importlib
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import lorakit
 import rooms
@@ -104,7 +108,9 @@ def test_the_map_in_the_pages_is_that_of_the_source():
 
 def test_no_room_is_called_like_a_public_function():
     # `lorakit.merge` would be a module or a function, whichever was imported last.
-    assert not {name for name in rooms.rooms() if name in lorakit.__all__}
+    functions = {name for name in lorakit.__all__ if inspect.isroutine(getattr(lorakit, name))}
+    assert functions >= {"merge", "train", "generate"}
+    assert not functions & set(rooms.rooms())
 
 
 def test_modules_begin_with_their_idea_and_are_named_after_it():
@@ -120,10 +126,28 @@ def test_at_most_three_modules_are_loose():
 
 
 def test_package_has_few_public_names_and_all_exist():
-    assert len(lorakit.__all__) <= 25
+    assert len(lorakit.__all__) <= 36
     assert len(set(lorakit.__all__)) == len(lorakit.__all__)
     for name in lorakit.__all__:
         assert hasattr(lorakit, name)
+    assert set(lorakit.__all__) <= set(dir(lorakit))
+    with pytest.raises(AttributeError, match="'lorakit' has no attribute 'open_model'"):
+        _ = lorakit.open_model
+
+
+def test_type_checkers_are_told_the_names_that_there_are():
+    tree = ast.parse((SOURCE / "__init__.py").read_text("utf-8"))
+    told = {
+        alias.asname: f"{statement.module}.{alias.name}"
+        for statement in ast.walk(tree)
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+        if alias.asname == alias.name
+    }
+    assert sorted(told) == lorakit.__all__
+    for name, place in told.items():
+        module, _, leaf = place.rpartition(".")
+        assert getattr(lorakit, name) is getattr(importlib.import_module(module), leaf), name
 
 
 IMPORT_AND_TELL = """
@@ -135,7 +159,11 @@ def state():
     return handlers, logging.root.level, str(torch.get_default_dtype()), dict(os.environ)
 before, modules = state(), set(sys.modules)
 import lorakit
-print(json.dumps({"unchanged": state() == before, "modules": sorted(set(sys.modules) - modules)}))
+unchanged = state() == before
+trainer = {"train", "sweep", "evaluate", "generate"}  # transformers' own Trainer imports PEFT
+for name in set(lorakit.__all__) - trainer:
+    getattr(lorakit, name)
+print(json.dumps({"unchanged": unchanged, "modules": sorted(set(sys.modules) - modules)}))
 """
 
 
@@ -150,3 +178,11 @@ def test_importing_lorakit_changes_nothing_and_needs_no_extra():
     extras = {"datasets", "sacrebleu", "gguf", "matplotlib", "tensorboard", "peft", "bitsandbytes"}
     assert not roots & (extras | {"liger_kernel"})
     assert "lorakit.cli" not in told["modules"]
+
+
+def test_importing_lorakit_alone_loads_nothing_heavy():
+    program = "import sys, lorakit; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert not {"torch", "transformers", "numpy", "pydantic"} & set(done.stdout.split())

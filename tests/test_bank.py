@@ -399,3 +399,18 @@ def test_what_lk_detach_took_out_comes_back_from_its_folder(full, inputs):
     with pytest.raises(BankError, match="has no folder"):
         answers(full, inputs, "memory")
     full.unload("memory")
+
+
+def test_a_bank_is_shown_in_one_line(adapters, folders):
+    model = build("llama")
+    bank = lk.AdapterBank(model, budget_bytes=2 * max(a.size_bytes for a in adapters.values()))
+    assert repr(bank).startswith("AdapterBank(empty; 0.0 of 0.")
+    first, *_ = folders
+    bank.load(first, folders[first])
+    bank.switch(first)
+    assert repr(bank).startswith(f"AdapterBank({first}; ")
+    assert repr(bank).endswith(f"MB in memory; {first} in use)")
+    assert bank.active == first
+    bank.add("memory", adapters[first])
+    bank.merge("memory")
+    assert repr(bank).endswith("memory (merged) in use)")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.attachment.state import active_name
 from references import attach_random, outputs
 from tiny_models import build, example_inputs
 
@@ -110,7 +111,7 @@ def test_a_switch_and_a_merge_wait_for_the_end_of_a_route(folders):
         assert torch.equal(outputs(bank.model, inputs), before)
     thread.join(20)
     assert order == ["asks", "switched", "merged"]
-    assert lk.active_name(bank.model) == "one"
+    assert active_name(bank.model) == "one"
 
 
 def test_routes_of_many_threads_and_replacements_answer_as_one_of_the_contents(folders):

@@ -10,10 +10,17 @@ from pathlib import Path
 
 from torch import nn
 
-from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.adapter import Adapter, AdapterSource
+from lorakit.adapter.hub import local_path
 from lorakit.adapter.tensor_files import value_problems
 from lorakit.attachment.attach import extract, fit_and_build, install, remove
-from lorakit.attachment.state import Attachment, attached, attachment_of, is_compiled
+from lorakit.attachment.state import (
+    Attachment,
+    attachment_for,
+    attachment_of,
+    check_model,
+    is_compiled,
+)
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
 from lorakit.layers.operation import Update
 from lorakit.merging.merge import MergeReport, merge, unmerge
@@ -24,6 +31,9 @@ from lorakit.routing.route import route_rows, switch
 
 Ready = tuple[dict[str, Update], Adapter]
 """An adapter's updates by module path, verified, and the adapter without its tensors."""
+
+SHOWN = 8
+"""The adapters that a bank's repr names."""
 
 
 @dataclass
@@ -70,6 +80,7 @@ class AdapterBank:
         budget_bytes: int | None = None,
         allow_other_base: bool = False,
     ) -> None:
+        check_model(model)
         self.model = unwrapped(model)
         self.budget_bytes = budget_bytes
         self._allow_other_base = allow_other_base
@@ -83,14 +94,19 @@ class AdapterBank:
         """Held by the thread whose route is open."""
         if is_compiled(model):
             prepare_for_compile(model)
-        self._attachment = attached(self.model)
+        self._attachment = attachment_for(self.model)
         self._notice()
 
-    def load(self, name: str, folder: str | Path) -> Adapter:
-        """Read an adapter's folder, verify it, and hold it under a name.
+    def load(self, name: str, source: AdapterSource, *, revision: str | None = None) -> Adapter:
+        """Read an adapter, verify it, and hold it under a name.
 
         What the name held before is replaced, unless it is the same content. Nothing changes where
         anything is wrong. A second thread that loads meanwhile waits.
+
+        Args:
+            name: what routes call it.
+            source: its folder or hub id; an `Adapter` from memory is added, as by `add`.
+            revision: a branch, tag or commit of the hub's repository.
 
         Returns:
             The adapter's settings and origin, without tensors.
@@ -99,10 +115,13 @@ class AdapterBank:
             AdapterFileError: the files are damaged or do not fit; every problem is listed.
             BankError: there is no room for it, or the name is merged.
         """
+        if isinstance(source, Adapter):
+            return self.add(name, source)
+        folder = local_path(source, revision)
         with self._loading:
             with Adapter.reading(folder) as adapter:
                 ready = self._ready(name, adapter, copy=False)
-            return self._hold(name, adapter, ready, Path(folder).absolute())
+            return self._hold(name, adapter, ready, folder.absolute())
 
     def add(self, name: str, adapter: Adapter) -> Adapter:
         """Hold an adapter from memory under a name; as it has no folder, it is never evicted.
@@ -165,6 +184,23 @@ class AdapterBank:
     def resident_bytes(self) -> int:
         """The memory of the adapters in it."""
         return sum(self._entries[name].size_bytes for name in self.resident)
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that answers for all rows; None: the base, or rows differ."""
+        return self._state.route.frame.name
+
+    def __repr__(self) -> str:
+        """One line: the adapters, which of them are in memory, and which is in use."""
+        resident = set(self.resident)
+        shown = [name if name in resident else f"{name} (evicted)" for name in self.names[:SHOWN]]
+        shown += [f"… and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
+        budget = "" if self.budget_bytes is None else f" of {self.budget_bytes / 1e6:,.1f}"
+        merged = " (merged)" if self._state.route.merged else ""
+        return (
+            f"AdapterBank({', '.join(shown) or 'empty'}; {self.resident_bytes / 1e6:,.1f}{budget} "
+            f"MB in memory; {self.active or 'the base'}{merged} in use)"
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self.names

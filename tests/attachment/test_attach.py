@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
+from lorakit.attachment.state import active_name, adapter_names
 from lorakit.errors import (
     AdapterFileError,
     AttachError,
@@ -32,8 +33,8 @@ def test_two_adapters_live_beside_each_other(model, inputs):
     one = outputs(model, inputs)
     attach_random(model, "two", seed=1, rank=3, targets=("k", "mlp"))
     two = outputs(model, inputs)
-    assert lk.adapter_names(model) == ("one", "two")
-    assert lk.active_name(model) == "two"
+    assert adapter_names(model) == ("one", "two")
+    assert active_name(model) == "two"
     lk.switch(model, "one")
     assert torch.equal(outputs(model, inputs), one)
     lk.switch(model, None)
@@ -46,7 +47,7 @@ def test_two_adapters_live_beside_each_other(model, inputs):
 def test_names_may_hold_anything(model, inputs):
     for name in ("org/task.v1", "keys", "50%", "ä b", ""):
         attach_random(model, name, rank=2)
-    assert lk.adapter_names(model) == ("org/task.v1", "keys", "50%", "ä b", "")
+    assert adapter_names(model) == ("org/task.v1", "keys", "50%", "ä b", "")
     lk.switch(model, "org/task.v1")
     outputs(model, inputs)
 
@@ -91,9 +92,41 @@ def test_patterns_set_rank_and_alpha_of_some_layers(model):
 
 
 def test_the_match_table_shows_each_site():
-    table = str(lk.plan(build("gpt2"), lk.LoRAConfig(rank=2, targets=("q",))))
-    assert "transformer.h.0.attn.c_attn[q]  q     32x32  2     1      128" in table
-    assert "256 parameters are trained" in table
+    plan = lk.plan(build("gpt2"), lk.LoRAConfig(rank=2, alpha=3, targets=("q", "wte")))
+    assert plan.table(full=True).splitlines() == [
+        "role   shape  layers  rank  scale  parameters  module",
+        "embed  32×64          2     1.5    192         transformer.wte",
+        "q      32×32  0       2     1.5    128         transformer.h.0.attn.c_attn[q]",
+        "q      32×32  1       2     1.5    128         transformer.h.1.attn.c_attn[q]",
+        "448 parameters are trained",
+    ]
+
+
+def test_layers_that_are_alike_share_a_line_of_the_match_table():
+    config = lk.LoRAConfig(rank=2, targets=("q", "v"), rank_pattern={"*.1.*v_proj": 4})
+    plan = lk.plan(build("llama"), config)
+    assert str(plan).splitlines() == [
+        "role  shape  layers  rank  scale  parameters  module",
+        "q     32×32  0–1     2     1      256         model.layers.*.self_attn.q_proj",
+        "v     16×32  0       2     1      96          model.layers.0.self_attn.v_proj",
+        "v     16×32  1       4     1      192         model.layers.1.self_attn.v_proj",
+        "544 parameters are trained",
+    ]
+    assert repr(plan) == "Plan(lora: 4 × low-rank update; 544 parameters)"
+
+
+def test_a_printed_model_shows_rank_scale_and_adapters_of_its_layers():
+    model = build("gpt2")
+    lk.attach(model, lk.LoRAConfig(rank=2, alpha=3, targets=("q", "v")), name="org/a.v1")
+    lk.attach(model, lk.LoRAConfig(rank=4, targets=("c_attn",)), name="50%")
+    lines = [line.strip() for line in str(model).splitlines()]
+    expected = "org/a.v1: q rank 2, scale 1.5, v rank 2, scale 1.5; 50%: rank 4, scale 1"
+    assert any(line.endswith(f"(adapter_bank): {expected}") for line in lines)
+    linear = build("llama")
+    lk.attach(linear, lk.LoRAConfig(rank=2, targets=("q",)))
+    assert "(adapter_bank): default: rank 2, scale 1\n" in str(linear)
+    # Blocks that are alike are still printed once.
+    assert "(0-1): 2 x GPT2Block(" in lines
 
 
 def test_adapting_one_of_two_tied_weights_leaves_the_other_alone():
@@ -128,7 +161,7 @@ def test_every_misfit_of_an_adapter_is_told_at_once(model):
     assert "model.layers.0.self_attn.q_proj.lora_b  missing" in text
     assert "(4, 32) in the adapter, (2, 32) expected: was it trained with rank 4?" in text
     assert "model.layers.9.self_attn.v_proj.lora_a  in the adapter, but it has no place" in text
-    assert lk.adapter_names(model) == ()
+    assert adapter_names(model) == ()
 
 
 def test_a_layer_left_out_of_an_adapter_is_missed(model):
@@ -203,3 +236,16 @@ def test_generation_uses_the_adapter(model):
             following = model(ids).logits[0, -1].argmax()
             ids = torch.cat([ids, following[None, None]], dim=1)
     assert torch.equal(written, ids)
+
+
+def test_an_adapter_is_shown_in_one_line(model):
+    lk.attach(
+        model, [lk.LoRAConfig(rank=2, rank_pattern={"v": 4}), lk.BitFitConfig(add_missing=True)]
+    )
+    adapter = lk.extract(model)
+    assert repr(adapter) == (
+        f"Adapter(lora+bitfit r 2/4, 4 updates, {adapter.parameters:,} parameters in float32, "
+        "base unnamed)"
+    )
+    bare = dataclasses.replace(adapter, tensors={}, sites=(), base=None)
+    assert repr(bare) == "Adapter(lora+bitfit, no tensors)"

@@ -12,7 +12,16 @@ from lorakit.bench import train, train_participants, train_processes
 from lorakit.bench.tables import table
 from lorakit.bench.train import FULL_LEARNING_RATE
 from lorakit.bench.train_processes import Record, Rounds, run_rounds
-from lorakit.bench.train_rounds import PARTS, Clock, ClockedBatchTrainer, Ended, Gate, Ready, Round
+from lorakit.bench.train_rounds import (
+    PARTS,
+    Clock,
+    ClockedBatchTrainer,
+    ClockedLengthTrainer,
+    Ended,
+    Gate,
+    Ready,
+    Round,
+)
 from lorakit.cli.main import main
 from lorakit.config.bench import TrainBenchConfig
 from lorakit.config.train import DataConfig
@@ -102,9 +111,10 @@ def test_participants_see_the_same_rows_in_the_same_order(records):
 def test_peft_at_its_best_has_the_same_rows_those_of_similar_length_together(
     tasks, records, tmp_path
 ):
-    seen, lengths = [], []
+    seen: list[int] = []
+    lengths: list[int] = []
 
-    class Spy(train_participants.ClockedLengthTrainer):
+    class Spy(ClockedLengthTrainer):
         def train(self):
             seen.extend(self._get_train_sampler())
             lengths.extend(len(example.input_ids) for example in self.train_dataset)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import lorakit as lk
+from lorakit.attachment.open_model import open_model
 from lorakit.config.methods import METHODS
 
 MERGE = ("lora", "full", "top-k")
@@ -44,7 +44,7 @@ def test_a_method_learns_and_its_folder_goes_through_every_verb(
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     ids = torch.tensor([[4, 5, 6]])
     with torch.no_grad():
-        expected = lk.open_model(out).model(ids).logits
+        expected = open_model(out).model(ids).logits
         torch.testing.assert_close(plain(ids).logits, expected, rtol=0, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.attachment.open_model import open_model
 from lorakit.cli.main import main
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.models.quantized import Quantization, quantization_of
@@ -46,7 +47,7 @@ def result(tiny_llama, prompt_rows, tmp_path_factory):
 @pytest.fixture
 def opened(result):
     """The folder of an adapter, and the model that was trained."""
-    return result.out, lk.open_model(result.out)
+    return result.out, open_model(result.out)
 
 
 def ids():

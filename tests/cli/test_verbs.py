@@ -15,6 +15,7 @@ from transformers import (
 )
 
 import lorakit as lk
+from lorakit.attachment.open_model import open_model
 from lorakit.cli.main import main
 
 
@@ -91,7 +92,7 @@ def test_merge_writes_a_checkpoint_that_transformers_loads_alone(trained, tmp_pa
     assert code == 0
     assert len(report["weights"]) == 14
     plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    adapted = lk.open_model(trained).model
+    adapted = open_model(trained).model
     ids = torch.tensor([[4, 5, 6]])
     with torch.no_grad():
         found, expected = plain(ids).logits, adapted(ids).logits
@@ -164,7 +165,7 @@ def test_a_classifier_is_trained_evaluated_and_merged(tiny_bert, label_rows, tmp
     run("merge", "--adapter", out, "--out", tmp_path / "merged")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     assert plain.config.id2label == {0: "no", 1: "yes"}
-    adapted = lk.open_model(out).model
+    adapted = open_model(out).model
     ids = torch.tensor([[4, 5, 6]])
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ VARYING_OF_RUNS = {
     *("eva_batches", "warmup_steps", "schedule", "weight_decay", "max_grad_norm"),
     *("label_smoothing", "z_loss", "seed", "eval_every", "patience"),
 }
-OF_ONE_CALL = {"out", "sweep", "resume", "keep_settings", "overwrite", "dry_run"}
+OF_ONE_CALL = {"out", "sweep", "resume", "keep_settings", "overwrite", "dry_run", "table"}
 
 
 def test_every_setting_of_a_run_has_one_mark():

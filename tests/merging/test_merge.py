@@ -10,6 +10,7 @@ import torch
 
 import lorakit as lk
 from lorakit.attachment.original_weights import FileWeight
+from lorakit.attachment.state import adapter_names
 from lorakit.errors import LorakitError, MergeError
 from lorakit.merging.merge import finalize
 from references import attach_random, base_hash, outputs
@@ -188,11 +189,21 @@ def test_a_thousand_random_steps_leave_the_base_unchanged():
             refused += 1
         if draw.random() < 0.05:
             model = copy.deepcopy(model)
-        if lk.adapter_names(model) == ():
+        if adapter_names(model) == ():
             assert base_hash(model) == hashed
     assert done > 300
     assert refused > 50
-    if lk.adapter_names(model):
+    if adapter_names(model):
         lk.detach(model)
     assert base_hash(model) == hashed
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_report_is_shown_in_one_line():
+    model = build("llama").to(torch.bfloat16)
+    attach_random(model, std=1e-3)
+    report = lk.merge(model)
+    lost = f"{report.worst.rounding_error:.3%}"
+    assert repr(report) == (
+        f"MergeReport('default' in 4 weights, at most {lost} of ΔW lost, with a warning)"
+    )

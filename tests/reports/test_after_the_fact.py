@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
+from lorakit.attachment.state import active_name, adapter_names
 from lorakit.errors import AttachError, TargetError
 from tiny_models import build, example_inputs
 
@@ -21,7 +22,7 @@ def randomize(model: nn.Module, *, scale: float = 0.3) -> None:
     """Give every tensor of the active adapter random values."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for _, parameter in adapter_parameters(model, lk.active_name(model)):
+        for _, parameter in adapter_parameters(model, active_name(model)):
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
@@ -196,4 +197,4 @@ def test_an_embedding_that_rescales_its_rows_is_refused() -> None:
     model = Table(max_norm=1.0)
     with pytest.raises(TargetError, match="its max_norm rescales rows of the weight"):
         lk.attach(model, lk.LoRAConfig(rank=2, targets=("table", "head")))
-    assert lk.adapter_names(model) == ()
+    assert adapter_names(model) == ()

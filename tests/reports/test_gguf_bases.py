@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.attachment.open_model import open_model
 from lorakit.errors import ModelError
 from lorakit.models import gguf_file
 from lorakit.models.load import load_model, model_name
@@ -45,7 +46,7 @@ def test_it_is_converted_once_and_read_again_by_the_adapter_s_record(
     lk.attach(model, lk.LoRAConfig(rank=2, targets=("q",)))
     folder = lk.extract(model).save(tmp_path / "adapter")
     monkeypatch.setattr(gguf_file, "_read_gguf", lambda *_: pytest.fail("converted again"))
-    opened = lk.open_model(folder)
+    opened = open_model(folder)
     assert len(list(cache.iterdir())) == 1
     assert torch.equal(
         opened.model(**example_inputs(model)).logits, model(**example_inputs(model)).logits

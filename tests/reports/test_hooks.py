@@ -13,6 +13,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import nn
 
 import lorakit as lk
+from lorakit.attachment.state import adapter_names
 from lorakit.errors import AttachError, MergeError
 from references import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
@@ -169,7 +170,7 @@ def test_what_starts_from_offloaded_weights_is_refused_before_anything_changes(c
     found = offloaded()
     with pytest.raises(AttachError, match="weights that the adapter needs are offloaded"):
         lk.attach(found, config)
-    assert lk.adapter_names(found) == ()
+    assert adapter_names(found) == ()
 
 
 def test_offloaded_layers_read_their_weights_for_dora(saved):

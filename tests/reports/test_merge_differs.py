@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
+from lorakit.attachment.state import active_name
 from lorakit.errors import MergeError
 from references import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
@@ -29,7 +30,7 @@ def test_a_merge_that_does_something_else_is_taken_back():
     with pytest.raises(MergeError, match="does something else than attached"):
         lk.merge(model)
     assert torch.equal(outputs(model, inputs), want)
-    assert lk.active_name(model) == "default"
+    assert active_name(model) == "default"
     lk.detach(model)
     assert base_hash(model) == before
 

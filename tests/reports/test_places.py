@@ -10,7 +10,7 @@ from pydantic import BaseModel
 import lorakit as lk
 import lorakit.training.prepare as preparation
 from lorakit.cli.main import main
-from lorakit.cli.verbs import VERBS, load_verb
+from lorakit.cli.verbs import VERBS, settings_of
 from lorakit.config.seed import generator_seed
 from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError, OutputError
@@ -58,7 +58,7 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
 
 def path_settings():
     for verb in VERBS:
-        verb_settings: type[BaseModel] = load_verb(verb).SETTINGS
+        verb_settings: type[BaseModel] = settings_of(verb)
         for name, field in verb_settings.model_fields.items():
             if "Path" in str(field.annotation):
                 yield pytest.param(verb_settings, name, id=f"{verb} {name}")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
+from lorakit.attachment.state import active_name, adapter_names
 from lorakit.errors import AttachError
 from references import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
@@ -69,9 +70,9 @@ def test_every_verb_works_through_a_wrapper_with_the_models_own_names(wrapper, t
     assert type(plain.model.layers[0].self_attn.q_proj) is nn.Linear
     lk.attach(found, loaded)
     assert torch.equal(outputs(plain, INPUTS), want)
-    assert lk.adapter_names(found) == lk.adapter_names(plain) == ("default",)
+    assert adapter_names(found) == adapter_names(plain) == ("default",)
     with lk.route(found, None):
-        assert lk.active_name(found) is None
+        assert active_name(found) is None
     bank = lk.AdapterBank(Replicas(plain))
     assert bank.model is plain
 
@@ -92,5 +93,5 @@ def test_training_through_a_wrapper_that_would_not_average_is_refused():
     config = lk.LoRAConfig(rank=2, targets=("q",))
     with pytest.raises(AttachError, match="attach the adapter to the model first"):
         lk.attach(Replicas(model, size=2), config)
-    assert lk.adapter_names(model) == ()
+    assert adapter_names(model) == ()
     lk.attach(Replicas(model, size=2), config, trainable=False)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import lorakit as lk
+from lorakit.attachment.state import active_name
 from lorakit.errors import MergeError, RouteError
 from lorakit.routing import choices
 from references import alone, attach_random, base_hash, outputs, randomise
@@ -48,9 +49,9 @@ def test_routes_nest_and_restore_what_was_there(model, inputs):
                 raise ZeroDivisionError
             assert torch.equal(outputs(model, inputs), base)
         assert torch.equal(outputs(model, inputs), mixed)
-        assert lk.active_name(model) is None
+        assert active_name(model) is None
     assert torch.equal(outputs(model, inputs), before)
-    assert lk.active_name(model) == "one"
+    assert active_name(model) == "one"
     torch.testing.assert_close(mixed[1], base[1])
     # One choice for all rows has no length.
     with lk.route(model, "two"):
@@ -201,7 +202,7 @@ def test_a_recomputation_runs_under_the_route_of_its_forward_pass(inputs, reentr
         with torch.no_grad():
             model(**inputs)
         loss.backward()
-        assert lk.active_name(model) == "two"
+        assert active_name(model) == "two"
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     model = adapted(dtype="float32").double().train()
@@ -270,7 +271,7 @@ def test_a_copy_made_inside_a_route_is_outside_of_it(model, inputs, make):
     fewer = {k: v[:3] for k, v in inputs.items()}
     torch.testing.assert_close(outputs(twin, fewer), expected[:3])
     lk.switch(twin, "two")
-    assert lk.active_name(twin) == "two"
+    assert active_name(twin) == "two"
     with lk.route(twin, NAMES):
         assert torch.equal(outputs(twin, inputs), mixed)
     assert torch.equal(outputs(model, inputs), expected)

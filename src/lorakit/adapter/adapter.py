@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.folder import load_path, reading
 from lorakit.adapter.folder_write import save_folder
+from lorakit.adapter.hub import local_path
 from lorakit.config.methods import LoRAConfig
+from lorakit.errors import AdapterFileError
+from lorakit.models.load import load_model
+from lorakit.models.quantized import quantization_on
 
 
 class Adapter(AdapterContent):
@@ -21,7 +28,7 @@ class Adapter(AdapterContent):
     that parameter (docs/design/adapter.md has all shapes).
     """
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the adapter as a folder (docs/adapter-format.md) and return the folder.
 
         The folder appears whole or not at all; it is read back before it gets its name.
@@ -34,27 +41,72 @@ class Adapter(AdapterContent):
 
     @staticmethod
     def load(
-        path: str | Path,
+        source: str | os.PathLike[str],
         *,
+        revision: str | None = None,
         config: LoRAConfig | None = None,
         kernel_sizes: Mapping[str, int] | None = None,
     ) -> Adapter:
-        """Read an adapter folder of lorakit or PEFT, or a loralib .pt file.
+        """Read an adapter folder of lorakit or PEFT, by its path or hub id, or a loralib .pt file.
+
+        Of a repository of the hub, only the JSON and safetensors files of an adapter are fetched,
+        into the hub's cache on this machine.
 
         Args:
-            path: the folder, or the .pt file.
+            source: the folder, the .pt file, or OWNER/NAME on the hub, where there is no such path.
+            revision: a branch, tag or commit of the hub's repository.
             config: rank, alpha and targets, for a loralib file, which does not hold them.
             kernel_sizes: the convolutions in a loralib file, by path or the end of it, and the size
                 of their square kernels; the file does not tell them from other layers.
 
         Raises:
-            AdapterFileError: every problem of the files in one message.
+            AdapterFileError: every problem of the files in one message; or there are none.
         """
-        return _with_files(load_path(Path(path), config=config, kernel_sizes=kernel_sizes))
+        path = local_path(source, revision)
+        return _with_files(load_path(path, config=config, kernel_sizes=kernel_sizes))
+
+    def load_base(
+        self,
+        name: str | None = None,
+        *,
+        dtype: str = "float32",
+        task: str | None = None,
+        labels: Sequence[str] | None = None,
+        quantize: str = "as-trained",
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base that it was trained on, loaded for its task, and its tokenizer.
+
+        Args:
+            name: another one. None: the one that it names.
+            dtype: precision of the base.
+            task: what the base does. None: what the adapter was trained for, else generation.
+            labels: names of the classes. None: those of its training.
+            quantize: how the base holds its weights: as-trained, none (in `dtype`), 4bit or 8bit.
+
+        Raises:
+            AdapterFileError: it names no base.
+            ModelError: the base cannot be found or loaded.
+            MissingExtraError: the base is quantised, and the library for it is not installed.
+        """
+        name = name or (self.base.name if self.base else "")
+        if not name:
+            raise AdapterFileError(
+                "the adapter does not say which base it was trained on: name the model"
+            )
+        task = task or self.card.get("task") or "generation"
+        labels = (labels or self.card.get("labels")) if task == "classification" else None
+        way = None if quantize == "none" else quantize
+        how = quantization_on(self.card) if quantize == "as-trained" else way
+        return load_model(name, dtype=dtype, task=task, labels=labels, quantize=how)
+
+    @staticmethod
+    def of(source: str | os.PathLike[str] | Adapter) -> Adapter:
+        """The adapter that is given by its folder, its hub id, or as it is."""
+        return source if isinstance(source, Adapter) else Adapter.load(source)
 
     @staticmethod
     @contextmanager
-    def reading(folder: str | Path) -> Iterator[Adapter]:
+    def reading(folder: str | os.PathLike[str]) -> Iterator[Adapter]:
         """The adapter of a folder, for a block of work while another thread computes its hash.
 
         The hash is checked at the end of the block: until then nothing may count that the block
@@ -75,3 +127,7 @@ def _with_files(content: AdapterContent) -> Adapter:
     adapter = Adapter(**{each.name: getattr(content, each.name) for each in fields(content)})
     adapter.keep_hash_of(content)
     return adapter
+
+
+AdapterSource = str | os.PathLike[str] | Adapter
+"""Whatever stands for an adapter: its folder, its hub id, or the adapter itself."""

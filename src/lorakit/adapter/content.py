@@ -92,6 +92,16 @@ class AdapterContent:
             total -= (a if fixed_a else a * site.frozen // site.rank) + b * site.frozen // site.rank
         return total
 
+    def __repr__(self) -> str:
+        """One line: methods, updates, size, precision and base; tensors are too long to print."""
+        ranks = sorted({site.rank for site in self.sites})
+        rank = f" r {'/'.join(map(str, ranks))}" if ranks else ""
+        updates = f", {len(self.sites)} updates" if self.sites else ""
+        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.tensors.values()})
+        size = f"{self.parameters:,} parameters in {'/'.join(dtypes)}" if dtypes else "no tensors"
+        base = f", base {self.base.name or 'unnamed'}" if self.base else ""
+        return f"{type(self).__name__}({self.method}{rank}{updates}, {size}{base})"
+
     def content_hash(self) -> str:
         """The SHA-256 of all that changes the output: tensors, sites and scales."""
         # Kept until a tensor is written to, because a bank asks for what loading has computed.

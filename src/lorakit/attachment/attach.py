@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.adapter import Adapter, AdapterSource
 from lorakit.attachment.original_weights import OriginalWeight
 from lorakit.attachment.plan import Plan, fresh_plan, with_singular_vectors
 from lorakit.attachment.state import (
     Attachment,
     active_name,
-    attached,
+    attachment_for,
     attachment_of,
+    check_model,
     check_no_foreign_layers,
     identity_of,
     modules_of,
@@ -37,10 +39,13 @@ from lorakit.methods.prompt.hooks import HOOKS, watch
 from lorakit.models.base import base_modules, base_parameter, unwrapped
 from lorakit.models.roles import shared_inputs, task_heads
 
+What = MethodConfig | Sequence[MethodConfig] | AdapterSource
+"""What can be attached: a fresh adapter, by settings, or a saved one."""
+
 
 def attach(
     model: nn.Module,
-    what: MethodConfig | Sequence[MethodConfig] | Adapter,
+    what: What,
     *,
     name: str = "default",
     trainable: bool | None = None,
@@ -55,7 +60,7 @@ def attach(
     Args:
         model: a plain module; one that has adapters already gets one more.
         what: settings of a method for a fresh adapter (LoRA's has A random and B zero: the model
-            answers as before), those of several methods, or an `Adapter`.
+            answers as before), those of several methods, an `Adapter`, its folder, or its hub id.
         name: what to call it in this model.
         trainable: whether A, B, biases and copies take gradients. None: a fresh one does.
         allow_other_base: accept an adapter whose base has other weights.
@@ -70,6 +75,8 @@ def attach(
         TargetError: a target of the settings matches nothing.
         AdapterFileError: the adapter does not fit this model; every problem is listed.
     """
+    check_model(model)
+    what = _what(what)
     train = not isinstance(what, Adapter) if trainable is None else trainable
     _check_replicas(model, train)
     model = unwrapped(model)
@@ -93,7 +100,7 @@ def attach(
 
 def plan(
     model: nn.Module,
-    what: MethodConfig | Sequence[MethodConfig] | Adapter,
+    what: What,
     *,
     allow_other_base: bool = False,
 ) -> Plan:
@@ -101,7 +108,7 @@ def plan(
 
     Args:
         model: a plain module, or one with adapters.
-        what: settings of one method or of several, or an `Adapter`.
+        what: settings of one method or of several, an `Adapter`, its folder, or its hub id.
         allow_other_base: accept an adapter whose base has other weights.
 
     Raises:
@@ -110,11 +117,32 @@ def plan(
             what a method needs.
         AdapterFileError: the adapter does not fit this model; every problem is listed.
     """
-    model = unwrapped(model)
+    check_model(model)
+    model, what = unwrapped(model), _what(what)
     if isinstance(what, Adapter):
         base, identity = modules_of(model), identity_of(model)
         return saved_plan(base, what, identity, allow_other_base=allow_other_base)
     return fresh_plan(model, what)
+
+
+def _what(given: object) -> MethodConfig | Sequence[MethodConfig] | Adapter:
+    """The settings or the adapter that were given, the adapter read if it was by its folder.
+
+    Raises:
+        AttachError: it is something else.
+        AdapterFileError: there is no such adapter, or its files cannot be used.
+    """
+    if isinstance(given, str | os.PathLike):
+        return Adapter.load(given)
+    if isinstance(given, Adapter | MethodConfig):
+        return given
+    if isinstance(given, Sequence) and all(isinstance(each, MethodConfig) for each in given):
+        return given
+    raise AttachError(
+        "what is attached are settings such as lk.LoRAConfig(rank=8), those of several methods in "
+        "a list, an Adapter, its folder, or its hub id; found "
+        f"{given!r:.60}, a {type(given).__name__}"
+    )
 
 
 def _check_free(state: Attachment, name: str) -> None:
@@ -218,7 +246,7 @@ def install(
     What the name meant before is removed. The new updates count from one assignment on, so that a
     forward pass in another thread sees all of them or none.
     """
-    state = attached(model)
+    state = attachment_for(model)
     modules, key = modules_of(model).by_path, bank_key(name)
     by_number: dict[int, Update] = {}
     for path, update in updates.items():

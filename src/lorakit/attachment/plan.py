@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +12,7 @@ from torch import nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.site import Site
+from lorakit.attachment.match_table import match_table
 from lorakit.config.methods import (
     BitFitConfig,
     BottleneckConfig,
@@ -121,14 +122,23 @@ class Plan:
             card=card_of_base(model),
         )
 
+    def table(self, *, full: bool = False) -> str:
+        """The match table as text: one line for layers that are alike, or with `full` for each."""
+        low_rank = self.of_kind(LowRankComponent)
+        others = [each for each in self.components if not isinstance(each, LowRankComponent)]
+        table = match_table([*low_rank, *others], full=full)
+        return f"{table}\n{self.parameters:,} parameters are trained"
+
     def __str__(self) -> str:
-        """The match table as text."""
-        head = ("module", "role", "shape", "rank", "scale", "parameters")
-        others = (each.row for each in self.components if not isinstance(each, LowRankComponent))
-        rows = [head, *(each.row for each in self.of_kind(LowRankComponent)), *_alike(others)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, f"{self.parameters:,} parameters are trained"])
+        """The match table, with one line for layers that are alike."""
+        return self.table()
+
+    def __repr__(self) -> str:
+        """One line: the methods, what they train, and how many values."""
+        counts = Counter(each.what for each in self.components)
+        kinds = ", ".join(f"{count} × {what}" for what, count in counts.items())
+        methods = "+".join(config.method for config in self.configs)
+        return f"Plan({methods}: {kinds}; {self.parameters:,} parameters)"
 
 
 def _check_offloaded(found: Plan, materials: Materials) -> None:
@@ -154,16 +164,6 @@ def _check_offloaded(found: Plan, materials: Materials) -> None:
             "or leave these modules out",
             problems,
         )
-
-
-def _alike(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """One row of the table for those that differ in a number in their path alone."""
-    together: dict[tuple[str, ...], list[str]] = {}
-    for path, *others in rows:
-        together.setdefault((re.sub(r"\b\d+\b", "*", path), *others), []).append(path)
-    for (pattern, *others), paths in together.items():
-        name = paths[0] if len(paths) == 1 else f"{pattern} ({len(paths)} times)"
-        yield name, *others
 
 
 def _short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:

@@ -91,6 +91,8 @@ class Attachment:
     """The adapted layers by their numbers."""
     original_weights: dict[str, dict[str, OriginalWeight]] = field(default_factory=dict)
     """Unmerged weights by module path and parameter name, while an adapter is merged."""
+    rounded_to: torch.dtype | None = None
+    """What the latest merge was asked to round to; None: the weights' own precision."""
     hooks: dict[str, RemovableHandle | GuardedMethod] = field(default_factory=dict)
     """The hooks on the model, its output head, its input embedding and its stacks of blocks, and
     the methods of the model that look at adapters first."""
@@ -152,11 +154,29 @@ class Attachment:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, also through wrappers."""
+    """The attachment of a model, also through wrappers.
+
+    Raises:
+        AttachError: this is no model.
+    """
+    check_model(model)
     found = vars(model).get("_lorakit")
     if found is None:
         found = vars(unwrapped(model)).get("_lorakit")
     return cast("Attachment | None", found)
+
+
+def check_model(model: object) -> None:
+    """Make sure that this is a model.
+
+    Raises:
+        AttachError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise AttachError(
+            "a model is a torch.nn.Module, as in model, tokenizer = lk.load_model(…); "
+            f"this is a {type(model).__name__}"
+        )
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -199,7 +219,7 @@ def modules_of(model: nn.Module) -> BaseModules:
     return state.modules
 
 
-def attached(model: nn.Module) -> Attachment:
+def attachment_for(model: nn.Module) -> Attachment:
     """The attachment of a model, which gets one if it has none."""
     model = unwrapped(model)
     state = attachment_of(model)

@@ -1,5 +1,6 @@
 """The verb train: an adapter, or with sweep several, from your model and your data."""
 
+from dataclasses import asdict
 from typing import Any
 
 from lorakit.cli.verbs import Result
@@ -16,7 +17,7 @@ def run(settings: TrainConfig) -> Result:
         return _dry_sweep(settings) if settings.dry_run else _sweep(settings)
     if settings.dry_run:
         prepared = prepare(settings)
-        return Result(text=str(prepared), data=_data(prepared))
+        return Result(text=prepared.describe(settings.table), data=_data(prepared))
     result = train(settings, progress=True, table=True)
     lines = [
         f"trained {result.parameters:,} parameters in {result.steps} steps, {result.seconds:.0f} s",
@@ -26,7 +27,7 @@ def run(settings: TrainConfig) -> Result:
         lines.append(f"{result.padding:.0%} of the tokens in training batches were padding")
     lines += [f"validation {name} {value:.4f}" for name, value in result.scores.items()]
     lines.append(f"adapter in {result.out}")
-    data: dict[str, Any] = {**vars(result), "out": str(result.out)}
+    data: dict[str, Any] = {**asdict(result), "out": str(result.out)}
     return Result(text="\n".join(lines), data=data)
 
 
@@ -41,7 +42,7 @@ def _data(prepared: Prepared) -> dict[str, Any]:
 def _dry_sweep(settings: TrainConfig) -> Result:
     prepared = prepare_sweep(settings)
     data = {name: _data(each) for name, each in prepared.items()}
-    return Result(text=describe(prepared), data={"members": data})
+    return Result(text=describe(prepared, settings.table), data={"members": data})
 
 
 def _sweep(settings: TrainConfig) -> Result:

@@ -37,11 +37,15 @@ VERBS = {
     ),
     "evaluate": Entry(
         meaning="Score a model, with or without an adapter, on held-out rows.",
-        settings="cli.evaluate:EvaluateConfig",
+        settings="config.answering:EvaluateConfig",
     ),
     "generate": Entry(
         meaning="Complete prompts, with or without an adapter.",
-        settings="cli.generate:GenerateConfig",
+        settings="config.answering:GenerateConfig",
+    ),
+    "score": Entry(
+        meaning="Score a file of outputs by its task's official scorer.",
+        settings="config.verbs:ScoreConfig",
     ),
     "chat": Entry(
         meaning="Talk to a model in the terminal, and switch between adapters.",

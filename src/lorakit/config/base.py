@@ -1,9 +1,10 @@
 """The base of all settings: frozen, unknown keys refused, every problem reported at once."""
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -30,7 +31,31 @@ def _comma_list(value: Any) -> Any:
     return value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
+def _as_text(value: Any) -> Any:
+    """The text of a path; any other value is left to be validated.
+
+    Raises:
+        ValueError: the text is empty.
+    """
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("is empty: give a path (the working folder is .)")
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+AdapterPlace = Annotated[str, BeforeValidator(_as_text)]
+"""An adapter's folder, or its hub id: a Path would lose the difference."""
+if TYPE_CHECKING:
+    Names = Sequence[str] | str
+
+    class AnyPath:
+        """A path for type checkers: it may be given as text too, and is read as a Path."""
+
+        def __get__(self, instance: object, owner: object = None) -> Path: ...
+        def __set__(self, instance: object, value: str | os.PathLike[str]) -> None: ...
+else:
+    Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
+    """Names, which may be given in any sequence, or as one text with commas between them."""
+    AnyPath = Path
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -86,7 +111,12 @@ class Settings(BaseModel):
         except RuntimeError as error:
             raise ValueError(f"{value}: {error}") from None
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, *positional: Any, **values: Any) -> None:
+        if positional:
+            raise ConfigError(
+                f"{type(self).__name__} takes its settings by name; "
+                f"{positional[0]!r:.60} was given without one"
+            )
         try:
             super().__init__(**values)
         except ValidationError as error:

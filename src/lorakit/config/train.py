@@ -1,11 +1,19 @@
 """Settings of runs: one class is the Python argument, the YAML file and the flags at once."""
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings, Topic
+from lorakit.config.base import (
+    AdapterPlace,
+    AnyPath,
+    DType,
+    Names,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    Topic,
+)
 from lorakit.config.marks import (
     Escapes,
     Extends,
@@ -138,14 +146,17 @@ class TrainConfig(Settings):
         Topic(
             "folder",
             "Runs that go on from others, replace them, or are several.",
-            ("init_from", "allow_other_base", "resume", "overwrite", "dry_run", "sweep"),
+            (
+                *("init_from", "allow_other_base", "resume", "keep_settings", "overwrite"),
+                *("table", "dry_run", "sweep"),
+            ),
         ),
     )
 
     model: Annotated[str, Mark(on_card=False, may_change=True)] = "smollm2"
     """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""
 
-    out: Invocation[Path]
+    out: Invocation[AnyPath]
     """Folder for the adapter (best by validation, else last), last/, checkpoints/ and the log."""
 
     method: Recorded[Names] = ("lora",)
@@ -269,8 +280,8 @@ class TrainConfig(Settings):
     allow_other_base: Handles[bool] = False
     """Start from `init_from` although it was trained on another base."""
 
-    init_from: Shared[Path | None] = None
-    """Adapter folder to go on from, in place of a fresh start."""
+    init_from: Shared[AdapterPlace | None] = None
+    """Adapter folder, or OWNER/NAME on the hub, to go on from, in place of a fresh start."""
 
     sweep: Invocation[dict[str, Any] | list[Any] | None] = None
     """Train several adapters on one base in one batch, each as if alone, in folders of their own in
@@ -288,6 +299,9 @@ class TrainConfig(Settings):
 
     overwrite: Invocation[bool] = False
     """Replace what is in `out`."""
+
+    table: Invocation[Literal["grouped", "full"]] = "grouped"
+    """The table of what is adapted. grouped: one line for layers that are alike; full: for each."""
 
     dry_run: Invocation[bool] = False
     """Print what would be adapted and read, and stop before training."""

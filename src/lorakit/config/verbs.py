@@ -1,11 +1,11 @@
-"""Settings of the verbs merge, convert, chat, completion and demo."""
+"""Settings of the verbs merge, convert, score, chat, completion and demo."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lorakit.config.base import DType, HeldIn, PositiveInt, Settings
+from lorakit.config.base import AdapterPlace, DType, HeldIn, PositiveInt, Settings
 from lorakit.config.methods import LoRAConfig
 
 
@@ -14,8 +14,8 @@ class MergeConfig(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("adapter", "out")
 
-    adapter: Path
-    """Adapter folder."""
+    adapter: AdapterPlace
+    """Adapter folder, or OWNER/NAME on the hub."""
 
     out: Path
     """New folder for the model, in transformers' format."""
@@ -39,8 +39,8 @@ class ConvertConfig(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("source", "out")
 
-    source: Path
-    """Adapter folder of lorakit or PEFT, or a loralib .pt file."""
+    source: AdapterPlace
+    """Adapter folder of lorakit or PEFT, OWNER/NAME on the hub, or a loralib .pt file."""
 
     out: Path
     """New folder for the result."""
@@ -57,6 +57,33 @@ class ConvertConfig(Settings):
     kernel_sizes: dict[str, PositiveInt] | None = None
     """Convolutions of a loralib file, by path or the end of it, and the size of their square
     kernels, such as '{conv1: 3}'."""
+
+
+class ScoreConfig(Settings):
+    """Settings of score: the task, its outputs and references, and what scores them."""
+
+    positional: ClassVar[tuple[str, ...]] = ("outputs", "references")
+
+    task: str
+    """e2e, webnlg, dart, samsum, wikisql, or a task of GLUE: cola, sst2, mrpc, qqp, stsb, mnli,
+    qnli, rte."""
+
+    outputs: Path
+    """File of the outputs, one a line: texts, classes or scores; for wikisql JSON objects."""
+
+    references: Path
+    """File of the references, a JSON list: for each output a list of texts, or the right query,
+    class or score."""
+
+    variant: str | None = None
+    """Of the scorer: python (as the paper's code; the default) or perl for e2e; official (the
+    default) or paper for webnlg and dart."""
+
+    tables: Path | None = None
+    """For wikisql: a JSON list with the table of each query. None: no execution."""
+
+    scorer: Literal["python", "java"] = "python"
+    """java: CoreNLP and METEOR's own program do their part of e2e, as a check of ours."""
 
 
 class DemoConfig(Settings):

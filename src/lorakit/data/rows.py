@@ -53,9 +53,8 @@ def read_rows(
         kind = table.kind(data, answered=answered)
     except DataError as error:
         raise DataError(f"{error}{rows_within(raw.rows)}") from None
-    rows = _typed_rows(
-        table, kind, labels=labels or data.labels, regression=regression, answered=answered
-    )
+    known = tuple(labels or data.labels or ()) or None
+    rows = _typed_rows(table, kind, labels=known, regression=regression, answered=answered)
     return replace(rows, notes=(*raw.notes, *rows.notes))
 
 

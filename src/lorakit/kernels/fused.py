@@ -94,7 +94,7 @@ def available(x: Tensor, *, training: bool) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and (training or torch.is_grad_enabled())
         and choice.fast()
         and not torch.is_autocast_enabled(x.device.type)

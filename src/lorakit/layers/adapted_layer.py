@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import MethodType
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.layers.class_swap import SwappedModule, swap_back, swapped_class
 from lorakit.layers.instance_forward import InstanceForward
-from lorakit.layers.operation import Operation
+from lorakit.layers.operation import Operation, Update
 from lorakit.layers.route import Route
 from lorakit.models.base import BANK, base_modules
 from lorakit.upstream.private_names import (
@@ -30,11 +30,25 @@ def bank_key(name: str) -> str:
     return "@" + name.replace("%", "%25").replace(".", "%2E")
 
 
+def adapter_name(key: str) -> str:
+    """The name of the adapter that has this child name."""
+    return key.removeprefix("@").replace("%2E", ".").replace("%25", "%")
+
+
+class LayerBank(nn.ModuleDict):
+    """The updates of one adapted layer, by `bank_key`."""
+
+    def __repr__(self) -> str:
+        """One line: what each adapter has here."""
+        updates = cast(Mapping[str, Update], own_modules(self))
+        return "; ".join(f"{adapter_name(key)}: {each.summary}" for key, each in updates.items())
+
+
 class AdaptedLayer(SwappedModule):
     """Mixed into a layer's own class by `convert`; see docs/design/layers.md for the reasons."""
 
     prefix = "Adapted"
-    adapter_bank: nn.ModuleDict
+    adapter_bank: LayerBank
     adapter_route: Route
     adapter_number: int
     """The key of this layer in the operations of a frame."""
@@ -86,6 +100,11 @@ class AdaptedLayer(SwappedModule):
         if name == "forward":
             self.adapter_patch = value = InstanceForward(self, value, adapt_output)
         super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        """As its own class shows it, and what each adapter has here where that does not say it."""
+        shown = super().__repr__()
+        return shown if f"({BANK}): " in shown else f"{shown} ({BANK}): {self.adapter_bank!r}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists only in this process; a copy or a pickle makes it anew.
@@ -231,7 +250,7 @@ def convert(
     """
     if not isinstance(layer, AdaptedLayer):
         adapted = cast(AdaptedLayer, layer)
-        adapted.adapter_bank = nn.ModuleDict()
+        adapted.adapter_bank = LayerBank()
         adapted.adapter_route, adapted.adapter_path, adapted.adapter_input = route, path, reads
         adapted.adapter_pieces, adapted.adapter_listed = pieces, listed
         adapted.adapter_number = route.layers

@@ -81,6 +81,11 @@ class Update(nn.Module, Operation):
         self.requires_grad_()
 
     @property
+    def summary(self) -> str:
+        """What it is, in a few words, for `print(model)`."""
+        return ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())
+
+    @property
     def unmergeable(self) -> str | None:
         """Why no weights of the base can hold this update; None where they can."""
         return None

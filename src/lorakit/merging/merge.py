@@ -78,6 +78,11 @@ class MergeReport:
         return max(self.weights, key=lambda w: w.rounding_error, default=None)
 
     @property
+    def rounding_error(self) -> float:
+        """The largest share of its update that a weight lost; 0 where nothing was measured."""
+        return 0.0 if self.worst is None else self.worst.rounding_error
+
+    @property
     def warning(self) -> str | None:
         """A warning where rounding destroyed much of the update, else None."""
         worst = self.worst
@@ -87,6 +92,13 @@ class MergeReport:
             f"rounding destroyed {worst.rounding_error:.0%} of the update of {worst.name}: "
             "merge into float32, or keep the adapter unmerged"
         )
+
+    def __repr__(self) -> str:
+        """One line: the adapter, how many weights, and the most that rounding took of one."""
+        worst = self.worst
+        lost = "" if worst is None else f", at most {worst.rounding_error:.3%} of ΔW lost"
+        warned = "" if self.warning is None else ", with a warning"
+        return f"MergeReport({self.adapter!r} in {len(self.weights)} weights{lost}{warned})"
 
     def __str__(self) -> str:
         """The report as a table."""
@@ -178,6 +190,7 @@ def merge(
         restore_original_weights(model, state)
         raise
     state.route.set_bottom(Frame(name=name, merged=True))
+    state.rounded_to = round_to
     after = outputs_on(model, probe)
     if before is None or after is None:
         return MergeReport(adapter=name, weights=weights, logit_change=None)

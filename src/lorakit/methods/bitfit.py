@@ -214,8 +214,8 @@ class TrainedBias(Component):
 
     @property
     def row(self) -> tuple[str, ...]:
-        """Its row of the match table, where biases of all sizes are one row."""
-        return self.path, self.what, "", "", "", ""
+        """What the match table says of it, where biases of all sizes are one row."""
+        return self.path, self.what, "", "", ""
 
 
 def trained_bias(layer: nn.Module, path: str, config: MethodConfig) -> TrainedBias:

@@ -67,6 +67,6 @@ class Component(ABC):
 
     @property
     def row(self) -> tuple[str, ...]:
-        """Its row of the match table: module, role, shape, rank, scale, parameters."""
-        size = "+".join("x".join(map(str, shape)) for shape in self.shapes.values())
-        return self.path, self.what, size, "", "", ""
+        """What the match table says of it: module, role, shape, rank, scale."""
+        size = "+".join("×".join(map(str, shape)) for shape in self.shapes.values())
+        return self.path, self.what, size, "", ""

@@ -152,8 +152,8 @@ class TrainedCopy(Component):
 
     @property
     def row(self) -> tuple[str, ...]:
-        """Its row of the match table, where copies of all sizes are one row."""
-        return self.path, self.what, "", "", "", ""
+        """What the match table says of it, where copies of all sizes are one row."""
+        return self.path, self.what, "", "", ""
 
 
 def trained_copy(model: nn.Module, path: str, method: str, *, dtype: str) -> TrainedCopy:

@@ -99,13 +99,31 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def fresh_heads(model: nn.Module) -> Sequence[str]:
+    """The paths of the modules that `load_model` made afresh, as the checkpoint has none."""
+    return tuple(getattr(model, "_lorakit_fresh", ()))
+
+
 def redraw_fresh_head(model: nn.Module) -> None:
     """Draw a task's head once more, from torch's random state, if `load_model` made it afresh.
 
     After the same `torch.manual_seed` it is the head that loading the model again would give.
     """
-    for path in getattr(model, "_lorakit_fresh", ()):
+    for path in fresh_heads(model):
         initialize(model, model.get_submodule(path))
+
+
+def task_of(model: transformers.PreTrainedModel) -> str:
+    """The task that a loaded model does: classification and regression have a head of their own."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return "generation"
+    return "regression" if model.config.num_labels == 1 else "classification"
+
+
+def labels_of(model: transformers.PreTrainedModel) -> tuple[str, ...]:
+    """The names of a classifier's classes, in order."""
+    names: dict[Any, str] = dict(model.config.id2label or {})
+    return tuple(names[number] for number in sorted(names, key=int))
 
 
 def model_name(model: nn.Module) -> str:

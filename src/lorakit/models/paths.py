@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-import regex  # type: ignore[import-untyped]
+import regex
 
 SLOWEST_MATCH_S = 1.0
 """A pattern may come from a stranger's file, and some take for ever."""

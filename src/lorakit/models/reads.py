@@ -118,7 +118,7 @@ def _uses_in(code: CodeType) -> Iterator[tuple[str, bool]]:
     for step in (*dis.get_instructions(code), None):
         operation, name = ("", None) if step is None else (step.opname, step.argval)
         if operation in ("LOAD_ATTR", "LOAD_METHOD") and chain is not None:
-            chain.append(name)
+            chain.append(str(name))
             continue
         if chain and not operation.startswith(("STORE", "DELETE")) and not asked:
             yield from _use(chain)

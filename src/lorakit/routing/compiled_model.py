@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.attachment.state import attached, check_rows
+from lorakit.attachment.state import attachment_for, check_rows
 from lorakit.methods.lora.lora import is_adaptable, is_linear
 from lorakit.models.base import base_modules, unwrapped
 from lorakit.upstream.private_names import (
@@ -25,7 +25,7 @@ def prepare_for_compile(model: nn.Module) -> None:
         model: what torch.compile(model) returned, or a model after model.compile().
     """
     inner = unwrapped(model)
-    state = attached(inner)
+    state = attachment_for(inner)
     state.compiled = True
     for path, layer in base_modules(inner):
         if is_linear(layer) and is_adaptable(layer):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.attach import attach
+from lorakit.attachment.attached import free_name
 from lorakit.attachment.plan import Plan
 from lorakit.config.idle import idle_settings
 from lorakit.config.seed import generator_seed
@@ -25,6 +26,7 @@ from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.models.quantized import Quantization
 from lorakit.models.shape import context_length, hidden_size
+from lorakit.training.loaded_base import LoadedBase
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
 from lorakit.training.rates import Rate, rates_by_method
@@ -60,9 +62,13 @@ class Prepared:
     idle: tuple[str, ...] = ()
     """Settings that were given and have no effect, with the reasons."""
 
-    def __str__(self) -> str:
-        """The match table, the reports of the rows, and the packing, as text."""
-        parts = [str(self.plan)]
+    def describe(self, table: str = "grouped") -> str:
+        """The match table, the reports of the rows, and the packing, as text.
+
+        Args:
+            table: grouped, or full, as the setting of that name.
+        """
+        parts = [self.plan.table(full=table == "full")]
         parts += [f"learning rate: {rate}" for rate in self.rates.values()]
         parts.append(f"training rows: {self.training.report}")
         if self.validation is not None:
@@ -82,22 +88,30 @@ class _TaskRows:
     validation: Rows | None
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig, base: LoadedBase | None = None) -> Prepared:
     """Read the rows, load the base and attach the adapter; nothing is written.
+
+    Args:
+        config: the settings of the run.
+        base: the base, if it is loaded already.
 
     Raises:
         LorakitError: the run cannot start.
     """
-    return prepare_all({NAME: config})[NAME]
+    name = NAME if base is None else free_name(base.model, NAME)
+    return prepare_all({name: config}, base)[name]
 
 
-def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
+def prepare_all(
+    configs: Mapping[str, TrainConfig], base: LoadedBase | None = None
+) -> dict[str, Prepared]:
     """Read the rows of several runs, load their one base, and attach an adapter for each.
 
     Rows that runs share are read and encoded once. Each adapter starts as if its run were alone.
 
     Args:
         configs: the settings of each run, by the adapter's name; they share what loads the base.
+        base: the base, if it is loaded already.
 
     Raises:
         LorakitError: the runs cannot start; the error lists the problems of each.
@@ -109,7 +123,11 @@ def prepare_all(configs: Mapping[str, TrainConfig]) -> dict[str, Prepared]:
     read = for_each(sources, _read)
     task, labels = _shared(read)
     first = next(iter(configs.values()))
-    model, tokenizer = _load(first, task, labels)
+    if base is None:
+        model, tokenizer = _load(first, task, labels)
+    else:
+        base.check_task(task, labels)
+        model, tokenizer = base.model, base.tokenizer
     packing = _packing(model, task, first)
     check_memory(model, first)
     plans = for_each(

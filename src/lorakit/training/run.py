@@ -9,14 +9,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.attach import extract
 from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
@@ -27,6 +29,7 @@ from lorakit.models.quantized import card_of_base
 from lorakit.routing.route import route
 from lorakit.training.checks import Interruption, UntrainedParts
 from lorakit.training.evaluation import score
+from lorakit.training.loaded_base import borrowed
 from lorakit.training.loss import Loss
 from lorakit.training.memory.compiled_blocks import compiled_blocks
 from lorakit.training.memory.memory_setting import training_memory
@@ -67,6 +70,15 @@ class TrainResult:
     padding: float = 0.0
     """Share of the tokens in training batches that only pad rows to one length."""
 
+    @cached_property
+    def adapter(self) -> Adapter:
+        """The adapter in `out`, read and verified when it is first asked for.
+
+        Raises:
+            AdapterFileError: the folder is gone, or not as it was written.
+        """
+        return Adapter.load(self.out)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -102,7 +114,14 @@ class Run:
         return step_of(self.checkpoint) if self.checkpoint else 0
 
 
-def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool = False,
+    table: bool = False,
+) -> TrainResult:
     """Train an adapter as the settings say, and leave it in `config.out`.
 
     The folder holds the best adapter by validation (the last one, without validation rows), the
@@ -112,6 +131,9 @@ def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -
 
     Args:
         config: the settings.
+        model: a loaded base, in place of the one that the settings name. It is left as it was
+            found: attach the result's adapter to use it.
+        tokenizer: that of the loaded base.
         progress: show a bar on stderr.
         table: print on stderr, before the first step, what is adapted and what was read.
 
@@ -119,20 +141,38 @@ def train(config: TrainConfig, *, progress: bool = False, table: bool = False) -
         LorakitError: the run cannot start, or a check stopped it.
         KeyboardInterrupt: it was interrupted; a checkpoint is saved, the text says how to go on.
     """
+    check_config(config)
     if config.sweep is not None:
-        raise ConfigError(
-            "sweep asks for several adapters: call lorakit.training.sweep.sweep.sweep(config)"
-        )
-    with locked(config.out):
+        raise ConfigError("sweep asks for several adapters: call lk.sweep(config)")
+    with locked(config.out), borrowed(config, model, tokenizer) as base:
+        config = config if base is None else base.settings(config)
         checkpoint = find_checkpoint(config)
         if checkpoint:
             config = settings_to_resume(config, checkpoint)
-        prepared = prepare(config)
+        prepared = prepare(config, base)
         run = Run.of(config, prepared, checkpoint)
         if table:
-            print(prepared, file=sys.stderr)
+            print(prepared.describe(config.table), file=sys.stderr)
         with while_training(prepared.model, config) as interruption:
             return execute(run, interruption, bar=ProgressBar(show=progress))
+
+
+def check_config(config: object) -> None:
+    """Make sure that these are settings of a run that is to be trained.
+
+    Raises:
+        ConfigError: they are something else, or only ask what would be trained.
+    """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            "a run is described by lk.TrainConfig(out=…, data=lk.DataConfig(train=…), …); "
+            f"found {config!r:.60}, a {type(config).__name__}"
+        )
+    if config.dry_run:
+        raise ConfigError(
+            "dry_run is for the command line: print(lk.plan(model, config.methods())) shows what "
+            "would be adapted"
+        )
 
 
 @contextmanager

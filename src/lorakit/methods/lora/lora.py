@@ -311,6 +311,16 @@ class LoRAUpdate(Update):
             self.bias = other.bias
 
     @property
+    def summary(self) -> str:
+        """The rank and scale of each of its updates, for `print(model)`."""
+        texts = [
+            f"{f'{part.site.role} ' if part.site.rows else ''}rank {part.site.rank}, "
+            f"scale {part.site.scale:g}"
+            for part in self.low_ranks()
+        ]
+        return ", ".join([*texts, *([] if self.bias is None else ["bias"])])
+
+    @property
     def is_additive(self) -> bool:
         """Whether the update only adds B·A·x and a bias to what the layer computes."""
         return all(part.lora_magnitude is None for part in self.low_ranks())

@@ -61,10 +61,9 @@ class LowRankComponent(Component):
 
     @property
     def row(self) -> tuple[str, ...]:
-        """Its row of the match table."""
-        site, size = self.site, f"{self.shape_b[0]}x{math.prod(self.shape_a[1:])}"
-        rank, scale, count = str(site.rank), f"{site.scale:g}", f"{self.parameters:,}"
-        return site.name, self.role or "", size, rank, scale, count
+        """What the match table says of it."""
+        site, size = self.site, f"{self.shape_b[0]}×{math.prod(self.shape_a[1:])}"
+        return site.name, self.role or "", size, str(site.rank), f"{site.scale:g}"
 
     def update(self, materials: Materials) -> LoRAUpdate:
         """The update of the layer; a fresh A is drawn from torch's global generator."""

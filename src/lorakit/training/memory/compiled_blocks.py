@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.attachment.state import attached
+from lorakit.attachment.state import attachment_for
 from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError, TrainingError
 from lorakit.layers.adapted_layer import adapted_layers
@@ -42,7 +42,7 @@ def compiled_blocks(model: PreTrainedModel) -> Iterator[None]:
 
     The compiled code applies the operations that are active when the `with` block is entered.
     """
-    route = attached(model).route
+    route = attachment_for(model).route
     operations = route.top.operations
     layers = [layer for _, layer in adapted_layers(model)]
     run = _compiled_anew()

@@ -10,10 +10,11 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.tensor_files import WEIGHTS_FILE
 from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
-from lorakit.errors import MissingExtraError
+from lorakit.errors import MissingExtraError, TrainingError
 from lorakit.training.run import BEST_BY, TrainResult
 from lorakit.training.sweep import plot as sweep_plot
 from lorakit.training.sweep.grid import Trial, word
@@ -35,6 +36,18 @@ class TrialResult:
     def name(self) -> str:
         """The name of the trial and of its folder."""
         return self.trial.name
+
+    @property
+    def adapter(self) -> Adapter:
+        """Its adapter, read from its folder when it is first asked for.
+
+        Raises:
+            TrainingError: the trial did not come to its end.
+            AdapterFileError: the folder is gone, or not as it was written.
+        """
+        if self.trained is None:
+            raise TrainingError(f"trial {self.name} is {self.status}: {self.error}")
+        return self.trained.adapter
 
     @property
     def status(self) -> str:

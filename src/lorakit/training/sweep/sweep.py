@@ -10,15 +10,17 @@ from functools import partial
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.config.train import TrainConfig
 from lorakit.data.batches import pad_token
 from lorakit.errors import LorakitError, TrainingError
 from lorakit.training.checks import Interruption
+from lorakit.training.loaded_base import LoadedBase, borrowed
 from lorakit.training.prepare import Prepared, for_each, prepare_all
 from lorakit.training.record import SharedBar
 from lorakit.training.resume import settings_to_resume
-from lorakit.training.run import Run, TrainResult, execute, while_training
+from lorakit.training.run import Run, TrainResult, check_config, execute, while_training
 from lorakit.training.run_folder import check_free, locked
 from lorakit.training.sweep.coroutine_thread import CoroutineThread
 from lorakit.training.sweep.grid import Trial, trials_of
@@ -35,7 +37,14 @@ from lorakit.training.trainer import list_checkpoints
 TrialThread = CoroutineThread[MicroBatch, Tensor, TrainResult]
 
 
-def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -> SweepResult:
+def sweep(
+    config: TrainConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool = False,
+    table: bool = False,
+) -> SweepResult:
     """Train an adapter for each trial of `config.sweep`, all in one batch, as if each were alone.
 
     Every trial has its own Trainer: data order, loss, clipping, optimizer, schedule, evaluation,
@@ -49,6 +58,9 @@ def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -
 
     Args:
         config: the settings; `sweep` says what varies.
+        model: a loaded base, in place of the one that the settings name. It is left as it was
+            found.
+        tokenizer: that of the loaded base.
         progress: show a bar on stderr.
         table: print on stderr, before the first step, what each trial trains and what was read.
 
@@ -57,15 +69,19 @@ def sweep(config: TrainConfig, *, progress: bool = False, table: bool = False) -
         KeyboardInterrupt: it was interrupted; each trial has a checkpoint, the text says how to
             go on.
     """
-    with locked(config.out):
-        return _sweep(config, progress=progress, table=table)
+    check_config(config)
+    with locked(config.out), borrowed(config, model, tokenizer) as base:
+        config = config if base is None else base.settings(config)
+        return _sweep(config, base, progress=progress, table=table)
 
 
-def _sweep(config: TrainConfig, *, progress: bool, table: bool) -> SweepResult:
+def _sweep(
+    config: TrainConfig, base: LoadedBase | None, *, progress: bool, table: bool
+) -> SweepResult:
     trials = trials_of(config)
     finished = _open(config, trials)
     left = _to_train([trial for trial in trials if trial.name not in finished])
-    runs = _runs(left)
+    runs = _runs(left, base)
     if table:
         print("\n".join(_outline(run) for run in runs), file=sys.stderr)
     started = time.perf_counter()
@@ -92,9 +108,9 @@ def prepare_sweep(config: TrainConfig) -> dict[str, Prepared]:
     return _prepare({trial.name: trial for trial in trials_of(config)})
 
 
-def describe(prepared: Mapping[str, Prepared]) -> str:
+def describe(prepared: Mapping[str, Prepared], table: str) -> str:
     """The match table of each trial and what was read for it, as text."""
-    return "\n\n".join(f"{name}\n{each}" for name, each in prepared.items())
+    return "\n\n".join(f"{name}\n{each.describe(table)}" for name, each in prepared.items())
 
 
 def _outline(run: Run) -> str:
@@ -105,10 +121,10 @@ def _outline(run: Run) -> str:
     )
 
 
-def _prepare(trials: Mapping[str, Trial]) -> dict[str, Prepared]:
+def _prepare(trials: Mapping[str, Trial], base: LoadedBase | None = None) -> dict[str, Prepared]:
     if not trials:
         return {}
-    return prepare_all({name: trial.config for name, trial in trials.items()})
+    return prepare_all({name: trial.config for name, trial in trials.items()}, base)
 
 
 def _open(config: TrainConfig, trials: Sequence[Trial]) -> dict[str, TrainResult]:
@@ -154,9 +170,9 @@ def _to_train(trials: Sequence[Trial]) -> dict[str, Trial]:
     return for_each({trial.name: trial for trial in trials}, with_settings)
 
 
-def _runs(trials: Mapping[str, Trial]) -> list[Run]:
+def _runs(trials: Mapping[str, Trial], base: LoadedBase | None) -> list[Run]:
     """The runs of trials, prepared."""
-    prepared = _prepare(trials)
+    prepared = _prepare(trials, base)
 
     def run(trial: Trial, name: str) -> Run:
         return Run.of(trial.config, prepared[name], _checkpoint(trial))

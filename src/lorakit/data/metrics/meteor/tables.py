@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save
 from lorakit.adapter.atomic_write import write_new_file
 from lorakit.data.metrics.meteor.normalize import ALWAYS, BEFORE_NUMBERS
 from lorakit.errors import MissingExtraError
-from lorakit.models.packaged import cache_folder
+from lorakit.models.gguf_file import cache_folder
 
 _JAR = "pycocoevalcap/meteor/meteor-1.5.jar"
 _PARAPHRASES = "pycocoevalcap/meteor/data/paraphrase-en.gz"

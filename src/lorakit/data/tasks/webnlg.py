@@ -1,0 +1,50 @@
+"""WebNLG 2017 (Gardent et al., 2017): triples of DBpedia to text.
+
+Triples are written as in the data of the paper's code: "subject : property : object", with a bar
+between two triples. Of the hub's references only those marked good are taken, as there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakit.data.row_types import Row
+from lorakit.data.tasks.task import Task, Values, splits, with_references
+
+
+def linearized(triples: list[list[str]]) -> str:
+    """Triples in one line.
+
+    >>> linearized([["Mill", "location", "Bay"], ["Bay", "country", "X"]])
+    'Mill : location : Bay | Bay : country : X'
+
+    Raises:
+        ValueError: a triple has not three parts.
+    """
+    for triple in triples:
+        if len(triple) != 3:
+            raise ValueError(f"{triple!r} is no triple")
+    return " | ".join(" : ".join(part.strip() for part in triple) for triple in triples)
+
+
+def _row(values: Values) -> Row:
+    if "triples" in values:
+        texts, references = values["triples"], values["references"]
+    else:
+        texts = values["modified_triple_sets"]["mtriple_set"][0]
+        references = _good(values["lex"])
+    return with_references(linearized([text.split(" | ") for text in texts]), references)
+
+
+def _good(texts: Any) -> list[str]:
+    """The texts of a set of the hub whose comment says that they are good."""
+    pairs = zip(texts["text"], texts["comment"], strict=True)
+    return [text for text, comment in pairs if comment == "good"]
+
+
+TASK = Task(
+    name="webnlg",
+    hub="webnlg-challenge/web_nlg/webnlg_challenge_2017",
+    splits=splits(train=18_102, validation=2_268, test=4_928),
+    row=_row,
+)

@@ -1,0 +1,115 @@
+"""An adapter by its hub id: from the hub's cache, with nothing but JSON and safetensors fetched."""
+
+import shutil
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+import lorakit as lk
+from lorakit.adapter.hub import FETCHED
+from lorakit.errors import AdapterFileError
+from references import attach_random, outputs
+from tiny_models import build, example_inputs
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def model():
+    return build("llama")
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """The folder of an adapter, which is no folder OWNER/NAME."""
+    attach_random(model)
+    made = lk.extract(model).save(tmp_path / "saved")
+    lk.detach(model)
+    return made
+
+
+@pytest.fixture
+def cache(folder, tmp_path, monkeypatch):
+    """The hub's cache, which holds the adapter as someone/e2e, its branch main and its tag v1."""
+    repository = tmp_path / "cache" / "models--someone--e2e"
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    for ref in ("main", "v1"):
+        (repository / "refs" / ref).write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return repository
+
+
+def test_a_hub_id_is_taken_wherever_an_adapter_is(model, folder, cache):
+    expected = lk.Adapter.load(folder)
+    inputs = example_inputs(model)
+    lk.attach(model, folder)
+    answers = outputs(model, inputs)
+    lk.detach(model)
+    for revision in (None, "v1", COMMIT):
+        loaded = lk.Adapter.load("someone/e2e", revision=revision)
+        assert loaded.content_hash() == expected.content_hash()
+    with lk.attached(model, "someone/e2e") as plan:
+        assert torch.equal(outputs(model, inputs), answers)
+    assert plan.parameters == lk.plan(model, "someone/e2e").parameters == expected.parameters
+    bank = lk.AdapterBank(model)
+    for name, source in (("hub", "someone/e2e"), ("folder", folder), ("object", expected)):
+        bank.load(name, source)
+        with bank.route(name):
+            assert torch.equal(outputs(model, inputs), answers)
+
+
+def test_offline_the_message_says_how_to_get_it(model, cache):
+    with pytest.raises(AdapterFileError, match=r"run `hf download someone/other` where there is"):
+        lk.attach(model, "someone/other")
+    with pytest.raises(AdapterFileError, match=r"`hf download someone/e2e --revision v2`"):
+        lk.Adapter.load("someone/e2e", revision="v2")
+    assert not hasattr(model, "_lorakit")
+
+
+def test_a_path_comes_first_and_a_mistyped_one_asks_no_hub(folder, cache, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "someone" / "e2e")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    assert lk.Adapter.load("someone/e2e").parameters
+    for mistyped in ("someone/e2f", "./other/e2e", "a/b/c", "e2e", tmp_path / "none"):
+        with pytest.raises(AdapterFileError, match="there is no adapter folder"):
+            lk.Adapter.load(mistyped)
+    with pytest.raises(AdapterFileError, match="revision goes with a hub id"):
+        lk.Adapter.load(tmp_path / "saved", revision="main")
+
+
+def test_only_json_and_safetensors_are_fetched(cache, monkeypatch):
+    asked: dict[str, Any] = {}
+
+    def download(name, *, revision, allow_patterns):
+        asked.update(name=name, revision=revision, files=allow_patterns)
+        return str(cache / "snapshots" / COMMIT)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    lk.Adapter.load("someone/e2e", revision="v1")
+    assert asked == {"name": "someone/e2e", "revision": "v1", "files": list(FETCHED)}
+    assert {name.rpartition(".")[2] for name in FETCHED} == {"json", "safetensors"}
+    (cache / "snapshots" / COMMIT / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterFileError, match=r"has no adapter_model\.safetensors on the hub"):
+        lk.Adapter.load("someone/e2e")
+
+
+def test_a_failing_connection_is_told_in_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise LocalEntryNotFoundError("Got: ConnectError: no route\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    with pytest.raises(AdapterFileError) as caught:
+        lk.Adapter.load("someone/e2e")
+    assert str(caught.value) == (
+        "someone/e2e cannot be fetched from the hub: Got: ConnectError: no route; run `hf download "
+        "someone/e2e` where there is a network, or give a folder"
+    )

@@ -1,0 +1,79 @@
+"""lk.generate: a list of texts, from a folder or an adapter, by name or on a loaded model."""
+
+import pytest
+
+import lorakit as lk
+from lorakit.attachment.state import active_name, adapter_names
+from lorakit.errors import ConfigError, ModelError
+from references import attach_random, base_hash
+
+
+@pytest.fixture
+def loaded(tiny_llama):
+    return lk.load_model(tiny_llama)
+
+
+@pytest.fixture
+def adapter(loaded):
+    model, _ = loaded
+    attach_random(model, std=1.0, targets=("all-linear",))
+    made = lk.extract(model)
+    lk.detach(model)
+    return made
+
+
+PROMPTS = ["red cat dog", "big fish"]
+
+
+def test_texts_are_the_same_by_folder_by_object_and_on_a_loaded_model(
+    loaded, adapter, tiny_llama, tmp_path
+):
+    model, tokenizer = loaded
+    folder = adapter.save(tmp_path / "adapter")
+    found = [
+        lk.generate(PROMPTS, adapter=folder, max_new_tokens=4),
+        lk.generate(PROMPTS, adapter=adapter, model=str(tiny_llama), max_new_tokens=4),
+        lk.generate(PROMPTS, adapter=adapter, model=model, tokenizer=tokenizer, max_new_tokens=4),
+        [lk.generate(each, adapter=folder, max_new_tokens=4)[0] for each in PROMPTS],
+    ]
+    assert all(each == found[0] for each in found)
+    assert found[0] != lk.generate(PROMPTS, model=str(tiny_llama), max_new_tokens=4)
+
+
+def test_a_loaded_model_answers_as_it_is_and_is_left_so(loaded, adapter):
+    model, tokenizer = loaded
+    base = base_hash(model)
+    lk.attach(model, adapter, name="own")
+    model.train()
+    own = lk.generate(PROMPTS, model=model, tokenizer=tokenizer, max_new_tokens=4)
+    assert own == lk.generate(PROMPTS, adapter=adapter, max_new_tokens=4)
+    lk.switch(model, None)
+    again = lk.generate(
+        PROMPTS, adapter=adapter, model=model, tokenizer=tokenizer, max_new_tokens=4
+    )
+    assert again == own
+    assert (model.training, adapter_names(model), active_name(model)) == (True, ("own",), None)
+    assert base_hash(model) == base
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(loaded):
+    model, tokenizer = loaded
+    drawn = [
+        lk.generate(
+            PROMPTS, model=model, tokenizer=tokenizer, max_new_tokens=6, temperature=2.0, seed=seed
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_mistakes_say_what_to_write(loaded, tiny_llama):
+    model, tokenizer = loaded
+    with pytest.raises(ConfigError, match="did you mean 'max_new_tokens'"):
+        lk.generate("red", model=str(tiny_llama), max_new_token=3)
+    with pytest.raises(ModelError, match="needs its tokenizer"):
+        lk.generate("red", model=model)
+    with pytest.raises(ConfigError, match="goes with a loaded model"):
+        lk.generate("red", model=str(tiny_llama), tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="dtype is that of a base which is loaded by name"):
+        lk.generate("red", model=model, tokenizer=tokenizer, dtype="bfloat16")
