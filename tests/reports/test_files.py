@@ -120,7 +120,7 @@ def stdin(monkeypatch, content):
         LINES,
         json.dumps(ROWS, indent=1),
         "prompt,completion\n" + "".join(f"{p},{c}\n" for p, c in PAIRS),
-        gzip.compress(LINES.encode()),
+        gzip.compress(LINES.encode(), mtime=0),
     ],
 )
 def test_standard_input_is_read_as_what_it_is(monkeypatch, content):
