@@ -300,12 +300,24 @@ def test_no_place_for_stdout_ends_in_a_trace():
     assert "\\u2026" in shell(f"PYTHONIOENCODING=cp437 {lorakit} train --help data").stdout
 
 
-def test_listing_the_verbs_imports_none_of_them(monkeypatch):
-    modules = {f"lorakit.cli.{name}" for name in VERBS}
-    for module in modules:
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    main([])
-    assert not modules & set(sys.modules)
+LIGHT = """
+import sys
+from lorakit.cli.main import main
+from lorakit.cli.verbs import VERBS
+heavy = {"pydantic", "yaml", "torch", "transformers", "numpy"}
+for words in (["--version"], ["--help"], ["bench", "--help"]):
+    assert main(words) == 0
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+for name in VERBS:
+    assert main([*name.split(), "--help"]) == 0
+    assert main([*name.split(), "--frobnicate"]) == 2
+assert not {"torch", "transformers"} & sys.modules.keys()
+"""
+
+
+def test_help_and_mistakes_are_told_before_anything_heavy_is_imported():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_project_file_names_this_entry_point():
