@@ -124,7 +124,7 @@ def test_wrong_settings_are_one_message(bench):
     assert code == 2
     message = result["error"]["message"]
     assert "(3 problems)" in message
-    assert "adaptors: unknown setting; did you mean 'adapters'?" in message
+    assert "--adaptors: unknown setting; did you mean --adapters?" in message
 
 
 def test_too_few_rows_for_a_sweep_are_told(bench, prompt_rows):

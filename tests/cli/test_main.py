@@ -280,7 +280,7 @@ def test_reader_that_went_away_is_no_error(monkeypatch):
 
 
 def shell(command):
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, errors="replace")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs bash")

@@ -256,8 +256,8 @@ def test_a_run_has_the_same_losses_joined_and_padded_and_tells_its_padding(
 ):
     prepare_all = preparation.prepare_all
 
-    def in_float64(configs):
-        prepared = prepare_all(configs)
+    def in_float64(configs, *more, **given):
+        prepared = prepare_all(configs, *more, **given)
         for each in prepared.values():
             each.model.double()
         return prepared

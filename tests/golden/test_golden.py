@@ -158,7 +158,10 @@ def compare_all_ends(out, *, exact):
 def compare_ends(found, expected, *, exact):
     """Compare the adapter at the end of a run with the expected one."""
     if exact:
-        assert record(found) == record(expected)
+        ours_recorded = record(found)
+        # Cards say since then what ended the target turns.
+        ours_recorded["card"].pop("end_tokens", None)
+        assert ours_recorded == record(expected)
         for file in ADAPTER_FILES[:2]:
             assert (found / file).read_bytes() == (expected / file).read_bytes(), file
     ours, theirs = lk.Adapter.load(found), lk.Adapter.load(expected)

@@ -14,7 +14,7 @@ from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data import template_limits
 from lorakit.data.chat import ChatTemplate
 from lorakit.data.problems import UnusableRowError
-from lorakit.data.row_types import Message
+from lorakit.data.row_types import Message, MessagesRow
 from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError
 from lorakit.models import paths
 from lorakit.models.load import load_model
@@ -127,7 +127,9 @@ WIDE = "{{ 'a' * 10000000000 }}"
 PADDED = "{{ 'a' | center(10000000000) }}"
 LOREM = "{{ lipsum(n=99999999) }}"
 MANY = "{% for a in range(9999) %}" + "many words" * 100 + "{% endfor %}"
-MESSAGES = [Message(role="user", content="a"), Message(role="assistant", content="b")]
+MESSAGES = MessagesRow(
+    messages=(Message(role="user", content="a"), Message(role="assistant", content="b"))
+)
 
 
 def template(text: str) -> ChatTemplate:

@@ -94,7 +94,7 @@ def test_all_moves_but_what_does_not_train(run):
 
 def test_it_has_learned_and_goes_on_from_there(run, tmp_path):
     config, result = run
-    changes = {"out": tmp_path / "second", "init_from": result.out, "steps": 2}
+    changes = {"out": tmp_path / "second", "init_from": str(result.out), "steps": 2}
     second = train(config.model_copy(update=changes))
     assert second.first_loss < 0.95 * result.first_loss
     before, after = lk.Adapter.load(result.out), lk.Adapter.load(second.out)

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-from lorakit.training import progress
 from lorakit.training.progress import PlainProgress, progress_bar, steps
 
 
@@ -16,7 +15,7 @@ class Terminal(io.StringIO):
 
 def test_without_a_terminal_progress_is_lines_at_intervals(monkeypatch, capsys):
     seconds = iter(range(0, 1000, 4))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr("time.monotonic", lambda: next(seconds))
     bar = progress_bar(total=7, title="training", unit="step", show=True, initial=2)
     assert isinstance(bar, PlainProgress)
     for _ in range(3):

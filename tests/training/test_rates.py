@@ -73,7 +73,7 @@ def test_the_match_table_and_the_card_say_the_rate(tiny_bert, label_rows, tmp_pa
         method="lora,bitfit",
         steps=2,
     )
-    lines = str(prepare(config)).splitlines()
+    lines = prepare(config).describe().splitlines()
     rates = {method: DEFAULTS[method].rate_at(WIDTH) for method in ("lora", "bitfit")}
     for method, rate in rates.items():
         said = f"learning rate: {rate:g} (the default of {method} on a base of width {WIDTH}"

@@ -21,6 +21,7 @@ from lorakit.layers.batch_rows import first_tensor, has_tokens
 from lorakit.layers.operation import Operation
 from lorakit.layers.route import Frame, Route
 from lorakit.models.base import base_modules, device_of
+from lorakit.models.roles import input_embedding
 from lorakit.upstream.private_names import (
     TorchDispatchMode,
     compiled_call,
@@ -163,9 +164,15 @@ class Effects:
         more = next(more for more in (1, 2, 3) if sizes[0] + more not in sizes[1:3])
         notes = {number: Noted() for number in layers}
 
+        last = getattr(input_embedding(call.model), "num_embeddings", 1) - 1
+
         def longer(x: Any) -> Any:
-            is_batch = isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == sizes[0]
-            return torch.cat([x, *[x[:1]] * more]) if is_batch else x
+            if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != sizes[0]:
+                return x
+            if x.dtype in (torch.int64, torch.int32):
+                # Where virtual tokens go stand ids that no embedding has.
+                x = x.clamp(0, last)
+            return torch.cat([x, *[x[:1]] * more])
 
         problem = ""
         with _quiet(call.model), route.own.pushed(Frame(notes)):

@@ -205,7 +205,7 @@ class Chat:
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             generation_config=generation_settings(
-                self._model,
+                model,
                 self._tokenizer,
                 max_new_tokens=min(settings.max_new_tokens, context - len(ids)),
                 **(sampled if settings.temperature > 0 else {}),

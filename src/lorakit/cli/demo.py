@@ -192,7 +192,9 @@ def _score(
 ) -> tuple[float, str]:
     """The share of rows that are answered exactly, from 0 to 1, and one example."""
     prompts = [encode_prompt(row, tokenizer, DataConfig()) for row in rows]
-    answers = answer(model, tokenizer, prompts, max_new_tokens=48, batch_size=32)
+    answers = answer(
+        model, tokenizer, prompts, max_new_tokens=48, batch_size=32, note=lambda _: None
+    )
     example = f"{rows[0].prompt}\n  -> {answers[0].splitlines()[0] if answers[0] else ''}"
     return exact_match(answers, [references_of(row) for row in rows]), example
 

@@ -39,7 +39,13 @@ def _as_text(value: Any) -> Any:
     """
     if isinstance(value, str) and not value.strip():
         raise ValueError("is empty: give a path (the working folder is .)")
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text.startswith("~"):
+        return text
+    expanded = os.path.expanduser(text)
+    if expanded == text:
+        raise ValueError(f"{text}: there is no such home folder")
+    return expanded
 
 
 AdapterPlace = Annotated[str, BeforeValidator(_as_text)]

@@ -54,8 +54,8 @@ def in_float64(monkeypatch):
 
     prepare_all = preparation.prepare_all
 
-    def prepare_in_float64(configs):
-        prepared = prepare_all(configs)
+    def prepare_in_float64(configs, *more, **given):
+        prepared = prepare_all(configs, *more, **given)
         for each in prepared.values():
             each.model.double()
         return prepared
@@ -334,7 +334,7 @@ def test_mistakes_are_told_before_anything_is_written(settings, tmp_path, label_
     either = {"data.train": [str(label_rows), str(prompt_rows)]}
     with pytest.raises(ConfigError, match=r"classification into no, yes"):
         sweep(settings(either, data=DataConfig(), eval_every=None))
-    with pytest.raises(ConfigError, match=r"call lorakit\.training\.sweep"):
+    with pytest.raises(ConfigError, match=r"call lk\.sweep"):
         train(settings(ranks))
     assert os.listdir(occupied) == ["mine.txt"]
     assert not (tmp_path / "sweep").exists()
@@ -357,7 +357,7 @@ def test_the_command_line_takes_a_mapping_or_a_list(settings, tmp_path, capsys):
     code, printed = lorakit_train(capsys, str(file), *words, "--dry-run")
     assert code == 0, printed.err
     assert printed.out.count("parameters are trained") == 2
-    assert "other\nmodule" in printed.out
+    assert "other\nrole" in printed.out
     assert not (tmp_path / "dry").exists()
     code, printed = lorakit_train(capsys, str(file), "--sweep", "3")
     assert code == 2

@@ -3,7 +3,6 @@
 from collections.abc import Hashable, Sequence
 from itertools import zip_longest
 from types import ModuleType
-from typing import cast
 
 import numpy as np
 
@@ -84,7 +83,7 @@ def _sacrebleu() -> ModuleType:
         import sacrebleu
     except ImportError:
         raise MissingExtraError("BLEU", "metrics") from None
-    return cast(ModuleType, sacrebleu)
+    return sacrebleu
 
 
 def _check(outputs: Sequence[object], expected: Sequence[object]) -> None:
