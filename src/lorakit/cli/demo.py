@@ -192,9 +192,7 @@ def _score(
 ) -> tuple[float, str]:
     """The share of rows that are answered exactly, from 0 to 1, and one example."""
     prompts = [encode_prompt(row, tokenizer, DataConfig()) for row in rows]
-    answers = answer(
-        model, tokenizer, prompts, max_new_tokens=48, batch_size=32, note=lambda _: None
-    )
+    answers = answer(model, tokenizer, prompts, max_new_tokens=48, batch_size=32, note=_say)
     example = f"{rows[0].prompt}\n  -> {answers[0].splitlines()[0] if answers[0] else ''}"
     return exact_match(answers, [references_of(row) for row in rows]), example
 
@@ -217,7 +215,9 @@ def _mix(
     def ask(route: Any, asked: Sequence[Sequence[int]]) -> tuple[list[str], float]:
         begun = time.perf_counter()
         with bank.route(route):
-            answers = answer(model, tokenizer, asked, max_new_tokens=24, min_new_tokens=24)
+            answers = answer(
+                model, tokenizer, asked, max_new_tokens=24, min_new_tokens=24, note=_say
+            )
         return answers, time.perf_counter() - begun
 
     together, seconds = ask(turns, prompts)
