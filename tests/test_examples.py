@@ -39,7 +39,7 @@ def test_the_example_of_each_public_name_runs(name, base, folder, monkeypatch):
         inspect.getdoc(public) or "", names, name, None, None
     )
     assert example.examples, f"lk.{name} has no example"
-    printed = []
+    printed: list[str] = []
     doctest.DocTestRunner(optionflags=FLAGS).run(example, out=printed.append)
     if any("@" in child for child, _ in model.named_modules()):
         lk.detach(model)

@@ -1,7 +1,7 @@
 """The class labels of classification rows: their names, their order, and their mistakes."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lorakit.data.fields import as_text
@@ -17,7 +17,7 @@ _UNNAMED = re.compile(r"LABEL_\d+")
 
 
 def head_classes(
-    asked: tuple[str, ...] | None, own: tuple[str, ...] | None, *, whose: object
+    asked: Sequence[str] | None, own: tuple[str, ...] | None, *, whose: object
 ) -> tuple[str, ...] | None:
     """The names of the classes in the order of a head that is trained already.
 
@@ -29,14 +29,14 @@ def head_classes(
     Raises:
         ConfigError: the settings have another number of classes, or the same ones in another order.
     """
-    if asked is None or own is None or asked == own:
-        return own if asked is None else asked
+    if asked is None or own is None or tuple(asked) == own:
+        return own if asked is None else tuple(asked)
     classes = f"the classes of {whose} are, in the order of its head, {', '.join(own)}"
     if len(asked) != len(own):
         raise ConfigError(f"data.labels has {len(asked)} classes, and {classes}")
     if set(asked) & set(own):
         raise ConfigError(f"data.labels is {', '.join(asked)}, but {classes}: leave it out")
-    return asked
+    return tuple(asked)
 
 
 def are_unnamed(names: Collection[str]) -> bool:

@@ -139,9 +139,9 @@ def answer(
         rows = batches[number]
         batch = generation_batch([fit.prompts[row] for row in rows], pad_id=pad_token(tokenizer))
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        settings = generation_settings(
-            model, tokenizer, max_new_tokens=fit.rooms[rows[0]], **search
-        )
+        room = fit.rooms[rows[0]]
+        least = {n: min(room, search[n]) for n in ("min_new_tokens",) if n in search}
+        settings = generation_settings(model, tokenizer, max_new_tokens=room, **search | least)
         written = cast(Any, model).generate(**batch, generation_config=settings)
         assert isinstance(written, Tensor)
         new = written[:, batch["input_ids"].shape[1] :].tolist()

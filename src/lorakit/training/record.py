@@ -91,7 +91,7 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Advance by one step."""
         if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+            self._bar.update(int(state.global_step - self._bar.n))
 
     def on_log(
         self,
