@@ -1,6 +1,7 @@
 """The demo from end to end, on a tiny model that learns nothing."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,10 +9,19 @@ from lorakit.cli import demo
 from lorakit.cli.main import main
 
 
+@pytest.fixture
+def wide_llama(tiny_llama, tmp_path):
+    """A tiny model with room for the demo's prompts and answers."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "wide-llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return folder
+
+
 def test_the_demo_trains_switches_merges_and_leaves_the_base_unchanged(
-    tiny_llama, tmp_path, monkeypatch, capsys
+    wide_llama, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(demo, "MODEL", str(tiny_llama))
+    monkeypatch.setattr(demo, "MODEL", str(wide_llama))
     words = ["demo", "--out", str(tmp_path / "demo"), "--steps", "4", "--rows", "2", "--json"]
     assert main(words) == 0
     result = json.loads(capsys.readouterr().out)
@@ -29,8 +39,8 @@ def test_the_demo_trains_switches_merges_and_leaves_the_base_unchanged(
 
 
 @pytest.mark.thorough
-def test_the_demo_prints_a_table_and_what_to_do_next(tiny_llama, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "MODEL", str(tiny_llama))
+def test_the_demo_prints_a_table_and_what_to_do_next(wide_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "MODEL", str(wide_llama))
     assert main(["demo", "--out", str(tmp_path / "demo"), "--steps", "2", "--rows", "1"]) == 0
     text = capsys.readouterr().out
     assert "task      before   after   adapter" in text
