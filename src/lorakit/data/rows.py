@@ -14,6 +14,8 @@ from lorakit.data.nested import rows_within, with_nested
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import ClassificationRow, PromptRow, Rows, RowType, TextRow
 from lorakit.data.sources import read_raw_rows
+from lorakit.data.tasks import PREFIX as TASK_PREFIX
+from lorakit.data.tasks import task_of
 from lorakit.errors import DataError
 
 BUILTIN_PREFIX = "builtin:"
@@ -29,7 +31,7 @@ def read_rows(
     task: str | None = None,
     answered: bool = True,
 ) -> Rows:
-    """The rows of a file, a hub data set or a built-in task.
+    """The rows of a file, a hub data set, a built-in task or a task of the paper.
 
     Args:
         source: what `DataConfig.train` may be.
@@ -49,6 +51,8 @@ def read_rows(
     """
     if source.startswith(BUILTIN_PREFIX):
         return _builtin_rows(source, data, limit=limit, split=split, task=task)
+    if source.startswith(TASK_PREFIX):
+        return _paper_rows(source, limit=limit, split=split, task=task)
     raw = read_raw_rows(source, limit=limit, split=split, delimiter=data.delimiter)
     table = ColumnTable.of(source, with_nested(raw.rows, data.fields), data)
     try:
@@ -59,6 +63,14 @@ def read_rows(
     known = tuple(labels or data.labels or ()) or None
     rows = _typed_rows(table, kind, labels=known, task=task, answered=answered)
     return replace(rows, notes=(*raw.notes, *rows.notes))
+
+
+def _paper_rows(source: str, *, limit: int | None, split: str, task: str | None) -> Rows:
+    """The rows of a task of the paper; in training one for each reference."""
+    found, named, folder = task_of(source)
+    _check_task(source, found.kind, task)
+    wanted = named or (split if split in found.splits else "validation")
+    return found.rows(wanted, folder=folder, limit=limit, training=split == "train")
 
 
 def _typed_rows(

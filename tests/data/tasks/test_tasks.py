@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from lorakit.config.train import DataConfig
 from lorakit.data.row_types import ClassificationRow, PromptRow, references_of
+from lorakit.data.rows import read_rows
 from lorakit.data.tasks import TASKS, task_of, wikisql
 from lorakit.errors import DataError
 
@@ -121,6 +123,17 @@ def test_a_source_names_a_task_and_a_split(source: str, message: str) -> None:
         task_of(source)
     task, split, folder = task_of("task:rte:train@a/b")
     assert (task.name, split, folder) == ("rte", "train", "a/b")
+
+
+def test_a_task_is_a_source_of_rows(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path, split, [{"sentence": split, "label": 1}])
+    source = f"task:cola@{tmp_path}"
+    for asked, split in (("train", "train"), ("test", "validation")):
+        rows = read_rows(source, DataConfig(), split=asked)
+        assert rows.rows == (ClassificationRow(text=split, label="acceptable"),)
+    with pytest.raises(DataError, match="generation"):
+        read_rows(source, DataConfig(), task="generation")
 
 
 def test_a_folder_without_the_split_says_which_it_has(tmp_path: Path) -> None:
