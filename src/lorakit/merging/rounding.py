@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Operation
 
-LIMIT = 30.0
-"""The largest ratio of a merge's change to the expected one: benchmarks/merge_rounding.py."""
+LIMIT = 10.0
+"""The largest ratio of a merge's change to the expected one.
+
+Of 819 right merges (benchmarks/results/merge_rounding.json) the largest was 2.2. With one layer lost
+it is a hundred and more in float32; in bfloat16 and float16 one small layer can be lost in the noise.
+"""
 
 
 class RoundingErrors(Operation):
