@@ -20,8 +20,8 @@ from lorakit.layers.operation import Operation
 LIMIT = 10.0
 """The largest ratio of a merge's change to the expected one.
 
-Of 819 right merges (benchmarks/results/merge_rounding.json) the largest was 2.2. With one layer lost
-it is a hundred and more in float32; in bfloat16 and float16 one small layer can be lost in the noise.
+Of 819 right merges (benchmarks/results/merge_rounding.json) the largest was 2.2. With one layer
+lost it is a hundred and more in float32; in half precision a small layer is lost in the noise.
 """
 
 
