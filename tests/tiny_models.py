@@ -20,6 +20,18 @@ _DECODER = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+STACKS = {
+    "vocab_size": 60,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+}
+"""Settings of a tiny encoder and decoder, under the names of BART and its kin."""
 _GROUPED = {**_DECODER, "num_key_value_heads": 2}
 _ENCODER = {**_DECODER, "num_labels": 3}
 _GPT = {

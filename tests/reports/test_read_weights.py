@@ -9,7 +9,7 @@ import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AttachError, RouteError, TargetError
 from references import base_hash, randomise
-from tiny_models import build, example_inputs
+from tiny_models import STACKS, build, example_inputs
 
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 MAMBA = {"vocab_size": 60, "hidden_size": 16, "state_size": 8, "num_hidden_layers": 2}
@@ -238,15 +238,8 @@ def test_dropout_in_a_weight_that_is_read_is_refused():
     lk.attach(model, lk.LoRAConfig(rank=2, targets=("in_proj",), dropout=0.1))
 
 
-STACKS = {
-    "vocab_size": 60,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 16,
-    "decoder_ffn_dim": 16,
+BART_STACKS = {
+    **STACKS,
     "max_position_embeddings": 32,
     "pad_token_id": 0,
     "decoder_start_token_id": 1,
@@ -261,10 +254,10 @@ T5 = {
     "decoder_start_token_id": 0,
 }
 SHARED = {
-    "Bart": ("BartForConditionalGeneration", STACKS),
-    "MBart": ("MBartForConditionalGeneration", STACKS),
-    "M2M100": ("M2M100ForConditionalGeneration", STACKS),
-    "Marian": ("MarianMTModel", STACKS),
+    "Bart": ("BartForConditionalGeneration", BART_STACKS),
+    "MBart": ("MBartForConditionalGeneration", BART_STACKS),
+    "M2M100": ("M2M100ForConditionalGeneration", BART_STACKS),
+    "Marian": ("MarianMTModel", BART_STACKS),
     "T5": ("T5ForConditionalGeneration", T5),
     "MT5": ("MT5ForConditionalGeneration", T5),
     "UMT5": ("UMT5ForConditionalGeneration", T5),
@@ -294,7 +287,7 @@ def test_the_embedding_is_the_one_that_is_called(kind):
     ],
 )
 def test_an_embedding_that_is_never_called_is_refused(config):
-    model = made(lambda: hf.BartForConditionalGeneration(hf.BartConfig(**STACKS)))
+    model = made(lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART_STACKS)))
     with pytest.raises(TargetError, match=r"model.shared  is never called: name model.encoder"):
         lk.attach(model, config)
 

@@ -9,19 +9,9 @@ import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import RouteError
 from references import randomise
-from tiny_models import build, example_inputs
+from tiny_models import STACKS, build, example_inputs
 
 TINY = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-STACKS = {
-    "vocab_size": 60,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 16,
-    "decoder_ffn_dim": 16,
-}
 
 
 def xlnet():

@@ -99,7 +99,8 @@ def test_a_pattern_that_takes_for_ever_stops(
 ) -> None:
     monkeypatch.setattr(paths, "SLOWEST_MATCH_S", 0.05)
     adapter = lk.Adapter.load(edit(folder, **{field: SLOW}))
-    lk.attach(build("llama"), adapter)  # its layers are in its files; the words only select them
+    # Its layers are in its files; the words only select them.
+    assert lk.attach(build("llama"), adapter).sites == adapter.sites
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
