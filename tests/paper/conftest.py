@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from lorakit.bench import environment
 from lorakit.cli.main import main
 from lorakit.paper import cell, check
 
@@ -72,7 +71,6 @@ def cells(tmp_path, tiny_bert, monkeypatch):
     (folder / "table9" / "lora.yaml").write_text(ROW)
     monkeypatch.setattr(cell, "FOLDER", folder)
     monkeypatch.setattr(check, "uncommitted", list)
-    monkeypatch.setattr(environment, "uncommitted", list)
     forget()
     yield folder
     monkeypatch.undo()
