@@ -29,7 +29,8 @@ def test_a_cell_is_run_once_and_its_results_can_be_scored_again(paper, data, tmp
     text = gzip.decompress(file.with_name("seed-0.predictions.jsonl.gz").read_bytes()).decode()
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["row"] for line in lines] == list(range(16))
-    rows = [json.loads(line) for line in (data / "cola" / "validation.jsonl").open()][:16]
+    lines_of_data = (data / "cola" / "validation.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines_of_data[:16]]
     right = [row["label"] for row in rows]
     assert lk.score("cola", [line["last"] for line in lines], right) == result["scores"]["last"]
     assert not any(row["sentence"] in text for row in rows)
