@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.cli.verbs import Result, Verb
 from lorakit.config.paper import (
+    PaperFigureConfig,
     PaperListConfig,
+    PaperReproductionConfig,
     PaperRunConfig,
     PaperTableConfig,
     PaperVerifyConfig,
 )
 from lorakit.errors import ConfigError, DataError
 from lorakit.paper.cell import tables
+from lorakit.paper.evidence import Sources
+from lorakit.paper.figure import draw, points, points_table
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.markdown import markdown
 from lorakit.paper.pages import written
+from lorakit.paper.reproduction import readme_table, reproduction_page
 from lorakit.paper.results import State, state_of
 from lorakit.paper.run import run_cells
 from lorakit.paper.summary import Summary, summary
@@ -57,6 +62,26 @@ def table(settings: PaperTableConfig) -> Result:
     return Result(
         text=written(page, settings.out, f"{found.name}.{found.scale}.md"), data=_data(found)
     )
+
+
+def figure(settings: PaperFigureConfig) -> Result:
+    """A figure's points, or the figure drawn."""
+    name = _name("figure", settings.figure)
+    found = points(name, settings.results)
+    text = points_table(found, name)
+    if settings.out is not None:
+        text = "\n".join(f"written to {file}" for file in draw(found, name, settings.out))
+    return Result(text=text, data={"figure": name, "points": [asdict(point) for point in found]})
+
+
+def reproduction(settings: PaperReproductionConfig) -> Result:
+    """The page of claims, or README's table."""
+    sources = Sources(settings.results, settings.benchmarks)
+    if settings.part == "readme":
+        page = readme_table(sources)
+        return Result(text=page, data={"page": page})
+    page = reproduction_page(sources)
+    return Result(text=written(page, settings.out, "reproduction.md"), data={"page": page})
 
 
 def verify_cells(settings: PaperVerifyConfig) -> Result:
@@ -138,6 +163,8 @@ def _records(states: Mapping[Job, State]) -> list[dict[str, Any]]:
 SECOND_WORDS: dict[str, Verb] = {
     "list": Paper(list_cells),
     "run": Paper(run),
+    "figure": Paper(figure),
+    "reproduction": Paper(reproduction),
     "table": Paper(table),
     "verify": Paper(verify_cells),
 }

@@ -136,6 +136,9 @@ class Table(Part):
     models: dict[str, PartOfTasks] = {}
     """What all rows of a published model share."""
 
+    beside: str | None = None
+    """Of a figure, the table whose rows are the paper's points."""
+
     small: Small | None = None
     """None: it has no small twin."""
 
