@@ -120,7 +120,7 @@ def test_the_prompt_is_read_once_for_each_row(model: GPT2LMHeadModel) -> None:
     handle = model.transformer.wte.register_forward_hook(
         lambda _module, inputs, _output: sizes.append(tuple(inputs[0].shape))
     )
-    searched(model, PROMPTS, longest=4, beams=3, length_penalty=-5.0)
+    searched(model, PROMPTS, longest=4, beams=3, length_penalty=5.0)
     handle.remove()
     assert sizes[:3] == [(4, 5), (12, 1), (12, 1)]
 
