@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import lorakit as lk
 from lorakit.answering.beam_search import BeamSearch, _ban_repeats, beam_search
@@ -255,9 +262,6 @@ def test_each_row_of_a_route_is_searched_with_its_own_adapter(family: str) -> No
 
 
 def test_a_model_without_keys_and_values_is_refused() -> None:
-    class Plain(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            return input_ids
-
-    with pytest.raises(ModelError, match="a Plain keeps no keys and values"):
-        searched(Plain(), [[1]])
+    config = MambaConfig(vocab_size=WORDS, hidden_size=8, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ModelError, match="a MambaForCausalLM keeps no keys and values"):
+        searched(MambaForCausalLM(config), [[1]])
