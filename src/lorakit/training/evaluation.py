@@ -24,7 +24,7 @@ class Scored:
     scores: dict[str, float]
     """`loss` (nats), and `perplexity` for texts, `accuracy` (0 to 1) for classes, `pearson` (-1 to
     1) for numbers."""
-    predicted: list[float]
+    predicted: list[int] | list[float]
     """The number of each row's class, or the number itself; none for texts."""
 
 
@@ -77,18 +77,16 @@ def scored(
     mean = summed / max(count, 1)
     if loss.task == "generation":
         return Scored(scores={"loss": mean, "perplexity": perplexity(mean)}, predicted=[])
-    found, right = _values(loss.task, torch.cat(predicted)), torch.cat(expected).tolist()
-    own = pearson(found, right) if loss.task == "regression" else accuracy(found, right)
-    name = "pearson" if loss.task == "regression" else "accuracy"
-    by_row = dict(zip(order, found, strict=True))
-    return Scored(
-        scores={"loss": mean, name: own}, predicted=[by_row[row] for row in range(len(order))]
-    )
+    # In the order of the rows.
+    back = torch.tensor(order).argsort()
+    return _of_labels(loss.task, mean, torch.cat(predicted)[back], torch.cat(expected)[back])
 
 
-def _values(task: str, logits: Tensor) -> list[float]:
-    """The number that logits of a row stand for: in a regression itself, else its class's."""
-    values: list[float] = (
-        logits.squeeze(-1) if task == "regression" else logits.argmax(-1)
-    ).tolist()
-    return values
+def _of_labels(task: str, loss: float, logits: Tensor, labels: Tensor) -> Scored:
+    """The scores of rows with labels, of their logits (rows × classes, or rows × 1)."""
+    right = labels.tolist()
+    if task == "regression":
+        numbers = logits.squeeze(-1).tolist()
+        return Scored(scores={"loss": loss, "pearson": pearson(numbers, right)}, predicted=numbers)
+    classes = logits.argmax(-1).tolist()
+    return Scored(scores={"loss": loss, "accuracy": accuracy(classes, right)}, predicted=classes)
