@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from lorakit.adapter.card import TrainedUse
 from lorakit.attachment.state import require_attachment
 from lorakit.errors import ConfigError
 from lorakit.routing.row_parts import names_of_rows
@@ -39,6 +40,7 @@ def ends_of_rows(
         stop: a text of one token that ends answers too.
 
     Raises:
+        AdapterFileError: the card of an adapter has entries that training does not write.
         ConfigError: `stop` is not one token.
         RouteError: the route is for another number of rows.
     """
@@ -54,7 +56,8 @@ def _trained_ends(model: nn.Module, names: Sequence[str]) -> list[int]:
     if not names:
         return []
     adapters = require_attachment(model).adapters
-    return [end for name in names for end in adapters[name].record.card.get("end_tokens", ())]
+    cards = (adapters[name].record.card for name in names)
+    return [end for card in cards for end in TrainedUse.on(card).end_tokens]
 
 
 def _token_of(stop: str, tokenizer: PreTrainedTokenizerBase) -> int:
