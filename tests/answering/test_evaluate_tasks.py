@@ -63,7 +63,7 @@ def test_an_answer_is_read_as_a_query_and_an_unreadable_one_is_wrong(
     rows, out = source(tmp_path, "wikisql", [row] * 3), tmp_path / "outputs.jsonl"
     answers = ["SELECT score FROM table WHERE year = '2'", "no query", "SELECT score FROM table"]
     right = "SELECT score FROM table WHERE year > '1'"
-    data = lk.DataConfig(validation=rows)
+    data = lk.DataConfig(validation=rows, validation_rows=9)
     for first, form in ((right, 1 / 3), (answers[0], 0)):
         written = [first, *answers[1:]]
         monkeypatch.setattr("lorakit.answering.evaluate.answer", lambda *_, w=written, **__: w)
@@ -82,7 +82,9 @@ def test_classes_are_scored_by_name_in_whatever_order_the_head_has_them(
 ) -> None:
     labels = [0, 1, 1, 0, 1, 1, 1, 0]
     texts = [{"sentence": f"{'red ' * n} cat", "label": label} for n, label in enumerate(labels)]
-    data = lk.DataConfig(validation=source(tmp_path, "cola", texts, "validation"))
+    data = lk.DataConfig(
+        validation=source(tmp_path, "cola", texts, "validation"), validation_rows=9
+    )
     torch.manual_seed(1)
     model, tokenizer = lk.load_model(
         tiny_bert, task="classification", labels=("acceptable", "unacceptable")
@@ -110,7 +112,7 @@ def test_correlations_of_one_value_are_not_defined_and_that_is_said(
     tiny_bert: Path, tmp_path: Path
 ) -> None:
     rows = [{"sentence1": "red", "sentence2": "cat", "label": number} for number in (1.0, 4.5)]
-    data = lk.DataConfig(validation=source(tmp_path, "stsb", rows))
+    data = lk.DataConfig(validation=source(tmp_path, "stsb", rows), validation_rows=9)
     torch.manual_seed(0)
     model, tokenizer = lk.load_model(tiny_bert, task="regression")
     with pytest.warns(UserWarning, match="pearson and spearman: not defined where all values are"):
