@@ -103,19 +103,19 @@ class Scorers:
         }
         return found | (self.official(rows, answers) if self.has_official else {})
 
-    def official(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, float]:
+    def official(self, rows: Sequence[Row], answers: Sequence[Any]) -> dict[str, float]:
         """The scores of answers, or of predicted classes or numbers, by the task's scorer."""
         task = self.task
         assert task is not None
         return score(
             task.name,
-            [self.output(row, text) for row, text in zip(rows, answers, strict=True)],
+            [self.output(*pair) for pair in zip(rows, answers, strict=True)],
             [self.reference(row) for row in rows],
             variant=self.config.variant,
             tables=tables_of(rows) if task.name == "wikisql" else None,
         )
 
-    def output(self, row: Row, answer: str) -> Any:
+    def output(self, row: Row, answer: Any) -> Any:
         """What the scorer takes as the output, of an answer."""
         return answer if self.task is None else self.task.output(answer, row)
 

@@ -48,8 +48,8 @@ class Task:
     """Names of the classes, by their number in the data."""
     grouped: bool = False
     """Whether raw rows of one prompt are its references, as on the hub, where each has one."""
-    output: Callable[[str, Row], Any] = lambda answer, _: answer
-    """What `lorakit.score` takes as the output, of an answer to a row."""
+    output: Callable[[Any, Row], Any] = lambda answer, _: answer
+    """What `lorakit.score` takes as the output, of an answer to a row, or of its predicted label."""
     reference: Callable[[Row], Any] = lambda row: reference_of(row)
     """What `lorakit.score` takes as the reference of a row."""
 
