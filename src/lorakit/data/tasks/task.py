@@ -49,7 +49,7 @@ class Task:
     grouped: bool = False
     """Whether raw rows of one prompt are its references, as on the hub, where each has one."""
     output: Callable[[Any, Row], Any] = lambda answer, _: answer
-    """What `lorakit.score` takes as the output, of an answer to a row, or of its predicted label."""
+    """What `lorakit.score` takes as the output, of an answer to a row or its predicted label."""
     reference: Callable[[Row], Any] = lambda row: reference_of(row)
     """What `lorakit.score` takes as the reference of a row."""
 
