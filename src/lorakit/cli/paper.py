@@ -140,7 +140,7 @@ def _told(job: Job, state: State) -> str:
     return "  ".join(
         f"{column.title} {column.shown(scores[column.score])}"
         for column in columns
-        if column.task == job.task
+        if column.task == job.task and column.score
     )
 
 

@@ -41,7 +41,7 @@ class Sources:
         table = cells()[cell].table
         if table not in self._lines:
             lines = summary(table, scale="small", results=self.results).lines
-            self._lines[table] = {line.cell.id: line for line in lines}
+            self._lines[table] = {line.cell.id: line for line in lines if not line.search}
         return self._lines[table][cell]
 
     def value(self, file: str, path: Sequence[str | int]) -> float | None:

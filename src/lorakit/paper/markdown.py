@@ -59,7 +59,7 @@ def ours_table(summary: Summary) -> str:
     averages = summary.table.average
     rows = [
         [
-            line.cell.method,
+            line.title,
             millions(line.parameters),
             *(
                 _with_state(line.entries[name]) if name in line.entries else NOTHING
@@ -149,7 +149,7 @@ def _row(line: Line, entry: Entry) -> list[str]:
     best, last = (entry.at(epoch) for epoch in ("best", "last"))
     difference = entry.difference
     return [
-        line.cell.method,
+        line.title,
         entry.column.title,
         str(len(scores)),
         _with_state(entry),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from lorakit.paper.job import Job
 FORMAT = 1
 """Of the file: a number that a change of its meaning raises."""
 Outputs = Mapping[str, Sequence[Any]]
-"""The outputs of each evaluation (best, last) in the order of rows."""
+"""The answers of each evaluation (best, last) in the order of rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +130,6 @@ def write_result(file: Path, result: Mapping[str, Any], outputs: Outputs) -> Non
     text = json.dumps({"format": FORMAT, **result}, indent=1)
     files = {file.name: f"{text}\n".encode(), outputs_file(file).name: packed}
     write_files(file.parent, files, overwrite=True)
-
-
-def finite(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """Scores as JSON has them: null where one does not exist, such as a constant's correlation."""
-    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def read_outputs(file: Path) -> dict[str, list[Any]]:
