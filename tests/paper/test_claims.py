@@ -14,11 +14,6 @@ ROOT = Path(__file__).parents[2]
 HERE = Sources(ROOT / "paper" / "results", ROOT / "benchmarks" / "results")
 
 
-def test_the_page_is_that_of_the_results():
-    page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
-    assert page == reproduction_page(HERE), "run `lorakit paper reproduction --out docs`"
-
-
 def test_every_claim_s_evidence_exists():
     for claim in claims().claims:
         for piece in claim.evidence:

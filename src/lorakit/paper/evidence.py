@@ -181,7 +181,7 @@ class Tested(Settings):
         yield Found(f"{self.what} ({self.test})", True)
 
 
-Evidence = Annotated[Versus | Peak | Measured | Counted | Tested, Field(discriminator="kind")]
+Evidence = Versus | Peak | Measured | Counted | Tested
 
 
 class Headline(Settings):

@@ -69,6 +69,18 @@ def state_of(job: Job, results: Path, *, data: Mapping[str, str] | None = None) 
     return State(kind="done", result=found)
 
 
+def same_run(job: Job, results: Path, data: Mapping[str, str]) -> Path | None:
+    """The file of another cell's result of the same settings, rows and seed, if there is one.
+
+    Rank 8 of W_q is a row of Table 5 and of Table 6, and is trained once.
+    """
+    for file in sorted(results.glob(f"*/{job.task}/seed-{job.seed}.json")):
+        found = read_result(file)
+        if found and found["status"] == "done" and not list(_changes(job, found, data)):
+            return file
+    return None
+
+
 def _changes(job: Job, found: Mapping[str, Any], data: Mapping[str, str] | None) -> Iterator[str]:
     """What is no longer as it was when a result was made."""
     if found["hash"] != job.hash:

@@ -21,7 +21,15 @@ from lorakit.errors import TrainingError
 from lorakit.paper.check import Data, check, digest, notes
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.outputs import Answered, answered
-from lorakit.paper.results import State, file_of, state_of, write_result
+from lorakit.paper.results import (
+    State,
+    file_of,
+    read_outputs,
+    read_result,
+    same_run,
+    state_of,
+    write_result,
+)
 from lorakit.paper.shapes import trained_parameters
 from lorakit.training.run import TrainResult, train
 from lorakit.training.run_folder import LOG
@@ -56,12 +64,24 @@ def run_cells(settings: PaperRunConfig, *, progress: bool) -> Done:
         if settings.dry_run or (state.kind in ("done", "failed") and not settings.redo):
             continue
         print(f"[{number}/{len(jobs)}] {job.name}", file=sys.stderr, flush=True)
+        same = None if settings.redo else same_run(job, settings.results, data.hashes(job))
+        if same is not None:
+            _take_over(job, same, settings.results)
+            continue
         with threads(settings.threads):
             _run(job, settings, data, where, progress=progress)
     return Done(
         states={job: state_of(job, settings.results, data=data.hashes(job)) for job in jobs},
         notes=remarks,
     )
+
+
+def _take_over(job: Job, file: Path, results: Path) -> None:
+    """Write the result of another cell's run, which was the same, as this job's."""
+    found = read_result(file)
+    assert found is not None
+    own = {"cell": job.cell.id, "same_run_as": str(file.relative_to(results))}
+    write_result(file_of(job, results), found | own, read_outputs(file))
 
 
 def _run(
