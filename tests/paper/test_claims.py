@@ -7,7 +7,7 @@ import torch
 
 import lorakit as lk
 from lorakit.paper.cell import cells
-from lorakit.paper.evidence import Found, Measured, Peak, Sources, Tested, Versus
+from lorakit.paper.evidence import Found, Measured, Peak, ShownByTest, Sources, Versus
 from lorakit.paper.reproduction import claims, readme_table, verdict
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +17,7 @@ HERE = Sources(ROOT / "paper" / "results", ROOT / "benchmarks" / "results")
 def test_every_claim_s_evidence_exists():
     for claim in claims().claims:
         for piece in claim.evidence:
-            if isinstance(piece, Tested):
+            if isinstance(piece, ShownByTest):
                 file, _, name = piece.test.partition("::")
                 assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
             if isinstance(piece, Measured):

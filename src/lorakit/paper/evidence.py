@@ -167,7 +167,7 @@ class Counted(Settings):
         yield Found(f"{text} (by counting)", ratio >= self.at_least)
 
 
-class Tested(Settings):
+class ShownByTest(Settings):
     """What a test of the repository shows at each run."""
 
     kind: Literal["tested"]
@@ -181,7 +181,7 @@ class Tested(Settings):
         yield Found(f"{self.what} ({self.test})", True)
 
 
-Evidence = Versus | Peak | Measured | Counted | Tested
+Evidence = Versus | Peak | Measured | Counted | ShownByTest
 
 
 class Headline(Settings):
