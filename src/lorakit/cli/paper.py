@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from lorakit.config.paper import (
     PaperVerifyConfig,
 )
 from lorakit.errors import ConfigError, DataError
-from lorakit.paper.cell import tables
+from lorakit.paper.cell import cells, tables
 from lorakit.paper.evidence import Sources
 from lorakit.paper.figure import draw, points, points_table
 from lorakit.paper.job import Job, jobs_of
@@ -41,9 +42,10 @@ class Paper:
 
 
 def list_cells(settings: PaperListConfig) -> Result:
-    """Each run of the cells, and what there is of it."""
+    """Each run of the cells that are named, or each cell, and what there is of it."""
     states = {job: state_of(job, settings.results) for job in jobs_of(settings, skip=True)}
-    return Result(text="\n".join(_lines(states)), data={"runs": _records(states)})
+    lines = _lines(states) if settings.cells else _lines_of_cells(states)
+    return Result(text="\n".join(lines), data={"runs": _records(states)})
 
 
 def run(settings: PaperRunConfig) -> Result:
@@ -125,8 +127,17 @@ def _data(found: Summary) -> dict[str, Any]:
     return {"table": found.name, "scale": found.scale, "rows": rows}
 
 
+def _lines_of_cells(states: Mapping[Job, State]) -> Iterable[str]:
+    """A line for each cell: its method, and how many of its runs are done, stale and so on."""
+    width = max(map(len, cells()))
+    for name, cell in cells().items():
+        kinds = Counter(state.kind for job, state in states.items() if job.cell is cell)
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        yield f"{name:{width}}  {cell.method:24}{told or 'cannot be run at this scale'}"
+
+
 def _lines(states: Mapping[Job, State]) -> Iterable[str]:
-    width = max(len(job.name) for job in states)
+    width = max((len(job.name) for job in states), default=0)
     for job, state in states.items():
         told = _told(job, state) if state.kind == "done" else state.why
         yield f"{job.name:{width}}  {state.kind:8}{told}".rstrip()

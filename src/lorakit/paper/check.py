@@ -30,6 +30,7 @@ class Data:
     """That of all tasks; None: the hub."""
     rows: dict[tuple[str, str, int | None], Rows] = field(default_factory=dict)
     """By task, split and the number of rows that are used."""
+    _hashes: dict[int, str] = field(default_factory=dict)
 
     def training(self, job: Job) -> Rows:
         """The rows that a job trains on."""
@@ -41,7 +42,13 @@ class Data:
 
     def hashes(self, job: Job) -> dict[str, str]:
         """The hash of a job's rows, by what they are for."""
-        return {"train": digest(self.training(job)), "score": digest(self.scored(job))}
+        return {"train": self._hash(self.training(job)), "score": self._hash(self.scored(job))}
+
+    def _hash(self, rows: Rows) -> str:
+        # Rows are kept in `rows`, so that none has the identity of others.
+        if id(rows) not in self._hashes:
+            self._hashes[id(rows)] = digest(rows)
+        return self._hashes[id(rows)]
 
     def _read(self, job: Job, split: str, limit: int | None) -> Rows:
         key = job.task, split, limit

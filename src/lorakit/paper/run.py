@@ -18,7 +18,7 @@ from lorakit.config.paper import PaperRunConfig
 from lorakit.config.train import TrainConfig
 from lorakit.data.metrics.score import scorer
 from lorakit.errors import TrainingError
-from lorakit.paper.check import Data, check, digest, notes
+from lorakit.paper.check import Data, check, notes
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.outputs import Answered, answered
 from lorakit.paper.results import (
@@ -147,11 +147,11 @@ def _going_on(config: TrainConfig) -> TrainConfig:
 
 
 def _data_entry(job: Job, data: Data) -> dict[str, Any]:
-    parts = {"train": data.training(job), "score": data.scored(job)}
-    sources = {"train": job.source("train", None), "score": job.source(job.scoring.split, None)}
+    rows = {"train": data.training(job), "score": data.scored(job)}
+    splits = {"train": "train", "score": job.scoring.split}
     return {
-        name: {"source": sources[name], "rows": len(rows), "sha256": digest(rows)}
-        for name, rows in parts.items()
+        name: {"source": job.source(splits[name], None), "rows": len(rows[name]), "sha256": found}
+        for name, found in data.hashes(job).items()
     }
 
 
