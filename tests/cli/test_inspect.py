@@ -6,7 +6,7 @@ from lorakit.cli.main import main
 def test_an_adapter_of_lorakit_and_of_peft_is_described(
     tiny_llama, prompt_rows, tmp_path, run, capsys
 ):
-    words = ["--model", tiny_llama, "--data.train", prompt_rows, "--dtype", "float32"]
+    words = ["--model", tiny_llama, "--data.train", prompt_rows, "--lora.alpha", 4]
     out = tmp_path / "words"
     assert run("train", *words, "--out", out, "--steps", 4, "--warmup-steps", 1)[0] == 0
     assert run("convert", out, tmp_path / "peft", "--to", "peft")[0] == 0
@@ -14,12 +14,12 @@ def test_an_adapter_of_lorakit_and_of_peft_is_described(
     ours = capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "peft")]) == 0
     theirs = capsys.readouterr().out
-    for told in ("Adapter(lora r 8, 4 updates, ", "  q 16×16, r 8, scale 1: 2 updates", "size: "):
+    for told in ("Adapter(lora r 8, 4 updates, ", "  q 32×32, r 8, scale 0.5: 2 updates", "size: "):
         assert told in ours
     assert f"base: {tiny_llama}" in ours
     assert f"trained: 4 steps on prompt rows of {prompt_rows}" in ours
     assert "not verified" not in ours
-    assert "  q_proj 16×16, r 8, scale 1: 2 updates" in theirs
+    assert "  q_proj 32×32, r 8, scale 0.5: 2 updates" in theirs
     assert "not verified: the scales" in theirs
     code, facts = run("inspect", out)
     assert code == 0
