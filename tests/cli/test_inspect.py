@@ -16,8 +16,8 @@ def test_an_adapter_of_lorakit_and_of_peft_is_described(
     theirs = capsys.readouterr().out
     assert ours.startswith("Adapter(lora r 8, 4 updates, ")
     assert ours.splitlines()[1:3] == [
-        "  q 32×32, r 8, scale 0.5: 2 updates",
-        "  v 16×32, r 8, scale 0.5: 2 updates",
+        "  q_proj 32×32, r 8, scale 0.5: 2 updates",
+        "  v_proj 16×32, r 8, scale 0.5: 2 updates",
     ]
     assert "\nsize: " in ours
     assert f"base: {tiny_llama}" in ours
