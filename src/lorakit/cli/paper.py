@@ -9,9 +9,9 @@ from typing import Any
 
 from lorakit.cli.verbs import Result, Verb
 from lorakit.config.paper import (
+    PaperClaimsConfig,
     PaperFigureConfig,
     PaperListConfig,
-    PaperReproductionConfig,
     PaperRunConfig,
     PaperTableConfig,
     PaperVerifyConfig,
@@ -76,7 +76,7 @@ def figure(settings: PaperFigureConfig) -> Result:
     return Result(text=text, data={"figure": name, "points": [asdict(point) for point in found]})
 
 
-def reproduction(settings: PaperReproductionConfig) -> Result:
+def claims(settings: PaperClaimsConfig) -> Result:
     """The page of claims, or README's table."""
     sources = Sources(settings.results, settings.benchmarks)
     if settings.part == "readme":
@@ -175,7 +175,7 @@ SECOND_WORDS: dict[str, Verb] = {
     "list": Paper(list_cells),
     "run": Paper(run),
     "figure": Paper(figure),
-    "reproduction": Paper(reproduction),
+    "claims": Paper(claims),
     "table": Paper(table),
     "verify": Paper(verify_cells),
 }

@@ -51,6 +51,10 @@ VERBS = {
         meaning="Talk to a model in the terminal, and switch between adapters.",
         settings="config.verbs:ChatConfig",
     ),
+    "inspect": Entry(
+        meaning="Say what an adapter is, and what its files prove of it.",
+        settings="config.verbs:InspectConfig",
+    ),
     "merge": Entry(
         meaning="Write a plain model that has the adapter in its weights.",
         settings="config.verbs:MergeConfig",
@@ -79,9 +83,9 @@ VERBS = {
         meaning="Show a table of the paper beside our results.",
         settings="config.paper:PaperTableConfig",
     ),
-    "paper reproduction": Entry(
+    "paper claims": Entry(
         meaning="Write the page of what of the paper holds in our results.",
-        settings="config.paper:PaperReproductionConfig",
+        settings="config.paper:PaperClaimsConfig",
     ),
     "paper verify": Entry(
         meaning="Score the outputs of results again, and name what differs.",

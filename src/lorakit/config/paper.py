@@ -105,8 +105,8 @@ class PaperTableConfig(PaperConfig):
     """Folder for table2.small.md, which is replaced. None: the table is printed."""
 
 
-class PaperReproductionConfig(PaperConfig):
-    """Settings of paper reproduction: where the page is written."""
+class PaperClaimsConfig(PaperConfig):
+    """Settings of paper claims: where the page is written."""
 
     benchmarks: Path = Path("benchmarks/results")
     """Folder of the benchmarks' results."""
