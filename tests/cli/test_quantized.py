@@ -25,6 +25,7 @@ def made(model, rows, out, **operations):
         "lora": lk.LoRAConfig(rank=8, targets=("all-linear",), dropout=0.1),
         "data": DataConfig(train=str(rows), validation=str(rows)),
         "quantize": "4bit",
+        "dtype": "bfloat16",
         "steps": 6,
         "warmup_steps": 2,
         "learning_rate": 3e-2,
