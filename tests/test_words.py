@@ -20,7 +20,7 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_the_python_of_the_readme_prints_what_it_says(number, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     program = blocks("python")[number]
@@ -28,6 +28,7 @@ def test_the_python_of_the_readme_prints_what_it_says(number, tmp_path, monkeypa
     assert capsys.readouterr().out == blocks("text")[number]
 
 
+@pytest.mark.thorough
 def test_the_bank_of_the_readme_answers_a_mixed_batch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, _ = lk.load_model("smollm2")
@@ -84,7 +85,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data sets beside the repository")
-@pytest.mark.parametrize("name", ["e2e", "sst2"])
+@pytest.mark.parametrize("name", ["e2e", pytest.param("sst2", marks=pytest.mark.thorough)])
 def test_the_examples_read_the_real_rows(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = ["train", f"examples/{name}.yaml", "--data.train-rows", "40", "--dry-run", "--json"]

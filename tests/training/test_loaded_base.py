@@ -49,6 +49,7 @@ def test_the_precision_suits_the_processor(
     assert result.adapter.base.dtype == dtype
 
 
+@pytest.mark.thorough
 def test_a_model_with_adapters_is_left_with_them(tiny_llama, prompt_rows, tmp_path):
     model, tokenizer = lk.load_model(tiny_llama)
     base = base_hash(model)
