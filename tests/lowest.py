@@ -25,7 +25,8 @@ def constraints() -> Iterator[str]:
     for bound in used:
         name = name_of(bound)
         if ">=" in bound and name not in tools and name not in OWN_BUILD:
-            yield bound.replace(">=", "==")
+            # A constraint names a package alone, without extras.
+            yield re.sub(r"\[.*?\]", "", bound).replace(">=", "==")
     for pin in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if name_of(pin) in tools - OWN_BUILD:
             yield pin

@@ -1,4 +1,4 @@
-"""An adapter by its hub id: from the hub's cache, with nothing but JSON and safetensors fetched."""
+"""An adapter by its hub id: from the hub's cache, with no file fetched that could run code."""
 
 import shutil
 from typing import Any
@@ -9,7 +9,8 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import lorakit as lk
-from lorakit.adapter.hub import FETCHED
+from lorakit.adapter.folder import READ
+from lorakit.adapter.hub import short_name
 from lorakit.errors import AdapterFileError
 from references import attach_random, outputs
 from tiny_models import build, example_inputs
@@ -52,6 +53,9 @@ def test_a_hub_id_is_taken_wherever_an_adapter_is(model, folder, cache):
     for revision in (None, "v1", COMMIT):
         loaded = lk.Adapter.load("someone/e2e", revision=revision)
         assert loaded.content_hash() == expected.content_hash()
+    for revision in ("v1", COMMIT):
+        named = lk.Adapter.load(f"someone/e2e@{revision}")
+        assert named.content_hash() == expected.content_hash()
     with lk.attached(model, "someone/e2e") as plan:
         assert torch.equal(outputs(model, inputs), answers)
     assert plan.parameters == lk.plan(model, "someone/e2e").parameters == expected.parameters
@@ -67,6 +71,8 @@ def test_offline_the_message_says_how_to_get_it(model, cache):
         lk.attach(model, "someone/other")
     with pytest.raises(AdapterFileError, match=r"`hf download someone/e2e --revision v2`"):
         lk.Adapter.load("someone/e2e", revision="v2")
+    with pytest.raises(AdapterFileError, match=r"`hf download someone/e2e --revision v2`"):
+        lk.Adapter.load("someone/e2e@v2")
     assert not hasattr(model, "_lorakit")
 
 
@@ -83,9 +89,19 @@ def test_a_path_comes_first_and_a_mistyped_one_asks_no_hub(folder, cache, tmp_pa
             lk.Adapter.load(mistyped)
     with pytest.raises(AdapterFileError, match="revision goes with a hub id"):
         lk.Adapter.load(tmp_path / "saved", revision="main")
+    with pytest.raises(AdapterFileError, match="revision goes with a hub id, OWNER/NAME, not with"):
+        lk.Adapter.load("someone/e2e@v1", revision="main")
 
 
-def test_only_json_and_safetensors_are_fetched(cache, monkeypatch):
+def test_a_folder_with_an_at_sign_comes_first(folder, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "someone" / "e2e@v1")
+    assert lk.Adapter.load("someone/e2e@v1").parameters
+    assert short_name("someone/e2e@v1") == "e2e@v1"
+    assert short_name("other/e2e@v1") == short_name("out/e2e/") == "e2e"
+
+
+def test_only_json_safetensors_and_a_template_are_fetched(cache, monkeypatch):
     asked: dict[str, Any] = {}
 
     def download(name, *, revision, allow_patterns):
@@ -94,8 +110,8 @@ def test_only_json_and_safetensors_are_fetched(cache, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     lk.Adapter.load("someone/e2e", revision="v1")
-    assert asked == {"name": "someone/e2e", "revision": "v1", "files": list(FETCHED)}
-    assert {name.rpartition(".")[2] for name in FETCHED} == {"json", "safetensors"}
+    assert asked == {"name": "someone/e2e", "revision": "v1", "files": list(READ)}
+    assert {name.rpartition(".")[2] for name in READ} == {"json", "safetensors", "jinja"}
     (cache / "snapshots" / COMMIT / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterFileError, match=r"has no adapter_model\.safetensors on the hub"):
         lk.Adapter.load("someone/e2e")

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 
 from lorakit.cli.main import main
@@ -67,4 +68,30 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(chat, tmp_path, adapter)
 def test_folders_of_one_name_are_refused(chat, adapter):
     code, result, _ = chat(words=[str(adapter)])
     assert code == 2
-    assert "two adapter folders are called words" in result["error"]["message"]
+    assert "two adapters are called words" in result["error"]["message"]
+
+
+def test_an_adapter_of_the_hub_is_called_by_its_name(chat, adapter, tmp_path, monkeypatch):
+    repository = tmp_path / "cache" / "models--someone--e2e"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(adapter, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    code, result, err = chat("/adapter e2e", "red", "/load", words=["someone/e2e@v1"])
+    assert code == 0
+    assert [turn["adapter"] for turn in result["turns"]] == ["e2e"]
+    assert "error: /load needs a folder, or OWNER/NAME on the hub" in err
+
+
+def test_an_adapter_answers_through_the_chat_template_of_its_folder(chat, adapter, tmp_path, run):
+    own = tmp_path / "own"
+    assert run("convert", adapter, own, "--to", "peft")[0] == 0
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    (own / "chat_template.jinja").write_text(template)
+    code, result, err = chat("red", f"/load {own}", "/clear", "red", "/adapter words")
+    assert code == 0
+    # The template writes what rows of prompts have: the line, and a line break.
+    assert [turn["answer"] for turn in result["turns"]] == [result["turns"][0]["answer"]] * 2
+    assert "own answers\n" in err
+    assert "words answers, each line alone, as it was trained\n" in err

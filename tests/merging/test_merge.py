@@ -204,7 +204,7 @@ def test_a_report_is_shown_in_one_line():
     model = build("llama").to(torch.bfloat16)
     attach_random(model, std=1e-3)
     report = lk.merge(model)
-    lost = f"{report.worst.rounding_error:.3%}"
+    lost = f"{100 * report.worst.rounding_error:.2g}%"
     assert repr(report) == (
         f"MergeReport('default' in 4 weights, at most {lost} of ΔW lost, with a warning)"
     )

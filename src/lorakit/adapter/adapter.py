@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.folder import load_path, reading
 from lorakit.adapter.folder_write import save_folder
@@ -56,11 +57,12 @@ class Adapter(AdapterContent):
     ) -> Adapter:
         """Read an adapter folder of lorakit or PEFT, by its path or hub id, or a loralib .pt file.
 
-        Of a repository of the hub, only the JSON and safetensors files of an adapter are fetched,
-        into the hub's cache on this machine.
+        Of a repository of the hub, only an adapter's JSON and safetensors files and its chat
+        template are fetched, into the hub's cache on this machine.
 
         Args:
-            source: the folder, the .pt file, or OWNER/NAME on the hub, where there is no such path.
+            source: the folder, the .pt file, or OWNER/NAME or OWNER/NAME@REVISION on the hub,
+                where there is no such path.
             revision: a branch, tag or commit of the hub's repository.
             config: rank, alpha and targets, for a loralib file, which does not hold them.
             kernel_sizes: the convolutions in a loralib file, by path or the end of it, and the size
@@ -91,7 +93,7 @@ class Adapter(AdapterContent):
             quantize: how the base holds its weights: as-trained, none (in `dtype`), 4bit or 8bit.
 
         Raises:
-            AdapterFileError: it names no base.
+            AdapterFileError: it names no base, or has a card that training does not write.
             ModelError: the base cannot be found or loaded.
             MissingExtraError: the base is quantised, and the library for it is not installed.
         """
@@ -100,8 +102,9 @@ class Adapter(AdapterContent):
             raise AdapterFileError(
                 "the adapter does not say which base it was trained on: name the model"
             )
-        task = task or self.card.get("task") or "generation"
-        labels = (labels or self.card.get("labels")) if task == "classification" else None
+        use = TrainedUse.on(self.card)
+        task = task or use.task or "generation"
+        labels = (labels or use.labels or None) if task == "classification" else None
         way = None if quantize == "none" else quantize
         how = quantization_on(self.card) if quantize == "as-trained" else way
         return load_model(name, dtype=dtype, task=task, labels=labels, quantize=how)

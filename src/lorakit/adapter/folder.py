@@ -18,6 +18,7 @@ from lorakit.adapter.file_sizes import size_problems
 from lorakit.adapter.json_files import read_object
 from lorakit.adapter.loralib import read_loralib
 from lorakit.adapter.other_tools import check_not_safetensors, named_files
+from lorakit.adapter.own_template import TEMPLATE_FILE, TOKENIZER_FILE, own_template
 from lorakit.adapter.peft_config import CONFIG_FILE, read_config, unknown_values
 from lorakit.adapter.peft_read import read_peft
 from lorakit.adapter.record import RECORD_FILE, AdapterRecord, read_record
@@ -25,6 +26,9 @@ from lorakit.adapter.recorded import check_content, recorded_adapter
 from lorakit.adapter.tensor_files import PICKLE_FILE, WEIGHTS_FILE, read_tensors
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError, did_you_mean
+
+READ = (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, TEMPLATE_FILE, TOKENIZER_FILE)
+"""The files of a folder that are read: JSON, safetensors, and a template for Jinja's sandbox."""
 
 
 def load_path(
@@ -83,10 +87,10 @@ def reading(folder: Path) -> Iterator[AdapterContent]:
 def _read_folder(folder: Path) -> tuple[AdapterContent, AdapterRecord | None]:
     """The adapter of a folder, with the record of what was saved, if there is one."""
     try:
-        problems = size_problems(folder, (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE))
+        problems = size_problems(folder, READ)
         if problems:
             raise AdapterFileError.listing(f"{folder} cannot be used", problems)
-        files = read_files(folder, (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE))
+        files = read_files(folder, READ)
         if WEIGHTS_FILE not in files:
             files |= read_files(folder, (PICKLE_FILE,))
     except OSError as error:
@@ -125,6 +129,9 @@ def content_from(
     elif not problems:
         assert config is not None
         adapter, problems = read_peft(config, tensors)
+        template = own_template(files, problems)
+        if adapter is not None and template is not None:
+            adapter = replace(adapter, card={**adapter.card, "chat_template": template})
     if problems:
         raise AdapterFileError.listing(f"{folder} cannot be used", problems)
     assert adapter is not None

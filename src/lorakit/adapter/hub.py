@@ -1,4 +1,7 @@
-"""An adapter by its hub id: its files are fetched into the hub's own cache on this machine."""
+"""An adapter by its hub id: its files are fetched into the hub's own cache on this machine.
+
+An id may end with a branch, tag or commit: OWNER/NAME@REVISION.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,19 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from lorakit.adapter.folder import READ
 from lorakit.adapter.peft_config import CONFIG_FILE
-from lorakit.adapter.record import RECORD_FILE
 from lorakit.adapter.tensor_files import WEIGHTS_FILE
 from lorakit.errors import AdapterFileError
-
-FETCHED = (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE)
-"""The files that are fetched: JSON and safetensors, which run no code when they are read."""
 
 
 def local_path(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The folder or file that stands for an adapter on this machine.
 
     Args:
-        source: a path; or a hub id, OWNER/NAME, where there is no such path, nor a folder OWNER.
-        revision: a branch, tag or commit of the hub; `source` is then a hub id.
+        source: a path; or a hub id, OWNER/NAME or OWNER/NAME@REVISION, where there is no such path,
+            nor a folder OWNER.
+        revision: a branch, tag or commit of the hub; `source` is then a hub id without one.
 
     Raises:
         AdapterFileError: it is neither, or the hub's files are not here and cannot be fetched.
@@ -38,20 +39,28 @@ def local_path(source: str | os.PathLike[str], revision: str | None = None) -> P
             f"found {source!r:.60}, a {type(source).__name__}"
         )
     path = Path(source).expanduser()
+    name, _, named = os.fspath(source).partition("@")
+    is_hub_id = isinstance(source, str) and _is_hub_id(name)
     if revision is not None:
-        if not _is_hub_id(source):
+        if not is_hub_id or named:
             raise AdapterFileError(f"revision goes with a hub id, OWNER/NAME, not with {source}")
-        return _fetched(os.fspath(source), revision)
-    if path.exists() or not _is_hub_id(source) or path.parent.is_dir():
+        return _fetched(name, revision)
+    if path.exists() or not is_hub_id or path.parent.is_dir():
         return path
-    return _fetched(os.fspath(source), None)
+    return _fetched(name, named or None)
 
 
-def _is_hub_id(source: str | os.PathLike[str]) -> bool:
-    if not isinstance(source, str) or source.count("/") != 1:
+def short_name(source: str | os.PathLike[str]) -> str:
+    """What an adapter is called: the last part of its folder's path, or NAME of its hub id."""
+    last = Path(source).expanduser().absolute().name
+    return last if Path(source).expanduser().exists() else last.partition("@")[0]
+
+
+def _is_hub_id(name: str) -> bool:
+    if name.count("/") != 1:
         return False
     try:
-        huggingface_hub.try_to_load_from_cache(source, CONFIG_FILE)
+        huggingface_hub.try_to_load_from_cache(name, CONFIG_FILE)
     except HFValidationError:
         return False
     return True
@@ -67,7 +76,7 @@ def _fetched(name: str, revision: str | None) -> Path:
     way = f"run `hf download {which}` where there is a network, or give a folder"
     try:
         found = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(FETCHED)
+            name, revision=revision, allow_patterns=list(READ)
         )
     except RevisionNotFoundError:
         raise AdapterFileError(f"{name} has no revision {revision!r} on the hub") from None
@@ -89,7 +98,7 @@ def _fetched(name: str, revision: str | None) -> Path:
     folder = Path(found)
     if (folder / CONFIG_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         raise AdapterFileError(
-            f"{name} has no {WEIGHTS_FILE} on the hub, and nothing but safetensors and JSON is "
+            f"{name} has no {WEIGHTS_FILE} on the hub, and of tensors nothing but safetensors is "
             "fetched: save it in that format with the tool that made it"
         )
     return folder

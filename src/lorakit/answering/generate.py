@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from lorakit.adapter.adapter import AdapterSource
+from lorakit.adapter.card import TrainedUse
 from lorakit.attachment.open_model import ModelSource, Opened, opened_model
 from lorakit.config.answering import GenerateConfig
 from lorakit.config.seed import generator_seed
@@ -126,9 +127,8 @@ def _rows(prompts: Iterable[str], config: GenerateConfig, opened: Opened) -> Ite
     chat = config.chat
     if chat is None:
         # Without an adapter, a model with a chat template gets prompts as messages.
-        trained = opened.adapter.card.get("rows_kind") if opened.adapter else None
-        template = getattr(opened.tokenizer, "chat_template", None)
-        chat = trained == "messages" if opened.adapter else template is not None
+        use = TrainedUse.on(opened.adapter.card) if opened.adapter else None
+        chat = use.as_messages if use else opened.base_template is not None
     for prompt in prompts:
         if chat:
             yield MessagesRow(messages=(Message(role="user", content=prompt),))

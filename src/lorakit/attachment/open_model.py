@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import transformers
 
 from lorakit.adapter.adapter import Adapter, AdapterSource
+from lorakit.adapter.card import TrainedUse
 from lorakit.attachment.attach import attach
 from lorakit.attachment.attached import attached
 from lorakit.attachment.state import attachment_of
 from lorakit.config.answering import EvaluateConfig, GenerateConfig
 from lorakit.config.base import Settings
 from lorakit.config.train import DataConfig
+from lorakit.data.chat import with_template
 from lorakit.data.labels import head_classes
 from lorakit.errors import AdapterFileError, ConfigError, ModelError
 from lorakit.models.load import (
@@ -38,6 +40,9 @@ class Opened:
 
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
+    """The base's, with the adapter's own chat template, if it has one."""
+    base_template: Any
+    """The base's chat template, or several by name; None: it has none."""
     adapter: Adapter | None
     """The adapter attached to the model; None: the model is the base."""
     task: str
@@ -77,7 +82,7 @@ def open_model(
         MissingExtraError: the base is to be quantised, and the library for it is not installed.
     """
     adapter = None if source is None else Adapter.of(source)
-    card: Mapping[str, Any] = adapter.card if adapter else {}
+    card = adapter.card if adapter else {}
     base = model or (adapter.base.name if adapter and adapter.base else "")
     if not base and adapter is None:
         raise ConfigError("give an adapter, a model, or both")
@@ -85,9 +90,10 @@ def open_model(
         raise AdapterFileError(
             "the adapter does not say which base it was trained on: name the model"
         )
-    task = task or card.get("task") or own_task(base)
-    merged = _data(card, data)
-    labels = _classes(base, card, merged) if task == "classification" else None
+    use = TrainedUse.on(card)
+    task = task or use.task or own_task(base)
+    merged = _data(use, data)
+    labels = _classes(base, use, merged) if task == "classification" else None
     if adapter is not None:
         loaded, tokenizer = adapter.load_base(
             base, dtype=dtype, task=task, labels=labels, quantize=quantize
@@ -99,7 +105,13 @@ def open_model(
     if adapter is not None:
         attach(loaded, adapter, allow_other_base=allow_other_base)
     return Opened(
-        model=loaded, tokenizer=tokenizer, adapter=adapter, task=task, labels=labels, data=merged
+        model=loaded,
+        tokenizer=with_template(tokenizer, use.chat_template),
+        base_template=tokenizer.chat_template,
+        adapter=adapter,
+        task=task,
+        labels=labels,
+        data=merged,
     )
 
 
@@ -158,12 +170,12 @@ def _borrowed(
     allow_other_base: bool,
 ) -> Iterator[Opened]:
     adapter = _active(model) if source is None else Adapter.of(source)
-    card: Mapping[str, Any] = adapter.card if adapter else {}
+    use = TrainedUse.on(adapter.card if adapter else {})
     own = task_of(model)
-    asked = task or card.get("task") or own
+    asked = task or use.task or own
     if asked != own:
         raise ConfigError(f"the task is {asked}, and the loaded model does {own}")
-    read, labels = _data(card, data), None
+    read, labels = _data(use, data), None
     if own == "classification":
         labels = head_classes(read.labels, labels_of(model), whose="the loaded model")
     training = model.training
@@ -175,7 +187,8 @@ def _borrowed(
         try:
             yield Opened(
                 model=model.eval(),
-                tokenizer=tokenizer,
+                tokenizer=with_template(tokenizer, use.chat_template),
+                base_template=tokenizer.chat_template,
                 adapter=adapter,
                 task=own,
                 labels=labels,
@@ -218,10 +231,10 @@ def _active(model: transformers.PreTrainedModel) -> Adapter | None:
     return None if state is None or name is None else state.adapters[name].record
 
 
-def _classes(base: str, card: Mapping[str, Any], data: DataConfig) -> tuple[str, ...] | None:
+def _classes(base: str, use: TrainedUse, data: DataConfig) -> tuple[str, ...] | None:
     """The names of the classes in the order of the head: an adapter's, or else the base's own."""
-    if card.get("labels"):
-        return head_classes(data.labels, tuple(card["labels"]), whose="the adapter")
+    if use.labels:
+        return head_classes(data.labels, use.labels, whose="the adapter")
     return head_classes(data.labels, own_classes(base), whose=base)
 
 
@@ -247,7 +260,7 @@ def _check_head(
         )
 
 
-def _data(card: Mapping[str, Any], given: DataConfig | None) -> DataConfig:
+def _data(use: TrainedUse, given: DataConfig | None) -> DataConfig:
     """How rows are read: as in training, where nothing else is given."""
-    trained, given = DataConfig(**card.get("data", {})), given or DataConfig()
-    return trained.model_copy(update={k: getattr(given, k) for k in given.model_fields_set})
+    given = given or DataConfig()
+    return use.data.model_copy(update={k: getattr(given, k) for k in given.model_fields_set})

@@ -8,19 +8,19 @@ prompts with each line alone.
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import TextStreamer, set_seed
 
-from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.card import TrainedUse
+from lorakit.adapter.hub import short_name
 from lorakit.attachment.attach import detach
 from lorakit.attachment.open_model import Opened, open_model
 from lorakit.bank import AdapterBank
 from lorakit.cli.verbs import Result
-from lorakit.config.train import DataConfig
 from lorakit.config.verbs import ChatConfig
+from lorakit.data.chat import with_template
 from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError, LorakitError, did_you_mean
@@ -30,7 +30,7 @@ from lorakit.training.answer import generation_settings
 HELP = """\
 /adapter NAME    let this adapter answer; without a name, list them
 /base            let the base answer
-/load DIR        load another adapter, and let it answer
+/load PLACE      load another adapter, a folder or OWNER/NAME, and let it answer
 /system TEXT     start anew with a message of the system; without text, without one
 /clear           forget the conversation
 /retry           answer the last line again
@@ -40,10 +40,10 @@ HELP = """\
 
 def run(settings: ChatConfig) -> Result:
     """Answer lines until they end."""
-    names = [path.name for path in settings.adapters]
+    names = [short_name(place) for place in settings.adapters]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
-        raise ConfigError(f"two adapter folders are called {', '.join(twice)}: rename one")
+        raise ConfigError(f"two adapters are called {', '.join(twice)}: rename one's folder")
     first = settings.adapters[0] if settings.adapters else None
     opened = open_model(
         first,
@@ -53,10 +53,10 @@ def run(settings: ChatConfig) -> Result:
         allow_other_base=settings.allow_other_base,
     )
     chat = Chat(settings, opened)
-    for path in settings.adapters:
-        chat.load(path)
+    for place in settings.adapters:
+        chat.load(place)
     if first is not None:
-        chat.choose(first.name)
+        chat.choose(short_name(first))
     set_seed(settings.seed)
     if sys.stdin.isatty():
         _say(f"{chat.who} answers; /help lists the commands, Ctrl-D ends")
@@ -83,18 +83,19 @@ class Chat:
             raise ConfigError(f"this adapter does {opened.task}: it has labels, and writes no text")
         self.turns: list[dict[str, Any]] = []
         """What was asked and answered, and by which adapter."""
-        self._settings, self._tokenizer = settings, opened.tokenizer
+        self._settings = settings
+        self._tokenizer = with_template(opened.tokenizer, opened.base_template)
         if opened.adapter is not None:
             detach(opened.model)
         self._bank = AdapterBank(opened.model, allow_other_base=settings.allow_other_base)
-        self._adapters: dict[str, Adapter] = {}
+        self._uses: dict[str, TrainedUse] = {}
         self._active: str | None = None
         self._messages: list[Message] = []
         self._begin(settings.system)
         self._commands: dict[str, Callable[[str], None]] = {
             "/adapter": self._adapter,
             "/base": lambda _: self._chosen(None),
-            "/load": lambda folder: self._chosen(self.load(Path(folder).expanduser())),
+            "/load": lambda place: self._chosen(self.load(place)),
             "/system": lambda text: self._begin(text or None),
             "/clear": lambda _: self._begin(self._system),
             "/retry": lambda _: self._retry(),
@@ -106,14 +107,16 @@ class Chat:
         """The name of what answers."""
         return self._active or "the base"
 
-    def load(self, folder: Path) -> str:
-        """Load an adapter under its folder's name, which is the result.
+    def load(self, place: str) -> str:
+        """Load an adapter under the name of its folder, or that on the hub, which is the result.
 
         Raises:
             LorakitError: its files are unusable, or do not fit the base.
         """
-        name = folder.absolute().name
-        self._adapters[name] = self._bank.load(name, folder)
+        if not place:
+            raise ConfigError("/load needs a folder, or OWNER/NAME on the hub")
+        name = short_name(place)
+        self._uses[name] = TrainedUse.on(self._bank.load(name, place).card)
         return name
 
     def choose(self, name: str | None) -> None:
@@ -122,9 +125,9 @@ class Chat:
         Raises:
             ConfigError: there is no such adapter.
         """
-        if name is not None and name not in self._adapters:
-            known = ", ".join(self._adapters) or "none: /load DIR loads one"
-            hint = did_you_mean(name, self._adapters) or f"; those loaded are {known}"
+        if name is not None and name not in self._uses:
+            known = ", ".join(self._uses) or "none: /load PLACE loads one"
+            hint = did_you_mean(name, self._uses) or f"; those loaded are {known}"
             raise ConfigError(f"there is no adapter {name!r}{hint}")
         self._bank.switch(name)
         self._active = name
@@ -148,13 +151,14 @@ class Chat:
         if name:
             self._chosen(name)
             return
-        names = (f"{'*' if each == self._active else ' '} {each}" for each in self._adapters)
-        _say("\n".join(names) or "no adapter is loaded: /load DIR loads one")
+        names = (f"{'*' if each == self._active else ' '} {each}" for each in self._uses)
+        _say("\n".join(names) or "no adapter is loaded: /load PLACE loads one")
 
     def _chosen(self, name: str | None) -> None:
         self.choose(name)
-        alone = "" if self._as_messages() else ", each line alone, as it was trained"
-        _say(f"{self.who} answers{alone if self._active else ''}")
+        use = self._uses.get(name or "", TrainedUse())
+        how = "" if name is None or use.as_messages else ", each line alone"
+        _say(f"{self.who} answers{how}{', as it was trained' if how and use.rows_kind else ''}")
 
     def _begin(self, system: str | None) -> None:
         self._system = system
@@ -171,8 +175,8 @@ class Chat:
     def _as_messages(self) -> bool:
         """Whether what answers gets the whole conversation, through the chat template."""
         if self._active is not None:
-            return self._adapters[self._active].card.get("rows_kind") == "messages"
-        return bool(getattr(self._tokenizer, "chat_template", None))
+            return self._uses[self._active].as_messages
+        return bool(self._tokenizer.chat_template)
 
     def _answer(self, line: str) -> None:
         """Answer a line, printing each word as it comes; Ctrl-C ends the answer alone."""
@@ -180,8 +184,8 @@ class Chat:
         row: Row = PromptRow(prompt=line, completion="")
         if self._as_messages():
             row = MessagesRow(messages=tuple(asked))
-        card = self._adapters[self._active].card if self._active else {}
-        ids = encode_prompt(row, self._tokenizer, DataConfig(**card.get("data", {})))
+        use = self._uses[self._active] if self._active else TrainedUse()
+        ids = encode_prompt(row, with_template(self._tokenizer, use.chat_template), use.data)
         try:
             text = self._stream(ids)
         except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from lorakit.cli.overview import SWITCHES
 from lorakit.cli.parsing.flags import Flag, flags_of
 from lorakit.cli.verbs import VERBS, Result, second_words, settings_of
+from lorakit.config.base import Settings
 from lorakit.config.fields import types_of
 from lorakit.config.verbs import CompletionConfig
 from lorakit.errors import MissingExtraError
@@ -57,14 +58,17 @@ def _add_words(verb: ArgumentParser, name: str, file: Any) -> None:
     settings = settings_of(name)
     first = next(iter(settings.positional), None)
     choices = _choices(settings.model_fields[first].annotation) if first else []
-    words: Any = verb.add_argument("words", nargs="*", choices=choices or None)
+    # fish shows the meaning of the setting beside each choice.
+    words: Any = verb.add_argument(
+        "words", nargs="*", choices=choices or None, help=_meaning(settings, first)
+    )
     if not choices:
         words.complete = file
 
 
 def _add_flag(verb: ArgumentParser, flag: Flag, file: Any) -> None:
     """Add a flag, with its choices, or as a file where it may be one."""
-    meaning = _plain((flag.field.description or "").partition(". ")[0])
+    meaning = _plain(_first_sentence(flag.field.description))
     if flag.is_boolean:
         names = (flag.name, f"--no-{flag.name[2:]}")
         verb.add_argument(*names, action="store_true", help=meaning)
@@ -79,6 +83,15 @@ def _choices(annotation: Any) -> list[str]:
     """The words that a setting may be, if these are known."""
     literals = (each for each in types_of(annotation) if get_origin(each) is Literal)
     return [str(word) for each in literals for word in get_args(each)]
+
+
+def _meaning(settings: type[Settings], name: str | None) -> str | None:
+    """The first sentence about a setting."""
+    return _plain(_first_sentence(settings.model_fields[name].description)) if name else None
+
+
+def _first_sentence(text: str | None) -> str:
+    return (text or "").partition(". ")[0].partition(": ")[0]
 
 
 def _plain(text: str) -> str:

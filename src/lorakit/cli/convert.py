@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.folder_write import save_peft
 from lorakit.adapter.output_place import check_place
 from lorakit.attachment.attach import attach, extract
@@ -19,7 +20,8 @@ def run(settings: ConvertConfig) -> Result:
         settings.source, config=settings.lora, kernel_sizes=settings.kernel_sizes
     )
     if settings.model is not None:
-        task, labels = adapter.card.get("task", "generation"), adapter.card.get("labels")
+        use = TrainedUse.on(adapter.card)
+        task, labels = use.task or "generation", use.labels
         model, _ = load_model(settings.model, task=task, labels=labels)
         attach(model, adapter)
         # Whoever names the base answers for it; that it was not proven stays in `unverified`.

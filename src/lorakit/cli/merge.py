@@ -7,6 +7,7 @@ import transformers
 from torch import Tensor
 
 from lorakit.adapter.atomic_write import write_new_folder
+from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.output_place import check_new
 from lorakit.attachment.attach import attach, detach
 from lorakit.attachment.open_model import Opened, open_model
@@ -78,7 +79,7 @@ def _save(opened: Opened, folder: Path) -> None:
 def _record_ends(opened: Opened) -> None:
     """Have a plain model's answers end with what ended the targets in training, too."""
     config = opened.model.generation_config if opened.model.can_generate() else None
-    trained = opened.adapter.card.get("end_tokens", ()) if opened.adapter else ()
+    trained = TrainedUse.on(opened.adapter.card).end_tokens if opened.adapter else ()
     if config is not None and set(trained) - set(end_tokens(opened.model, opened.tokenizer)):
         config.eos_token_id = end_tokens(opened.model, opened.tokenizer, trained=trained)
 

@@ -16,7 +16,7 @@ class GenerateConfig(Settings):
     positional: ClassVar[tuple[str, ...]] = ("adapter",)
 
     adapter: AdapterPlace | None = None
-    """Adapter folder, or OWNER/NAME on the hub; None: the model alone."""
+    """Adapter folder, or OWNER/NAME[@REVISION] on the hub; None: the model alone."""
 
     model: str | None = None
     """Base model. None: the one that the adapter was trained on."""
@@ -73,7 +73,7 @@ class EvaluateConfig(Settings):
     positional: ClassVar[tuple[str, ...]] = ("adapter",)
 
     adapter: AdapterPlace | None = None
-    """Adapter folder, or OWNER/NAME on the hub; None: the model alone."""
+    """Adapter folder, or OWNER/NAME[@REVISION] on the hub; None: the model alone."""
 
     model: str | None = None
     """Base model. None: the one that the adapter was trained on."""

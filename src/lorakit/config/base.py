@@ -49,7 +49,8 @@ def _as_text(value: Any) -> Any:
 
 
 AdapterPlace = Annotated[str, BeforeValidator(_as_text)]
-"""An adapter's folder, or its hub id: a Path would lose the difference."""
+"""An adapter's folder, or its hub id, OWNER/NAME or OWNER/NAME@REVISION: a Path would lose the
+difference."""
 if TYPE_CHECKING:
     Names = Sequence[str] | str
 

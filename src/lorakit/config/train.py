@@ -297,7 +297,8 @@ class TrainConfig(Settings):
     """Start from `init_from` although it was trained on another base."""
 
     init_from: Shared[AdapterPlace | None] = None
-    """Adapter folder, or OWNER/NAME on the hub, to go on from, in place of a fresh start."""
+    """Adapter folder, or OWNER/NAME[@REVISION] on the hub, to go on from, in place of a fresh
+    start."""
 
     sweep: Invocation[dict[str, Any] | list[Any] | None] = None
     """Train several adapters on one base in one batch, each as if alone, in folders of their own in

@@ -15,7 +15,7 @@ class MergeConfig(Settings):
     positional: ClassVar[tuple[str, ...]] = ("adapter", "out")
 
     adapter: AdapterPlace
-    """Adapter folder, or OWNER/NAME on the hub."""
+    """Adapter folder, or OWNER/NAME[@REVISION] on the hub."""
 
     out: Path
     """New folder for the model, in transformers' format."""
@@ -40,7 +40,8 @@ class ConvertConfig(Settings):
     positional: ClassVar[tuple[str, ...]] = ("source", "out")
 
     source: AdapterPlace
-    """Adapter folder of lorakit or PEFT, OWNER/NAME on the hub, or a loralib .pt file."""
+    """Adapter folder of lorakit or PEFT, OWNER/NAME[@REVISION] on the hub, or a loralib .pt
+    file."""
 
     out: Path
     """New folder for the result."""
@@ -109,9 +110,9 @@ class ChatConfig(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("adapters",)
 
-    adapters: tuple[Path, ...] = ()
-    """Adapter folders on one base; each is called as its folder is. The first one answers until
-    another is chosen. None: the model alone."""
+    adapters: tuple[AdapterPlace, ...] = ()
+    """Adapters on one base: folders, or OWNER/NAME[@REVISION] on the hub; each is called as its
+    folder or NAME is. The first one answers until another is chosen. None: the model alone."""
 
     model: str | None = None
     """Base model. None: the one that the first adapter was trained on."""
@@ -149,4 +150,5 @@ class CompletionConfig(Settings):
 
     shell: Literal["bash", "zsh", "fish"]
     """The shell whose script is printed: eval "$(lorakit completion bash)" in ~/.bashrc turns
-    completion on."""
+    completion on; the same with zsh in ~/.zshrc, below compinit; in ~/.config/fish/config.fish
+    lorakit completion fish | source."""

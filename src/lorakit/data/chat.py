@@ -1,5 +1,6 @@
 """Conversations as tokens: a chat template writes them, the assistant's turns are the targets."""
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -171,6 +172,15 @@ class ChatTemplate:
     def _ids(self, text: str) -> list[int]:
         # The template has written the special tokens that open and close a conversation.
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer with another chat template, which leaves the first as it is; None: the same."""
+    if template is None:
+        return tokenizer
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    return other
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -105,7 +105,7 @@ class MergeReport:
     def __repr__(self) -> str:
         """One line: the adapter, how many weights, and the most that rounding took of one."""
         worst = self.worst
-        lost = "" if worst is None else f", at most {worst.rounding_error:.3%} of ΔW lost"
+        lost = "" if worst is None else f", at most {100 * worst.rounding_error:.2g}% of ΔW lost"
         warned = "" if self.warning is None else ", with a warning"
         return f"MergeReport({self.adapter!r} in {len(self.weights)} weights{lost}{warned})"
 

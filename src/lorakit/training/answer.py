@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lorakit.adapter.card import TrainedUse
 from lorakit.attachment.state import active_card, active_name
 from lorakit.data.batches import generation_batch, pad_token
 from lorakit.data.encode import last_tokens
@@ -95,7 +96,8 @@ def generation_settings(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, **options: Any
 ) -> GenerationConfig:
     """Settings for generation that do not inherit the base model's own sampling options."""
-    ends = end_tokens(model, tokenizer, trained=active_card(model).get("end_tokens", ()))
+    trained = TrainedUse.on(active_card(model)).end_tokens
+    ends = end_tokens(model, tokenizer, trained=trained)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=options.pop("do_sample", False),

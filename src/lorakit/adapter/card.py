@@ -1,0 +1,52 @@
+"""What a training card says of the use of its adapter; the rest of a card is for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lorakit.config.base import problem_lines
+from lorakit.config.train import DataConfig
+from lorakit.errors import AdapterFileError
+
+
+class TrainedUse(BaseModel):
+    """How an adapter is used: as it was trained."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    task: Literal["generation", "classification", "regression"] | None = None
+    labels: tuple[str, ...] | None = None
+    """Names of the classes, in the order of the head."""
+    data: DataConfig = DataConfig()
+    """How rows became samples."""
+    rows_kind: str | None = None
+    """What a row was: prompt, messages, text or classification; None: the card does not say."""
+    end_tokens: tuple[int, ...] = ()
+    """The tokens that ended the targets."""
+    chat_template: str | None = None
+    """That of the tokenizer in the adapter's folder; None: the base's is used."""
+
+    @classmethod
+    def on(cls, card: Mapping[str, Any]) -> TrainedUse:
+        """What a training card says; an empty one says nothing.
+
+        Raises:
+            AdapterFileError: the card has entries that training does not write; lists them.
+        """
+        try:
+            return cls.model_validate(dict(card))
+        except ValidationError as error:
+            raise AdapterFileError.listing(
+                "the adapter's training card cannot be used (lk.attach does without it)",
+                problem_lines(cls, error),
+            ) from None
+
+    @property
+    def as_messages(self) -> bool:
+        """Whether prompts go through the chat template: PEFT's files tell it only by having one."""
+        if self.rows_kind is None:
+            return self.chat_template is not None
+        return self.rows_kind == "messages"
