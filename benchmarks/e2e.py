@@ -21,12 +21,12 @@ import yaml
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 import lorakit as lk
+from lorakit.answering.answer import answer
 from lorakit.data.batches import pad_token, training_batch
 from lorakit.data.encode import encode_prompt, encode_rows
 from lorakit.data.metrics.basic import bleu, exact_match
 from lorakit.data.row_types import references_of
 from lorakit.data.rows import read_rows
-from lorakit.training.answer import answer
 from lorakit.training.run import train
 from measured import begin, write_result
 

@@ -17,6 +17,7 @@ BLOCK = re.compile(r"(?<=<!-- rooms -->\n).*?(?=<!-- end of rooms -->)", re.DOTA
 
 FLOW = (
     ("cli",),
+    ("paper",),
     ("bench",),
     ("answering",),
     ("training",),
@@ -48,6 +49,7 @@ READING_ORDER = (
     "training",
     "answering",
     "bench",
+    "paper",
     "cli",
 )
 """The order of the map: from what everything rests on to what a user types."""

@@ -77,3 +77,14 @@ def test_mistakes_say_what_to_write(loaded, tiny_llama):
         lk.generate("red", model=str(tiny_llama), tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="dtype is that of a base which is loaded by name"):
         lk.generate("red", model=model, tokenizer=tokenizer, dtype="bfloat16")
+
+
+def test_beams_search_and_other_settings_of_a_search_are_refused_without_them(loaded):
+    model, tokenizer = loaded
+    ask = {"model": model, "tokenizer": tokenizer, "max_new_tokens": 6}
+    found = [lk.generate(PROMPTS, **ask, num_beams=4, batch_size=size) for size in (4, 16)]
+    assert found[0] == found[1] != lk.generate(PROMPTS, **ask)
+    with pytest.raises(ConfigError, match="length_penalty and no_repeat_ngram: of a search with b"):
+        lk.generate(PROMPTS, **ask, length_penalty=1.0, no_repeat_ngram=0)
+    with pytest.raises(ConfigError, match="num_beams is of a search, and temperature draws"):
+        lk.generate(PROMPTS, **ask, num_beams=4, temperature=1.0)

@@ -8,11 +8,12 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lorakit as lk
+from lorakit.answering.answer import generation_settings, text_of
+from lorakit.answering.ends import end_tokens, ends_of_rows
 from lorakit.cli.main import main
 from lorakit.config.train import DataConfig
 from lorakit.data.encode import encode_rows
 from lorakit.data.row_types import PromptRow, Rows, RowType, TextRow
-from lorakit.training.answer import end_tokens, generation_settings, text_of
 from tiny_tokenizers import build_tokenizer
 
 ASKED = {"capital of France?": "Paris", "two plus two?": "four"}
@@ -74,7 +75,9 @@ def test_what_ends_an_answer_is_what_tokenizer_base_or_training_say(tmp_path: Pa
     end, turn = (tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<|end|>"))
     assert end_tokens(model, tokenizer) == [end, turn]
     assert end_tokens(model, tokenizer, trained=[5]) == [5, end, turn]
-    assert generation_settings(model, tokenizer, max_new_tokens=1).eos_token_id == [end, turn]
+    (ends,) = ends_of_rows(model, tokenizer, 1)
+    settings = generation_settings(tokenizer, ends, max_new_tokens=1)
+    assert settings.eos_token_id == [end, turn]
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
     assert end_tokens(model, tokenizer) == [end]

@@ -28,7 +28,7 @@ def no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("rows were answered before the check")
 
     monkeypatch.setattr("lorakit.answering.evaluate.answer", fail)
-    monkeypatch.setattr("lorakit.answering.evaluate.score", fail)
+    monkeypatch.setattr("lorakit.answering.evaluate.scored", fail)
 
 
 @pytest.mark.parametrize(

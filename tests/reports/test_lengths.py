@@ -8,10 +8,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig
 
 import lorakit as lk
+from lorakit.answering.answer import fitted
 from lorakit.cli.main import main
 from lorakit.config.train import TrainConfig
 from lorakit.models.shape import context_length
-from lorakit.training.answer import fitted
 from lorakit.training.prepare import prepare
 from lorakit.training.run import train
 from tiny_models import build

@@ -3,113 +3,190 @@
 It differs from transformers' search in four ways, of which the first changes texts the most where
 an answer repeats its prompt: n-grams are banned that the answer has already, whatever the prompt
 says; they are banned before the softmax, so that the other words share their probability; a beam
-that ends takes up one of the places of its step; and no answer is final before the last step.
+that ends takes up one of the places of its step; and no answer is final while another may yet be
+better. The paper's code goes on to the last step; here a row is done as soon as none can be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from lorakit.config.answering import EvaluateConfig, GenerateConfig
+from lorakit.errors import ModelError
+from lorakit.methods.prompt.kv_cache import choose_rows
+from lorakit.routing.row_parts import part_of_route
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearch:
+    """How wide a search is, and what it prefers. The defaults are the paper's (table 11)."""
+
+    beams: int = 10
+    """How many partial answers are kept of each row."""
+    length_penalty: float = 0.9
+    """An answer's score is the sum of its log-probabilities over its length (the end included) to
+    this power: above 1 longer answers are preferred, below 1 shorter ones."""
+    no_repeat_ngram: int = 4
+    """How long a run of tokens must be that no answer has twice; 0: any may be."""
+
+
+def search_of(settings: GenerateConfig | EvaluateConfig) -> BeamSearch | None:
+    """The beam search that settings ask for; None: they have one beam."""
+    if settings.num_beams == 1:
+        return None
+    return BeamSearch(
+        beams=settings.num_beams,
+        length_penalty=settings.length_penalty,
+        no_repeat_ngram=settings.no_repeat_ngram,
+    )
 
 
 @torch.no_grad()
 def beam_search(
-    model: nn.Module,
+    model: PreTrainedModel,
     batch: dict[str, Tensor],
+    search: BeamSearch,
     *,
-    end_ids: Sequence[int],
+    ends: Sequence[Collection[int]],
     max_new_tokens: int,
-    beams: int = 10,
-    length_penalty: float = 0.9,
-    no_repeat_ngram: int = 4,
-    step: Callable[[], object] = lambda: None,
 ) -> list[list[int]]:
     """The best answer to each prompt, as token ids, with the token that ends it if there is one.
-
-    An answer's score is the sum of its log-probabilities over its length (the end included) to the
-    power of the penalty.
 
     Args:
         model: a causal language model that keeps keys and values, with or without a route.
         batch: `input_ids` and `attention_mask` (rows × positions), padded on the left.
-        end_ids: tokens that end an answer.
+        search: the width of the search, and what it prefers.
+        ends: for each row the tokens that end its answer.
         max_new_tokens: longest answer, in tokens.
-        beams: how many partial answers are kept of each row.
-        length_penalty: above 1 longer answers are preferred, below 1 shorter ones.
-        no_repeat_ngram: how long a run of tokens must be that no answer has twice; 0: any may be.
-        step: called after each step.
+
+    Raises:
+        ModelError: the model keeps no keys and values.
     """
-    rows = batch["input_ids"].shape[0]
-    # A route has one choice for each row of the batch, so the prompt is read once for each beam.
-    wide = {name: tensor.repeat_interleave(beams, dim=0) for name, tensor in batch.items()}
-    ids, mask = wide["input_ids"], wide["attention_mask"]
-    best = _Best(rows, beams, end_ids, length_penalty)
-    scores = torch.full((rows, beams), -torch.inf, device=ids.device)
-    # All beams of a row are equal at first: the first one alone goes on.
-    scores[:, 0] = 0
-    history = ids[:, :0]
-    cache = None
-    for _ in range(max_new_tokens):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache = output.past_key_values
-        logits = output.logits[:, -1].float()
-        _ban_repeats(logits, history, no_repeat_ngram)
-        summed = scores.unsqueeze(-1) + logits.log_softmax(-1).view(rows, beams, -1)
-        vocabulary = summed.shape[-1]
-        scores, chosen = summed.view(rows, -1).topk(beams, dim=1)
-        first = torch.arange(0, rows * beams, beams, device=ids.device)
-        origin = (chosen // vocabulary + first[:, None]).view(-1)
-        ids = (chosen % vocabulary).view(-1, 1)
-        cache.reorder_cache(origin)
-        history = torch.cat([history[origin], ids], dim=1)
-        mask = torch.cat([mask[origin], mask.new_ones(rows * beams, 1)], dim=1)
-        best.end(scores, history)
-        step()
-        if bool(scores.isneginf().all()):
+    reader = _Reader(model, batch)
+    best = [_Best(each, search.length_penalty, max_new_tokens) for each in ends]
+    logits = reader.read(batch["input_ids"])
+    # The beams of a row differ from the first step on, so that its prompt is read once.
+    scores = logits.new_zeros(len(best), 1)
+    history = batch["input_ids"][:, :0]
+    for step in range(max_new_tokens):
+        _ban_repeats(logits, history, search.no_repeat_ngram)
+        scores, origin, tokens = _likeliest(scores, logits, search.beams)
+        history = torch.cat([history[origin], tokens], dim=1)
+        beams = history.view(*scores.shape, -1).tolist()
+        done = [one.take(*own) for one, *own in zip(best, scores, beams, strict=True)]
+        if all(done) or step == max_new_tokens - 1:
             break
-    best.take(scores, history)
-    return best.answers
+        reader.go_on_from(origin)
+        logits = reader.read(tokens)
+    return [each.answer for each in best]
 
 
+def _likeliest(scores: Tensor, logits: Tensor, beams: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest continuations of each row's beams.
+
+    Args:
+        scores: the summed log-probability of each beam (rows × beams so far).
+        logits: of the next token (rows · beams so far × vocabulary).
+        beams: how many continuations of a row to keep.
+
+    Returns:
+        Their scores (rows × beams), the numbers of the beams that they go on from (rows · beams),
+        and their last tokens (rows · beams × 1).
+    """
+    rows, width = scores.shape
+    vocabulary = logits.shape[-1]
+    summed = scores.unsqueeze(-1) + logits.log_softmax(-1).view(rows, width, vocabulary)
+    kept = min(beams, width * vocabulary)
+    found, chosen = summed.view(rows, -1).topk(kept, dim=1)
+    first = torch.arange(0, rows * width, width, device=scores.device)
+    origin = (chosen // vocabulary + first[:, None]).view(-1)
+    return found, origin, (chosen % vocabulary).view(-1, 1)
+
+
+class _Reader:
+    """A model that reads prompts, and then one token of each beam after the other."""
+
+    def __init__(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
+        self._model = model
+        self._takes = inspect.signature(model.forward).parameters
+        if "past_key_values" not in self._takes:
+            raise ModelError(
+                f"a {type(model).__name__} keeps no keys and values, which a beam search needs:"
+                " num_beams 1 answers without one"
+            )
+        self._cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self._mask = batch["attention_mask"]
+        self._prompts = len(self._mask)
+        self._prompt_of_beam = list(range(self._prompts))
+
+    def read(self, ids: Tensor) -> Tensor:
+        """The logits after these tokens of each beam (beams × vocabulary), in float32."""
+        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        options = {"position_ids": positions, "logits_to_keep": 1}
+        with part_of_route(self._model, self._prompt_of_beam, of=self._prompts):
+            output = self._model(
+                input_ids=ids,
+                attention_mask=self._mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                **{name: value for name, value in options.items() if name in self._takes},
+            )
+        return cast(Tensor, output.logits[:, -1].float())
+
+    def go_on_from(self, beams: Tensor) -> None:
+        """Keep these beams, in this order; one from which several go on is there several times."""
+        chosen = beams.tolist()
+        choose_rows(self._cache, chosen)
+        self._mask = torch.cat([self._mask[beams], self._mask.new_ones(len(beams), 1)], dim=1)
+        self._prompt_of_beam = [self._prompt_of_beam[beam] for beam in chosen]
+
+
+@dataclass
 class _Best:
-    """The best answer of each row so far."""
+    """The best answer to one prompt so far."""
 
-    def __init__(
-        self, rows: int, beams: int, end_ids: Sequence[int], length_penalty: float
-    ) -> None:
-        self.answers: list[list[int]] = [[] for _ in range(rows)]
-        self._scores = [-torch.inf] * rows
-        self._beams = beams
-        self._end_ids = frozenset(end_ids)
-        self._penalty = length_penalty
+    ends: Collection[int]
+    penalty: float
+    longest: int
+    """The most tokens of an answer."""
+    answer: list[int] = field(default_factory=list)
+    _score: float = -torch.inf
 
-    def end(self, scores: Tensor, history: Tensor) -> None:
-        """Take the beams that have ended, and let none of them go on."""
-        for index, token in enumerate(history[:, -1].tolist()):
-            if token in self._end_ids:
-                row, beam = divmod(index, self._beams)
-                self._offer(row, scores[row, beam].item(), history[index])
-                scores[row, beam] = -torch.inf
+    def take(self, scores: Tensor, beams: list[list[int]]) -> bool:
+        """Let ended beams compete, at the last step open ones too, and let no ended one go on.
 
-    def take(self, scores: Tensor, history: Tensor) -> None:
-        """Let the beams that are open at the last step compete with those that have ended."""
-        for index, score in enumerate(scores.view(-1).tolist()):
-            self._offer(index // self._beams, score, history[index])
+        Args:
+            scores: of each beam the summed log-probability; those of ended ones become -inf.
+            beams: the tokens of each.
 
-    def _offer(self, row: int, score: float, answer: Tensor) -> None:
-        score /= len(answer) ** self._penalty
-        if score > self._scores[row]:
-            self._scores[row] = score
-            self.answers[row] = answer.tolist()
+        Returns:
+            Whether no beam can become a better answer.
+        """
+        open_scores = []
+        for beam, (tokens, score) in enumerate(zip(beams, scores.tolist(), strict=True)):
+            ended = tokens[-1] in self.ends
+            if ended or len(tokens) == self.longest:
+                self._offer(tokens, score)
+            if ended:
+                scores[beam] = -torch.inf
+            else:
+                open_scores.append(score)
+        following = len(beams[0]) + 1
+        # A sum only falls, and is divided by no more than the longest answer's power of its length.
+        divisor = max(following**self.penalty, self.longest**self.penalty)
+        return max(open_scores, default=-torch.inf) / divisor <= self._score
+
+    def _offer(self, tokens: list[int], score: float) -> None:
+        score /= len(tokens) ** self.penalty
+        if score > self._score:
+            self._score, self.answer = score, tokens
 
 
 def _ban_repeats(logits: Tensor, history: Tensor, size: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +13,21 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.adapter.adapter import AdapterSource
 from lorakit.adapter.atomic_write import write_new_file
 from lorakit.adapter.output_place import check_new
+from lorakit.answering.answer import answer, warn
+from lorakit.answering.beam_search import search_of
+from lorakit.answering.scorers import BASIC, Scorers
 from lorakit.attachment.open_model import ModelSource, Opened, opened_model
 from lorakit.attachment.state import active_name
-from lorakit.config.answering import EvaluateConfig
+from lorakit.config.answering import BEAM_SETTINGS, EvaluateConfig
+from lorakit.config.idle import changed
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_prompt
-from lorakit.data.metrics.basic import bleu, check_library, exact_match
-from lorakit.data.row_types import Row, Rows, references_of
+from lorakit.data.row_types import ClassificationRow, Row, Rows, references_of
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError
-from lorakit.training.answer import answer, warn
-from lorakit.training.evaluation import score
+from lorakit.training.evaluation import Scored, scored
 from lorakit.training.loss import Loss
 from lorakit.training.virtual_tokens import encode_for
-
-WRITTEN = ("exact_match", "bleu")
-"""Scores for which the model generates answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class Evaluation:
     """Where the rows are from."""
     task: str
     scores: dict[str, float]
+    scorers: dict[str, str]
+    """What made a score, with its version and variant; formulas of one line are not named."""
     notes: tuple[str, ...]
     """What was cut or left out, and from which scores."""
 
@@ -63,7 +65,8 @@ def evaluate(
 
     Returns:
         `loss` (nats) and `perplexity`, `exact_match` (0 to 1) and `bleu` (0 to 100) of texts; of
-        classes `loss` and `accuracy`, of numbers `loss` and `pearson`.
+        classes `loss` and `accuracy`, of numbers `loss` and `pearson`. Of rows of a task of the
+        paper (data.validation: task:NAME) `loss`, `perplexity` of texts, and what `lk.score` has.
 
     Raises:
         LorakitError: a setting is wrong, or the model, the adapter or the rows cannot be used.
@@ -90,34 +93,25 @@ def evaluation(
     progress: bool,
 ) -> Evaluation:
     """The scores of `evaluate`, with what they are of."""
-    _check(config)
+    if config.data.validation is None:
+        raise ConfigError("data.validation must say which rows to score")
+    scorers = Scorers(config)
+    scorers.check()
+    if config.outputs is not None:
+        check_new(config.outputs)
     with opened_model(
         config, adapter, model, tokenizer, task=config.task, data=config.data
     ) as opened:
-        rows = _rows(opened)
-        wanted, asked = _to_answer(config, opened, rows)
-        if config.outputs is not None and not wanted:
-            raise ConfigError(
-                "outputs is a file for answers, and none are generated here: they are for the "
-                f"metrics {' and '.join(WRITTEN)} on rows with prompts"
-            )
-        notes = [*rows.notes, *_left_out(config, opened, rows, asked)]
-        scores = _scores(config, opened, rows, notes, progress=progress)
-        if wanted:
-            scores |= _written_scores(config, opened, asked, wanted, notes, progress=progress)
+        run = _Run(config, scorers, opened, _rows(opened), progress=progress)
+        scores = run.scores_of_texts() if opened.task == "generation" else run.scores_of_labels()
     return Evaluation(
-        rows=len(rows), source=rows.source, task=opened.task, scores=scores, notes=tuple(notes)
+        rows=len(run.rows),
+        source=run.rows.source,
+        task=opened.task,
+        scores=scores,
+        scorers=scorers.made_by(scores),
+        notes=tuple(run.notes),
     )
-
-
-def _check(config: EvaluateConfig) -> None:
-    unknown = sorted(set(config.metrics) - {"loss", *WRITTEN})
-    if unknown:
-        raise ConfigError(f"metrics: {unknown} unknown; there are loss, {', '.join(WRITTEN)}")
-    if config.data.validation is None:
-        raise ConfigError("data.validation must say which rows to score")
-    if config.outputs is not None:
-        check_new(config.outputs)
 
 
 def _rows(opened: Opened) -> Rows:
@@ -134,93 +128,143 @@ def _rows(opened: Opened) -> Rows:
     )
 
 
-def _to_answer(config: EvaluateConfig, opened: Opened, rows: Rows) -> tuple[list[str], list[Row]]:
-    """The scores for which answers are generated, and the rows to answer, which have references.
+class _Run:
+    """One evaluation: its settings, its model, and its rows, which have been read."""
 
-    Raises:
-        DataError: no row has a reference.
-        MissingExtraError: the library that computes a score is not installed.
-    """
-    wanted = [name for name in WRITTEN if name in config.metrics]
-    if opened.task != "generation" or not wanted:
-        return [], []
-    asked = [row for row in rows.rows if references_of(row)]
-    if not asked and not (rows.kind == "text" and "loss" in config.metrics):
-        raise DataError(
-            f"{rows.source}: none of its {len(rows)} {rows.kind} rows has an answer to compare"
-            f" with, which {' and '.join(wanted)} need: metrics: loss needs none"
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        scorers: Scorers,
+        opened: Opened,
+        rows: Rows,
+        *,
+        progress: bool,
+    ) -> None:
+        self._config, self._scorers, self._opened = config, scorers, opened
+        self._progress = progress
+        self.rows = rows
+        self.notes = list(rows.notes)
+
+    def scores_of_texts(self) -> dict[str, float]:
+        """The loss of the rows, and the scores of the answers to their prompts."""
+        asked = self._asked()
+        if not asked:
+            self._refuse_idle(["outputs", *_SEARCH])
+        scores = self._losses().scores if "loss" in self._scorers.metrics else {}
+        if not asked:
+            return scores
+        tokenizer, data = self._opened.tokenizer, self._opened.data
+        prompts = [encode_prompt(row, tokenizer, data) for row in asked]
+        answers = answer(
+            self._opened.model,
+            tokenizer,
+            prompts,
+            max_new_tokens=self._config.max_new_tokens,
+            batch_size=self._config.batch_size,
+            search=search_of(self._config),
+            stop=self._config.stop,
+            progress=self._progress,
+            note=self.notes.append,
         )
-    for name in wanted if asked else ():
-        check_library(name)
-    return (wanted if asked else []), asked
+        self._write(asked, [{"prompt": tokenizer.decode(prompt)} for prompt in prompts], answers)
+        return scores | self._scorers.scores(asked, answers)
+
+    def scores_of_labels(self) -> dict[str, float]:
+        """The loss, and the scores of the predicted classes or numbers."""
+        self._refuse_idle(_SEARCH)
+        found, labels, rows = self._losses(), self._opened.labels, self.rows.rows
+        outputs = [labels[int(value)] if labels else value for value in found.predicted]
+        self._write(rows, [_texts(row) for row in rows], outputs)
+        if not self._scorers.has_official:
+            return found.scores
+        official = self._scorers.official(rows, outputs)
+        undefined = [name for name, value in official.items() if math.isnan(value)]
+        if undefined:
+            self.notes.append(f"{' and '.join(undefined)}: not defined where all values are equal")
+        return {"loss": found.scores["loss"]} | official
+
+    def _asked(self) -> list[Row]:
+        """The rows to answer: those with references; none, where no score needs answers.
+
+        Raises:
+            DataError: no row has a reference.
+            MissingExtraError: the library that computes a score is not installed.
+        """
+        rows, wanted = self.rows, self._scorers.of_answers
+        if not wanted:
+            return []
+        asked = [row for row in rows.rows if references_of(row)]
+        names = " and ".join(wanted)
+        if not asked and not (rows.kind == "text" and "loss" in self._scorers.metrics):
+            raise DataError(
+                f"{rows.source}: none of its {len(rows)} {rows.kind} rows has an answer to compare"
+                f" with, which {names} need: metrics: loss needs none"
+            )
+        if asked:
+            self._scorers.check_libraries()
+        if len(asked) < len(rows):
+            self.notes.append(
+                f"{names}: left out {len(rows) - len(asked):,} of {len(rows):,} rows, without an"
+                " answer to compare with"
+            )
+        return asked
+
+    def _refuse_idle(self, names: Sequence[str]) -> None:
+        """Refuse settings of written answers where none are written.
+
+        Raises:
+            ConfigError: with the names of those that were given.
+        """
+        given = [name for name in names if name in changed(self._config)]
+        if "outputs" in given:
+            needed = " and ".join(BASIC)
+            raise ConfigError(
+                "outputs is a file for answers, and none are generated here: they are for the "
+                f"metrics {needed} on rows with prompts"
+            )
+        if given:
+            raise ConfigError(f"{' and '.join(given)}: of answers, and none are generated here")
+
+    def _losses(self) -> Scored:
+        opened = self._opened
+        name = active_name(opened.model)
+        encoded = encode_for(opened.model, name, self.rows, opened.tokenizer, opened.data)
+        self.notes += [f"loss: {line}" for line in encoded.report.losses()]
+        return scored(
+            opened.model,
+            encoded.examples,
+            loss=Loss(opened.task),
+            collate=Collator(opened.tokenizer),
+            batch_size=self._config.batch_size,
+            progress=self._progress,
+        )
+
+    def _write(
+        self, rows: Sequence[Row], texts: Sequence[Mapping[str, Any]], answers: Sequence[Any]
+    ) -> None:
+        """Write a line for each row: its texts, the answer, and what it is scored against."""
+        if self._config.outputs is None:
+            return
+        lines = []
+        for row, shown, found in zip(rows, texts, answers, strict=True):
+            output = self._scorers.output(row, found)
+            scored_as = {} if output == found else {"output": output}
+            record = {
+                **shown,
+                "answer": found,
+                **scored_as,
+                "references": self._scorers.reference(row),
+            }
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        write_new_file(self._config.outputs, "".join(lines).encode())
 
 
-def _left_out(
-    config: EvaluateConfig, opened: Opened, rows: Rows, asked: Sequence[Row]
-) -> list[str]:
-    names = " and ".join(name for name in WRITTEN if name in config.metrics)
-    left = len(rows) - len(asked)
-    if not names or not left or opened.task != "generation":
-        return []
-    return [f"{names}: left out {left:,} of {len(rows):,} rows, without an answer to compare with"]
+_SEARCH = ("num_beams", *BEAM_SETTINGS, "stop")
+"""Settings of how answers are searched."""
 
 
-def _scores(
-    config: EvaluateConfig, opened: Opened, rows: Rows, notes: list[str], *, progress: bool
-) -> dict[str, float]:
-    """The loss, and the scores that come with it."""
-    if opened.task == "generation" and "loss" not in config.metrics:
-        return {}
-    name = active_name(opened.model)
-    encoded = encode_for(opened.model, name, rows, opened.tokenizer, opened.data)
-    notes += [f"loss: {line}" for line in encoded.report.losses()]
-    return score(
-        opened.model,
-        encoded.examples,
-        loss=Loss(opened.task),
-        collate=Collator(opened.tokenizer),
-        batch_size=config.batch_size,
-        progress=progress,
-    )
-
-
-def _written_scores(
-    config: EvaluateConfig,
-    opened: Opened,
-    rows: Sequence[Row],
-    wanted: Sequence[str],
-    notes: list[str],
-    *,
-    progress: bool,
-) -> dict[str, float]:
-    """The scores of generated answers."""
-    prompts = [encode_prompt(row, opened.tokenizer, opened.data) for row in rows]
-    answers = answer(
-        opened.model,
-        opened.tokenizer,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        num_beams=config.num_beams,
-        progress=progress,
-        note=notes.append,
-    )
-    if config.outputs is not None:
-        write_new_file(config.outputs, _lines(opened, rows, prompts, answers).encode())
-    references = [references_of(row) for row in rows]
-    compute = {"exact_match": exact_match, "bleu": bleu}
-    return {name: compute[name](answers, references) for name in wanted}
-
-
-def _lines(
-    opened: Opened, rows: Sequence[Row], prompts: Sequence[Sequence[int]], answers: Sequence[str]
-) -> str:
-    records = (
-        {
-            "prompt": opened.tokenizer.decode(list(prompt)),
-            "answer": text,
-            "references": list(references_of(row)),
-        }
-        for row, prompt, text in zip(rows, prompts, answers, strict=True)
-    )
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def _texts(row: Row) -> dict[str, Any]:
+    """The texts of a row with a label."""
+    assert isinstance(row, ClassificationRow)
+    pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
+    return {"text": row.text, **pair}

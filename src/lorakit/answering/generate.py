@@ -10,13 +10,23 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from lorakit.adapter.adapter import AdapterSource
 from lorakit.adapter.card import TrainedUse
+from lorakit.answering.answer import (
+    Note,
+    answer,
+    fitted,
+    generation_settings,
+    sampling_of,
+    text_of,
+    warn,
+)
+from lorakit.answering.beam_search import search_of
+from lorakit.answering.ends import ends_of_rows
 from lorakit.attachment.open_model import ModelSource, Opened, opened_model
 from lorakit.config.answering import GenerateConfig
 from lorakit.config.seed import generator_seed
 from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError
-from lorakit.training.answer import Note, answer, fitted, generation_settings, text_of, warn
 
 
 def generate(
@@ -71,15 +81,20 @@ def answers(
         ids,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
+        search=search_of(config) or sampling_of(config),
+        stop=config.stop,
         progress=progress,
         note=note,
-        **_search(config),
     )
 
 
 @torch.no_grad()
 def stream(config: GenerateConfig, opened: Opened, prompt: str, *, note: Note = warn) -> str:
-    """The text after one prompt, written to stdout word by word as it is generated."""
+    """The text after one prompt, written to stdout: word by word, but for a beam search's."""
+    if config.num_beams > 1:
+        (text,) = answers(config, opened, [prompt], progress=False, note=note)
+        print(text)
+        return text
     fit = fitted(
         opened.model,
         opened.tokenizer,
@@ -90,24 +105,17 @@ def stream(config: GenerateConfig, opened: Opened, prompt: str, *, note: Note = 
         note(remark)
     set_seed(generator_seed(config.seed))
     tokens = torch.tensor(fit.prompts, device=opened.model.device)
-    streamer = None
-    if config.num_beams == 1:
-        tokenizer = cast(Any, opened.tokenizer)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    limits = generation_settings(
-        opened.model, opened.tokenizer, max_new_tokens=fit.rooms[0], **_search(config)
-    )
+    (ends,) = ends_of_rows(opened.model, opened.tokenizer, 1, stop=config.stop)
+    tokenizer = cast(Any, opened.tokenizer)
     written = cast(Any, opened.model).generate(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),
-        generation_config=limits,
-        streamer=streamer,
+        generation_config=generation_settings(
+            opened.tokenizer, ends, max_new_tokens=fit.rooms[0], sampling=sampling_of(config)
+        ),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
-    new = written[0, tokens.shape[1] :].tolist()
-    text = text_of(opened.tokenizer, new, limits.eos_token_id or ())
-    if streamer is None:
-        print(text)
-    return text
+    return text_of(opened.tokenizer, written[0, tokens.shape[1] :].tolist(), ends)
 
 
 def _encoded(config: GenerateConfig, opened: Opened, prompts: Sequence[str]) -> list[list[int]]:
@@ -134,14 +142,3 @@ def _rows(prompts: Iterable[str], config: GenerateConfig, opened: Opened) -> Ite
             yield MessagesRow(messages=(Message(role="user", content=prompt),))
         else:
             yield PromptRow(prompt=prompt, completion=None)
-
-
-def _search(config: GenerateConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_beams": config.num_beams}
-    if config.temperature > 0:
-        options |= {
-            "do_sample": True,
-            "temperature": config.temperature,
-            "top_p": config.top_p,
-        }
-    return options

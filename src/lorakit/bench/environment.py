@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("lorakit", "torch", "transformers", "peft", "sacrebleu")
+LIBRARIES = ("lorakit", "torch", "transformers", "peft", "sacrebleu", "scikit-learn", "scipy")
 """Libraries whose versions a result has."""
 SOURCE = Path(__file__)
 """A file of the sources that are measured."""
-RESULTS = ":(top,exclude)benchmarks/results"
-"""All but the folder of results, in the words of git."""
+RESULTS = (":(top,exclude)benchmarks/results", ":(top,exclude)paper/results")
+"""All but the folders of results, in the words of git."""
 DIRTY = "-dirty"
 """The end of a commit whose files were changed."""
 
@@ -46,7 +46,7 @@ def uncommitted(source: Path = SOURCE) -> list[str]:
     """
     if _commit(source) is None:
         return []
-    changed = _git(source, "diff", "--name-only", "HEAD", "--", ":/", RESULTS) or ""
+    changed = _git(source, "diff", "--name-only", "HEAD", "--", ":/", *RESULTS) or ""
     return changed.splitlines()
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from lorakit.answering.answer import answer
 from lorakit.attachment.state import active_name
 from lorakit.bench.memory import forget_peak, most_bytes, used_bytes
 from lorakit.bench.result import Findings
@@ -31,7 +32,6 @@ from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model
 from lorakit.routing.route import route
-from lorakit.training.answer import answer
 from lorakit.training.evaluation import score
 from lorakit.training.loss import Loss
 from lorakit.training.prepare import prepare

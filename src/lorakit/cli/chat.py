@@ -15,6 +15,8 @@ from transformers import TextStreamer, set_seed
 
 from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.hub import short_name
+from lorakit.answering.answer import generation_settings, sampling_of
+from lorakit.answering.ends import ends_of_rows
 from lorakit.attachment.attach import detach
 from lorakit.attachment.open_model import Opened, open_model
 from lorakit.bank import AdapterBank
@@ -25,7 +27,6 @@ from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError, LorakitError, did_you_mean
 from lorakit.models.shape import context_length
-from lorakit.training.answer import generation_settings
 
 HELP = """\
 /adapter NAME    let this adapter answer; without a name, list them
@@ -197,7 +198,6 @@ class Chat:
     @torch.no_grad()
     def _stream(self, ids: Sequence[int]) -> str:
         model, settings = cast(Any, self._bank.model), self._settings
-        sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "do_sample": True}
         tokens = torch.tensor([ids], device=model.device)
         context = context_length(model) or len(ids) + settings.max_new_tokens
         if len(ids) >= context:
@@ -209,10 +209,10 @@ class Chat:
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             generation_config=generation_settings(
-                model,
                 self._tokenizer,
+                ends_of_rows(model, self._tokenizer, 1)[0],
                 max_new_tokens=min(settings.max_new_tokens, context - len(ids)),
-                **(sampled if settings.temperature > 0 else {}),
+                sampling=sampling_of(settings),
             ),
             streamer=TextStreamer(
                 cast(Any, self._tokenizer), skip_prompt=True, skip_special_tokens=True

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapter.output_place import check_place
+from lorakit.answering.answer import answer
 from lorakit.attachment.attach import detach
 from lorakit.bank import AdapterBank
 from lorakit.cli.verbs import Result
@@ -28,7 +29,6 @@ from lorakit.merging.merge import merge, unmerge
 from lorakit.models.identity import weights_hash
 from lorakit.models.load import load_model
 from lorakit.routing.route import switch
-from lorakit.training.answer import answer
 from lorakit.training.run import train
 from lorakit.training.sweep.sweep import sweep
 
@@ -207,16 +207,11 @@ def _mix(
     source = {task: itertools.cycle(held_out[task or "places"]) for task in turns}
     rows = [next(source[task]) for task in turns]
     prompts = [encode_prompt(row, tokenizer, DataConfig()) for row in rows]
-    # `answer` sorts its rows by length, so the route must name their adapters in that order.
-    order = sorted(range(len(rows)), key=lambda row: len(prompts[row]))
-    prompts, turns = [prompts[row] for row in order], [turns[row] for row in order]
 
     def ask(route: Any, asked: Sequence[Sequence[int]]) -> tuple[list[str], float]:
         begun = time.perf_counter()
         with bank.route(route):
-            answers = answer(
-                model, tokenizer, asked, max_new_tokens=24, min_new_tokens=24, note=_say
-            )
+            answers = answer(model, tokenizer, asked, max_new_tokens=24, note=_say)
         return answers, time.perf_counter() - begun
 
     together, seconds = ask(turns, prompts)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lorakit.adapter.atomic_write import write_new_folder
 from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.output_place import check_new
+from lorakit.answering.ends import end_tokens
 from lorakit.attachment.attach import attach, detach
 from lorakit.attachment.open_model import Opened, open_model
 from lorakit.cli.verbs import Result
@@ -18,7 +19,6 @@ from lorakit.merging.merge import MergeReport, finalize, merge
 from lorakit.merging.quantized_base import TrainedModel
 from lorakit.models.load import load_model
 from lorakit.models.quantized import dequantize, quantization_of
-from lorakit.training.answer import end_tokens
 
 
 def run(settings: MergeConfig) -> Result:

@@ -17,11 +17,11 @@ _JSON_TASKS = ("wikisql",)
 def run(settings: ScoreConfig) -> Result:
     """Score the outputs, and name what scored them."""
     names = score_names(settings.task)
-    outputs = _outputs(settings.outputs, as_json=settings.task in _JSON_TASKS)
+    outputs, references = _read(settings)
     scores = score(
         settings.task,
         outputs,
-        _list(settings.references),
+        references,
         variant=settings.variant,
         tables=_list(settings.tables) if settings.tables else None,
         use_java=settings.scorer == "java",
@@ -33,6 +33,26 @@ def run(settings: ScoreConfig) -> Result:
         text="\n".join([f"{len(outputs)} outputs, {made_by}", *lines]),
         data={"outputs": len(outputs), "scorer": made_by, **scores},
     )
+
+
+def _read(settings: ScoreConfig) -> tuple[list[Any], list[Any]]:
+    """The outputs and their references."""
+    if settings.references is not None:
+        outputs = _outputs(settings.outputs, as_json=settings.task in _JSON_TASKS)
+        return outputs, _list(settings.references)
+    records = _outputs(settings.outputs, as_json=True)
+    wrong = [
+        str(number)
+        for number, record in enumerate(records, start=1)
+        if not isinstance(record, dict) or not {"answer", "references"} <= record.keys()
+    ]
+    if wrong:
+        raise DataError(
+            f"{settings.outputs}: line {wrong[0]} has no answer with its references, as in the"
+            f" outputs of evaluate ({len(wrong):,} of {len(records):,} lines): give references too"
+        )
+    outputs = [record.get("output", record["answer"]) for record in records]
+    return outputs, [record["references"] for record in records]
 
 
 def _outputs(path: Path, *, as_json: bool) -> list[Any]:

@@ -63,6 +63,22 @@ VERBS = {
         meaning="Print the script that completes commands in bash, zsh or fish.",
         settings="config.verbs:CompletionConfig",
     ),
+    "paper list": Entry(
+        meaning="Show the paper's cells, and which have a result.",
+        settings="config.paper:PaperListConfig",
+    ),
+    "paper run": Entry(
+        meaning="Train and score cells of the paper's tables, small or as published.",
+        settings="config.paper:PaperRunConfig",
+    ),
+    "paper table": Entry(
+        meaning="Show a table of the paper beside our results.",
+        settings="config.paper:PaperTableConfig",
+    ),
+    "paper verify": Entry(
+        meaning="Score the outputs of results again, and name what differs.",
+        settings="config.paper:PaperVerifyConfig",
+    ),
     "bench latency": Entry(
         meaning="Time a forward pass with each method: Table 1 of the paper.",
         settings="config.bench:LatencyConfig",

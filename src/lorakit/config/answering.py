@@ -3,11 +3,16 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from lorakit.config.base import AdapterPlace, DType, HeldIn, Names, PositiveInt, Settings
+from lorakit.config.idle import changed
+from lorakit.config.marks import Escapes
 from lorakit.config.seed import Seed
 from lorakit.config.train import DataConfig
+
+BEAM_SETTINGS = ("length_penalty", "no_repeat_ngram")
+"""The settings of a search with beams alone."""
 
 
 class GenerateConfig(Settings):
@@ -42,13 +47,23 @@ class GenerateConfig(Settings):
     """Draw from the likeliest tokens that have this probability together."""
 
     num_beams: PositiveInt = 1
-    """Beams of the search; 1 is greedy."""
+    """Beams of the search, which is that of the paper's code, with 10 there; 1 is greedy."""
+
+    length_penalty: FiniteFloat = 0.9
+    """Of a search with beams: an answer's log-probability is divided by its length to this power.
+    The paper has 0.9 for E2E, 0.8 for WebNLG and DART; its repository 0.8 for E2E."""
+
+    no_repeat_ngram: Annotated[int, Field(ge=0)] = 4
+    """Of a search with beams: no answer has so many tokens in a row twice; 0: it may."""
+
+    stop: Annotated[str | None, Escapes(), Field(min_length=1)] = None
+    """Text of one token that ends an answer, beside the end tokens: \\n\\n in the paper's code."""
 
     seed: Seed = 0
     """Seed of what is drawn."""
 
     batch_size: PositiveInt = 16
-    """Prompts of a file at once."""
+    """Sequences at once: prompts of a file, or beams of several prompts."""
 
     dtype: DType = "float32"
     """Precision of the base."""
@@ -64,6 +79,9 @@ class GenerateConfig(Settings):
     def _check(self) -> "GenerateConfig":
         if self.top_p < 1 and self.temperature == 0:
             raise ValueError("top_p is of drawing at random, and temperature is 0: raise it")
+        if self.temperature > 0 and self.num_beams > 1:
+            raise ValueError("num_beams is of a search, and temperature draws at random: give one")
+        _check_beams(self)
         return self
 
 
@@ -84,8 +102,14 @@ class EvaluateConfig(Settings):
     task: Literal["generation", "classification", "regression"] | None = None
     """What the model does. None: what the adapter was trained for, else what the base is."""
 
-    metrics: Names = ("loss", "exact_match", "bleu")
-    """For generation: loss (with perplexity), exact_match, bleu. Others have loss and one score."""
+    metrics: Names | None = None
+    """For generation: loss (with perplexity), exact_match, bleu; task: all scores of the official
+    scorer of a task of the paper. None: loss and task, or loss, exact_match and bleu. Classes and
+    numbers have loss and their scores."""
+
+    variant: str | None = None
+    """Of the task's scorer: python (as the paper's code; the default) or perl for e2e; official
+    (the default) or paper for webnlg and dart."""
 
     dtype: DType = "float32"
     """Precision of the base."""
@@ -95,16 +119,43 @@ class EvaluateConfig(Settings):
     `dtype`), 4bit or 8bit."""
 
     batch_size: PositiveInt = 16
-    """Rows at once."""
+    """Sequences at once: rows, or beams of several rows."""
 
     max_new_tokens: PositiveInt = 128
     """Longest answer, in tokens; less where the model's context ends."""
 
     num_beams: PositiveInt = 1
-    """Beams of the search for answers; 1 is greedy."""
+    """Beams of the search, which is that of the paper's code, with 10 there; 1 is greedy."""
+
+    length_penalty: FiniteFloat = 0.9
+    """Of a search with beams: an answer's log-probability is divided by its length to this power.
+    The paper has 0.9 for E2E, 0.8 for WebNLG and DART; its repository 0.8 for E2E."""
+
+    no_repeat_ngram: Annotated[int, Field(ge=0)] = 4
+    """Of a search with beams: no answer has so many tokens in a row twice; 0: it may."""
+
+    stop: Annotated[str | None, Escapes(), Field(min_length=1)] = None
+    """Text of one token that ends an answer, beside the end tokens: \\n\\n in the paper's code."""
 
     outputs: Path | None = None
-    """File for the answers, as JSON lines of prompt, answer and references."""
+    """File for the answers, or predicted classes or numbers: JSON lines of prompt, answer and
+    references, which `lorakit score` reads."""
 
     allow_other_base: bool = False
     """Accept a base with other weights than the adapter was trained on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluateConfig":
+        _check_beams(self)
+        return self
+
+
+def _check_beams(settings: GenerateConfig | EvaluateConfig) -> None:
+    """Refuse settings of beams where there is one.
+
+    Raises:
+        ValueError: with their names.
+    """
+    idle = [name for name in changed(settings) if name in BEAM_SETTINGS]
+    if settings.num_beams == 1 and idle:
+        raise ValueError(f"{' and '.join(idle)}: of a search with beams, and num_beams is 1")

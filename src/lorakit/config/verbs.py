@@ -70,11 +70,12 @@ class ScoreConfig(Settings):
     qnli, rte."""
 
     outputs: Path
-    """File of the outputs, one a line: texts, classes or scores; for wikisql JSON objects."""
+    """File of the outputs, one a line: texts, classes or scores; for wikisql JSON objects. Or,
+    without references, the file that `lorakit evaluate --outputs` wrote."""
 
-    references: Path
+    references: Path | None = None
     """File of the references, a JSON list: for each output a list of texts, or the right query,
-    class or score."""
+    class or score. None: outputs has them."""
 
     variant: str | None = None
     """Of the scorer: python (as the paper's code; the default) or perl for e2e; official (the

@@ -18,6 +18,8 @@ class PromptRow:
     """The answer to train on, which may be empty; None: the row is for generation alone."""
     references: tuple[str, ...] = ()
     """All good answers, where there are several."""
+    values: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What the scorer of a task needs to know of the row beside its texts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,7 +52,7 @@ def read_rows(
     if source.startswith(BUILTIN_PREFIX):
         return _builtin_rows(source, data, limit=limit, split=split, task=task)
     if source.startswith(TASK_PREFIX):
-        return _paper_rows(source, limit=limit, split=split, task=task)
+        return _paper_rows(source, limit=limit, split=split, labels=labels, task=task)
     raw = read_raw_rows(source, limit=limit, split=split, delimiter=data.delimiter)
     table = ColumnTable.of(source, with_nested(raw.rows, data.fields), data)
     try:
@@ -65,12 +65,27 @@ def read_rows(
     return replace(rows, notes=(*raw.notes, *rows.notes))
 
 
-def _paper_rows(source: str, *, limit: int | None, split: str, task: str | None) -> Rows:
+def _paper_rows(
+    source: str,
+    *,
+    limit: int | None,
+    split: str,
+    labels: tuple[str, ...] | None,
+    task: str | None,
+) -> Rows:
     """The rows of a task of the paper; in training one for each reference."""
     found, named, folder = task_of(source)
     _check_task(source, found.kind, task)
     wanted = named or (split if split in found.splits else "validation")
-    return found.rows(wanted, folder=folder, limit=limit, training=split == "train")
+    rows = found.rows(wanted, folder=folder, limit=limit, training=split == "train")
+    if labels is None or rows.labels is None:
+        return rows
+    if set(labels) != set(rows.labels):
+        raise DataError(
+            f"{source} has the classes {', '.join(rows.labels)}, and the model"
+            f" {', '.join(labels)}: train an adapter on the task first"
+        )
+    return replace(rows, labels=labels)
 
 
 def _typed_rows(

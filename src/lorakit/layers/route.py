@@ -20,6 +20,9 @@ from lorakit.layers.operation import Operations
 from lorakit.layers.token_positions import TokenPositions
 from lorakit.upstream.private_names import in_backward
 
+Combination = tuple[tuple[str, float], ...]
+"""What one row uses: the names of adapters, sorted, each with its weight; empty: the base."""
+
 
 @dataclass(frozen=True, eq=False)
 class Frame:
@@ -31,6 +34,8 @@ class Frame:
     """The adapter of every row; None: the base, or rows differ."""
     rows: int | None = None
     """The number of rows that a batch must have; None: any."""
+    choices: tuple[Combination, ...] | None = None
+    """What each row uses, or all of them (one entry); None: what `name` says."""
     merged: bool = False
     """Whether the base's weights hold the adapter, so that no operation is needed."""
     key: object = None

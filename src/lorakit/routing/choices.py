@@ -9,12 +9,10 @@ from typing import Any
 
 from lorakit.errors import RouteError, did_you_mean
 from lorakit.layers.operation import Update
+from lorakit.layers.route import Combination
 
 Choice = str | Mapping[str, float] | None
 """What a caller says that a row uses: an adapter, several with weights, or None for the base."""
-
-Combination = tuple[tuple[str, float], ...]
-"""The same in one form: the names of adapters, sorted, each with its weight; empty: the base."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,12 @@ class RowChoices:
             rows=None if for_all else len(given),
             names=tuple(dict.fromkeys(name for combination in given for name, _ in combination)),
         )
+
+    @property
+    def of_each(self) -> tuple[Combination, ...]:
+        """The combination of each row, or of all (one entry)."""
+        used = tuple(self.combinations[at] if at >= 0 else () for at in self.index_of_row)
+        return used * self.rows if self.rows is not None and len(used) == 1 else used
 
     @property
     def only_adapter(self) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
+from lorakit.layers.route import Combination
 from lorakit.methods.lora.lora import (
     LoRAUpdate,
     LowRank,
@@ -23,7 +24,7 @@ from lorakit.methods.lora.lora import (
     matrix_shape,
     positions,
 )
-from lorakit.routing.choices import Combination, RowChoices, UpdatesByName
+from lorakit.routing.choices import RowChoices, UpdatesByName
 from lorakit.routing.row_groups import read_for_all
 from lorakit.routing.stacked_lora import bias_shifts, is_sum, mixed_operations
 from lorakit.upstream.private_names import mark_dynamic

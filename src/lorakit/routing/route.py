@@ -94,7 +94,7 @@ def route_rows(model: nn.Module, choices: RowChoices) -> Iterator[None]:
             "another, or the base: lk.unmerge(model) first"
         )
     frame = _frame(state, used, choices, device_of(model))
-    with state.route.block(replace(frame, rows=choices.rows)):
+    with state.route.block(replace(frame, rows=choices.rows, choices=choices.of_each)):
         yield
 
 

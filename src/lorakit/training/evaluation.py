@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,17 @@ from lorakit.training.loss import Loss, perplexity
 from lorakit.training.progress import steps
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The scores of a model on rows, and what it predicted."""
+
+    scores: dict[str, float]
+    """`loss` (nats), and `perplexity` for texts, `accuracy` (0 to 1) for classes, `pearson` (-1 to
+    1) for numbers."""
+    predicted: list[int] | list[float]
+    """The number of each row's class, or the number itself; none for texts."""
+
+
 def score(
     model: nn.Module,
     examples: Sequence[Example],
@@ -25,21 +37,31 @@ def score(
     batch_size: int,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The mean loss per target token or row, and the scores of the task.
+    """The mean loss per target token or row, and the scores of the task, as `Scored` has them."""
+    options: Any = {"loss": loss, "collate": collate, "batch_size": batch_size}
+    return scored(model, examples, **options, progress=progress).scores
 
-    Returns:
-        `loss` (nats), and `perplexity` for texts, `accuracy` (0 to 1) for classes, `pearson` (-1 to
-        1) for numbers.
-    """
+
+@torch.no_grad()
+def scored(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    loss: Loss,
+    collate: Collator,
+    batch_size: int,
+    progress: bool = False,
+) -> Scored:
+    """The same scores, and what the model predicted for each row."""
     model.eval()
     device = next(model.parameters()).device
     summed, count = 0.0, 0
     predicted: list[Tensor] = []
     expected: list[Tensor] = []
     # Rows of similar length share a batch, so that little of it is padding.
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    for start in steps(len(ordered), batch_size, title="evaluating", show=progress):
-        batch = collate(ordered[start : start + batch_size])
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids))
+    for start in steps(len(order), batch_size, title="evaluating", show=progress):
+        batch = collate([examples[row] for row in order[start : start + batch_size]])
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         labels = batch.pop("labels")
         if loss.task == "generation":
@@ -53,15 +75,18 @@ def score(
         predicted.append(logits.float().cpu())
         expected.append(labels.cpu())
     mean = summed / max(count, 1)
-    return {"loss": mean, **_task_scores(loss.task, mean, predicted, expected)}
+    if loss.task == "generation":
+        return Scored(scores={"loss": mean, "perplexity": perplexity(mean)}, predicted=[])
+    # In the order of the rows.
+    back = torch.tensor(order).argsort()
+    return _of_labels(loss.task, mean, torch.cat(predicted)[back], torch.cat(expected)[back])
 
 
-def _task_scores(
-    task: str, loss: float, predicted: Sequence[Tensor], expected: Sequence[Tensor]
-) -> dict[str, float]:
-    if task == "generation":
-        return {"perplexity": perplexity(loss)}
-    logits, labels = torch.cat(list(predicted)), torch.cat(list(expected))
+def _of_labels(task: str, loss: float, logits: Tensor, labels: Tensor) -> Scored:
+    """The scores of rows with labels, of their logits (rows × classes, or rows × 1)."""
+    right = labels.tolist()
     if task == "regression":
-        return {"pearson": pearson(logits.squeeze(-1).tolist(), labels.tolist())}
-    return {"accuracy": accuracy(logits.argmax(-1).tolist(), labels.tolist())}
+        numbers = logits.squeeze(-1).tolist()
+        return Scored(scores={"loss": loss, "pearson": pearson(numbers, right)}, predicted=numbers)
+    classes = logits.argmax(-1).tolist()
+    return Scored(scores={"loss": loss, "accuracy": accuracy(classes, right)}, predicted=classes)

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lorakit.cli.parsing import strict_yaml
+from lorakit.config import strict_yaml
 from lorakit.config.fields import Key, fields_of, meant, types_of
 from lorakit.config.marks import Escapes
 

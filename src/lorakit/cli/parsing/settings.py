@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lorakit.cli.parsing import strict_yaml
 from lorakit.cli.parsing.flags import Flag, Given, flags_of, read_flags
+from lorakit.config import strict_yaml
 from lorakit.config.base import Settings, headline, problem_lines
 from lorakit.config.fields import Key, section_of
 from lorakit.errors import ConfigError

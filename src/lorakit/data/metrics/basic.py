@@ -1,6 +1,7 @@
 """Scores of a model's outputs. Shares are from 0 to 1, correlations from -1 to 1, BLEU to 100."""
 
 from collections.abc import Hashable, Sequence
+from importlib.metadata import version
 from itertools import zip_longest
 from types import ModuleType
 
@@ -76,6 +77,11 @@ def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     # sacrebleu wants the first references of all, then the second ones, with gaps as None.
     streams = [list(stream) for stream in zip_longest(*references)]
     return float(_sacrebleu().corpus_bleu(list(outputs), streams, lowercase=True).score)
+
+
+def bleu_scorer() -> str:
+    """What computes `bleu`, with its version."""
+    return f"sacrebleu {version('sacrebleu')}, in lower case"
 
 
 def _sacrebleu() -> ModuleType:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from lorakit.data.metrics.coco import coco_scores
 from lorakit.data.metrics.glue import NAMES, glue_scores
+from lorakit.data.metrics.meteor.tables import check_files
 from lorakit.data.metrics.mteval import bleu_and_nist
 from lorakit.data.metrics.rouge import rouge_scores
 from lorakit.data.metrics.triples import dart_scores, webnlg_scores
 from lorakit.data.metrics.wikisql import same_form, same_result
-from lorakit.errors import ConfigError, DataError, did_you_mean
+from lorakit.errors import ConfigError, DataError, MissingExtraError, did_you_mean
 
 VERSION = 1
 """Of the scorers: a number that any change of a score raises, so that results know theirs."""
@@ -53,6 +55,39 @@ def scorer(task: str, variant: str | None = None) -> str:
     return f"{name}{f', variant {chosen}' if chosen else ''} (lorakit's scorer, version {VERSION})"
 
 
+_METEOR = ("pycocoevalcap", "nltk")
+_TRIPLES = ("sacrebleu", *_METEOR)
+_LIBRARIES: Mapping[tuple[str, str | None], tuple[str, ...]] = {
+    ("e2e", "python"): _METEOR,
+    ("e2e", "perl"): _METEOR,
+    ("webnlg", "official"): (*_TRIPLES, "unidecode"),
+    ("webnlg", "paper"): (*_TRIPLES, "pyter"),
+    ("dart", "official"): _TRIPLES,
+    ("dart", "paper"): (*_TRIPLES, "pyter"),
+    ("samsum", None): ("rouge_score",),
+    ("cola", None): ("sklearn",),
+    ("mrpc", None): ("sklearn",),
+    ("qqp", None): ("sklearn",),
+    ("stsb", None): ("scipy",),
+}
+"""The modules that the scorers of tasks import, by task and variant; others need none."""
+
+
+def check_scorer(task: str, variant: str | None = None) -> None:
+    """Make sure that all a task's scorer needs is installed, before hours are spent on outputs.
+
+    Raises:
+        ConfigError: the task or the variant is unknown.
+        MissingExtraError: a library is not installed.
+        DataError: METEOR's data is missing.
+    """
+    modules = _LIBRARIES.get((task, _variant(task, variant)), ())
+    if any(find_spec(module) is None for module in modules):
+        raise MissingExtraError(f"the scorer of {task}", "metrics")
+    if "pycocoevalcap" in modules:
+        check_files()
+
+
 def score(
     task: str,
     outputs: Sequence[Any],
@@ -85,7 +120,8 @@ def score(
 
     Raises:
         ConfigError: the task or the variant is unknown.
-        DataError: there are no outputs, not as many references, or an output without one.
+        DataError: there are no outputs, not as many references, or an output without one; a file
+            of METEOR is missing.
         MissingExtraError: a library of the extra `metrics` is not installed.
 
     Examples:
@@ -94,6 +130,7 @@ def score(
     """
     chosen: Any = _variant(task, variant)
     _check(task, outputs, references)
+    check_scorer(task, variant)
     if task == "e2e":
         bleu, nist = bleu_and_nist(outputs, references, variant=chosen)
         return {"bleu": bleu, "nist": nist, **coco_scores(outputs, references, use_java=use_java)}

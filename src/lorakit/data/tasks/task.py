@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.file_formats import RawRow
-from lorakit.data.row_types import PromptRow, Row, Rows, RowType, references_of
+from lorakit.data.row_types import ClassificationRow, PromptRow, Row, Rows, RowType, references_of
 from lorakit.data.sources import HUB, read_raw_rows
 from lorakit.errors import DataError
 
@@ -48,6 +48,10 @@ class Task:
     """Names of the classes, by their number in the data."""
     grouped: bool = False
     """Whether raw rows of one prompt are its references, as on the hub, where each has one."""
+    output: Callable[[Any, Row], Any] = lambda answer, _: answer
+    """What `lorakit.score` takes as the output, of an answer to a row or its predicted label."""
+    reference: Callable[[Row], Any] = lambda row: reference_of(row)
+    """What `lorakit.score` takes as the reference of a row."""
 
     def rows(self, split: str, *, folder: str | None, limit: int | None, training: bool) -> Rows:
         """The rows of a split.
@@ -137,6 +141,11 @@ def _by_prompt(rows: Iterable[Row]) -> list[Row]:
         PromptRow(prompt=prompt, completion=known[0], references=tuple(known))
         for prompt, known in references.items()
     ]
+
+
+def reference_of(row: Row) -> Any:
+    """The texts that answers to a row are compared with, or its label."""
+    return row.label if isinstance(row, ClassificationRow) else list(references_of(row))
 
 
 def with_references(prompt: str, references: Iterable[Any]) -> PromptRow:

@@ -8,11 +8,12 @@ back into `sel`, `agg` and `conds`, which the scorer compares.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lorakit.data.metrics.wikisql import AGGREGATIONS, OPERATORS
-from lorakit.data.row_types import Row
+from lorakit.data.row_types import PromptRow, Row
 from lorakit.data.tasks.task import Task, Values, splits, with_references
 
 Query = Mapping[str, Any]
@@ -89,8 +90,26 @@ def query_of(values: Values) -> dict[str, Any]:
 
 def _row(values: Values) -> Row:
     header = values["table"]["header"]
-    query = written(query_of(values), header)
-    return with_references(prompt(values["question"], header), [query])
+    query = query_of(values)
+    row = with_references(prompt(values["question"], header), [written(query, header)])
+    return replace(row, values={"query": query, "table": values["table"]})
+
+
+def _query_in(answer: str, row: Row) -> dict[str, Any] | None:
+    assert isinstance(row, PromptRow)
+    return read(answer, row.values["table"]["header"])
+
+
+def _right_query(row: Row) -> Any:
+    assert isinstance(row, PromptRow)
+    return row.values["query"]
+
+
+def tables_of(rows: Iterable[Row]) -> list[Values] | None:
+    """The table of each row, with its types and its rows; None: the data is without them."""
+    tables = [row.values["table"] for row in rows if isinstance(row, PromptRow)]
+    complete = all("types" in table and "rows" in table for table in tables)
+    return tables if complete else None
 
 
 TASK = Task(
@@ -98,4 +117,6 @@ TASK = Task(
     hub="Salesforce/wikisql",
     splits=splits(train=56_355, validation=8_421, test=15_878),
     row=_row,
+    output=_query_in,
+    reference=_right_query,
 )

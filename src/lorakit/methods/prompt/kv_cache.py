@@ -6,7 +6,8 @@ and positions are shifted by it, after a check that the cache is as the latest c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ class CacheRecord:
     """Whether virtual tokens stand behind prompts."""
     cached: int = 0
     """Tokens in the cache after the latest call."""
+
+    def of_rows(self, rows: Sequence[int]) -> CacheRecord:
+        """The record of a cache that holds these of its rows, in this order."""
+        mask = None if self.mask is None else self.mask[list(rows)]
+        added, extra = (tuple(each[row] for row in rows) for each in (self.added, self.extra))
+        return replace(self, mask=mask, added=added, extra=extra)
 
     def keep_with(self, output: Any) -> None:
         """Keep this with the cache that a call returned, if it did."""
@@ -72,6 +79,14 @@ def is_filled(cache: Any) -> bool:
 def record_of(cache: Any) -> CacheRecord | None:
     """The record of the tokens inserted into a cache, if there is one."""
     return getattr(cache, NAME, None)
+
+
+def choose_rows(cache: Any, rows: Sequence[int]) -> None:
+    """Have a cache hold some of its rows, in any order; a row may be there several times."""
+    cache.reorder_cache(torch.tensor(rows))
+    record = record_of(cache)
+    if record is not None:
+        setattr(cache, NAME, record.of_rows(rows))
 
 
 def go_on(

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save
 
 from lorakit.adapter.atomic_write import write_new_file
 from lorakit.data.metrics.meteor.normalize import ALWAYS, BEFORE_NUMBERS
-from lorakit.errors import MissingExtraError
+from lorakit.errors import DataError, MissingExtraError
 from lorakit.models.gguf_file import cache_folder
 
 _JAR = "pycocoevalcap/meteor/meteor-1.5.jar"
@@ -146,6 +146,21 @@ class Tables:
         tensors = load_file(path)
         words = tensors["words"].tobytes().decode().split("\n")
         return words, tensors["tokens"], tensors["lengths"]
+
+
+def check_files() -> None:
+    """Make sure that METEOR's files are installed.
+
+    Raises:
+        MissingExtraError: pycocoevalcap is not installed.
+        DataError: its wheel lacks a file.
+    """
+    lacking = [name for name in (_JAR, _PARAPHRASES) if not packaged(name).is_file()]
+    if lacking:
+        raise DataError(
+            f"METEOR needs {' and '.join(lacking)}, which the installed pycocoevalcap lacks: pip"
+            " install --force-reinstall pycocoevalcap"
+        )
 
 
 @cache

@@ -1,0 +1,144 @@
+"""The verbs of `lorakit paper`: the paper's cells, listed, run, shown and scored again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.cli.verbs import Result, Verb
+from lorakit.config.paper import (
+    PaperListConfig,
+    PaperRunConfig,
+    PaperTableConfig,
+    PaperVerifyConfig,
+)
+from lorakit.errors import ConfigError, DataError
+from lorakit.paper.cell import tables
+from lorakit.paper.job import Job, jobs_of
+from lorakit.paper.markdown import markdown
+from lorakit.paper.pages import written
+from lorakit.paper.results import State, state_of
+from lorakit.paper.run import run_cells
+from lorakit.paper.summary import Summary, summary
+from lorakit.paper.verify import verify
+
+
+@dataclass
+class Paper:
+    """One of these verbs."""
+
+    work: Callable[[Any], Result]
+
+    def run(self, settings: Any) -> Result:
+        """Do the verb's work."""
+        return self.work(settings)
+
+
+def list_cells(settings: PaperListConfig) -> Result:
+    """Each run of the cells, and what there is of it."""
+    states = {job: state_of(job, settings.results) for job in jobs_of(settings, skip=True)}
+    return Result(text="\n".join(_lines(states)), data={"runs": _records(states)})
+
+
+def run(settings: PaperRunConfig) -> Result:
+    """Run what has no current result."""
+    done = run_cells(settings, progress=True)
+    return Result(
+        text="\n".join([*_lines(done.states), *done.notes]),
+        data={"runs": _records(done.states), "notes": list(done.notes)},
+    )
+
+
+def table(settings: PaperTableConfig) -> Result:
+    """A table, printed or written."""
+    found = summary(_name("table", settings.table), scale=settings.scale, results=settings.results)
+    page = markdown(found)
+    return Result(
+        text=written(page, settings.out, f"{found.name}.{found.scale}.md"), data=_data(found)
+    )
+
+
+def verify_cells(settings: PaperVerifyConfig) -> Result:
+    """Score stored outputs again."""
+    found = verify(settings)
+    if found.differences:
+        lines = [f"{name}: {what}" for name, what in found.differences.items()]
+        raise DataError.listing(f"of {found.scored} results these are not as they say", lines)
+    return Result(
+        text=f"{found.scored} results: their outputs give the scores that they say",
+        data={"scored": found.scored, "differences": {}},
+    )
+
+
+def _name(kind: str, number: str) -> str:
+    """The folder of a table's cells.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    name = f"{kind}{number.removeprefix(kind)}"
+    if name not in tables():
+        known = ", ".join(one.removeprefix(kind) for one in tables() if one.startswith(kind))
+        raise ConfigError(f"there is no {kind} {number!r}; there are {known}")
+    return name
+
+
+def _data(found: Summary) -> dict[str, Any]:
+    rows = [
+        {
+            "cell": line.cell.id,
+            "column": name,
+            "ours": entry.ours,
+            "paper": entry.paper,
+            "scores": entry.scores,
+            "state": entry.state,
+        }
+        for line in found.lines
+        for name, entry in line.entries.items()
+    ]
+    return {"table": found.name, "scale": found.scale, "rows": rows}
+
+
+def _lines(states: Mapping[Job, State]) -> Iterable[str]:
+    width = max(len(job.name) for job in states)
+    for job, state in states.items():
+        told = _told(job, state) if state.kind == "done" else state.why
+        yield f"{job.name:{width}}  {state.kind:8}{told}".rstrip()
+
+
+def _told(job: Job, state: State) -> str:
+    """The scores that are columns of the job's table, in its unit."""
+    assert state.result is not None
+    scores = state.result["scores"][job.scoring.epoch]
+    columns = tables()[job.cell.table].columns.values()
+    return "  ".join(
+        f"{column.title} {column.shown(scores[column.score])}"
+        for column in columns
+        if column.task == job.task
+    )
+
+
+def _records(states: Mapping[Job, State]) -> list[dict[str, Any]]:
+    return [
+        {
+            "cell": job.cell.id,
+            "scale": job.scale,
+            "model": job.model,
+            "task": job.task,
+            "seed": job.seed,
+            "state": state.kind,
+            "why": state.why,
+            "scores": state.result.get("scores") if state.result else None,
+        }
+        for job, state in states.items()
+    ]
+
+
+SECOND_WORDS: dict[str, Verb] = {
+    "list": Paper(list_cells),
+    "run": Paper(run),
+    "table": Paper(table),
+    "verify": Paper(verify_cells),
+}
+"""Each of these verbs, by its second word."""

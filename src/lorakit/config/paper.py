@@ -1,0 +1,92 @@
+"""Settings of the verbs of `lorakit paper`."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from lorakit.config.base import Names, PositiveInt, Settings
+from lorakit.config.seed import Seed
+
+RESULTS = Path("paper/results")
+"""The folder of results, from the working folder."""
+
+
+class PaperConfig(Settings):
+    """The settings of all of them."""
+
+    results: Path = RESULTS
+    """Folder of the results."""
+
+
+class Chosen(PaperConfig):
+    """Which cells, and which of their runs."""
+
+    positional: ClassVar[tuple[str, ...]] = ("cells",)
+
+    cells: Names = ()
+    """Cells such as table2.lora, whole tables such as table2, or patterns such as table?.lora.
+    None: all."""
+
+    scale: Literal["small", "full"] = "small"
+    """small: the twin on a packaged model; full: the paper's model and settings."""
+
+    tasks: Names = ()
+    """Tasks of the cells, such as cola. None: all."""
+
+    model: str | None = None
+    """Of full: one of the cell's published models, such as roberta-base. None: all."""
+
+    variant: Literal["paper", "repository"] = "paper"
+    """Of full: the settings of the paper, or those of its repository where they differ."""
+
+    seeds: tuple[Seed, ...] = ()
+    """Seeds. None: those of the cell."""
+
+
+class PaperListConfig(Chosen):
+    """Settings of paper list: which cells are shown, and where their results are."""
+
+
+class PaperRunConfig(Chosen):
+    """Settings of paper run: which cells, on which data, and where the results go."""
+
+    cells: Annotated[Names, Field(min_length=1)]
+    """Cells such as table2.lora, whole tables such as table2, or patterns such as table?.lora."""
+
+    data: Path | None = None
+    """Folder with a folder for each task, named as the task. None: the data sets of the hub."""
+
+    work: Path = Path("out/paper")
+    """Folder for adapters and checkpoints while a run trains; a finished run's are removed."""
+
+    threads: PositiveInt | None = None
+    """Threads of torch. None: as many as torch takes by itself."""
+
+    redo: bool = False
+    """Run also what has a current result, which is then replaced."""
+
+    dry_run: bool = False
+    """Check everything, print what would be run, and stop."""
+
+
+class PaperVerifyConfig(Chosen):
+    """Settings of paper verify: which results are scored again, and with which data."""
+
+    data: Path | None = None
+    """Folder with a folder for each task, named as the task. None: the data sets of the hub."""
+
+
+class PaperTableConfig(PaperConfig):
+    """Settings of paper table: which table, and where it is written."""
+
+    positional: ClassVar[tuple[str, ...]] = ("table",)
+
+    table: str
+    """Its number, such as 2."""
+
+    scale: Literal["small", "full"] = "small"
+    """small: the twins on packaged models; full: the paper's models and settings."""
+
+    out: Path | None = None
+    """Folder for table-2.small.md, which is replaced. None: the table is printed."""

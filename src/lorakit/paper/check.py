@@ -1,0 +1,132 @@
+"""What is checked before the first run: data, labels, scorers, commit and folders, all at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lorakit.adapter.output_place import check_place
+from lorakit.bench.environment import uncommitted
+from lorakit.config.paper import PaperRunConfig
+from lorakit.config.train import DataConfig
+from lorakit.data.metrics.score import score
+from lorakit.data.row_types import Rows
+from lorakit.data.rows import read_rows
+from lorakit.errors import ConfigError, LorakitError, OutputError
+from lorakit.paper.job import Job
+from lorakit.paper.outputs import references_of
+
+SHOWN = 3
+"""Changed files that a message names."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of jobs, each source read once."""
+
+    folder: Path | None
+    """That of all tasks; None: the hub."""
+    rows: dict[tuple[str, str, int | None], Rows] = field(default_factory=dict)
+    """By task, split and the number of rows that are used."""
+
+    def training(self, job: Job) -> Rows:
+        """The rows that a job trains on."""
+        return self._read(job, "train", job.given["train"].get("data", {}).get("train_rows"))
+
+    def scored(self, job: Job) -> Rows:
+        """The rows that a job is scored on."""
+        return self._read(job, job.scoring.split, job.scoring.rows)
+
+    def hashes(self, job: Job) -> dict[str, str]:
+        """The hash of a job's rows, by what they are for."""
+        return {"train": digest(self.training(job)), "score": digest(self.scored(job))}
+
+    def _read(self, job: Job, split: str, limit: int | None) -> Rows:
+        key = job.task, split, limit
+        if key not in self.rows:
+            self.rows[key] = read_rows(
+                job.source(split, self.folder), DataConfig(), limit=limit, split=split
+            )
+        return self.rows[key]
+
+
+def digest(rows: Rows) -> str:
+    """SHA-256 of rows as the model gets them: text, labels and their order."""
+    content = hashlib.sha256()
+    for row in rows.rows:
+        content.update(json.dumps(asdict(row)).encode())
+    return content.hexdigest()
+
+
+def check(settings: PaperRunConfig, jobs: Sequence[Job]) -> Data:
+    """Make sure that jobs can run, before the first one starts, and read their rows.
+
+    Raises:
+        ConfigError: something is missing or wrong; every problem is listed.
+    """
+    data = Data(settings.data)
+    problems = [*_place_problems(settings), *_data_problems(data, jobs)]
+    if not settings.dry_run:
+        problems += _commit_problems()
+    if problems:
+        raise ConfigError.listing("these cells cannot be run", problems)
+    return data
+
+
+def _place_problems(settings: PaperRunConfig) -> Iterator[str]:
+    for folder in (settings.results, settings.work):
+        try:
+            check_place(folder, "a folder is to be there")
+        except OutputError as error:
+            yield str(error)
+
+
+def _data_problems(data: Data, jobs: Sequence[Job]) -> Iterator[str]:
+    """What is wrong with the rows and the scorers of jobs, each problem once."""
+    if data.folder is not None and not data.folder.is_dir():
+        yield f"data: there is no folder {data.folder}"
+        return
+    reads: tuple[Callable[[Job], object], ...] = (data.training, data.scored, _try_scorer(data))
+    found: dict[str, None] = {}
+    for job in jobs:
+        for read in reads:
+            try:
+                read(job)
+            except LorakitError as error:
+                found[str(error)] = None
+    yield from found
+
+
+def _try_scorer(data: Data) -> Callable[[Job], object]:
+    """A function that scores a job's first rows with their own references.
+
+    It finds out whether the scorer's libraries and word lists are there.
+    """
+    tried: set[str] = set()
+
+    def try_scorer(job: Job) -> None:
+        if job.task in tried:
+            return
+        tried.add(job.task)
+        right = references_of(data.scored(job))[:8]
+        score(job.task, right, right, variant=job.scoring.variant)
+
+    return try_scorer
+
+
+def _commit_problems() -> Iterator[str]:
+    changed = uncommitted()
+    if changed:
+        listed = ", ".join(changed[:SHOWN]) + (", …" if len(changed) > SHOWN else "")
+        yield (
+            f"{listed} {'has' if len(changed) == 1 else 'have'} uncommitted changes, so no commit"
+            " would have the code that made the results: commit first"
+        )
+
+
+def notes(data: Data) -> Mapping[str, None]:
+    """What is to be known of the rows that were read, such as other counts than published."""
+    return dict.fromkeys(note for rows in data.rows.values() for note in rows.notes)

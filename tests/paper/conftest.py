@@ -1,0 +1,113 @@
+"""A table of tests: two tasks of GLUE with a few rows, and a tiny model."""
+
+import json
+import random
+
+import pytest
+
+from lorakit.cli.main import main
+from lorakit.paper import cell, check
+
+WORDS = ("red", "green", "blue", "big", "small", "cat", "dog", "bird")
+SENTENCE = ("sentence",)
+PAIR = ("sentence1", "sentence2")
+COLUMNS = {"cola": SENTENCE, "sst2": SENTENCE, "stsb": PAIR}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of tasks, each with a training and a validation file of 32 rows."""
+    draw = random.Random(0)
+    for task, columns in COLUMNS.items():
+        for split in ("train", "validation"):
+            file = tmp_path / "data" / task / f"{split}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(_row(draw, columns)) + "\n" for _ in range(32)))
+    return tmp_path / "data"
+
+
+def _row(draw, columns):
+    texts = {column: " ".join(draw.choices(WORDS, k=4)) for column in columns}
+    cats = sum("cat" in text for text in texts.values())
+    return {**texts, "label": cats if len(columns) == 1 else 2.5 * cats, "idx": 0}
+
+
+TABLE = """
+title: Two tasks
+columns:
+  cola: {title: CoLA, task: cola, score: matthews, factor: 100}
+  stsb: {title: STS-B, task: stsb, score: pearson, factor: 100}
+seeds: [0]
+over: median
+small:
+  model: %s
+  seeds: [0, 1]
+  train: {steps: 4, batch_size: 4, eval_every: 2, save_every: 2, dtype: float32,
+          learning_rate: 0.01, warmup_steps: 1}
+  score: {rows: 16, batch_size: 8}
+  tasks:
+    cola: {}
+    stsb: {train: {task: regression}}
+"""
+ROW = """
+method: LoRA
+train: {method: lora, lora: {rank: 2}}
+published:
+  - model: roberta-base
+    row: RoB-base LoRA
+    printed: 0.3M
+    values: {cola: 63.4, stsb: 91.5}
+    source: a test
+small: {}
+"""
+
+
+@pytest.fixture
+def cells(tmp_path, tiny_bert, monkeypatch):
+    """The folder of a table's cells in the place of the paper's: table9.lora."""
+    folder = tmp_path / "cells"
+    (folder / "table9").mkdir(parents=True)
+    (folder / "table9" / "table.yaml").write_text(TABLE % tiny_bert)
+    (folder / "table9" / "lora.yaml").write_text(ROW)
+    monkeypatch.setattr(cell, "FOLDER", folder)
+    monkeypatch.setattr(check, "uncommitted", list)
+    forget()
+    yield folder
+    monkeypatch.undo()
+    forget()
+
+
+def forget():
+    """Have the cells read again."""
+    cell.tables.cache_clear()
+    cell.cells.cache_clear()
+
+
+@pytest.fixture
+def change_row(cells):
+    """A function that replaces a text in the row of the table."""
+
+    def change(old, new):
+        file = cells / "table9" / "lora.yaml"
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+        forget()
+
+    return change
+
+
+@pytest.fixture
+def paper(data, cells, tmp_path, capsys):
+    """A function that runs a verb of `lorakit paper` on these cells: exit code and JSON."""
+
+    def command(verb, *words):
+        flags = {"--results": tmp_path / "results"}
+        if verb == "run":
+            flags |= {"--data": data, "--work": tmp_path / "work"}
+        line = [
+            word for name, value in flags.items() if name not in words for word in (name, value)
+        ]
+        code = main(["paper", verb, *map(str, [*words, *line]), "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    return command

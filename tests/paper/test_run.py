@@ -1,0 +1,149 @@
+"""`lorakit paper run` on a tiny model and a few rows: results, staleness, resumption, mistakes."""
+
+import gzip
+import json
+
+import pytest
+
+import lorakit as lk
+from lorakit.errors import TrainingError
+from lorakit.paper import check, run
+
+
+def states(told):
+    return [(each["task"], each["seed"], each["state"]) for each in told["runs"]]
+
+
+def test_a_cell_is_run_once_and_its_results_can_be_scored_again(paper, data, tmp_path):
+    code, told = paper("run", "table9.lora", "--seeds", "0")
+    assert (code, states(told)) == (0, [("cola", 0, "done"), ("stsb", 0, "done")])
+    file = tmp_path / "results" / "table9.lora.small" / "cola" / "seed-0.json"
+    result = json.loads(file.read_text())
+    assert [entry["step"] for entry in result["evaluations"]] == [2, 4]
+    assert result["scores"].keys() == {"best", "last"}
+    assert (result["steps"], result["data"]["score"]["rows"]) == (4, 16)
+    assert result["parameters"]["without_head"] < result["parameters"]["trained"]
+    assert result["commit"]
+    assert {"versions", "hardware", "seconds", "peak_memory_bytes", "settings"} <= result.keys()
+
+    text = gzip.decompress(file.with_name("seed-0.predictions.jsonl.gz").read_bytes()).decode()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["row"] for line in lines] == list(range(16))
+    lines_of_data = (data / "cola" / "validation.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines_of_data[:16]]
+    right = [row["label"] for row in rows]
+    assert lk.score("cola", [line["last"] for line in lines], right) == result["scores"]["last"]
+    assert not any(row["sentence"] in text for row in rows)
+    # What the run trained is gone, and the second time nothing is trained.
+    assert not list((tmp_path / "work").rglob("*.safetensors"))
+    before = file.stat().st_mtime_ns
+    assert paper("run", "table9.lora", "--seeds", "0")[0] == 0
+    assert file.stat().st_mtime_ns == before
+
+
+def test_a_result_is_stale_when_its_cell_its_rows_or_its_scorer_have_changed(
+    paper, data, change_row, monkeypatch
+):
+    words = ("table9.lora", "--tasks", "cola", "--seeds", "0")
+    paper("run", *words)
+    assert states(paper("list", *words)[1]) == [("cola", 0, "done")]
+    change_row("rank: 2", "rank: 3")
+    (told,) = paper("list", *words)[1]["runs"]
+    assert (told["state"], told["why"]) == ("stale", "settings (train.lora.rank)")
+    change_row("rank: 3", "rank: 2")
+    with monkeypatch.context() as patch:
+        patch.setattr("lorakit.data.metrics.score.VERSION", 99)
+        assert paper("list", *words)[1]["runs"][0]["why"] == "scorer"
+    file = data / "cola" / "train.jsonl"
+    file.write_text(file.read_text().replace("red", "blue"))
+    dry = paper("run", *words, "--dry-run")[1]
+    assert (dry["runs"][0]["state"], dry["runs"][0]["why"]) == ("stale", "rows of train")
+    assert states(paper("run", *words)[1]) == [("cola", 0, "done")]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(paper, monkeypatch, tmp_path):
+    words = ("table9.lora", "--tasks", "cola", "--seeds", "0")
+    paper("run", *words)
+    file = tmp_path / "results" / "table9.lora.small" / "cola" / "seed-0.json"
+    whole = json.loads(file.read_text())
+    file.unlink()
+
+    from lorakit.training.trainer import AdapterTrainer
+
+    step = AdapterTrainer.training_step
+    done = []
+
+    def stop_at_the_third(self, *args, **kwargs):
+        done.append(1)
+        if len(done) == 3:
+            raise KeyboardInterrupt("stopped")
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", stop_at_the_third)
+        code, told = paper("run", *words)
+    assert (code, "run the same command to go on" in told["error"]["message"]) == (130, True)
+    assert not file.exists()
+    trained = []
+
+    def count(self, *args, **kwargs):
+        trained.append(1)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", count)
+    assert paper("run", *words)[0] == 0
+    again = json.loads(file.read_text())
+    assert len(trained) == 2
+    assert (again["scores"], again["evaluations"]) == (whole["scores"], whole["evaluations"])
+
+
+def test_a_run_that_diverges_is_a_result_and_the_others_go_on(paper, monkeypatch):
+    train = run.train
+
+    def diverge(config, **how):
+        if config.seed == 0:
+            raise TrainingError("the loss is NaN at step 3")
+        return train(config, **how)
+
+    monkeypatch.setattr(run, "train", diverge)
+    words = ("table9.lora", "--tasks", "cola")
+    assert states(paper("run", *words)[1]) == [("cola", 0, "failed"), ("cola", 1, "done")]
+    assert paper("list", *words)[1]["runs"][0]["why"] == "the loss is NaN at step 3"
+
+
+def test_all_that_is_missing_is_told_before_the_first_run(paper, data, monkeypatch, tmp_path):
+    (data / "cola" / "train.jsonl").write_text('{"sentence": "a cat", "label": 7}\n')
+    (data / "stsb" / "validation.jsonl").unlink()
+    monkeypatch.setattr(check, "uncommitted", lambda: ["a.py"])
+    (tmp_path / "work").write_text("a file")
+    code, told = paper("run", "table9")
+    message = told["error"]["message"]
+    assert (code, told["error"]["type"]) == (2, "ConfigError")
+    assert "label 7 is none of 0 to 1 (unacceptable, acceptable)" in message
+    assert "has no validation.jsonl, the split validation of stsb; it has train" in message
+    assert "a.py has uncommitted changes" in message
+    assert f"{tmp_path / 'work'} is a file" in message
+    assert not (tmp_path / "results").exists()
+
+
+def test_rows_that_are_fewer_than_published_are_named(paper):
+    told = paper("run", "table9.lora", "--tasks", "cola", "--dry-run")[1]
+    assert told["notes"] == ["cola, train: 32 of 8,551 as published"]
+    assert [each["state"] for each in told["runs"]] == ["not run", "not run"]
+
+
+def test_a_folder_that_is_not_there_is_one_problem(paper, tmp_path):
+    code, told = paper("run", "table9", "--data", tmp_path / "nowhere")
+    assert (code, told["error"]["message"].count("there is no folder")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is no result"), ('{"format": 99}', "is a result of format 99")]
+)
+def test_a_file_that_is_no_result_of_this_version_is_named(paper, tmp_path, text, message):
+    file = tmp_path / "results" / "table9.lora.small" / "cola" / "seed-0.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    code, told = paper("list", "table9.lora")
+    assert code == 2
+    assert message in told["error"]["message"]
