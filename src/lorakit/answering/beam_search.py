@@ -71,21 +71,23 @@ def beam_search(
     """
     reader = _Reader(model, batch)
     best = [_Best(each, search.length_penalty, max_new_tokens) for each in ends]
+    going = best
     logits = reader.read(batch["input_ids"])
     # The beams of a row differ from the first step on, so that its prompt is read once.
-    scores = logits.new_zeros(len(best), 1)
-    history = batch["input_ids"][:, :0]
+    scores, history = logits.new_zeros(len(best), 1), batch["input_ids"][:, None, :0]
     for step in range(max_new_tokens):
-        _ban_repeats(logits, history, search.no_repeat_ngram)
+        _ban_repeats(logits, history.flatten(0, 1), search.no_repeat_ngram)
         scores, origin, tokens = _likeliest(scores, logits, search.beams)
-        history = torch.cat([history[origin], tokens], dim=1)
-        beams = history.view(*scores.shape, -1).tolist()
-        done = [one.take(*own) for one, *own in zip(best, scores, beams, strict=True)]
-        if all(done) or step == max_new_tokens - 1:
+        history = torch.cat([history.flatten(0, 1)[origin], tokens[..., None]], dim=-1)
+        pairs = enumerate(zip(going, scores, history.tolist(), strict=True))
+        more = [index for index, (row, *beams) in pairs if row.take(*beams)]
+        if not more or step == max_new_tokens - 1:
             break
-        reader.go_on_from(origin)
-        logits = reader.read(tokens)
-    return [each.answer for each in best]
+        going = [going[index] for index in more]
+        scores, history = scores[more], history[more]
+        reader.go_on_from(origin[more].flatten().tolist())
+        logits = reader.read(history[..., -1].view(-1, 1))
+    return [row.answer for row in best]
 
 
 def _likeliest(scores: Tensor, logits: Tensor, beams: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,8 +99,8 @@ def _likeliest(scores: Tensor, logits: Tensor, beams: int) -> tuple[Tensor, Tens
         beams: how many continuations of a row to keep.
 
     Returns:
-        Their scores (rows × beams), the numbers of the beams that they go on from (rows · beams),
-        and their last tokens (rows · beams × 1).
+        Their scores, the numbers of the beams that they go on from, and their last tokens (each
+        rows × beams).
     """
     rows, width = scores.shape
     vocabulary = logits.shape[-1]
@@ -106,8 +108,7 @@ def _likeliest(scores: Tensor, logits: Tensor, beams: int) -> tuple[Tensor, Tens
     kept = min(beams, width * vocabulary)
     found, chosen = summed.view(rows, -1).topk(kept, dim=1)
     first = torch.arange(0, rows * width, width, device=scores.device)
-    origin = (chosen // vocabulary + first[:, None]).view(-1)
-    return found, origin, (chosen % vocabulary).view(-1, 1)
+    return found, chosen // vocabulary + first[:, None], chosen % vocabulary
 
 
 class _Reader:
@@ -140,12 +141,12 @@ class _Reader:
             )
         return cast(Tensor, output.logits[:, -1].float())
 
-    def go_on_from(self, beams: Tensor) -> None:
+    def go_on_from(self, beams: Sequence[int]) -> None:
         """Keep these beams, in this order; one from which several go on is there several times."""
-        chosen = beams.tolist()
-        choose_rows(self._cache, chosen)
-        self._mask = torch.cat([self._mask[beams], self._mask.new_ones(len(beams), 1)], dim=1)
-        self._prompt_of_beam = [self._prompt_of_beam[beam] for beam in chosen]
+        choose_rows(self._cache, beams)
+        next_token = self._mask.new_ones(len(beams), 1)
+        self._mask = torch.cat([self._mask[list(beams)], next_token], dim=1)
+        self._prompt_of_beam = [self._prompt_of_beam[beam] for beam in beams]
 
 
 @dataclass
@@ -167,7 +168,7 @@ class _Best:
             beams: the tokens of each.
 
         Returns:
-            Whether no beam can become a better answer.
+            Whether a beam may yet become a better answer.
         """
         open_scores = []
         for beam, (tokens, score) in enumerate(zip(beams, scores.tolist(), strict=True)):
@@ -181,7 +182,7 @@ class _Best:
         following = len(beams[0]) + 1
         # A sum only falls, and is divided by no more than the longest answer's power of its length.
         divisor = max(following**self.penalty, self.longest**self.penalty)
-        return max(open_scores, default=-torch.inf) / divisor <= self._score
+        return max(open_scores, default=-torch.inf) / divisor > self._score
 
     def _offer(self, tokens: list[int], score: float) -> None:
         score /= len(tokens) ** self.penalty

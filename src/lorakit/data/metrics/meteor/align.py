@@ -104,36 +104,49 @@ def _advance(
     """The paths one word further on: each match that starts there taken, or none."""
     following: list[_Path] = []
     bit = 1 << position
+    # Taken apart once, since there are up to BEAM paths.
+    choices = [
+        (
+            *(match.words, match.output_words, match.weight),
+            *(
+                position + match.length,
+                match.output_start,
+                match.output_start + match.output_length,
+            ),
+            abs(match.start - match.output_start),
+            match,
+        )
+        for match in matches
+    ]
     for path in paths:
         weight, chunks, distance, here, end, used, used_output, chosen = path
         if used & bit:
             if position < here:
                 following.append(path)
             elif (match := fixed.get(here)) is not None:
-                distance += abs(match.start - match.output_start)
-                taken = _taken(match, weight, chunks, end)
-                following.append((*taken[:2], distance, *taken[2:], used, used_output, chosen))
+                following.append(_with_fixed(path, match))
             continue
-        for match in matches:
-            words, output_words = match.words, match.output_words
+        for words, output_words, own, stop, start, output_stop, apart, match in choices:
             if used & words or used_output & output_words:
                 continue
-            new_weight, new_chunks, new_here, new_end = _taken(match, weight, chunks, end)
+            broken = end != -1 and end != start
             both = used | words, used_output | output_words
-            following.append(
-                (new_weight, new_chunks, distance, new_here, new_end, *both, (chosen, match))
-            )
-            distance += abs(match.start - match.output_start)
+            taken = weight - own, chunks + broken, distance, stop, output_stop
+            following.append((*taken, *both, (chosen, match)))
+            distance += apart
         chunks += end != -1
         following.append((weight, chunks, distance, here + 1, -1, used, used_output, chosen))
     return following or list(paths[:1])
 
 
-def _taken(match: Match, weight: int, chunks: int, end: int) -> tuple[int, int, int, int]:
-    """Weight, chunks, next word and end after a match."""
-    _, start, length, output_start, output_length, _, _, match_weight = match
-    broken = end != -1 and end != output_start
-    return weight - match_weight, chunks + broken, start + length, output_start + output_length
+def _with_fixed(path: _Path, match: Match) -> _Path:
+    """A path that has taken a match without rivals, whose words it counts as used."""
+    weight, chunks, distance, _, end, used, used_output, chosen = path
+    broken = end != -1 and end != match.output_start
+    distance += abs(match.start - match.output_start)
+    stop, output_stop = match.start + match.length, match.output_start + match.output_length
+    taken = weight - match.weight, chunks + broken, distance, stop, output_stop
+    return (*taken, used, used_output, chosen)
 
 
 def _unchained(chain: Chain) -> Iterator[Match]:
