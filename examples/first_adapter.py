@@ -1,6 +1,6 @@
 """A first adapter: train it, see where it changes the model, and what a merge would cost.
 
-Run it from a checkout: `python examples/first_adapter.py` (about two minutes on two cores). It
+Run it from a checkout: `python examples/first_adapter.py` (a few minutes on two cores). It
 leaves the adapter and a picture in out/first_adapter.
 """
 
@@ -50,20 +50,22 @@ def story(out: Path, *, model: str = "smollm2", steps: int = 70, rows: int = 32)
         for name, precision in PRECISIONS.items():
             with lk.merged(base, round_to=precision) as reports[name]:
                 pass  # here the model has no adapter to compute, and no latency
-            print(
-                f"merged in {name}: rounding takes {reports[name].rounding_error:.3%} of the update"
-            )
+            lost = 100 * reports[name].rounding_error
+            print(f"merged in {name}: rounding takes at most {lost:.2g} % of the update")
     return _draw(out / "first_adapter.png", run.out / "log.jsonl", reports)
 
 
 def _draw(picture: Path, log: Path, reports: dict[str, lk.MergeReport]) -> Path:
-    figure = Figure(figsize=(11, 3.4), dpi=130, layout="constrained")
-    losses, changes, rounding = figure.subplots(1, 3, width_ratios=(1.1, 1.2, 0.8))
+    figure = Figure(figsize=(11, 3.4), dpi=100, layout="constrained")
+    losses, changes, rounding = figure.subplots(1, 3, width_ratios=(1, 1.2, 1))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "o")):
+    # The log has the mean of ten steps, so that held-out rows, scored after them, lie below it.
+    curves = (("loss", "training, mean of 10 steps", "-"), ("eval_loss", "held-out rows", "o"))
+    for key, label, style in curves:
         points = [(line["step"], line[key]) for line in lines if key in line]
         losses.plot(*zip(*points, strict=True), style, label=label)
     losses.set(title="It learns", xlabel="step", ylabel="loss (nats per token)", yscale="log")
+    losses.yaxis.set_major_formatter("{x:g}")
     losses.legend(frameon=False)
 
     sizes: dict[str, list[float]] = {"q": [], "v": []}
@@ -79,6 +81,7 @@ def _draw(picture: Path, log: Path, reports: dict[str, lk.MergeReport]) -> Path:
     bars = rounding.bar(list(reports), lost, color=["#2a9d8f", "#e9c46a", "#e76f51"])
     rounding.bar_label(bars, fmt="%.2g %%")
     rounding.set(title="What a merge loses", ylabel="% of the update, at most", yscale="log")
+    rounding.yaxis.set_major_formatter("{x:g}")
     for axes in (losses, changes, rounding):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture)

@@ -213,7 +213,7 @@ def test_print_config_prints_all_settings_and_does_not_run_the_verb(verb, capsys
     assert json.loads(capsys.readouterr().out) == {"word": "hi", "times": 1}
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
 def test_lorakit_alone_lists_the_verbs(argv, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
@@ -222,7 +222,9 @@ def test_lorakit_alone_lists_the_verbs(argv, capsys):
         assert f"  {name:<{column - 2}}{entry.meaning}\n" in out
 
 
-@pytest.mark.parametrize("argv", [["echo", "--help"], ["echo", "-h"], ["--help", "echo"]])
+@pytest.mark.parametrize(
+    "argv", [["echo", "--help"], ["echo", "-h"], ["--help", "echo"], ["help", "echo"]]
+)
 def test_help_of_a_verb_does_not_need_its_required_settings(verb, capsys, argv):
     verb(failing_with(AssertionError("the verb ran")))
     assert main(argv) == 0

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `lorakit`. None: those of this process.
     """
     words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     line = _Line.of(["--help" if word == "-h" else word for word in words])
     if isinstance(sys.stdout, TextIOWrapper):
         # What an encoding such as cp1252 lacks is written as \\u2192, as on stderr.

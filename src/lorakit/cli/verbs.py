@@ -51,6 +51,10 @@ VERBS = {
         meaning="Talk to a model in the terminal, and switch between adapters.",
         settings="config.verbs:ChatConfig",
     ),
+    "inspect": Entry(
+        meaning="Say what an adapter is, and what its files prove of it.",
+        settings="config.verbs:InspectConfig",
+    ),
     "merge": Entry(
         meaning="Write a plain model that has the adapter in its weights.",
         settings="config.verbs:MergeConfig",

@@ -1,4 +1,4 @@
-"""Settings of the verbs merge, convert, score, chat, completion and demo."""
+"""Settings of the verbs inspect, merge, convert, score, chat, completion and demo."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -7,6 +7,15 @@ from pydantic import Field
 
 from lorakit.config.base import AdapterPlace, DType, HeldIn, PositiveInt, Settings
 from lorakit.config.methods import LoRAConfig
+
+
+class InspectConfig(Settings):
+    """Settings of inspect: the adapter."""
+
+    positional: ClassVar[tuple[str, ...]] = ("adapter",)
+
+    adapter: AdapterPlace
+    """Adapter folder, or OWNER/NAME[@REVISION] on the hub."""
 
 
 class MergeConfig(Settings):
