@@ -127,6 +127,7 @@ def counted_calls(action):
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.thorough
 def test_the_cost_of_a_change_does_not_grow_with_the_residents(family):
     bank = lk.AdapterBank(build(family))
     kind = {"targets": ("all-linear",)} if family == "llama" else {}

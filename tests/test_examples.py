@@ -29,7 +29,12 @@ def folder(base, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("name", lk.__all__)
+LONG = ("sweep", "train", "merged", "generate", "evaluate")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.thorough if n in LONG else ()) for n in lk.__all__]
+)
 def test_the_example_of_each_public_name_runs(name, base, folder, monkeypatch):
     monkeypatch.chdir(folder)
     model, tokenizer = base

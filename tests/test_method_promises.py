@@ -422,7 +422,7 @@ def settings_of(configs):
 
 # In `make test`: those whose state differs most. tests/golden has others, training/test_rates.py
 # has biases.
-RESUMED = ("full", "dora")
+RESUMED = ("dora",)
 
 
 @pytest.mark.parametrize(

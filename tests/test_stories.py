@@ -11,7 +11,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 # The tiny model has 32 positions, so that prompts are cut and answers have little room.
 @pytest.mark.filterwarnings("ignore:.*(cut|less room):UserWarning")
 @pytest.mark.parametrize(
-    ("name", "short"), [("first_adapter", {}), ("many_adapters", {"points": 2})]
+    ("name", "short"),
+    [
+        ("first_adapter", {}),
+        pytest.param("many_adapters", {"points": 2}, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_story_runs_and_draws_its_picture(name, short, tiny_llama, tmp_path, capsys):
     story = runpy.run_path(str(EXAMPLES / f"{name}.py"))["story"]

@@ -96,6 +96,7 @@ def check(folder: Path, programs: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_what_people_write_passes_and_what_is_wrong_does_not(tmp_path):
     programs = {"written": WRITTEN, "wrong": WRONG}
     for page in PAGES:

@@ -78,6 +78,7 @@ def test_the_methods_of_the_readme_print_what_it_says(tmp_path, monkeypatch, cap
     assert capsys.readouterr().out == blocks("text")[1]
 
 
+@pytest.mark.thorough
 def test_the_bank_of_the_readme_answers_a_mixed_batch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, _ = lk.load_model("smollm2")
@@ -134,7 +135,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data sets beside the repository")
-@pytest.mark.parametrize("name", ["e2e", "sst2"])
+@pytest.mark.parametrize("name", ["e2e", pytest.param("sst2", marks=pytest.mark.thorough)])
 def test_the_examples_read_the_real_rows(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = ["train", f"examples/{name}.yaml", "--data.train-rows", "40", "--dry-run", "--json"]

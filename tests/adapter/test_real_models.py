@@ -53,10 +53,11 @@ def train_in_peft(model, inputs):
             *("smollm2", "generation", {"rank": 8, "alpha": 16, "targets": ("q", "v")}),
             marks=pytest.mark.thorough,
         ),
-        (
+        pytest.param(
             "smollm2",
             "generation",
             {"targets": ("all-linear",), "rank_pattern": {"q": 4}, "use_rslora": True},
+            marks=pytest.mark.thorough,
         ),
         ("minilm", "classification", {"targets": ("attention",), "bias": "lora"}),
     ],
@@ -87,7 +88,7 @@ CONFIGS: dict[str, Any] = {
 
 
 MADE = itertools.product(CONFIGS, ["randomised", "trained"])
-SHOWN = (("smollm2-patterns", "trained"), ("minilm-head", "randomised"))
+SHOWN = (("minilm-head", "randomised"),)
 """In `make test`: the real models cost seconds, and tiny ones have every config."""
 
 

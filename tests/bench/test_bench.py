@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from covering import sampled
 from lorakit.bench import mixed, sweep
 from lorakit.bench.load import read_tensors
 from lorakit.bench.memory import peak_bytes
@@ -62,7 +63,7 @@ def bench(tiny_llama, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+@sampled("name", sorted(SMALL), share=2)
 def test_a_result_has_all_measurements_and_ratios_of_their_seconds(bench, name, tmp_path):
     code, result = bench(name, "--out", tmp_path / "result.json")
     assert code == 0, result

@@ -28,6 +28,7 @@ def compare(tiny_llama, prompt_rows, capsys, monkeypatch):
     return run
 
 
+@pytest.mark.thorough
 def test_each_run_has_a_row_with_its_scores_beside_the_base_s(compare):
     asked = {"lora": {}, "wide": {"method": "lora", "lora": {"rank": 4}}}
     code, printed = compare(

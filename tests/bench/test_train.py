@@ -100,6 +100,7 @@ def records(tasks):
         return run_rounds(tasks, Rounds(warm_ups=1, counted=2, steps=2, threads=None))
 
 
+@pytest.mark.thorough
 def test_participants_see_the_same_rows_in_the_same_order(records):
     assert list(records) == ["ours", "peft", "peft_by_length", "full"]
     ours = records["ours"].batch_hashes

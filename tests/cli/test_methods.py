@@ -11,7 +11,7 @@ MERGE = ("lora", "full", "top-k")
 
 
 # In `make test`: those that can be merged, but for one, and one of each other kind.
-SHOWN = ("lora", "full", "bitfit", "prefix-layer", "adapter-d")
+SHOWN = ("full", "prefix-layer")
 
 
 @pytest.mark.parametrize(

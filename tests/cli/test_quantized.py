@@ -25,6 +25,7 @@ def made(model, rows, out, **operations):
         "lora": lk.LoRAConfig(rank=8, targets=("all-linear",), dropout=0.1),
         "data": DataConfig(train=str(rows), validation=str(rows)),
         "quantize": "4bit",
+        "dtype": "bfloat16",
         "steps": 6,
         "warmup_steps": 2,
         "learning_rate": 3e-2,
@@ -73,6 +74,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(settings):
     assert {name: (whole.out / name).read_bytes() for name in FILES} == expected
 
 
+@pytest.mark.thorough
 def test_an_adapter_is_evaluated_on_the_base_it_was_trained_on(result, run, prompt_rows):
     words = ["evaluate", "--adapter", result.out, "--data.validation", prompt_rows]
     words += ["--metrics", "loss", "--dtype", "bfloat16"]

@@ -277,6 +277,7 @@ def test_a_run_has_the_same_losses_joined_and_padded_and_tells_its_padding(
     assert real[0] == pytest.approx(real[1], rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_batches_of_like_length_pad_less_and_resume_to_the_same_bytes(
     settings, tiny_bloom, tmp_path
 ):

@@ -108,6 +108,7 @@ SAID = ("both sides", "window and softcap")
 @pytest.mark.parametrize(
     "rule", [pytest.param(r, marks=() if r in SAID else pytest.mark.thorough) for r in RULES]
 )
+@pytest.mark.thorough
 def test_gradients_are_exact_with_dropout_too(rule):
     packed = sequences_of([[3], [1, 2]], padding=1)
     with_dropout = dataclasses.replace(RULES[rule], dropout=0.4)

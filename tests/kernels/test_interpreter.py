@@ -5,6 +5,7 @@ import pytest
 from kernels.triton_process import run_checks
 
 
+@pytest.mark.thorough
 def test_the_kernels_keep_their_promises_in_the_interpreter(pytestconfig):
     # In one process, since starting it takes longer than the checks of a file.
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -171,5 +171,6 @@ assert not any(name.partition(".")[0] == "liger_kernel" for name in sys.modules)
 """
 
 
+@pytest.mark.thorough
 def test_on_a_cpu_liger_is_not_even_imported(forks):
     forks.run(LATE)

@@ -153,6 +153,7 @@ def test_a_finalized_merge_is_a_plain_model_that_loads_anywhere(family, tmp_path
     torch.testing.assert_close(outputs(loaded, inputs), unmerged, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_a_thousand_random_steps_leave_the_base_unchanged():
     """Attach, merge, switch, unmerge, fail, detach in any order, in bf16."""
     model = build("llama", tie_word_embeddings=True).to(torch.bfloat16)

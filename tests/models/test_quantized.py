@@ -155,8 +155,8 @@ def test_a_float_layer_has_its_own_weight_as_float_weight():
     ("family", "way", "memory"),
     [
         ("llama", "4bit", "balanced"),
-        ("llama", "8bit", "low"),
-        ("gpt2", "4bit", "low"),
+        pytest.param("llama", "8bit", "low", marks=pytest.mark.thorough),
+        pytest.param("gpt2", "4bit", "low", marks=pytest.mark.thorough),
         ("bert", "8bit", "fast"),
     ],
 )

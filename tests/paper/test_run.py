@@ -7,7 +7,7 @@ import pytest
 
 import lorakit as lk
 from lorakit.errors import TrainingError
-from lorakit.paper import check, run
+from lorakit.paper import cell, check, run
 
 
 def states(told):
@@ -147,3 +147,17 @@ def test_a_file_that_is_no_result_of_this_version_is_named(paper, tmp_path, text
     code, told = paper("list", "table9.lora")
     assert code == 2
     assert message in told["error"]["message"]
+
+
+def test_a_run_that_another_cell_has_made_is_not_made_again(paper, cells, tmp_path, monkeypatch):
+    words = ("--tasks", "cola", "--seeds", "0")
+    paper("run", "table9.lora", *words)
+    (cells / "table9" / "again.yaml").write_text((cells / "table9" / "lora.yaml").read_text())
+    cell.cells.cache_clear()
+    monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("it is trained again"))
+    assert states(paper("run", "table9.again", *words)[1]) == [("cola", 0, "done")]
+    folder = tmp_path / "results" / "table9.again.small" / "cola"
+    result = json.loads((folder / "seed-0.json").read_text())
+    assert result["cell"] == "table9.again"
+    assert result["same_run_as"] == "table9.lora.small/cola/seed-0.json"
+    assert (folder / "seed-0.predictions.jsonl.gz").exists()

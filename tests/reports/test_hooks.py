@@ -55,7 +55,7 @@ def patched(model):
 
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            vars(module)["forward"] = types.MethodType(own, module)
+            module.forward = types.MethodType(own, module)
     return model
 
 
@@ -67,7 +67,7 @@ def around(model):
     """A model whose layers' forward passes are each called by somebody's function."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            vars(module)["forward"] = functools.partial(_call, module.forward)
+            module.forward = functools.partial(_call, module.forward)
     return model
 
 

@@ -137,6 +137,7 @@ def test_a_second_run_in_one_folder_is_refused(settings, no_work):
     assert not settings().out.exists()
 
 
+@pytest.mark.thorough
 def test_a_run_that_ended_leaves_its_folder_free(settings):
     train(settings(steps=2))
     assert not (settings().out / LOCK).exists()
@@ -177,6 +178,7 @@ def test_seeds_of_any_size(seed):
     assert generator_seed(seed % 2**32) == seed % 2**32
 
 
+@pytest.mark.thorough
 def test_a_run_with_a_large_seed_repeats(settings, tmp_path):
     runs = [train(settings(out=tmp_path / name, seed=2**64)) for name in ("one", "two")]
     first, second = (lk.Adapter.load(run.out) for run in runs)

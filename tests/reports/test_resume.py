@@ -132,6 +132,7 @@ def test_another_base_of_the_same_shape_is_refused(interrupted, tiny_llama, tmp_
         train(interrupted(model=str(tmp_path / "other")))
 
 
+@pytest.mark.thorough
 def test_the_trials_of_a_sweep_are_compared_alike(uninterrupted, tmp_path):
     values = uninterrupted.model_dump(exclude_unset=True) | {"out": tmp_path, "steps": 4}
     ranks = {"sweep": {"lora.rank": [1, 2]}}

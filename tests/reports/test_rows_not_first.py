@@ -1,11 +1,14 @@
 """Inputs that do not have the rows first: each row as alone, or a RouteError."""
 
+import itertools
+
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
 import lorakit as lk
+from covering import covering
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import RouteError
 from references import randomise
@@ -169,8 +172,10 @@ def as_alone(model, inputs, choice):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("size", [(2, 8), (3, 12), (8, 8), (4, 4), (2, 2)])
-@pytest.mark.parametrize("maker", MAKERS)
+@covering(
+    ("maker", "size"),
+    itertools.product(MAKERS, [(2, 8), (3, 12), (8, 8), (4, 4), (2, 2)]),
+)
 def test_rows_that_are_not_first_are_refused(maker, size):
     model = made(MAKERS[maker])
     choice = ["a", "b", None, "a"] * 2

@@ -115,6 +115,7 @@ assert torch.equal(*texts)
         pytest.param("gpt_neox", {}, id="gpt_neox", marks=pytest.mark.thorough),
     ],
 )
+@pytest.mark.thorough
 def test_a_new_route_and_a_new_resident_compile_nothing(family, size, forks):
     forks.run(PROGRAM.format(family=family, size=size))
 

@@ -1,9 +1,12 @@
 """Routes and `generate`: beams, samples, padding, and batches of the wrong length."""
 
+import itertools
+
 import pytest
 import torch
 
 import lorakit as lk
+from covering import covering
 from lorakit.errors import RouteError
 from references import alone
 from routing.test_route import adapted
@@ -23,8 +26,10 @@ def prompts(model, rows=3):
     return inputs
 
 
-@pytest.mark.parametrize("options", [{"do_sample": False}, BEAMS], ids=["greedy", "beams"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2", "t5"])
+@covering(
+    ("family", "options"),
+    itertools.product(["llama", "gpt2", "bloom", "gemma2", "t5"], [{"do_sample": False}, BEAMS]),
+)
 def test_generation_writes_what_each_row_would_write_alone(family, options):
     model = adapted(family)
     inputs, names = prompts(model), ["two", None, {"one": 0.7, "two": 0.6}]

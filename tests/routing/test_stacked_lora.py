@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from covering import covering
+from covering import covering, sampled
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import RouteError
 from references import alone, attach_random, outputs, randomise, with_updates
@@ -70,7 +70,7 @@ SHARING = ("deberta", "deberta-v2")
 """Families in which some linear layers read positions, which all rows share."""
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SHARING])
+@sampled("family", [family for family in FAMILIES if family not in SHARING])
 def test_every_family_takes_mixed_batches(family):
     model = adapted(family)[0]
     names = ["other", "small", None, "wide", "half", BLENDS[0]]

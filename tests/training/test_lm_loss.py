@@ -1,5 +1,6 @@
 """The loss of texts is what plain torch finds from all logits, whatever the model does to them."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lorakit as lk
+from covering import covering
 from lorakit.kernels.choice import use
 from lorakit.kernels.cross_entropy import CHUNK_BYTES
 from lorakit.kernels.packed_sequences import FEW_SIZES
@@ -136,9 +138,10 @@ def test_trained_heads_have_the_gradients_of_plain_torch(adapted, ties):
     check(model, *batch(model))
 
 
-@pytest.mark.parametrize("adapted", [*ADAPTED, "frozen"])
-@pytest.mark.parametrize("ties", [True, False])
-@pytest.mark.parametrize("family", SHAPED)
+@covering(
+    ("family", "ties", "adapted"),
+    itertools.product(SHAPED, [True, False], [*ADAPTED, "frozen"]),
+)
 def test_changed_logits_have_the_gradients_of_plain_torch(family, ties, adapted, monkeypatch):
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * VOCABULARY * 8)
     model = with_shaped_logits(family, tie_word_embeddings=ties).double()

@@ -39,6 +39,17 @@ def test_a_run_gives_its_adapter_by_name_and_on_a_loaded_model_alike(
     lk.attach(model, result.adapter)
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX512", "bfloat16"), ("AVX2", "float32")])
+def test_the_precision_suits_the_processor(
+    capability, dtype, tiny_llama, prompt_rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    result = lk.train(settings(tmp_path / "a", prompt_rows, model=str(tiny_llama)))
+    assert result.adapter.base.dtype == dtype
+
+
+@pytest.mark.thorough
 def test_a_model_with_adapters_is_left_with_them(tiny_llama, prompt_rows, tmp_path):
     model, tokenizer = lk.load_model(tiny_llama)
     base = base_hash(model)

@@ -157,6 +157,7 @@ def whole(settings_into, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [3, pytest.param(15, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
 def test_a_killed_run_resumes_to_the_same_bytes(settings, tmp_path, step, forks, whole):
     config = settings(out=tmp_path / "killed", steps=24)
     code, _ = ended_after_step(step, signal.SIGKILL, config, tmp_path, forks)
@@ -228,6 +229,7 @@ def test_accumulated_batches_equal_one_large_batch(settings, tmp_path):
 
 
 @pytest.mark.parametrize("memory", ["low", pytest.param("balanced", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
 def test_recomputation_changes_nothing(settings, tmp_path, memory):
     without = train(settings(out=tmp_path / "one"))
     with_it = train(settings(out=tmp_path / "two", memory=memory))
@@ -239,6 +241,7 @@ def test_recomputation_changes_nothing(settings, tmp_path, memory):
 @pytest.mark.parametrize(
     "task", ["classification", pytest.param("regression", marks=pytest.mark.thorough)]
 )
+@pytest.mark.thorough
 def test_encoders_learn_labels(settings, tiny_bert, label_rows, tmp_path, task):
     file = label_rows
     if task == "regression":
@@ -255,6 +258,7 @@ def test_encoders_learn_labels(settings, tiny_bert, label_rows, tmp_path, task):
     assert lk.Adapter.load(result.out).copied_modules == ("classifier",)
 
 
+@pytest.mark.thorough
 def test_a_layer_without_gradient_is_named_and_stops_the_run(settings, monkeypatch):
     def load_with_idle_layer(*args, **kwargs):
         model, tokenizer = lk.load_model(*args, **kwargs)

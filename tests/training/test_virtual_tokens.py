@@ -65,7 +65,9 @@ def step(model, batch):
     return loss.item()
 
 
-@pytest.mark.parametrize("method", ["prefix-layer", "lora,prefix-embedding"])
+@pytest.mark.parametrize(
+    "method", ["prefix-layer", pytest.param("lora,prefix-embedding", marks=pytest.mark.thorough)]
+)
 def test_a_run_lowers_the_loss_and_is_scored_the_same_from_its_folder(settings, method):
     config = settings(method=tuple(method.split(",")), steps=12, learning_rate=3e-2)
     result = train(config)
@@ -173,6 +175,7 @@ def test_texts_have_no_place_for_an_infix(settings, tmp_path):
     assert labels[:3] == [-100] * 3
 
 
+@pytest.mark.thorough
 def test_a_classifier_trains_with_the_tokens_behind_its_first(settings, tiny_bert, label_rows):
     data = DataConfig(train=str(label_rows), validation=str(label_rows))
     config = settings(model=str(tiny_bert), data=data, steps=12, batch_size=8)

@@ -218,7 +218,7 @@ def _generated(
     settings = generation_settings(
         tokenizer, common, max_new_tokens=max_new_tokens, sampling=sampling
     )
-    criteria = [RowEnds(ends)] if any(own != common for own in ends) else []
+    criteria: list[Any] = [RowEnds(ends)] if any(own != common for own in ends) else []
     written = cast(Any, model).generate(
         **batch, generation_config=settings, stopping_criteria=StoppingCriteriaList(criteria)
     )

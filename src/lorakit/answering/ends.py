@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapter.card import TrainedUse
 from lorakit.attachment.state import require_attachment
@@ -70,14 +70,14 @@ def _token_of(stop: str, tokenizer: PreTrainedTokenizerBase) -> int:
     return int(ids[0])
 
 
-class RowEnds(StoppingCriteria):
-    """Ends the answer of each row of transformers' `generate` at tokens of its own."""
+class RowEnds:
+    """A stopping criterion of transformers' `generate`: each row ends at tokens of its own."""
 
     def __init__(self, ends: Sequence[Collection[int]]) -> None:
         # generate pads the rows that are done if a criterion has this attribute.
         self.eos_token_id = ends
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Whether each row is done (rows)."""
         last = input_ids[:, -1].tolist()
         done = [token in ends for token, ends in zip(last, self.eos_token_id, strict=True)]

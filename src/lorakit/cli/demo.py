@@ -158,7 +158,6 @@ def _training(task: str, settings: DemoConfig, out: Path) -> TrainConfig:
         batch_size=settings.batch_size,
         learning_rate=3e-3,
         warmup_steps=min(5, (settings.steps or TASK_STEPS[task]) // 2),
-        dtype="bfloat16",
     )
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.cli.verbs import Result, Verb
 from lorakit.config.paper import (
+    PaperClaimsConfig,
+    PaperFigureConfig,
     PaperListConfig,
     PaperRunConfig,
     PaperTableConfig,
     PaperVerifyConfig,
 )
 from lorakit.errors import ConfigError, DataError
-from lorakit.paper.cell import tables
+from lorakit.paper.cell import cells, tables
+from lorakit.paper.evidence import Sources
+from lorakit.paper.figure import draw, points, points_table
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.markdown import markdown
 from lorakit.paper.pages import written
+from lorakit.paper.reproduction import readme_table, reproduction_page
 from lorakit.paper.results import State, state_of
 from lorakit.paper.run import run_cells
 from lorakit.paper.summary import Summary, summary
@@ -36,9 +42,10 @@ class Paper:
 
 
 def list_cells(settings: PaperListConfig) -> Result:
-    """Each run of the cells, and what there is of it."""
+    """Each run of the cells that are named, or each cell, and what there is of it."""
     states = {job: state_of(job, settings.results) for job in jobs_of(settings, skip=True)}
-    return Result(text="\n".join(_lines(states)), data={"runs": _records(states)})
+    lines = _lines(states) if settings.cells else _lines_of_cells(states)
+    return Result(text="\n".join(lines), data={"runs": _records(states)})
 
 
 def run(settings: PaperRunConfig) -> Result:
@@ -57,6 +64,26 @@ def table(settings: PaperTableConfig) -> Result:
     return Result(
         text=written(page, settings.out, f"{found.name}.{found.scale}.md"), data=_data(found)
     )
+
+
+def figure(settings: PaperFigureConfig) -> Result:
+    """A figure's points, or the figure drawn."""
+    name = _name("figure", settings.figure)
+    found = points(name, settings.results)
+    text = points_table(found, name)
+    if settings.out is not None:
+        text = "\n".join(f"written to {file}" for file in draw(found, name, settings.out))
+    return Result(text=text, data={"figure": name, "points": [asdict(point) for point in found]})
+
+
+def claims(settings: PaperClaimsConfig) -> Result:
+    """The page of claims, or README's table."""
+    sources = Sources(settings.results, settings.benchmarks)
+    if settings.part == "readme":
+        page = readme_table(sources)
+        return Result(text=page, data={"page": page})
+    page = reproduction_page(sources)
+    return Result(text=written(page, settings.out, "reproduction.md"), data={"page": page})
 
 
 def verify_cells(settings: PaperVerifyConfig) -> Result:
@@ -100,8 +127,17 @@ def _data(found: Summary) -> dict[str, Any]:
     return {"table": found.name, "scale": found.scale, "rows": rows}
 
 
+def _lines_of_cells(states: Mapping[Job, State]) -> Iterable[str]:
+    """A line for each cell: its method, and how many of its runs are done, stale and so on."""
+    width = max(map(len, cells()))
+    for name, cell in cells().items():
+        kinds = Counter(state.kind for job, state in states.items() if job.cell is cell)
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        yield f"{name:{width}}  {cell.method:24}{told or 'cannot be run at this scale'}"
+
+
 def _lines(states: Mapping[Job, State]) -> Iterable[str]:
-    width = max(len(job.name) for job in states)
+    width = max((len(job.name) for job in states), default=0)
     for job, state in states.items():
         told = _told(job, state) if state.kind == "done" else state.why
         yield f"{job.name:{width}}  {state.kind:8}{told}".rstrip()
@@ -115,7 +151,7 @@ def _told(job: Job, state: State) -> str:
     return "  ".join(
         f"{column.title} {column.shown(scores[column.score])}"
         for column in columns
-        if column.task == job.task
+        if column.task == job.task and column.score
     )
 
 
@@ -138,6 +174,8 @@ def _records(states: Mapping[Job, State]) -> list[dict[str, Any]]:
 SECOND_WORDS: dict[str, Verb] = {
     "list": Paper(list_cells),
     "run": Paper(run),
+    "figure": Paper(figure),
+    "claims": Paper(claims),
     "table": Paper(table),
     "verify": Paper(verify_cells),
 }

@@ -75,9 +75,17 @@ VERBS = {
         meaning="Train and score cells of the paper's tables, small or as published.",
         settings="config.paper:PaperRunConfig",
     ),
+    "paper figure": Entry(
+        meaning="Draw a figure of the paper beside our results.",
+        settings="config.paper:PaperFigureConfig",
+    ),
     "paper table": Entry(
         meaning="Show a table of the paper beside our results.",
         settings="config.paper:PaperTableConfig",
+    ),
+    "paper claims": Entry(
+        meaning="Write the page of what of the paper holds in our results.",
+        settings="config.paper:PaperClaimsConfig",
     ),
     "paper verify": Entry(
         meaning="Score the outputs of results again, and name what differs.",

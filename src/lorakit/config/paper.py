@@ -77,6 +77,19 @@ class PaperVerifyConfig(Chosen):
     """Folder with a folder for each task, named as the task. None: the data sets of the hub."""
 
 
+class PaperFigureConfig(PaperConfig):
+    """Settings of paper figure: which figure, and where it is drawn."""
+
+    positional: ClassVar[tuple[str, ...]] = ("figure",)
+
+    figure: str
+    """Its number, 2."""
+
+    out: Path | None = None
+    """Folder for figure2.small.png and figure2.small.svg, which are replaced. None: its points
+    are printed."""
+
+
 class PaperTableConfig(PaperConfig):
     """Settings of paper table: which table, and where it is written."""
 
@@ -89,4 +102,17 @@ class PaperTableConfig(PaperConfig):
     """small: the twins on packaged models; full: the paper's models and settings."""
 
     out: Path | None = None
-    """Folder for table-2.small.md, which is replaced. None: the table is printed."""
+    """Folder for table2.small.md, which is replaced. None: the table is printed."""
+
+
+class PaperClaimsConfig(PaperConfig):
+    """Settings of paper claims: where the page is written."""
+
+    benchmarks: Path = Path("benchmarks/results")
+    """Folder of the benchmarks' results."""
+
+    part: Literal["page", "readme"] = "page"
+    """page: each claim with our evidence; readme: the table of README alone."""
+
+    out: Path | None = None
+    """Folder for reproduction.md, which is replaced. None: it is printed."""

@@ -201,8 +201,9 @@ class TrainConfig(Settings):
     ] = "auto"
     """What the model does. auto: classification where rows have labels, else generation."""
 
-    dtype: Shared[DType] = "bfloat16"
-    """Precision of the frozen base in training."""
+    dtype: Shared[Literal["auto"] | DType] = "auto"
+    """Precision of the frozen base in training. auto: bfloat16 where the processor multiplies it
+    fast (a GPU that supports it, a CPU with AVX-512), else float32."""
 
     quantize: Shared[Literal["4bit", "8bit"] | None] = None
     """Hold the frozen base's linear layers in few bits (QLoRA): 4bit (NF4) or 8bit. What computes

@@ -65,6 +65,13 @@ class Scoring(Settings):
     batch_size: PositiveInt = 64
     """Rows at once."""
 
+    answers: dict[str, Any] = {}
+    """Of texts, settings of `lorakit evaluate` for the search, such as max_new_tokens and
+    num_beams."""
+
+    also: dict[str, dict[str, Any]] = {}
+    """Other searches, by name, whose answers are scored too."""
+
 
 class Column(Settings):
     """One column of a table."""
@@ -75,8 +82,8 @@ class Column(Settings):
     task: str
     """The task, as `task:NAME` has it."""
 
-    score: str
-    """The score, as `lorakit score` calls it."""
+    score: str | None
+    """The score, as `lorakit score` calls it. null: it has none."""
 
     factor: float = 1.0
     """By what ours is multiplied to be in the paper's unit."""
@@ -135,6 +142,9 @@ class Table(Part):
 
     models: dict[str, PartOfTasks] = {}
     """What all rows of a published model share."""
+
+    beside: str | None = None
+    """Of a figure, the table whose rows are the paper's points."""
 
     small: Small | None = None
     """None: it has no small twin."""

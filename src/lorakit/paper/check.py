@@ -12,12 +12,11 @@ from lorakit.adapter.output_place import check_place
 from lorakit.bench.environment import uncommitted
 from lorakit.config.paper import PaperRunConfig
 from lorakit.config.train import DataConfig
-from lorakit.data.metrics.score import score
+from lorakit.data.metrics.score import check_scorer
 from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, LorakitError, OutputError
 from lorakit.paper.job import Job
-from lorakit.paper.outputs import references_of
 
 SHOWN = 3
 """Changed files that a message names."""
@@ -31,6 +30,7 @@ class Data:
     """That of all tasks; None: the hub."""
     rows: dict[tuple[str, str, int | None], Rows] = field(default_factory=dict)
     """By task, split and the number of rows that are used."""
+    _hashes: dict[int, str] = field(default_factory=dict)
 
     def training(self, job: Job) -> Rows:
         """The rows that a job trains on."""
@@ -42,7 +42,13 @@ class Data:
 
     def hashes(self, job: Job) -> dict[str, str]:
         """The hash of a job's rows, by what they are for."""
-        return {"train": digest(self.training(job)), "score": digest(self.scored(job))}
+        return {"train": self._hash(self.training(job)), "score": self._hash(self.scored(job))}
+
+    def _hash(self, rows: Rows) -> str:
+        # Rows are kept in `rows`, so that none has the identity of others.
+        if id(rows) not in self._hashes:
+            self._hashes[id(rows)] = digest(rows)
+        return self._hashes[id(rows)]
 
     def _read(self, job: Job, split: str, limit: int | None) -> Rows:
         key = job.task, split, limit
@@ -57,7 +63,7 @@ def digest(rows: Rows) -> str:
     """SHA-256 of rows as the model gets them: text, labels and their order."""
     content = hashlib.sha256()
     for row in rows.rows:
-        content.update(json.dumps(asdict(row)).encode())
+        content.update(json.dumps(asdict(row), default=str).encode())
     return content.hexdigest()
 
 
@@ -89,7 +95,7 @@ def _data_problems(data: Data, jobs: Sequence[Job]) -> Iterator[str]:
     if data.folder is not None and not data.folder.is_dir():
         yield f"data: there is no folder {data.folder}"
         return
-    reads: tuple[Callable[[Job], object], ...] = (data.training, data.scored, _try_scorer(data))
+    reads: tuple[Callable[[Job], object], ...] = (data.training, data.scored, _scorer_of)
     found: dict[str, None] = {}
     for job in jobs:
         for read in reads:
@@ -100,21 +106,8 @@ def _data_problems(data: Data, jobs: Sequence[Job]) -> Iterator[str]:
     yield from found
 
 
-def _try_scorer(data: Data) -> Callable[[Job], object]:
-    """A function that scores a job's first rows with their own references.
-
-    It finds out whether the scorer's libraries and word lists are there.
-    """
-    tried: set[str] = set()
-
-    def try_scorer(job: Job) -> None:
-        if job.task in tried:
-            return
-        tried.add(job.task)
-        right = references_of(data.scored(job))[:8]
-        score(job.task, right, right, variant=job.scoring.variant)
-
-    return try_scorer
+def _scorer_of(job: Job) -> None:
+    check_scorer(job.task, job.scoring.variant)
 
 
 def _commit_problems() -> Iterator[str]:

@@ -50,21 +50,15 @@ def _ours(summary: Summary) -> Iterator[str]:
 
 def ours_table(summary: Summary) -> str:
     """Ours: a row for each method, a column for each number."""
-    shown = [
-        name
-        for name in summary.table.columns
-        if any(name in line.entries for line in summary.lines)
-    ]
+    columns, averages = summary.table.columns, summary.table.average
+    run = {name for line in summary.lines for name in line.entries}
+    shown = [name for name in columns if name in run]
     head = ["", "trained", *(columns[name].title for name in shown)]
-    averages = summary.table.average
     rows = [
         [
-            line.cell.method,
+            line.title,
             millions(line.parameters),
-            *(
-                _with_state(line.entries[name]) if name in line.entries else NOTHING
-                for name in shown
-            ),
+            *(_with_state(line.entries.get(name)) for name in shown),
             *([number(line.average, 1)] if averages else []),
         ]
         for line in summary.lines
@@ -149,7 +143,7 @@ def _row(line: Line, entry: Entry) -> list[str]:
     best, last = (entry.at(epoch) for epoch in ("best", "last"))
     difference = entry.difference
     return [
-        line.cell.method,
+        line.title,
         entry.column.title,
         str(len(scores)),
         _with_state(entry),

@@ -1,70 +1,87 @@
-"""What a trained model puts out for each held-out row: a class or a number."""
+"""What a trained model answers to the rows that are scored, and the scores of answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lorakit.attachment.open_model import Opened, open_model
-from lorakit.attachment.state import active_name
-from lorakit.data.collate import Collator
-from lorakit.data.row_types import ClassificationRow, Rows
-from lorakit.errors import DataError
+from lorakit.answering.evaluate import evaluation
+from lorakit.config.answering import EvaluateConfig
+from lorakit.config.train import DataConfig
+from lorakit.data.metrics.score import score, score_names
+from lorakit.data.row_types import Rows
+from lorakit.data.tasks import TASKS
+from lorakit.data.tasks.wikisql import tables_of
 from lorakit.paper.job import Job
-from lorakit.training.progress import steps
-from lorakit.training.virtual_tokens import encode_for
 
-DIGITS = 6
-"""Decimals of a number that a regression puts out, of which a correlation needs fewer."""
+Scores = dict[str, float | None]
+"""By the scorer's names; None for one that does not exist, such as a constant's correlation."""
 
 
-def outputs_of(job: Job, adapter: Path, rows: Rows, *, progress: bool) -> list[Any]:
-    """The output for each row of the model that a run has trained, in the order of rows.
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """What a model answered."""
+
+    answers: list[Any]
+    """A text, a class or a number for each row, in the order of rows."""
+    scores: Scores
+
+
+def answered(
+    job: Job, adapter: Path, data: Path | None, search: Mapping[str, Any], *, progress: bool
+) -> Answered:
+    """The answers of what a run has trained, and their scores.
 
     Args:
         job: the run's job.
-        adapter: the folder of what it trained.
-        rows: the rows that are scored.
+        adapter: the folder of what it trained; a file of the answers is beside it meanwhile.
+        data: the folder of all tasks; None: the hub.
+        search: settings of `lorakit evaluate` for written answers.
         progress: show a bar on stderr.
     """
-    config = job.config(data=None, out=adapter)
-    opened = open_model(adapter, dtype=config.dtype, task=_task(job))
-    return _classes(opened, rows, job.scoring.batch_size, progress=progress)
+    file = adapter / "answers.jsonl"
+    file.unlink(missing_ok=True)
+    scoring, train = job.scoring, job.given["train"]
+    rows = DataConfig(validation=job.source(scoring.split, data), validation_rows=scoring.rows)
+    config = EvaluateConfig(
+        data=rows,
+        metrics=("task",),
+        variant=scoring.variant,
+        batch_size=scoring.batch_size,
+        dtype=train.get("dtype", "float32"),
+        outputs=file,
+        **search,
+    )
+    found = evaluation(config, adapter, None, progress=progress)
+    # Not splitlines: an answer may hold other line ends than a line feed.
+    lines = file.read_text("utf-8").split("\n")[:-1]
+    answers = [json.loads(line)["answer"] for line in lines]
+    scores = {name: found.scores[name] for name in score_names(job.task) if name in found.scores}
+    return Answered(answers=answers, scores=_finite(scores))
 
 
-def references_of(rows: Rows) -> list[Any]:
-    """The right class or number of each row."""
-    return [row.label for row in rows.rows if isinstance(row, ClassificationRow)]
+def scores_of(job: Job, rows: Rows, answers: Sequence[Any]) -> Scores:
+    """The scores of answers, without a model.
+
+    Args:
+        job: the job whose answers they are.
+        rows: the rows that they answer.
+        answers: one for each row.
+    """
+    task = TASKS[job.task]
+    found = score(
+        job.task,
+        [task.output(*pair) for pair in zip(answers, rows.rows, strict=True)],
+        [task.reference(row) for row in rows.rows],
+        variant=job.scoring.variant,
+        tables=tables_of(rows.rows) if job.task == "wikisql" else None,
+    )
+    return _finite(found)
 
 
-def _task(job: Job) -> str:
-    return str(job.given["train"].get("task", "classification"))
-
-
-@torch.no_grad()
-def _classes(opened: Opened, rows: Rows, batch_size: int, *, progress: bool) -> list[Any]:
-    model, collate = opened.model.eval(), Collator(opened.tokenizer)
-    examples = encode_for(model, active_name(model), rows, opened.tokenizer, opened.data).examples
-    if len(examples) < len(rows):
-        raise DataError(f"{rows.source}: only {len(examples)} of {len(rows)} rows can be encoded.")
-    # Rows of similar length share a batch, so that little of it is padding.
-    order = sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids))
-    found: list[Any] = [None] * len(examples)
-    for start in steps(len(order), batch_size, title="scoring", show=progress):
-        picked = order[start : start + batch_size]
-        batch = collate([examples[row] for row in picked])
-        batch.pop("labels")
-        tensors = {name: value.to(model.device) for name, value in batch.items()}
-        logits = model(**tensors).logits.float()
-        for row, output in zip(picked, _read(logits, opened.labels), strict=True):
-            found[row] = output
-    return found
-
-
-def _read(logits: torch.Tensor, labels: Sequence[str] | None) -> list[Any]:
-    if labels is None:
-        return [round(value, DIGITS) for value in logits.squeeze(-1).tolist()]
-    return [labels[index] for index in logits.argmax(-1).tolist()]
+def _finite(scores: Mapping[str, float]) -> Scores:
+    return {name: value if math.isfinite(value) else None for name, value in scores.items()}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from lorakit.paper.job import Job
 FORMAT = 1
 """Of the file: a number that a change of its meaning raises."""
 Outputs = Mapping[str, Sequence[Any]]
-"""The outputs of each evaluation (best, last) in the order of rows."""
+"""The answers of each evaluation (best, last) in the order of rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +67,18 @@ def state_of(job: Job, results: Path, *, data: Mapping[str, str] | None = None) 
     if found["status"] != "done":
         return State(kind="failed", why=found["error"], result=found)
     return State(kind="done", result=found)
+
+
+def same_run(job: Job, results: Path, data: Mapping[str, str]) -> Path | None:
+    """The file of another cell's result of the same settings, rows and seed, if there is one.
+
+    Rank 8 of W_q is a row of Table 5 and of Table 6, and is trained once.
+    """
+    for file in sorted(results.glob(f"*/{job.task}/seed-{job.seed}.json")):
+        found = read_result(file)
+        if found and found["status"] == "done" and not list(_changes(job, found, data)):
+            return file
+    return None
 
 
 def _changes(job: Job, found: Mapping[str, Any], data: Mapping[str, str] | None) -> Iterator[str]:
@@ -131,11 +142,6 @@ def write_result(file: Path, result: Mapping[str, Any], outputs: Outputs) -> Non
     text = json.dumps({"format": FORMAT, **result}, indent=1)
     files = {file.name: f"{text}\n".encode(), outputs_file(file).name: packed}
     write_files(file.parent, files, overwrite=True)
-
-
-def finite(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """Scores as JSON has them: null where one does not exist, such as a constant's correlation."""
-    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def read_outputs(file: Path) -> dict[str, list[Any]]:

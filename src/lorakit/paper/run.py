@@ -1,4 +1,4 @@
-"""Running jobs: train, take the outputs of the best and the last evaluation, score, keep."""
+"""Running jobs: train, have the best and the last adapter answer, score, keep."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ from lorakit.bench.memory import forget_peak, most_bytes
 from lorakit.bench.result import threads
 from lorakit.config.paper import PaperRunConfig
 from lorakit.config.train import TrainConfig
-from lorakit.data.metrics.score import score, scorer
+from lorakit.data.metrics.score import scorer
 from lorakit.errors import TrainingError
-from lorakit.paper.check import Data, check, digest, notes
+from lorakit.paper.check import Data, check, notes
 from lorakit.paper.job import Job, jobs_of
-from lorakit.paper.outputs import outputs_of, references_of
-from lorakit.paper.results import State, file_of, finite, state_of, write_result
+from lorakit.paper.outputs import Answered, answered
+from lorakit.paper.results import (
+    State,
+    file_of,
+    read_outputs,
+    read_result,
+    same_run,
+    state_of,
+    write_result,
+)
 from lorakit.paper.shapes import trained_parameters
 from lorakit.training.run import TrainResult, train
 from lorakit.training.run_folder import LOG
@@ -56,12 +64,24 @@ def run_cells(settings: PaperRunConfig, *, progress: bool) -> Done:
         if settings.dry_run or (state.kind in ("done", "failed") and not settings.redo):
             continue
         print(f"[{number}/{len(jobs)}] {job.name}", file=sys.stderr, flush=True)
+        same = None if settings.redo else same_run(job, settings.results, data.hashes(job))
+        if same is not None:
+            _take_over(job, same, settings.results)
+            continue
         with threads(settings.threads):
             _run(job, settings, data, where, progress=progress)
     return Done(
         states={job: state_of(job, settings.results, data=data.hashes(job)) for job in jobs},
         notes=remarks,
     )
+
+
+def _take_over(job: Job, file: Path, results: Path) -> None:
+    """Write the result of another cell's run, which was the same, as this job's."""
+    found = read_result(file)
+    assert found is not None
+    own = {"cell": job.cell.id, "same_run_as": str(file.relative_to(results))}
+    write_result(file_of(job, results), found | own, read_outputs(file))
 
 
 def _run(
@@ -100,15 +120,10 @@ def _run(
         ) from None
     peak = most_bytes()
     start = time.perf_counter()
-    outputs = _outputs(job, result, data, progress=progress)
-    references = references_of(data.scored(job))
-    scores = {
-        name: finite(score(job.task, each, references, variant=job.scoring.variant))
-        for name, each in outputs.items()
-    }
+    found = _answered(job, result, settings.data, progress=progress)
     measured = {
         "status": "done",
-        "scores": scores,
+        "scores": {name: each.scores for name, each in found.items()},
         "steps": result.steps,
         "best_step": result.best_step,
         "evaluations": _evaluations(out),
@@ -120,7 +135,8 @@ def _run(
         "seconds": {"training": result.seconds, "scoring": time.perf_counter() - start},
         "peak_memory_bytes": peak,
     }
-    write_result(file_of(job, settings.results), {**known, **measured}, outputs)
+    answers = {name: each.answers for name, each in found.items()}
+    write_result(file_of(job, settings.results), {**known, **measured}, answers)
     shutil.rmtree(out, ignore_errors=True)
 
 
@@ -131,23 +147,36 @@ def _going_on(config: TrainConfig) -> TrainConfig:
 
 
 def _data_entry(job: Job, data: Data) -> dict[str, Any]:
-    parts = {"train": data.training(job), "score": data.scored(job)}
-    sources = {"train": job.source("train", None), "score": job.source(job.scoring.split, None)}
+    rows = {"train": data.training(job), "score": data.scored(job)}
+    splits = {"train": "train", "score": job.scoring.split}
     return {
-        name: {"source": sources[name], "rows": len(rows), "sha256": digest(rows)}
-        for name, rows in parts.items()
+        name: {"source": job.source(splits[name], None), "rows": len(rows[name]), "sha256": found}
+        for name, found in data.hashes(job).items()
     }
 
 
-def _outputs(job: Job, result: TrainResult, data: Data, *, progress: bool) -> dict[str, list[Any]]:
-    """The outputs of what a run left: of its best evaluation, if it has any, and of its end."""
-    rows = data.scored(job)
-    last = outputs_of(job, result.out / "last", rows, progress=progress)
+def _answered(
+    job: Job, result: TrainResult, data: Path | None, *, progress: bool
+) -> dict[str, Answered]:
+    """What a run answers: at its best evaluation, if it has any, and at its end.
+
+    At the evaluation that counts also by other searches.
+    """
+    scoring = job.scoring
+    places = {"best": result.out, "last": result.out / "last"}
     if result.best_step is None:
-        return {"last": last}
-    same = result.best_step == result.steps
-    best = last if same else outputs_of(job, result.out, rows, progress=progress)
-    return {"best": best, "last": last}
+        del places["best"]
+    found = {
+        name: answered(job, place, data, scoring.answers, progress=progress)
+        for name, place in places.items()
+        if name == "last" or result.best_step != result.steps
+    }
+    # At the end of a run that is best there, both are the same.
+    found = {name: found.get(name, found["last"]) for name in places}
+    for name, search in scoring.also.items():
+        place = places[scoring.epoch]
+        found[f"{scoring.epoch}, {name}"] = answered(job, place, data, search, progress=progress)
+    return found
 
 
 def _evaluations(out: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ class Entry:
     over: str
     """How seeds become one number: median or mean."""
     epoch: str
-    """Which evaluation counts: best or last."""
+    """Which evaluation counts: best or last, and by which other search."""
     states: Sequence[State]
     """What there is of each seed."""
     paper: float | None
@@ -74,8 +74,15 @@ class Line:
     model: str
     published: Published | None
     """The paper's row that it is beside."""
+    search: str = ""
+    """The name of another search for answers than the row's own."""
     entries: Mapping[str, Entry]
     """By column, of those that are run."""
+
+    @property
+    def title(self) -> str:
+        """The method, and the search if it is another one."""
+        return f"{self.cell.method}, {self.search}" if self.search else self.cell.method
 
     @property
     def parameters(self) -> int | None:
@@ -128,11 +135,15 @@ def summary(name: str, *, scale: str, results: Path) -> Summary:
     for job in jobs:
         # A small twin may have another model for each task; of the paper's each is a row.
         by_line.setdefault((job.cell.id, job.model if scale == "full" else ""), []).append(job)
-    lines = [_line(found, results) for found in by_line.values()]
+    lines = [
+        _line(found, results, search)
+        for found in by_line.values()
+        for search in dict.fromkeys(["", *(name for job in found for name in job.scoring.also)])
+    ]
     return Summary(name=name, table=tables()[name], scale=scale, lines=lines)
 
 
-def _line(jobs: Sequence[Job], results: Path) -> Line:
+def _line(jobs: Sequence[Job], results: Path, search: str) -> Line:
     cell, model = jobs[0].cell, jobs[0].model
     rows = [row for row in cell.published if jobs[0].scale == "small" or row.model == model]
     published = rows[0] if rows else None
@@ -140,19 +151,20 @@ def _line(jobs: Sequence[Job], results: Path) -> Line:
         cell=cell,
         model=", ".join(dict.fromkeys(job.model for job in jobs)),
         published=published,
-        entries=dict(_entries(jobs, published, results)),
+        search=search,
+        entries=dict(_entries(jobs, published, results, search)),
     )
 
 
 def _entries(
-    jobs: Sequence[Job], published: Published | None, results: Path
+    jobs: Sequence[Job], published: Published | None, results: Path, search: str
 ) -> Iterator[tuple[str, Entry]]:
     table = tables()[jobs[0].cell.table]
     small = jobs[0].scale == "small" and table.small
     states = {job: state_of(job, results) for job in jobs}
     for name, column in table.columns.items():
         of_column = {job: state for job, state in states.items() if job.task == column.task}
-        if not of_column:
+        if not of_column or column.score is None:
             continue
         job = next(iter(of_column))
         yield (
@@ -160,7 +172,7 @@ def _entries(
             Entry(
                 column=column,
                 over=small.over if small else table.over,
-                epoch=job.scoring.epoch,
+                epoch=f"{job.scoring.epoch}, {search}" if search else job.scoring.epoch,
                 states=list(of_column.values()),
                 paper=published.values.get(name) if published else None,
             ),

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.config.paper import PaperVerifyConfig
-from lorakit.data.metrics.score import score
 from lorakit.errors import LorakitError
 from lorakit.paper.check import Data
 from lorakit.paper.job import Job, jobs_of
-from lorakit.paper.outputs import references_of
-from lorakit.paper.results import file_of, finite, read_outputs, state_of
+from lorakit.paper.outputs import scores_of
+from lorakit.paper.results import file_of, read_outputs, state_of
 
 TOLERANCE = 1e-9
 """How far a score that is made again may be off."""
@@ -63,9 +62,8 @@ def _problems(job: Job, result: Mapping[str, Any], results: Path, data: Data) ->
     outputs = read_outputs(file_of(job, results))
     if outputs.keys() != result["scores"].keys():
         yield f"outputs of {', '.join(outputs)}, scores of {', '.join(result['scores'])}"
-    references = references_of(data.scored(job))
     for name in outputs.keys() & result["scores"].keys():
-        made = finite(score(job.task, outputs[name], references, variant=job.scoring.variant))
+        made = scores_of(job, data.scored(job), outputs[name])
         for metric, said in result["scores"][name].items():
             if not _same(made.get(metric), said):
                 yield f"{name} {metric} is {made.get(metric)}, and the result says {said}"

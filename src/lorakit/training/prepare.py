@@ -27,7 +27,7 @@ from lorakit.errors import ConfigError, LorakitError
 from lorakit.models.load import load_model, own_classes, redraw_fresh_head
 from lorakit.models.quantized import Quantization
 from lorakit.models.shape import context_length, hidden_size
-from lorakit.training.loaded_base import LoadedBase
+from lorakit.training.loaded_base import LoadedBase, settled
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
 from lorakit.training.rates import Rate, rates_by_method
@@ -123,7 +123,7 @@ def prepare_all(
     sources = {name: configs[name] for name in source_of.values()}
     read = for_each(sources, lambda config, _: _read(config, _known_classes(config, base)))
     task, labels = _shared(read)
-    first = next(iter(configs.values()))
+    first = settled(next(iter(configs.values())), base)
     if base is None:
         model, tokenizer = _load(first, task, labels)
     else:

@@ -29,7 +29,7 @@ from lorakit.models.quantized import card_of_base
 from lorakit.routing.route import route
 from lorakit.training.checks import Interruption, UntrainedParts
 from lorakit.training.evaluation import score
-from lorakit.training.loaded_base import borrowed
+from lorakit.training.loaded_base import borrowed, settled
 from lorakit.training.loss import Loss
 from lorakit.training.memory.compiled_blocks import compiled_blocks
 from lorakit.training.memory.memory_setting import training_memory
@@ -152,7 +152,7 @@ def train(
     if config.sweep is not None:
         raise ConfigError("sweep asks for several adapters: call lk.sweep(config)")
     with locked(config.out), borrowed(config, model, tokenizer) as base:
-        config = config if base is None else base.settings(config)
+        config = settled(config, base)
         checkpoint = find_checkpoint(config)
         if checkpoint:
             config = settings_to_resume(config, checkpoint)

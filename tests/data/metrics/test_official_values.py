@@ -36,7 +36,9 @@ def e2e_references(found: Any) -> list[list[str]]:
     return found.get("references") or [row["references"] for row in rows("e2e_nlg")]
 
 
-@pytest.mark.parametrize("name", E2E)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.thorough if "full" in n else ()) for n in E2E]
+)
 @pytest.mark.parametrize("variant", ["python", "perl"])
 def test_bleu_and_nist_of_e2e(name: str, variant: Any) -> None:
     found = case(f"e2e/{name}")

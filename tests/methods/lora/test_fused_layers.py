@@ -126,6 +126,7 @@ def test_the_numbers_of_interleaved_rows_serve_training_after_inference():
         assert all(p.grad is not None and p.grad.any() for p in trained)
 
 
+@pytest.mark.thorough
 def test_a_compiled_model_trains_as_an_eager_one(forks):
     # In a process of its own, because the shape checks of the tests are not for compiling.
     program = """

@@ -1,6 +1,7 @@
 """Blocks that recompute: the same gradients, less memory, and none of it below the adapters."""
 
 import copy
+import itertools
 import pickle
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import lorakit.training.memory.activation_checkpointing as recompute
+from covering import covering
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.errors import ConfigError
 from lorakit.training.memory.activation_checkpointing import (
@@ -53,7 +55,10 @@ def assert_equal_gradients(found, expected):
 @pytest.mark.parametrize(
     ("family", "memory"),
     [
-        *((each, "low") for each in SOME),
+        *(
+            pytest.param(each, "low", marks=pytest.mark.thorough if each in BALANCED else ())
+            for each in SOME
+        ),
         *(
             pytest.param(each, "balanced", marks=() if each in BALANCED else pytest.mark.thorough)
             for each in FAMILIES
@@ -113,8 +118,7 @@ def held_bytes(monkeypatch):
     return count
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", SOME)
+@covering(("family", "attention"), itertools.product(SOME, ["eager", "sdpa"]))
 def test_each_setting_keeps_less(family, attention, held_bytes):
     model = build(family, attn_implementation=attention).train()
     model.config.use_cache = False

@@ -85,6 +85,7 @@ NAMES = ("joined", "padded", "slices")
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thorough
 def test_one_graph_serves_all_blocks_and_lengths(runs, name):
     assert runs[name]["graphs"] == 1
     assert runs[name]["breaks"] == {}

@@ -154,6 +154,7 @@ def test_recomputation_changes_nothing(settings, tmp_path, in_float64):
     assert_trials_equal_separate_runs(config, tmp_path, tolerance=1e-6)
 
 
+@pytest.mark.thorough
 def test_one_loss_pass_serves_all_trials_and_shrinks_as_they_end(settings, monkeypatch):
     rows = []
 
@@ -193,6 +194,7 @@ def test_the_base_is_unchanged_and_scored_under_each_trials_own_adapter(settings
     assert losses[0] != losses[1]
 
 
+@pytest.mark.thorough
 def test_nan_stops_one_trial_and_the_others_equal_separate_runs(settings, tmp_path, in_float64):
     wild = {"learning_rate": 1e30, "max_grad_norm": 1e30, "name": "wild"}
     result = sweep(settings([wild, {"lora.rank": 1, "name": "last"}]))
@@ -264,6 +266,7 @@ ENDS = [(press_ctrl_c, KeyboardInterrupt, 0.0), (cut_power, PowerCut, 1e-4)]
     ("end", "error", "tolerance"),
     [pytest.param(*ENDS[0], id="ctrl-c", marks=pytest.mark.thorough), ENDS[1]],
 )
+@pytest.mark.thorough
 def test_an_ended_sweep_resumes_to_the_same_adapters(
     settings, tmp_path, at_pass, end, error, tolerance
 ):
@@ -289,6 +292,7 @@ def test_an_ended_sweep_resumes_to_the_same_adapters(
             assert_same_adapter(*paths, tolerance=tolerance)
 
 
+@pytest.mark.thorough
 def test_a_sweep_that_fails_leaves_no_thread_behind(settings, at_pass):
     at_pass(2, cut_power)
     with pytest.raises(PowerCut):
@@ -296,6 +300,7 @@ def test_a_sweep_that_fails_leaves_no_thread_behind(settings, at_pass):
     assert not {"left", "right"} & {thread.name for thread in threading.enumerate()}
 
 
+@pytest.mark.thorough
 def test_a_finished_trial_is_not_trained_again(settings):
     config = settings({"lora.rank": [1, 4]})
     sweep(config)

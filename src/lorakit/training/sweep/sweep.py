@@ -16,7 +16,7 @@ from lorakit.config.train import TrainConfig
 from lorakit.data.batches import pad_token
 from lorakit.errors import LorakitError, TrainingError
 from lorakit.training.checks import Interruption
-from lorakit.training.loaded_base import LoadedBase, borrowed
+from lorakit.training.loaded_base import LoadedBase, borrowed, settled
 from lorakit.training.prepare import Prepared, for_each, prepare_all
 from lorakit.training.record import SharedBar
 from lorakit.training.resume import settings_to_resume
@@ -79,7 +79,7 @@ def sweep(
     """
     check_config(config)
     with locked(config.out), borrowed(config, model, tokenizer) as base:
-        config = config if base is None else base.settings(config)
+        config = settled(config, base)
         return _sweep(config, base, progress=progress, table=table)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -106,13 +106,10 @@ def meteor(
     matcher = _Matcher(lists, lists.paraphrases(vocabulary))
     segments = []
     for output, known in zip(outputs, references, strict=True):
-        words = normalized(output)
-        segments.append(
-            max(
-                (matcher.statistics(words, normalized(line)) for line in known),
-                key=lambda statistics: statistics.score,
-            )
-        )
+        found = matcher.sentence(normalized(output))
+        others = (matcher.sentence(normalized(line)) for line in known)
+        statistics = (matcher.statistics(found, other) for other in others)
+        segments.append(max(statistics, key=lambda each: each.score))
     total = sum(segments, start=_Statistics())
     return total.score, [segment.score for segment in segments]
 
@@ -123,75 +120,98 @@ class _Matcher:
     def __init__(self, lists: Tables, paraphrases: Mapping[Phrase, list[Phrase]]) -> None:
         from nltk.stem.snowball import SnowballStemmer
 
-        self.lists = lists
-        self.paraphrases = paraphrases
-        self.longest = max(map(len, paraphrases), default=0)
-        self.stem = cache(SnowballStemmer("english").stem)
+        self._lists = lists
+        self._paraphrases = paraphrases
+        self._longest = max(map(len, paraphrases), default=0)
+        self._stem = cache(SnowballStemmer("english").stem)
 
-    def statistics(self, output: list[str], reference: list[str]) -> _Statistics:
+    def sentence(self, words: list[str]) -> _Sentence:
+        """What matching needs to know of a sentence."""
+        keys = {
+            STEM: [(self._stem(word),) for word in words],
+            SYNONYM: [self._lists.synsets(word) for word in words],
+        }
+        return _Sentence(
+            words=words,
+            is_function=[word in self._lists.function_words for word in words],
+            keys=keys,
+            places={EXACT: _places((word,) for word in words)}
+            | {module: _places(of_words) for module, of_words in keys.items()},
+            rewritings=list(self._rewritings(words)),
+        )
+
+    def statistics(self, output: _Sentence, reference: _Sentence) -> _Statistics:
         """The counts of the best alignment."""
-        alignment = align(self._matches(output, reference))
+        alignment = align(_matches(output, reference))
         return _Statistics(
-            self._side(output, [(m.module, m.output_start, m.output_length) for m in alignment]),
-            self._side(reference, [(m.module, m.start, m.length) for m in alignment]),
+            output.side([(m.module, m.output_start, m.output_length) for m in alignment]),
+            reference.side([(m.module, m.start, m.length) for m in alignment]),
             chunks_of(alignment),
         )
 
-    def _side(self, words: list[str], matches: list[tuple[int, int, int]]) -> _Side:
-        function = [word in self.lists.function_words for word in words]
+    def _rewritings(self, words: list[str]) -> Iterator[tuple[int, int, Phrase]]:
+        """The paraphrases of a sentence's phrases, each with the phrase's start and length."""
+        for start in range(len(words)):
+            for length in range(1, min(self._longest, len(words) - start) + 1):
+                for paraphrase in self._paraphrases.get(tuple(words[start : start + length]), ()):
+                    yield start, length, paraphrase
+
+
+@dataclass(frozen=True)
+class _Sentence:
+    """A sentence, and what of it may match."""
+
+    words: list[str]
+    is_function: list[bool]
+    keys: Mapping[int, Sequence[Collection[str]]]
+    """By module what each word has in common with words that it matches: stems, synonym sets."""
+    places: Mapping[int, Mapping[str, list[int]]]
+    """By module where each word, or key, is."""
+    rewritings: list[tuple[int, int, Phrase]]
+    """The paraphrases of phrases, each with the phrase's start and length."""
+
+    def side(self, matches: Sequence[tuple[int, int, int]]) -> _Side:
+        """The counts of matches, each a module, a start and a length."""
         counts = {True: [0, 0, 0, 0], False: [0, 0, 0, 0]}
         for module, start, length in matches:
-            for is_function in function[start : start + length]:
+            for is_function in self.is_function[start : start + length]:
                 counts[is_function][module] += 1
-        return _Side(len(words), sum(function), tuple(counts[False]), tuple(counts[True]))
+        content, function = tuple(counts[False]), tuple(counts[True])
+        return _Side(len(self.words), sum(self.is_function), content, function)
 
-    def _matches(self, output: list[str], reference: list[str]) -> list[list[Match]]:
-        """By the reference's word: exact matches; then stems, synonyms and paraphrases."""
-        matches: list[list[Match]] = [[] for _ in reference]
-        places = _places(output)
-        for start, word in enumerate(reference):
-            matches[start] += [Match.of(EXACT, start, 1, at, 1) for at in places.get(word, ())]
-        if output == reference:
-            return matches
-        stems = _places([self.stem(word) for word in output])
-        synonyms = _places_of_members([self.lists.synsets(word) for word in output])
-        for module, found in ((STEM, stems), (SYNONYM, synonyms)):
-            for start, word in enumerate(reference):
-                keys = {self.stem(word)} if module == STEM else self.lists.synsets(word)
-                alike = sorted({at for key in keys for at in found.get(key, ())})
-                others = (at for at in alike if output[at] != word)
-                matches[start] += [Match.of(module, start, 1, at, 1) for at in others]
-        for start, length, at, other in self._paraphrased(reference, output):
-            matches[start].append(Match.of(PARAPHRASE, start, length, at, other))
-        for at, other, start, length in self._paraphrased(output, reference):
-            matches[start].append(Match.of(PARAPHRASE, start, length, at, other))
+    def rewritten_in(self, other: _Sentence) -> Iterator[tuple[int, int, int, int]]:
+        """Phrases that another sentence has paraphrases of: both starts and lengths."""
+        places, words = other.places[EXACT], other.words
+        for start, length, paraphrase in self.rewritings:
+            for at in places.get(paraphrase[0], ()):
+                size = len(paraphrase)
+                if tuple(words[at : at + size]) == paraphrase:
+                    yield start, length, at, size
+
+
+def _matches(output: _Sentence, reference: _Sentence) -> list[list[Match]]:
+    """By the reference's word: exact matches; then stems, synonyms and paraphrases."""
+    exact = output.places[EXACT]
+    matches: list[list[Match]] = [
+        [Match.of(EXACT, start, 1, at, 1) for at in exact.get(word, ())]
+        for start, word in enumerate(reference.words)
+    ]
+    if output.words == reference.words:
         return matches
-
-    def _paraphrased(self, words: list[str], others: list[str]) -> list[tuple[int, int, int, int]]:
-        """Phrases of one sentence that the other has paraphrases of: both starts and lengths."""
-        found = []
-        first_words = _places(others)
-        for start in range(len(words)):
-            for length in range(1, min(self.longest, len(words) - start) + 1):
-                for paraphrase in self.paraphrases.get(tuple(words[start : start + length]), ()):
-                    size = len(paraphrase)
-                    found += [
-                        (start, length, at, size)
-                        for at in first_words.get(paraphrase[0], ())
-                        if tuple(others[at : at + size]) == paraphrase
-                    ]
-        return found
+    for module, keys_of_words in reference.keys.items():
+        places = output.places[module]
+        for start, (word, keys) in enumerate(zip(reference.words, keys_of_words, strict=True)):
+            for at in sorted({at for key in keys for at in places.get(key, ())}):
+                if output.words[at] != word:
+                    matches[start].append(Match.of(module, start, 1, at, 1))
+    for start, length, at, other in reference.rewritten_in(output):
+        matches[start].append(Match.of(PARAPHRASE, start, length, at, other))
+    for at, other, start, length in output.rewritten_in(reference):
+        matches[start].append(Match.of(PARAPHRASE, start, length, at, other))
+    return matches
 
 
-def _places(words: Sequence[str]) -> dict[str, list[int]]:
-    """Where each word is."""
-    places: dict[str, list[int]] = {}
-    for at, word in enumerate(words):
-        places.setdefault(word, []).append(at)
-    return places
-
-
-def _places_of_members(groups: Sequence[Iterable[str]]) -> dict[str, list[int]]:
+def _places(groups: Iterable[Iterable[str]]) -> dict[str, list[int]]:
     """Where each member of some group is."""
     places: dict[str, list[int]] = {}
     for at, members in enumerate(groups):
