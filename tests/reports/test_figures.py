@@ -137,8 +137,8 @@ def test_a_score_that_is_asked_for_without_its_library_is_refused_first(
     tiny_llama: Path, prompt_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    data = DataConfig(validation=str(prompt_rows))
     with pytest.raises(MissingExtraError, match="metrics"):
-        data = DataConfig(validation=str(prompt_rows))
         lk.evaluate(model=str(tiny_llama), data=data, metrics="exact_match, bleu")
 
 
