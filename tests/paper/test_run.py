@@ -161,3 +161,27 @@ def test_a_run_that_another_cell_has_made_is_not_made_again(paper, cells, tmp_pa
     assert result["cell"] == "table9.again"
     assert result["same_run_as"] == "table9.lora.small/cola/seed-0.json"
     assert (folder / "seed-0.predictions.jsonl.gz").exists()
+
+
+def test_runs_that_are_trained_together_have_a_result_each(paper, cells, tmp_path):
+    row = (cells / "table9" / "lora.yaml").read_text()
+    (cells / "table9" / "wider.yaml").write_text(row.replace("rank: 2", "rank: 3"))
+    (cells / "table9" / "bitfit.yaml").write_text(
+        row.replace("method: lora, lora: {rank: 2}", "method: bitfit")
+    )
+    cell.cells.cache_clear()
+    words = ("table9", "--tasks", "cola", "--seeds", "0,1")
+    alone, joint = tmp_path / "results", tmp_path / "joint"
+    assert {state for *_, state in states(paper("run", *words)[1])} == {"done"}
+    paper("run", *words, "--joint", 3, "--results", joint)
+    together = []
+    for name in ("lora", "wider", "bitfit"):
+        for seed in (0, 1):
+            file = f"table9.{name}.small/cola/seed-{seed}.json"
+            one, other = (json.loads((place / file).read_text()) for place in (alone, joint))
+            assert (one["hash"], one["steps"]) == (other["hash"], other["steps"]), file
+            assert one["parameters"] == other["parameters"]
+            assert other["scores"].keys() == {"best", "last"}
+            together.append(other.get("together"))
+    # Four of LoRA in threes, and BitFit each alone.
+    assert together == [3, 3, 3, None, None, None]

@@ -63,6 +63,10 @@ class PaperRunConfig(Chosen):
     threads: PositiveInt | None = None
     """Threads of torch. None: as many as torch takes by itself."""
 
+    joint: PositiveInt = 1
+    """Train up to so many LoRA runs of one model and task in one batch, each as if alone: faster
+    where a base takes longer than its adapters."""
+
     redo: bool = False
     """Run also what has a current result, which is then replaced."""
 

@@ -1,11 +1,9 @@
-"""Running jobs: train, have the best and the last adapter answer, score, keep."""
+"""Running jobs: what has no current result is trained, answers, is scored, and is kept."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,11 @@ from lorakit.bench.memory import forget_peak, most_bytes
 from lorakit.bench.result import threads
 from lorakit.config.paper import PaperRunConfig
 from lorakit.config.train import TrainConfig
-from lorakit.data.metrics.score import scorer
 from lorakit.errors import TrainingError
 from lorakit.paper.check import Data, check, notes
 from lorakit.paper.job import Job, jobs_of
-from lorakit.paper.outputs import Answered, answered
+from lorakit.paper.joint import groups, train_together
+from lorakit.paper.record import answers_of, entry_of_job, entry_of_run
 from lorakit.paper.results import (
     State,
     file_of,
@@ -30,9 +28,7 @@ from lorakit.paper.results import (
     state_of,
     write_result,
 )
-from lorakit.paper.shapes import trained_parameters
 from lorakit.training.run import TrainResult, train
-from lorakit.training.run_folder import LOG
 from lorakit.training.trainer import list_checkpoints
 
 
@@ -56,88 +52,100 @@ def run_cells(settings: PaperRunConfig, *, progress: bool) -> Done:
     jobs = jobs_of(settings)
     data = check(settings, jobs)
     remarks = list(notes(data))
-    where = environment()
     for note in remarks:
         print(note, file=sys.stderr)
-    for number, job in enumerate(jobs, start=1):
-        state = state_of(job, settings.results, data=data.hashes(job))
-        if settings.dry_run or (state.kind in ("done", "failed") and not settings.redo):
-            continue
-        print(f"[{number}/{len(jobs)}] {job.name}", file=sys.stderr, flush=True)
-        same = None if settings.redo else same_run(job, settings.results, data.hashes(job))
-        if same is not None:
-            _take_over(job, same, settings.results)
-            continue
+    if not settings.dry_run:
         with threads(settings.threads):
-            _run(job, settings, data, where, progress=progress)
-    return Done(
-        states={job: state_of(job, settings.results, data=data.hashes(job)) for job in jobs},
-        notes=remarks,
-    )
+            _Runner(settings, data, environment(), progress).run(jobs)
+    states = {job: state_of(job, settings.results, data=data.hashes(job)) for job in jobs}
+    return Done(states=states, notes=remarks)
 
 
-def _take_over(job: Job, file: Path, results: Path) -> None:
-    """Write the result of another cell's run, which was the same, as this job's."""
-    found = read_result(file)
-    assert found is not None
-    own = {"cell": job.cell.id, "same_run_as": str(file.relative_to(results))}
-    write_result(file_of(job, results), found | own, read_outputs(file))
+@dataclass(frozen=True)
+class _Runner:
+    """What runs jobs one after the other, or several together."""
 
+    settings: PaperRunConfig
+    data: Data
+    environment: Mapping[str, Any]
+    """Commit, versions and hardware as this process began, whatever the checkout becomes."""
+    progress: bool
 
-def _run(
-    job: Job, settings: PaperRunConfig, data: Data, where: Mapping[str, Any], *, progress: bool
-) -> None:
-    """Run one job, and write its result."""
-    out = settings.work / job.folder / f"seed-{job.seed}-{job.hash}"
-    config = _going_on(job.config(data=settings.data, out=out))
-    known = {
-        "cell": job.cell.id,
-        "scale": job.scale,
-        "variant": job.variant,
-        "model": job.model,
-        "task": job.task,
-        "seed": job.seed,
-        "hash": job.hash,
-        "given": job.given,
-        "settings": config.model_dump(mode="json", exclude={"out", "data", "resume", "overwrite"}),
-        "data": _data_entry(job, data),
-        "scorer": scorer(job.task, job.scoring.variant),
-        **where,
-    }
-    forget_peak()
-    try:
-        result = train(config, progress=progress)
-    except TrainingError as error:
-        # A run that diverges is a finding, and the others go on.
-        print(f"{job.name}: {error}", file=sys.stderr)
-        write_result(
-            file_of(job, settings.results), {**known, "status": "failed", "error": str(error)}, {}
-        )
-        return
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(
-            f"{job.name} {str(stop).partition(':')[0]}: run the same command to go on"
-        ) from None
-    peak = most_bytes()
-    start = time.perf_counter()
-    found = _answered(job, result, settings.data, progress=progress)
-    measured = {
-        "status": "done",
-        "scores": {name: each.scores for name, each in found.items()},
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "evaluations": _evaluations(out),
-        "loss": {"first": result.first_loss, "last": result.last_loss},
-        "parameters": {
-            "trained": result.parameters,
-            "without_head": trained_parameters(config.model, config),
-        },
-        "seconds": {"training": result.seconds, "scoring": time.perf_counter() - start},
-        "peak_memory_bytes": peak,
-    }
-    answers = {name: each.answers for name, each in found.items()}
-    write_result(file_of(job, settings.results), {**known, **measured}, answers)
-    shutil.rmtree(out, ignore_errors=True)
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run those that have no current result."""
+        left = [job for job in jobs if self._is_left(job)]
+        done = 0
+        for together in groups(left, self.settings.joint):
+            done += len(together)
+            names = ", ".join(job.name for job in together)
+            print(f"[{done}/{len(left)}] {names}", file=sys.stderr, flush=True)
+            # What another cell shares may have been run a moment ago.
+            still = [job for job in together if not self._is_taken_over(job)]
+            if len(still) == 1:
+                self._run_alone(still[0])
+            elif still:
+                self._run_together(still)
+
+    def _is_left(self, job: Job) -> bool:
+        state = state_of(job, self.settings.results, data=self.data.hashes(job))
+        return self.settings.redo or state.kind not in ("done", "failed")
+
+    def _is_taken_over(self, job: Job) -> bool:
+        """Whether another cell has a result of the same run, which is then this job's too."""
+        results = self.settings.results
+        same = None if self.settings.redo else same_run(job, results, self.data.hashes(job))
+        found = None if same is None else read_result(same)
+        if same is None or found is None:
+            return False
+        own = {"cell": job.cell.id, "same_run_as": str(same.relative_to(results))}
+        write_result(file_of(job, results), found | own, read_outputs(same))
+        return True
+
+    def _run_alone(self, job: Job) -> None:
+        out = self.settings.work / job.folder / f"seed-{job.seed}-{job.hash}"
+        config = _going_on(job.config(data=self.settings.data, out=out))
+        forget_peak()
+        try:
+            trained: TrainResult | TrainingError = train(config, progress=self.progress)
+        except TrainingError as error:
+            trained = error
+        except KeyboardInterrupt as stop:
+            raise _stopped(job.name, stop) from None
+        self._keep(job, config, trained, {"resumed": config.resume})
+        shutil.rmtree(out, ignore_errors=True)
+
+    def _run_together(self, jobs: Sequence[Job]) -> None:
+        """Train several jobs in one batch, each as if alone; then they answer one by one."""
+        configs = [job.config(data=self.settings.data, out=Path("out")) for job in jobs]
+        out = self.settings.work / "joint" / "-".join(f"{j.hash[:6]}.{j.seed}" for j in jobs)
+        forget_peak()
+        try:
+            trained = train_together(jobs, configs, out, progress=self.progress)
+        except KeyboardInterrupt as stop:
+            raise _stopped(f"{len(jobs)} runs", stop) from None
+        for job, config, each in zip(jobs, configs, trained, strict=True):
+            self._keep(job, config, each, {"together": len(jobs)})
+        shutil.rmtree(out, ignore_errors=True)
+
+    def _keep(
+        self,
+        job: Job,
+        config: TrainConfig,
+        trained: TrainResult | TrainingError,
+        how: Mapping[str, Any],
+    ) -> None:
+        """Have what was trained answer, and write the result; one that diverged is a result too."""
+        peak = most_bytes()
+        known = entry_of_job(job, config, self.data) | self.environment | how
+        file = file_of(job, self.settings.results)
+        if isinstance(trained, TrainingError):
+            print(f"{job.name}: {trained}", file=sys.stderr)
+            write_result(file, {**known, "status": "failed", "error": str(trained)}, {})
+            return
+        found = answers_of(job, trained, self.settings.data, progress=self.progress)
+        entry = entry_of_run(config, trained, found, peak)
+        answers = {name: each.answers for name, each in found.evaluations.items()}
+        write_result(file, {**known, "status": "done", **entry}, answers)
 
 
 def _going_on(config: TrainConfig) -> TrainConfig:
@@ -146,51 +154,6 @@ def _going_on(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"resume": resumes, "overwrite": not resumes})
 
 
-def _data_entry(job: Job, data: Data) -> dict[str, Any]:
-    rows = {"train": data.training(job), "score": data.scored(job)}
-    splits = {"train": "train", "score": job.scoring.split}
-    return {
-        name: {"source": job.source(splits[name], None), "rows": len(rows[name]), "sha256": found}
-        for name, found in data.hashes(job).items()
-    }
-
-
-def _answered(
-    job: Job, result: TrainResult, data: Path | None, *, progress: bool
-) -> dict[str, Answered]:
-    """What a run answers: at its best evaluation, if it has any, and at its end.
-
-    At the evaluation that counts also by other searches.
-    """
-    scoring = job.scoring
-    places = {"best": result.out, "last": result.out / "last"}
-    if result.best_step is None:
-        del places["best"]
-    found = {
-        name: answered(job, place, data, scoring.answers, progress=progress)
-        for name, place in places.items()
-        if name == "last" or result.best_step != result.steps
-    }
-    # At the end of a run that is best there, both are the same.
-    found = {name: found.get(name, found["last"]) for name in places}
-    for name, search in scoring.also.items():
-        place = places[scoring.epoch]
-        found[f"{scoring.epoch}, {name}"] = answered(job, place, data, search, progress=progress)
-    return found
-
-
-def _evaluations(out: Path) -> list[dict[str, Any]]:
-    """The scores during training, from the run's log."""
-    entries = map(json.loads, (out / LOG).read_text(encoding="utf-8").splitlines())
-    return [
-        {
-            "step": entry["step"],
-            **{
-                name.removeprefix("eval_"): value
-                for name, value in entry.items()
-                if name.startswith("eval_")
-            },
-        }
-        for entry in entries
-        if "eval_loss" in entry
-    ]
+def _stopped(what: str, stop: KeyboardInterrupt) -> KeyboardInterrupt:
+    reason = str(stop).partition(":")[0]
+    return KeyboardInterrupt(f"{what}: {reason}; run the same command to go on")
