@@ -266,7 +266,7 @@ def test_each_row_of_a_route_is_searched_with_its_own_adapter(family: str) -> No
 def test_models_of_other_positions_and_caches_are_searched(family: str) -> None:
     shape = {"sliding_window": 4} if family in ("gemma2", "mistral") else {}
     torch.manual_seed(0)
-    model = tiny_models.build(family, **shape).double()
+    model = tiny_models.build(family, **shape)
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter) * 0.2
     prompts = [[5, 6, 7, 8, 9, 10, 11], [11, 12, 13]]
