@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from lorakit.config.train import TrainConfig as TrainConfig
     from lorakit.data.metrics.score import score as score
     from lorakit.errors import LorakitError as LorakitError
-    from lorakit.merging.merge import MergeReport as MergeReport
     from lorakit.merging.merge import merge as merge
     from lorakit.merging.merge import unmerge as unmerge
     from lorakit.merging.merged import merged as merged
+    from lorakit.merging.report import MergeReport as MergeReport
     from lorakit.models.load import load_model as load_model
     from lorakit.routing.route import route as route
     from lorakit.routing.route import switch as switch
@@ -62,8 +62,9 @@ _HOMES = {
     "config.train": ("DataConfig", "TrainConfig"),
     "data.metrics.score": ("score",),
     "errors": ("LorakitError", "errors"),
-    "merging.merge": ("MergeReport", "merge", "unmerge"),
+    "merging.merge": ("merge", "unmerge"),
     "merging.merged": ("merged",),
+    "merging.report": ("MergeReport",),
     "models.load": ("load_model",),
     "routing.route": ("route", "switch"),
     "training.run": ("train",),

@@ -23,7 +23,8 @@ from lorakit.attachment.state import (
 )
 from lorakit.errors import AdapterFileError, BankError, did_you_mean
 from lorakit.layers.operation import Update
-from lorakit.merging.merge import MergeReport, merge, unmerge
+from lorakit.merging.merge import merge, unmerge
+from lorakit.merging.report import MergeReport
 from lorakit.models.base import unwrapped
 from lorakit.routing.choices import Choice, RowChoices
 from lorakit.routing.compiled_model import prepare_for_compile

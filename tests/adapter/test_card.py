@@ -86,6 +86,12 @@ def _without_newline(adapter):
     return replace(adapter, card={"data": {"separator": ""}})
 
 
+def test_the_base_of_a_peft_folder_is_the_one_that_its_settings_name(peft_folder, tiny_llama):
+    assert lk.Adapter.load(peft_folder).base_name == str(tiny_llama)
+    assert open_model(peft_folder).adapter.base is None
+    assert replace(lk.Adapter.load(peft_folder), card={"base_model": 3}).base_name == ""
+
+
 def test_a_damaged_file_with_a_template_is_refused(peft_folder):
     (peft_folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(AdapterFileError, match=r"tokenizer_config\.json  is not JSON"):

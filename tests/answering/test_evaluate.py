@@ -1,10 +1,12 @@
 """lk.evaluate: a dictionary of scores, by name or on a loaded model."""
 
+import sys
+
 import pytest
 import torch
 
 import lorakit as lk
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, MissingExtraError
 from references import attach_random
 
 
@@ -24,6 +26,18 @@ def test_scores_are_the_same_by_folder_and_on_a_loaded_model(tiny_llama, prompt_
     assert base.keys() == {"loss", "perplexity"}
     assert base["loss"] != by_name["loss"]
     assert not hasattr(model, "_lorakit")
+
+
+def test_bleu_is_left_out_of_the_usual_scores_where_its_library_is_not_installed(
+    tiny_llama, prompt_rows, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    rows = {"data": lk.DataConfig(validation=str(prompt_rows), validation_rows=2)}
+    with pytest.warns(UserWarning, match=r"left out: BLEU needs .*lorakit\[metrics\]"):
+        scores = lk.evaluate(model=str(tiny_llama), max_new_tokens=4, **rows)
+    assert scores.keys() == {"loss", "perplexity", "exact_match"}
+    with pytest.raises(MissingExtraError, match="BLEU needs an optional library"):
+        lk.evaluate(model=str(tiny_llama), metrics="bleu", **rows)
 
 
 def test_a_loaded_classifier_is_scored_by_its_own_classes(tiny_bert, label_rows):

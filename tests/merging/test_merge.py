@@ -200,11 +200,18 @@ def test_a_thousand_random_steps_leave_the_base_unchanged():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_report_is_shown_in_one_line():
+def test_a_report_is_shown_in_one_line_or_a_line_for_weights_that_are_alike():
     model = build("llama").to(torch.bfloat16)
     attach_random(model, std=1e-3)
     report = lk.merge(model)
     lost = f"{100 * report.worst.rounding_error:.2g}%"
+    head, *lines, _, _ = str(report).splitlines()
+    assert head.split() == ["at", "most,", "of", "weights", "|dW|/|W|", "lost", "to", "rounding"]
+    assert [line.split()[:2] for line in lines] == [
+        ["model.layers.*.self_attn.q_proj.weight", "2"],
+        ["model.layers.*.self_attn.v_proj.weight", "2"],
+    ]
+    assert lost in {line.split()[-1] for line in lines}
     assert repr(report) == (
         f"MergeReport('default' in 4 weights, at most {lost} of ΔW lost, with a warning)"
     )

@@ -34,6 +34,7 @@ def _row(draw, columns):
 
 TABLE = """
 title: Two tasks
+rows: [lora]
 columns:
   cola: {title: CoLA, task: cola, score: matthews, factor: 100}
   stsb: {title: STS-B, task: stsb, score: pearson, factor: 100}
@@ -94,6 +95,20 @@ def change_row(cells):
         forget()
 
     return change
+
+
+@pytest.fixture
+def add_row(cells):
+    """A function that adds a row to the table: the first one, with a text replaced."""
+
+    def add(name, old, new):
+        folder = cells / "table9"
+        first, table = (folder / "lora.yaml").read_text(), folder / "table.yaml"
+        (folder / f"{name}.yaml").write_text(first.replace(old, new))
+        table.write_text(table.read_text().replace("rows: [", f"rows: [{name}, "))
+        forget()
+
+    return add
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from lorakit.config.answering import EvaluateConfig
 from lorakit.config.paper import Chosen
 from lorakit.errors import ConfigError
-from lorakit.paper.cell import Part, cells, chosen, merged, tables
+from lorakit.paper.cell import FOLDER, SHARED, Part, cells, chosen, merged, tables
 from lorakit.paper.job import config_of, jobs_of
 from lorakit.paper.shapes import SHAPES, trained_parameters
 
@@ -27,6 +27,12 @@ PUBLISHED = [
     for cell in cells().values()
     for row in cell.published
 ]
+
+
+def test_every_file_is_a_row_of_its_table():
+    for name, table in tables().items():
+        files = {file.stem for file in (FOLDER / name).glob("*.yaml")}
+        assert sorted([*table.rows, SHARED]) == sorted(files), name
 
 
 def test_every_cell_has_a_table_and_values_of_its_columns_alone():

@@ -93,6 +93,7 @@ def test_stored_outputs_are_scored_again_and_differences_named(paper, data, tmp_
 
 FIGURE = """
 title: Score against trained parameters
+rows: [lora]
 columns:
   mnli: {title: CoLA, task: cola, score: matthews, factor: 100}
 beside: table9

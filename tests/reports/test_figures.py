@@ -133,12 +133,13 @@ def test_rows_of_which_none_has_a_reference_are_refused_first(
 
 
 @pytest.mark.usefixtures("no_answers")
-def test_a_score_whose_library_is_missing_is_refused_first(
+def test_a_score_that_is_asked_for_without_its_library_is_refused_first(
     tiny_llama: Path, prompt_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    data = DataConfig(validation=str(prompt_rows))
     with pytest.raises(MissingExtraError, match="metrics"):
-        lk.evaluate(model=str(tiny_llama), data=DataConfig(validation=str(prompt_rows)))
+        lk.evaluate(model=str(tiny_llama), data=data, metrics="exact_match, bleu")
 
 
 def test_texts_have_a_loss_and_no_answers(tiny_llama: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class Adapter(AdapterContent):
             ModelError: the base cannot be found or loaded.
             MissingExtraError: the base is quantised, and the library for it is not installed.
         """
-        name = name or (self.base.name if self.base else "")
+        name = name or self.base_name
         if not name:
             raise AdapterFileError(
                 "the adapter does not say which base it was trained on: name the model"

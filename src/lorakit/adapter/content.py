@@ -73,6 +73,12 @@ class AdapterContent:
         return "+".join(config.method for config in self.configs)
 
     @property
+    def base_name(self) -> str:
+        """The name of its base: by the base's sketch, else by PEFT's settings; "": unknown."""
+        name = self.base.name if self.base else self.card.get("base_model")
+        return name if isinstance(name, str) else ""
+
+    @property
     def lora(self) -> LoRAConfig | None:
         """The settings of its low-rank updates, if LoRA is among its methods."""
         return next((each for each in self.configs if isinstance(each, LoRAConfig)), None)

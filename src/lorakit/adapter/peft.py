@@ -139,7 +139,7 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
     needs_head = task in TASKS_WITH_HEAD and not adapter.copied_modules
     return {
         "alpha_pattern": {path: own for path, own in sorted(alphas.items()) if own != alpha},
-        "base_model_name_or_path": base_name(adapter),
+        "base_model_name_or_path": adapter.base_name or None,
         "bias": BIAS_WORDS[_settings(adapter).bias],
         "fan_in_fan_out": any(site.kind == "transposed" for site in adapter.sites),
         "inference_mode": True,
@@ -156,11 +156,6 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
         "use_dora": _settings(adapter).use_dora,
         "use_rslora": _settings(adapter).use_rslora,
     }
-
-
-def base_name(adapter: AdapterContent) -> str | None:
-    """The name of the base, from its identity or else from the training card."""
-    return (adapter.base.name if adapter.base else adapter.card.get("base_model")) or None
 
 
 def _short(number: float) -> int | float:

@@ -202,6 +202,7 @@ class _Run:
             )
         if asked:
             self._scorers.check_libraries()
+            self.notes += [f"left out: {error}" for error in self._scorers.missing.values()]
         if len(asked) < len(rows):
             self.notes.append(
                 f"{names}: left out {len(rows) - len(asked):,} of {len(rows):,} rows, without an"

@@ -14,7 +14,7 @@ from lorakit.data.row_types import Row, references_of
 from lorakit.data.tasks import PREFIX, Task, task_of
 from lorakit.data.tasks.task import reference_of
 from lorakit.data.tasks.wikisql import tables_of
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, MissingExtraError
 
 BASIC: Mapping[str, Callable[[Sequence[str], Sequence[Sequence[str]]], float]] = {
     "exact_match": exact_match,
@@ -42,7 +42,21 @@ class Scorers:
         """The metrics that are asked for, or the usual ones of the rows."""
         if self.config.metrics is not None:
             return tuple(self.config.metrics)
-        return ("loss", *([OFFICIAL] if self.task else BASIC))
+        usual = [name for name in BASIC if name not in self.missing]
+        return ("loss", *([OFFICIAL] if self.task else usual))
+
+    @cached_property
+    def missing(self) -> Mapping[str, MissingExtraError]:
+        """Of the usual scores those whose library is not installed; they are not asked for."""
+        if self.config.metrics is not None or self.task:
+            return {}
+        found = {}
+        for name in BASIC:
+            try:
+                check_library(name)
+            except MissingExtraError as error:
+                found[name] = error
+        return found
 
     @property
     def of_answers(self) -> tuple[str, ...]:

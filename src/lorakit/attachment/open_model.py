@@ -83,7 +83,7 @@ def open_model(
     """
     adapter = None if source is None else Adapter.of(source)
     card = adapter.card if adapter else {}
-    base = model or (adapter.base.name if adapter and adapter.base else "")
+    base = model or (adapter.base_name if adapter else "")
     if not base and adapter is None:
         raise ConfigError("give an adapter, a model, or both")
     if not base:

@@ -12,22 +12,21 @@ from lorakit.config.verbs import InspectConfig
 def run(settings: InspectConfig) -> Result:
     """Read the adapter with every check, and describe it."""
     adapter = Adapter.load(settings.adapter)
-    base = adapter.base.name if adapter.base else str(adapter.card.get("base_model") or "")
     facts = {
         "method": adapter.method,
         "parameters": adapter.parameters,
         "size_bytes": adapter.size_bytes,
-        "base": base or None,
+        "base": adapter.base_name or None,
         "content_hash": adapter.content_hash(),
         "unverified": adapter.unverified,
     }
     return Result(
-        text="\n".join([repr(adapter), *_lines(adapter, base)]),
+        text="\n".join([repr(adapter), *_lines(adapter)]),
         data={**facts, "sites": [vars(site) for site in adapter.sites], "card": adapter.card},
     )
 
 
-def _lines(adapter: Adapter, base: str) -> Iterator[str]:
+def _lines(adapter: Adapter) -> Iterator[str]:
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in adapter.sites:
         name = site.role or site.path.rpartition(".")[2]
@@ -37,7 +36,7 @@ def _lines(adapter: Adapter, base: str) -> Iterator[str]:
         yield f"  {name} {rows}×{columns}, r {rank}, scale {scale:g}: {len(sites)} updates"
     if adapter.copied_modules:
         yield f"  saved in full: {', '.join(adapter.copied_modules)}"
-    yield f"base: {base or 'its files do not name it'}"
+    yield f"base: {adapter.base_name or 'its files do not name it'}"
     yield from _trained(adapter)
     yield f"size: {adapter.size_bytes / 1e6:.1f} MB, content {adapter.content_hash()[:16]}"
     yield from (f"not verified: {note}" for note in adapter.unverified)

@@ -15,8 +15,9 @@ from lorakit.attachment.open_model import Opened, open_model
 from lorakit.cli.verbs import Result
 from lorakit.config.verbs import MergeConfig
 from lorakit.errors import ConfigError, ModelError, OutputError
-from lorakit.merging.merge import MergeReport, finalize, merge
+from lorakit.merging.merge import finalize, merge
 from lorakit.merging.quantized_base import TrainedModel
+from lorakit.merging.report import MergeReport
 from lorakit.models.load import load_model
 from lorakit.models.quantized import dequantize, quantization_of
 

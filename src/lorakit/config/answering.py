@@ -104,8 +104,8 @@ class EvaluateConfig(Settings):
 
     metrics: Names | None = None
     """For generation: loss (with perplexity), exact_match, bleu; task: all scores of the official
-    scorer of a task of the paper. None: loss and task, or loss, exact_match and bleu. Classes and
-    numbers have loss and their scores."""
+    scorer of a task of the paper. None: loss and task, or loss, exact_match and, where its library
+    is installed, bleu. Classes and numbers have loss and their scores."""
 
     variant: str | None = None
     """Of the task's scorer: python (as the paper's code; the default) or perl for e2e; official

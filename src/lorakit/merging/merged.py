@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attachment.state import attachment_of, require_attachment
-from lorakit.merging.merge import MergeReport, merge, unmerge
+from lorakit.merging.merge import merge, unmerge
+from lorakit.merging.report import MergeReport
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from lorakit.merging.merge import MergeReport
 from lorakit.merging.probe import default_probe, outputs_on
+from lorakit.merging.report import MergeReport
 from lorakit.models.base import base_modules
 from lorakit.models.quantized_weight import float_weight, is_quantized
 

@@ -128,6 +128,9 @@ class Table(Part):
     title: str
     """What it shows."""
 
+    rows: tuple[str, ...]
+    """Its files of rows, in the paper's order."""
+
     columns: dict[str, Column]
     """Its columns, by a short name."""
 
@@ -214,13 +217,12 @@ def tables() -> Mapping[str, Table]:
 
 @cache
 def cells() -> Mapping[str, Cell]:
-    """The cells by id, in the paper's order of tables and by name in each."""
+    """The cells by id, in the paper's order."""
     return {
         cell.id: cell
-        for table in tables()
-        for file in sorted((FOLDER / table).glob("*.yaml"))
-        if file.stem != SHARED
-        for cell in _in_file(f"{table}.{file.stem}", read_mapping(file))
+        for name, table in tables().items()
+        for row in table.rows
+        for cell in _in_file(f"{name}.{row}", read_mapping(FOLDER / name / f"{row}.yaml"))
     }
 
 

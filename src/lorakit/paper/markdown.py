@@ -22,7 +22,7 @@ def markdown(summary: Summary) -> str:
     """The whole page of a table."""
     title = f"# {heading(summary.name)}: {summary.table.title}"
     parts = [title, *_ours(summary), "## The paper's", paper_table(summary)]
-    if summary.lines:
+    if any(entry.scores for line in summary.lines for entry in line.entries.values()):
         parts += ["## Beside each other", *_beside(summary)]
     return "\n\n".join(parts) + "\n"
 
@@ -119,8 +119,8 @@ def _accounts(rows: Sequence[Published]) -> str:
 
 def _beside(summary: Summary) -> Iterator[str]:
     head = ["", "number", "seeds", "ours", "mean ± s.d.", "best", "last", "paper", "difference"]
-    rows = [_row(line, entry) for line in summary.lines for entry in line.entries.values()]
-    yield grid(head, rows)
+    entries = [(line, each) for line in summary.lines for each in line.entries.values()]
+    yield grid(head, [_row(line, each) for line, each in entries if each.scores])
     small = summary.table.small
     reasons = small.reasons if summary.scale == "small" and small else ()
     if reasons:

@@ -397,3 +397,8 @@ def test_none_is_a_word_where_a_setting_cannot_be_empty():
 
     settings = parse(Strict, ["--name", "none", "--mode", "none"])
     assert (settings.name, settings.mode) == ("none", "none")
+
+
+def test_a_file_of_rows_without_its_flag_is_told_the_flag():
+    with pytest.raises(ConfigError, match=r"mine\.csv: a file of rows is given as --data\.train m"):
+        parse(TrainConfig, ["mine.csv", "--out", "x"])

@@ -15,6 +15,9 @@ from lorakit.config.fields import Key, section_of
 from lorakit.errors import ConfigError
 
 S = TypeVar("S", bound=Settings)
+ROWS = "--data.train"
+ROW_SUFFIXES = {".csv", ".gz", ".jsonl", ".ndjson", ".parquet", ".tsv"}
+"""How the names of files of rows end, and no file of settings does."""
 
 
 def parse(settings: type[S], argv: Sequence[str]) -> S:
@@ -75,6 +78,8 @@ def _place_words(given: Given, settings: type[Settings]) -> None:
             _give(given, flags[_flag(name)], word.text)
         elif settings.positional:
             given.problems.append(f"{word.text}: a word too many, {_what_words_mean(settings)}")
+        elif ROWS in flags and Path(word.text).suffix in ROW_SUFFIXES:
+            given.problems.append(f"{word.text}: a file of rows is given as {ROWS} {word.text}")
         else:
             given.files.append(word.text)
     for typed, texts in strays.items():
