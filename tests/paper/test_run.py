@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(paper, monkeypatch, tmp_pat
 
 
 def test_a_run_that_diverges_is_a_result_and_the_others_go_on(paper, monkeypatch):
-    train = run.train
+    train = lk.train
 
     def diverge(config, **how):
         if config.seed == 0:

@@ -130,7 +130,7 @@ def summary(name: str, *, scale: str, results: Path) -> Summary:
         scale: small or full.
         results: the folder of results, which alone is read.
     """
-    jobs = jobs_of(Chosen(cells=(name,), scale=scale), skip=True)  # type: ignore[arg-type]
+    jobs = jobs_of(Chosen(cells=(name,), scale=scale), skip=True)
     by_line: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         # A small twin may have another model for each task; of the paper's each is a row.
