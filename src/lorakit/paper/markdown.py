@@ -190,10 +190,6 @@ def number(value: float | None, digits: int) -> str:
 
 def millions(count: int | None) -> str:
     """A number of parameters: 0.29M."""
-    return (
-        NOTHING
-        if count is None
-        else f"{count / 1e6:,.3g}M"
-        if count < 1e9
-        else f"{count / 1e9:,.1f}B"
-    )
+    if count is None:
+        return NOTHING
+    return f"{count / 1e6:,.2f}M" if count < 1e9 else f"{count / 1e9:,.1f}B"
