@@ -180,3 +180,16 @@ def test_runs_that_are_trained_together_have_a_result_each(paper, add_row, tmp_p
             together.append(other.get("together"))
     # Four of LoRA in threes, the last of them alone, and BitFit each alone.
     assert together == [3, None, 3, 3, None, None]
+
+
+def test_texts_are_answered_by_each_search_and_scored_again(paper, query_cell, data, tmp_path):
+    code, told = paper("run", "table8.lora")
+    assert (code, states(told)) == (0, [("wikisql", 0, "done")])
+    file = tmp_path / "results" / "table8.lora.small" / "wikisql" / "seed-0.json"
+    result = json.loads(file.read_text())
+    assert result["scores"].keys() == {"last", "last, beam 2"}
+    assert result["evaluations"] == []
+    assert paper("verify", "table8", "--data", data) == (0, {"scored": 1, "differences": {}})
+    rows = paper("table", "8")[1]["rows"]
+    assert [row["search"] for row in rows] == ["", "beam 2"]
+    assert all(row["state"] == "" for row in rows)

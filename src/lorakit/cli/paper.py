@@ -115,6 +115,7 @@ def _data(found: Summary) -> dict[str, Any]:
     rows = [
         {
             "cell": line.cell.id,
+            "search": line.search,
             "column": name,
             "ours": entry.ours,
             "paper": entry.paper,
