@@ -12,6 +12,14 @@ from lorakit.paper.job import config_of, jobs_of
 from lorakit.paper.shapes import SHAPES, trained_parameters
 
 KNOWN = {
+    "table2.ft roberta-base",
+    "table2.ft roberta-large",
+    "table2.ft deberta-xxlarge",
+    "table3.ft gpt2-medium",
+    "table4.ft gpt3",
+    "table4.bitfit gpt3",
+    "table13.ft gpt2-medium",
+    "table14.ft gpt2-medium",
     "table3.lora gpt2-medium",
     "table3.lora gpt2-large",
     "table3.adapter-h gpt2-medium",

@@ -189,11 +189,9 @@ def number(value: float | None, digits: int) -> str:
 
 
 def millions(count: int | None) -> str:
-    """A number of parameters: 0.29M."""
-    return (
-        NOTHING
-        if count is None
-        else f"{count / 1e6:,.3g}M"
-        if count < 1e9
-        else f"{count / 1e9:,.1f}B"
-    )
+    """A number of parameters: 0.295M, 1.25M, 174.6B."""
+    if count is None:
+        return NOTHING
+    if count >= 1e9:
+        return f"{count / 1e9:,.1f}B"
+    return f"{count / 1e6:,.{2 if count >= 1e6 else 3}f}M"

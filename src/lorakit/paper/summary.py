@@ -74,6 +74,8 @@ class Line:
     model: str
     published: Published | None
     """The paper's row that it is beside."""
+    method: str
+    """The method, of the paper's models as its row is called."""
     search: str = ""
     """The name of another search for answers than the row's own."""
     entries: Mapping[str, Entry]
@@ -82,7 +84,7 @@ class Line:
     @property
     def title(self) -> str:
         """The method, and the search if it is another one."""
-        return f"{self.cell.method}, {self.search}" if self.search else self.cell.method
+        return f"{self.method}, {self.search}" if self.search else self.method
 
     @property
     def parameters(self) -> int | None:
@@ -151,6 +153,7 @@ def _line(jobs: Sequence[Job], results: Path, search: str) -> Line:
         cell=cell,
         model=", ".join(dict.fromkeys(job.model for job in jobs)),
         published=published,
+        method=published.row if published and jobs[0].scale == "full" else cell.method,
         search=search,
         entries=dict(_entries(jobs, published, results, search)),
     )
