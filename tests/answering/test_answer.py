@@ -131,7 +131,7 @@ def test_options_of_the_base_do_not_change_answers(
 
     plain, drawn = asked(None), asked(Sampling(temperature=2.0))
     base: Any = model.generation_config
-    base.repetition_penalty, base.no_repeat_ngram_size, base.top_k, base.min_p = 5.0, 1, 1, 0.9
+    base.repetition_penalty, base.no_repeat_ngram_size, base.top_k = 5.0, 1, 1
     caplog.clear()
     assert asked(None) == plain
     assert asked(Sampling(temperature=2.0)) == drawn

@@ -123,7 +123,7 @@ def generation_settings(
     sampling: Sampling | None = None,
 ) -> GenerationConfig:
     """Settings for generation that do not inherit the base model's own sampling options."""
-    drawn = {} if sampling is None else _NEUTRAL_SAMPLING | vars(sampling)
+    drawn = _UNUSED_SAMPLING if sampling is None else _NEUTRAL_SAMPLING | vars(sampling)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampling is not None,
@@ -138,16 +138,14 @@ _NEUTRAL: dict[str, Any] = {
     "num_beams": 1,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
-}
-_NEUTRAL_SAMPLING: dict[str, Any] = {
-    "top_k": 0,
-    "min_p": 0.0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-"""Options of transformers' generation that leave the model's probabilities as they are; the latter
-may be given only where tokens are drawn."""
+"""Options of transformers' generation that leave the model's probabilities as they are."""
+_NEUTRAL_SAMPLING: dict[str, Any] = {"top_k": 0, "min_p": 0.0}
+_UNUSED_SAMPLING: dict[str, Any] = {"top_k": 50, "top_p": 1.0, "temperature": 1.0}
+"""transformers' defaults: it warns of any others where nothing is drawn."""
 
 
 @torch.no_grad()
