@@ -96,6 +96,7 @@ published:
     row: RoB-base LoRA
     printed: 0.3M
     values: {cola: 63.4, stsb: 91.5}
+    spread: {cola: 1.2}
     source: a test
 small: {}
 """
