@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import lorakit as lk
+import tiny_models
 from lorakit.answering.beam_search import BeamSearch, _ban_repeats, beam_search
 from lorakit.config.methods import LoRAConfig, PrefixConfig
 from lorakit.data.batches import generation_batch
@@ -259,6 +260,19 @@ def test_each_row_of_a_route_is_searched_with_its_own_adapter(family: str) -> No
                 assert alone[-1] == written_out(model, prompt, longest=6, **options)
     assert together == alone
     assert len(set(map(tuple, together))) == 4
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gemma2", "gpt_neox", "mistral", "opt"])
+def test_models_of_other_positions_and_caches_are_searched(family: str) -> None:
+    shape = {"sliding_window": 4} if family in ("gemma2", "mistral") else {}
+    torch.manual_seed(0)
+    model = tiny_models.build(family, **shape)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.2
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [11, 12, 13]]
+    found = searched(model, prompts, longest=5, beams=3, no_repeat_ngram=2)
+    options: dict[str, Any] = {"beams": 3, "penalty": 0.9, "ngram": 2}
+    assert found == [written_out(model, prompt, longest=5, **options) for prompt in prompts]
 
 
 def test_a_model_without_keys_and_values_is_refused() -> None:

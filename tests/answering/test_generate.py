@@ -88,3 +88,18 @@ def test_beams_search_and_other_settings_of_a_search_are_refused_without_them(lo
         lk.generate(PROMPTS, **ask, length_penalty=1.0, no_repeat_ngram=0)
     with pytest.raises(ConfigError, match="num_beams is of a search, and temperature draws"):
         lk.generate(PROMPTS, **ask, num_beams=4, temperature=1.0)
+
+
+def test_within_a_route_each_prompt_is_answered_by_its_own_adapter(loaded, adapter):
+    model, tokenizer = loaded
+    lk.attach(model, adapter, name="own")
+    ask = {"model": model, "tokenizer": tokenizer, "max_new_tokens": 12}
+    names = [None, "own", "own", None]
+    prompts = ["red cat dog", "big fish", "red cat dog", "big fish"]
+    alone = []
+    for prompt, name in zip(prompts, names, strict=True):
+        with lk.route(model, name):
+            alone += lk.generate(prompt, **ask)
+    with lk.route(model, names):
+        assert lk.generate(prompts, **ask, batch_size=3) == alone
+    assert alone[0] != alone[2]

@@ -32,6 +32,44 @@ def _row(draw, columns):
     return {**texts, "label": cats if len(columns) == 1 else 2.5 * cats, "idx": 0}
 
 
+def _query(number):
+    header = ["red", "blue"]
+    sql = {"sel": number % 2, "agg": 0, "conds": {}}
+    sql["conds"] = {"column_index": [0], "operator_index": [0], "condition": ["cat"]}
+    return {"question": "big cat", "table": {"id": "1", "header": header}, "sql": sql}
+
+
+@pytest.fixture
+def query_cell(tmp_path, data, tiny_llama, cells):
+    """A cell of texts, of which a search with beams is scored too: table8.lora, with its data."""
+    folder = tmp_path / "data" / "wikisql"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        lines = (json.dumps(_query(number)) + "\n" for number in range(8))
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    (cells / "table8").mkdir()
+    (cells / "table8" / "table.yaml").write_text(QUERIES % tiny_llama)
+    (cells / "table8" / "lora.yaml").write_text(ROW.replace("small: {}", BEAM))
+    forget()
+
+
+QUERIES = """
+title: Texts
+rows: [lora]
+columns:
+  wikisql: {title: WikiSQL, task: wikisql, score: logical_form, factor: 100}
+seeds: [0]
+over: mean
+score: {epoch: last}
+small:
+  model: %s
+  seeds: [0]
+  over: mean
+  train: {steps: 2, batch_size: 4, dtype: float32, learning_rate: 0.01, warmup_steps: 1}
+  score: {rows: 6, batch_size: 4, answers: {max_new_tokens: 4}}
+  tasks: {wikisql: {}}
+"""
+BEAM = "small: {score: {also: {beam 2: {num_beams: 2, max_new_tokens: 4}}}}"
 TABLE = """
 title: Two tasks
 rows: [lora]
@@ -58,6 +96,7 @@ published:
     row: RoB-base LoRA
     printed: 0.3M
     values: {cola: 63.4, stsb: 91.5}
+    spread: {cola: 1.2}
     source: a test
 small: {}
 """

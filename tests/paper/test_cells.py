@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from covering import sampled
 from lorakit.config.answering import EvaluateConfig
 from lorakit.config.paper import Chosen
 from lorakit.errors import ConfigError
@@ -12,6 +13,14 @@ from lorakit.paper.job import config_of, jobs_of
 from lorakit.paper.shapes import SHAPES, trained_parameters
 
 KNOWN = {
+    "table2.ft roberta-base",
+    "table2.ft roberta-large",
+    "table2.ft deberta-xxlarge",
+    "table3.ft gpt2-medium",
+    "table4.ft gpt3",
+    "table4.bitfit gpt3",
+    "table13.ft gpt2-medium",
+    "table14.ft gpt2-medium",
     "table3.lora gpt2-medium",
     "table3.lora gpt2-large",
     "table3.adapter-h gpt2-medium",
@@ -22,10 +31,11 @@ KNOWN = {
     "table15.lora-pre-layer gpt3",
 }
 """Rows whose printed count is another than ours; of Table 5 18M is rounded down."""
-PUBLISHED = [
-    pytest.param(cell, row, id=f"{cell.id}-{row.model}")
+COUNTED = [
+    f"{cell.id} {number}"
     for cell in cells().values()
-    for row in cell.published
+    for number, row in enumerate(cell.published)
+    if row.counted is not None
 ]
 
 
@@ -57,10 +67,11 @@ def test_our_count_is_the_printed_one_or_the_difference_is_known():
     assert differs == KNOWN
 
 
-@pytest.mark.parametrize(
-    ("cell", "row"), [case for case in PUBLISHED if case.values[1].counted is not None]
-)
-def test_a_published_row_trains_as_many_values_as_it_says(cell, row):
+@sampled("which", COUNTED, share=5)
+def test_a_published_row_trains_as_many_values_as_it_says(which):
+    name, _, number = which.partition(" ")
+    cell = cells()[name]
+    row = cell.published[int(number)]
     assert trained_parameters(row.model, config_of(row, cell)) == row.counted
 
 

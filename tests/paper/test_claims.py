@@ -8,10 +8,17 @@ import torch
 import lorakit as lk
 from lorakit.paper.cell import cells
 from lorakit.paper.evidence import Found, Measured, Peak, ShownByTest, Sources, Versus
-from lorakit.paper.reproduction import claims, readme_table, verdict
+from lorakit.paper.reproduction import claims, readme_table, reproduction_page, verdict
 
 ROOT = Path(__file__).parents[2]
 HERE = Sources(ROOT / "paper" / "results", ROOT / "benchmarks" / "results")
+
+
+def test_the_page_is_that_of_the_results(tmp_path):
+    page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    made = tmp_path / "reproduction.md"
+    made.write_text(reproduction_page(HERE), encoding="utf-8")
+    assert page == made.read_text("utf-8"), f"run `lorakit paper claims --out docs`: {made}"
 
 
 def test_every_claim_s_evidence_exists():

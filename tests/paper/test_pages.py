@@ -57,7 +57,7 @@ def test_the_page_of_a_table_names_what_is_stale_missing_or_failed(put, tmp_path
     assert main([*words, "--out", str(tmp_path / "pages")]) == 0
     page = (tmp_path / "pages" / "table9.small.md").read_text()
     assert "| LoRA | 1.25M | 50.0 (1 stale, 1 not run) | 1 failed, 1 not run |" in page
-    assert "| RoB-base LoRA | 0.3M | – | 63.4 | 91.5 |" in page
+    assert "| RoB-base LoRA | 0.3M | – | 63.4 ± 1.2 | 91.5 | a test |" in page
     row = "| LoRA | CoLA | 1 | 50.0 (1 stale, 1 not run) | 50.0 | 50.0 | 25.0 |"
     assert f"{row} 63.4 (RoB-base LoRA) | -13.4 |" in page
     assert "median over seeds, best evaluation; model tiny; seeds 0; commit abc;" in page.lower()

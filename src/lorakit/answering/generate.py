@@ -40,6 +40,9 @@ def generate(
 ) -> list[str]:
     """The text that a model writes after each prompt, with an adapter or without.
 
+    On a loaded model within `lk.route` or `bank.route` for rows, each prompt is a row: its own
+    adapter answers it.
+
     Args:
         prompts: one text, or several.
         adapter: a folder, a hub id, or an `Adapter`. None: the model alone; a loaded one as it is.

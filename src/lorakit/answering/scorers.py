@@ -11,8 +11,8 @@ from lorakit.config.answering import EvaluateConfig
 from lorakit.data.metrics.basic import bleu, bleu_scorer, check_library, exact_match
 from lorakit.data.metrics.score import check_scorer, score, score_names, scorer
 from lorakit.data.row_types import Row, references_of
-from lorakit.data.tasks import PREFIX, Task, task_of
-from lorakit.data.tasks.task import reference_of
+from lorakit.data.tasks import PREFIX, task_of
+from lorakit.data.tasks.task import Task, reference_of
 from lorakit.data.tasks.wikisql import tables_of
 from lorakit.errors import ConfigError, MissingExtraError
 

@@ -1,6 +1,7 @@
 """The verb inspect: what an adapter is, and what its files prove of it; no model is loaded."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.card import TrainedUse
@@ -27,13 +28,13 @@ def run(settings: InspectConfig) -> Result:
 
 
 def _lines(adapter: Adapter) -> Iterator[str]:
-    groups: dict[tuple[object, ...], list[Site]] = {}
+    groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in adapter.sites:
         name = site.role or site.path.rpartition(".")[2]
         a, b = (tuple(adapter.tensors[f"{site.name}.lora_{end}"].shape) for end in "ab")
         groups.setdefault((name, b[0], a[1], site.rank, site.scale), []).append(site)
-    for (name, rows, columns, rank, scale), sites in groups.items():
-        yield f"  {name} {rows}×{columns}, r {rank}, scale {scale:g}: {len(sites)} updates"
+    for (part, rows, columns, rank, scale), sites in groups.items():
+        yield f"  {part} {rows}×{columns}, r {rank}, scale {scale:g}: {len(sites)} updates"
     if adapter.copied_modules:
         yield f"  saved in full: {', '.join(adapter.copied_modules)}"
     yield f"base: {adapter.base_name or 'its files do not name it'}"

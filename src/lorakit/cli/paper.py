@@ -115,6 +115,7 @@ def _data(found: Summary) -> dict[str, Any]:
     rows = [
         {
             "cell": line.cell.id,
+            "search": line.search,
             "column": name,
             "ours": entry.ours,
             "paper": entry.paper,
@@ -130,10 +131,11 @@ def _data(found: Summary) -> dict[str, Any]:
 def _lines_of_cells(states: Mapping[Job, State]) -> Iterable[str]:
     """A line for each cell: its method, and how many of its runs are done, stale and so on."""
     width = max(map(len, cells()))
+    wide = max(len(cell.method) for cell in cells().values())
     for name, cell in cells().items():
         kinds = Counter(state.kind for job, state in states.items() if job.cell is cell)
         told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        yield f"{name:{width}}  {cell.method:24}{told or 'cannot be run at this scale'}"
+        yield f"{name:{width}}  {cell.method:{wide}}  {told or 'cannot be run at this scale'}"
 
 
 def _lines(states: Mapping[Job, State]) -> Iterable[str]:

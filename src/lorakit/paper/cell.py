@@ -269,8 +269,9 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     both = dict(below)
     for name, value in above.items():
         known = both.get(name)
-        nested = isinstance(known, Mapping) and isinstance(value, Mapping)
-        both[name] = _over(known, value) if nested else value
+        if isinstance(known, Mapping) and isinstance(value, Mapping):
+            value = _over(known, value)
+        both[name] = value
     return both
 
 

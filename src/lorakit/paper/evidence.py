@@ -85,7 +85,7 @@ class Versus(Settings):
             title, digits = entry.column.title, entry.column.digits
             what = f"{self.cell} beside {self.than}, {title}"
             if entry.ours is None or beside.ours is None:
-                yield Found(f"{what}: not measured yet", None)
+                yield Found(f"{what}: not measured", None)
                 continue
             leave = f", with {self.margin:g} of leave" if self.margin else ""
             yield Found(

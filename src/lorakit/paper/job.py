@@ -137,7 +137,7 @@ def jobs_of(settings: Chosen, *, skip: bool = False) -> list[Job]:
         problems.append(f"none of these cells has a run of scale {settings.scale} and these tasks")
     problems += _unusable(found)
     if problems:
-        raise ConfigError.listing("paper run", problems)
+        raise ConfigError.listing("these cells cannot be run so", problems)
     return found
 
 

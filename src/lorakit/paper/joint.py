@@ -32,8 +32,11 @@ def groups(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
         first = waiting[0]
         alike = [job for job in waiting if _kind(job) == _kind(first)]
         # Of runs that are the same one is made, which the other cell then takes over.
-        different = list({(job.hash, job.seed): job for job in reversed(alike)}.values())[::-1]
-        together = different[: size if first.given["train"].get("method") == "lora" else 1]
+        different: dict[tuple[str, int], Job] = {}
+        for job in alike:
+            different.setdefault((job.hash, job.seed), job)
+        most = size if first.given["train"].get("method") == "lora" else 1
+        together = list(different.values())[:most]
         yield together
         waiting = [job for job in waiting if job not in together]
 

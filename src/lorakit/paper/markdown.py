@@ -81,29 +81,37 @@ def paper_table(summary: Summary) -> str:
     columns = dict(summary.table.columns)
     averages = [AVERAGE] if summary.table.average else []
     head = ["", "printed", "our count", *(c.title for c in columns.values()), *averages]
-    digits = {name: column.digits for name, column in columns.items()} | {AVERAGE: 1}
     published = [
-        (cell, row)
-        for cell in cells().values()
-        for row in cell.published
-        if cell.table == summary.name
+        row for cell in cells().values() if cell.table == summary.name for row in cell.published
     ]
+    if not published:
+        return "The paper has no such rows."
+    digits = {name: column.digits for name, column in columns.items()} | {AVERAGE: 1}
     rows = [
         [
             row.row,
             row.printed,
             millions(row.counted),
-            *(number(row.values.get(name), digits[name]) for name in [*columns, *averages]),
+            *(_of_paper(row, name, digits[name]) for name in [*columns, *averages]),
+            row.source,
         ]
-        for _, row in published
+        for row in published
     ]
-    text = grid(head, rows) if rows else "The paper has no such rows."
-    accounts = [row for _, row in published if row.model == GPT3 and row.counted]
-    return f"{text}\n\n{_accounts(accounts)}" if accounts else text
+    notes = [f"- {row.row}: {row.note}" for row in published if row.note and row.runs]
+    accounts = [row for row in published if row.model == GPT3 and row.counted]
+    parts = [grid([*head, "source"], rows), "\n".join(notes), _accounts(accounts)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _of_paper(row: Published, column: str, digits: int) -> str:
+    spread = f" ± {row.spread[column]:g}" if column in row.spread else ""
+    return number(row.values.get(column), digits) + spread
 
 
 def _accounts(rows: Sequence[Published]) -> str:
     """What GPT-3's rows take, by our counts; nobody outside can run them."""
+    if not rows:
+        return ""
     counted = [(row.row, row.counted) for row in rows if row.counted]
     lines = [
         [
@@ -189,11 +197,9 @@ def number(value: float | None, digits: int) -> str:
 
 
 def millions(count: int | None) -> str:
-    """A number of parameters: 0.29M."""
-    return (
-        NOTHING
-        if count is None
-        else f"{count / 1e6:,.3g}M"
-        if count < 1e9
-        else f"{count / 1e9:,.1f}B"
-    )
+    """A number of parameters: 0.295M, 1.25M, 174.6B."""
+    if count is None:
+        return NOTHING
+    if count >= 1e9:
+        return f"{count / 1e9:,.1f}B"
+    return f"{count / 1e6:,.{2 if count >= 1e6 else 3}f}M"

@@ -14,7 +14,7 @@ from lorakit.config.strict_yaml import read_mapping
 from lorakit.paper.cell import tables
 from lorakit.paper.evidence import Evidence, Found, Headline, Sources
 from lorakit.paper.job import jobs_of
-from lorakit.paper.markdown import NOTHING, REASONS, heading, number
+from lorakit.paper.markdown import REASONS, heading, number
 from lorakit.paper.results import state_of
 from lorakit.paper.summary import AVERAGE
 
@@ -85,11 +85,13 @@ def verdict(found: Sequence[Found]) -> Verdict:
 
 def _paragraphs(found: Sequence[Found]) -> Iterator[str]:
     known = [each for each in found if each.holds is not None]
-    missing = f", {len(found) - len(known)} not measured yet" if len(known) < len(found) else ""
-    holds = sum(bool(each.holds) for each in known)
-    yield f"{verdict(found).capitalize()}: {holds} of {len(known)} comparisons{missing}."
-    marks = {True: "yes", False: "no", None: NOTHING}
-    yield "\n".join(f"- {marks[each.holds]}: {each.text}" for each in found)
+    missing = len(found) - len(known)
+    if known:
+        holds = sum(bool(each.holds) for each in known)
+        yield f"{verdict(found).capitalize()}: {holds} of {len(known)} comparisons."
+        yield "\n".join(f"- {'yes' if each.holds else 'no'}: {each.text}" for each in known)
+    if missing:
+        yield f"Comparisons that are not measured yet: {missing}."
 
 
 def _grid_of_text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -136,7 +136,7 @@ class _Runner:
     ) -> None:
         """Have what was trained answer, and write the result; one that diverged is a result too."""
         peak = most_bytes()
-        known = entry_of_job(job, config, self.data) | self.environment | how
+        known = {**entry_of_job(job, config, self.data), **self.environment, **how}
         file = file_of(job, self.settings.results)
         if isinstance(trained, TrainingError):
             print(f"{job.name}: {trained}", file=sys.stderr)

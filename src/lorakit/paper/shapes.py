@@ -24,7 +24,26 @@ from lorakit.models.packaged import PACKAGES, packaged_folder
 
 GPT3 = "gpt3"
 """GPT-3 175B, which can be counted and not be had."""
-_ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+_ROBERTA: dict[str, Any] = {
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+}
+_DEBERTA: dict[str, Any] = {
+    "hidden_size": 1536,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 24,
+    "intermediate_size": 6144,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 256,
+    "share_att_key": True,
+    "position_biased_input": False,
+    "norm_rel_ebd": "layer_norm",
+    "conv_kernel_size": 3,
+    "conv_act": "gelu",
+}
 SHAPES: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "roberta-base": lambda: RobertaConfig(**_ROBERTA),
     "roberta-large": lambda: RobertaConfig(
@@ -34,21 +53,7 @@ SHAPES: Mapping[str, Callable[[], PreTrainedConfig]] = {
         intermediate_size=4096,
         **_ROBERTA,
     ),
-    "deberta-xxlarge": lambda: DebertaV2Config(
-        hidden_size=1536,
-        num_hidden_layers=48,
-        num_attention_heads=24,
-        intermediate_size=6144,
-        type_vocab_size=0,
-        relative_attention=True,
-        pos_att_type=["p2c", "c2p"],
-        position_buckets=256,
-        share_att_key=True,
-        position_biased_input=False,
-        norm_rel_ebd="layer_norm",
-        conv_kernel_size=3,
-        conv_act="gelu",
-    ),
+    "deberta-xxlarge": lambda: DebertaV2Config(**_DEBERTA),
     "gpt2-medium": lambda: GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "gpt2-large": lambda: GPT2Config(n_embd=1280, n_layer=36, n_head=20),
     GPT3: lambda: GPT2Config(n_embd=12288, n_layer=96, n_head=96, n_positions=2048),
@@ -71,7 +76,8 @@ def model_of(name: str) -> PreTrainedModel:
     writes = any("CausalLM" in each for each in config.architectures or ())
     kind: Any = AutoModelForCausalLM if writes or isinstance(config, GPT2Config) else AutoModel
     with torch.device("meta"):
-        return kind.from_config(config)  # type: ignore[no-any-return]
+        model: PreTrainedModel = kind.from_config(config)
+    return model
 
 
 def trained_parameters(name: str, config: TrainConfig) -> int:

@@ -74,6 +74,8 @@ class Line:
     model: str
     published: Published | None
     """The paper's row that it is beside."""
+    method: str
+    """The method, of the paper's models as its row is called."""
     search: str = ""
     """The name of another search for answers than the row's own."""
     entries: Mapping[str, Entry]
@@ -82,7 +84,7 @@ class Line:
     @property
     def title(self) -> str:
         """The method, and the search if it is another one."""
-        return f"{self.cell.method}, {self.search}" if self.search else self.cell.method
+        return f"{self.method}, {self.search}" if self.search else self.method
 
     @property
     def parameters(self) -> int | None:
@@ -130,7 +132,7 @@ def summary(name: str, *, scale: str, results: Path) -> Summary:
         scale: small or full.
         results: the folder of results, which alone is read.
     """
-    jobs = jobs_of(Chosen(cells=(name,), scale=scale), skip=True)  # type: ignore[arg-type]
+    jobs = jobs_of(Chosen(cells=(name,), scale=scale), skip=True)
     by_line: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         # A small twin may have another model for each task; of the paper's each is a row.
@@ -151,6 +153,7 @@ def _line(jobs: Sequence[Job], results: Path, search: str) -> Line:
         cell=cell,
         model=", ".join(dict.fromkeys(job.model for job in jobs)),
         published=published,
+        method=published.row if published and jobs[0].scale == "full" else cell.method,
         search=search,
         entries=dict(_entries(jobs, published, results, search)),
     )

@@ -127,7 +127,7 @@ class _Matcher:
 
     def sentence(self, words: list[str]) -> _Sentence:
         """What matching needs to know of a sentence."""
-        keys = {
+        keys: dict[int, Sequence[Collection[str]]] = {
             STEM: [(self._stem(word),) for word in words],
             SYNONYM: [self._lists.synsets(word) for word in words],
         }

@@ -123,14 +123,11 @@ class Tables:
         np.cumsum(lengths.ravel()[:-1], out=starts[1:])
         pairs = np.flatnonzero(np.logical_and.reduceat(known[tokens], starts[::2]))
         found: dict[Phrase, list[Phrase]] = {}
-        for pair in pairs.tolist():
-            first, second = starts[2 * pair : 2 * pair + 2].tolist()
-            end = second + int(lengths[pair, 1])
-            phrase, paraphrase = (
-                tuple(words[token] for token in tokens[slice(*bounds)].tolist())
-                for bounds in ((first, second), (second, end))
-            )
-            found.setdefault(phrase, []).append(paraphrase)
+        # A pair's words are in a row: those of the phrase, then those of its paraphrase.
+        bounds = zip(starts[2 * pairs].tolist(), *lengths[pairs].T.tolist(), strict=True)
+        for start, length, other in bounds:
+            both = [words[token] for token in tokens[start : start + length + other].tolist()]
+            found.setdefault(tuple(both[:length]), []).append(tuple(both[length:]))
         return found
 
     @cached_property
