@@ -81,6 +81,7 @@ def _draw(picture: Path, log: Path, reports: dict[str, lk.MergeReport]) -> Path:
     bars = rounding.bar(list(reports), lost, color=["#2a9d8f", "#e9c46a", "#e76f51"])
     rounding.bar_label(bars, fmt="%.2g %%")
     rounding.set(title="What a merge loses", ylabel="% of the update, at most", yscale="log")
+    rounding.margins(y=0.1)
     rounding.yaxis.set_major_formatter("{x:g}")
     for axes in (losses, changes, rounding):
         axes.spines[["top", "right"]].set_visible(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
@@ -123,28 +123,29 @@ def generation_settings(
     sampling: Sampling | None = None,
 ) -> GenerationConfig:
     """Settings for generation that do not inherit the base model's own sampling options."""
-    options = {} if sampling is None else vars(sampling)
+    drawn = _UNUSED_SAMPLING if sampling is None else _NEUTRAL_SAMPLING | vars(sampling)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampling is not None,
         pad_token_id=pad_token(tokenizer),
         eos_token_id=sorted(ends) or None,
         # transformers fills what is left out with the base's own values.
-        **{**_NEUTRAL, **options},
+        **(_NEUTRAL | drawn),
     )
 
 
-_NEUTRAL: Mapping[str, Any] = {
+_NEUTRAL: dict[str, Any] = {
     "num_beams": 1,
-    "top_k": 0,
-    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
 }
 """Options of transformers' generation that leave the model's probabilities as they are."""
+_NEUTRAL_SAMPLING: dict[str, Any] = {"top_k": 0, "min_p": 0.0}
+_UNUSED_SAMPLING: dict[str, Any] = {"top_k": 50, "top_p": 1.0, "temperature": 1.0}
+"""transformers' defaults: it warns of any others where nothing is drawn."""
 
 
 @torch.no_grad()
