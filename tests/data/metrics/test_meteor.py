@@ -1,5 +1,6 @@
 """METEOR 1.5: its normalisation, its alignment and its formula, by hand."""
 
+import numpy as np
 import pytest
 
 from lorakit.data.metrics.meteor.align import Match, align, chunks_of
@@ -80,3 +81,12 @@ def test_base_forms_are_wordnets() -> None:
     assert not lists.synsets("qwertz")
     assert "the" in lists.function_words
     assert lists.prefixes["Mr"] == ALWAYS
+
+
+def test_words_that_the_table_lacks_hide_no_paraphrase(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = ["big", "large"], np.array([0, 1], np.int32), np.array([[1, 1]], np.uint8)
+    monkeypatch.setattr(Tables, "_paraphrase_table", table)
+    # Each comes where a word of the table is.
+    for absent in ("apple", "cat"):
+        found = Tables().paraphrases(["big", "large", absent])
+        assert found == {("big",): [("large",)]}

@@ -118,7 +118,9 @@ class Tables:
         known = np.zeros(len(words), bool)
         for word in vocabulary:
             place = bisect_left(words, word)
-            known[place : place + 1] = words[place : place + 1] == [word]
+            # A word that the table lacks has the place of its successor there.
+            if words[place : place + 1] == [word]:
+                known[place] = True
         starts = np.zeros(len(lengths) * 2, np.int64)
         np.cumsum(lengths.ravel()[:-1], out=starts[1:])
         pairs = np.flatnonzero(np.logical_and.reduceat(known[tokens], starts[::2]))
