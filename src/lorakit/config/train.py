@@ -71,7 +71,7 @@ class DataConfig(Settings):
     """Rows to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, also as .gz, .bz2
     or .xz), several with commas between, a pattern such as data/*.jsonl, - for standard input,
     builtin:NAME (places, sql), hub:OWNER/NAME or hub:OWNER/NAME/SUBSET; :SPLIT after a name
-    chooses a split. Or a task of the paper, task:NAME[:SPLIT][@FOLDER] (e2e, webnlg, dart,
+    chooses a split. Or a task of the paper, `task:NAME[:SPLIT][@FOLDER]` (e2e, webnlg, dart,
     wikisql, samsum, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte), from the hub or a folder."""
 
     validation: Place[str | None] = None
