@@ -29,7 +29,7 @@ def folder(base, tmp_path_factory):
     return made
 
 
-LONG = ("sweep", "train", "merged", "generate", "evaluate")
+LONG = ("sweep", "train", "merged", "merge", "generate", "evaluate", "attached", "switch", "route")
 
 
 @pytest.mark.parametrize(

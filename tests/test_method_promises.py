@@ -420,15 +420,9 @@ def settings_of(configs):
     return values
 
 
-# In `make test`: those whose state differs most. tests/golden has others, training/test_rates.py
-# has biases.
-RESUMED = ("dora",)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in RESUMED else pytest.mark.thorough) for n in METHODS],
-)
+# tests/golden has some of them in `make test`, training/test_lora_forms.py another.
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_ends_in_the_same_bytes(
     name, tiny_llama, prompt_rows, tiny_bert, label_rows, tmp_path
 ):

@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         pytest.param("many_adapters", {"points": 2}, marks=pytest.mark.thorough),
     ],
 )
+@pytest.mark.thorough
 def test_a_story_runs_and_draws_its_picture(name, short, tiny_llama, tmp_path, capsys):
     story = runpy.run_path(str(EXAMPLES / f"{name}.py"))["story"]
     picture = story(tmp_path, model=str(tiny_llama), steps=2, rows=2, **short)

@@ -18,6 +18,7 @@ from transformers import (
 
 import lorakit as lk
 import tiny_models
+from covering import sampled
 from lorakit.answering.beam_search import BeamSearch, _ban_repeats, beam_search
 from lorakit.config.methods import LoRAConfig, PrefixConfig
 from lorakit.data.batches import generation_batch
@@ -100,7 +101,7 @@ def test_a_batch_finds_what_the_search_written_out_finds(
     assert found == [written_out(model, prompt, longest=8, **options) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.9, 2.0])
+@sampled("penalty", [0.0, 0.9, 2.0])
 def test_with_places_for_all_it_finds_the_best_of_all_answers(
     model: GPT2LMHeadModel, penalty: float
 ) -> None:

@@ -109,6 +109,7 @@ def test_participants_see_the_same_rows_in_the_same_order(records):
     assert all(records[name].batch_hashes == ours for name in ("peft", "full"))
 
 
+@pytest.mark.thorough
 def test_peft_at_its_best_has_the_same_rows_those_of_similar_length_together(
     tasks, records, tmp_path
 ):

@@ -11,7 +11,7 @@ MERGE = ("lora", "full", "top-k")
 
 
 # In `make test`: those that can be merged, but for one, and one of each other kind.
-SHOWN = ("full", "prefix-layer")
+SHOWN = ("prefix-layer",)
 
 
 @pytest.mark.parametrize(

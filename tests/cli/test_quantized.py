@@ -136,6 +136,7 @@ def test_the_report_shows_both_errors_as_text(opened, tmp_path, capsys):
     assert "against the model that was trained, on its quantised base" in text
 
 
+@pytest.mark.thorough
 def test_a_base_that_was_not_quantised_has_no_dequantised_form(settings, run, tmp_path):
     out = train(settings(quantize=None, steps=3, check_after=3)).out
     code, result = run("merge", "--adapter", out, "--out", tmp_path / "m", "--into", "original")

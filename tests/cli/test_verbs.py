@@ -153,6 +153,7 @@ def test_merge_makes_the_parents_of_out_but_not_of_a_file(trained, tmp_path, run
     assert f"{tmp_path / 'file' / 'merged'} is below the file" in result["error"]["message"]
 
 
+@pytest.mark.thorough
 def test_a_classifier_is_trained_evaluated_and_merged(tiny_bert, label_rows, tmp_path, run):
     out, rows = tmp_path / "classifier", ["--data.validation", label_rows]
     words = ["--model", tiny_bert, "--data.train", label_rows, *rows, "--steps", 120]

@@ -251,6 +251,7 @@ def logged(result):
     return [json.loads(line) for line in (result.out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.thorough
 def test_a_run_has_the_same_losses_joined_and_padded_and_tells_its_padding(
     settings, tmp_path, monkeypatch
 ):

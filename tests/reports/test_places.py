@@ -122,6 +122,7 @@ def test_overwrite_spares_what_no_run_has_made(settings, no_work, tmp_path):
     assert (project / "checkpoints" / "best.pt").read_text() == "mine"
 
 
+@pytest.mark.thorough
 def test_overwrite_replaces_a_run(settings):
     train(settings(save_every=2))
     assert train(settings(overwrite=True, steps=2)).steps == 2

@@ -113,6 +113,7 @@ def test_fewer_steps_than_are_done_are_refused(interrupted):
         train(interrupted(steps=2))
 
 
+@pytest.mark.thorough
 def test_a_score_of_other_rows_is_not_compared_with(interrupted, prompt_rows, monkeypatch):
     scores = iter([1.0, 5.0, 4.0])
     monkeypatch.setattr("lorakit.training.run.score", lambda *a, **k: {"loss": next(scores)})

@@ -366,6 +366,7 @@ def run(rank, file):
 """
 
 
+@pytest.mark.thorough
 def test_processes_with_other_routes_average_their_gradients(tmp_path, forks):
     (tmp_path / "ddp_routes.py").write_text(DDP)
     forks.run(f"""

@@ -258,6 +258,7 @@ torch.testing.assert_close(*found)
 """
 
 
+@pytest.mark.thorough
 def test_compiled_heads_answer_and_train_alike(forks):
     # Apart, because the compiler can't trace through the shape checks that tests run with.
     here = str(Path(__file__).parent)

@@ -21,6 +21,7 @@ def settings(out, rows, **more):
     return lk.TrainConfig(**{"out": out, "data": data, **SHORT, **more})
 
 
+@pytest.mark.thorough
 def test_a_run_gives_its_adapter_by_name_and_on_a_loaded_model_alike(
     tiny_llama, prompt_rows, tmp_path
 ):

@@ -47,6 +47,7 @@ def moved(tiny_llama, prompt_rows, tmp_path):
 
 
 @pytest.mark.parametrize("ratio", [pytest.param(1.0, marks=pytest.mark.thorough), 8.0])
+@pytest.mark.thorough
 def test_b_takes_steps_larger_than_those_of_a_by_the_ratio(moved, ratio):
     largest = moved(ratio)
     assert largest["b"] == pytest.approx(RATE * ratio, rel=1e-2)

@@ -87,6 +87,7 @@ def test_the_first_loss_is_that_of_the_bare_model(settings, tiny_llama, prompt_r
     assert result.first_loss == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_identical_settings_give_identical_bytes(settings, tmp_path):
     first = train(settings(out=tmp_path / "first"))
     second = train(settings(out=tmp_path / "second"))
@@ -214,6 +215,7 @@ def test_the_best_adapter_is_kept_beside_the_last(settings, scores):
     assert lk.Adapter.load(result.out / "last").card["step"] == 12
 
 
+@pytest.mark.thorough
 def test_patience_ends_a_run_that_no_longer_improves(settings, scores):
     scores(3.0, 1.0, 2.0, 1.5)
     assert train(settings(steps=200, eval_every=4, patience=2)).steps == 16
@@ -299,6 +301,7 @@ def test_mistakes_are_told_before_anything_is_written(settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_truncated_rows_are_reported_before_training(settings, capfd, prompt_rows):
     data = DataConfig(train=str(prompt_rows), max_length=6)
     train(settings(data=data, eval_every=None), table=True)

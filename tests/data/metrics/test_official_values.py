@@ -37,7 +37,7 @@ def e2e_references(found: Any) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.thorough if "full" in n else ()) for n in E2E]
+    "name", [pytest.param(n, marks=pytest.mark.thorough if n != "edge_cases" else ()) for n in E2E]
 )
 @pytest.mark.parametrize("variant", ["python", "perl"])
 def test_bleu_and_nist_of_e2e(name: str, variant: Any) -> None:

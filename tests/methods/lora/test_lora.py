@@ -202,6 +202,7 @@ def test_a_forward_never_forms_b_times_a(kernels):
     assert (64, 64) not in sizes
 
 
+@pytest.mark.thorough
 def test_compile_makes_one_graph_of_adapted_layers(forks):
     # In a process of its own, because the shape checks of the tests are not for compiling.
     program = """

@@ -92,6 +92,7 @@ def test_one_graph_serves_all_blocks_and_lengths(runs, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thorough
 def test_a_compiled_run_has_the_losses_of_the_same_run_without(runs, name):
     assert runs[name]["compiled"] == pytest.approx(runs[name]["plain"], rel=1e-4)
 

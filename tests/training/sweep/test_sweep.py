@@ -112,6 +112,7 @@ def test_trials_equal_separate_runs(settings, tmp_path, in_float64):
     assert_trials_equal_separate_runs(settings(trials), tmp_path, tolerance=1e-6)
 
 
+@pytest.mark.thorough
 def test_trials_equal_separate_runs_in_float32(settings, tmp_path):
     config = settings({"seed": [0, 1]}, learning_rate=1e-3, steps=6, eval_every=6)
     assert_trials_equal_separate_runs(config, tmp_path, tolerance=1e-5)
@@ -182,6 +183,7 @@ def test_patience_ends_one_trial_alone(settings, monkeypatch):
     assert (late.steps, late.best_step) == (20, 20)
 
 
+@pytest.mark.thorough
 def test_the_base_is_unchanged_and_scored_under_each_trials_own_adapter(settings, tiny_llama):
     result = sweep(settings({"lora.rank": [1, 8]}, learning_rate=0.05, steps=12))
     losses = []
@@ -208,6 +210,7 @@ def test_nan_stops_one_trial_and_the_others_equal_separate_runs(settings, tmp_pa
     assert_same_adapter(other.trial.config.out, separate.out, tolerance=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_sweep_without_a_finished_trial_is_an_error(settings):
     config = settings({"seed": [0, 1]}, learning_rate=1e30, max_grad_norm=1e30)
     with pytest.raises(TrainingError, match="no trial of the sweep came to its end") as raised:
