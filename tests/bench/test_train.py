@@ -138,6 +138,7 @@ def test_peft_at_its_best_has_the_same_rows_those_of_similar_length_together(
     assert by_length.ended.evaluation_loss == pytest.approx(other_order, rel=0.01)
 
 
+@pytest.mark.thorough
 def test_losses_equal_those_of_peft_and_start_where_full_fine_tuning_does(records):
     ours, peft, full = (records[name].losses for name in ("ours", "peft", "full"))
     assert ours == pytest.approx(peft, rel=1e-4)

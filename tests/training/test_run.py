@@ -176,6 +176,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(settings, tmp_path, step, forks,
         ({"method": "bitfit", "bitfit": {"add_missing": True}}, "bitfit.add_missing is yes"),
     ],
 )
+@pytest.mark.thorough
 def test_a_run_is_not_resumed_as_another(settings, changes, problem):
     config = settings(steps=4, save_every=2, warmup_steps=1)
     train(config)
@@ -186,6 +187,7 @@ def test_a_run_is_not_resumed_as_another(settings, changes, problem):
     assert contents(config.out) == before
 
 
+@pytest.mark.thorough
 def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path, forks, whole):
     config = settings(out=tmp_path / "stopped", steps=24)
     code, messages = ended_after_step(3, signal.SIGINT, config, tmp_path, forks)

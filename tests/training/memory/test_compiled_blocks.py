@@ -97,6 +97,7 @@ def test_a_compiled_run_has_the_losses_of_the_same_run_without(runs, name):
     assert runs[name]["compiled"] == pytest.approx(runs[name]["plain"], rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_compiled_rows_are_joined_where_others_are(runs):
     assert runs["joined"]["packing"] == runs["slices"]["packing"] == "rows joined without padding"
     assert runs["padded"]["packing"] == "padded"
