@@ -192,12 +192,10 @@ def test_texts_are_answered_by_each_search_and_scored_again(paper, query_cell, d
     assert all(row["state"] == "" for row in rows)
 
 
-def test_a_task_can_start_from_the_adapter_of_another_s_run(paper, cells, tmp_path, monkeypatch):
-    table = cells / "table9" / "table.yaml"
-    table.write_text(
-        table.read_text().replace("cola: {}", "cola: {starts_from: sst2}\n    sst2: {}")
-    )
-    forget()
+def test_a_task_can_start_from_the_adapter_of_another_s_run(
+    paper, change_row, tmp_path, monkeypatch
+):
+    change_row("small: {}", "small: {tasks: {cola: {starts_from: sst2}, sst2: {}}}")
     begun = {}
     train = lk.train
 

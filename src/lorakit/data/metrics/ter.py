@@ -46,12 +46,12 @@ def tercom_edits() -> Callable[[str, Sequence[str]], float]:
 
     def edits(line: str, references: Sequence[str]) -> float:
         output, *known = (text.lower().split() for text in (line, *references))
-        bounds = [_fewest(output, words) for words in known]
+        bounds = [float(_fewest(output, words)) for words in known]
 
         def of(number: int) -> float:
             distance = _Distance(known[number])(output)
             if distance == bounds[number] and distance <= _NARROW:
-                return distance
+                return float(distance)
             return float(ter.sentence_score(line, [references[number]]).num_edits)
 
         return _least(bounds, of)
