@@ -36,7 +36,7 @@ def test_matthews_agrees_with_scikit_learn_and_a_hand_computed_value() -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     for classes in (2, 3):
-        x, y = (list(side) for side in rng.integers(classes, size=(2, 100)))
+        x, y = rng.integers(classes, size=(2, 100)).tolist()
         assert matthews(x, y) == pytest.approx(sklearn.matthews_corrcoef(y, x))
     assert matthews([1, 1, 1], [0, 1, 1]) == 0
 
