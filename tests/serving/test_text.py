@@ -13,13 +13,13 @@ class Bytes:
 
 
 class Pieces:
-    """A tokenizer with pieces of text, and a space before every one but the first."""
+    """A tokenizer with pieces of text, and a space before every one but the first; None: special."""
 
     def __init__(self, *pieces):
         self.pieces = pieces
 
     def decode(self, ids, skip_special_tokens=True):
-        return " ".join(self.pieces[token] for token in ids)
+        return " ".join(self.pieces[token] for token in ids if self.pieces[token])
 
 
 def fed(text, ids):
@@ -48,6 +48,8 @@ def test_what_never_becomes_a_character_comes_at_the_end():
 
 def test_a_token_has_the_space_that_it_has_in_the_whole():
     assert fed(GrowingText(Pieces("the", "sea")), [0, 1, 1]) == ["the", " sea", " sea", ""]
+    special = fed(GrowingText(Pieces("the", None)), [1, 0, 1, 1, 0, 0])
+    assert special == ["", "the", "", "", " the", " the", ""]
 
 
 @pytest.mark.parametrize(

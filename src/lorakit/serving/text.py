@@ -58,7 +58,8 @@ class GrowingText:
         """The text that is certain after one token more."""
         self._ids.append(token)
         new = self._new_text()
-        if new.endswith(UNFINISHED):
+        # A token without text, such as a special one, is no context for the space of the next.
+        if not new or new.endswith(UNFINISHED):
             return ""
         self._context, self._decoded = self._decoded, len(self._ids)
         return self._certain(new)
