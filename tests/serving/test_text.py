@@ -13,7 +13,7 @@ class Bytes:
 
 
 class Pieces:
-    """A tokenizer with pieces of text, and a space before every one but the first; None: special."""
+    """A tokenizer with pieces of text, and a space before all but the first; None: special."""
 
     def __init__(self, *pieces):
         self.pieces = pieces
