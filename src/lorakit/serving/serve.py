@@ -127,12 +127,12 @@ def _listening(settings: ServeConfig) -> socket.socket:
     Raises:
         ConfigError: the address is not this machine's, or the port is taken.
     """
+    made = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        made = socket.socket(family)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((settings.host, settings.port))
     except OSError as error:
+        made.close()
         where = f"{settings.host}, port {settings.port}"
         raise ConfigError(f"the server can't listen on {where}: {error.strerror}") from error
     return made
