@@ -185,7 +185,7 @@ def loaded_verb(name: str) -> Iterator[Verb]:
     Imports leave half a million objects that stay. Scanning them again and again, during the import
     and while the verb runs, would take a quarter of the time to a run's first step.
     """
-    enabled = gc.isenabled()
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
     try:
         verb = load_verb(name)
@@ -196,4 +196,6 @@ def loaded_verb(name: str) -> Iterator[Verb]:
     try:
         yield verb
     finally:
-        gc.unfreeze()
+        # What the caller froze would come back with the rest.
+        if not frozen:
+            gc.unfreeze()
