@@ -51,6 +51,10 @@ VERBS = {
         meaning="Talk to a model in the terminal, and switch between adapters.",
         settings="config.verbs:ChatConfig",
     ),
+    "serve": Entry(
+        meaning="Answer over HTTP with one base and many adapters, as OpenAI's API does.",
+        settings="config.verbs:ServeConfig",
+    ),
     "inspect": Entry(
         meaning="Say what an adapter is, and what its files prove of it.",
         settings="config.verbs:InspectConfig",
@@ -110,6 +114,10 @@ VERBS = {
     "bench mixed": Entry(
         meaning="Time batches of many adapters, beside PEFT and the plain model.",
         settings="config.bench:MixedConfig",
+    ),
+    "bench serve": Entry(
+        meaning="Time a server whose clients use many adapters, beside plain generation.",
+        settings="config.bench:ServeBenchConfig",
     ),
     "bench switch": Entry(
         meaning="Time switching between adapters, beside PEFT.",
