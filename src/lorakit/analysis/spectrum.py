@@ -12,6 +12,7 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter, AdapterSource
 from lorakit.analysis.base_weights import BaseWeights
 from lorakit.analysis.checks import check_low_rank
+from lorakit.analysis.delta import Delta, low_rank_delta
 
 
 @dataclass(frozen=True, kw_only=True)
