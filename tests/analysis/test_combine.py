@@ -92,10 +92,10 @@ def dense_of_peft(model, folder, family):
 
 def test_one_adapter_twice_has_its_own_rank_and_its_negative_undoes_it():
     made = adapter_of({"x": planted(12, 9, [3.0, 2.0], seed=0)})
-    twice = combine([made, made], [1, 1])
+    twice = combine([made, made], [1.0, 1.0])
     assert twice.sites[0].rank == 2
     assert torch.allclose(dense(twice)["x"], 2 * dense(made)["x"])
-    nothing = combine([made, made], [1, -1])
+    nothing = combine([made, made], [1.0, -1.0])
     assert not dense(nothing)["x"].any()
     half = combine([made], [-0.5])
     assert torch.allclose(dense(half)["x"], -0.5 * dense(made)["x"])
@@ -104,15 +104,15 @@ def test_one_adapter_twice_has_its_own_rank_and_its_negative_undoes_it():
 
 def test_the_rank_is_never_more_than_the_layers_smaller_side():
     pair = [adapter_of({"x": (random(4, 5, seed=n), random(30, 4, seed=n + 2))}) for n in (0, 1)]
-    made = combine(pair, [1, 1])
+    made = combine(pair, [1.0, 1.0])
     assert made.sites[0].rank == 5
-    assert torch.allclose(dense(made)["x"], dense_sum(pair, (1, 1))["x"])
+    assert torch.allclose(dense(made)["x"], dense_sum(pair, (1.0, 1.0))["x"])
 
 
 def test_what_a_smaller_rank_cuts_off_is_told():
     pair = [adapter_of({"x": (random(4, 20, seed=n), random(30, 4, seed=n + 2))}) for n in (0, 1)]
-    made = combine(pair, [1, 0.5], rank=3)
-    exact = dense_sum(pair, (1, 0.5))["x"]
+    made = combine(pair, [1.0, 0.5], rank=3)
+    exact = dense_sum(pair, (1.0, 0.5))["x"]
     s = torch.linalg.svdvals(exact)
     assert made.sites[0].rank == 3
     assert (dense(made)["x"] - exact).norm().item() == pytest.approx(s[3:].norm().item())
@@ -123,7 +123,7 @@ def test_what_a_smaller_rank_cuts_off_is_told():
 def test_disjoint_targets_are_the_union_and_load():
     first, model = trained("llama", 0, targets="q", layers="0")
     second, _ = trained("llama", 1, targets="v")
-    made = combine([first, second], [2, 1])
+    made = combine([first, second], [2.0, 1.0])
     assert len(made.sites) == 3
     lk.attach(model, made)
     assert {site.rank for site in made.sites} == {2, 5}
@@ -132,24 +132,25 @@ def test_disjoint_targets_are_the_union_and_load():
 def test_ties_keeps_the_entries_whose_sign_wins():
     rows = [[[4.0, -3.0, 0.1, 2.0]], [[2.0, 5.0, 0.2, -1.0]], [[0.3, -1.0, 6.0, 4.0]]]
     made = [
-        adapter_of({"x": (torch.tensor(row).double(), torch.ones(1, 1).double())}) for row in rows
+        adapter_of({"x": (torch.tensor(row).double(), torch.ones(1.0, 1.0).double())})
+        for row in rows
     ]
     # Of each the two largest: [4 -3 . .], [2 5 . .], [. . 6 4]; signs of the sums + + + +.
-    merged = combine(made, [1, 1, 1], method="ties", density=0.5)
+    merged = combine(made, [1.0, 1.0, 1.0], method="ties", density=0.5)
     assert dense(merged)["x"].tolist()[0] == pytest.approx([3, 5, 6, 4])
 
 
 def test_dare_drops_a_share_and_keeps_the_sum_on_average():
     made = adapter_of({"x": (torch.ones(1, 300).double(), torch.ones(200, 1).double())})
-    merged = combine([made], [2], method="dare", density=0.25, seed=1, rank=200)
+    merged = combine([made], [2.0], method="dare", density=0.25, seed=1, rank=200)
     entries = dense(merged)["x"]
     assert merged.card["combined"]["relative_error"] < 1e-6
     values = {round(v, 4) for v in entries.flatten().tolist()}
     assert {abs(v) for v in values} == {0, 8}
     assert entries.mean().item() == pytest.approx(2, rel=0.05)
-    again = combine([made], [2], method="dare", density=0.25, seed=1, rank=200)
+    again = combine([made], [2.0], method="dare", density=0.25, seed=1, rank=200)
     assert again.content_hash() == merged.content_hash()
-    other = combine([made], [2], method="dare", density=0.25, seed=2, rank=200)
+    other = combine([made], [2.0], method="dare", density=0.25, seed=2, rank=200)
     assert other.content_hash() != merged.content_hash()
 
 
@@ -170,7 +171,9 @@ def test_heads_and_biases_are_averaged_where_that_is_defined():
     attach_random(model, rank=2)
     plain = lk.extract(model)
     with pytest.raises(AnalysisError) as caught:
-        combine([pair[0], plain, replace(pair[1], card={"labels": ["a", "b", "d"]})], [1, 1, 1])
+        combine(
+            [pair[0], plain, replace(pair[1], card={"labels": ["a", "b", "d"]})], [1.0, 1.0, 1.0]
+        )
     said = str(caught.value)
     assert "classifier.weight  it replaces the base's" in said
     assert "adapter 2 does not" in said
@@ -189,13 +192,13 @@ def test_what_cannot_be_combined_is_told_at_once():
     lk.attach(model, lk.BottleneckConfig())
     bottleneck = lk.extract(model)
     with pytest.raises(AnalysisError) as caught:
-        combine([dora, mixed, bottleneck], [1, float("nan")], rank=0, density=2)
+        combine([dora, mixed, bottleneck], [1.0, float("nan")], rank=0, density=2.0)
     said = str(caught.value)
     for part in (
         "3 adapters have 2 weights",
         "the weight nan is no finite number",
         "rank is 1 at least, found 0",
-        "density is a share above 0 and up to 1, found 2",
+        "density is a share above 0 and up to 1, found 2.0",
         "adapter 1  DoRA's ΔW",
         "adapter 2  has prefix-embedding beside LoRA, which has no weighted sum",
         "adapter 3  adapter-h: bottlenecks are layers of their own",

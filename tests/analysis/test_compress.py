@@ -52,7 +52,7 @@ def test_all_energy_keeps_the_change_and_drops_the_ranks_it_does_not_use():
     a, b = random(4, 12, seed=0), random(9, 4, seed=1)
     twice = torch.cat([a, 2 * a]), torch.cat([b, b], dim=1)
     made = adapter_of({"twice": twice, "fresh": (a, torch.zeros_like(b))})
-    smaller = compress(made, energy=1)
+    smaller = compress(made, energy=1.0)
     assert [site.rank for site in smaller.sites] == [4, 1]
     assert torch.allclose(dense(smaller)["twice"], dense(made)["twice"], atol=1e-13)
     assert not dense(smaller)["fresh"].any()
@@ -105,7 +105,7 @@ def test_pissas_frozen_factors_become_part_of_the_change():
     model = build("llama")
     attach_random(model, rank=2, init="pissa", targets="q")
     adapter = lk.extract(model)
-    smaller = compress(in_float64(adapter), energy=1)
+    smaller = compress(in_float64(adapter), energy=1.0)
     assert {site.frozen for site in smaller.sites} == {0}
     assert all(torch.allclose(dense(smaller)[n], d) for n, d in dense(adapter).items())
 
@@ -115,7 +115,7 @@ def test_pissas_frozen_factors_become_part_of_the_change():
     [
         ({}, "one of the two"),
         ({"energy": 0.9, "rank": 2}, "one of the two"),
-        ({"energy": 0}, "above 0 and up to 1"),
+        ({"energy": 0.0}, "above 0 and up to 1"),
         ({"energy": 1.5}, "above 0 and up to 1"),
         ({"rank": 0}, "rank is 1 at least"),
     ],

@@ -123,7 +123,7 @@ def test_convert_combines_adapters(folders, tmp_path, run, capsys):
     assert code == 0
     assert facts["combined"]["weights"] == [-1, 0.5]
     made = lk.Adapter.load(tmp_path / "sum")
-    wanted = combine([folders / "one", folders / "two"], [-1, 0.5])
+    wanted = combine([folders / "one", folders / "two"], [-1.0, 0.5])
     assert made.content_hash() == wanted.content_hash()
     words[2] = tmp_path / "cut"
     assert main([*map(str, words), "--rank", "2", "--to", "peft"]) == 0

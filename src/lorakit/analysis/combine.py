@@ -82,7 +82,7 @@ def combine(
         {16}
         >>> both.card["combined"]["relative_error"] < 1e-6
         True
-        >>> opposite = lk.analysis.combine(["out/places"], [-1])
+        >>> opposite = lk.analysis.combine(["out/places"], [-1.0])
     """
     given = [Adapter.of(each) for each in adapters]
     weights = _checked(given, weights, rank, density)
