@@ -8,6 +8,7 @@ import torch
 
 import lorakit as lk
 from adapter.test_peft import make, output
+from adapter.test_peft import pytestmark as PEFTS_WARNINGS
 from analysis.made import adapter_of, dense, in_float64, planted, random
 from lorakit.adapter.folder_write import save_peft
 from lorakit.analysis import combine
@@ -62,12 +63,7 @@ def test_a_weighted_sum_is_the_dense_one(family):
     assert made.card["combined"]["relative_error"] < 1e-14
 
 
-@pytest.mark.filterwarnings(
-    "ignore:fan_in_fan_out is set to False",
-    "ignore:LoRA adapter added to ConvNd layer with groups > 1",
-    "ignore:Setting `save_embedding_layers`",
-    "ignore:Could not identify embedding layer",
-)
+@PEFTS_WARNINGS
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_combination_and_its_peft_file_answer_as_the_dense_sum_does(family, tmp_path):
     first, second, model = pair_of(family)
@@ -132,8 +128,7 @@ def test_disjoint_targets_are_the_union_and_load():
 def test_ties_keeps_the_entries_whose_sign_wins():
     rows = [[[4.0, -3.0, 0.1, 2.0]], [[2.0, 5.0, 0.2, -1.0]], [[0.3, -1.0, 6.0, 4.0]]]
     made = [
-        adapter_of({"x": (torch.tensor(row).double(), torch.ones(1.0, 1.0).double())})
-        for row in rows
+        adapter_of({"x": (torch.tensor(row).double(), torch.ones(1, 1).double())}) for row in rows
     ]
     # Of each the two largest: [4 -3 . .], [2 5 . .], [. . 6 4]; signs of the sums + + + +.
     merged = combine(made, [1.0, 1.0, 1.0], method="ties", density=0.5)

@@ -1,19 +1,19 @@
 """Compressed adapters: the rank that is planted under noise is found, and PEFT loads the file."""
 
 import json
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
 
 import lorakit as lk
+from adapter.test_peft import pytestmark as PEFTS_WARNINGS
 from analysis.made import adapter_of, dense, in_float64, orthonormal, planted, random
 from lorakit.analysis import compress, spectrum
 from lorakit.errors import AnalysisError
 from references import attach_random, outputs
 from tiny_models import build, example_inputs
-
-QUIET = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 
 
 def noisy(d_out, d_in, values, *, rank, noise, seed):
@@ -58,7 +58,7 @@ def test_all_energy_keeps_the_change_and_drops_the_ranks_it_does_not_use():
     assert not dense(smaller)["fresh"].any()
 
 
-@QUIET
+@PEFTS_WARNINGS
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_uneven_ranks_are_saved_and_load_in_lorakit_and_peft(family, tmp_path):
     model = build(family)
@@ -88,8 +88,6 @@ def test_uneven_ranks_are_saved_and_load_in_lorakit_and_peft(family, tmp_path):
 def test_what_stands_beside_lora_stays_and_the_scores_are_no_longer_its():
     model = build("bert")
     lk.attach(model, [lk.LoRAConfig(rank=3, bias="all", modules_to_save="classifier")])
-    from dataclasses import replace
-
     adapter = replace(lk.extract(model), card={"step": 3, "scores": {"loss": 1.0}})
     lk.detach(model)
     smaller = compress(adapter, rank=1)
