@@ -56,10 +56,9 @@ def test_a_weighted_sum_is_the_dense_one(family):
     assert found.keys() == wanted.keys()
     for path, delta in wanted.items():
         assert (found[path] - delta).norm() <= 1e-14 * delta.norm() * 10, path
-    ranks = {site.name: site.rank for site in made.sites}
     for site in made.sites:
         b, a = (made.tensors[f"{site.name}.lora_{x}"].flatten(1) for x in "ba")
-        assert ranks[site.name] <= min(7, b.shape[0], a.shape[1])
+        assert site.rank <= min(9, b.shape[0], a.shape[1])  # 5 and two slices of 2
     assert made.card["combined"]["relative_error"] < 1e-14
 
 
