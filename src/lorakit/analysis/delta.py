@@ -39,14 +39,15 @@ class LowRankDelta:
         """The singular value decomposition: of R_B·R_Aᵀ (rank × rank), turned by the two Q."""
         q_b, r_b = torch.linalg.qr(self.b)
         q_a, r_a = torch.linalg.qr(self.a.mT)
-        inner = svd_of(r_b @ r_a.mT)
-        return SVD(q_b @ inner.u, without_noise(inner.s, self.shape), q_a @ inner.v)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+        return SVD(q_b @ u, without_noise(s, self.shape, _size(r_b, r_a)), q_a @ vh.mT)
 
     def singular_values(self) -> Float64[Tensor, " k"]:
         """The singular values, largest first; the vectors are not formed."""
         r_b = torch.linalg.qr(self.b, mode="r").R
         r_a = torch.linalg.qr(self.a.mT, mode="r").R
-        return without_noise(torch.linalg.svdvals(r_b @ r_a.mT), self.shape)
+        values = torch.linalg.svdvals(r_b @ r_a.mT)
+        return without_noise(values, self.shape, _size(r_b, r_a))
 
     def norm(self) -> float:
         """‖ΔW‖_F."""
@@ -59,6 +60,11 @@ class LowRankDelta:
     def times(self, weight: float) -> LowRankDelta:
         """weight·ΔW."""
         return LowRankDelta(self.b * weight, self.a)
+
+
+def _size(b: Tensor, a: Tensor) -> float:
+    """A bound of the norm of B·A, whatever cancels out in it."""
+    return float(b.norm() * a.norm())
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +93,7 @@ class DenseDelta:
 
     def singular_values(self) -> Float64[Tensor, " k"]:
         """The singular values, largest first."""
-        return without_noise(torch.linalg.svdvals(self.matrix), self.shape)
+        return without_noise(torch.linalg.svdvals(self.matrix), self.shape, self.norm())
 
     def norm(self) -> float:
         """‖ΔW‖_F."""

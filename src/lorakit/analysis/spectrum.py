@@ -24,7 +24,7 @@ class Spectrum:
     rank: int
     """The rank that the adapter has there, r."""
     singular_values: tuple[float, ...]
-    """σ₁ ≥ σ₂ ≥ …, at most `rank`; those below the rounding of σ₁ are 0."""
+    """σ₁ ≥ σ₂ ≥ …, at most `rank`; those that are rounding are 0."""
     base_norm: float | None = None
     """‖W‖_F of the weight that ΔW is added to; None: the base was not given."""
 

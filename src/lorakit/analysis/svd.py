@@ -21,7 +21,7 @@ ROUNDS = 4
 class SVD:
     """A singular value decomposition u·diag(s)·vᵀ in float64, the largest values first.
 
-    Values below the rounding of the largest are exactly 0, and their vectors are arbitrary.
+    Values that are rounding are exactly 0, and their vectors are arbitrary.
     """
 
     u: Float64[Tensor, "d_out k"]
@@ -38,18 +38,26 @@ class SVD:
         return SVD(self.u[:, :rank], self.s[:rank], self.v[:, :rank])
 
 
-def without_noise(values: Float64[Tensor, " k"], shape: tuple[int, int]) -> Float64[Tensor, " k"]:
-    """Singular values with 0 for those that are rounding of the largest."""
-    if not len(values):
-        return values
-    least = values[0] * torch.finfo(values.dtype).eps * max(shape)
+def without_noise(
+    values: Float64[Tensor, " k"], shape: tuple[int, int], size: float
+) -> Float64[Tensor, " k"]:
+    """Singular values with 0 for those that are rounding.
+
+    Args:
+        values: the largest first.
+        shape: of the matrix.
+        size: the largest number that it was computed from: its norm, or of a product the norms'
+            product, so that what cancels out is 0.
+    """
+    least = size * torch.finfo(values.dtype).eps * max(shape)
     return torch.where(values > least, values, 0.0)
 
 
 def svd_of(matrix: Float64[Tensor, "d_out d_in"]) -> SVD:
     """The full singular value decomposition of a matrix."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return SVD(u, without_noise(s, (matrix.shape[0], matrix.shape[1])), vh.mT)
+    size = float(s[0]) if len(s) else 0.0
+    return SVD(u, without_noise(s, (matrix.shape[0], matrix.shape[1]), size), vh.mT)
 
 
 def top_svd(matrix: Float[Tensor, "d_out d_in"], rank: int, *, seed: int = 0) -> tuple[SVD, bool]:
