@@ -6,10 +6,18 @@ between two triples. Of the hub's references only those marked good are taken, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from lorakit.data.row_types import Row
+from lorakit.data.row_types import PromptRow, Row
 from lorakit.data.tasks.task import Task, Values, splits, with_references
+
+SEEN = (
+    *("Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument"),
+    *("SportsTeam", "University", "WrittenWork"),
+)
+"""The categories of the training rows; the test rows have others too."""
 
 
 def linearized(triples: list[list[str]]) -> str:
@@ -33,7 +41,8 @@ def _row(values: Values) -> Row:
     else:
         texts = values["modified_triple_sets"]["mtriple_set"][0]
         references = _good(values["lex"])
-    return with_references(linearized([text.split(" | ") for text in texts]), references)
+    row = with_references(linearized([text.split(" | ") for text in texts]), references)
+    return replace(row, values={"category": values.get("category")})
 
 
 def _good(texts: Any) -> list[str]:
@@ -42,9 +51,16 @@ def _good(texts: Any) -> list[str]:
     return [text for text, comment in pairs if comment == "good"]
 
 
+def _seen(rows: Sequence[Row]) -> dict[str, list[bool]]:
+    """Whether each row's category is one of training, unless the data is without categories."""
+    categories = [row.values["category"] for row in rows if isinstance(row, PromptRow)]
+    return {} if None in categories else {"seen": [name in SEEN for name in categories]}
+
+
 TASK = Task(
     name="webnlg",
     hub="webnlg-challenge/web_nlg/webnlg_challenge_2017",
     splits=splits(train=18_102, validation=2_268, test=4_928),
     row=_row,
+    beside=_seen,
 )
