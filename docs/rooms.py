@@ -18,7 +18,7 @@ BLOCK = re.compile(r"(?<=<!-- rooms -->\n).*?(?=<!-- end of rooms -->)", re.DOTA
 FLOW = (
     ("cli",),
     ("paper",),
-    ("bench",),
+    ("bench", "analysis"),
     ("serving",),
     ("answering",),
     ("training",),
@@ -49,6 +49,7 @@ READING_ORDER = (
     "upstream",
     "training",
     "answering",
+    "analysis",
     "serving",
     "bench",
     "paper",
