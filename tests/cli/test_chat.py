@@ -65,6 +65,26 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(chat, tmp_path, adapter)
     assert str(tmp_path / "none") in err
 
 
+def test_an_adapter_whose_card_is_refused_is_not_loaded(chat, tmp_path, adapter):
+    # Under a name that is held already: what it held still answers.
+    other = shutil.copytree(adapter, tmp_path / "other" / "words")
+    spoil_card(other)
+    fresh = shutil.copytree(other, tmp_path / "fresh")
+    code, result, err = chat("red", f"/load {other}", f"/load {fresh}", "/adapter", "/retry")
+    assert code == 0
+    assert err.count("the adapter's training card cannot be used") == 2
+    assert "* words\n" in err
+    assert "fresh\n" not in err.partition("* words")[2]
+    assert [turn["adapter"] for turn in result["turns"]] == ["words"]
+
+
+def spoil_card(folder):
+    """Give a folder's adapter other weights, and a card that nothing can read."""
+    record = json.loads((folder / "lorakit.json").read_text())
+    record["card"]["task"] = "cooking"
+    (folder / "lorakit.json").write_text(json.dumps(record))
+
+
 def test_folders_of_one_name_are_refused(chat, adapter):
     code, result, _ = chat(words=[str(adapter)])
     assert code == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,20 +27,6 @@ class Scored:
     """The number of each row's class, or the number itself; none for texts."""
 
 
-def score(
-    model: nn.Module,
-    examples: Sequence[Example],
-    *,
-    loss: Loss,
-    collate: Collator,
-    batch_size: int,
-    progress: bool = False,
-) -> dict[str, float]:
-    """The mean loss per target token or row, and the scores of the task, as `Scored` has them."""
-    options: Any = {"loss": loss, "collate": collate, "batch_size": batch_size}
-    return scored(model, examples, **options, progress=progress).scores
-
-
 @torch.no_grad()
 def scored(
     model: nn.Module,
@@ -52,7 +37,7 @@ def scored(
     batch_size: int,
     progress: bool = False,
 ) -> Scored:
-    """The same scores, and what the model predicted for each row."""
+    """The mean loss per target token or row, the scores of the task, and what was predicted."""
     model.eval()
     device = next(model.parameters()).device
     summed, count = 0.0, 0

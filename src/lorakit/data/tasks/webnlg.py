@@ -6,8 +6,6 @@ between two triples. Of the hub's references only those marked good are taken, a
 
 from __future__ import annotations
 
-from typing import Any
-
 from lorakit.data.row_types import Row
 from lorakit.data.tasks.task import Task, Values, splits, with_references
 
@@ -32,14 +30,9 @@ def _row(values: Values) -> Row:
         texts, references = values["triples"], values["references"]
     else:
         texts = values["modified_triple_sets"]["mtriple_set"][0]
-        references = _good(values["lex"])
+        rated = zip(values["lex"]["text"], values["lex"]["comment"], strict=True)
+        references = [text for text, comment in rated if comment == "good"]
     return with_references(linearized([text.split(" | ") for text in texts]), references)
-
-
-def _good(texts: Any) -> list[str]:
-    """The texts of a set of the hub whose comment says that they are good."""
-    pairs = zip(texts["text"], texts["comment"], strict=True)
-    return [text for text, comment in pairs if comment == "good"]
 
 
 TASK = Task(
