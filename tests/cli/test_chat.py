@@ -1,5 +1,6 @@
 """The verb chat: lines that are piped in are answered, and commands change who answers."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import huggingface_hub
 import pytest
 
+import lorakit as lk
 from lorakit.cli.main import main
 
 
@@ -67,8 +69,9 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(chat, tmp_path, adapter)
 
 def test_an_adapter_whose_card_is_refused_is_not_loaded(chat, tmp_path, adapter):
     # Under a name that is held already: what it held still answers.
-    other = shutil.copytree(adapter, tmp_path / "other" / "words")
-    spoil_card(other)
+    good = lk.Adapter.load(adapter)
+    bad = dataclasses.replace(good, card={**good.card, "task": "cooking"})
+    other = bad.save(tmp_path / "other" / "words")
     fresh = shutil.copytree(other, tmp_path / "fresh")
     code, result, err = chat("red", f"/load {other}", f"/load {fresh}", "/adapter", "/retry")
     assert code == 0
@@ -76,13 +79,6 @@ def test_an_adapter_whose_card_is_refused_is_not_loaded(chat, tmp_path, adapter)
     assert "* words\n" in err
     assert "fresh\n" not in err.partition("* words")[2]
     assert [turn["adapter"] for turn in result["turns"]] == ["words"]
-
-
-def spoil_card(folder):
-    """Give a folder's adapter other weights, and a card that nothing can read."""
-    record = json.loads((folder / "lorakit.json").read_text())
-    record["card"]["task"] = "cooking"
-    (folder / "lorakit.json").write_text(json.dumps(record))
 
 
 def test_folders_of_one_name_are_refused(chat, adapter):
