@@ -18,7 +18,7 @@ BLOCK = re.compile(r"(?<=<!-- rooms -->\n).*?(?=<!-- end of rooms -->)", re.DOTA
 FLOW = (
     ("cli",),
     ("paper",),
-    ("bench",),
+    ("bench", "analysis"),
     ("answering",),
     ("training",),
     ("bank", "merging"),
@@ -48,6 +48,7 @@ READING_ORDER = (
     "upstream",
     "training",
     "answering",
+    "analysis",
     "bench",
     "paper",
     "cli",

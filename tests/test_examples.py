@@ -4,6 +4,7 @@ import doctest
 import inspect
 
 import pytest
+import torch
 
 import lorakit as lk
 from references import attach_random
@@ -36,14 +37,30 @@ LONG = ("sweep", "train", "merged", "merge", "generate", "evaluate", "attached",
     "name", [pytest.param(n, marks=pytest.mark.thorough if n in LONG else ()) for n in lk.__all__]
 )
 def test_the_example_of_each_public_name_runs(name, base, folder, monkeypatch):
+    run_example(f"lk.{name}", getattr(lk, name), base, folder, monkeypatch)
+
+
+FUNCTIONS = [name for name in lk.analysis.__all__ if inspect.isfunction(getattr(lk.analysis, name))]
+LONG_ANALYSES = ("traces", "intruders", "from_checkpoint")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.thorough if n in LONG_ANALYSES else ()) for n in FUNCTIONS],
+)
+def test_the_example_of_each_analysis_runs(name, base, folder, monkeypatch):
+    run_example(f"lk.analysis.{name}", getattr(lk.analysis, name), base, folder, monkeypatch)
+
+
+def run_example(name, public, base, folder, monkeypatch):
+    """Run the example of a public name where out/places and out/sql are."""
     monkeypatch.chdir(folder)
     model, tokenizer = base
-    names = {"lk": lk, "model": model, "tokenizer": tokenizer}
-    public = getattr(lk, name)
+    names = {"lk": lk, "model": model, "tokenizer": tokenizer, "torch": torch}
     example = doctest.DocTestParser().get_doctest(
         inspect.getdoc(public) or "", names, name, None, None
     )
-    assert example.examples, f"lk.{name} has no example"
+    assert example.examples, f"{name} has no example"
     printed: list[str] = []
     doctest.DocTestRunner(optionflags=FLAGS).run(example, out=printed.append)
     if any("@" in child for child, _ in model.named_modules()):

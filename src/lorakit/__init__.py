@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorakit import analysis as analysis
     from lorakit import errors as errors
     from lorakit.adapter.adapter import Adapter as Adapter
     from lorakit.answering.evaluate import evaluate as evaluate
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapter.adapter": ("Adapter",),
+    "analysis": ("analysis",),
     "answering.evaluate": ("evaluate",),
     "answering.generate": ("generate",),
     "attachment.attach": ("attach", "detach", "extract", "plan"),
@@ -82,7 +84,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = import_module(_HOME_OF[name])
-    globals()[name] = found = home if name == "errors" else getattr(home, name)
+    is_module = home.__name__ == f"{__name__}.{name}"
+    globals()[name] = found = home if is_module else getattr(home, name)
     return found
 
 

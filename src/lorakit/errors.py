@@ -9,6 +9,7 @@
     ├── RouteError         a route names an adapter that is not there, or has the wrong length
     ├── BankError          a bank does not know an adapter, has no room for it, or cannot let it go
     ├── MergeError         a merge, unmerge or switch is not possible now
+    ├── AnalysisError      an adapter has nothing to look into, or two cannot be put side by side
     ├── DataError          rows are missing, malformed or unusable
     ├── TrainingError      a run cannot start, or was stopped by a guardrail
     ├── OutputError        a result cannot be written where it was asked for
@@ -74,6 +75,10 @@ class BankError(LorakitError):
 
 class MergeError(LorakitError):
     """A merge, unmerge or switch is not possible now."""
+
+
+class AnalysisError(LorakitError):
+    """An adapter has nothing to look into, or two cannot be put side by side."""
 
 
 class DataError(LorakitError):

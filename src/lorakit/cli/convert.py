@@ -1,40 +1,36 @@
-"""The verb convert: an adapter of one format, read, checked and written in another."""
+"""The verb convert: an adapter read, combined or made from a checkpoint, checked, and written."""
+
+from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.folder_write import save_peft
 from lorakit.adapter.output_place import check_place
+from lorakit.analysis.combine import combine
+from lorakit.analysis.from_checkpoint import from_checkpoint
 from lorakit.attachment.attach import attach, extract
 from lorakit.attachment.state import require_attachment
 from lorakit.cli.verbs import Result
 from lorakit.config.verbs import ConvertConfig
-from lorakit.models.load import load_model
+from lorakit.models.load import labels_of, load_model, own_task, task_of
 
 
 def run(settings: ConvertConfig) -> Result:
-    """Convert the adapter; the result lists what its files could not prove."""
+    """Make and write the adapter; the result lists what its files could not prove."""
     check_place(settings.out, "an adapter is a folder")
-    adapter = Adapter.load(
-        settings.source, config=settings.lora, kernel_sizes=settings.kernel_sizes
-    )
-    if settings.model is not None:
-        use = TrainedUse.on(adapter.card)
-        task, labels = use.task or "generation", use.labels
-        model, _ = load_model(settings.model, task=task, labels=labels)
-        attach(model, adapter)
-        # Whoever names the base answers for it; that it was not proven stays in `unverified`.
-        found = require_attachment(model).base.identity
-        adapter = replace(extract(model), base=adapter.base or found)
+    adapter = _from_checkpoint(settings) if settings.from_checkpoint else _from_adapters(settings)
     if settings.to == "peft":
         save_peft(adapter, settings.out)
     else:
         adapter.save(settings.out)
-    notes = [f"not verified: {note}" for note in adapter.unverified]
     summary = f"{len(adapter.sites)} updates, {adapter.parameters:,} parameters in {settings.out}"
+    made = _made(adapter, settings)
+    notes = [f"not verified: {note}" for note in adapter.unverified]
     return Result(
-        text="\n".join([summary, *notes]),
+        text="\n".join([summary, *_told(made), *notes]),
         data={
             "out": settings.out,
             "format": settings.to,
@@ -42,5 +38,66 @@ def run(settings: ConvertConfig) -> Result:
             "parameters": adapter.parameters,
             "content_hash": adapter.content_hash(),
             "unverified": list(adapter.unverified),
+            **made,
         },
     )
+
+
+def _from_adapters(settings: ConvertConfig) -> Adapter:
+    """The adapter of the source, or the sum of it and others, checked against a base if named."""
+    adapter = Adapter.load(
+        settings.source, config=settings.lora, kernel_sizes=settings.kernel_sizes
+    )
+    if settings.combines:
+        adapter = combine(
+            [adapter, *settings.combine],
+            settings.weights,
+            rank=settings.rank,
+            method=settings.method,
+            density=settings.density,
+            seed=settings.seed,
+            allow_other_base=settings.allow_other_base,
+        )
+    if settings.model is None:
+        return adapter
+    use = TrainedUse.on(adapter.card)
+    task, labels = use.task or "generation", use.labels
+    model, _ = load_model(settings.model, task=task, labels=labels)
+    attach(model, adapter)
+    # Whoever names the base answers for it; that it was not proven stays in `unverified`.
+    found = require_attachment(model).base.identity
+    return replace(extract(model), base=adapter.base or found)
+
+
+def _from_checkpoint(settings: ConvertConfig) -> Adapter:
+    """The nearest adapter to what a fine-tuned model changed."""
+    assert settings.model is not None
+    task = own_task(settings.source)
+    tuned, _ = load_model(settings.source, task=task)
+    labels = labels_of(tuned) if task_of(tuned) == "classification" else None
+    base, _ = load_model(settings.model, task=task, labels=labels)
+    return from_checkpoint(
+        base, tuned, rank=settings.rank, energy=settings.energy, targets=settings.targets
+    )
+
+
+def _made(adapter: Adapter, settings: ConvertConfig) -> dict[str, Any]:
+    """What the card says of how the adapter was made, where it was not just read."""
+    key = "from_checkpoint" if settings.from_checkpoint else "combined"
+    asked = settings.from_checkpoint or settings.combines
+    return {key: adapter.card[key]} if asked else {}
+
+
+def _told(made: dict[str, Any]) -> list[str]:
+    lines = []
+    for key, told in made.items():
+        lines.append(f"relative error {told['relative_error']:.3g}")
+        if key == "from_checkpoint":
+            lines[-1] += f": {told['energy_lost']:.2%} of the energy of the difference is lost"
+            if told["left_out"]:
+                first = ", ".join(told["left_out"][:3])
+                lines.append(
+                    f"left out: {len(told['left_out'])} other parameters that were fine-tuned "
+                    f"({first}, …), with {told['share_left_out']:.2%} of all that changed"
+                )
+    return lines

@@ -1,18 +1,31 @@
-"""The verb inspect: what an adapter is, and what its files prove of it; no model is loaded."""
+"""The verb inspect: what an adapter is, what its files prove of it, and what is in its ΔW."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.card import TrainedUse
+from lorakit.adapter.output_place import check_new
 from lorakit.adapter.site import Site
+from lorakit.analysis.amplification import Amplification, amplification
+from lorakit.analysis.checks import has_delta, left_out
+from lorakit.analysis.spectrum import Spectrum, spectrum
+from lorakit.cli.advise import Loaded, advise
+from lorakit.cli.spectra import amplification_lines, part_of, spectrum_lines
 from lorakit.cli.verbs import Result
 from lorakit.config.verbs import InspectConfig
 
 
 def run(settings: InspectConfig) -> Result:
-    """Read the adapter with every check, and describe it."""
+    """Read the adapter with every check, describe it, and look into its ΔW."""
+    if settings.out is not None:
+        check_new(settings.out)
     adapter = Adapter.load(settings.adapter)
+    loaded = _base(settings, adapter)
+    spectra, amplified, notes = _found(settings, adapter, loaded)
+    advice = advise(settings, adapter, loaded) if settings.advise else None
     facts = {
         "method": adapter.method,
         "parameters": adapter.parameters,
@@ -20,19 +33,50 @@ def run(settings: InspectConfig) -> Result:
         "base": adapter.base_name or None,
         "content_hash": adapter.content_hash(),
         "unverified": adapter.unverified,
+        "sites": [vars(site) for site in adapter.sites],
+        "card": adapter.card,
+        "spectrum": {name: each.to_json() for name, each in spectra.items()},
+        "amplification": {name: each.to_json() for name, each in amplified.items()},
+        "not_shown": list(notes),
+        "advice": None if advice is None else {**advice.to_json(), "out": settings.out},
     }
-    return Result(
-        text="\n".join([repr(adapter), *_lines(adapter)]),
-        data={**facts, "sites": [vars(site) for site in adapter.sites], "card": adapter.card},
-    )
+    lines = [repr(adapter), *_lines(adapter)]
+    lines += spectrum_lines(adapter, spectra) if spectra else []
+    lines += amplification_lines(adapter, amplified) if amplified else []
+    lines += [f"not shown: {note}" for note in notes]
+    lines += advice.lines() if advice is not None else []
+    lines += [f"the smaller adapter is in {settings.out}"] if settings.out is not None else []
+    return Result(text="\n".join(lines), data=facts)
+
+
+def _base(settings: InspectConfig, adapter: Adapter) -> Loaded | None:
+    """The base, where something is asked that needs it."""
+    if settings.model is None and settings.data.validation is None:
+        return None
+    return adapter.load_base(settings.model)
+
+
+def _found(
+    settings: InspectConfig, adapter: Adapter, loaded: Loaded | None
+) -> tuple[Mapping[str, Spectrum], Mapping[str, Amplification], tuple[str, ...]]:
+    """The spectra, what they amplify where the base is named, and what is not shown."""
+    with_base = loaded is not None and settings.model is not None
+    notes = left_out(adapter, with_base=with_base)
+    # A method without ΔW is no mistake: the rest of the adapter is described.
+    if not has_delta(adapter, with_base=with_base):
+        return {}, {}, notes
+    if loaded is None or not with_base:
+        return spectrum(adapter), {}, notes
+    model, other = loaded[0], settings.allow_other_base
+    spectra = spectrum(adapter, model=model, allow_other_base=other)
+    return spectra, amplification(adapter, model, allow_other_base=other), notes
 
 
 def _lines(adapter: Adapter) -> Iterator[str]:
     groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in adapter.sites:
-        name = site.role or site.path.rpartition(".")[2]
         a, b = (tuple(adapter.tensors[f"{site.name}.lora_{end}"].shape) for end in "ab")
-        groups.setdefault((name, b[0], a[1], site.rank, site.scale), []).append(site)
+        groups.setdefault((part_of(site), b[0], a[1], site.rank, site.scale), []).append(site)
     for (part, rows, columns, rank, scale), sites in groups.items():
         yield f"  {part} {rows}×{columns}, r {rank}, scale {scale:g}: {len(sites)} updates"
     if adapter.copied_modules:

@@ -52,15 +52,19 @@ VERBS = {
         settings="config.verbs:ChatConfig",
     ),
     "inspect": Entry(
-        meaning="Say what an adapter is, and what its files prove of it.",
+        meaning="Say what an adapter is and what is in its ΔW, and which ranks it needs.",
         settings="config.verbs:InspectConfig",
+    ),
+    "compare": Entry(
+        meaning="Say whether two adapters change the same layers, in the same directions.",
+        settings="config.verbs:CompareConfig",
     ),
     "merge": Entry(
         meaning="Write a plain model that has the adapter in its weights.",
         settings="config.verbs:MergeConfig",
     ),
     "convert": Entry(
-        meaning="Read an adapter of one format and write it in another.",
+        meaning="Write an adapter in another format, or a sum of several, or from a checkpoint.",
         settings="config.verbs:ConvertConfig",
     ),
     "completion": Entry(

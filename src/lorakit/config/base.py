@@ -24,7 +24,7 @@ HeldIn = Literal["as-trained", "none", "4bit", "8bit"]
 `dtype`, or few bits."""
 
 
-def _comma_list(value: Any) -> Any:
+def comma_list(value: Any) -> Any:
     """Split "q, v" into its names, so that a flag or a YAML line needs no brackets."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
         def __get__(self, instance: object, owner: object = None) -> Path: ...
         def __set__(self, instance: object, value: str | os.PathLike[str]) -> None: ...
 else:
-    Names = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
+    Names = Annotated[tuple[str, ...], BeforeValidator(comma_list)]
     """Names, which may be given in any sequence, or as one text with commas between them."""
     AnyPath = Path
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -48,6 +48,7 @@ OTHER_NAMES = {
     "random_state": "seed",
     "resume_from_checkpoint": "resume",
     "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints",
     "sequence_len": "data.max_length",
     "system_prompt": "system",
     "target_modules": "lora.targets",

@@ -139,7 +139,7 @@ class TrainConfig(Settings):
             "What is trained for how long, scored and saved.",
             (
                 *("task", "steps", "accumulate", "seed", "eval_every", "save_every", "patience"),
-                *("check_after", "allow_untrained"),
+                *("keep_checkpoints", "check_after", "allow_untrained"),
             ),
         ),
         Topic(
@@ -262,6 +262,9 @@ class TrainConfig(Settings):
 
     save_every: Handles[PositiveInt] = 100
     """Steps between two checkpoints from which a run can resume."""
+
+    keep_checkpoints: Handles[PositiveInt] = 2
+    """Newest checkpoints that are kept; more show how the adapter grew (docs/analysis.md)."""
 
     patience: Extends[PositiveInt | None] = None
     """Stop after so many evaluations without a better score. None: never."""

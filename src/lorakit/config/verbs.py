@@ -1,21 +1,80 @@
-"""Settings of the verbs inspect, merge, convert, score, chat, completion and demo."""
+"""Settings of the verbs inspect, compare, merge, convert, score, chat, completion and demo."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 
-from lorakit.config.base import AdapterPlace, DType, HeldIn, PositiveInt, Settings
+from lorakit.config.base import (
+    AdapterPlace,
+    DType,
+    HeldIn,
+    Names,
+    PositiveInt,
+    Settings,
+    comma_list,
+)
+from lorakit.config.idle import changed
 from lorakit.config.methods import LoRAConfig
+from lorakit.config.seed import Seed
+from lorakit.config.train import DataConfig
 
 
 class InspectConfig(Settings):
-    """Settings of inspect: the adapter."""
+    """Settings of inspect: the adapter, its base if that is looked at, and advice on its ranks."""
 
     positional: ClassVar[tuple[str, ...]] = ("adapter",)
 
     adapter: AdapterPlace
     """Adapter folder, or OWNER/NAME[@REVISION] on the hub."""
+
+    model: str | None = None
+    """Base model, to show ‖ΔW‖/‖W‖ and what ΔW amplifies of W. None: the files alone are read."""
+
+    advise: bool = False
+    """Say which rank each layer needs."""
+
+    energy: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """With advise: the share of each ΔW's energy Σσ² that a smaller rank must keep."""
+
+    out: Path | None = None
+    """With advise: new folder for the smaller adapter."""
+
+    data: DataConfig = DataConfig()
+    """With advise: `data.validation` names rows on which both adapters are scored."""
+
+    metrics: Names | None = None
+    """With advise: as in evaluate."""
+
+    batch_size: PositiveInt = 16
+    """With advise: rows at once."""
+
+    allow_other_base: bool = False
+    """Accept a base with other weights than the adapter was trained on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "InspectConfig":
+        given = {"out": self.out is not None, "metrics": self.metrics is not None}
+        given |= {"energy": "energy" in self.model_fields_set, "data": bool(changed(self.data))}
+        idle = [name for name, is_given in given.items() if is_given]
+        if idle and not self.advise:
+            raise ValueError(f"{' and '.join(idle)}: of advice on ranks; give advise too")
+        return self
+
+
+class CompareConfig(Settings):
+    """Settings of compare: the two adapters."""
+
+    positional: ClassVar[tuple[str, ...]] = ("adapter", "other")
+
+    adapter: AdapterPlace
+    """Adapter folder, or OWNER/NAME[@REVISION] on the hub."""
+
+    other: AdapterPlace
+    """The adapter beside it, likewise; the ranks may differ."""
+
+    allow_other_base: bool = False
+    """Accept adapters of different bases, if their layers have the same shapes."""
 
 
 class MergeConfig(Settings):
@@ -44,22 +103,56 @@ class MergeConfig(Settings):
 
 
 class ConvertConfig(Settings):
-    """Settings of convert: the adapter to read, and the format and folder to write."""
+    """Settings of convert: what to read, what to make of it, and the format and folder to write."""
 
     positional: ClassVar[tuple[str, ...]] = ("source", "out")
 
     source: AdapterPlace
     """Adapter folder of lorakit or PEFT, OWNER/NAME[@REVISION] on the hub, or a loralib .pt
-    file."""
+    file. With from_checkpoint: the fine-tuned model."""
 
     out: Path
     """New folder for the result."""
+
+    combine: Names = ()
+    """Other adapters, to write the weighted sum of the source and these as one."""
+
+    weights: Annotated[tuple[FiniteFloat, ...], BeforeValidator(comma_list)] | None = None
+    """With combine, or of the source alone: a weight for each, the source's first. None: equal ones
+    that sum to 1."""
+
+    from_checkpoint: bool = False
+    """The source is a model that was fine-tuned in full from `model`: write the nearest adapter of
+    a rank."""
+
+    rank: PositiveInt | None = None
+    """Of from_checkpoint: the rank. Of a combination: the most that a layer may have."""
+
+    energy: Annotated[float | None, Field(gt=0, le=1)] = None
+    """Of from_checkpoint: in place of a rank, the share of each ΔW's energy to keep."""
+
+    targets: Names = ("all-linear",)
+    """Of from_checkpoint: the layers, in the words of training's lora.targets."""
+
+    method: Literal["sum", "ties", "dare"] = "sum"
+    """How adapters are combined: their weighted sum, exactly; or TIES (Yadav 2023) or DARE (Yu
+    2024), which form each ΔW as a matrix."""
+
+    density: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The share of entries that ties keeps of each ΔW, or dare does not drop."""
+
+    seed: Seed = 0
+    """Seed of what dare drops."""
+
+    allow_other_base: bool = False
+    """Combine adapters of different bases, if their layers have the same shapes."""
 
     to: Literal["lorakit", "peft"] = "lorakit"
     """lorakit: PEFT's two files and lorakit.json. peft: PEFT's two files alone."""
 
     model: str | None = None
-    """Base model to check the adapter against, and to record. None: files are checked alone."""
+    """Base model to check the adapter against, and to record. None: files are checked alone. With
+    from_checkpoint it must be given."""
 
     lora: LoRAConfig | None = None
     """Rank, alpha and targets, which a loralib file does not hold."""
@@ -67,6 +160,30 @@ class ConvertConfig(Settings):
     kernel_sizes: dict[str, PositiveInt] | None = None
     """Convolutions of a loralib file, by path or the end of it, and the size of their square
     kernels, such as '{conv1: 3}'."""
+
+    @property
+    def combines(self) -> bool:
+        """Whether the result is a weighted sum."""
+        return bool(self.combine) or self.weights is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ConvertConfig":
+        problems = []
+        if self.combines and self.from_checkpoint:
+            problems.append("combine and from_checkpoint are two ways to make an adapter: give one")
+        if self.from_checkpoint and self.model is None:
+            problems.append("from_checkpoint needs the base that was fine-tuned: give model")
+        if self.from_checkpoint and (self.rank is None) == (self.energy is None):
+            problems.append("from_checkpoint needs rank or energy: give one of the two")
+        needs = {"energy": self.from_checkpoint, "targets": self.from_checkpoint}
+        needs |= dict.fromkeys(("method", "density", "seed"), self.combines)
+        needs["rank"] = self.combines or self.from_checkpoint
+        idle = [n for n, used in needs.items() if n in self.model_fields_set and not used]
+        if idle:
+            problems.append(f"{', '.join(idle)}: of combine or from_checkpoint, which is not given")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class ScoreConfig(Settings):

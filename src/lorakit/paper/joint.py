@@ -10,11 +10,11 @@ from typing import Any
 from lorakit.config.train import TrainConfig
 from lorakit.errors import TrainingError
 from lorakit.paper.job import Job
+from lorakit.training.checkpoints import list_checkpoints
 from lorakit.training.run import TrainResult
 from lorakit.training.sweep.grid import VARYING
 from lorakit.training.sweep.report import FIGURES
 from lorakit.training.sweep.sweep import sweep
-from lorakit.training.trainer import list_checkpoints
 
 TOGETHER = ("lora", "seed")
 """What may differ between runs that are trained together; all else is as long, and as scored."""

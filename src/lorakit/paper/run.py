@@ -28,8 +28,8 @@ from lorakit.paper.results import (
     state_of,
     write_result,
 )
+from lorakit.training.checkpoints import list_checkpoints
 from lorakit.training.run import TrainResult, train
-from lorakit.training.trainer import list_checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)

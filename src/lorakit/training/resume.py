@@ -12,8 +12,8 @@ from lorakit.config.marks import flat_settings
 from lorakit.config.train import TrainConfig
 from lorakit.data.encode import Encoded
 from lorakit.errors import TrainingError
+from lorakit.training.checkpoints import step_of
 from lorakit.training.prepare import Prepared
-from lorakit.training.trainer import step_of
 
 RUN_FILE = "run.json"
 """The record of a run in each of its checkpoints."""

@@ -27,6 +27,7 @@ from lorakit.errors import ConfigError, OutputError, TrainingError
 from lorakit.kernels.choice import use
 from lorakit.models.quantized import card_of_base
 from lorakit.routing.route import route
+from lorakit.training.checkpoints import step_of
 from lorakit.training.checks import Interruption, UntrainedParts
 from lorakit.training.evaluation import scored
 from lorakit.training.loaded_base import borrowed, settled
@@ -44,7 +45,7 @@ from lorakit.training.resume import (
     settings_to_resume,
 )
 from lorakit.training.run_folder import LOG, find_checkpoint, locked
-from lorakit.training.trainer import AdapterTrainer, KeepBest, OwnIntervals, make_arguments, step_of
+from lorakit.training.trainer import AdapterTrainer, KeepBest, OwnIntervals, make_arguments
 
 BEST_BY = {"generation": "loss", "classification": "accuracy", "regression": "pearson"}
 """The score that decides which adapter is the best, by task."""

@@ -12,7 +12,7 @@ from lorakit.adapter.output_place import check_place
 from lorakit.adapter.peft_config import CONFIG_FILE
 from lorakit.config.train import TrainConfig
 from lorakit.errors import OutputError, TrainingError
-from lorakit.training.trainer import list_checkpoints
+from lorakit.training.checkpoints import list_checkpoints
 
 LOCK = ".lock"
 """The file in a run's folder that its process holds locked; it says nothing."""

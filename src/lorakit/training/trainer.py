@@ -27,10 +27,8 @@ from lorakit.config.train import TrainConfig
 from lorakit.errors import OutputError, TrainingError
 from lorakit.methods.lora.pissa import split_frozen_factors
 from lorakit.training.batch_trainer import BatchTrainer
+from lorakit.training.checkpoints import list_checkpoints, step_of
 from lorakit.training.rates import split_by_rate
-
-KEPT_CHECKPOINTS = 2
-"""The newest checkpoints that are kept in a run's folder; older ones are removed."""
 
 Scorer = Callable[[nn.Module], dict[str, float]]
 """A function that scores the model as it is now."""
@@ -150,7 +148,7 @@ class AdapterTrainer(BatchTrainer):
         except (OSError, RuntimeError, SafetensorError, OutputError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise self._unwritten(error) from error
-        for old in list_checkpoints(self.checkpoints)[:-KEPT_CHECKPOINTS]:
+        for old in list_checkpoints(self.checkpoints)[: -(self.args.save_total_limit or 1)]:
             shutil.rmtree(old)
 
     def _unwritten(self, error: Exception) -> OutputError:
@@ -223,16 +221,6 @@ def _check_same(saved: Adapter, wanted: Adapter, checkpoint: str) -> None:
         )
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(folder.glob("checkpoint-*") if folder.is_dir() else (), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was saved."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def make_arguments(
     config: TrainConfig, steps: int, *, learning_rate: float | None = None
 ) -> TrainingArguments:
@@ -256,6 +244,7 @@ def make_arguments(
         eval_steps=every,
         save_strategy="steps",
         save_steps=config.save_every,
+        save_total_limit=config.keep_checkpoints,
         logging_steps=10,
         logging_first_step=True,
         logging_nan_inf_filter=False,

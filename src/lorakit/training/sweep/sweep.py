@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.config.train import TrainConfig
 from lorakit.data.batches import pad_token
 from lorakit.errors import LorakitError, TrainingError
+from lorakit.training.checkpoints import list_checkpoints
 from lorakit.training.checks import Interruption
 from lorakit.training.loaded_base import LoadedBase, borrowed, settled
 from lorakit.training.prepare import Prepared, for_each, prepare_all
@@ -32,7 +33,6 @@ from lorakit.training.sweep.report import (
     write_figures,
     write_table_and_plot,
 )
-from lorakit.training.trainer import list_checkpoints
 
 TrialThread = CoroutineThread[MicroBatch, Tensor, TrainResult]
 
