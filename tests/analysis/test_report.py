@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from lorakit.analysis.checks import left_out
 
 import lorakit as lk
+from lorakit.analysis.checks import left_out
 from lorakit.analysis.report import Findings, adapter_page, log_of
 from lorakit.analysis.report_of_two import comparison_page
 from lorakit.cli.main import main
@@ -124,18 +124,28 @@ def test_an_adapter_beside_itself_agrees():
     assert all(value == pytest.approx(1) for row in values for value in row)
 
 
-def test_inspect_writes_the_report_and_its_figures(folder, tmp_path, run, capsys):
+def test_inspect_writes_the_report_and_its_figures(folder, tmp_path, capsys):
     page, figures = tmp_path / "site" / "report.html", tmp_path / "figures"
-    code, facts = run("inspect", folder, "--html", page, "--figures", figures)
-    assert code == 0
-    assert facts["written"][0] == str(page)
+    words = ["inspect", str(folder), "--html", str(page)]
+    assert main([*words, "--figures", str(figures), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)["written"]
+    assert written[0] == str(page)
     names = {file.name for file in figures.iterdir()}
     assert {"norm.png", "norm.svg", "training.png", "spectrum-v_proj.svg"} <= names
-    assert len(facts["written"]) == 1 + len(names)
+    assert len(written) == 1 + len(names)
     before = page.read_bytes()
-    assert main(["inspect", str(folder), "--html", str(page)]) == 0
+    assert main(words) == 0
     assert f"written: {page}" in capsys.readouterr().out
     assert page.read_bytes() == before
+
+
+def test_compare_writes_a_report_of_both(folder, tmp_path, capsys):
+    other = trained(1, rank=2).save(tmp_path / "other" / "first")
+    page = tmp_path / "both.html"
+    assert main(["compare", str(folder), str(other), "--html", str(page)]) == 0
+    assert f"written: {page}" in capsys.readouterr().out
+    # Two folders of one name are told apart by their paths.
+    assert str(other) in page.read_text("utf-8")
 
 
 MEASURE = """

@@ -15,7 +15,7 @@ from tiny_models import build
 
 @pytest.fixture
 def adapters(monkeypatch):
-    """Adapters of a tiny Llama in the place of those that Table 6's jobs train; how many it made."""
+    """Adapters of a tiny Llama in the place of those of Table 6; the settings of those it made."""
     made = []
 
     def trained(config, *, progress):

@@ -9,14 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lorakit.analysis.amplification import Amplification
-from lorakit.analysis.spectrum import Spectrum
-from lorakit.analysis.traces import Trace
-
 from lorakit.adapter.adapter import Adapter
+from lorakit.analysis.amplification import Amplification
 from lorakit.analysis.by_layer import ByLayer
 from lorakit.analysis.figures import Figure, HeatMap, Lines, shown
 from lorakit.analysis.page import Page, Section, Table
+from lorakit.analysis.spectrum import Spectrum
+from lorakit.analysis.traces import Trace
 from lorakit.training.run_folder import LOG
 
 SHARES = (0.9, 0.95, 0.99)

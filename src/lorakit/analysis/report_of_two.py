@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from lorakit.analysis.checks import shape_of
-from lorakit.analysis.compare import Comparison
-from lorakit.analysis.subspaces import Side, random_control
 from torch import Tensor
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.analysis.by_layer import ByLayer
+from lorakit.analysis.checks import shape_of
+from lorakit.analysis.compare import Comparison
 from lorakit.analysis.figures import HeatMap, shown
 from lorakit.analysis.page import Page, Section, Table
+from lorakit.analysis.subspaces import Side, random_control
 
 SIDES: Mapping[Side, str] = {"a": "A, what is read of the input", "b": "B, what is written"}
 LARGEST_MAP = 64
