@@ -78,7 +78,7 @@ def write_page(page: Page, *, html: Path | None, figures: Path | None) -> list[P
 
 
 def _id(title: str) -> str:
-    return re.sub(r"\W+", "-", title.lower()).strip("-")
+    return "section-" + re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
 def _words(text: str) -> str:
