@@ -18,7 +18,8 @@ BLOCK = re.compile(r"(?<=<!-- rooms -->\n).*?(?=<!-- end of rooms -->)", re.DOTA
 FLOW = (
     ("cli",),
     ("paper",),
-    ("bench", "analysis"),
+    ("bench",),
+    ("analysis", "serving"),
     ("answering",),
     ("training",),
     ("bank", "merging"),
@@ -49,6 +50,7 @@ READING_ORDER = (
     "training",
     "answering",
     "analysis",
+    "serving",
     "bench",
     "paper",
     "cli",

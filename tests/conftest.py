@@ -1,5 +1,6 @@
 """Small real things for tests: a tiny model with a tokenizer, saved as a folder."""
 
+import gc
 import importlib
 import json
 import os
@@ -16,6 +17,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Before lorakit is imported, by whichever test.
 spare_shapeless_functions()
+
+# Modules, tests and their cases stay to the end: looking for garbage among them takes half a
+# second, and libraries ask for that at every training run.
+gc.disable()
 
 # Temporary folders in memory, where there is enough of it: pytest's own variable.
 MEMORY = Path("/dev/shm")
@@ -35,6 +40,17 @@ def pytest_collection(session):
     collects = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
     if collects and (config.getoption("jaxtyping_packages", None) or "").startswith("lorakit,"):
         importlib.import_module("transformers.trainer")
+
+
+def pytest_collection_finish(session):
+    """Have garbage looked for again, among what comes from now on."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure(config):
+    """Have what was imported taken down at the end; nanobind prints what is not."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,15 @@ from imports import Graph, circles, graph_of
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lorakit"
 MODULES = sorted(SOURCE.rglob("*.py"))
-GRAPH = graph_of(SOURCE)
 
 STEPS = {room: number for number, step in enumerate(rooms.FLOW) for room in step}
 """The place of each room in the flow, 0 at the top."""
+
+
+@cache
+def package_graph() -> Graph:
+    """What the modules of lorakit import of each other."""
+    return graph_of(SOURCE)
 
 
 def room_of(module: str) -> str:
@@ -75,11 +81,11 @@ def test_imports_for_type_checkers_do_not_count(tmp_path):
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    assert circles(GRAPH) == []
+    assert circles(package_graph()) == []
 
 
 def test_no_rooms_import_each_other_in_a_circle():
-    assert circles(between_rooms(GRAPH)) == []
+    assert circles(between_rooms(package_graph())) == []
 
 
 def test_every_room_has_one_place_in_the_flow_and_on_the_map():
@@ -89,7 +95,7 @@ def test_every_room_has_one_place_in_the_flow_and_on_the_map():
 def test_imports_point_one_way():
     back = [
         f"{room} imports {other}"
-        for room, others in between_rooms(GRAPH).items()
+        for room, others in between_rooms(package_graph()).items()
         for other in others
         if STEPS[other] < STEPS[room]
     ]
@@ -97,7 +103,9 @@ def test_imports_point_one_way():
 
 
 def test_only_the_command_line_imports_the_package_itself():
-    assert {room_of(name) for name, others in GRAPH.items() if "lorakit" in others} <= {"cli"}
+    assert {room_of(name) for name, others in package_graph().items() if "lorakit" in others} <= {
+        "cli"
+    }
 
 
 def test_the_map_in_the_pages_is_that_of_the_source():

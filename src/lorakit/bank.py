@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,19 @@ class Entry:
     """The number of its last use, counted over all adapters."""
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """An adapter as a name meant it at one moment, whatever the name means later."""
+
+    name: str
+    content_hash: str
+    """`Adapter.content_hash()`; empty for one that came by lk.attach."""
+    record: Adapter
+    """Its settings, origin and training card, without tensors."""
+    updates: Mapping[int, Update]
+    """By the layer's number."""
+
+
 class AdapterBank:
     """Many verified adapters on one base, chosen for each row of a batch.
 
@@ -72,6 +85,8 @@ class AdapterBank:
             not used for the longest time; they are read again from their folders when a route names
             them. None: no limit.
         allow_other_base: accept adapters that were trained on other weights.
+        check: is called with the updates of each adapter by module path, and the adapter without
+            its tensors, before a name means it; raises a LorakitError where it can't be used.
 
     Examples:
         >>> bank = lk.AdapterBank(model, budget_bytes=500_000_000)
@@ -91,11 +106,13 @@ class AdapterBank:
         *,
         budget_bytes: int | None = None,
         allow_other_base: bool = False,
+        check: Callable[[Mapping[str, Update], Adapter], None] | None = None,
     ) -> None:
         check_model(model)
         self.model = unwrapped(model)
         self.budget_bytes = budget_bytes
         self._allow_other_base = allow_other_base
+        self._check = check
         self._entries: dict[str, Entry] = {}
         self._uses = 0
         self._table = threading.RLock()
@@ -243,6 +260,20 @@ class AdapterBank:
             with self._kept(choices.names), route_rows(self.model, choices):
                 yield
 
+    def hold(self, name: str) -> Held:
+        """What a name means now; it is read again first if it was evicted.
+
+        Whoever has it may go on with it after the name is unloaded, evicted or means another.
+
+        Raises:
+            BankError: it is not known, or there is no room for it.
+            AdapterFileError: an evicted adapter's folder is not what it was.
+        """
+        with self._kept([name]), self._table:
+            entry = self._entry(name)
+            attached = self._state.adapters[name]
+            return Held(name, entry.content_hash, attached.record, attached.updates)
+
     def switch(self, name: str | None) -> None:
         """Make one adapter, or with None the base, answer for all rows from now on.
 
@@ -355,6 +386,8 @@ class AdapterBank:
             other_heads=True,
             copy=copy,
         )
+        if self._check is not None:
+            self._check(updates, record)
         return updates, record
 
     @contextmanager

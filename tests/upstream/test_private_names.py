@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+from functools import cache
 from pathlib import Path
 
 import accelerate
@@ -160,16 +161,24 @@ def private_uses(tree, own):
         yield from ((getattr(node, "lineno", 0), name) for name in names if is_private(name))
 
 
-TREES = {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
-OWN = own_names(TREES.values())
+@cache
+def trees():
+    """The syntax tree of each module of lorakit."""
+    return {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+
+
+@cache
+def own():
+    """The names that lorakit defines itself."""
+    return own_names(trees().values())
 
 
 def test_private_names_are_used_in_their_module_alone():
     uses = [
         f"{path.relative_to(SOURCE)}:{line}: {name}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         if path != HOME
-        for line, name in private_uses(tree, OWN)
+        for line, name in private_uses(tree, own())
     ]
     assert not uses, "use or write a function of lorakit.upstream.private_names:\n" + "\n".join(
         uses
@@ -177,11 +186,11 @@ def test_private_names_are_used_in_their_module_alone():
 
 
 def test_every_name_of_the_module_is_in_the_table():
-    tree = TREES[HOME]
+    tree = trees()[HOME]
     known = {each.name for each in PRIVATE}
     known |= {part for each in PRIVATE for part in each.owner.split(".")}
     constants = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    written = {name for _, name in private_uses(tree, OWN)}
+    written = {name for _, name in private_uses(tree, own())}
     written |= {text for text in constants if isinstance(text, str) and is_private(text)}
     assert written - known == set()
 
@@ -229,4 +238,4 @@ def test_every_override_is_in_the_table():
     ],
 )
 def test_a_new_private_name_is_found(line):
-    assert list(private_uses(ast.parse(line), OWN))
+    assert list(private_uses(ast.parse(line), own()))

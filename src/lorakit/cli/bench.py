@@ -9,6 +9,7 @@ from lorakit.bench.load import measure_load
 from lorakit.bench.methods import measure_methods
 from lorakit.bench.mixed import measure_mixed
 from lorakit.bench.result import Findings, run_bench
+from lorakit.bench.serve import measure_serve
 from lorakit.bench.sweep import measure_sweep
 from lorakit.bench.switch import measure_switch
 from lorakit.bench.tables import table
@@ -36,6 +37,7 @@ SECOND_WORDS: dict[str, Verb] = {
     "load": Bench("load", measure_load),
     "methods": Bench("methods", measure_methods),
     "mixed": Bench("mixed", measure_mixed),
+    "serve": Bench("serve", measure_serve),
     "switch": Bench("switch", measure_switch),
     "sweep": Bench("sweep", measure_sweep),
     "train": Bench("train", measure_train),

@@ -51,6 +51,10 @@ VERBS = {
         meaning="Talk to a model in the terminal, and switch between adapters.",
         settings="config.verbs:ChatConfig",
     ),
+    "serve": Entry(
+        meaning="Answer over HTTP with one base and many adapters, as OpenAI's API does.",
+        settings="config.verbs:ServeConfig",
+    ),
     "inspect": Entry(
         meaning="Say what an adapter is and what is in its ΔW, and which ranks it needs.",
         settings="config.verbs:InspectConfig",
@@ -110,6 +114,10 @@ VERBS = {
     "bench mixed": Entry(
         meaning="Time batches of many adapters, beside PEFT and the plain model.",
         settings="config.bench:MixedConfig",
+    ),
+    "bench serve": Entry(
+        meaning="Time a server whose clients use many adapters, beside plain generation.",
+        settings="config.bench:ServeBenchConfig",
     ),
     "bench switch": Entry(
         meaning="Time switching between adapters, beside PEFT.",
@@ -181,7 +189,7 @@ def loaded_verb(name: str) -> Iterator[Verb]:
     Imports leave half a million objects that stay. Scanning them again and again, during the import
     and while the verb runs, would take a quarter of the time to a run's first step.
     """
-    enabled = gc.isenabled()
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
     try:
         verb = load_verb(name)
@@ -192,4 +200,6 @@ def loaded_verb(name: str) -> Iterator[Verb]:
     try:
         yield verb
     finally:
-        gc.unfreeze()
+        # What the caller froze would come back with the rest.
+        if not frozen:
+            gc.unfreeze()

@@ -162,6 +162,31 @@ class MixedConfig(BenchConfig):
     """Numbers of distinct adapters in that batch."""
 
 
+class ServeBenchConfig(BenchConfig):
+    """The clients of a server, and what each asks."""
+
+    clients: PositiveInt = 16
+    """Clients that ask at once, and slots of the server."""
+
+    adapters: PositiveInt = 16
+    """Distinct adapters that they ask."""
+
+    prompt_tokens: PositiveInt = 64
+    """Tokens of each prompt."""
+
+    new_tokens: PositiveInt = 32
+    """Tokens of each answer."""
+
+    prefill_tokens: PositiveInt = 256
+    """Tokens of prompts that the server reads between two tokens of the answers."""
+
+    repeats: PositiveInt = 5
+    """Rounds, in each of which every participant is measured once; medians are compared."""
+
+    peer: Literal[False] = False
+    """PEFT has no server."""
+
+
 class SweepConfig(BenchConfig):
     """The number of adapters that are trained, and their rows."""
 

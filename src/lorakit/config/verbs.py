@@ -1,4 +1,4 @@
-"""Settings of the verbs inspect, compare, merge, convert, score, chat, completion and demo."""
+"""Settings of inspect, compare, merge, convert, score, chat, serve, completion and demo."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -284,6 +284,71 @@ class ChatConfig(Settings):
 
     allow_other_base: bool = False
     """Accept a base with other weights than the adapters were trained on."""
+
+
+class ServeConfig(Settings):
+    """Settings of serve: the base, its adapters, who may ask, and how much is done at once."""
+
+    positional: ClassVar[tuple[str, ...]] = ("adapters",)
+
+    adapters: Path | None = None
+    """Folder of adapters, each in a folder of its own that names it, or one adapter's folder. They
+    are loaded at the start, and requests may load others from there, from nowhere else."""
+
+    model: str | None = None
+    """Base model. None: the one that the adapter in `adapters` was trained on, if it is one."""
+
+    name: str | None = None
+    """What requests call the base. None: as `model` does."""
+
+    dtype: DType = "float32"
+    """Precision of the base."""
+
+    adapter_dtype: DType | None = None
+    """Precision of A and B in the batch. None: the base's."""
+
+    quantize: HeldIn = "none"
+    """How the base's linear layers are held: none (in `dtype`), 4bit or 8bit; as-trained (as in the
+    training of the one adapter in `adapters`)."""
+
+    allow_other_base: bool = False
+    """Accept adapters that were trained on a base with other weights."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but this machine's own needs api_key_file."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0: any that is free."""
+
+    api_key_file: Path | None = None
+    """File of keys, one a line: a request needs one as its header Authorization: Bearer KEY. None:
+    whoever can reach the server may ask, and load adapters."""
+
+    lenient: bool = False
+    """Ignore fields of requests that the server does not know, in place of refusing them."""
+
+    most_bytes: PositiveInt = 8_000_000
+    """Largest body of a request."""
+
+    slots: PositiveInt = 16
+    """Requests that are answered at once."""
+
+    max_length: PositiveInt | None = None
+    """Longest prompt and answer together, in tokens. None: the model's context."""
+
+    prefill_tokens: PositiveInt = 256
+    """Tokens of prompts that are read between two tokens of the answers: more read prompts
+    faster, and let answers pause longer."""
+
+    waiting_requests: PositiveInt = 256
+    """Requests that may wait for a slot; beyond them the server answers 429."""
+
+    waiting_tokens: PositiveInt = 1_000_000
+    """Tokens that these may have, prompts and answers together."""
+
+    budget_bytes: PositiveInt | None = None
+    """Memory of adapters: beyond it, those that were not used for the longest time are read again
+    from their folders when they are asked for. None: no limit."""
 
 
 class CompletionConfig(Settings):

@@ -1,0 +1,409 @@
+"""A standing batch whose rows, the slots, change their adapters one at a time.
+
+A and B of all slots are in buffers that stay, so a row that comes writes its own slot, a row that
+goes writes nothing, and the operations of a step in which neither happens are those of the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attachment.state import Attachment, attachment_for
+from lorakit.errors import RouteError
+from lorakit.kernels import grouped
+from lorakit.kernels.grouping import Grouping, group_rows
+from lorakit.layers.adapted_layer import AdaptedLayer
+from lorakit.layers.batch_rows import check_rows_first
+from lorakit.layers.operation import Operation, Update
+from lorakit.layers.route import Frame
+from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, matrix_shape, positions
+from lorakit.models.base import device_of
+from lorakit.routing.choices import RowChoices
+from lorakit.routing.stacked_lora import is_sum, mixed_operations
+from lorakit.upstream.private_names import write_count
+
+Terms = Sequence[tuple[Mapping[int, Update], float]]
+"""What one slot uses: the updates of adapters by the layer's number, with their weights."""
+
+LowRanks = list[tuple[LowRank, float]]
+"""A's and B's of one layer, with their adapters' weights."""
+
+
+@dataclass
+class _Content:
+    """What a slot's terms mean, layer by layer."""
+
+    parts: dict[int, LowRanks] = field(default_factory=dict)
+    biases: dict[int, list[tuple[Tensor, float]]] = field(default_factory=dict)
+    others: list[tuple[dict[int, Update], float]] = field(default_factory=list)
+    """The updates that are no sum of B·A·x and a bias, by adapter."""
+
+    def ranks(self) -> dict[int, int]:
+        """The rank that each layer needs; 0 for a bias alone."""
+        touched = dict.fromkeys((*self.parts, *self.biases), 0)
+        return touched | {n: sum(p.site.rank for p, _ in own) for n, own in self.parts.items()}
+
+
+class Slots:
+    """The adapters of a batch of so many rows, one slot a row.
+
+    Low-rank updates and biases of linear layers are in standing buffers, whose ranks are those of
+    the widest slot so far. Other updates (DoRA, embeddings, convolutions, heads) are computed as by
+    any route, and make the operations anew when their slot changes. Virtual tokens have no slots;
+    where a model reads an adapted weight without a call, its call is an error.
+
+    Args:
+        model: the base, whose adapters it holds.
+        count: the number of slots.
+        dtype: of A and B in the buffers, in which the updates are computed; None: float32, or
+            float64 on a base of that precision.
+
+    Examples:
+        >>> slots = Slots(model, 16)  # doctest: +SKIP
+        >>> slots.join(3, [(updates, 1.0)])  # doctest: +SKIP
+        >>> with slots.used(0, 4):  # doctest: +SKIP
+        ...     logits = model(**batch_of_four_rows).logits
+    """
+
+    def __init__(self, model: nn.Module, count: int, *, dtype: torch.dtype | None = None) -> None:
+        self.count = count
+        self._model = model
+        self._state = attachment_for(model)
+        self._dtype = dtype
+        self._inputs: dict[str, _InputSlots] = {}
+        """By the word for the input that their layers read."""
+        self._others: dict[int, list[tuple[dict[int, Update], float]]] = {}
+        self._frames: dict[tuple[int, int], Frame] = {}
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory of the buffers."""
+        return sum(buffers.size_bytes for buffers in self._inputs.values())
+
+    def join(self, slot: int, terms: Terms) -> None:
+        """Have a slot use adapters from now on; without any, the base.
+
+        Raises:
+            RouteError: an adapter cannot be in a slot; nothing changes.
+        """
+        content = self._content(terms)
+        self._make_room(content)
+        for buffers in self._inputs.values():
+            buffers.write(slot, content)
+        if content.others or slot in self._others:
+            self._others.pop(slot, None)
+            if content.others:
+                self._others[slot] = content.others
+            self._frames.clear()
+
+    def check(self, terms: Terms) -> None:
+        """Make sure that adapters can be in a slot.
+
+        Raises:
+            RouteError: they cannot.
+        """
+        content = self._content(terms)
+        if content.others:
+            self._other_operations({0: content.others}, 0, 1)
+
+    def used(self, start: int, stop: int) -> Any:
+        """Have the model's rows use these slots, in the running thread, inside a `with` block."""
+        return self._state.route.own.pushed(self._frame(start, stop))
+
+    def _frame(self, start: int, stop: int) -> Frame:
+        frame = self._frames.get((start, stop))
+        if frame is None:
+            operations: dict[int, Operation] = {}
+            for buffers in self._inputs.values():
+                operations |= buffers.operations(start, stop)
+            for number, other in self._other_operations(self._others, start, stop).items():
+                own = operations.get(number)
+                operations[number] = other if own is None else _InTurn(own, other)
+            frame = Frame(operations or None, rows=stop - start, key=object())
+            self._frames[start, stop] = frame
+        return frame
+
+    def _content(self, terms: Terms) -> _Content:
+        """What a slot's terms mean.
+
+        Raises:
+            RouteError: some have no slots.
+        """
+        layers, content = self._state.layers, _Content()
+        for updates, _ in terms:
+            check_slots(self._state, {layers[n].adapter_path: u for n, u in updates.items()})
+        by_layer: dict[int, list[tuple[int, Update, float]]] = {}
+        for at, (updates, weight) in enumerate(terms):
+            for number, update in updates.items():
+                by_layer.setdefault(number, []).append((at, update, weight))
+        others: list[dict[int, Update]] = [{} for _ in terms]
+        for number, own in by_layer.items():
+            if is_linear(layers[number]) and all(is_sum(update) for _, update, _ in own):
+                _add_sums(content, number, [(cast(LoRAUpdate, u), w) for _, u, w in own])
+            else:
+                # A sum beside an update that rescales the output would be rescaled too.
+                for at, update, _ in own:
+                    others[at][number] = update
+        pairs = zip(others, terms, strict=True)
+        content.others = [(own, weight) for own, (_, weight) in pairs if own]
+        return content
+
+    def _make_room(self, content: _Content) -> None:
+        """Make the buffers wide enough for a slot's ranks."""
+        by_input: dict[str, dict[int, int]] = {}
+        for number, rank in content.ranks().items():
+            by_input.setdefault(self._state.layers[number].adapter_input, {})[number] = rank
+        for word, ranks in by_input.items():
+            buffers = self._inputs.get(word)
+            if buffers is None or not buffers.has_room(ranks):
+                made = _InputSlots.wider(buffers, ranks, self._state.layers, self)
+                self._inputs[word] = made
+                self._frames.clear()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return device_of(self._model)
+
+    def dtype_for(self, layer: AdaptedLayer) -> torch.dtype:
+        """The precision of A and B of a layer."""
+        if self._dtype is not None:
+            return self._dtype
+        double = cast(Tensor, layer.weight).dtype == torch.float64
+        return torch.float64 if double else torch.float32
+
+    def _other_operations(
+        self,
+        others: Mapping[int, list[tuple[dict[int, Update], float]]],
+        start: int,
+        stop: int,
+    ) -> dict[int, Operation]:
+        """The operations of those updates of some slots that have no buffers."""
+        updates: dict[str, Mapping[int, Update]] = {}
+        choices: list[dict[str, float] | None] = []
+        for slot in range(start, stop):
+            named = {_name(own): (own, weight) for own, weight in others.get(slot, [])}
+            updates |= {name: own for name, (own, _) in named.items()}
+            choices.append({name: weight for name, (_, weight) in named.items()} or None)
+        if not updates:
+            return {}
+        rows = RowChoices.of(choices, updates)
+        return mixed_operations(dict(self._state.layers), updates, rows, self.device)
+
+
+def _name(updates: Mapping[int, Update]) -> str:
+    """A name that is the same for the same updates: rows of one adapter are computed together."""
+    return " ".join(str(id(update)) for update in updates.values())
+
+
+def check_slots(state: Attachment, updates: Mapping[str, Update]) -> None:
+    """Refuse an adapter that rows can't have in slots.
+
+    Args:
+        state: of the model.
+        updates: of the adapter, by module path.
+
+    Raises:
+        RouteError: with the reason, and the first such layer.
+    """
+    for path, update in updates.items():
+        reason = state.base.for_all_rows.get(path)
+        if update.virtual_tokens:
+            reason = "virtual tokens would move the row's other tokens"
+        if reason:
+            raise RouteError(f"an adapter of {path or 'the model'} can't be in a slot: {reason}")
+
+
+def _add_sums(content: _Content, number: int, own: Sequence[tuple[LoRAUpdate, float]]) -> None:
+    parts = [(cast(LowRank, part), w) for update, w in own for part in update.parts.values() if w]
+    biases = [(update.bias, w) for update, w in own if update.bias is not None and w]
+    if parts:
+        content.parts[number] = parts
+    if biases:
+        content.biases[number] = [(cast(Tensor, bias), w) for bias, w in biases]
+
+
+class _InputSlots:
+    """The buffers of those layers that read one input: one matmul with all their A's."""
+
+    def __init__(
+        self, ranks: Mapping[int, int], layers: Mapping[int, AdaptedLayer], slots: Slots
+    ) -> None:
+        self.ranks = dict(sorted(ranks.items()))
+        self._layers, self._slots = layers, slots
+        first = layers[next(iter(self.ranks))]
+        self._make: dict[str, Any] = {"dtype": slots.dtype_for(first), "device": slots.device}
+        count, (_, d_in) = slots.count, matrix_shape(first)
+        self._a = torch.zeros(count, sum(self.ranks.values()), d_in, **self._make)
+        self._b = {
+            number: torch.zeros(count, rank, matrix_shape(layers[number])[0], **self._make)
+            for number, rank in self.ranks.items()
+        }
+        self._shift: dict[int, Tensor] = {}
+        self._columns: dict[int, slice] = {}
+        start = 0
+        for number, rank in self.ranks.items():
+            self._columns[number] = slice(start, start + rank)
+            start += rank
+
+    @staticmethod
+    def wider(
+        old: _InputSlots | None,
+        ranks: Mapping[int, int],
+        layers: Mapping[int, AdaptedLayer],
+        slots: Slots,
+    ) -> _InputSlots:
+        """Buffers of at least these ranks, with what others hold."""
+        before = {} if old is None else old.ranks
+        most = {n: max(before.get(n, 0), ranks.get(n, 0)) for n in (before | dict(ranks))}
+        made = _InputSlots(most, layers, slots)
+        for number, rank in before.items():
+            assert old is not None
+            start = made._columns[number].start
+            made._a[:, start : start + rank] = old._a[:, old._columns[number]]
+            made._b[number][:, :rank] = old._b[number]
+            if number in old._shift:
+                made._shift[number] = old._shift[number]
+        return made
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory of the buffers."""
+        return sum(x.nbytes for x in (self._a, *self._b.values(), *self._shift.values()))
+
+    def has_room(self, ranks: Mapping[int, int]) -> bool:
+        """Whether these ranks fit."""
+        return all(self.ranks.get(number, -1) >= rank for number, rank in ranks.items())
+
+    @torch.no_grad()
+    def write(self, slot: int, content: _Content) -> None:
+        """Have a slot hold what its layers have; B is zero where there is nothing."""
+        for number in self.ranks:
+            a, b = self._a[slot, self._columns[number]], self._b[number][slot]
+            start = 0
+            for part, weight in content.parts.get(number, ()):
+                stop = start + part.site.rank
+                a[start:stop] = part.a
+                _write_b(b[start:stop], part, weight)
+                start = stop
+            b[start:] = 0
+            self._write_shift(slot, number, content.biases.get(number))
+
+    def _write_shift(
+        self, slot: int, number: int, biases: Sequence[tuple[Tensor, float]] | None
+    ) -> None:
+        if biases is None:
+            if number in self._shift:
+                self._shift[number][slot] = 0
+            return
+        own = cast(Tensor, self._layers[number].bias)
+        if number not in self._shift:
+            self._shift[number] = torch.zeros(self._slots.count, len(own), **self._make)
+            self._slots._frames.clear()
+        shift = sum((bias - own) * weight for bias, weight in biases)
+        self._shift[number][slot] = cast(Tensor, shift)
+
+    def operations(self, start: int, stop: int) -> dict[int, Operation]:
+        """The operations of these layers on rows that use slots from one to before another."""
+        grouping = group_rows(range(stop - start), device=self._slots.device, dtype=self._a.dtype)
+        shared = _SharedInput(self._a[start:stop], grouping, len(self.ranks))
+        return {
+            number: _SlotUpdate(
+                shared,
+                self._columns[number],
+                self._b[number][start:stop],
+                self._shift[number][start:stop] if number in self._shift else None,
+            )
+            for number in self.ranks
+        }
+
+
+def _write_b(b: Tensor, part: LowRank, weight: float) -> None:
+    """Write weight·scale·Bᵀ of one site into a slot, (rank, d_out), zeros beside its rows."""
+    scaled = part.b.mT.to(b.dtype) * (part.site.scale * weight)
+    if part.site.rows is None:
+        b.copy_(scaled)
+        return
+    b.zero_()
+    b.index_copy_(1, positions(part.site.rows, b.device), scaled)
+
+
+class _SharedInput:
+    """The down-projection of an input that several layers read, kept until the last has used it."""
+
+    def __init__(self, a: Tensor, grouping: Grouping, layers: int) -> None:
+        self.grouping = grouping
+        self._a = a
+        self._layers = layers
+        self._kept: tuple[Tensor, Any, Tensor] | None = None
+        self._waiting = 0
+
+    def down_project(self, x: Tensor) -> Tensor:
+        """A·x, (rows, tokens, ranks of all layers)."""
+        if self._layers == 1:
+            return grouped.down_project(x, self._a, self.grouping)
+        # Torch counts no writes in inference mode.
+        writes = None if x.is_inference() else write_count(x)
+        kept = self._kept
+        if kept is None or kept[0] is not x or kept[1] != writes:
+            kept = (x, writes, grouped.down_project(x, self._a, self.grouping))
+            self._waiting = self._layers
+        self._waiting -= 1
+        self._kept = kept if self._waiting else None
+        return kept[2]
+
+
+class _SlotUpdate(Operation):
+    """The low-rank updates of a linear layer's rows, each that of its slot."""
+
+    def __init__(
+        self, shared: _SharedInput, columns: slice, b: Tensor, shift: Tensor | None
+    ) -> None:
+        self._shared, self._columns, self._b, self._shift = shared, columns, b, shift
+
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The output with each row's own update added."""
+        x, rows = inputs[0], len(self._b)
+        if rows > 1:
+            check_rows_first(cast(AdaptedLayer, layer), x, rows)
+        h = self._shared.down_project(x)[..., self._columns]
+        output = grouped.up_project_onto(output, h, self._b, self._shared.grouping)
+        if self._shift is None:
+            return output
+        by_row = output.unflatten(0, (rows, -1))
+        shift = self._shift.reshape(rows, *[1] * (by_row.dim() - 2), -1)
+        return (by_row + shift.to(output.dtype)).flatten(0, 1)
+
+    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
+        """The base's own parameter, for the layer's own call.
+
+        Raises:
+            RouteError: the model reads it by itself.
+        """
+        if inside:
+            return weight
+        raise RouteError(
+            "an adapted layer has a weight that the model reads by itself, once for all rows: its "
+            "adapter can't be in a slot"
+        )
+
+
+class _InTurn(Operation):
+    """The updates in buffers, and then those of other rows."""
+
+    def __init__(self, first: Operation, second: Operation) -> None:
+        self._first, self._second = first, second
+
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """The output with both."""
+        return self._second.adapt(layer, inputs, self._first.adapt(layer, inputs, output))
+
+    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
+        """A parameter, as both have it."""
+        first = self._first.read(name, weight, inside=inside)
+        return self._second.read(name, first, inside=inside)

@@ -1,0 +1,1 @@
+"""One base and many adapters behind a server with OpenAI's API, in batches that change."""

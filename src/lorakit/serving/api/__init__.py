@@ -1,0 +1,1 @@
+"""OpenAI's API over HTTP, with vLLM's paths for adapters and its names of metrics."""

@@ -1,0 +1,246 @@
+"""The API as an application of FastAPI."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from lorakit.data.row_types import Message
+from lorakit.serving.api.answering import answered
+from lorakit.serving.api.asking import check_ids, requests_of
+from lorakit.serving.api.bodies import (
+    Asked,
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    LoadBody,
+    MessageBody,
+    TokenizeBody,
+    UnloadBody,
+    check_known,
+)
+from lorakit.serving.api.errors import handle_errors
+from lorakit.serving.api.formats import ChatForm, CompletionForm, text_of
+from lorakit.serving.api.guard import Guard
+from lorakit.serving.api.metrics import Metrics
+from lorakit.serving.catalog import Catalog, Chosen
+from lorakit.serving.engine import Engine
+from lorakit.serving.prompts import chat_ids, text_ids
+from lorakit.serving.refusals import RefusalError
+
+VERSION = version("lorakit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What the API lets clients do."""
+
+    keys: tuple[str, ...] = ()
+    """One of which a request must have; none: no request needs one."""
+    lenient: bool = False
+    """Ignore unknown fields of bodies."""
+    most_bytes: int = 8_000_000
+    """The most bytes of a body."""
+
+
+def build_app(engine: Engine, catalog: Catalog, policy: Policy | None = None) -> FastAPI:
+    """The API of an engine that runs, and of the models that it answers as."""
+    policy = policy or Policy()
+    app = FastAPI(title="lorakit", version=VERSION, redoc_url=None)
+    server = _Server(engine, catalog, policy)
+    app.add_middleware(
+        Guard,
+        keys=policy.keys,
+        most_bytes=policy.most_bytes,
+        is_closing=lambda: engine.is_closing,
+    )
+    handle_errors(app)
+    for path, answer in server.gets.items():
+        app.add_api_route(path, answer, methods=["GET"])
+    for path, answer in server.posts.items():
+        app.add_api_route(path, answer, methods=["POST"])
+    return app
+
+
+class _Server:
+    """What each path answers."""
+
+    def __init__(self, engine: Engine, catalog: Catalog, policy: Policy) -> None:
+        self._engine, self._catalog, self._policy = engine, catalog, policy
+        self._metrics = Metrics(engine, catalog)
+        self.gets = {
+            "/health": self.health,
+            "/ready": self.ready,
+            "/version": self.version,
+            "/metrics": self.metrics,
+            "/v1/models": self.models,
+            "/v1/models/{model:path}": self.model,
+        }
+        self.posts = {
+            "/v1/completions": self.completions,
+            "/v1/chat/completions": self.chat,
+            "/v1/load_lora_adapter": self.load,
+            "/v1/unload_lora_adapter": self.unload,
+            "/tokenize": self.tokenize,
+            "/detokenize": self.detokenize,
+        }
+
+    async def health(self) -> Response:
+        """Whether the engine's thread runs."""
+        return self._status(self._engine.is_alive, "the engine has ended")
+
+    async def ready(self) -> Response:
+        """Whether requests are taken."""
+        ready = self._engine.is_alive and not self._engine.is_closing
+        return self._status(ready, "the server is about to end")
+
+    def _status(self, good: bool, otherwise: str) -> Response:
+        if not good:
+            raise RefusalError(otherwise, 503, retry_after_s=5)
+        return JSONResponse({"status": "ok"})
+
+    async def version(self) -> dict[str, str]:
+        """The version of lorakit."""
+        return {"version": VERSION}
+
+    def metrics(self) -> Response:
+        """Metrics for Prometheus."""
+        return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(self) -> dict[str, Any]:
+        """The base and the adapters."""
+        names = [self._catalog.name, *self._catalog.adapters]
+        return {"object": "list", "data": [self._card(name) for name in names]}
+
+    async def model(self, model: str) -> dict[str, Any]:
+        """One of them."""
+        chosen = await run_in_threadpool(self._catalog.choose, model)
+        return self._card(next(iter(chosen.use.names), self._catalog.name))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        catalog = self._catalog
+        loaded = catalog.adapters.get(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": catalog.since if loaded is None else loaded.since,
+            "owned_by": "lorakit",
+            "root": catalog.name if loaded is None else str(loaded.folder),
+            "parent": None if loaded is None else catalog.name,
+            "max_model_len": self._engine.max_length,
+        }
+
+    async def completions(self, body: CompletionBody, http: Request) -> Response:
+        """Texts that go on with prompts."""
+        self._check(body)
+
+        def prepare() -> tuple[Chosen, list[Any], list[str | None]]:
+            chosen = self._chosen(body)
+            prompts = _prompts(body.prompt)
+            ids = [text_ids(chosen, p) if isinstance(p, str) else p for p in prompts]
+            asks_none = body.max_tokens == 0 and not body.echo
+            if asks_none:
+                raise RefusalError("max_tokens is 0: that goes with echo", param="max_tokens")
+            requests = requests_of(
+                body,
+                ids,
+                chosen,
+                self._engine,
+                max_tokens=body.max_tokens,
+                alternatives=body.logprobs,
+                prompt_logprobs=body.logprobs if body.echo else None,
+            )
+            texts = [p if isinstance(p, str) else text_of(chosen.tokenizer, p) for p in prompts]
+            return chosen, requests, texts
+
+        chosen, requests, texts = await run_in_threadpool(prepare)
+        form = CompletionForm(chosen, logprobs=body.logprobs is not None)
+        echoed = [text for text in texts for _ in range(body.n)] if body.echo else None
+        return await answered(
+            http, body, form, self._engine, requests, chosen, self._metrics, echoed
+        )
+
+    async def chat(self, body: ChatBody, http: Request) -> Response:
+        """The assistant's next turn of a conversation."""
+        self._check(body)
+
+        def prepare() -> tuple[Chosen, list[Any]]:
+            chosen = self._chosen(body)
+            alternatives = (body.top_logprobs or 0) if body.logprobs else None
+            asked = body.max_completion_tokens or body.max_tokens
+            if asked == 0:
+                raise RefusalError("max_tokens is 0: give at least 1", param="max_tokens")
+            ids = chat_ids(chosen, _messages(body.messages))
+            return chosen, requests_of(
+                body, [ids], chosen, self._engine, max_tokens=asked, alternatives=alternatives
+            )
+
+        chosen, requests = await run_in_threadpool(prepare)
+        form = ChatForm(chosen, logprobs=bool(body.logprobs))
+        return await answered(http, body, form, self._engine, requests, chosen, self._metrics)
+
+    def _chosen(self, body: Asked) -> Chosen:
+        pairs = None if body.adapters is None else [(a.name, a.weight) for a in body.adapters]
+        return self._catalog.choose(body.model, body.adapter_id, pairs)
+
+    def _check(self, body: Body) -> None:
+        check_known(body, lenient=self._policy.lenient)
+
+    def load(self, body: LoadBody) -> Response:
+        """Load an adapter, or with load_inplace replace one."""
+        self._check(body)
+        self._catalog.load(body.lora_name, body.lora_path, in_place=body.load_inplace)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    def unload(self, body: UnloadBody) -> Response:
+        """Forget an adapter."""
+        self._check(body)
+        self._catalog.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+        """The tokens of a text or of a conversation."""
+        self._check(body)
+        chosen = self._catalog.choose(body.model)
+        if body.messages is not None:
+            ids = chat_ids(chosen, _messages(body.messages))
+        else:
+            special = body.add_special_tokens
+            tokenizer: Any = chosen.tokenizer
+            ids = list(tokenizer(body.prompt, add_special_tokens=special)["input_ids"])
+        found = {"count": len(ids), "max_model_len": self._engine.max_length, "tokens": ids}
+        if body.return_token_strs:
+            found["token_strs"] = chosen.tokenizer.convert_ids_to_tokens(ids)
+        return found
+
+    def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+        """The text of tokens."""
+        self._check(body)
+        chosen = self._catalog.choose(body.model)
+        check_ids(body.tokens, self._engine.vocabulary, "tokens")
+        return {"prompt": str(chosen.tokenizer.decode(body.tokens))}
+
+
+def _prompts(given: Any) -> list[str | list[int]]:
+    """The prompts of a body, each a text or token ids."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]
+    if not given:
+        raise RefusalError("prompt is an empty list: give at least one", param="prompt")
+    return list(given)
+
+
+def _messages(given: Sequence[MessageBody]) -> list[Message]:
+    return [
+        Message(
+            role=each.role, content=each.text, keys={} if each.name is None else {"name": each.name}
+        )
+        for each in given
+    ]

@@ -1,0 +1,237 @@
+"""The bodies of requests: fields of OpenAI, some of vLLM and LoRAX, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from lorakit.errors import did_you_mean
+from lorakit.serving.refusals import RefusalError
+
+MOST_CHOICES = 16
+MOST_ALTERNATIVES = 20
+Share = Annotated[float, Field(gt=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Body(BaseModel):
+    """A body, or a part of one; what it has beside its fields is looked at by `check_known`."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), use_attribute_docstrings=True)
+
+
+def check_known(body: Body, *, lenient: bool) -> None:
+    """Refuse fields that nobody knows: a misspelt one would silently change nothing.
+
+    Raises:
+        RefusalError: there are such; names them all, with the nearest known ones.
+    """
+    found = list(_unknown(body, ""))
+    if found and not lenient:
+        raise RefusalError("; ".join(text for _, text in found), param=found[0][0])
+
+
+def _unknown(part: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(part, list):
+        for index, each in enumerate(part):
+            yield from _unknown(each, f"{path}[{index}]")
+    if not isinstance(part, Body):
+        return
+    known = type(part).model_fields
+    for name in part.model_extra or ():
+        where = f"{path}.{name}" if path else name
+        yield where, f"unknown field {where}{did_you_mean(name, known)}"
+    for name in known:
+        yield from _unknown(getattr(part, name), f"{path}.{name}" if path else name)
+
+
+class StreamOptions(Body):
+    """How an answer is streamed."""
+
+    include_usage: bool = False
+    """Send the numbers of tokens in a last chunk without choices."""
+
+
+class WeightedAdapter(Body):
+    """An adapter of a weighted combination."""
+
+    name: str
+    weight: FiniteFloat = 1.0
+
+
+class Asked(Body):
+    """What both kinds of completions have."""
+
+    model: str | None = None
+    """The base, an adapter, or BASE:ADAPTER."""
+    adapter_id: str | None = None
+    """An adapter, as LoRAX has it."""
+    adapters: Annotated[list[WeightedAdapter], Field(min_length=1, max_length=16)] | None = None
+    """Adapters whose updates are added up, each times its weight."""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """The most tokens of an answer; less where the model's context ends."""
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    """How many answers; with a seed, each has one of its own."""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    """Texts that end an answer."""
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    """0 takes the likeliest token each time; None: 1."""
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """Draw from so many of the likeliest tokens; 0 or -1: from all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Draw from tokens with at least this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: int | None = None
+    stop_token_ids: list[int] | None = None
+    """Tokens that end an answer."""
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    """Go on after the model's own end, up to the most tokens."""
+    skip_special_tokens: bool = True
+    user: str | None = None
+    """Not used."""
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Asked:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream: true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(stop for stop in stops if stop)
+
+
+class CompletionBody(Asked):
+    """A request of /v1/completions."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    """A text, several, or the same as token ids."""
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    """Report each token's log-probability, and so many of the likeliest."""
+    echo: bool = False
+    """Give the prompt before the answer."""
+    best_of: int | None = None
+    """As many as n: nothing is searched."""
+    suffix: None = None
+    """Not supported."""
+
+    @model_validator(mode="after")
+    def _check_best(self) -> CompletionBody:
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of must be n: the server searches no better answers")
+        return self
+
+
+class TextPart(Body):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class MessageBody(Body):
+    """A turn of a conversation."""
+
+    role: Annotated[str, Field(min_length=1)]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ResponseFormat(Body):
+    """The form of an answer."""
+
+    type: Literal["text"]
+
+
+class ChatBody(Asked):
+    """A request of /v1/chat/completions."""
+
+    messages: Annotated[list[MessageBody], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """The newer name of max_tokens."""
+    logprobs: bool | None = None
+    """Report each token's log-probability."""
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    """And so many of the likeliest."""
+    response_format: ResponseFormat | None = None
+    """Text alone is supported."""
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    """Not supported."""
+    tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: bool | None = None
+    """Not used."""
+    store: bool | None = None
+    """Not used."""
+    metadata: dict[str, Any] | None = None
+    """Not used."""
+    service_tier: str | None = None
+    """Not used."""
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are the same: give one")
+        return self
+
+
+class LoadBody(Body):
+    """A request of /v1/load_lora_adapter."""
+
+    lora_name: str
+    lora_path: str
+    """Its folder, in the folder of the server's adapters."""
+    load_inplace: bool = False
+    """Take the place of the adapter of that name."""
+
+
+class UnloadBody(Body):
+    """A request of /v1/unload_lora_adapter."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+    """Not used."""
+
+
+class TokenizeBody(Body):
+    """A request of /tokenize."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[MessageBody], Field(min_length=1)] | None = None
+    """A conversation in place of the prompt."""
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_one(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeBody(Body):
+    """A request of /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]

@@ -1,0 +1,174 @@
+"""Answers in the forms of OpenAI's two APIs of completions, whole and in chunks."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.serving.api.asking import Answer
+from lorakit.serving.catalog import Chosen
+from lorakit.serving.requests import Delta
+from lorakit.serving.sampling import Token
+
+
+class Form:
+    """What is common to both: the head of each object, and how tokens are shown.
+
+    Args:
+        chosen: what answers.
+        logprobs: whether log-probabilities are given.
+    """
+
+    prefix = ""
+    whole = ""
+    chunk = ""
+
+    def __init__(self, chosen: Chosen, *, logprobs: bool) -> None:
+        self._tokenizer = chosen.tokenizer
+        self._logprobs = logprobs
+        self._head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": chosen.name,
+            "system_fingerprint": chosen.fingerprint,
+        }
+
+    def complete(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
+        """The whole response."""
+        choices = [self.choice(answer) for answer in answers]
+        return self._head | {"object": self.whole, "choices": choices, "usage": usage}
+
+    def event(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """A chunk of a stream."""
+        return self._head | {"object": self.chunk, "choices": choices} | more
+
+    def choice(self, answer: Answer) -> dict[str, Any]:
+        """An answer that is over."""
+        raise NotImplementedError
+
+    def opening(self, answer: Answer) -> dict[str, Any] | None:
+        """The chunk before an answer's first; None: there is none."""
+        return None
+
+    def step(self, answer: Answer, delta: Delta) -> dict[str, Any]:
+        """A chunk of an answer."""
+        raise NotImplementedError
+
+    def _ended(self, answer: Answer | Delta) -> dict[str, Any]:
+        return {"finish_reason": answer.finish, "stop_reason": answer.stopped_by}
+
+    def _text(self, token: int) -> str:
+        return str(self._tokenizer.decode([token]))
+
+
+class CompletionForm(Form):
+    """The form of /v1/completions."""
+
+    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, answer: Answer) -> dict[str, Any]:
+        """An answer that is over, after its prompt where that is given back."""
+        text = (answer.prompt or "") + answer.text
+        return {
+            "index": answer.index,
+            "text": text,
+            "logprobs": self._logprobs_of(answer, answer.tokens, answer.offsets, whole=True),
+            **self._ended(answer),
+        }
+
+    def step(self, answer: Answer, delta: Delta) -> dict[str, Any]:
+        """A chunk of an answer; the first has the prompt, where that is given back."""
+        first = len(answer.tokens) == len(delta.tokens)
+        text = (answer.prompt or "") + delta.text if first else delta.text
+        return {
+            "index": answer.index,
+            "text": text,
+            "logprobs": self._logprobs_of(answer, delta.tokens, delta.offsets, whole=first),
+            **self._ended(delta),
+        }
+
+    def _logprobs_of(
+        self, answer: Answer, tokens: Sequence[Token], offsets: Sequence[int], *, whole: bool
+    ) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        shift = len(answer.prompt or "")
+        shown: list[Token | None] = list(tokens)
+        places = [shift + offset for offset in offsets]
+        names = [self._text(token.id) for token in tokens]
+        if whole and answer.prompt is not None:
+            prompt = answer.request.prompt
+            shown = [*answer.prompt_tokens, *shown]
+            before = [self._text(token) for token in prompt]
+            starts = [len(self._joined(prompt[:at])) for at in range(len(prompt))]
+            names, places = before + names, starts + places
+        return {
+            "tokens": names,
+            "token_logprobs": [None if token is None else token.logprob for token in shown],
+            "top_logprobs": [
+                None if token is None else {self._text(t): value for t, value in _with_own(token)}
+                for token in shown
+            ],
+            "text_offset": places,
+        }
+
+    def _joined(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class ChatForm(Form):
+    """The form of /v1/chat/completions."""
+
+    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, answer: Answer) -> dict[str, Any]:
+        """An answer that is over."""
+        return {
+            "index": answer.index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": self._logprobs_of(answer.tokens),
+            **self._ended(answer),
+        }
+
+    def opening(self, answer: Answer) -> dict[str, Any] | None:
+        """The chunk that says who speaks."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": answer.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def step(self, answer: Answer, delta: Delta) -> dict[str, Any]:
+        """A chunk of an answer."""
+        return {
+            "index": answer.index,
+            "delta": {"content": delta.text} if delta.text or delta.finish is None else {},
+            "logprobs": self._logprobs_of(delta.tokens),
+            **self._ended(delta),
+        }
+
+    def _logprobs_of(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        content = [
+            self._shown(token.id, token.logprob)
+            | {"top_logprobs": [self._shown(*other) for other in token.alternatives]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _shown(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self._text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _with_own(token: Token) -> list[tuple[int, float]]:
+    """The likeliest tokens in a place, and the one that is there."""
+    assert token.logprob is not None
+    return list((dict(token.alternatives) | {token.id: token.logprob}).items())
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """A prompt's text, where it was given as token ids."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))

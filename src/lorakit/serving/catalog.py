@@ -1,0 +1,299 @@
+"""The models by their names in requests: the base, its adapters, and weighted combinations."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.card import TrainedUse
+from lorakit.adapter.peft_config import CONFIG_FILE
+from lorakit.answering.ends import end_tokens
+from lorakit.attachment.state import attachment_for, identity_of
+from lorakit.bank import AdapterBank, Held
+from lorakit.data.chat import with_template
+from lorakit.errors import AdapterFileError, BankError, ConfigError, LorakitError, did_you_mean
+from lorakit.layers.operation import Update
+from lorakit.routing.slots import check_slots
+from lorakit.serving.refusals import RefusalError
+from lorakit.serving.requests import Use
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter that requests may name."""
+
+    folder: Path
+    since: int
+    """When it was loaded, in seconds since 1970."""
+    load_s: float
+    """How long that took."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What answers a request."""
+
+    name: str
+    """The name that the answer gives as its model."""
+    use: Use
+    fingerprint: str
+    tokenizer: PreTrainedTokenizerBase
+    """The base's, with the adapter's own chat template, if it has one."""
+    ends: frozenset[int]
+    """The tokens that end an answer."""
+    trained: TrainedUse | None
+    """How the adapter was trained, if it is one alone."""
+
+
+class Catalog:
+    """The base and its adapters by name; adapters come and go while others answer.
+
+    Args:
+        model: the base.
+        tokenizer: its tokenizer.
+        name: what requests call the base.
+        folder: from which adapters may be loaded; None: from nowhere.
+        allow_other_base: accept adapters that were trained on other weights.
+        budget_bytes: the most memory of adapters, see `AdapterBank`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        folder: Path | None = None,
+        allow_other_base: bool = False,
+        budget_bytes: int | None = None,
+    ) -> None:
+        self.name = name
+        self.since = int(time.time())
+        self.tokenizer = tokenizer
+        self.folder = None if folder is None else folder.resolve()
+        self._model = model
+        self._bank = AdapterBank(
+            model,
+            budget_bytes=budget_bytes,
+            allow_other_base=allow_other_base,
+            check=self._check,
+        )
+        self._loaded: dict[str, Loaded] = {}
+        self._loading = threading.RLock()
+        self._base = _base_hash(model)
+
+    @property
+    def adapters(self) -> Mapping[str, Loaded]:
+        """Those that requests may name."""
+        return dict(self._loaded)
+
+    @property
+    def bank(self) -> AdapterBank:
+        """The bank that holds them."""
+        return self._bank
+
+    def load_all(self) -> None:
+        """Load the adapter that the folder is, or those right in it.
+
+        Raises:
+            ConfigError: some cannot be used; with the reason of each.
+        """
+        if self.folder is None:
+            return
+        if not self.folder.is_dir():
+            raise ConfigError(f"adapters: there is no folder {self.folder}")
+        found = sorted(path.parent for path in self.folder.glob(f"*/{CONFIG_FILE}"))
+        found = [self.folder] if (self.folder / CONFIG_FILE).is_file() else found
+        problems = []
+        for place in found:
+            try:
+                self.load(place.name, str(place))
+            except LorakitError as error:
+                problems.append(f"{place.name}: {error}")
+        if problems:
+            raise ConfigError.listing("these adapters can't be served", problems)
+
+    def load(self, name: str, path: str, *, in_place: bool = False) -> None:
+        """Load an adapter under a name, and have it answer from then on.
+
+        Requests that were accepted before end on the weights that they began with.
+
+        Args:
+            name: what requests call it.
+            path: its folder, within the allowed one or relative to it.
+            in_place: take the place of an adapter of that name.
+
+        Raises:
+            RefusalError: the name is taken, or the path outside of the allowed folder.
+            LorakitError: the adapter can't be used; nothing changes.
+        """
+        with self._loading:
+            if name == self.name or not name:
+                raise RefusalError(
+                    f"an adapter can't be called {name!r}, which means the base",
+                    param="lora_name",
+                    kind="InvalidUserInput",
+                )
+            if name in self._loaded and not in_place:
+                raise RefusalError(
+                    f"The lora adapter '{name}' has already been loaded. If you want to load the "
+                    "adapter in place, set 'load_inplace' to True.",
+                    param="lora_name",
+                    kind="InvalidUserInput",
+                )
+            folder, began = self._allowed(path), time.monotonic()
+            self._bank.load(name, folder)
+            took = time.monotonic() - began
+            self._loaded[name] = Loaded(folder, int(time.time()), took)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; requests that were accepted with it are answered by it.
+
+        Raises:
+            RefusalError: there is none of that name.
+        """
+        with self._loading:
+            if name not in self._loaded:
+                raise RefusalError(
+                    f"The lora adapter '{name}' cannot be found{did_you_mean(name, self._loaded)}",
+                    404,
+                    param="lora_name",
+                )
+            del self._loaded[name]
+            self._bank.unload(name)
+
+    def choose(
+        self,
+        model: str | None,
+        adapter_id: str | None = None,
+        adapters: Sequence[tuple[str, float]] | None = None,
+    ) -> Chosen:
+        """What a request names, as it is now.
+
+        Args:
+            model: the base, an adapter, or BASE:ADAPTER; None or "": the base.
+            adapter_id: an adapter, in the words of LoRAX.
+            adapters: several with weights, which are summed.
+
+        Raises:
+            RefusalError: a name is not known, or they contradict each other.
+            LorakitError: an adapter was evicted, and its folder is not what it was.
+        """
+        named = self._adapter_of(model)
+        if adapter_id:
+            if named not in (None, adapter_id):
+                raise RefusalError(
+                    f"model names {named!r} and adapter_id {adapter_id!r}: give one",
+                    param="adapter_id",
+                )
+            named = self._known(adapter_id, "adapter_id")
+        if adapters is None:
+            pairs = [] if named is None else [(named, 1.0)]
+        elif named is not None:
+            raise RefusalError(
+                f"the request names the adapter {named!r}, and adapters too: give one",
+                param="adapters",
+            )
+        else:
+            pairs = [(self._known(name, "adapters"), weight) for name, weight in adapters]
+        return self._chosen(named or model or self.name, pairs)
+
+    def _adapter_of(self, model: str | None) -> str | None:
+        """The adapter that a model's name means; None: the base."""
+        if not model or model == self.name:
+            return None
+        if model not in self._loaded and model.startswith(f"{self.name}:"):
+            return self._known(model.removeprefix(f"{self.name}:"), "model")
+        return self._known(model, "model")
+
+    def _known(self, name: str, param: str) -> str:
+        if name not in self._loaded:
+            known = [self.name, *self._loaded]
+            hint = did_you_mean(name, known) or f". There are: {', '.join(known[:8])}"
+            raise RefusalError(f"The model `{name}` does not exist{hint}", 404, param=param)
+        return name
+
+    def _chosen(self, name: str, pairs: Sequence[tuple[str, float]]) -> Chosen:
+        try:
+            held = [(self._bank.hold(each), weight) for each, weight in pairs]
+        except BankError as error:
+            # Unloaded since its name was looked up, or no room for it in memory.
+            missing = [each for each, _ in pairs if each not in self._loaded]
+            raise RefusalError(str(error), 404 if missing else 503, param="model") from None
+        use = Use(tuple(held))
+        trained = [TrainedUse.on(each.record.card) for each, _ in held]
+        templates = {each.chat_template for each in trained}
+        ends = [end for each in trained for end in each.end_tokens]
+        return Chosen(
+            name=name,
+            use=use,
+            fingerprint=use.fingerprint(self._base),
+            tokenizer=with_template(
+                self.tokenizer, templates.pop() if len(templates) == 1 else None
+            ),
+            ends=frozenset(end_tokens(self._model, self.tokenizer, trained=ends)),
+            trained=trained[0] if len(trained) == 1 else None,
+        )
+
+    def held(self, name: str) -> Held:
+        """An adapter as it is now."""
+        return self._bank.hold(name)
+
+    def _check(self, updates: Mapping[str, Update], record: Adapter) -> None:
+        """Refuse an adapter that can't be served, before any name means it.
+
+        Raises:
+            AdapterFileError: it does something else than to write text.
+            RouteError: it can't be in a slot.
+        """
+        use = TrainedUse.on(record.card)
+        if use.task not in (None, "generation"):
+            raise AdapterFileError(f"the adapter does {use.task}, and the server writes text")
+        check_slots(attachment_for(self._model), updates)
+
+    def _allowed(self, path: str) -> Path:
+        """The folder that a path means.
+
+        Raises:
+            RefusalError: it, or a file that a link in it points to, is not in the allowed folder.
+        """
+        if self.folder is None:
+            raise RefusalError(
+                "this server loads no adapters: start it with --adapters FOLDER", 403
+            )
+        asked = Path(path)
+        place = asked if asked.is_absolute() else self.folder / asked
+        real = place.resolve()
+        targets = [real, *(each.resolve() for each in _files(real))]
+        if not all(each.is_relative_to(self.folder) for each in targets):
+            raise RefusalError(
+                f"{path} is not within the folder of this server's adapters, or a link in it "
+                "leaves that folder",
+                403,
+                param="lora_path",
+            )
+        if not real.is_dir():
+            raise RefusalError(f"there is no adapter folder {path}", 404, param="lora_path")
+        return real
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _base_hash(model: PreTrainedModel) -> str:
+    """What stands for the base's weights in a fingerprint."""
+    identity: Any = identity_of(model)
+    facts = f"{identity.names_hash} {identity.samples} {identity.dtype} {model.dtype}"
+    return hashlib.sha256(facts.encode()).hexdigest()

@@ -1,0 +1,183 @@
+"""Standing keys and values of every layer over slots; all rows end at one common column.
+
+So a batch of them is a left-padded batch, which every decoder of transformers takes. A step writes
+one column in place. Rows are moved only where the column reaches the end of the buffers, or where a
+row comes that is longer than the column is far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from lorakit.errors import ModelError
+
+SPARE = 64
+"""Columns beyond the longest row, so that rows are moved once in so many steps."""
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer; the model sees those of the step's rows and columns."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """Take buffers (slots, heads, columns, size of a head)."""
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+        self.rows, self.start, self.end = 0, 0, 0
+        """The first slots that are in the step, and the columns before its own that they see."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The buffers are there from the start."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the step's column, and give all that the rows see."""
+        made = []
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            assert buffer is not None
+            buffer[: self.rows, :, self.end : self.end + 1] = states
+            made.append(buffer[: self.rows, :, self.start : self.end + 1])
+        return made[0], made[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The number of columns that the mask has, and the first one's number."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """The columns before the step's own."""
+        return self.end - self.start
+
+    def get_max_length(self) -> int:
+        """There is no limit that the model has to know."""
+        return -1
+
+
+class KeyValueSlots:
+    """The keys and values of all layers over slots.
+
+    Args:
+        count: the number of slots.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.lengths = [0] * count
+        """The tokens of each slot; 0: it is free."""
+        self._layers: list[SlotLayer] = []
+        self._end = 0
+        self._cache: Cache | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory of the buffers."""
+        return sum(x.nbytes for layer in self._layers for x in _buffers(layer))
+
+    @property
+    def columns(self) -> int:
+        """The most tokens of a row for which the buffers have room."""
+        return _buffers(self._layers[0])[0].shape[2] if self._layers else 0
+
+    def admit(self, slot: int, read: DynamicCache) -> None:
+        """Copy the keys and values of one row, which was read by itself, into a slot.
+
+        Raises:
+            ModelError: the model keeps something else than keys and values.
+        """
+        pairs = [_states(layer) for layer in read.layers]
+        length = pairs[0][0].shape[2]
+        if not self._layers:
+            self._allocate(pairs, length + SPARE)
+        if not any(self.lengths):
+            self._end = length
+        if length > min(self._end, self.columns):
+            self._move(max(length, *self.lengths))
+        for layer, states in zip(self._layers, pairs, strict=True):
+            for buffer, own in zip(_buffers(layer), states, strict=True):
+                buffer[slot, :, self._end - length : self._end] = own[0]
+        self.lengths[slot] = length
+
+    def free(self, slot: int) -> None:
+        """Let a slot be used again; nothing is written."""
+        self.lengths[slot] = 0
+
+    def begin(self, rows: int) -> tuple[Cache, Tensor, list[int]]:
+        """Prepare a step of the first slots.
+
+        Returns:
+            The cache that the model is given, the mask (rows, columns) with the step's own as the
+            last, and the position of each row's token.
+        """
+        longest = max(self.lengths)
+        if self._end + 1 > self.columns:
+            self._move(longest)
+        start = self._end - longest
+        for layer in self._layers:
+            layer.rows, layer.start, layer.end = rows, start, self._end
+        positions = self.lengths[:rows]
+        device = _buffers(self._layers[0])[0].device
+        own = torch.tensor(positions, device=device)[:, None]
+        # A free slot sees its own token alone: no row is without any.
+        columns = torch.arange(longest + 1, device=device)[None]
+        mask = (columns >= longest - own).long()
+        if self._cache is None:
+            self._cache = Cache(layers=self._layers)
+        return self._cache, mask, positions
+
+    def end(self) -> None:
+        """Count the column that a step has written."""
+        self._end += 1
+        self.lengths = [length + 1 if length else 0 for length in self.lengths]
+
+    def _allocate(self, pairs: Sequence[tuple[Tensor, Tensor]], columns: int) -> None:
+        count = len(self.lengths)
+        for keys, values in pairs:
+            made = [x.new_zeros(count, x.shape[1], columns, x.shape[3]) for x in (keys, values)]
+            self._layers.append(SlotLayer(*made))
+
+    def _move(self, end: int) -> None:
+        """Have rows end at another column, in wider buffers if there is no room behind it."""
+        longest = max(self.lengths)
+        columns = self.columns
+        while end + SPARE > columns:
+            columns *= 2
+        for layer in self._layers:
+            moved = []
+            for buffer in _buffers(layer):
+                kept = buffer[:, :, self._end - longest : self._end]
+                if columns > buffer.shape[2]:
+                    buffer = buffer.new_zeros(*buffer.shape[:2], columns, buffer.shape[3])
+                else:
+                    # The two places overlap.
+                    kept = kept.clone()
+                buffer[:, :, end - longest : end] = kept
+                moved.append(buffer)
+            layer.keys, layer.values = moved
+        self._end = end
+
+
+def _buffers(layer: SlotLayer) -> tuple[Tensor, Tensor]:
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys, layer.values
+
+
+def _states(layer: object) -> tuple[Tensor, Tensor]:
+    """The keys and values of a layer of a cache.
+
+    Raises:
+        ModelError: it has none.
+    """
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if not (isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == 4):
+        raise ModelError(
+            "the model keeps something else than keys and values of its tokens "
+            f"({type(layer).__name__}), and slots hold nothing else"
+        )
+    return keys, values

@@ -1,0 +1,104 @@
+"""What is asked of the engine, and what it answers."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.bank import Held
+from lorakit.layers.operation import Update
+from lorakit.serving.sampling import Sampling, Token
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Use:
+    """The weights that answer a request: adapters, as they were when it was accepted."""
+
+    adapters: tuple[tuple[Held, float], ...] = ()
+    """With their weights; none: the base."""
+
+    @property
+    def terms(self) -> list[tuple[Mapping[int, Update], float]]:
+        """The updates and their weights."""
+        return [(held.updates, weight) for held, weight in self.adapters]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names."""
+        return tuple(held.name for held, _ in self.adapters)
+
+    @cached_property
+    def key(self) -> str:
+        """The same for the same weights: of content, never of names."""
+        parts = (f"{held.content_hash or id(held.updates)}*{w!r}" for held, w in self.adapters)
+        return "+".join(sorted(parts))
+
+    def fingerprint(self, base: str) -> str:
+        """What an answer of these weights on a base carries, to tell it from those of others."""
+        return f"fp_{hashlib.sha256(f'{base} {self.key}'.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A step of an answer."""
+
+    text: str = ""
+    """What is new of the text."""
+    tokens: tuple[Token, ...] = ()
+    """What is new of the tokens."""
+    offsets: tuple[int, ...] = ()
+    """Where each token's text begins in the answer, in characters."""
+    prompt_tokens: tuple[Token | None, ...] | None = None
+    """In the first delta, where they were asked for: the prompt's own, None for the first."""
+    finish: Finish | None = None
+    """Why this is the last one; None: it is not."""
+    stopped_by: str | int | None = None
+    """The stop text or the stop token that ended the answer; None: the model's own end."""
+    error: Exception | None = None
+    """What went wrong, where `finish` says so."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Request:
+    """One prompt to answer."""
+
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    use: Use
+    tokenizer: PreTrainedTokenizerBase
+    """With which the answer becomes text."""
+    deliver: Callable[[Delta], None]
+    """Called in the engine's thread with each step of the answer; must not wait."""
+    max_tokens: int
+    """The most tokens of the answer; 0: the prompt is read alone."""
+    sampling: Sampling = field(default_factory=Sampling)
+    ends: frozenset[int] = frozenset()
+    """The tokens that end the answer, and are not in its text."""
+    stop_tokens: frozenset[int] = frozenset()
+    """Those that the request names beside them."""
+    stops: tuple[str, ...] = ()
+    """The texts that end it."""
+    include_stop: bool = False
+    skip_special: bool = True
+    prompt_logprobs: int | None = None
+    """How many alternatives are reported with each token of the prompt; None: no token is."""
+    number: int = field(default_factory=lambda: next(_numbers))
+    arrived: float = field(default_factory=time.monotonic)
+    """By the monotonic clock, in seconds."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Have the engine stop answering within two steps; from any thread."""
+        self.cancelled.set()

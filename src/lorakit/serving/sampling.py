@@ -1,0 +1,148 @@
+"""How one request's tokens are chosen from the model's logits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen; the defaults are those of OpenAI's API, but for the temperature."""
+
+    temperature: float = 0.0
+    """0: the likeliest token each time."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that have this probability together."""
+    top_k: int = 0
+    """Draw from so many of the likeliest tokens; 0: from all."""
+    min_p: float = 0.0
+    """Draw from tokens that have at least this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """The logits of tokens that the prompt or the answer has are divided by it, or multiplied where
+    they are negative."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that the answer has."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of the answer's tokens as often as it has them."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
+    seed: int | None = None
+    """Of the generator; None: one that nobody knows."""
+    alternatives: int | None = None
+    """How many of the likeliest tokens are reported beside each; None: not even its own
+    log-probability."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer, with log-probabilities where they were asked for."""
+
+    id: int
+    logprob: float | None = None
+    """Of the model itself, before temperature and penalties."""
+    alternatives: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens in its place and their log-probabilities, the likeliest first."""
+
+
+class Sampler:
+    """Chooses the tokens of one answer, one after the other.
+
+    What it draws depends on its own generator and on the row's logits alone: neither on the other
+    rows of the batch nor on the row's slot. Each token takes one number of the generator.
+
+    Args:
+        sampling: how.
+        prompt: the token ids before the answer.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self._how = sampling
+        self._prompt = torch.tensor(sorted(set(prompt)), dtype=torch.long)
+        self._written: Counter[int] = Counter()
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed % 2**63)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it takes the likeliest token and reports nothing of it."""
+        how = self._how
+        return how.temperature == 0 and how.alternatives is None and not self._changes_logits
+
+    @property
+    def _changes_logits(self) -> bool:
+        how = self._how
+        penalties = how.presence_penalty or how.frequency_penalty
+        return bool(how.repetition_penalty != 1 or penalties or how.logit_bias)
+
+    def choose(self, logits: Tensor) -> Token:
+        """The next token.
+
+        Args:
+            logits: of the model for this row (vocabulary), in any precision.
+        """
+        logits = logits.float()
+        changed = self._penalised(logits) if self._changes_logits else logits
+        greedy = self._how.temperature == 0
+        return self.chosen(logits, int(changed.argmax()) if greedy else self._drawn(changed))
+
+    def chosen(self, logits: Tensor, token: int) -> Token:
+        """Count a token as the next one, with the log-probabilities that are asked for."""
+        self._written[token] += 1
+        return reported(logits, token, self._how.alternatives)
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        how, logits = self._how, logits.clone()
+        written = torch.tensor(list(self._written), dtype=torch.long, device=logits.device)
+        if how.repetition_penalty != 1:
+            seen = torch.cat([self._prompt.to(logits.device), written]).unique()
+            own = logits[seen]
+            factor = how.repetition_penalty
+            logits[seen] = torch.where(own > 0, own / factor, own * factor)
+        if self._written and (how.presence_penalty or how.frequency_penalty):
+            counts = torch.tensor(list(self._written.values()), device=logits.device)
+            logits[written] -= how.presence_penalty + how.frequency_penalty * counts
+        for token, bias in how.logit_bias.items():
+            logits[token] += bias
+        return logits
+
+    def _drawn(self, logits: Tensor) -> int:
+        how = self._how
+        probabilities = (logits / how.temperature).softmax(-1).double()
+        if how.min_p > 0:
+            probabilities[probabilities < how.min_p * probabilities.max()] = 0
+        if 0 < how.top_k < len(probabilities):
+            least = probabilities.topk(how.top_k).values[-1]
+            probabilities[probabilities < least] = 0
+        if how.top_p < 1:
+            probabilities = _nucleus(probabilities / probabilities.sum(), how.top_p)
+        sums = probabilities.cumsum(-1)
+        place = torch.rand((), generator=self._generator, dtype=torch.float64)
+        drawn = torch.searchsorted(sums, place.to(sums.device) * sums[-1], right=True)
+        # The last sum may round below the number drawn.
+        return min(int(drawn), int(probabilities.nonzero()[-1]))
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The probabilities of the likeliest tokens that have `top_p` together, and zeros."""
+    ordered, tokens = probabilities.sort(descending=True, stable=True)
+    # Those before which less than top_p is there: the first always stays.
+    kept = ordered.cumsum(-1) - ordered < top_p
+    return torch.zeros_like(probabilities).index_put((tokens[kept],), ordered[kept])
+
+
+def reported(logits: Tensor, token: int, alternatives: int | None) -> Token:
+    """A token with its log-probability and so many of the likeliest in its place; None: neither."""
+    if alternatives is None:
+        return Token(token)
+    logprobs = logits.float().log_softmax(-1)
+    values, tokens = logprobs.topk(min(alternatives, len(logprobs)))
+    pairs = zip(tokens.tolist(), values.tolist(), strict=True)
+    return Token(token, float(logprobs[token]), tuple(pairs))

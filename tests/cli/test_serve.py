@@ -1,0 +1,103 @@
+"""`lorakit serve` as a process: it answers, and at SIGTERM ends once its answers are whole."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+import lorakit as lk
+from lorakit.cli.main import main
+from references import attach_random
+
+httpx = pytest.importorskip("httpx2")
+pytest.importorskip("uvicorn")
+
+SERVE = """
+import sys
+from lorakit.cli.main import main
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+TIMEOUT_S = 60
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_llama, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    model, _ = lk.load_model(tiny_llama)
+    attach_random(model, std=0.3, rank=2)
+    lk.extract(model).save(root / "mine")
+    return root
+
+
+def free_port():
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return made.getsockname()[1]
+
+
+def wait_for(client):
+    end = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        with contextlib.suppress(httpx.TransportError):
+            return client.get("/ready").raise_for_status()
+        time.sleep(0.05)
+    raise AssertionError("the server did not start")
+
+
+def test_a_server_answers_over_http_and_drains_at_sigterm(forks, tiny_llama, adapters):
+    port = free_port()
+    words = ["--model", str(tiny_llama), "--name", "tiny", "--adapters", str(adapters)]
+    server = forks.start(SERVE, *words, "--port", str(port))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
+        wait_for(client)
+        names = [card["id"] for card in client.get("/v1/models").json()["data"]]
+        assert names == ["tiny", "mine"]
+        body = {"model": "mine", "prompt": "red", "max_tokens": 20, "temperature": 0}
+        body |= {"ignore_eos": True}
+        whole = client.post("/v1/completions", json=body).raise_for_status().json()
+        body |= {"stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = (line for line in response.iter_lines() if line)
+            first = next(lines)
+            os.kill(server.pid, signal.SIGTERM)
+            rest = list(lines)
+    assert rest[-1] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in (first, *rest[:-1])]
+    text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    assert text == whole["choices"][0]["text"]
+    code, printed, problem = server.finish()
+    assert (code, printed) == (0, "")
+    assert f"http://127.0.0.1:{port}/v1" in problem
+    assert "those that came are answered" in problem
+
+
+def told(capsys, *words):
+    assert main(["serve", *map(str, words)]) == 2
+    return capsys.readouterr().err
+
+
+def test_mistakes_are_told_before_anything_slow(capsys, tiny_llama, adapters, tmp_path):
+    assert "--api-key-file" in told(capsys, "--model", tiny_llama, "--host", "0.0.0.0")
+    assert "name the base" in told(capsys, "--adapters", adapters)
+    missing = told(capsys, "--model", tiny_llama, "--api-key-file", tmp_path / "none")
+    assert "cannot be read" in missing
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert "can't listen" in told(capsys, "--model", tiny_llama, "--port", port)
+
+
+def test_adapters_that_cannot_be_served_are_all_told(capsys, tiny_llama, adapters, tmp_path):
+    for name in ("one", "two"):
+        place = tmp_path / name
+        place.mkdir()
+        (place / "adapter_config.json").write_text("{}")
+    problem = told(capsys, "--model", tiny_llama, "--adapters", tmp_path, "--port", 0)
+    assert "2 problems" in problem
+    assert "one: " in problem
+    assert "two: " in problem
