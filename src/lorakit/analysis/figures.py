@@ -92,6 +92,11 @@ def shown(value: float | None) -> str:
     return "–" if value is None or value != value else f"{value:.3g}"
 
 
+def plain(name: str) -> str:
+    """A name as a file and an id can have it."""
+    return re.sub(r"[^\w-]+", "-", name).strip("-")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """A figure as SVG for a page, and where in it the numbers are."""

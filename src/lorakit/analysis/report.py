@@ -12,7 +12,7 @@ from typing import Any
 from lorakit.adapter.adapter import Adapter
 from lorakit.analysis.amplification import Amplification
 from lorakit.analysis.by_layer import ByLayer
-from lorakit.analysis.figures import Figure, HeatMap, Lines, shown
+from lorakit.analysis.figures import Figure, HeatMap, Lines, plain, shown
 from lorakit.analysis.page import Page, Section, Table
 from lorakit.analysis.spectrum import Spectrum
 from lorakit.analysis.traces import Trace
@@ -149,7 +149,7 @@ def _spectra(spectra: Mapping[str, Spectrum]) -> Section:
         most = max(map(len, values.values()))
         figures.append(
             Lines(
-                name=f"spectrum-{_plain(module)}",
+                name=f"spectrum-{plain(module)}",
                 title=f"Spectrum of {module}",
                 note="The singular values of ΔW, largest first, a line for each layer.",
                 x_axis="number of the singular value",
@@ -167,11 +167,6 @@ def _spectra(spectra: Mapping[str, Spectrum]) -> Section:
         ],
         figures=figures,
     )
-
-
-def _plain(name: str) -> str:
-    """A name as a file can have it."""
-    return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")
 
 
 def _amplified(amplified: Mapping[str, Amplification]) -> Section:

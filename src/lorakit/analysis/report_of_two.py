@@ -12,7 +12,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.analysis.by_layer import ByLayer
 from lorakit.analysis.checks import shape_of
 from lorakit.analysis.compare import Comparison
-from lorakit.analysis.figures import HeatMap, shown
+from lorakit.analysis.figures import HeatMap, plain, shown
 from lorakit.analysis.page import Page, Section, Table
 from lorakit.analysis.subspaces import Side, random_control
 
@@ -147,10 +147,12 @@ def _maps(first: Adapter, phi: Mapping[Side, Mapping[str, Tensor]], names: Any) 
             own = phi[side][sites[middle]]
             if not own.numel():
                 continue
-            start = f"phi-{side}-{module}".replace(".", "-")
+            start = plain(f"phi-{side}-{module}")
             end = side.upper()
             note = f"φ(i, j) of the first i and j directions of {end}."
-            figures.append(phi_map(f"{start}-{middle}", f"{end}, {where}", note, own, names=names))
+            figures.append(
+                phi_map(plain(f"{start}-{middle}"), f"{end}, {where}", note, own, names=names)
+            )
             if len(sites) > 1:
                 mean = mean_phi([phi[side][site] for site in sites.values()])
                 note = f"The mean of φ over {len(sites)} layers."
@@ -163,7 +165,7 @@ def _maps(first: Adapter, phi: Mapping[Side, Mapping[str, Tensor]], names: Any) 
         note = "Two Gaussian matrices of the shapes of A: what nothing in common looks like."
         figures.append(
             phi_map(
-                f"phi-random-{module}".replace(".", "-"),
+                plain(f"phi-random-{module}"),
                 f"Random, {where}",
                 note,
                 control,
