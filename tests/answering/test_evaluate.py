@@ -28,6 +28,15 @@ def test_scores_are_the_same_by_folder_and_on_a_loaded_model(tiny_llama, prompt_
     assert not hasattr(model, "_lorakit")
 
 
+def test_every_nth_row_is_scored(tiny_llama, prompt_rows, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(prompt_rows.read_text().splitlines()[:7:3]))
+    asked = {"model": str(tiny_llama), "metrics": "loss"}
+    thinned = lk.DataConfig(validation=str(prompt_rows), validation_rows=7, validation_every=3)
+    alone = lk.evaluate(data=lk.DataConfig(validation=str(few)), **asked)
+    assert lk.evaluate(data=thinned, **asked) == alone
+
+
 def test_bleu_is_left_out_of_the_usual_scores_where_its_library_is_not_installed(
     tiny_llama, prompt_rows, monkeypatch
 ):

@@ -8,8 +8,8 @@ from lorakit.training.sweep.grid import SECTIONS, VARYING
 METHODS = {"lora", "full", "bitfit", "prefix", "bottleneck"}
 VARYING_OF_RUNS = {
     *("method", "steps", "epochs", "batch_size", "accumulate", "learning_rate", "lora_plus_ratio"),
-    *("eva_batches", "warmup_steps", "schedule", "weight_decay", "max_grad_norm"),
-    *("label_smoothing", "z_loss", "seed", "eval_every", "patience"),
+    *("eva_batches", "warmup_steps", "schedule", "weight_decay", "adam_epsilon"),
+    *("max_grad_norm", "label_smoothing", "z_loss", "seed", "eval_every", "patience"),
 }
 LIKE_THEIR_SECTION = {
     "lora": {
@@ -76,7 +76,8 @@ def test_what_varies_between_trials_is_as_agreed():
 def test_what_a_resumed_run_may_change_is_a_short_list():
     config = TrainConfig(out="run")
     names = {name for name, mark, _ in flat_settings(config) if mark.may_change}
-    scored = {"eval_every", "patience", "data.validation", "data.validation_rows"}
+    scored = {"eval_every", "patience"}
+    scored |= {"data.validation", "data.validation_rows", "data.validation_every"}
     checks = {"check_after", "allow_untrained", "allow_other_base"}
     handled = {"save_every", "memory", "offload", "model", "data.train"}
     assert names == {"steps", "epochs"} | scored | checks | handled

@@ -11,6 +11,7 @@ import torch
 import lorakit as lk
 from golden import bases
 from lorakit.cli.main import main
+from lorakit.config.marks import settings_where
 
 HERE = Path(__file__).parent
 LOGITS = safetensors.torch.load_file(HERE / "logits.safetensors")
@@ -50,8 +51,13 @@ def completed(card):
     """Return a card with the defaults of settings that it is too old to have."""
     if "data" not in card:
         return card
-    defaults = lk.DataConfig().model_dump(mode="json")
-    return {**card, "data": {**defaults, **card["data"]}}
+    defaults = lk.TrainConfig(out="run").model_dump(mode="json")
+    on_card = settings_where(lk.TrainConfig, lambda mark: mark.on_card)
+    return {
+        **card,
+        "data": {**defaults["data"], **card["data"]},
+        "settings": {**{name: defaults[name] for name in on_card}, **card["settings"]},
+    }
 
 
 def test_nothing_is_missing():

@@ -8,17 +8,33 @@ import torch
 import lorakit as lk
 from lorakit.paper.cell import cells
 from lorakit.paper.evidence import Found, Measured, Peak, ShownByTest, Sources, Versus
-from lorakit.paper.reproduction import claims, readme_table, reproduction_page, verdict
+from lorakit.paper.figure import draw, points
+from lorakit.paper.pages import small_pages, with_table
+from lorakit.paper.reproduction import claims, verdict
 
 ROOT = Path(__file__).parents[2]
 HERE = Sources(ROOT / "paper" / "results", ROOT / "benchmarks" / "results")
 
 
-def test_the_page_is_that_of_the_results(tmp_path):
-    page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
-    made = tmp_path / "reproduction.md"
-    made.write_text(reproduction_page(HERE), encoding="utf-8")
-    assert page == made.read_text("utf-8"), f"run `lorakit paper claims --out docs`: {made}"
+def test_all_pages_are_those_of_the_results():
+    made = {**small_pages(HERE), Path("README.md"): with_table(ROOT, HERE)}
+    old = [str(place) for place, text in made.items() if (ROOT / place).read_text("utf-8") != text]
+    assert old == [], "run `lorakit paper pages`"
+
+
+def test_no_page_is_of_a_table_that_is_gone():
+    places = {ROOT / place for place in small_pages(HERE)}
+    assert set((ROOT / "paper" / "tables").iterdir()) <= places
+
+
+def test_the_figures_are_those_of_the_results(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    drawn = ROOT / "paper" / "figures" / "figure2.small.svg"
+    if f"Matplotlib v{matplotlib.__version__}" not in drawn.read_text("utf-8"):
+        pytest.skip("another matplotlib draws other lines")
+    draw(points("figure2", HERE.results), "figure2", tmp_path)
+    assert (tmp_path / drawn.name).read_text("utf-8") == drawn.read_text("utf-8")
+    assert drawn.with_suffix(".png").is_file()
 
 
 def test_every_claim_s_evidence_exists():
@@ -32,7 +48,6 @@ def test_every_claim_s_evidence_exists():
             named = {Versus: ("cell", "than"), Peak: ()}.get(type(piece), ())
             assert all(getattr(piece, each) in cells() for each in named)
             assert not isinstance(piece, Peak) or set(piece.cells) <= set(cells())
-    assert readme_table(HERE).startswith("|  | paper | ours (small) | why different |")
 
 
 @pytest.mark.parametrize(

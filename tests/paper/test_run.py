@@ -7,7 +7,7 @@ import pytest
 
 import lorakit as lk
 from lorakit.errors import TrainingError
-from lorakit.paper import check, run
+from lorakit.paper import check, estimate, run
 
 
 def states(told):
@@ -190,3 +190,36 @@ def test_texts_are_answered_by_each_search_and_scored_again(paper, query_cell, d
     rows = paper("table", "8")[1]["rows"]
     assert [row["search"] for row in rows] == ["", "beam 2"]
     assert all(row["state"] == "" for row in rows)
+
+
+def test_a_task_can_start_from_the_adapter_of_another_s_run(
+    paper, change_row, tmp_path, monkeypatch
+):
+    change_row("small: {}", "small: {tasks: {cola: {starts_from: sst2}, sst2: {}}}")
+    begun = {}
+    train = lk.train
+
+    def note(config, **how):
+        begun[config.data.train.partition("@")[0]] = config.init_from
+        return train(config, **how)
+
+    monkeypatch.setattr(run, "train", note)
+    words = ("table9.lora", "--tasks", "cola,sst2", "--seeds", "0")
+    assert states(paper("run", *words)[1]) == [("cola", 0, "done"), ("sst2", 0, "done")]
+    start = begun["task:cola:train"]
+    assert begun == {"task:sst2:train": None, "task:cola:train": start}
+    assert lk.Adapter.load(start).card["data"]["train"].startswith("task:sst2:train")
+    assert not list((tmp_path / "work").rglob("checkpoint-*"))
+
+
+def test_a_dry_run_says_how_long_each_run_takes(paper, data, tiny_bert, monkeypatch):
+    speed = estimate.Speed(trained=2.0, read=4.0, written=1.0)
+    monkeypatch.setattr(estimate, "SPEEDS", {str(tiny_bert): speed})
+    (one,) = paper("run", "table9.lora", "--tasks", "cola", "--seeds", "0", "--dry-run")[1]["runs"]
+    lines = (data / "cola" / "train.jsonl").read_text().splitlines()
+    lengths = [len(json.loads(line)["sentence"]) / 4 for line in lines]
+    training = 4 * 4 * sum(lengths) / len(lengths) / 2.0
+    lines = (data / "cola" / "validation.jsonl").read_text().splitlines()[:16]
+    # Two evaluations in training, and the best and the last adapter's.
+    scoring = 4 * sum(len(json.loads(line)["sentence"]) / 4 for line in lines) / 4.0
+    assert one["estimated_seconds"] == pytest.approx(training + scoring)

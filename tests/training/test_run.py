@@ -16,7 +16,7 @@ import lorakit.training.prepare as preparation
 import lorakit.training.run as training
 from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
-from lorakit.errors import ConfigError, DataError, OutputError, TrainingError
+from lorakit.errors import AdapterFileError, ConfigError, DataError, OutputError, TrainingError
 from lorakit.training import batch_trainer
 from lorakit.training.lm_loss import text_losses
 from lorakit.training.run import train
@@ -215,6 +215,46 @@ def test_the_best_adapter_is_kept_beside_the_last(settings, scores):
     assert result.scores == {"loss": 1.0}
     assert lk.Adapter.load(result.out).card["step"] == 8
     assert lk.Adapter.load(result.out / "last").card["step"] == 12
+
+
+def test_the_best_adapter_is_by_the_score_of_the_task(settings, tiny_bert, tmp_path, monkeypatch):
+    rows = [{"sentence": "a b" * (n % 2 + 1), "label": n % 2} for n in range(8)]
+    for split in ("train", "validation"):
+        file = tmp_path / f"{split}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    coming = iter([(0.9, 0.0), (0.5, 0.5), (0.6, 0.2)])
+    monkeypatch.setattr(
+        training,
+        "score",
+        lambda *a, best_by, **k: dict(zip(("accuracy", best_by), next(coming), strict=True)),
+    )
+    data = DataConfig(train=f"task:cola@{tmp_path}", validation=f"task:cola@{tmp_path}")
+    result = train(settings(model=str(tiny_bert), data=data))
+    assert result.best_step == 8
+    assert result.scores == {"accuracy": 0.5, "matthews": 0.5}
+
+
+def test_an_adapter_of_another_task_is_gone_on_from_with_a_fresh_head(
+    settings, tiny_bert, label_rows, tmp_path
+):
+    rows = [json.loads(line) for line in label_rows.read_text().splitlines()]
+    three = tmp_path / "three.jsonl"
+    labels = ("a", "b", "c")
+    three.write_text(
+        "".join(json.dumps({**row, "label": labels[n % 3]}) + "\n" for n, row in enumerate(rows))
+    )
+    short = {"model": str(tiny_bert), "steps": 2, "warmup_steps": 0, "eval_every": None}
+    first = train(settings(data=DataConfig(train=str(three)), out=tmp_path / "first", **short))
+    how = short | {"data": DataConfig(train=str(label_rows)), "init_from": str(first.out)}
+    still = {"learning_rate": 1e-12, "fresh_head": True}
+    second = train(settings(out=tmp_path / "second", **{**how, **still})).adapter
+    heads = {name for name in second.tensors if name.startswith("classifier.")}
+    assert {second.tensors[name].shape[0] for name in heads} == {2}
+    for name in second.tensors.keys() - heads:
+        torch.testing.assert_close(second.tensors[name], first.adapter.tensors[name])
+    other = {**how, **still, "lora": LoRAConfig(rank=2)}
+    with pytest.raises(AdapterFileError, match="give those that it was trained with"):
+        train(settings(out=tmp_path / "third", **other))
 
 
 @pytest.mark.thorough

@@ -121,6 +121,7 @@ def _rows(opened: Opened) -> Rows:
         data.validation,
         data,
         limit=data.validation_rows,
+        every=data.validation_every,
         split="test",
         labels=opened.labels,
         task=opened.task,

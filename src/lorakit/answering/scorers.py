@@ -13,7 +13,6 @@ from lorakit.data.metrics.score import check_scorer, score, score_names, scorer
 from lorakit.data.row_types import Row, references_of
 from lorakit.data.tasks import PREFIX, task_of
 from lorakit.data.tasks.task import Task, reference_of
-from lorakit.data.tasks.wikisql import tables_of
 from lorakit.errors import ConfigError, MissingExtraError
 
 BASIC: Mapping[str, Callable[[Sequence[str], Sequence[Sequence[str]]], float]] = {
@@ -126,7 +125,7 @@ class Scorers:
             [self.output(*pair) for pair in zip(rows, answers, strict=True)],
             [self.reference(row) for row in rows],
             variant=self.config.variant,
-            tables=tables_of(rows) if task.name == "wikisql" else None,
+            **task.beside(rows),
         )
 
     def output(self, row: Row, answer: Any) -> Any:

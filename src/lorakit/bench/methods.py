@@ -138,7 +138,9 @@ def _config(
         "model": settings.model,
         "dtype": settings.dtype,
         "out": out,
-        "data": settings.data.model_copy(update={"validation": None, "validation_rows": None}),
+        "data": settings.data.model_copy(
+            update={"validation": None, "validation_rows": None, "validation_every": None}
+        ),
         "task": settings.task,
         "steps": settings.steps,
         "batch_size": settings.batch_size,
@@ -226,6 +228,7 @@ def _scores(
         str(data.validation),
         data,
         limit=data.validation_rows,
+        every=data.validation_every,
         split="validation",
         labels=labels,
         task=asked,

@@ -13,6 +13,7 @@ from lorakit.config.paper import (
     PaperClaimsConfig,
     PaperFigureConfig,
     PaperListConfig,
+    PaperPagesConfig,
     PaperRunConfig,
     PaperTableConfig,
     PaperVerifyConfig,
@@ -23,7 +24,7 @@ from lorakit.paper.evidence import Sources
 from lorakit.paper.figure import draw, points, points_table
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.markdown import markdown
-from lorakit.paper.pages import written
+from lorakit.paper.pages import remake, written
 from lorakit.paper.reproduction import readme_table, reproduction_page
 from lorakit.paper.results import State, state_of
 from lorakit.paper.run import run_cells
@@ -56,10 +57,17 @@ def run(settings: PaperRunConfig) -> Result:
     if studies := studies_in(settings.cells):
         return _run_studies(settings, studies)
     done = run_cells(settings, progress=True)
-    return Result(
-        text="\n".join([*_lines(done.states), *done.notes]),
-        data={"runs": _records(done.states), "notes": list(done.notes)},
-    )
+    planned = {job: f"about {seconds / 60:.0f} min" for job, seconds in done.seconds.items()}
+    lines = [*_lines(done.states, planned), *done.notes]
+    if planned:
+        hours = sum(done.seconds.values()) / 3600
+        lines.append(f"about {hours:.1f} hours on one thread of a slow machine, if run one by one")
+    seconds = [done.seconds.get(job) for job in done.states]
+    runs = [
+        {**record, "estimated_seconds": each}
+        for record, each in zip(_records(done.states), seconds, strict=True)
+    ]
+    return Result(text="\n".join(lines), data={"runs": runs, "notes": list(done.notes)})
 
 
 def _run_studies(settings: PaperRunConfig, studies: Sequence[str]) -> Result:
@@ -121,6 +129,13 @@ def claims(settings: PaperClaimsConfig) -> Result:
     return Result(text=written(page, settings.out, "reproduction.md"), data={"page": page})
 
 
+def pages(settings: PaperPagesConfig) -> Result:
+    """All pages of a repository, made again."""
+    files = list(remake(settings.root, Sources(settings.results, settings.benchmarks)))
+    lines = [f"written to {file}" for file in files]
+    return Result(text="\n".join(lines), data={"files": [str(file) for file in files]})
+
+
 def verify_cells(settings: PaperVerifyConfig) -> Result:
     """Score stored outputs again."""
     found = verify(settings)
@@ -174,11 +189,13 @@ def _lines_of_cells(states: Mapping[Job, State]) -> Iterable[str]:
         yield f"{name:{width}}  {cell.method:{wide}}  {told or 'cannot be run at this scale'}"
 
 
-def _lines(states: Mapping[Job, State]) -> Iterable[str]:
+def _lines(states: Mapping[Job, State], planned: Mapping[Job, str] | None = None) -> Iterable[str]:
+    """A line for each job: what there is of it, and what a run of it would take."""
     width = max((len(job.name) for job in states), default=0)
     for job, state in states.items():
-        told = _told(job, state) if state.kind == "done" else state.why
-        yield f"{job.name:{width}}  {state.kind:8}{told}".rstrip()
+        told = [_told(job, state) if state.kind == "done" else state.why]
+        told += [planned[job]] if planned and job in planned else []
+        yield f"{job.name:{width}}  {state.kind:8}{', '.join(filter(None, told))}".rstrip()
 
 
 def _told(job: Job, state: State) -> str:
@@ -214,6 +231,7 @@ SECOND_WORDS: dict[str, Verb] = {
     "run": Paper(run),
     "figure": Paper(figure),
     "claims": Paper(claims),
+    "pages": Paper(pages),
     "table": Paper(table),
     "verify": Paper(verify_cells),
 }

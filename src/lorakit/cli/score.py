@@ -24,6 +24,7 @@ def run(settings: ScoreConfig) -> Result:
         references,
         variant=settings.variant,
         tables=_list(settings.tables) if settings.tables else None,
+        seen=_list(settings.seen) if settings.seen else None,
         use_java=settings.scorer == "java",
     )
     made_by = scorer(settings.task, settings.variant)

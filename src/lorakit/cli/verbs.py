@@ -95,6 +95,10 @@ VERBS = {
         meaning="Write the page of what of the paper holds in our results.",
         settings="config.paper:PaperClaimsConfig",
     ),
+    "paper pages": Entry(
+        meaning="Make all pages, tables and figures of our results again.",
+        settings="config.paper:PaperPagesConfig",
+    ),
     "paper verify": Entry(
         meaning="Score the outputs of results again, and name what differs.",
         settings="config.paper:PaperVerifyConfig",

@@ -2,6 +2,7 @@
 
 OTHER_NAMES = {
     "adapter_name_or_path": "adapter",
+    "adam_eps": "adam_epsilon",
     "adapter_path": "adapter",
     "base_model": "model",
     "batch": "batch_size",

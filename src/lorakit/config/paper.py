@@ -110,6 +110,17 @@ class PaperTableConfig(PaperConfig):
     """Folder for table2.small.md, which is replaced. None: the table is printed."""
 
 
+class PaperPagesConfig(PaperConfig):
+    """Settings of paper pages: whose pages are made again."""
+
+    benchmarks: Path = Path("benchmarks/results")
+    """Folder of the benchmarks' results."""
+
+    root: Path = Path(".")
+    """Folder of the repository. Replaced are docs/reproduction.md, paper/tables, paper/figures, and
+    README.md's table."""
+
+
 class PaperClaimsConfig(PaperConfig):
     """Settings of paper claims: where the page is written."""
 

@@ -103,6 +103,9 @@ class DataConfig(Settings):
     validation_rows: Place[PositiveInt | None] = None
     """Use only the first so many validation rows."""
 
+    validation_every: Place[PositiveInt | None] = None
+    """Of the validation rows use only each so many-th: 10 takes a tenth, from all over the file."""
+
     labels: Annotated[Names, Field(min_length=2)] | None = None
     """Names of the classes, in order. None: the distinct labels of the training rows, sorted."""
 
@@ -146,8 +149,8 @@ class TrainConfig(Settings):
             "optimizer",
             "How weights are changed.",
             (
-                *("warmup_steps", "schedule", "weight_decay", "max_grad_norm", "label_smoothing"),
-                *("z_loss", "lora_plus_ratio", "eva_batches"),
+                *("warmup_steps", "schedule", "weight_decay", "adam_epsilon", "max_grad_norm"),
+                *("label_smoothing", "z_loss", "lora_plus_ratio", "eva_batches"),
             ),
         ),
         Topic(
@@ -162,8 +165,8 @@ class TrainConfig(Settings):
             "folder",
             "Runs that go on from others, replace them, or are several.",
             (
-                *("init_from", "allow_other_base", "resume", "keep_settings", "overwrite"),
-                *("table", "dry_run", "sweep"),
+                *("init_from", "fresh_head", "allow_other_base", "resume", "keep_settings"),
+                *("overwrite", "table", "dry_run", "sweep"),
             ),
         ),
     )
@@ -245,6 +248,10 @@ class TrainConfig(Settings):
     """AdamW's decay of what is trained, towards zero. For updates (A and B, but not of init pissa;
     bottlenecks) that is towards the pre-trained model; for weights, tokens and biases it is not."""
 
+    adam_epsilon: Varies[PositiveFloat] = 1e-8
+    """What AdamW adds to the root of the mean square of a gradient. The paper's code has 1e-6 for
+    GPT-2."""
+
     max_grad_norm: Varies[PositiveFloat] = 1.0
     """Gradients are clipped to this norm."""
 
@@ -302,6 +309,10 @@ class TrainConfig(Settings):
     init_from: Shared[AdapterPlace | None] = None
     """Adapter folder, or OWNER/NAME[@REVISION] on the hub, to go on from, in place of a fresh
     start."""
+
+    fresh_head: Shared[bool] = False
+    """Leave the task's head of `init_from` out and start a fresh one, for another task than its
+    own. `method` and its settings must be those that it was trained with."""
 
     sweep: Invocation[dict[str, Any] | list[Any] | None] = None
     """Train several adapters on one base in one batch, each as if alone, in folders of their own in
@@ -365,6 +376,7 @@ class TrainConfig(Settings):
             "eval_every": self.eval_every,
             "patience": self.patience,
             "data.validation_rows": self.data.validation_rows,
+            "data.validation_every": self.data.validation_every,
         }
         idle = [name for name, value in asked.items() if value is not None]
         if idle and self.data.validation is None:

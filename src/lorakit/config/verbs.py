@@ -226,6 +226,10 @@ class ScoreConfig(Settings):
     tables: Path | None = None
     """For wikisql: a JSON list with the table of each query. None: no execution."""
 
+    seen: Path | None = None
+    """For webnlg: a JSON list that says of each output whether the category of its triples occurs
+    in training, true or false. None: no scores of seen and unseen categories apart."""
+
     scorer: Literal["python", "java"] = "python"
     """java: CoreNLP and METEOR's own program do their part of e2e, as a check of ours."""
 

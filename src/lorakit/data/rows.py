@@ -26,6 +26,7 @@ def read_rows(
     data: DataConfig,
     *,
     limit: int | None = None,
+    every: int | None = None,
     split: str = "train",
     labels: tuple[str, ...] | None = None,
     task: str | None = None,
@@ -37,6 +38,7 @@ def read_rows(
         source: what `DataConfig.train` may be.
         data: the type of row, the names of the columns, and the classes.
         limit: read only the first so many rows.
+        every: of these take only each so many-th.
         split: the split to read where the source has several and names none.
         labels: the classes of the training rows, for validation rows. None: those of `data`, or
             the distinct labels found.
@@ -49,6 +51,21 @@ def read_rows(
             task; lists what is wrong.
         MissingExtraError: the library that reads the source is not installed.
     """
+    how: Any = {"limit": limit, "split": split, "labels": labels, "task": task}
+    rows = _all_rows(source, data, **how, answered=answered)
+    return rows if every is None else replace(rows, rows=rows.rows[::every])
+
+
+def _all_rows(
+    source: str,
+    data: DataConfig,
+    *,
+    limit: int | None,
+    split: str,
+    labels: tuple[str, ...] | None,
+    task: str | None,
+    answered: bool,
+) -> Rows:
     if source.startswith(BUILTIN_PREFIX):
         return _builtin_rows(source, data, limit=limit, split=split, task=task)
     if source.startswith(TASK_PREFIX):

@@ -39,6 +39,13 @@ class Part(Settings):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     """The warm-up as a share of the steps."""
 
+    train_split: str | None = None
+    """The split of the task that is trained on. None: train."""
+
+    starts_from: str | None = None
+    """The task from whose run, of the same cell and seed, training starts, with a fresh head. None:
+    it starts from the model alone."""
+
 
 class PartOfTasks(Part):
     """The same, and what tasks have beside it."""
@@ -55,6 +62,9 @@ class Scoring(Settings):
 
     rows: PositiveInt | None = None
     """Only its first so many rows. None: all."""
+
+    every: PositiveInt | None = None
+    """Of these only each so many-th: where a file's rows are in an order. None: all."""
 
     epoch: Literal["best", "last"] = "best"
     """Which evaluation counts: the best one of the run, or that at its end."""
@@ -258,11 +268,12 @@ def merged(parts: Iterable[Part]) -> Part:
     """Several levels as one; a later one overrides, in sections setting by setting."""
     train: dict[str, Any] = {}
     score: dict[str, Any] = {}
-    ratio = None
+    single: dict[str, Any] = {}
     for part in parts:
         train, score = _over(train, part.train), _over(score, part.score)
-        ratio = ratio if part.warmup_ratio is None else part.warmup_ratio
-    return Part(train=train, score=score, warmup_ratio=ratio)
+        given = part.model_dump(include={"warmup_ratio", "train_split", "starts_from"})
+        single |= {name: value for name, value in given.items() if value is not None}
+    return Part(train=train, score=score, **single)
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

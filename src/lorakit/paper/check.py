@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lorakit.adapter.output_place import check_place
 from lorakit.bench.environment import uncommitted
@@ -28,17 +29,19 @@ class Data:
 
     folder: Path | None
     """That of all tasks; None: the hub."""
-    rows: dict[tuple[str, str, int | None], Rows] = field(default_factory=dict)
-    """By task, split and the number of rows that are used."""
+    rows: dict[tuple[Any, ...], Rows] = field(default_factory=dict)
+    """By task, split, which of its rows are used, and what for."""
     _hashes: dict[int, str] = field(default_factory=dict)
 
     def training(self, job: Job) -> Rows:
         """The rows that a job trains on."""
-        return self._read(job, "train", job.given["train"].get("data", {}).get("train_rows"))
+        limit = job.given["train"].get("data", {}).get("train_rows")
+        return self._read(job, job.train_split, limit, None, use="train")
 
     def scored(self, job: Job) -> Rows:
         """The rows that a job is scored on."""
-        return self._read(job, job.scoring.split, job.scoring.rows)
+        scoring = job.scoring
+        return self._read(job, scoring.split, scoring.rows, scoring.every, use="test")
 
     def hashes(self, job: Job) -> dict[str, str]:
         """The hash of a job's rows, by what they are for."""
@@ -50,12 +53,13 @@ class Data:
             self._hashes[id(rows)] = digest(rows)
         return self._hashes[id(rows)]
 
-    def _read(self, job: Job, split: str, limit: int | None) -> Rows:
-        key = job.task, split, limit
+    def _read(
+        self, job: Job, split: str, limit: int | None, every: int | None, *, use: str
+    ) -> Rows:
+        key = job.task, split, limit, every, use
         if key not in self.rows:
-            self.rows[key] = read_rows(
-                job.source(split, self.folder), DataConfig(), limit=limit, split=split
-            )
+            source = job.source(split, self.folder)
+            self.rows[key] = read_rows(source, DataConfig(), limit=limit, every=every, split=use)
         return self.rows[key]
 
 
@@ -74,7 +78,8 @@ def check(settings: PaperRunConfig, jobs: Sequence[Job]) -> Data:
         ConfigError: something is missing or wrong; every problem is listed.
     """
     data = Data(settings.data)
-    problems = [*_place_problems(settings), *_data_problems(data, jobs)]
+    starts = [start for job in jobs if (start := job.start) is not None]
+    problems = [*_place_problems(settings), *_data_problems(data, [*jobs, *starts])]
     if not settings.dry_run:
         problems += _commit_problems()
     if problems:

@@ -62,6 +62,22 @@ class Job:
         return f"{'/'.join(self.folder.parts)}, seed {self.seed}"
 
     @property
+    def train_split(self) -> str:
+        """The split that is trained on."""
+        return self.given["train_split"] or "train"
+
+    @property
+    def start(self) -> Job | None:
+        """The job of another task from whose best adapter this one starts."""
+        if self.given["starts_from"] is None:
+            return None
+        same = {"scale": self.scale, "variant": self.variant, "cells": (self.cell.id,)}
+        model = self.model if self.scale == "full" else None
+        of_task = {"tasks": (self.given["starts_from"],), "seeds": (self.seed,)}
+        (found,) = jobs_of(Chosen(**same, model=model, **of_task))
+        return found
+
+    @property
     def scoring(self) -> Scoring:
         """What is scored."""
         return Scoring(**self.given["score"])
@@ -82,10 +98,11 @@ class Job:
             ConfigError: they cannot be used.
         """
         train, scoring = dict(self.given["train"]), self.scoring
-        rows = dict(train.pop("data", {})) | {"train": self.source("train", data)}
+        rows = dict(train.pop("data", {})) | {"train": self.source(self.train_split, data)}
         if scoring.epoch == "best":
             rows["validation"] = self.source(scoring.split, data)
             rows["validation_rows"] = scoring.rows
+            rows["validation_every"] = scoring.every
         if self.given["warmup_ratio"] is not None:
             train["warmup_steps"] = self._warmup(train)
         model = HUB_NAMES.get(self.model, self.model)
@@ -93,7 +110,7 @@ class Job:
 
     def _warmup(self, train: Mapping[str, Any]) -> int:
         """The steps of the warm-up, where it is given as a share of all."""
-        rows = TASKS[self.task].splits["train"].size
+        rows = TASKS[self.task].splits[self.train_split].size
         per_epoch = math.ceil(rows / train["batch_size"])
         steps = train.get("steps") or math.ceil(per_epoch * train["epochs"])
         return round(self.given["warmup_ratio"] * steps)

@@ -15,7 +15,6 @@ from lorakit.config.train import DataConfig
 from lorakit.data.metrics.score import score, score_names
 from lorakit.data.row_types import Rows
 from lorakit.data.tasks import TASKS
-from lorakit.data.tasks.wikisql import tables_of
 from lorakit.paper.job import Job
 
 Scores = dict[str, float | None]
@@ -46,7 +45,11 @@ def answered(
     file = adapter / "answers.jsonl"
     file.unlink(missing_ok=True)
     scoring, train = job.scoring, job.given["train"]
-    rows = DataConfig(validation=job.source(scoring.split, data), validation_rows=scoring.rows)
+    rows = DataConfig(
+        validation=job.source(scoring.split, data),
+        validation_rows=scoring.rows,
+        validation_every=scoring.every,
+    )
     config = EvaluateConfig(
         data=rows,
         metrics=("task",),
@@ -78,7 +81,7 @@ def scores_of(job: Job, rows: Rows, answers: Sequence[Any]) -> Scores:
         [task.output(*pair) for pair in zip(answers, rows.rows, strict=True)],
         [task.reference(row) for row in rows.rows],
         variant=job.scoring.variant,
-        tables=tables_of(rows.rows) if job.task == "wikisql" else None,
+        **task.beside(rows.rows),
     )
     return _finite(found)
 

@@ -1,10 +1,24 @@
-"""Pages and pictures in a folder, or on the screen."""
+"""Pages and pictures in a folder, or on the screen; and all of a repository's, made again."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from lorakit.adapter.atomic_write import write_files
+from lorakit.adapter.atomic_write import read_file, write_files
+from lorakit.errors import OutputError
+from lorakit.paper.cell import tables
+from lorakit.paper.evidence import Sources
+from lorakit.paper.figure import draw, points, points_table
+from lorakit.paper.markdown import markdown
+from lorakit.paper.reproduction import readme_table, reproduction_page
+from lorakit.paper.summary import summary
+
+PAGES, PICTURES = Path("paper/tables"), Path("paper/figures")
+"""Where the tables and the figures of a repository are, from its root."""
+README = Path("README.md")
+_MARKED = re.compile(r"(<!-- paper -->\n).*?(<!-- end of paper -->)", re.DOTALL)
 
 
 def written(page: str, folder: Path | None, name: str) -> str:
@@ -19,3 +33,58 @@ def written(page: str, folder: Path | None, name: str) -> str:
         return page
     write_files(folder, {name: page.encode()}, overwrite=True)
     return f"written to {folder / name}"
+
+
+def small_pages(sources: Sources) -> dict[Path, str]:
+    """Every page that is made of the small twins' results, by its place in the repository.
+
+    Raises:
+        DataError: a result cannot be read.
+    """
+    made = {Path("docs/reproduction.md"): reproduction_page(sources)}
+    for name, table in tables().items():
+        if table.small is None:
+            continue
+        place = PAGES / f"{name}.small.md"
+        if name.startswith("figure"):
+            made[place] = points_table(points(name, sources.results), name)
+        else:
+            made[place] = markdown(summary(name, scale="small", results=sources.results))
+    return made
+
+
+def remake(root: Path, sources: Sources) -> Iterator[Path]:
+    """Write every page, README's table and the figures anew, and yield what was written.
+
+    Args:
+        root: the folder of the repository.
+        sources: where the results are.
+
+    Raises:
+        DataError: a result cannot be read.
+        MissingExtraError: matplotlib is not installed.
+        OutputError: a file cannot be written, or README.md has no place for its table.
+    """
+    made = {**small_pages(sources), README: with_table(root, sources)}
+    for place, text in made.items():
+        write_files((root / place).parent, {place.name: text.encode()}, overwrite=True)
+        yield root / place
+    for name in tables():
+        if name.startswith("figure"):
+            yield from draw(points(name, sources.results), name, root / PICTURES)
+
+
+def with_table(root: Path, sources: Sources) -> str:
+    """README.md with a fresh table between <!-- paper --> and <!-- end of paper -->.
+
+    Raises:
+        OutputError: it is not there, or has no such lines.
+    """
+    readme = (read_file(root, README.name) or b"").decode()
+    if not _MARKED.search(readme):
+        raise OutputError(
+            f"{root / README} has no table of the paper: it belongs between the lines"
+            " <!-- paper --> and <!-- end of paper -->"
+        )
+    table = readme_table(sources)
+    return _MARKED.sub(lambda found: f"{found[1]}{table}\n{found[2]}", readme)

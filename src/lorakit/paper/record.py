@@ -18,8 +18,8 @@ from lorakit.paper.shapes import trained_parameters
 from lorakit.training.run import TrainResult
 from lorakit.training.run_folder import LOG
 
-UNRECORDED = {"out", "data", "resume", "overwrite", "sweep"}
-"""Settings of one call, and where the rows lie."""
+UNRECORDED = {"out", "data", "resume", "overwrite", "sweep", "init_from"}
+"""Settings of one call, and where the rows and what a run starts from lie."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Answers:
 
 def entry_of_job(job: Job, config: TrainConfig, data: Data) -> dict[str, Any]:
     """What is known of a run before it starts."""
-    splits = {"train": "train", "score": job.scoring.split}
+    splits = {"train": job.train_split, "score": job.scoring.split}
     rows = {"train": data.training(job), "score": data.scored(job)}
     return {
         "cell": job.cell.id,

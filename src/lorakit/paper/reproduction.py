@@ -28,7 +28,7 @@ Each claim of the LoRA paper (Hu et al., 2021) and our evidence for it, on packa
 a hundredth to a thousandth of the paper's, for fewer steps: so what is compared is which method is
 better, not the scores. A claim holds where every comparison does, and in part where some do. This
 page is made from the results in `paper/results/` and `benchmarks/results/` by `lorakit paper
-claims --out docs`; a test makes it again. [How cells are run](design/paper.md)."""
+pages`; a test makes it again. [How cells are run](design/paper.md)."""
 
 
 class Claim(Settings):
@@ -129,4 +129,6 @@ def readme_table(sources: Sources) -> str:
                 "; ".join(REASONS[reason] for reason in reasons),
             ]
         )
+    if not rows:
+        return "Not run yet."
     return _grid_of_text(["", "paper", "ours (small)", "why different"], rows)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorakit.bench.environment import environment
 from lorakit.bench.memory import forget_peak, most_bytes
 from lorakit.bench.result import threads
-from lorakit.config.paper import PaperRunConfig
+from lorakit.config.paper import Chosen, PaperRunConfig
 from lorakit.config.train import TrainConfig
 from lorakit.errors import TrainingError
 from lorakit.paper.check import Data, check, notes
+from lorakit.paper.estimate import seconds_of
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.joint import groups, train_together
 from lorakit.paper.record import answers_of, entry_of_job, entry_of_run
@@ -31,6 +32,9 @@ from lorakit.paper.results import (
 from lorakit.training.checkpoints import list_checkpoints
 from lorakit.training.run import TrainResult, train
 
+FINISHED = ("done", "failed")
+"""Kinds of states of jobs that need no run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
@@ -40,6 +44,8 @@ class Done:
     """What there is of each job now, or before a dry run."""
     notes: Sequence[str]
     """What is to be known of the data."""
+    seconds: Mapping[Job, float] = field(default_factory=dict)
+    """Of a dry run, how long each job that is left takes on one thread, where that is known."""
 
 
 def run_cells(settings: PaperRunConfig, *, progress: bool) -> Done:
@@ -58,7 +64,10 @@ def run_cells(settings: PaperRunConfig, *, progress: bool) -> Done:
         with threads(settings.threads):
             _Runner(settings, data, environment(), progress).run(jobs)
     states = {job: state_of(job, settings.results, data=data.hashes(job)) for job in jobs}
-    return Done(states=states, notes=remarks)
+    left = [job for job, state in states.items() if state.kind not in FINISHED or settings.redo]
+    seconds = {job: seconds_of(job, data) for job in left if settings.dry_run}
+    known = {job: each for job, each in seconds.items() if each is not None}
+    return Done(states=states, notes=remarks, seconds=known)
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,9 @@ class _Runner:
             done += len(together)
             names = ", ".join(job.name for job in together)
             print(f"[{done}/{len(left)}] {names}", file=sys.stderr, flush=True)
-            # What another cell shares may have been run a moment ago.
-            still = [job for job in together if not self._is_taken_over(job)]
+            # What another cell shares, or another task starts from, may have been run by now.
+            now = [job for job in together if self.settings.redo or self._is_left(job)]
+            still = [job for job in now if not self._is_taken_over(job)]
             if len(still) == 1:
                 self._run_alone(still[0])
             elif still:
@@ -88,7 +98,7 @@ class _Runner:
 
     def _is_left(self, job: Job) -> bool:
         state = state_of(job, self.settings.results, data=self.data.hashes(job))
-        return self.settings.redo or state.kind not in ("done", "failed")
+        return self.settings.redo or state.kind not in FINISHED
 
     def _is_taken_over(self, job: Job) -> bool:
         """Whether another cell has a result of the same run, which is then this job's too."""
@@ -102,8 +112,12 @@ class _Runner:
         return True
 
     def _run_alone(self, job: Job) -> None:
-        out = self.settings.work / job.folder / f"seed-{job.seed}-{job.hash}"
+        """Train one job; an adapter that other jobs start from is left in the folder of work."""
+        out = self._place(job)
         config = _going_on(job.config(data=self.settings.data, out=out))
+        if job.start is not None:
+            start = self._started(job.start)
+            config = config.model_copy(update={"init_from": str(start), "fresh_head": True})
         forget_peak()
         try:
             trained: TrainResult | TrainingError = train(config, progress=self.progress)
@@ -112,7 +126,27 @@ class _Runner:
         except KeyboardInterrupt as stop:
             raise _stopped(job.name, stop) from None
         self._keep(job, config, trained, {"resumed": config.resume})
+        if isinstance(trained, TrainResult) and self._is_start(job):
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            return
         shutil.rmtree(out, ignore_errors=True)
+
+    def _place(self, job: Job) -> Path:
+        return self.settings.work / job.folder / f"seed-{job.seed}-{job.hash}"
+
+    def _started(self, start: Job) -> Path:
+        """The adapter that another job starts from, trained first where it is not there."""
+        place = self._place(start)
+        if not (place / "lorakit.json").is_file() or list_checkpoints(place / "checkpoints"):
+            self._run_alone(start)
+        return place
+
+    def _is_start(self, job: Job) -> bool:
+        """Whether a task of the job's cell starts from its adapter."""
+        jobs = jobs_of(
+            Chosen(cells=(job.cell.id,), scale=job.scale, variant=job.variant), skip=True
+        )
+        return any(each.given["starts_from"] == job.task for each in jobs)
 
     def _run_together(self, jobs: Sequence[Job]) -> None:
         """Train several jobs in one batch, each as if alone; then they answer one by one."""

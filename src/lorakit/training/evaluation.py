@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from lorakit.data.collate import Collator
 from lorakit.data.encode import Example
-from lorakit.data.metrics.basic import accuracy, pearson
+from lorakit.data.metrics.basic import accuracy, matthews, pearson
 from lorakit.training.lm_loss import is_target, text_losses
 from lorakit.training.loss import Loss, perplexity
 from lorakit.training.progress import steps
+
+BEST_BY = {"generation": "loss", "classification": "accuracy", "regression": "pearson"}
+"""The score that decides which adapter is the best, by what the model does. Some tasks of the paper
+have another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +25,8 @@ class Scored:
     """The scores of a model on rows, and what it predicted."""
 
     scores: dict[str, float]
-    """`loss` (nats), and `perplexity` for texts, `accuracy` (0 to 1) for classes, `pearson` (-1 to
-    1) for numbers."""
+    """`loss` (nats), and `perplexity` for texts, `accuracy` (0 to 1) for classes and where asked
+    for `matthews`, `pearson` (-1 to 1) for numbers."""
     predicted: list[int] | list[float]
     """The number of each row's class, or the number itself; none for texts."""
 
@@ -35,6 +39,7 @@ def scored(
     loss: Loss,
     collate: Collator,
     batch_size: int,
+    best_by: str | None = None,
     progress: bool = False,
 ) -> Scored:
     """The mean loss per target token or row, the scores of the task, and what was predicted."""
@@ -64,7 +69,11 @@ def scored(
         return Scored(scores={"loss": mean, "perplexity": perplexity(mean)}, predicted=[])
     # In the order of the rows.
     back = torch.tensor(order).argsort()
-    return _of_labels(loss.task, mean, torch.cat(predicted)[back], torch.cat(expected)[back])
+    found = _of_labels(loss.task, mean, torch.cat(predicted)[back], torch.cat(expected)[back])
+    if best_by == "matthews":
+        classes = torch.cat(expected)[back].tolist()
+        found.scores["matthews"] = matthews([int(each) for each in found.predicted], classes)
+    return found
 
 
 def _of_labels(task: str, loss: float, logits: Tensor, labels: Tensor) -> Scored:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.attachment.attach import attach
+from lorakit.attachment.attach import attach, detach, extract
 from lorakit.attachment.attached import free_name
 from lorakit.attachment.plan import Plan
 from lorakit.config.idle import idle_settings
@@ -23,10 +24,12 @@ from lorakit.data.labels import head_classes
 from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
-from lorakit.errors import ConfigError, LorakitError
+from lorakit.data.tasks import PREFIX, task_of
+from lorakit.errors import AdapterFileError, ConfigError, LorakitError
 from lorakit.models.load import load_model, own_classes, redraw_fresh_head
 from lorakit.models.quantized import Quantization
 from lorakit.models.shape import context_length, hidden_size
+from lorakit.training.evaluation import BEST_BY
 from lorakit.training.loaded_base import LoadedBase, settled
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
@@ -59,6 +62,8 @@ class Prepared:
     validation: Encoded | None
     steps: int
     """Optimizer steps of the whole run."""
+    best_by: str = "loss"
+    """The validation score that decides which adapter is the best."""
     packing: Packing = PLAIN
     idle: tuple[str, ...] = ()
     """Settings that were given and have no effect, with the reasons."""
@@ -158,6 +163,7 @@ def prepare_all(
             training=training,
             validation=validation,
             steps=steps[name],
+            best_by=_best_by(config, task),
             packing=packing,
             idle=idle_settings(config),
         )
@@ -242,6 +248,7 @@ def _read(config: TrainConfig, labels: tuple[str, ...] | None) -> _TaskRows:
             data.validation,
             data,
             limit=data.validation_rows,
+            every=data.validation_every,
             split="validation",
             labels=rows.labels,
             task=task,
@@ -263,6 +270,13 @@ def _shared(read: Mapping[str, _TaskRows]) -> tuple[str, tuple[str, ...] | None]
         ]
         raise ConfigError.listing("trials share one task with the same classes", lines)
     return next(iter(found.values()))
+
+
+def _best_by(config: TrainConfig, task: str) -> str:
+    """The score that decides: of a task of the paper its own, else that of such rows."""
+    source = config.data.validation or ""
+    own = task_of(source)[0].best_by if source.startswith(PREFIX) else None
+    return own or BEST_BY[task]
 
 
 class _Encodings:
@@ -335,4 +349,34 @@ def _attach(
     if config.init_from is None:
         return attach(model, config.methods(), name=name, data=data)
     start = Adapter.load(config.init_from)
+    if config.fresh_head:
+        start = _with_fresh_head(model, start, config, name)
     return attach(model, start, name=name, trainable=True, allow_other_base=config.allow_other_base)
+
+
+def _with_fresh_head(
+    model: PreTrainedModel, start: Adapter, config: TrainConfig, name: str
+) -> Adapter:
+    """An adapter whose modules that are trained as copies are as those of a fresh one.
+
+    Raises:
+        AdapterFileError: it was trained with other settings of its method.
+    """
+    attach(model, config.methods(), name=name)
+    fresh = extract(model, name)
+    detach(model, name)
+    wanted, kept = (_without_copies(each) for each in (fresh, start))
+    shapes, found = ({key: each.shape for key, each in one.items()} for one in (wanted, kept))
+    if shapes != found:
+        other = sorted(key for key in shapes | found if shapes.get(key) != found.get(key))
+        raise AdapterFileError(
+            f"init_from: {config.init_from} is not of these settings of the method: {other[0]} and"
+            f" {len(other) - 1} more of its tensors differ; give those that it was trained with"
+        )
+    return replace(fresh, tensors={**fresh.tensors, **kept})
+
+
+def _without_copies(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors of an adapter that are not of modules trained as copies."""
+    heads = tuple(f"{path}." for path in adapter.copied_modules)
+    return {key: each for key, each in adapter.tensors.items() if not key.startswith(heads)}

@@ -14,7 +14,7 @@ from lorakit.training.progress import PlainProgress, progress_bar
 
 DROPPED = ("total_flos", "epoch")
 """Figures that transformers logs, and lorakit leaves out."""
-SHOWN = ("loss", "eval_loss", "eval_accuracy", "eval_pearson")
+SHOWN = ("loss", "eval_loss", "eval_accuracy", "eval_matthews", "eval_pearson")
 """Figures that the progress shows."""
 
 

@@ -47,9 +47,6 @@ from lorakit.training.resume import (
 from lorakit.training.run_folder import LOG, find_checkpoint, locked
 from lorakit.training.trainer import AdapterTrainer, KeepBest, OwnIntervals, make_arguments
 
-BEST_BY = {"generation": "loss", "classification": "accuracy", "regression": "pearson"}
-"""The score that decides which adapter is the best, by task."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
@@ -269,6 +266,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
                 loss=plain_loss,
                 collate=collate,
                 batch_size=4 * config.batch_size,
+                best_by=prepared.best_by,
             ).scores
 
     trainer = make_trainer(
@@ -293,7 +291,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     if not config.allow_untrained:
         trainer.add_callback(UntrainedParts(trainer.trained, check_after=config.check_after))
     if validation:
-        best = BEST_BY[prepared.task]
+        best = prepared.best_by
         trainer.add_callback(
             KeepBest(
                 lambda: _save(run, trainer, config.out),

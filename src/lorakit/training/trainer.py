@@ -237,6 +237,7 @@ def make_arguments(
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup_of(steps),
         weight_decay=config.weight_decay,
+        adam_epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",
         seed=generator_seed(config.seed),
@@ -291,8 +292,8 @@ class KeepBest(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget the best score, where it is of other rows."""
-        if self._afresh:
+        """Forget the best score, where it is of other rows or is another score."""
+        if self._afresh or not any(self._metric in entry for entry in state.log_history):
             state.best_metric = state.best_global_step = None
 
     def on_step_end(

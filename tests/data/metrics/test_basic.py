@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.data.metrics.basic import accuracy, bleu, exact_match, pearson
+from lorakit.data.metrics.basic import accuracy, bleu, exact_match, matthews, pearson
 from lorakit.errors import DataError, MissingExtraError
 
 
@@ -28,6 +28,17 @@ def test_pearson_agrees_with_numpy_and_a_hand_computed_value() -> None:
     x, y = rng.normal(size=(2, 100))
     assert pearson(list(x), list(y)) == pytest.approx(np.corrcoef(x, y)[0, 1])
     assert pearson([0.1, 0.2, 0.3], [-1.0, -2.0, -3.0]) == pytest.approx(-1)
+
+
+def test_matthews_agrees_with_scikit_learn_and_a_hand_computed_value() -> None:
+    # One true positive, two true negatives, one false positive: 2 / sqrt(2 · 1 · 3 · 2).
+    assert matthews([1, 0, 0, 1], [1, 0, 0, 0]) == pytest.approx(2 / math.sqrt(12))
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    for classes in (2, 3):
+        x, y = rng.integers(classes, size=(2, 100)).tolist()
+        assert matthews(x, y) == pytest.approx(sklearn.matthews_corrcoef(y, x))
+    assert matthews([1, 1, 1], [0, 1, 1]) == 0
 
 
 @pytest.mark.parametrize("constant", [[0.1, 0.1, 0.1], [1.0, 1.0, 1.0]])

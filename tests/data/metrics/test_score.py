@@ -4,10 +4,14 @@ import math
 from typing import Any
 
 import pytest
+import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorakit.data.metrics import triples
 from lorakit.data.metrics.meteor.tables import Tables
 from lorakit.data.metrics.score import TASKS, score, score_names, scorer
+from lorakit.data.metrics.ter import least_ter, tercom_edits
 from lorakit.errors import ConfigError, DataError
 
 TABLE = {"types": ["text", "real"], "rows": [["Mill", 3], ["Barn", 5], ["mill", 7]]}
@@ -60,12 +64,51 @@ def test_webnlg_and_dart_take_three_references_or_six(monkeypatch: pytest.Monkey
     references = [["x y", "x", "y", "the mill is in Nandu - town ."], ["It is very old."]]
     official = score("webnlg", outputs, references)
     paper = score("webnlg", outputs, references, variant="paper")
-    assert set(official) == set(paper) == set(score_names("webnlg"))
+    assert set(official) == set(paper) == {"bleu", "meteor", "ter"}
     # Of the second output one word of five is missing; the first has nothing right in three.
     assert paper["ter"] == pytest.approx((1 / 8 + 1 / 5) / 2)
     assert official["ter"] == pytest.approx((8 + 1) / (4 / 3 + 5))
     assert score("dart", outputs[1:], references[1:])["ter"] == pytest.approx(1 / 5)
     assert triples._cut("a-b. c") == "a - b . c"
+
+
+@pytest.mark.parametrize("variant", ["official", "paper"])
+def test_seen_and_unseen_categories_have_scores_of_their_own(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tables, "paraphrases", lambda _, vocabulary: {})
+    outputs = ["the mill is in the old town .", "it is very old", "a b c d e"]
+    references = [["the mill is in old town ."], ["it was very old"], ["a b c d"]]
+    scores = score("webnlg", outputs, references, variant=variant, seen=[True, False, True])
+    assert set(scores) == set(score_names("webnlg"))
+    for part, end in (((0, 2), "_seen"), ((1,), "_unseen")):
+        chosen = ([side[number] for number in part] for side in (outputs, references))
+        alone = score("webnlg", *chosen, variant=variant)
+        assert {name: scores[f"{name}{end}"] for name in alone} == pytest.approx(alone)
+    all_seen = score("webnlg", outputs, references, variant=variant, seen=[True] * 3)
+    assert all_seen["bleu_seen"] == all_seen["bleu"]
+    assert "bleu_unseen" not in all_seen
+
+
+@given(
+    st.lists(st.sampled_from("abcde"), max_size=9),
+    st.lists(st.lists(st.sampled_from("abcde"), min_size=1, max_size=9), min_size=1, max_size=3),
+)
+def test_the_papers_ter_is_pyters(output: list[str], references: list[list[str]]) -> None:
+    pyter = pytest.importorskip("pyter")
+    assert least_ter(output, references) == min(pyter.ter(output, known) for known in references)
+
+
+@given(
+    st.lists(st.sampled_from("abcde"), max_size=30),
+    st.lists(st.lists(st.sampled_from("abcde"), max_size=30), min_size=1, max_size=3),
+)
+def test_the_official_ter_is_tercoms_of_sacrebleu(
+    output: list[str], references: list[list[str]]
+) -> None:
+    line, known = " ".join(output), [" ".join(words) for words in references]
+    expected = sacrebleu.TER().sentence_score(line, known).num_edits
+    assert tercom_edits()(line, known) == expected
 
 
 def test_the_best_of_several_summaries_counts() -> None:
@@ -91,6 +134,7 @@ def test_what_made_a_score_has_a_name() -> None:
         (("mrpc", [2, "same"], [0, 1]), {}, DataError, "not_equivalent, equivalent"),
         (("stsb", ["high"], [1]), {}, DataError, "Not a score"),
         (("wikisql", [None], [query(0, 0)]), {"tables": []}, DataError, "1 outputs and 0 tables"),
+        (("webnlg", ["a"], [["a"]]), {"seen": []}, DataError, "1 outputs and 0 marks"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(

@@ -49,6 +49,22 @@ def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
+def matthews(predicted: Sequence[int], expected: Sequence[int]) -> float:
+    """Matthews' correlation of classes, from -1 to 1; 0 where one side has a single class.
+
+    It is that of the two sides as indicators of each class (Gorodkin 2004).
+
+    Raises:
+        DataError: there is no prediction, or not one expectation for each.
+    """
+    _check(predicted, expected)
+    classes = np.unique([*predicted, *expected])
+    x, y = (np.asarray(side)[:, None] == classes for side in (predicted, expected))
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    spread = float((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / spread**0.5) if spread else 0.0
+
+
 def check_library(metric: str) -> None:
     """Make sure that the library which computes a score is installed.
 

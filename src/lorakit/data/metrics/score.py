@@ -34,7 +34,9 @@ _SCORERS = {
 }
 _NAMES = {
     "e2e": ("bleu", "nist", "meteor", "rouge_l", "cider"),
-    "webnlg": ("bleu", "meteor", "ter"),
+    "webnlg": tuple(
+        f"{score}{part}" for part in ("", "_seen", "_unseen") for score in ("bleu", "meteor", "ter")
+    ),
     "dart": ("bleu", "meteor", "ter"),
     "samsum": ("rouge1", "rouge2", "rouge_l", "rouge_lsum"),
     "wikisql": ("logical_form", "execution"),
@@ -61,9 +63,9 @@ _LIBRARIES: Mapping[tuple[str, str | None], tuple[str, ...]] = {
     ("e2e", "python"): _METEOR,
     ("e2e", "perl"): _METEOR,
     ("webnlg", "official"): (*_TRIPLES, "unidecode"),
-    ("webnlg", "paper"): (*_TRIPLES, "pyter"),
+    ("webnlg", "paper"): _TRIPLES,
     ("dart", "official"): _TRIPLES,
-    ("dart", "paper"): (*_TRIPLES, "pyter"),
+    ("dart", "paper"): _TRIPLES,
     ("samsum", None): ("rouge_score",),
     ("cola", None): ("sklearn",),
     ("mrpc", None): ("sklearn",),
@@ -95,6 +97,7 @@ def score(
     *,
     variant: str | None = None,
     tables: Sequence[Mapping[str, Any]] | None = None,
+    seen: Sequence[bool] | None = None,
     use_java: bool = False,
 ) -> dict[str, float]:
     """The scores of a task's outputs, equal to those of its official scorer.
@@ -110,11 +113,14 @@ def score(
             dart `official` (the default) or `paper`.
         tables: for wikisql the table of each query, a dictionary of `types` and `rows`; without
             them there is no `execution`.
+        seen: for webnlg whether the category of each output's triples occurs in training; with it
+            there are scores of the two parts too.
         use_java: let the official Java programs do their part of e2e, as a check of ours.
 
     Returns:
         For e2e `bleu` (0 to 1), `nist`, `meteor`, `rouge_l` and `cider`; for webnlg and dart `bleu`
-        (0 to 100), `meteor` and `ter` (shares); for samsum `rouge1`, `rouge2`, `rouge_l` and
+        (0 to 100), `meteor` and `ter` (shares), with `seen` also `bleu_seen`, `bleu_unseen` and so
+        on; for samsum `rouge1`, `rouge2`, `rouge_l` and
         `rouge_lsum`; for wikisql `logical_form` and, with tables, `execution`; for GLUE `accuracy`,
         `f1`, `matthews`, `pearson` and `spearman` as each task has them (shares).
 
@@ -135,7 +141,8 @@ def score(
         bleu, nist = bleu_and_nist(outputs, references, variant=chosen)
         return {"bleu": bleu, "nist": nist, **coco_scores(outputs, references, use_java=use_java)}
     if task == "webnlg":
-        return webnlg_scores(outputs, references, variant=chosen)
+        _check_each("webnlg", outputs, "marks of seen categories", seen)
+        return webnlg_scores(outputs, references, variant=chosen, seen=seen)
     if task == "dart":
         return dart_scores(outputs, references, variant=chosen)
     if task == "samsum":
@@ -151,11 +158,20 @@ def _wikisql(
     pairs = list(zip(outputs, references, strict=True))
     scores = {"logical_form": sum(same_form(*pair) for pair in pairs) / len(pairs)}
     if tables is not None:
-        if len(tables) != len(outputs):
-            raise DataError(f"wikisql: {len(outputs)} outputs and {len(tables)} tables.")
+        _check_each("wikisql", outputs, "tables", tables)
         right = [same_result(*pair, table) for pair, table in zip(pairs, tables, strict=True)]
         scores["execution"] = sum(right) / len(right)
     return scores
+
+
+def _check_each(task: str, outputs: Sequence[Any], what: str, given: Sequence[Any] | None) -> None:
+    """Make sure that there is one of what is given for each output.
+
+    Raises:
+        DataError: there is another number.
+    """
+    if given is not None and len(given) != len(outputs):
+        raise DataError(f"{task}: {len(outputs)} outputs and {len(given)} {what}.")
 
 
 def _known(task: str) -> str:

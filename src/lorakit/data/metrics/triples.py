@@ -8,11 +8,13 @@ segment (its repository's `eval.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
 
-from lorakit.data.metrics.meteor.score import meteor
+from lorakit.data.metrics.meteor.score import Statistics, meteor_of, statistics_of
+from lorakit.data.metrics.ter import least_ter, tercom_edits
 from lorakit.errors import MissingExtraError
 
 Variant = Literal["official", "paper"]
@@ -21,19 +23,52 @@ OFFICIAL_REFERENCES, PAPER_REFERENCES = 3, 6
 Texts = list[str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Segments:
+    """What the scores of a file, or of a part of it, are made of."""
+
+    bleu: Callable[[Iterable[int]], float]
+    """BLEU of segments, by their numbers."""
+    meteor: list[Statistics]
+    ter: Callable[[Iterable[int]], float]
+    """TER of segments, by their numbers."""
+
+    def scores(self, part: Sequence[int]) -> dict[str, float]:
+        """The scores of segments, by their numbers."""
+        return {
+            "bleu": self.bleu(part),
+            "meteor": meteor_of(self.meteor[number] for number in part),
+            "ter": self.ter(part),
+        }
+
+
 def webnlg_scores(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], *, variant: Variant
+    outputs: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    variant: Variant,
+    seen: Sequence[bool] | None = None,
 ) -> dict[str, float]:
     """`bleu` (0 to 100), `meteor` and `ter` (shares) of outputs for WebNLG 2017.
+
+    With `seen`, whether the category of each output's triples occurs in training, also those of the
+    two parts, as far as there are such: `bleu_seen`, `bleu_unseen` and so on.
 
     Raises:
         MissingExtraError: a library of the extra `metrics` is not installed.
     """
     if variant == "paper":
-        return _paper(outputs, references)
-    plain = _unidecode()
-    lines = [_cut(plain(plain(text).lower())) for text in outputs]
-    return _official(lines, [[plain(_cut(text).lower()) for text in k] for k in references])
+        segments = _paper(outputs, references)
+    else:
+        plain = _unidecode()
+        lines = [_cut(plain(plain(text).lower())) for text in outputs]
+        segments = _official(lines, [[plain(_cut(text).lower()) for text in k] for k in references])
+    scores = segments.scores(range(len(outputs)))
+    for name, wanted in (("seen", True), ("unseen", False)):
+        part = [number for number, one in enumerate(seen or ()) if one == wanted]
+        if part:
+            scores |= {f"{key}_{name}": value for key, value in segments.scores(part).items()}
+    return scores
 
 
 def dart_scores(
@@ -45,9 +80,11 @@ def dart_scores(
         MissingExtraError: a library of the extra `metrics` is not installed.
     """
     if variant == "paper":
-        return _paper(outputs, references)
-    lines = [_cut(text.lower()) for text in outputs]
-    return _official(lines, [[_cut(text.lower()) for text in known] for known in references])
+        segments = _paper(outputs, references)
+    else:
+        lines = [_cut(text.lower()) for text in outputs]
+        segments = _official(lines, [[_cut(text.lower()) for text in k] for k in references])
+    return segments.scores(range(len(outputs)))
 
 
 def _cut(text: str) -> str:
@@ -55,59 +92,73 @@ def _cut(text: str) -> str:
     return " ".join(" ".join(re.split(r"(\W)", text)).split())
 
 
-def _official(lines: Texts, references: list[Texts]) -> dict[str, float]:
+def _official(lines: Texts, references: list[Texts]) -> _Segments:
     known = [texts[:OFFICIAL_REFERENCES] for texts in references]
     # multi-bleu counts a missing reference as one of no words.
     padded = [[*texts, *[""] * (OFFICIAL_REFERENCES - len(texts))] for texts in known]
-    return {
-        "bleu": _bleu(lines, padded, tokenize="none"),
-        "meteor": meteor(lines, known)[0],
-        "ter": _tercom(lines, known),
-    }
+    return _Segments(
+        bleu=_bleu(lines, padded, tokenize="none"),
+        meteor=statistics_of(lines, known),
+        ter=_tercom(lines, known),
+    )
 
 
-def _paper(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def _paper(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> _Segments:
     lines = [_cut(text.lower()) for text in outputs]
     known = [[_cut(text.lower()) for text in texts[:PAPER_REFERENCES]] for texts in references]
     padded = [[*texts, *[texts[0]] * (PAPER_REFERENCES - len(texts))] for texts in known]
     words, known_words = _treebank(lines), [_treebank(texts) for texts in padded]
-    return {
-        "bleu": _bleu(lines, padded, tokenize="13a"),
-        "meteor": meteor(words, known_words)[0],
-        "ter": _pyter(words, known_words),
-    }
+    return _Segments(
+        bleu=_bleu(lines, padded, tokenize="13a"),
+        meteor=statistics_of(words, known_words),
+        ter=_mean_ter(words, known_words),
+    )
 
 
-def _bleu(lines: Texts, references: list[Texts], *, tokenize: str) -> float:
+def _bleu(
+    lines: Texts, references: list[Texts], *, tokenize: str
+) -> Callable[[Iterable[int]], float]:
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError:
         raise MissingExtraError("BLEU", "metrics") from None
     bleu = BLEU(tokenize=tokenize, smooth_method="none", lowercase=True, force=True)
-    return float(bleu.corpus_score(lines, [list(s) for s in zip_longest(*references)]).score)
+
+    def of_part(part: Iterable[int]) -> float:
+        chosen = list(part)
+        streams = zip_longest(*(references[number] for number in chosen))
+        found = bleu.corpus_score([lines[number] for number in chosen], [list(s) for s in streams])
+        return float(found.score)
+
+    return of_part
 
 
-def _tercom(lines: Texts, references: list[Texts]) -> float:
+def _tercom(lines: Texts, references: list[Texts]) -> Callable[[Iterable[int]], float]:
     """The edits to the nearest reference over the mean length of the references, both summed."""
-    try:
-        from sacrebleu.metrics.ter import TER
-    except ImportError:
-        raise MissingExtraError("TER", "metrics") from None
-    streams = [list(stream) for stream in zip_longest(*references)]
-    return float(TER().corpus_score(lines, streams).score) / 100
+    edits_of = tercom_edits()
+    edits = [edits_of(*pair) for pair in zip(lines, references, strict=True)]
+    lengths = [sum(len(text.split()) for text in known) / len(known) for known in references]
+
+    def of_part(part: Iterable[int]) -> float:
+        chosen = list(part)
+        total, length = (sum(side[number] for number in chosen) for side in (edits, lengths))
+        return total / length if length else float(total > 0)
+
+    return of_part
 
 
-def _pyter(lines: Texts, references: list[Texts]) -> float:
+def _mean_ter(lines: Texts, references: list[Texts]) -> Callable[[Iterable[int]], float]:
     """The mean over segments of the least edits per word of one reference."""
-    try:
-        import pyter
-    except ImportError:
-        raise MissingExtraError("the paper's TER", "metrics") from None
     scores = [
-        min(pyter.ter(line.split(), text.split()) for text in dict.fromkeys(known))
+        least_ter(line.split(), [text.split() for text in dict.fromkeys(known)])
         for line, known in zip(lines, references, strict=True)
     ]
-    return float(sum(scores) / len(scores))
+
+    def of_part(part: Iterable[int]) -> float:
+        chosen = [scores[number] for number in part]
+        return sum(chosen) / len(chosen)
+
+    return of_part
 
 
 def _treebank(lines: Texts) -> Texts:

@@ -23,7 +23,8 @@ def _task(name: str, columns: tuple[str, ...], sizes: dict[str, Split]) -> Task:
         return ClassificationRow(text=texts[0], text_pair=pair, label=named)
 
     hub = f"nyu-mll/glue/{name}"
-    return Task(name, hub, sizes, row, kind="classification", labels=labels)
+    best_by = "matthews" if name == "cola" else None
+    return Task(name, hub, sizes, row, kind="classification", labels=labels, best_by=best_by)
 
 
 def _class(labels: tuple[str, ...], label: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,16 @@ class Task:
     kind: RowType = "prompt"
     labels: tuple[str, ...] | None = None
     """Names of the classes, by their number in the data."""
+    best_by: str | None = None
+    """The score by which training chooses the best adapter. None: as for any such rows."""
     grouped: bool = False
     """Whether raw rows of one prompt are its references, as on the hub, where each has one."""
     output: Callable[[Any, Row], Any] = lambda answer, _: answer
     """What `lorakit.score` takes as the output, of an answer to a row or its predicted label."""
     reference: Callable[[Row], Any] = lambda row: reference_of(row)
     """What `lorakit.score` takes as the reference of a row."""
+    beside: Callable[[Sequence[Row]], Mapping[str, Any]] = lambda _: {}
+    """What else `lorakit.score` takes of the rows, by its arguments' names."""
 
     def rows(self, split: str, *, folder: str | None, limit: int | None, training: bool) -> Rows:
         """The rows of a split.

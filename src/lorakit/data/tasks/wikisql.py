@@ -8,7 +8,7 @@ back into `sel`, `agg` and `conds`, which the scorer compares.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,11 +105,11 @@ def _right_query(row: Row) -> Any:
     return row.values["query"]
 
 
-def tables_of(rows: Iterable[Row]) -> list[Values] | None:
-    """The table of each row, with its types and its rows; None: the data is without them."""
+def _tables(rows: Sequence[Row]) -> dict[str, list[Values]]:
+    """The table of each row, with its types and its rows, unless the data is without them."""
     tables = [row.values["table"] for row in rows if isinstance(row, PromptRow)]
     complete = all("types" in table and "rows" in table for table in tables)
-    return tables if complete else None
+    return {"tables": tables} if complete else {}
 
 
 TASK = Task(
@@ -119,4 +119,5 @@ TASK = Task(
     row=_row,
     output=_query_in,
     reference=_right_query,
+    beside=_tables,
 )

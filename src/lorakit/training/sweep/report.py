@@ -15,7 +15,8 @@ from lorakit.adapter.tensor_files import WEIGHTS_FILE
 from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
 from lorakit.errors import MissingExtraError, TrainingError
-from lorakit.training.run import BEST_BY, TrainResult
+from lorakit.training.evaluation import BEST_BY
+from lorakit.training.run import TrainResult
 from lorakit.training.sweep import plot as sweep_plot
 from lorakit.training.sweep.grid import Trial, word
 
@@ -88,8 +89,9 @@ class SweepResult:
         """The validation score that all finished trials have, and by which they are compared."""
         scored = [set(trained.scores) for trained in self.finished.values()]
         common = set.intersection(*scored) if scored else set()
-        # Classifiers have a loss as well, but accuracy decides: the loss is the last choice.
-        deciding = sorted(BEST_BY.values(), key="loss".__eq__)
+        # Classifiers have a loss as well, but accuracy decides: the loss is the last choice. Those
+        # that have Matthews' correlation are of a task that goes by it.
+        deciding = ["matthews", *sorted(BEST_BY.values(), key="loss".__eq__)]
         return next((name for name in deciding if name in common), None)
 
     def score(self, trained: TrainResult) -> float:

@@ -130,9 +130,19 @@ def _advance(
             if used & words or used_output & output_words:
                 continue
             broken = end != -1 and end != start
-            both = used | words, used_output | output_words
-            taken = weight - own, chunks + broken, distance, stop, output_stop
-            following.append((*taken, *both, (chosen, match)))
+            # Written out, since this is where most of the time goes.
+            following.append(
+                (
+                    weight - own,
+                    chunks + broken,
+                    distance,
+                    stop,
+                    output_stop,
+                    used | words,
+                    used_output | output_words,
+                    (chosen, match),
+                )
+            )
             distance += apart
         chunks += end != -1
         following.append((weight, chunks, distance, here + 1, -1, used, used_output, chosen))

@@ -50,17 +50,17 @@ class _Side:
 
 
 @dataclass(frozen=True)
-class _Statistics:
+class Statistics:
     """What METEOR sums over segments."""
 
     output: _Side = field(default_factory=_Side)
     reference: _Side = field(default_factory=_Side)
     chunks: int = 0
 
-    def __add__(self, other: _Statistics) -> _Statistics:
+    def __add__(self, other: Statistics) -> Statistics:
         # The chunk of a segment that is all right is no fragment.
         chunks = 0 if other.perfect else other.chunks
-        return _Statistics(
+        return Statistics(
             self.output + other.output, self.reference + other.reference, self.chunks + chunks
         )
 
@@ -96,6 +96,17 @@ def meteor(
     Raises:
         MissingExtraError: METEOR's word lists are not installed.
     """
+    segments = statistics_of(outputs, references)
+    return meteor_of(segments), [segment.score for segment in segments]
+
+
+def meteor_of(segments: Iterable[Statistics]) -> float:
+    """METEOR of segments together, from 0 to 1."""
+    return sum(segments, start=Statistics()).score
+
+
+def statistics_of(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[Statistics]:
+    """The counts of each output beside its best reference; arguments and errors as for `meteor`."""
     lists = tables()
     normalized = cache(lambda line: normalized_words(line, lists.prefixes))
     vocabulary = {
@@ -110,8 +121,7 @@ def meteor(
         others = (matcher.sentence(normalized(line)) for line in known)
         statistics = (matcher.statistics(found, other) for other in others)
         segments.append(max(statistics, key=lambda each: each.score))
-    total = sum(segments, start=_Statistics())
-    return total.score, [segment.score for segment in segments]
+    return segments
 
 
 class _Matcher:
@@ -140,10 +150,10 @@ class _Matcher:
             rewritings=list(self._rewritings(words)),
         )
 
-    def statistics(self, output: _Sentence, reference: _Sentence) -> _Statistics:
+    def statistics(self, output: _Sentence, reference: _Sentence) -> Statistics:
         """The counts of the best alignment."""
         alignment = align(_matches(output, reference))
-        return _Statistics(
+        return Statistics(
             output.side([(m.module, m.output_start, m.output_length) for m in alignment]),
             reference.side([(m.module, m.start, m.length) for m in alignment]),
             chunks_of(alignment),
