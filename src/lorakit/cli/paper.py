@@ -78,9 +78,7 @@ def _run_studies(settings: PaperRunConfig, studies: Sequence[str]) -> Result:
     """
     others = [word for word in settings.cells if word not in studies]
     if others:
-        raise ConfigError(
-            f"{', '.join(studies)} are run by themselves, without {', '.join(others)}"
-        )
+        raise ConfigError(f"{', '.join(studies)} and {', '.join(others)} are run one by one")
     files = run_studies(settings, progress=True)
     text = "\n".join(f"written to {file}" for file in files)
     return Result(text=text, data={"files": files})
