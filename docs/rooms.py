@@ -18,8 +18,8 @@ BLOCK = re.compile(r"(?<=<!-- rooms -->\n).*?(?=<!-- end of rooms -->)", re.DOTA
 FLOW = (
     ("cli",),
     ("paper",),
-    ("bench",),
-    ("analysis", "serving"),
+    ("bench", "analysis"),
+    ("serving",),
     ("answering",),
     ("training",),
     ("bank", "merging"),

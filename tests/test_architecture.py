@@ -168,7 +168,8 @@ def state():
 before, modules = state(), set(sys.modules)
 import lorakit
 unchanged = state() == before
-trainer = {"train", "sweep", "evaluate", "generate"}  # transformers' own Trainer imports PEFT
+# transformers' own Trainer imports PEFT
+trainer = {"train", "sweep", "evaluate", "generate", "serve"}
 for name in set(lorakit.__all__) - trainer:
     getattr(lorakit, name)
 print(json.dumps({"unchanged": unchanged, "modules": sorted(set(sys.modules) - modules)}))

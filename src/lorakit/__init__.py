@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lorakit.models.load import load_model as load_model
     from lorakit.routing.route import route as route
     from lorakit.routing.route import switch as switch
+    from lorakit.serving.serve import serve as serve
     from lorakit.training.run import train as train
     from lorakit.training.sweep.sweep import sweep as sweep
 
@@ -69,6 +70,7 @@ _HOMES = {
     "merging.report": ("MergeReport",),
     "models.load": ("load_model",),
     "routing.route": ("route", "switch"),
+    "serving.serve": ("serve",),
     "training.run": ("train",),
     "training.sweep.sweep": ("sweep",),
 }

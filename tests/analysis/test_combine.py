@@ -169,7 +169,7 @@ def test_heads_and_biases_are_averaged_where_that_is_defined():
             [pair[0], plain, replace(pair[1], card={"labels": ["a", "b", "d"]})], [1.0, 1.0, 1.0]
         )
     said = str(caught.value)
-    assert "classifier.weight  it replaces the base's" in said
+    assert "self.query.bias  it replaces the base's" in said
     assert "adapter 2 does not" in said
     assert "the weights sum to 1, and they sum to 3" in said
     assert "of other classes: a, b, c; unknown; a, b, d" in said

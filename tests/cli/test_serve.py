@@ -3,15 +3,18 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import time
 
 import pytest
+from transformers import AutoTokenizer
 
 import lorakit as lk
 from lorakit.cli.main import main
 from references import attach_random
+from tiny_models import build
 
 httpx = pytest.importorskip("httpx2")
 pytest.importorskip("uvicorn")
@@ -73,6 +76,38 @@ def test_a_server_answers_over_http_and_drains_at_sigterm(forks, tiny_llama, ada
     assert (code, printed) == (0, "")
     assert f"http://127.0.0.1:{port}/v1" in problem
     assert "those that came are answered" in problem
+
+
+@pytest.fixture(scope="module")
+def long_llama(tiny_llama, tmp_path_factory):
+    """A tiny model with room for answers that take seconds."""
+    place = tmp_path_factory.mktemp("models") / "long"
+    build("llama", max_position_embeddings=8192).save_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def test_closed_connections_free_their_slots(forks, long_llama):
+    port = free_port()
+    server = forks.start(SERVE, "--model", str(long_llama), "--slots", "1", "--port", str(port))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
+        wait_for(client)
+        endless = {"prompt": "red", "max_tokens": 8000, "ignore_eos": True}
+        with client.stream("POST", "/v1/completions", json=endless | {"stream": True}) as response:
+            next(response.iter_lines())
+        with pytest.raises(httpx.TimeoutException):
+            client.post("/v1/completions", json=endless, timeout=0.3)
+        # The one slot is free again, or this would wait for 8,000 tokens.
+        body = {"prompt": "red", "max_tokens": 2, "ignore_eos": True}
+        assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 2
+        metrics = client.get("/metrics").text
+    assert 'finished_reason="abort"' in metrics
+    assert 'request_success_total{finished_reason="length",model_name' in metrics
+    (written,) = re.findall(r"^vllm:generation_tokens_total.* ([0-9.]+)$", metrics, re.MULTILINE)
+    assert float(written) < 8000
+    os.kill(server.pid, signal.SIGTERM)
+    assert server.finish()[0] == 0
 
 
 def told(capsys, *words):

@@ -69,15 +69,14 @@ class BaseWeights:
         tensors = self._adapter.tensors
         for site in self._adapter.sites:
             weight = matrix_of(self._layers[site.path], site)
-            delta: Delta = low_rank_delta(self._adapter, site)
-            magnitude = tensors.get(f"{site.name}.lora_magnitude")
-            if magnitude is not None:
-                delta = _with_magnitudes(weight, delta, magnitude)
+            low_rank = low_rank_delta(self._adapter, site)
+            rows = tensors.get(f"{site.name}.lora_magnitude")
+            delta = low_rank if rows is None else _with_magnitudes(weight, low_rank, rows)
             yield Change(site.name, delta, weight, site.rank)
         for path, tensor in self._whole.items():
             weight = float_weight(self._layers[path]).detach().flatten(1)
-            delta = DenseDelta(tensor.detach().flatten(1).double() - weight.double())
-            yield Change(path, delta, weight, min(weight.shape))
+            whole = DenseDelta(tensor.detach().flatten(1).double() - weight.double())
+            yield Change(path, whole, weight, whole.rank)
 
     def _in_full(self, fresh: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """The path and the new weight of each layer that the adapter holds in full."""

@@ -1,4 +1,4 @@
-"""Settings of inspect, compare, merge, convert, score, chat, serve, completion and demo."""
+"""Settings of the verbs inspect, compare, merge, convert, score, chat, serve, completion, demo."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
+from typing import Any
 
 import torch
 
@@ -18,7 +21,28 @@ from lorakit.serving.catalog import Catalog
 from lorakit.serving.engine import Engine, Limits
 
 
-def serve(settings: ServeConfig, *, note: Note) -> str:
+def say(text: str) -> None:
+    """Tell what there is to know on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def serve(adapters: str | os.PathLike[str] | None = None, **settings: Any) -> None:
+    """Answer over HTTP with one base and many adapters, until the process is told to end.
+
+    Args:
+        adapters: the folder of adapters, each in a folder of its own.
+        settings: those of `lorakit serve`, such as model="smollm2" or port=8001.
+
+    Raises:
+        LorakitError: a setting is wrong, or the model or an adapter can't be served.
+
+    Examples:
+        >>> lk.serve("out", model="smollm2")  # doctest: +SKIP
+    """
+    serve_until_told(ServeConfig(adapters=adapters, **settings), note=say)
+
+
+def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
     """Answer over HTTP until the process gets SIGTERM or SIGINT.
 
     Then new requests are refused, those that came are answered, and the server ends; a second

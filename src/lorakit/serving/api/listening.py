@@ -55,7 +55,8 @@ async def _until_told(
         told.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        with suppress(NotImplementedError):
+        # Signals come to the main thread alone, and to loops of Unix.
+        with suppress(NotImplementedError, RuntimeError, ValueError):
             loop.add_signal_handler(number, tell)
     serving = asyncio.create_task(server.serve([listening]))
     telling = asyncio.create_task(told.wait())
