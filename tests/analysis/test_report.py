@@ -26,7 +26,9 @@ class Nesting(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.ids, self.texts = [], [], []
+        self.open: list[str] = []
+        self.ids: list[str | None] = []
+        self.texts: list[str] = []
         self.feed(page)
         assert not self.open
 
@@ -176,6 +178,7 @@ def test_a_browser_shows_it_on_a_phone_and_tells_numbers_under_the_pointer(folde
     file.write_text(MEASURE.format(width=width, page=html.escape(page)), encoding="utf-8")
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000"]
     place = f"--user-data-dir={tmp_path / 'browser'}"
+    assert CHROMIUM is not None
     done = subprocess.run(
         [CHROMIUM, *words, place, "--dump-dom", file.as_uri()],
         capture_output=True,
