@@ -6,11 +6,16 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.config.paper import Chosen
+from lorakit.data.metrics.score import score_names, scorer
+from lorakit.errors import OutputError
 from lorakit.paper.cell import cells
 from lorakit.paper.evidence import Found, Measured, Peak, ShownByTest, Sources, Versus
 from lorakit.paper.figure import draw, points
-from lorakit.paper.pages import small_pages, with_table
+from lorakit.paper.job import jobs_of
+from lorakit.paper.pages import remake, small_pages, with_table
 from lorakit.paper.reproduction import claims, verdict
+from lorakit.paper.results import file_of, write_result
 
 ROOT = Path(__file__).parents[2]
 HERE = Sources(ROOT / "paper" / "results", ROOT / "benchmarks" / "results")
@@ -20,6 +25,53 @@ def test_all_pages_are_those_of_the_results():
     made = {**small_pages(HERE), Path("README.md"): with_table(ROOT, HERE)}
     old = [str(place) for place, text in made.items() if (ROOT / place).read_text("utf-8") != text]
     assert old == [], "run `lorakit paper pages`"
+
+
+@pytest.fixture
+def put(tmp_path):
+    """A function that writes results of a cell's small runs of seed 0, as if they had been run."""
+
+    def write(cell, score, **changes):
+        for job in jobs_of(Chosen(cells=(cell,), seeds=(0,))):
+            scores = dict.fromkeys(score_names(job.task), score)
+            known = {
+                "status": "done",
+                "hash": job.hash,
+                "given": job.given,
+                "scorer": scorer(job.task, job.scoring.variant),
+                "scores": {"best": scores, "last": scores},
+                "parameters": {"trained": 9, "without_head": 8},
+                "model": job.model,
+                "seed": 0,
+                "commit": "abc",
+                "hardware": {"gpu": None, "processor": "a processor", "threads": 1},
+            }
+            write_result(file_of(job, tmp_path / "results"), {**known, **changes}, {})
+
+    return write
+
+
+def test_the_pages_follow_the_results(put, tmp_path):
+    (tmp_path / "README.md").write_text("a\n<!-- paper -->\nold\n<!-- end of paper -->\nb\n")
+    sources = Sources(tmp_path / "results", tmp_path)
+    put("table2.lora", 0.8)
+    put("table2.ft", 0.7, hash="of other settings")
+    files = [str(file.relative_to(tmp_path)) for file in remake(tmp_path, sources)]
+    assert {"docs/reproduction.md", "README.md", "paper/figures/figure2.small.svg"} < set(files)
+    readme = (tmp_path / "README.md").read_text("utf-8")
+    # Of the paper's eight columns the six that ours has.
+    paper = (63.4 + 89.7 + 86.6 + 91.5 + 95.1 + 93.3) / 6
+    assert f"| Table 2, LoRA, mean of 6 tasks | {paper:.1f} | 80.0 (2 not run) |" in readme
+    assert "| Table 2, FT, mean of 6 tasks | 85.2 | 70.0 (1 stale, 2 not run) |" in readme
+    assert readme.startswith("a\n<!-- paper -->\n| ")
+    assert readme.endswith("|\n<!-- end of paper -->\nb\n")
+    page = (tmp_path / "docs" / "reproduction.md").read_text("utf-8")
+    assert "| LoRA is level with full fine-tuning, or better. |" in page
+    assert "- yes: table2.lora beside table2.ft, CoLA: 80.0 and 70.0, with 1 of leave" in page
+    table = (tmp_path / "paper" / "tables" / "table2.small.md").read_text("utf-8")
+    assert "| FT | 0.000M | 70.0 (1 stale, 2 not run) |" in table
+    with pytest.raises(OutputError, match="has no table of the paper"):
+        with_table(tmp_path / "docs", sources)
 
 
 def test_no_page_is_of_a_table_that_is_gone():

@@ -71,16 +71,14 @@ def test_a_table_or_a_figure_that_is_not_there_is_named(paper):
     assert "there is no figure '1'" in paper("figure", "1")[1]["error"]["message"]
 
 
-def test_stored_outputs_are_scored_again_and_differences_named(paper, data, tmp_path):
-    paper("run", "table9.lora", "--seeds", "0")
+def test_stored_outputs_are_scored_again_and_differences_named(paper, finished, data):
     words = ("table9", "--seeds", "0", "--data", data)
     assert paper("verify", *words) == (0, {"scored": 2, "differences": {}})
-    folder = tmp_path / "results" / "table9.lora.small"
-    file = folder / "cola" / "seed-0.json"
+    file = finished / "cola" / "seed-0.json"
     result = json.loads(file.read_text())
     result["scores"]["last"]["accuracy"] = 0.123
     file.write_text(json.dumps(result))
-    packed = folder / "stsb" / "seed-0.predictions.jsonl.gz"
+    packed = finished / "stsb" / "seed-0.predictions.jsonl.gz"
     packed.write_bytes(gzip.compress(b'{"row": 1, "last": 0.5}\n'))
     code, told = paper("verify", *words)
     message = told["error"]["message"]

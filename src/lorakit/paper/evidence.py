@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -192,10 +193,18 @@ class Headline(Settings):
     """A column of its table, or average."""
 
     def values(self, sources: Sources) -> Mapping[str, float | None]:
-        """Ours and the paper's."""
+        """Ours and the paper's; of the average both over the columns that ours has."""
         line = sources.line(self.cell)
-        if self.column == AVERAGE:
-            known = line.published.values.get(AVERAGE) if line.published else None
-            return {"ours": line.average, "paper": known}
-        entry = line.entries[self.column]
-        return {"ours": entry.ours, "paper": entry.paper}
+        if self.column != AVERAGE:
+            entry = line.entries[self.column]
+            return {"ours": entry.ours, "paper": entry.paper}
+        papers = [entry.paper for entry in line.entries.values()]
+        known = [value for value in papers if value is not None]
+        whole = known and len(known) == len(papers)
+        return {"ours": line.average, "paper": fmean(known) if whole else None}
+
+    def state(self, sources: Sources) -> str:
+        """What a reader must know of ours, such as that a part is stale."""
+        entries = sources.line(self.cell).entries
+        asked = entries.values() if self.column == AVERAGE else [entries[self.column]]
+        return ", ".join(dict.fromkeys(entry.state for entry in asked if entry.state))

@@ -118,14 +118,16 @@ def readme_table(sources: Sources) -> str:
         if values["ours"] is None:
             continue
         table = tables()[line.cell.table]
-        title = "mean" if each.column == AVERAGE else table.columns[each.column].title
+        mean = f"mean of {len(line.entries)} tasks"
+        title = mean if each.column == AVERAGE else table.columns[each.column].title
         digits = 1 if each.column == AVERAGE else table.columns[each.column].digits
+        state = each.state(sources)
         reasons = table.small.reasons if table.small else ()
         rows.append(
             [
                 f"{heading(line.cell.table)}, {line.cell.method}, {title}",
                 number(values["paper"], digits),
-                number(values["ours"], digits),
+                number(values["ours"], digits) + (f" ({state})" if state else ""),
                 "; ".join(REASONS[reason] for reason in reasons),
             ]
         )

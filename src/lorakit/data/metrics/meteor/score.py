@@ -14,6 +14,8 @@ from lorakit.data.metrics.meteor.tables import Phrase, Tables, tables
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 MODULE_WEIGHTS = (1.0, 0.6, 0.8, 0.6)
 STEM, SYNONYM, PARAPHRASE = 1, 2, 3
+_ROUNDING = 1e-12
+"""How far the bound of a score may be off."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,42 @@ def statistics_of(outputs: Sequence[str], references: Sequence[Sequence[str]]) -
     segments = []
     for output, known in zip(outputs, references, strict=True):
         found = matcher.sentence(normalized(output))
-        others = (matcher.sentence(normalized(line)) for line in known)
-        statistics = (matcher.statistics(found, other) for other in others)
-        segments.append(max(statistics, key=lambda each: each.score))
+        others = [matcher.sentence(normalized(line)) for line in known]
+        segments.append(_best(found, others))
     return segments
+
+
+def _best(output: _Sentence, references: Sequence[_Sentence]) -> Statistics:
+    """The counts beside the reference with the best score, of equal ones the first.
+
+    The alignment takes most of the time, so references are not aligned that could not be better if
+    every word that has a match had it, all in one chunk.
+    """
+    matches = [_matches(output, reference) for reference in references]
+    pairs = zip(references, matches, strict=True)
+    bounds = [_counts(output, *pair, chunks=1).score for pair in pairs]
+    best, at, score = Statistics(), len(bounds), -1.0
+    for number in sorted(range(len(bounds)), key=lambda each: -bounds[each]):
+        if bounds[number] < score - _ROUNDING:
+            break
+        alignment = align(matches[number])
+        chunks = chunks_of(alignment)
+        found = _counts(output, references[number], [alignment], chunks=chunks)
+        if found.score > score or (found.score == score and number < at):
+            best, at, score = found, number, found.score
+    return best
+
+
+def _counts(
+    output: _Sentence, reference: _Sentence, matches: Sequence[Sequence[Match]], *, chunks: int
+) -> Statistics:
+    """The counts of matches; a word that has several counts by the best of them."""
+    all_of_them = [match for here in matches for match in here]
+    return Statistics(
+        output.side([(m.module, m.output_start, m.output_length) for m in all_of_them]),
+        reference.side([(m.module, m.start, m.length) for m in all_of_them]),
+        chunks,
+    )
 
 
 class _Matcher:
@@ -150,15 +184,6 @@ class _Matcher:
             rewritings=list(self._rewritings(words)),
         )
 
-    def statistics(self, output: _Sentence, reference: _Sentence) -> Statistics:
-        """The counts of the best alignment."""
-        alignment = align(_matches(output, reference))
-        return Statistics(
-            output.side([(m.module, m.output_start, m.output_length) for m in alignment]),
-            reference.side([(m.module, m.start, m.length) for m in alignment]),
-            chunks_of(alignment),
-        )
-
     def _rewritings(self, words: list[str]) -> Iterator[tuple[int, int, Phrase]]:
         """The paraphrases of a sentence's phrases, each with the phrase's start and length."""
         for start in range(len(words)):
@@ -181,11 +206,16 @@ class _Sentence:
     """The paraphrases of phrases, each with the phrase's start and length."""
 
     def side(self, matches: Sequence[tuple[int, int, int]]) -> _Side:
-        """The counts of matches, each a module, a start and a length."""
-        counts = {True: [0, 0, 0, 0], False: [0, 0, 0, 0]}
+        """The counts of matches, each a module, a start and a length; of each word the best one."""
+        best: dict[int, int] = {}
         for module, start, length in matches:
-            for is_function in self.is_function[start : start + length]:
-                counts[is_function][module] += 1
+            for word in range(start, start + length):
+                known = best.get(word)
+                if known is None or MODULE_WEIGHTS[module] > MODULE_WEIGHTS[known]:
+                    best[word] = module
+        counts = {True: [0, 0, 0, 0], False: [0, 0, 0, 0]}
+        for word, module in best.items():
+            counts[self.is_function[word]][module] += 1
         content, function = tuple(counts[False]), tuple(counts[True])
         return _Side(len(self.words), sum(self.is_function), content, function)
 
