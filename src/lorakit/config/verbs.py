@@ -325,8 +325,9 @@ class ServeConfig(Settings):
     """Port to listen on; 0: any that is free."""
 
     api_key_file: Path | None = None
-    """File of keys, one a line: a request needs one as its header Authorization: Bearer KEY. None:
-    whoever can reach the server may ask, and load adapters."""
+    """File of keys, one a line: a request needs one in its header, Authorization: Bearer KEY. After
+    a key may stand adapters=NAME,NAME (which it may ask, beside the base), load=no, and requests=N
+    (a minute). None: whoever can reach the server may ask, and load adapters."""
 
     lenient: bool = False
     """Ignore fields of requests that the server does not know, in place of refusing them."""
