@@ -103,7 +103,11 @@ def commands(page):
             yield words[start:stop]
 
 
-COMMANDS = [*commands("README.md"), *commands("docs/methods.md")]
+COMMANDS = [
+    command
+    for page in ("README.md", "docs/methods.md", "docs/analysis.md")
+    for command in commands(page)
+]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

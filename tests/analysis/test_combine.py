@@ -5,6 +5,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+from torch import Tensor
 
 import lorakit as lk
 from adapter.test_peft import make, output
@@ -40,10 +41,10 @@ def pair_of(family):
 
 
 def dense_sum(adapters, weights):
-    found = {}
+    found: dict[str, Tensor] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for path, delta in dense(adapter).items():
-            found[path] = found.get(path, 0) + weight * delta
+            found[path] = found.get(path, torch.zeros_like(delta)) + weight * delta
     return found
 
 

@@ -22,7 +22,7 @@ def tuned_pair():
     tuned = copy.deepcopy(model)
     for path, values, seed in ((Q, [2.0, 1.0], 0), (UP, [3.0, 2.0, 1.0], 2)):
         weight = tuned.get_submodule(path).weight
-        a, b = planted(*weight.shape, values, seed=seed)
+        a, b = planted(weight.shape[0], weight.shape[1], values, seed=seed)
         with torch.no_grad():
             weight += b @ a
     return model, tuned

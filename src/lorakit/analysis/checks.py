@@ -26,6 +26,10 @@ def left_out(adapter: Adapter, *, with_base: bool = False) -> tuple[str, ...]:
     Args:
         adapter: what is analysed.
         with_base: whether the base is given, against which whole weights can be compared.
+
+    Examples:
+        >>> lk.analysis.left_out(lk.Adapter.load("out/places"))
+        ()
     """
     return tuple(_left_out(adapter, with_base))
 

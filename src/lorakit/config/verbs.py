@@ -20,7 +20,23 @@ from lorakit.config.seed import Seed
 from lorakit.config.train import DataConfig
 
 
-class InspectConfig(Settings):
+class ReportSettings(Settings):
+    """Where a report of an analysis is written."""
+
+    html: Path | None = None
+    """File for a report with figures, which needs nothing but a browser; an earlier one is
+    replaced."""
+
+    figures: Path | None = None
+    """Folder for every figure of the report as PNG and SVG; earlier ones are replaced."""
+
+    @property
+    def asks_report(self) -> bool:
+        """Whether there is to be one."""
+        return self.html is not None or self.figures is not None
+
+
+class InspectConfig(ReportSettings):
     """Settings of inspect: the adapter, its base if that is looked at, and advice on its ranks."""
 
     positional: ClassVar[tuple[str, ...]] = ("adapter",)
@@ -62,7 +78,7 @@ class InspectConfig(Settings):
         return self
 
 
-class CompareConfig(Settings):
+class CompareConfig(ReportSettings):
     """Settings of compare: the two adapters."""
 
     positional: ClassVar[tuple[str, ...]] = ("adapter", "other")
@@ -309,8 +325,9 @@ class ServeConfig(Settings):
     """Port to listen on; 0: any that is free."""
 
     api_key_file: Path | None = None
-    """File of keys, one a line: a request needs one as its header Authorization: Bearer KEY. None:
-    whoever can reach the server may ask, and load adapters."""
+    """File of keys, one a line: a request needs one in its header, Authorization: Bearer KEY. After
+    a key may stand adapters=NAME,NAME (which it may ask, beside the base), load=no, and requests=N
+    (a minute). None: whoever can reach the server may ask, and load adapters."""
 
     lenient: bool = False
     """Ignore fields of requests that the server does not know, in place of refusing them."""

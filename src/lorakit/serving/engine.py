@@ -17,7 +17,7 @@ from lorakit.routing.slots import Slots
 from lorakit.serving.admission import ClosedError, Queue
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.kv_slots import KeyValueSlots
-from lorakit.serving.requests import Delta, Request
+from lorakit.serving.requests import Delta, Finish, Request
 from lorakit.serving.sampling import Sampler, Token, reported
 from lorakit.serving.text import GrowingText
 
@@ -292,7 +292,8 @@ class Engine:
         """Go on with a token: tell the request, and end its answer where it ends."""
         request = row.request
         row.last, row.count = token.id, row.count + 1
-        offset, text, finish = row.text.length, "", None
+        offset, text = row.text.length, ""
+        finish: Finish | None = None
         stopped_by: str | int | None = None
         if token.id in request.ends:
             finish = "stop"

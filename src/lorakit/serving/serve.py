@@ -67,10 +67,11 @@ def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
     except ImportError:
         raise MissingExtraError("the server", "serve") from None
     from lorakit.serving.api.app import Policy, build_app
-    from lorakit.serving.api.guard import check_host, read_keys
+    from lorakit.serving.api.guard import check_host
+    from lorakit.serving.api.keys import Keys
     from lorakit.serving.api.listening import answer_until_told
 
-    keys = read_keys(settings.api_key_file)
+    keys = Keys.read(settings.api_key_file)
     check_host(settings.host, keys)
     listening = _listening(settings)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -29,6 +29,7 @@ from lorakit.serving.api.bodies import (
 from lorakit.serving.api.errors import handle_errors
 from lorakit.serving.api.formats import ChatForm, CompletionForm, text_of
 from lorakit.serving.api.guard import Guard
+from lorakit.serving.api.keys import Keys, Rights
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Catalog, Chosen
 from lorakit.serving.engine import Engine
@@ -42,7 +43,7 @@ VERSION = version("lorakit")
 class Policy:
     """What the API lets clients do."""
 
-    keys: tuple[str, ...] = ()
+    keys: Keys = field(default_factory=Keys)
     """One of which a request must have; none: no request needs one."""
     lenient: bool = False
     """Ignore unknown fields of bodies."""
@@ -53,7 +54,7 @@ class Policy:
 def build_app(engine: Engine, catalog: Catalog, policy: Policy | None = None) -> FastAPI:
     """The API of an engine that runs, and of the models that it answers as."""
     policy = policy or Policy()
-    app = FastAPI(title="lorakit", version=VERSION, redoc_url=None)
+    app = FastAPI(title="lorakit", version=VERSION, docs_url=None, redoc_url=None)
     server = _Server(engine, catalog, policy)
     app.add_middleware(
         Guard,
@@ -142,7 +143,7 @@ class _Server:
         self._check(body)
 
         def prepare() -> tuple[Chosen, list[Any], list[str | None]]:
-            chosen = self._chosen(body)
+            chosen = self._chosen(body, http)
             prompts = _prompts(body.prompt)
             ids = [text_ids(chosen, p) if isinstance(p, str) else p for p in prompts]
             asks_none = body.max_tokens == 0 and not body.echo
@@ -172,7 +173,7 @@ class _Server:
         self._check(body)
 
         def prepare() -> tuple[Chosen, list[Any]]:
-            chosen = self._chosen(body)
+            chosen = self._chosen(body, http)
             alternatives = (body.top_logprobs or 0) if body.logprobs else None
             asked = body.max_completion_tokens or body.max_tokens
             if asked == 0:
@@ -186,22 +187,26 @@ class _Server:
         form = ChatForm(chosen, logprobs=bool(body.logprobs))
         return await answered(http, body, form, self._engine, requests, chosen, self._metrics)
 
-    def _chosen(self, body: Asked) -> Chosen:
+    def _chosen(self, body: Asked, http: Request) -> Chosen:
         pairs = None if body.adapters is None else [(a.name, a.weight) for a in body.adapters]
-        return self._catalog.choose(body.model, body.adapter_id, pairs)
+        chosen = self._catalog.choose(body.model, body.adapter_id, pairs)
+        _rights(http).check_names(chosen.use.names)
+        return chosen
 
     def _check(self, body: Body) -> None:
         check_known(body, lenient=self._policy.lenient)
 
-    def load(self, body: LoadBody) -> Response:
+    def load(self, body: LoadBody, http: Request) -> Response:
         """Load an adapter, or with load_inplace replace one."""
         self._check(body)
+        _rights(http).check_load()
         self._catalog.load(body.lora_name, body.lora_path, in_place=body.load_inplace)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    def unload(self, body: UnloadBody) -> Response:
+    def unload(self, body: UnloadBody, http: Request) -> Response:
         """Forget an adapter."""
         self._check(body)
+        _rights(http).check_load()
         self._catalog.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -226,6 +231,12 @@ class _Server:
         chosen = self._catalog.choose(body.model)
         check_ids(body.tokens, self._engine.vocabulary, "tokens")
         return {"prompt": str(chosen.tokenizer.decode(body.tokens))}
+
+
+def _rights(http: Request) -> Rights:
+    """What a request may do."""
+    rights: Rights = http.state.rights
+    return rights
 
 
 def _prompts(given: Any) -> list[str | list[int]]:

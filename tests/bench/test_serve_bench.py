@@ -1,0 +1,22 @@
+"""`lorakit bench serve`: a server beside plain generation, and what a slot's change costs."""
+
+import json
+
+import pytest
+
+from lorakit.cli.main import main
+
+pytest.importorskip("uvicorn")
+
+
+def test_clients_are_measured_beside_plain_generation(tiny_llama, capsys):
+    words = ["--model", tiny_llama, "--dtype", "float32", "--clients", 3, "--adapters", 2]
+    words += ["--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 1, "--threads", 1]
+    assert main(["bench", "serve", *map(str, words), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    who = {"ours", "plain", "base", "route", "engine", "one"}
+    assert set(result["seconds"]["serve"]) == who
+    assert set(result["ratios"]) == who - {"ours"}
+    assert {row["who"] for row in result["tables"]["tokens"]} == who
+    assert [row["what"] for row in result["tables"]["slots"]] == ["step", "join", "unchanged"]
+    assert len(result["goals"]) == 4
