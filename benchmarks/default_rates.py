@@ -22,7 +22,7 @@ from lorakit.attachment.open_model import open_model
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_rows
 from lorakit.data.rows import read_rows
-from lorakit.training.evaluation import score
+from lorakit.training.evaluation import scored
 from lorakit.training.loss import Loss
 from lorakit.training.run import train
 from measured import begin, write_result
@@ -76,7 +76,7 @@ def _scores(adapter: Path, file: Path) -> dict[str, float]:
     rows = read_rows(str(file), opened.data, labels=opened.labels)
     examples = encode_rows(rows, opened.tokenizer, opened.data).examples
     collate, loss = Collator(opened.tokenizer), Loss("classification")
-    found = score(opened.model, examples, loss=loss, collate=collate, batch_size=64)
+    found = scored(opened.model, examples, loss=loss, collate=collate, batch_size=64).scores
     return {"loss": found["loss"], "accuracy": 100 * found["accuracy"]}
 
 

@@ -21,7 +21,7 @@ import lorakit as lk
 from lorakit.data.collate import Collator
 from lorakit.data.encode import Encoded, encode_rows
 from lorakit.data.rows import read_rows
-from lorakit.training.evaluation import score
+from lorakit.training.evaluation import scored
 from lorakit.training.loss import Loss
 from lorakit.training.run import train
 from measured import begin, write_result
@@ -80,11 +80,11 @@ def full(config: lk.DataConfig, rate: float, steps: int) -> dict[str, Any]:
     _loop(model, training, collate, rate, steps)
     seconds = time.perf_counter() - begun
     loss = Loss("classification")
-    scores = score(model, validation.examples, loss=loss, collate=collate, batch_size=64)
+    found = scored(model, validation.examples, loss=loss, collate=collate, batch_size=64)
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "rate": rate,
-        "accuracy": scores["accuracy"],
+        "accuracy": found.scores["accuracy"],
         "parameters": parameters,
         "seconds": seconds,
     }

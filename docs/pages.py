@@ -55,7 +55,17 @@ def _reference() -> Iterator[str]:
     for room in sorted(by_room, key=rooms.READING_ORDER.index):
         yield f"## {room.capitalize()}"
         yield f"{rooms.idea(room)}."
-        yield from (f"::: lorakit.{name}" for name in by_room[room])
+        yield from (f"::: lorakit.{name}{_options(name)}" for name in by_room[room])
+
+
+def _options(name: str) -> str:
+    """What mkdocstrings leaves out of a public module: members which have an entry of their own."""
+    module = getattr(lorakit, name)
+    if not inspect.ismodule(module):
+        return ""
+    twice = [each for each in vars(module) if each in lorakit.__all__]
+    hidden = ", ".join(f'"!^{each}$"' for each in ("_.*", *twice))
+    return f"\n    options:\n      filters: [{hidden}]"
 
 
 def _room(public: object) -> str:

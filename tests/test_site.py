@@ -22,6 +22,10 @@ build(load_config(sys.argv[1], docs_dir=sys.argv[2], site_dir=sys.argv[3], stric
 def test_the_reference_has_every_public_name_once():
     named = re.findall(r"^::: lorakit\.(\w+)$", pages.reference(), flags=re.MULTILINE)
     assert sorted(named) == sorted(lk.__all__)
+    # The page of the errors has all but their base, which is a public name itself.
+    assert '::: lorakit.errors\n    options:\n      filters: ["!^_.*$", "!^LorakitError$"]' in (
+        pages.reference()
+    )
 
 
 def test_the_site_has_every_page_of_the_docs():
@@ -45,6 +49,7 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (site / "docs" / "reference.html").read_text(encoding="utf-8")
     assert all(f'id="lorakit.{name}"' in text for name in lk.__all__)
+    assert len(re.findall(r'class="doc doc-heading"[^§]{0,300}?LorakitError</span>', text)) == 1
     for page in site.rglob("*.html"):
         loaded = re.findall(r"<(?:script|link|img)\b[^>]*", page.read_text(encoding="utf-8"))
         assert not [each for each in loaded if "//" in each and "canonical" not in each], page

@@ -104,13 +104,16 @@ def test_a_folder_with_an_at_sign_comes_first(folder, cache, tmp_path, monkeypat
 def test_only_json_safetensors_and_a_template_are_fetched(cache, monkeypatch):
     asked: dict[str, Any] = {}
 
-    def download(name, *, revision, allow_patterns):
-        asked.update(name=name, revision=revision, files=allow_patterns)
+    def download(name, *, revision, allow_patterns, local_files_only):
+        asked.update(name=name, revision=revision, files=allow_patterns, here=local_files_only)
         return str(cache / "snapshots" / COMMIT)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     lk.Adapter.load("someone/e2e", revision="v1")
-    assert asked == {"name": "someone/e2e", "revision": "v1", "files": list(READ)}
+    assert asked == {"name": "someone/e2e", "revision": "v1", "files": list(READ), "here": True}
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    lk.Adapter.load("someone/e2e", revision="v1")
+    assert not asked["here"]
     assert {name.rpartition(".")[2] for name in READ} == {"json", "safetensors", "jinja"}
     (cache / "snapshots" / COMMIT / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterFileError, match=r"has no adapter_model\.safetensors on the hub"):

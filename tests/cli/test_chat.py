@@ -1,5 +1,6 @@
 """The verb chat: lines that are piped in are answered, and commands change who answers."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import huggingface_hub
 import pytest
 
+import lorakit as lk
 from lorakit.cli.main import main
 
 
@@ -63,6 +65,20 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(chat, tmp_path, adapter)
         assert told in err
     assert err.count("error: ") == 4
     assert str(tmp_path / "none") in err
+
+
+def test_an_adapter_whose_card_is_refused_is_not_loaded(chat, tmp_path, adapter):
+    # Under a name that is held already: what it held still answers.
+    good = lk.Adapter.load(adapter)
+    bad = dataclasses.replace(good, card={**good.card, "task": "cooking"})
+    other = bad.save(tmp_path / "other" / "words")
+    fresh = shutil.copytree(other, tmp_path / "fresh")
+    code, result, err = chat("red", f"/load {other}", f"/load {fresh}", "/adapter", "/retry")
+    assert code == 0
+    assert err.count("the adapter's training card cannot be used") == 2
+    assert "* words\n" in err
+    assert "fresh\n" not in err.partition("* words")[2]
+    assert [turn["adapter"] for turn in result["turns"]] == ["words"]
 
 
 def test_folders_of_one_name_are_refused(chat, adapter):

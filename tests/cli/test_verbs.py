@@ -101,6 +101,15 @@ def test_merge_writes_a_checkpoint_that_transformers_loads_alone(trained, tmp_pa
     assert code == 2
 
 
+def test_a_merge_outside_a_terminal_shows_no_bars(trained, tmp_path, monkeypatch, capsys):
+    words = ["merge", "--adapter", str(trained), "--out", str(tmp_path / "merged")]
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("lorakit.cli.merge.is_terminal", lambda: True)
+    assert main([*words[:-1], str(tmp_path / "again")]) == 0
+    assert "\r" in capsys.readouterr().err
+
+
 def flip_a_weight(folder):
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())

@@ -1,7 +1,7 @@
 """Marks of settings: every setting of a run has been decided, and what the marks come to."""
 
 from lorakit.config.base import Settings
-from lorakit.config.marks import Mark, flat_settings, mark_of, settings_where
+from lorakit.config.marks import Mark, Shared, flat_settings, mark_of, settings_where
 from lorakit.config.train import TrainConfig
 from lorakit.training.sweep.grid import SECTIONS, VARYING
 
@@ -10,6 +10,21 @@ VARYING_OF_RUNS = {
     *("method", "steps", "epochs", "batch_size", "accumulate", "learning_rate", "lora_plus_ratio"),
     *("eva_batches", "warmup_steps", "schedule", "weight_decay", "adam_epsilon"),
     *("max_grad_norm", "label_smoothing", "z_loss", "seed", "eval_every", "patience"),
+}
+LIKE_THEIR_SECTION = {
+    "lora": {
+        *("rank", "alpha", "targets", "exclude", "layers", "dropout", "bias", "rank_pattern"),
+        *("alpha_pattern", "use_rslora", "use_dora", "init", "svd_iterations", "eva_rho"),
+        *("freeze_a", "modules_to_save", "dtype"),
+    },
+    "full": {"top", "blocks", "modules_to_save", "dtype"},
+    "bitfit": {"add_missing", "modules_to_save", "dtype"},
+    "prefix": {"prefix", "infix", "init", "blocks", "modules_to_save", "dtype"},
+    "bottleneck": {
+        *("size", "activation", "layer_norm", "train_norms", "layers", "dropped", "dropout", "at"),
+        *("modules_to_save", "dtype"),
+    },
+    "data": {"format", "fields", "delimiter", "separator", "max_length", "train_rows", "labels"},
 }
 OF_ONE_CALL = {"out", "sweep", "resume", "keep_settings", "overwrite", "dry_run", "table"}
 
@@ -27,6 +42,26 @@ def test_a_setting_without_a_mark_does_not_vary_and_is_on_the_card():
         size: int = 1
 
     assert mark_of(Unmarked, "size") == Mark(varies=False, on_card=True, compared=True)
+
+
+def test_every_setting_of_a_section_has_its_mark_or_is_known_to_have_the_sections():
+    without = {
+        name: {
+            each
+            for each, field in section.model_fields.items()
+            if not any(isinstance(one, Mark) for one in field.metadata)
+        }
+        for name, section in SECTIONS.items()
+    }
+    assert without == LIKE_THEIR_SECTION, "give a new setting a mark, or list it here"
+
+
+def test_a_setting_of_a_section_may_have_another_mark(monkeypatch):
+    class Section(Settings):
+        free: int = 1
+        fixed: Shared[int] = 2
+
+    assert settings_where(Section, lambda mark: mark.varies, default=Mark(varies=True)) == ["free"]
 
 
 def test_what_varies_between_trials_is_as_agreed():

@@ -96,7 +96,8 @@ def test_missing_fields_are_told_with_those_that_are_there(read: Any) -> None:
     assert "classification rows need text and label" in message
     assert message.splitlines()[-1] == (
         "Its columns are question, answer. Say in data.fields which is which,"
-        " as in fields: {prompt: COLUMN, completion: COLUMN}."
+        " as in fields: {prompt: COLUMN, completion: COLUMN} in YAML, or"
+        " --data.fields '{prompt: COLUMN, completion: COLUMN}'."
     )
 
 

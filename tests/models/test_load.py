@@ -340,6 +340,21 @@ def test_smollm2s_digits_are_tokens_of_their_own(package, cache):
     assert tokenizer.tokenize("a12  3") == ["a", "1", "2", "ĠĠ", "3"]
 
 
+def test_a_gguf_model_pads_as_its_file_says(package, cache, monkeypatch):
+    read = transformers.AutoTokenizer.from_pretrained
+
+    def as_transformers_5_17(*arguments, **settings):
+        tokenizer = read(*arguments, **settings)
+        tokenizer.pad_token = "<|im_start|>"
+        return tokenizer
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", as_transformers_5_17)
+    gguf_file.converted("tiny", package, prefix="tiny")
+    monkeypatch.undo()
+    _, tokenizer = load_model(next(cache.glob("tiny-gguf-*")))
+    assert tokenizer.pad_token == "<|im_end|>"
+
+
 def test_a_gguf_model_is_converted_once(package, cache, monkeypatch):
     load_model("smollm2")
     monkeypatch.setattr(gguf_file, "_read_gguf", lambda *_: pytest.fail("converted again"))

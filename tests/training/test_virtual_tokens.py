@@ -16,7 +16,7 @@ from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, TargetError
 from lorakit.kernels.choice import use
 from lorakit.models.attention import attention_within
-from lorakit.training.evaluation import score
+from lorakit.training.evaluation import scored
 from lorakit.training.lm_loss import item_weight, text_losses
 from lorakit.training.loss import Loss
 from lorakit.training.memory.memory_setting import training_memory
@@ -76,10 +76,10 @@ def test_a_run_lowers_the_loss_and_is_scored_the_same_from_its_folder(settings, 
     lk.attach(model, lk.Adapter.load(config.out))
     rows = read_rows(config.data.validation, config.data)
     encoded = encode_for(model, "default", rows, tokenizer, config.data)
-    found = score(
+    found = scored(
         model, encoded.examples, loss=Loss("generation"), collate=Collator(tokenizer), batch_size=8
     )
-    assert found["loss"] == pytest.approx(result.scores["loss"], rel=1e-4)
+    assert found.scores["loss"] == pytest.approx(result.scores["loss"], rel=1e-4)
 
 
 def test_loss_and_gradients_are_the_same_joined_padded_recomputed_and_plain(settings):

@@ -76,7 +76,11 @@ def _fetched(name: str, revision: str | None) -> Path:
     way = f"run `hf download {which}` where there is a network, or give a folder"
     try:
         found = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(READ)
+            name,
+            revision=revision,
+            allow_patterns=list(READ),
+            # huggingface_hub 1.33 asks the hub for a commit's files even when it is offline.
+            local_files_only=huggingface_hub.is_offline_mode(),
         )
     except RevisionNotFoundError:
         raise AdapterFileError(f"{name} has no revision {revision!r} on the hub") from None

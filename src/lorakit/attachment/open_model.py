@@ -52,6 +52,29 @@ class Opened:
     data: DataConfig
     """How rows become prompts: as in training, where the caller says nothing else."""
 
+    @classmethod
+    def of(
+        cls,
+        model: transformers.PreTrainedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        adapter: Adapter | None,
+        *,
+        use: TrainedUse,
+        task: str,
+        labels: tuple[str, ...] | None,
+        data: DataConfig,
+    ) -> Opened:
+        """A model with its base's tokenizer, which gets the chat template of the adapter's card."""
+        return cls(
+            model=model,
+            tokenizer=with_template(tokenizer, use.chat_template),
+            base_template=tokenizer.chat_template,
+            adapter=adapter,
+            task=task,
+            labels=labels,
+            data=data,
+        )
+
 
 def open_model(
     source: AdapterSource | None = None,
@@ -104,15 +127,7 @@ def open_model(
     _check_head(loaded, adapter, base, task)
     if adapter is not None:
         attach(loaded, adapter, allow_other_base=allow_other_base)
-    return Opened(
-        model=loaded,
-        tokenizer=with_template(tokenizer, use.chat_template),
-        base_template=tokenizer.chat_template,
-        adapter=adapter,
-        task=task,
-        labels=labels,
-        data=merged,
-    )
+    return Opened.of(loaded, tokenizer, adapter, use=use, task=task, labels=labels, data=merged)
 
 
 @contextmanager
@@ -185,15 +200,8 @@ def _borrowed(
         else attached(model, adapter, allow_other_base=allow_other_base)
     ):
         try:
-            yield Opened(
-                model=model.eval(),
-                tokenizer=with_template(tokenizer, use.chat_template),
-                base_template=tokenizer.chat_template,
-                adapter=adapter,
-                task=own,
-                labels=labels,
-                data=read,
-            )
+            model.eval()
+            yield Opened.of(model, tokenizer, adapter, use=use, task=own, labels=labels, data=read)
         finally:
             model.train(training)
 

@@ -32,7 +32,7 @@ from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model
 from lorakit.routing.route import route
-from lorakit.training.evaluation import score
+from lorakit.training.evaluation import scored
 from lorakit.training.loss import Loss
 from lorakit.training.prepare import prepare
 from lorakit.training.run import Run, execute, while_training
@@ -234,13 +234,13 @@ def _scores(
         task=asked,
     )
     task = asked or rows.task
-    found = score(
+    found = scored(
         model,
         encode_for(model, active_name(model), rows, tokenizer, data).examples,
         loss=Loss(task),
         collate=Collator(tokenizer),
         batch_size=4 * settings.batch_size,
-    )
+    ).scores
     scores = {"held-out loss": found.pop("loss")}
     if task != "generation":
         return scores | {name: 100 * value for name, value in found.items()}

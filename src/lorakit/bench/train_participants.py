@@ -28,7 +28,7 @@ from lorakit.data.collate import Collator
 from lorakit.data.encode import Example, encode_rows
 from lorakit.data.rows import read_rows
 from lorakit.routing.route import route
-from lorakit.training.evaluation import score
+from lorakit.training.evaluation import scored
 from lorakit.training.loss import Loss
 from lorakit.training.memory.memory_setting import training_memory
 from lorakit.training.prepare import Prepared, prepare
@@ -155,11 +155,11 @@ def _held_out_loss(model: nn.Module, prepared: Prepared, task: Task) -> float:
     """The mean loss of the target tokens of the held-out rows."""
     data: DataConfig = task.config.data
     rows = encode_rows(read_rows(str(task.held_out), data), prepared.tokenizer, data)
-    scores = score(
+    found = scored(
         model,
         rows.examples,
         loss=Loss(prepared.task),
         collate=Collator(prepared.tokenizer),
         batch_size=task.config.batch_size,
     )
-    return scores["loss"]
+    return found.scores["loss"]

@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from transformers import TextStreamer, set_seed
 
+from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.card import TrainedUse
-from lorakit.adapter.hub import short_name
+from lorakit.adapter.hub import local_path, short_name
 from lorakit.answering.answer import generation_settings, sampling_of
 from lorakit.answering.ends import ends_of_rows
 from lorakit.attachment.attach import detach
@@ -112,12 +113,16 @@ class Chat:
         """Load an adapter under the name of its folder, or that on the hub, which is the result.
 
         Raises:
-            LorakitError: its files are unusable, or do not fit the base.
+            LorakitError: its files or card are unusable, or do not fit the base; nothing changed.
         """
         if not place:
             raise ConfigError("/load needs a folder, or OWNER/NAME on the hub")
         name = short_name(place)
-        self._uses[name] = TrainedUse.on(self._bank.load(name, place).card)
+        # The bank takes an adapter with any card, so that it is read before.
+        with Adapter.reading(local_path(place)) as adapter:
+            use = TrainedUse.on(adapter.card)
+        self._bank.load(name, place)
+        self._uses[name] = use
         return name
 
     def choose(self, name: str | None) -> None:

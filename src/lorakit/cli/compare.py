@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from statistics import median
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.hub import short_name
 from lorakit.analysis.compare import Comparison, SiteComparison, compare
+from lorakit.analysis.figures import check_plots
+from lorakit.analysis.page import write_page
+from lorakit.analysis.report_of_two import comparison_page
 from lorakit.cli.columns import columns
 from lorakit.cli.spectra import by_part
 from lorakit.cli.verbs import Result
@@ -16,16 +20,30 @@ from lorakit.config.verbs import CompareConfig
 
 def run(settings: CompareConfig) -> Result:
     """Compare the two, site by site, and show the median of each part of the blocks."""
+    if settings.asks_report:
+        check_plots()
     first, second = Adapter.load(settings.adapter), Adapter.load(settings.other)
     found = compare(first, second, allow_other_base=settings.allow_other_base)
+    written = []
+    if settings.asks_report:
+        page = comparison_page(first, second, found, names=_names(settings))
+        written = write_page(page, html=settings.html, figures=settings.figures)
+    lines = [repr(first), repr(second), *_lines(first, found)]
     return Result(
-        text="\n".join([repr(first), repr(second), *_lines(first, found)]),
+        text="\n".join([*lines, *(f"written: {path}" for path in written)]),
         data={
             "adapters": [settings.adapter, settings.other],
             "content_hashes": [first.content_hash(), second.content_hash()],
+            "written": written,
             **found.to_json(),
         },
     )
+
+
+def _names(settings: CompareConfig) -> tuple[str, str]:
+    """What the two are called: as their folders are, or by their paths where these are the same."""
+    first, second = short_name(settings.adapter), short_name(settings.other)
+    return (first, second) if first != second else (str(settings.adapter), str(settings.other))
 
 
 def _lines(first: Adapter, found: Comparison) -> Iterator[str]:

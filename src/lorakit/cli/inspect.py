@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.card import TrainedUse
+from lorakit.adapter.hub import local_path, short_name
 from lorakit.adapter.output_place import check_new
 from lorakit.adapter.site import Site
 from lorakit.analysis.amplification import Amplification, amplification
 from lorakit.analysis.checks import has_delta, left_out
+from lorakit.analysis.figures import check_plots
+from lorakit.analysis.page import Page, write_page
+from lorakit.analysis.report import Findings, adapter_page, log_of
 from lorakit.analysis.spectrum import Spectrum, spectrum
+from lorakit.analysis.traces import traces
 from lorakit.cli.advise import Loaded, advise
 from lorakit.cli.spectra import amplification_lines, part_of, spectrum_lines
 from lorakit.cli.verbs import Result
 from lorakit.config.verbs import InspectConfig
+from lorakit.errors import AnalysisError
 
 
 def run(settings: InspectConfig) -> Result:
     """Read the adapter with every check, describe it, and look into its ΔW."""
     if settings.out is not None:
         check_new(settings.out)
+    if settings.asks_report:
+        check_plots()
     adapter = Adapter.load(settings.adapter)
     loaded = _base(settings, adapter)
     spectra, amplified, notes = _found(settings, adapter, loaded)
@@ -40,13 +50,30 @@ def run(settings: InspectConfig) -> Result:
         "not_shown": list(notes),
         "advice": None if advice is None else {**advice.to_json(), "out": settings.out},
     }
+    written = []
+    if settings.asks_report:
+        found = Findings(spectra=spectra, amplified=amplified, notes=notes)
+        written = write_page(
+            _report(settings, adapter, found), html=settings.html, figures=settings.figures
+        )
     lines = [repr(adapter), *_lines(adapter)]
     lines += spectrum_lines(adapter, spectra) if spectra else []
     lines += amplification_lines(adapter, amplified) if amplified else []
     lines += [f"not shown: {note}" for note in notes]
     lines += advice.lines() if advice is not None else []
     lines += [f"the smaller adapter is in {settings.out}"] if settings.out is not None else []
-    return Result(text="\n".join(lines), data=facts)
+    lines += [f"written: {path}" for path in written]
+    return Result(text="\n".join(lines), data={**facts, "written": written})
+
+
+def _report(settings: InspectConfig, adapter: Adapter, found: Findings) -> Page:
+    """The report, also of the run in whose folder the adapter is."""
+    folder = local_path(settings.adapter)
+    with suppress(AnalysisError):
+        found = replace(found, traces=traces(folder))
+    return adapter_page(
+        adapter, replace(found, log=log_of(folder)), name=short_name(settings.adapter)
+    )
 
 
 def _base(settings: InspectConfig, adapter: Adapter) -> Loaded | None:

@@ -1,5 +1,6 @@
 """The verb merge: a plain model, with the adapter in its weights, that loads without lorakit."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from lorakit.merging.quantized_base import TrainedModel
 from lorakit.merging.report import MergeReport
 from lorakit.models.load import load_model
 from lorakit.models.quantized import dequantize, quantization_of
+from lorakit.training.progress import is_terminal
+from lorakit.upstream.quiet_library import without_bars
 
 
 def run(settings: MergeConfig) -> Result:
@@ -73,7 +76,8 @@ def _merge_as_trained(settings: MergeConfig, opened: Opened) -> tuple[Opened, Me
 
 def _save(opened: Opened, folder: Path) -> None:
     _record_ends(opened)
-    opened.model.save_pretrained(folder)
+    with nullcontext() if is_terminal() else without_bars():
+        opened.model.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
 
 

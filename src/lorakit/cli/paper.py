@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lorakit.cli.verbs import Result, Verb
@@ -27,6 +28,8 @@ from lorakit.paper.pages import remake, written
 from lorakit.paper.reproduction import readme_table, reproduction_page
 from lorakit.paper.results import State, state_of
 from lorakit.paper.run import run_cells
+from lorakit.paper.section7 import STUDIES, found_of, run_studies, studies_in
+from lorakit.paper.section7_pages import draw_similarity, study_page
 from lorakit.paper.summary import Summary, summary
 from lorakit.paper.verify import verify
 
@@ -51,6 +54,8 @@ def list_cells(settings: PaperListConfig) -> Result:
 
 def run(settings: PaperRunConfig) -> Result:
     """Run what has no current result."""
+    if studies := studies_in(settings.cells):
+        return _run_studies(settings, studies)
     done = run_cells(settings, progress=True)
     planned = {job: f"about {seconds / 60:.0f} min" for job, seconds in done.seconds.items()}
     lines = [*_lines(done.states, planned), *done.notes]
@@ -65,8 +70,34 @@ def run(settings: PaperRunConfig) -> Result:
     return Result(text="\n".join(lines), data={"runs": runs, "notes": list(done.notes)})
 
 
+def _run_studies(settings: PaperRunConfig, studies: Sequence[str]) -> Result:
+    """Train and look into the adapters of section 7.
+
+    Raises:
+        ConfigError: cells of tables are named beside them.
+    """
+    others = [word for word in settings.cells if word not in studies]
+    if others:
+        raise ConfigError(f"{', '.join(studies)} and {', '.join(others)} are run one by one")
+    files = run_studies(settings, progress=True)
+    text = "\n".join(f"written to {file}" for file in files)
+    return Result(text=text, data={"files": files})
+
+
+def _study(name: str, results: Path, out: Path | None) -> Result:
+    """A figure or the table of section 7, printed, or written and drawn."""
+    found = found_of(name, results)
+    text = written(study_page(name, found), out, f"{name}.small.md")
+    if out is not None and name.startswith("figure"):
+        drawn = draw_similarity(name, found, out)
+        text = "\n".join([text, *(f"written to {file}" for file in drawn)])
+    return Result(text=text, data={"name": name, "found": found})
+
+
 def table(settings: PaperTableConfig) -> Result:
     """A table, printed or written."""
+    if studies := studies_in([f"table{settings.table.removeprefix('table')}"]):
+        return _study(studies[0], settings.results, settings.out)
     found = summary(_name("table", settings.table), scale=settings.scale, results=settings.results)
     page = markdown(found)
     return Result(
@@ -76,6 +107,8 @@ def table(settings: PaperTableConfig) -> Result:
 
 def figure(settings: PaperFigureConfig) -> Result:
     """A figure's points, or the figure drawn."""
+    if studies := studies_in([f"figure{settings.figure.removeprefix('figure')}"]):
+        return _study(studies[0], settings.results, settings.out)
     name = _name("figure", settings.figure)
     found = points(name, settings.results)
     text = points_table(found, name)
@@ -121,7 +154,8 @@ def _name(kind: str, number: str) -> str:
     """
     name = f"{kind}{number.removeprefix(kind)}"
     if name not in tables():
-        known = ", ".join(one.removeprefix(kind) for one in tables() if one.startswith(kind))
+        names = [one for one in [*tables(), *STUDIES] if one.startswith(kind)]
+        known = ", ".join(one.removeprefix(kind) for one in names)
         raise ConfigError(f"there is no {kind} {number!r}; there are {known}")
     return name
 

@@ -16,7 +16,7 @@ class Mark:
     """What is true of a setting; one without a mark has these defaults.
 
     The mark of a section, which is a setting that holds settings, is the mark of all in it that
-    have none of their own.
+    have none of their own. Which these are is listed in a test, so that a new one is decided too.
     """
 
     varies: bool = False
@@ -60,9 +60,19 @@ def mark_of(settings: type[BaseModel], name: str, *, default: Mark | None = None
     return next(marks, default or Mark())
 
 
-def settings_where(settings: type[BaseModel], holds: Callable[[Mark], bool]) -> list[str]:
-    """The names of the settings of whose mark something holds, in order of declaration."""
-    return [name for name in settings.model_fields if holds(mark_of(settings, name))]
+def settings_where(
+    settings: type[BaseModel], holds: Callable[[Mark], bool], *, default: Mark | None = None
+) -> list[str]:
+    """The names of the settings of whose mark something holds, in order of declaration.
+
+    Args:
+        settings: the class of a run's settings, or of a section.
+        holds: what is asked of a mark.
+        default: the mark of a section, for settings in it that have none.
+    """
+    return [
+        name for name in settings.model_fields if holds(mark_of(settings, name, default=default))
+    ]
 
 
 def flat_settings(

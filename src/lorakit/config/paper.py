@@ -52,7 +52,8 @@ class PaperRunConfig(Chosen):
     """Settings of paper run: which cells, on which data, and where the results go."""
 
     cells: Annotated[Names, Field(min_length=1)]
-    """Cells such as table2.lora, whole tables such as table2, or patterns such as table?.lora."""
+    """Cells such as table2.lora, whole tables such as table2, or patterns such as table?.lora; or
+    figure3, figure4 and table7, which look into adapters of Table 6."""
 
     data: Path | None = None
     """Folder with a folder for each task, named as the task. None: the data sets of the hub."""
@@ -87,10 +88,10 @@ class PaperFigureConfig(PaperConfig):
     positional: ClassVar[tuple[str, ...]] = ("figure",)
 
     figure: str
-    """Its number, 2."""
+    """Its number: 2, 3 or 4."""
 
     out: Path | None = None
-    """Folder for figure2.small.png and figure2.small.svg, which are replaced. None: its points
+    """Folder for figure2.small.png and figure2.small.svg, which are replaced. None: its numbers
     are printed."""
 
 

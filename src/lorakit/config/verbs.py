@@ -20,7 +20,23 @@ from lorakit.config.seed import Seed
 from lorakit.config.train import DataConfig
 
 
-class InspectConfig(Settings):
+class ReportSettings(Settings):
+    """Where a report of an analysis is written."""
+
+    html: Path | None = None
+    """File for a report with figures, which needs nothing but a browser; an earlier one is
+    replaced."""
+
+    figures: Path | None = None
+    """Folder for every figure of the report as PNG and SVG; earlier ones are replaced."""
+
+    @property
+    def asks_report(self) -> bool:
+        """Whether there is to be one."""
+        return self.html is not None or self.figures is not None
+
+
+class InspectConfig(ReportSettings):
     """Settings of inspect: the adapter, its base if that is looked at, and advice on its ranks."""
 
     positional: ClassVar[tuple[str, ...]] = ("adapter",)
@@ -62,7 +78,7 @@ class InspectConfig(Settings):
         return self
 
 
-class CompareConfig(Settings):
+class CompareConfig(ReportSettings):
     """Settings of compare: the two adapters."""
 
     positional: ClassVar[tuple[str, ...]] = ("adapter", "other")

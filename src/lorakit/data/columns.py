@@ -110,7 +110,8 @@ class ColumnTable:
         lines = "\n  ".join([f"{self.source} lacks fields that are needed:", *problems])
         raise DataError(
             f"{lines}\nIts columns are {', '.join(columns) or 'none'}."
-            f" Say in data.fields which is which, as in fields: {{{example}}}."
+            f" Say in data.fields which is which, as in fields: {{{example}}} in YAML, or"
+            f" --data.fields '{{{example}}}'."
         )
 
     def _lacking(self, kind: RowType, columns: Sequence[str], *, answered: bool) -> list[str]:

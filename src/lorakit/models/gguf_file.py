@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -22,6 +23,13 @@ from lorakit.models.quantized import drop_quantisation_mark
 CONVERTER_VERSION = 1
 """Part of a converted model's folder name; raise it when the conversion changes."""
 SUFFIX = ".gguf"
+_SPECIAL_TOKENS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
+"""The special tokens of a tokenizer, and what a GGUF file calls them."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _DEFAULT_SPLITS = ("", "default", "gpt-2")
 """Files of byte-level tokenizers that split texts into words as GPT-2's does."""
@@ -88,7 +96,8 @@ def _read_gguf(
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"unpacking {name!r}, which is a GGUF file,", "gguf")
     try:
-        split = _word_split(gguf)
+        fields = _fields(gguf)
+        split = _word_split(fields)
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -103,15 +112,30 @@ def _read_gguf(
             f"{gguf} divides texts into words as {split!r}, which transformers does not read, so "
             "that its tokens would be others: load the model from its original folder"
         )
+    _set_special_tokens(tokenizer, fields)
     drop_quantisation_mark(model)
     return model, tokenizer
 
 
-def _word_split(gguf: Path) -> str:
-    """The name of how a byte-level tokenizer splits texts into words; "" for other tokenizers."""
+def _fields(gguf: Path) -> Mapping[str, Any]:
+    """What a file says of its model and tokenizer, by name."""
     from gguf import GGUFReader
 
-    fields = GGUFReader(gguf).fields
+    return GGUFReader(gguf).fields
+
+
+def _set_special_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase, fields: Mapping[str, Any]
+) -> None:
+    """Take those that the file names: transformers 5.17 pads with another token."""
+    for name, key in _SPECIAL_TOKENS.items():
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
+
+
+def _word_split(fields: Mapping[str, Any]) -> str:
+    """The name of how a byte-level tokenizer splits texts into words; "" for other tokenizers."""
     kind, split = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     is_byte_level = kind is not None and kind.contents() == "gpt2"
     return str(split.contents()) if is_byte_level and split is not None else ""

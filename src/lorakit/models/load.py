@@ -24,6 +24,7 @@ from lorakit.models.quantized import WAYS, Quantization, check_library, convert_
 from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.roles import input_embedding, task_heads
 from lorakit.upstream.private_names import initialize, loaded_from
+from lorakit.upstream.quiet_library import without_bars
 
 TASKS = ("generation", "classification", "regression")
 """The tasks that a base model can be loaded for."""
@@ -340,13 +341,11 @@ def _quiet() -> Iterator[None]:
     """Silence transformers' load report and bars; `_check_complete` raises what it reports."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if bars:
-        # A download takes long enough to show.
-        enable_progress_bars()
     try:
-        yield
+        with without_bars():
+            if bars:
+                # A download takes long enough to show.
+                enable_progress_bars()
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

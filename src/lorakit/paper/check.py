@@ -100,7 +100,11 @@ def _data_problems(data: Data, jobs: Sequence[Job]) -> Iterator[str]:
     if data.folder is not None and not data.folder.is_dir():
         yield f"data: there is no folder {data.folder}"
         return
-    reads: tuple[Callable[[Job], object], ...] = (data.training, data.scored, _scorer_of)
+    reads: tuple[Callable[[Job], object], ...] = (
+        data.training,
+        data.scored,
+        lambda job: check_scorer(job.task, job.scoring.variant),
+    )
     found: dict[str, None] = {}
     for job in jobs:
         for read in reads:
@@ -109,10 +113,6 @@ def _data_problems(data: Data, jobs: Sequence[Job]) -> Iterator[str]:
             except LorakitError as error:
                 found[str(error)] = None
     yield from found
-
-
-def _scorer_of(job: Job) -> None:
-    check_scorer(job.task, job.scoring.variant)
 
 
 def _commit_problems() -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +31,6 @@ class Scored:
     """The number of each row's class, or the number itself; none for texts."""
 
 
-def score(
-    model: nn.Module,
-    examples: Sequence[Example],
-    *,
-    loss: Loss,
-    collate: Collator,
-    batch_size: int,
-    best_by: str | None = None,
-    progress: bool = False,
-) -> dict[str, float]:
-    """The mean loss per target token or row, and the scores of the task, as `Scored` has them.
-
-    With `best_by` also the score of that name.
-    """
-    options: Any = {"loss": loss, "collate": collate, "batch_size": batch_size, "best_by": best_by}
-    return scored(model, examples, **options, progress=progress).scores
-
-
 @torch.no_grad()
 def scored(
     model: nn.Module,
@@ -61,7 +42,7 @@ def scored(
     best_by: str | None = None,
     progress: bool = False,
 ) -> Scored:
-    """The same scores, and what the model predicted for each row."""
+    """The mean loss per target token or row, the scores of the task, and what was predicted."""
     model.eval()
     device = next(model.parameters()).device
     summed, count = 0.0, 0

@@ -26,7 +26,7 @@ def progress_bar(
         show: False: nothing is shown.
         initial: how many are done already.
     """
-    if show and not _is_terminal():
+    if show and not is_terminal():
         return PlainProgress(total=total, title=title, unit=unit, initial=initial)
     return tqdm(
         total=total,
@@ -51,7 +51,7 @@ def steps(total: int, size: int, *, title: str, show: bool) -> Iterator[int]:
         bar.close()
 
 
-def _is_terminal() -> bool:
+def is_terminal() -> bool:
     """Whether stderr is a terminal that understands a carriage return."""
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 

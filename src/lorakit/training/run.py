@@ -29,7 +29,7 @@ from lorakit.models.quantized import card_of_base
 from lorakit.routing.route import route
 from lorakit.training.checkpoints import step_of
 from lorakit.training.checks import Interruption, UntrainedParts
-from lorakit.training.evaluation import score
+from lorakit.training.evaluation import scored
 from lorakit.training.loaded_base import borrowed, settled
 from lorakit.training.loss import Loss
 from lorakit.training.memory.compiled_blocks import compiled_blocks
@@ -260,14 +260,14 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     def scorer(model: torch.nn.Module) -> dict[str, float]:
         assert validation is not None
         with route(model, prepared.name):
-            return score(
+            return scored(
                 model,
                 validation.examples,
                 loss=plain_loss,
                 collate=collate,
                 batch_size=4 * config.batch_size,
                 best_by=prepared.best_by,
-            )
+            ).scores
 
     trainer = make_trainer(
         adapter_name=prepared.name,

@@ -1,4 +1,4 @@
-"""bitsandbytes without its warning, on import, about a kernel of the hub that lorakit omits.
+"""Libraries without what they print: bitsandbytes' warning on import, transformers' progress bars.
 
 Importing this module imports neither torch nor bitsandbytes.
 """
@@ -17,6 +17,20 @@ def quiet_library() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(_is_of_use)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Suppress the progress bars of transformers and the hub for as long as the context lasts."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:

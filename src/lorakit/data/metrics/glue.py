@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lorakit.errors import DataError, MissingExtraError
@@ -90,14 +91,6 @@ def _matthews(right: Sequence[Any], found: Sequence[Any]) -> float:
     return float(_sklearn().matthews_corrcoef(right, found))
 
 
-def _pearson(right: Sequence[Any], found: Sequence[Any]) -> float:
-    return _correlation("pearsonr", right, found)
-
-
-def _spearman(right: Sequence[Any], found: Sequence[Any]) -> float:
-    return _correlation("spearmanr", right, found)
-
-
 def _correlation(name: str, right: Sequence[Any], found: Sequence[Any]) -> float:
     if len(set(right)) < 2 or len(set(found)) < 2:
         return math.nan
@@ -120,6 +113,6 @@ _METRICS = {
     "accuracy": _accuracy,
     "f1": _f1,
     "matthews": _matthews,
-    "pearson": _pearson,
-    "spearman": _spearman,
+    "pearson": partial(_correlation, "pearsonr"),
+    "spearman": partial(_correlation, "spearmanr"),
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from lorakit.data.row_types import PromptRow, Row
 from lorakit.data.tasks.task import Task, Values, splits, with_references
@@ -40,15 +39,10 @@ def _row(values: Values) -> Row:
         texts, references = values["triples"], values["references"]
     else:
         texts = values["modified_triple_sets"]["mtriple_set"][0]
-        references = _good(values["lex"])
+        rated = zip(values["lex"]["text"], values["lex"]["comment"], strict=True)
+        references = [text for text, comment in rated if comment == "good"]
     row = with_references(linearized([text.split(" | ") for text in texts]), references)
     return replace(row, values={"category": values.get("category")})
-
-
-def _good(texts: Any) -> list[str]:
-    """The texts of a set of the hub whose comment says that they are good."""
-    pairs = zip(texts["text"], texts["comment"], strict=True)
-    return [text for text, comment in pairs if comment == "good"]
 
 
 def _seen(rows: Sequence[Row]) -> dict[str, list[bool]]:

@@ -13,12 +13,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorakit.config.base import Settings, problem_lines
-from lorakit.config.marks import settings_where
+from lorakit.config.marks import Mark, mark_of, settings_where
 from lorakit.config.methods import MethodConfig
 from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError
 
-_MARKED = settings_where(TrainConfig, lambda mark: mark.varies)
+
+def _varies(mark: Mark) -> bool:
+    return mark.varies
+
+
+_MARKED = settings_where(TrainConfig, _varies)
 
 SECTIONS = {
     name: section
@@ -29,7 +34,11 @@ SECTIONS = {
 """Settings that hold settings, which may vary each by itself."""
 
 VARYING = (
-    *(f"{name}.{inner}" for name, section in SECTIONS.items() for inner in section.model_fields),
+    *(
+        f"{name}.{inner}"
+        for name, section in SECTIONS.items()
+        for inner in settings_where(section, _varies, default=mark_of(TrainConfig, name))
+    ),
     *(name for name in _MARKED if name not in SECTIONS),
 )
 """Settings that may differ between trials; they share all others, the base first of all."""
