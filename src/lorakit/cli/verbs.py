@@ -56,11 +56,11 @@ VERBS = {
         settings="config.verbs:ServeConfig",
     ),
     "inspect": Entry(
-        meaning="Say what an adapter is and what is in its ΔW, and which ranks it needs.",
+        meaning="Say what an adapter is, and look inside its ΔW.",
         settings="config.verbs:InspectConfig",
     ),
     "compare": Entry(
-        meaning="Say whether two adapters change the same layers, in the same directions.",
+        meaning="Say whether two adapters change the same, and in what they differ.",
         settings="config.verbs:CompareConfig",
     ),
     "merge": Entry(
@@ -68,7 +68,7 @@ VERBS = {
         settings="config.verbs:MergeConfig",
     ),
     "convert": Entry(
-        meaning="Write an adapter in another format, or a sum of several, or from a checkpoint.",
+        meaning="Write an adapter in another format, a sum, or one of a checkpoint.",
         settings="config.verbs:ConvertConfig",
     ),
     "completion": Entry(

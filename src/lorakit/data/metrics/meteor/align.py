@@ -71,7 +71,10 @@ def align(matches: Sequence[Sequence[Match]]) -> list[Match]:
     for position, here in enumerate(matches):
         if len(paths) > 1:
             paths.sort(key=_KEY)
-        paths = _advance(paths[:BEAM], position, here, fixed)
+        if position in fixed:
+            paths = _with_fixed(paths[:BEAM], fixed[position])
+        else:
+            paths = _advance(paths[:BEAM], position, here)
     paths.sort(key=_KEY)
     # The chunk that is open at the end counts too.
     closed = [(p[0], p[1] + (p[4] != -1), p[2], p[7]) for p in paths[:BEAM]]
@@ -98,9 +101,7 @@ def _fixed(matches: Sequence[Sequence[Match]]) -> dict[int, Match]:
     }
 
 
-def _advance(
-    paths: Sequence[_Path], position: int, matches: Sequence[Match], fixed: dict[int, Match]
-) -> list[_Path]:
+def _advance(paths: Sequence[_Path], position: int, matches: Sequence[Match]) -> list[_Path]:
     """The paths one word further on: each match that starts there taken, or none."""
     following: list[_Path] = []
     bit = 1 << position
@@ -123,8 +124,6 @@ def _advance(
         if used & bit:
             if position < here:
                 following.append(path)
-            elif (match := fixed.get(here)) is not None:
-                following.append(_with_fixed(path, match))
             continue
         for words, output_words, own, stop, start, output_stop, apart, match in choices:
             if used & words or used_output & output_words:
@@ -149,14 +148,24 @@ def _advance(
     return following or list(paths[:1])
 
 
-def _with_fixed(path: _Path, match: Match) -> _Path:
-    """A path that has taken a match without rivals, whose words it counts as used."""
-    weight, chunks, distance, _, end, used, used_output, chosen = path
-    broken = end != -1 and end != match.output_start
-    distance += abs(match.start - match.output_start)
-    stop, output_stop = match.start + match.length, match.output_start + match.output_length
-    taken = weight - match.weight, chunks + broken, distance, stop, output_stop
-    return (*taken, used, used_output, chosen)
+def _with_fixed(paths: Sequence[_Path], match: Match) -> list[_Path]:
+    """The paths after a match without rivals, whose words they all count as used."""
+    own, apart = match.weight, abs(match.start - match.output_start)
+    start, stop = match.output_start, match.start + match.length
+    output_stop = match.output_start + match.output_length
+    return [
+        (
+            weight - own,
+            chunks + (end != -1 and end != start),
+            distance + apart,
+            stop,
+            output_stop,
+            used,
+            used_output,
+            chosen,
+        )
+        for weight, chunks, distance, _, end, used, used_output, chosen in paths
+    ]
 
 
 def _unchained(chain: Chain) -> Iterator[Match]:

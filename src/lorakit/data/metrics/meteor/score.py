@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 from lorakit.data.metrics.meteor.align import EXACT, Match, align, chunks_of
 from lorakit.data.metrics.meteor.normalize import normalized_words
@@ -166,7 +166,9 @@ class _Matcher:
 
         self._lists = lists
         self._paraphrases = paraphrases
-        self._longest = max(map(len, paraphrases), default=0)
+        self._lengths: dict[str, set[int]] = {}
+        for phrase in paraphrases:
+            self._lengths.setdefault(phrase[0], set()).add(len(phrase))
         self._stem = cache(SnowballStemmer("english").stem)
 
     def sentence(self, words: list[str]) -> _Sentence:
@@ -179,16 +181,18 @@ class _Matcher:
             words=words,
             is_function=[word in self._lists.function_words for word in words],
             keys=keys,
-            places={EXACT: _places((word,) for word in words)}
-            | {module: _places(of_words) for module, of_words in keys.items()},
             rewritings=list(self._rewritings(words)),
         )
 
     def _rewritings(self, words: list[str]) -> Iterator[tuple[int, int, Phrase]]:
         """The paraphrases of a sentence's phrases, each with the phrase's start and length."""
-        for start in range(len(words)):
-            for length in range(1, min(self._longest, len(words) - start) + 1):
-                for paraphrase in self._paraphrases.get(tuple(words[start : start + length]), ()):
+        for start, word in enumerate(words):
+            for length in sorted(self._lengths.get(word, ())):
+                phrase = tuple(words[start : start + length])
+                # At the end of a sentence fewer words may be left.
+                for paraphrase in (
+                    self._paraphrases.get(phrase, ()) if len(phrase) == length else ()
+                ):
                     yield start, length, paraphrase
 
 
@@ -200,10 +204,18 @@ class _Sentence:
     is_function: list[bool]
     keys: Mapping[int, Sequence[Collection[str]]]
     """By module what each word has in common with words that it matches: stems, synonym sets."""
-    places: Mapping[int, Mapping[str, list[int]]]
-    """By module where each word, or key, is."""
     rewritings: list[tuple[int, int, Phrase]]
     """The paraphrases of phrases, each with the phrase's start and length."""
+
+    @cached_property
+    def places(self) -> Mapping[str, list[int]]:
+        """Where each word is."""
+        return _places((word,) for word in self.words)
+
+    @cached_property
+    def places_of_keys(self) -> Mapping[int, Mapping[str, list[int]]]:
+        """By module where each key is."""
+        return {module: _places(of_words) for module, of_words in self.keys.items()}
 
     def side(self, matches: Sequence[tuple[int, int, int]]) -> _Side:
         """The counts of matches, each a module, a start and a length; of each word the best one."""
@@ -221,7 +233,7 @@ class _Sentence:
 
     def rewritten_in(self, other: _Sentence) -> Iterator[tuple[int, int, int, int]]:
         """Phrases that another sentence has paraphrases of: both starts and lengths."""
-        places, words = other.places[EXACT], other.words
+        places, words = other.places, other.words
         for start, length, paraphrase in self.rewritings:
             for at in places.get(paraphrase[0], ()):
                 size = len(paraphrase)
@@ -231,7 +243,7 @@ class _Sentence:
 
 def _matches(output: _Sentence, reference: _Sentence) -> list[list[Match]]:
     """By the reference's word: exact matches; then stems, synonyms and paraphrases."""
-    exact = output.places[EXACT]
+    exact = output.places
     matches: list[list[Match]] = [
         [Match.of(EXACT, start, 1, at, 1) for at in exact.get(word, ())]
         for start, word in enumerate(reference.words)
@@ -239,7 +251,7 @@ def _matches(output: _Sentence, reference: _Sentence) -> list[list[Match]]:
     if output.words == reference.words:
         return matches
     for module, keys_of_words in reference.keys.items():
-        places = output.places[module]
+        places = output.places_of_keys[module]
         for start, (word, keys) in enumerate(zip(reference.words, keys_of_words, strict=True)):
             for at in sorted({at for key in keys for at in places.get(key, ())}):
                 if output.words[at] != word:

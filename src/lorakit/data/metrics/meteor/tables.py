@@ -115,22 +115,33 @@ class Tables:
     def paraphrases(self, vocabulary: Iterable[str]) -> dict[Phrase, list[Phrase]]:
         """The paraphrases of each phrase, of pairs whose words are all in a vocabulary."""
         words, tokens, lengths = self._paraphrase_table
+        starts = self._paraphrase_starts
         known = np.zeros(len(words), bool)
         for word in vocabulary:
             place = bisect_left(words, word)
             # A word that the table lacks has the place of its successor there.
             if words[place : place + 1] == [word]:
                 known[place] = True
-        starts = np.zeros(len(lengths) * 2, np.int64)
-        np.cumsum(lengths.ravel()[:-1], out=starts[1:])
-        pairs = np.flatnonzero(np.logical_and.reduceat(known[tokens], starts[::2]))
+        # Most pairs go by their first word, so that few have all of theirs looked at.
+        pairs = np.flatnonzero(known[tokens[starts[:-1:2]]])
+        bounds = starts[2 * pairs], starts[2 * pairs + 2]
+        inside = np.concatenate([[0], np.cumsum(bounds[1] - bounds[0])])
+        places = np.arange(inside[-1]) + np.repeat(bounds[0] - inside[:-1], np.diff(inside))
+        if len(pairs):
+            pairs = pairs[np.logical_and.reduceat(known[tokens[places]], inside[:-1])]
         found: dict[Phrase, list[Phrase]] = {}
         # A pair's words are in a row: those of the phrase, then those of its paraphrase.
-        bounds = zip(starts[2 * pairs].tolist(), *lengths[pairs].T.tolist(), strict=True)
-        for start, length, other in bounds:
+        spans = zip(starts[2 * pairs].tolist(), *lengths[pairs].T.tolist(), strict=True)
+        for start, length, other in spans:
             both = [words[token] for token in tokens[start : start + length + other].tolist()]
             found.setdefault(tuple(both[:length]), []).append(tuple(both[length:]))
         return found
+
+    @cached_property
+    def _paraphrase_starts(self) -> NDArray[np.int64]:
+        """Where each phrase of the pairs begins among their words, and where the last one ends."""
+        _, _, lengths = self._paraphrase_table
+        return np.concatenate([[0], np.cumsum(lengths.ravel(), dtype=np.int64)])
 
     @cached_property
     def _paraphrase_table(self) -> tuple[list[str], NDArray[np.int32], NDArray[np.uint8]]:
