@@ -220,7 +220,7 @@ def check_slots(state: Attachment, updates: Mapping[str, Update]) -> None:
 
 
 def _add_sums(content: _Content, number: int, own: Sequence[tuple[LoRAUpdate, float]]) -> None:
-    parts = [(cast(LowRank, part), w) for update, w in own for part in update.parts.values() if w]
+    parts = [(part, w) for update, w in own for part in update.parts.values() if w]
     biases = [(update.bias, w) for update, w in own if update.bias is not None and w]
     if parts:
         content.parts[number] = parts

@@ -38,7 +38,9 @@ class Decoder:
     @property
     def vocabulary(self) -> int:
         """The number of token ids that the model's embedding has."""
-        return int(self._model.get_input_embeddings().weight.shape[0])
+        weight = self._model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0]
 
     def read(self, ids: Sequence[int], cache: DynamicCache, *, every: bool = False) -> Tensor:
         """Read the next tokens of one row into a cache of its own.

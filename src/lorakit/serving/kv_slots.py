@@ -127,7 +127,7 @@ class KeyValueSlots:
         columns = torch.arange(longest + 1, device=device)[None]
         mask = (columns >= longest - own).long()
         if self._cache is None:
-            self._cache = Cache(layers=self._layers)
+            self._cache = Cache(layers=list(self._layers))
         return self._cache, mask, positions
 
     def end(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -76,7 +76,7 @@ class _Server:
     def __init__(self, engine: Engine, catalog: Catalog, policy: Policy) -> None:
         self._engine, self._catalog, self._policy = engine, catalog, policy
         self._metrics = Metrics(engine, catalog)
-        self.gets = {
+        self.gets: dict[str, Callable[..., Any]] = {
             "/health": self.health,
             "/ready": self.ready,
             "/version": self.version,
@@ -84,7 +84,7 @@ class _Server:
             "/v1/models": self.models,
             "/v1/models/{model:path}": self.model,
         }
-        self.posts = {
+        self.posts: dict[str, Callable[..., Any]] = {
             "/v1/completions": self.completions,
             "/v1/chat/completions": self.chat,
             "/v1/load_lora_adapter": self.load,
@@ -142,7 +142,7 @@ class _Server:
         """Texts that go on with prompts."""
         self._check(body)
 
-        def prepare() -> tuple[Chosen, list[Any], list[str | None]]:
+        def prepare() -> tuple[Chosen, list[Any], list[str]]:
             chosen = self._chosen(body, http)
             prompts = _prompts(body.prompt)
             ids = [text_ids(chosen, p) if isinstance(p, str) else p for p in prompts]

@@ -188,11 +188,9 @@ class _Matcher:
         """The paraphrases of a sentence's phrases, each with the phrase's start and length."""
         for start, word in enumerate(words):
             for length in sorted(self._lengths.get(word, ())):
-                phrase = tuple(words[start : start + length])
-                # At the end of a sentence fewer words may be left.
-                for paraphrase in (
-                    self._paraphrases.get(phrase, ()) if len(phrase) == length else ()
-                ):
+                if length > len(words) - start:
+                    break
+                for paraphrase in self._paraphrases.get(tuple(words[start : start + length]), ()):
                     yield start, length, paraphrase
 
 
