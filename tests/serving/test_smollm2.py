@@ -1,4 +1,4 @@
-"""A real model is served: its own chat template, its tokenizer's spaces, adapters beside the base."""
+"""A real model is served: its chat template, its tokenizer's spaces, adapters beside the base."""
 
 import pytest
 
