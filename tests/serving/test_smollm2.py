@@ -19,7 +19,7 @@ PROMPT = "The capital of France is"
 def test_smollm2_answers_over_the_api_as_generate_does(tmp_path):
     model, tokenizer = lk.load_model("smollm2")
     for seed, name in enumerate(("one", "two")):
-        attach_random(model, seed=seed, std=0.02, rank=4, targets=("all-linear",))
+        attach_random(model, seed=seed, std=0.1, rank=4, targets=("all-linear",))
         lk.extract(model).save(tmp_path / name)
         lk.detach(model)
     engine = Engine(model, Limits(slots=3))
