@@ -189,7 +189,7 @@ def _files(name: str, rows: Sequence[Sequence[Figure]]) -> dict[str, bytes]:
     return files
 
 
-def _style(name: str) -> dict[str, Any]:
+def _style(name: str) -> Any:
     return {
         "font.size": 8,
         "text.color": INK,
