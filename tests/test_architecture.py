@@ -195,3 +195,13 @@ def test_importing_lorakit_alone_loads_nothing_heavy():
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     assert not {"torch", "transformers", "numpy", "pydantic"} & set(done.stdout.split())
+
+
+def test_no_module_has_the_name_of_what_its_package_gives():
+    packages = [file.parent for file in MODULES if file.name == "__init__.py"]
+    taken = {}
+    for package in packages:
+        name = ".".join(("lorakit", *package.relative_to(SOURCE).parts))
+        given = getattr(importlib.import_module(name), "__all__", ())
+        taken[name] = {each for each in given if (package / f"{each}.py").exists()}
+    assert not {name: names for name, names in taken.items() if names - {"errors"}}

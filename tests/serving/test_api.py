@@ -437,7 +437,7 @@ def test_a_reload_under_load_is_wholly_old_or_wholly_new(words, tmp_path):
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for turn in range(10):
+    for turn in range(6):
         path = ("old", "new")[turn % 2]
         server.catalog.load("x", path, in_place=True)
         latest = server.complete(model="x", max_tokens=12).json()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from covering import sampled
 from lorakit.bank import AdapterBank
 from lorakit.errors import BankError, ModelError
 from lorakit.serving.admission import ClosedError, QueueFullError
@@ -79,7 +80,7 @@ def test_mixed_requests_are_answered_as_generate_answers_each(bank, engine, toke
         assert each.ids == alone, choice
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bloom", "opt", "gemma2", "mistral", "gpt_neox"])
+@sampled("family", ["gpt2", "bloom", "opt", "gemma2", "mistral", "gpt_neox"])
 def test_every_decoder_that_can_be_batched_is_served(family, tokenizer):
     more = {"sliding_window": 4} if family in ("gemma2", "mistral") else {}
     bank = AdapterBank(build(family, **more))

@@ -13,16 +13,16 @@ Examples:
     torch.Size([8, 8])
 """
 
-from lorakit.analysis.amplification import Amplification, amplification
+from lorakit.analysis.amplifying import Amplification, amplification
 from lorakit.analysis.checks import left_out
-from lorakit.analysis.combine import combine
-from lorakit.analysis.compare import Comparison, SiteComparison, compare
-from lorakit.analysis.compress import compress
-from lorakit.analysis.from_checkpoint import from_checkpoint
-from lorakit.analysis.intruders import Intruders, intruders
-from lorakit.analysis.spectrum import Spectrum, spectrum
+from lorakit.analysis.combining import combine
+from lorakit.analysis.comparing import Comparison, SiteComparison, compare
+from lorakit.analysis.compressing import compress
+from lorakit.analysis.from_full import from_checkpoint
+from lorakit.analysis.intruder_dimensions import Intruders, intruders
+from lorakit.analysis.spectra import Spectrum, spectrum
 from lorakit.analysis.subspaces import principal_angles, random_control, subspace_similarity
-from lorakit.analysis.traces import Trace, traces
+from lorakit.analysis.tracing import Trace, traces
 
 __all__ = [
     "Amplification",

@@ -135,7 +135,9 @@ def drawn(figure: Figure) -> Drawn:
     svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{figure.name}-", svg)
     svg = svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
-    return Drawn(svg=svg, limits=(*axes.get_xlim(), *axes.get_ylim()))
+    left, right = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    return Drawn(svg=svg, limits=(left, right, bottom, top))
 
 
 def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
@@ -187,7 +189,7 @@ def _files(name: str, rows: Sequence[Sequence[Figure]]) -> dict[str, bytes]:
     return files
 
 
-def _style(name: str) -> dict[str, Any]:
+def _style(name: str) -> Any:
     return {
         "font.size": 8,
         "text.color": INK,

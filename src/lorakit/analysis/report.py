@@ -10,12 +10,12 @@ from statistics import median
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.analysis.amplification import Amplification
+from lorakit.analysis.amplifying import Amplification
 from lorakit.analysis.by_layer import ByLayer
 from lorakit.analysis.figures import Figure, HeatMap, Lines, plain, shown
 from lorakit.analysis.page import Page, Section, Table
-from lorakit.analysis.spectrum import Spectrum
-from lorakit.analysis.traces import Trace
+from lorakit.analysis.spectra import Spectrum
+from lorakit.analysis.tracing import Trace
 from lorakit.training.run_folder import LOG
 
 SHARES = (0.9, 0.95, 0.99)

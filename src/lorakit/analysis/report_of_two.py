@@ -11,7 +11,7 @@ from torch import Tensor
 from lorakit.adapter.adapter import Adapter
 from lorakit.analysis.by_layer import ByLayer
 from lorakit.analysis.checks import shape_of
-from lorakit.analysis.compare import Comparison
+from lorakit.analysis.comparing import Comparison
 from lorakit.analysis.figures import HeatMap, plain, shown
 from lorakit.analysis.page import Page, Section, Table
 from lorakit.analysis.subspaces import Side, random_control

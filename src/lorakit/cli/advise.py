@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.analysis.compress import compress
+from lorakit.analysis.compressing import compress
 from lorakit.answering.evaluate import Evaluation, evaluation
 from lorakit.cli.columns import columns
 from lorakit.cli.spectra import rank_lines

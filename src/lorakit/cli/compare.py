@@ -8,7 +8,7 @@ from statistics import median
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.hub import short_name
-from lorakit.analysis.compare import Comparison, SiteComparison, compare
+from lorakit.analysis.comparing import Comparison, SiteComparison, compare
 from lorakit.analysis.figures import check_plots
 from lorakit.analysis.page import write_page
 from lorakit.analysis.report_of_two import comparison_page

@@ -9,8 +9,8 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.folder_write import save_peft
 from lorakit.adapter.output_place import check_place
-from lorakit.analysis.combine import combine
-from lorakit.analysis.from_checkpoint import from_checkpoint
+from lorakit.analysis.combining import combine
+from lorakit.analysis.from_full import from_checkpoint
 from lorakit.attachment.attach import attach, extract
 from lorakit.attachment.state import require_attachment
 from lorakit.cli.verbs import Result

@@ -12,13 +12,13 @@ from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.hub import local_path, short_name
 from lorakit.adapter.output_place import check_new
 from lorakit.adapter.site import Site
-from lorakit.analysis.amplification import Amplification, amplification
+from lorakit.analysis.amplifying import Amplification, amplification
 from lorakit.analysis.checks import has_delta, left_out
 from lorakit.analysis.figures import check_plots
 from lorakit.analysis.page import Page, write_page
 from lorakit.analysis.report import Findings, adapter_page, log_of
-from lorakit.analysis.spectrum import Spectrum, spectrum
-from lorakit.analysis.traces import traces
+from lorakit.analysis.spectra import Spectrum, spectrum
+from lorakit.analysis.tracing import traces
 from lorakit.cli.advise import Loaded, advise
 from lorakit.cli.spectra import amplification_lines, part_of, spectrum_lines
 from lorakit.cli.verbs import Result

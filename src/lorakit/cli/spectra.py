@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.site import Site
-from lorakit.analysis.amplification import Amplification
-from lorakit.analysis.spectrum import Spectrum
+from lorakit.analysis.amplifying import Amplification
+from lorakit.analysis.spectra import Spectrum
 from lorakit.cli.columns import columns
 
 V = TypeVar("V")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.atomic_write import read_file, write_files
-from lorakit.analysis.amplification import amplification
+from lorakit.analysis.amplifying import amplification
 from lorakit.analysis.by_layer import ByLayer
 from lorakit.analysis.report_of_two import mean_phi
 from lorakit.analysis.subspaces import random_control, subspace_similarity

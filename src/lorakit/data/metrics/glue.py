@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -109,7 +109,7 @@ def _sklearn() -> Any:
     return sklearn.metrics
 
 
-_METRICS = {
+_METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
     "matthews": _matthews,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.analysis.checks import check_low_rank
-from lorakit.analysis.spectrum import Spectrum, spectrum
+from lorakit.analysis.spectra import Spectrum, spectrum
 from lorakit.analysis.subspaces import subspace_similarity
 from lorakit.errors import AnalysisError
 from lorakit.training.checkpoints import list_checkpoints, step_of

@@ -15,7 +15,7 @@ from lorakit.analysis.rewrite import (
     inner_shape,
     relative_error,
 )
-from lorakit.analysis.spectrum import rank_for
+from lorakit.analysis.spectra import rank_for
 from lorakit.analysis.svd import SVD
 from lorakit.errors import AnalysisError
 

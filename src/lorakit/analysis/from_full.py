@@ -11,7 +11,7 @@ from torch import nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.analysis.checkpoint_weights import CheckpointWeights
-from lorakit.analysis.compress import check_size, cut
+from lorakit.analysis.compressing import check_size, cut
 from lorakit.analysis.rewrite import NewAdapter, NewUpdate, relative_error
 from lorakit.analysis.svd import top_svd
 from lorakit.attachment.state import identity_of
