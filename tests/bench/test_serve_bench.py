@@ -9,6 +9,7 @@ from lorakit.cli.main import main
 pytest.importorskip("uvicorn")
 
 
+@pytest.mark.thorough
 def test_clients_are_measured_beside_plain_generation(tiny_llama, capsys):
     words = ["--model", tiny_llama, "--dtype", "float32", "--clients", 3, "--adapters", 2]
     words += ["--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 1, "--threads", 1]

@@ -16,6 +16,7 @@ from serving.engines import greedy_alone
 PROMPT = "The capital of France is"
 
 
+@pytest.mark.thorough
 def test_smollm2_answers_over_the_api_as_generate_does(tmp_path):
     model, tokenizer = lk.load_model("smollm2")
     for seed, name in enumerate(("one", "two")):
