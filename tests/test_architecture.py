@@ -176,6 +176,7 @@ print(json.dumps({"unchanged": unchanged, "modules": sorted(set(sys.modules) - m
 """
 
 
+@pytest.mark.thorough
 def test_importing_lorakit_changes_nothing_and_needs_no_extra():
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_AND_TELL], check=True, capture_output=True, text=True

@@ -41,7 +41,7 @@ def test_the_example_of_each_public_name_runs(name, base, folder, monkeypatch):
 
 
 FUNCTIONS = [name for name in lk.analysis.__all__ if inspect.isfunction(getattr(lk.analysis, name))]
-LONG_ANALYSES = ("traces", "intruders", "from_checkpoint")
+LONG_ANALYSES = ("traces", "intruders", "from_checkpoint", "amplification")
 
 
 @pytest.mark.parametrize(

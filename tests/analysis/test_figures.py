@@ -62,6 +62,7 @@ def test_a_picture_in_a_page_takes_its_colours_and_has_ids_of_its_own(figure):
     assert drawn(figure) == found
 
 
+@pytest.mark.thorough
 def test_every_figure_is_written_as_png_and_svg(tmp_path):
     files = write_figures([HEAT, LINES], tmp_path / "figures")
     assert [file.name for file in files] == [

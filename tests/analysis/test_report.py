@@ -126,6 +126,7 @@ def test_an_adapter_beside_itself_agrees():
     assert all(value == pytest.approx(1) for row in values for value in row)
 
 
+@pytest.mark.thorough
 def test_inspect_writes_the_report_and_its_figures(folder, tmp_path, capsys):
     page, figures = tmp_path / "site" / "report.html", tmp_path / "figures"
     words = ["inspect", str(folder), "--html", str(page)]
@@ -141,6 +142,7 @@ def test_inspect_writes_the_report_and_its_figures(folder, tmp_path, capsys):
     assert page.read_bytes() == before
 
 
+@pytest.mark.thorough
 def test_compare_writes_a_report_of_both(folder, tmp_path, capsys):
     other = trained(1, rank=2).save(tmp_path / "other" / "first")
     page = tmp_path / "both.html"
@@ -171,7 +173,8 @@ onload = () => {{
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [360, pytest.param(1280, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_it_on_a_phone_and_tells_numbers_under_the_pointer(folder, tmp_path, width):
     page = looked_into(folder).html()
     file = tmp_path / "harness.html"

@@ -32,6 +32,7 @@ CHATS = [
 ]
 
 
+@pytest.mark.thorough
 def test_summaries_are_scored_by_rouge_and_again_from_the_file_of_outputs(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,7 @@ def test_inspect_says_what_it_cannot_show(name, reason, folders, run, capsys):
     assert "compressing needs ΔW = scale·B·A" in result["error"]["message"]
 
 
+@pytest.mark.thorough
 def test_advice_is_scored_and_written(folders, prompt_rows, tmp_path, run, capsys):
     words = ["inspect", folders / "one", "--advise", "--energy", 0.8, "--metrics", "loss"]
     words += ["--data.validation", prompt_rows, "--data.validation-rows", 8]

@@ -338,7 +338,7 @@ def test_project_file_names_this_entry_point():
 
 
 def test_the_verb_of_two_words_needs_both(capsys):
-    asked = "one of latency, load, methods, mixed, switch, sweep, train"
+    asked = "one of latency, load, methods, mixed, serve, switch, sweep, train"
     for words in (["bench"], ["bench", "--repeats", "3"]):
         assert main(words) == 2
         needs = f"error: lorakit bench needs a second word: {asked}\n"

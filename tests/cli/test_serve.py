@@ -51,6 +51,7 @@ def wait_for(client):
     raise AssertionError("the server did not start")
 
 
+@pytest.mark.thorough
 def test_a_server_answers_over_http_and_drains_at_sigterm(forks, tiny_llama, adapters):
     port = free_port()
     words = ["--model", str(tiny_llama), "--name", "tiny", "--adapters", str(adapters)]

@@ -51,6 +51,7 @@ def put(tmp_path):
     return write
 
 
+@pytest.mark.thorough
 def test_the_pages_follow_the_results(put, tmp_path):
     (tmp_path / "README.md").write_text("a\n<!-- paper -->\nold\n<!-- end of paper -->\nb\n")
     sources = Sources(tmp_path / "results", tmp_path)

@@ -71,6 +71,7 @@ def test_a_table_or_a_figure_that_is_not_there_is_named(paper):
     assert "there is no figure '1'" in paper("figure", "1")[1]["error"]["message"]
 
 
+@pytest.mark.thorough
 def test_stored_outputs_are_scored_again_and_differences_named(paper, finished, data):
     words = ("table9", "--seeds", "0", "--data", data)
     assert paper("verify", *words) == (0, {"scored": 2, "differences": {}})

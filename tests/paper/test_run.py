@@ -158,6 +158,7 @@ def test_a_run_that_another_cell_has_made_is_not_made_again(
     assert (folder / "seed-0.predictions.jsonl.gz").exists()
 
 
+@pytest.mark.thorough
 def test_runs_that_are_trained_together_have_a_result_each(paper, add_row, tmp_path):
     add_row("bitfit", "method: lora, lora: {rank: 2}", "method: bitfit")
     add_row("wider", "rank: 2", "rank: 3")
@@ -188,6 +189,7 @@ def test_texts_are_answered_by_each_search_and_scored_again(paper, query_cell, d
     assert all(row["state"] == "" for row in rows)
 
 
+@pytest.mark.thorough
 def test_a_task_can_start_from_the_adapter_of_another_s_run(
     paper, change_row, tmp_path, monkeypatch
 ):

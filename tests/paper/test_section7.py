@@ -55,6 +55,7 @@ class _Data:
         return {"train": "0" * 64, "score": "1" * 64}
 
 
+@pytest.mark.thorough
 def test_a_figure_is_of_two_runs_which_are_trained_once(adapters, run, tmp_path):
     words = ["--results", tmp_path / "results", "--work", tmp_path / "work", "--tasks", "mnli"]
     code, found = run("paper", "run", "figure3", *words)
@@ -74,6 +75,7 @@ def test_a_figure_is_of_two_runs_which_are_trained_once(adapters, run, tmp_path)
     )
 
 
+@pytest.mark.thorough
 def test_a_figure_is_listed_and_drawn_beside_what_the_paper_reports(adapters, run, tmp_path):
     place = ["--results", tmp_path / "results"]
     words = ["--work", tmp_path / "work", "--tasks", "mnli"]

@@ -18,6 +18,7 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.errors import AdapterFileError, ConfigError, DataError, OutputError, TrainingError
 from lorakit.training import batch_trainer
+from lorakit.training.evaluation import Scored
 from lorakit.training.lm_loss import text_losses
 from lorakit.training.run import train
 
@@ -203,7 +204,11 @@ def scores(monkeypatch):
 
     def decide(*losses):
         coming = iter(losses)
-        monkeypatch.setattr(training, "score", lambda *a, **k: {"loss": next(coming)})
+        monkeypatch.setattr(
+            training,
+            "scored",
+            lambda *a, **k: Scored(scores={"loss": next(coming)}, predicted=[]),
+        )
 
     return decide
 
@@ -225,8 +230,10 @@ def test_the_best_adapter_is_by_the_score_of_the_task(settings, tiny_bert, tmp_p
     coming = iter([(0.9, 0.0), (0.5, 0.5), (0.6, 0.2)])
     monkeypatch.setattr(
         training,
-        "score",
-        lambda *a, best_by, **k: dict(zip(("accuracy", best_by), next(coming), strict=True)),
+        "scored",
+        lambda *a, best_by, **k: Scored(
+            scores=dict(zip(("accuracy", best_by), next(coming), strict=True)), predicted=[]
+        ),
     )
     data = DataConfig(train=f"task:cola@{tmp_path}", validation=f"task:cola@{tmp_path}")
     result = train(settings(model=str(tiny_bert), data=data))

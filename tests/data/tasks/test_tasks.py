@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from covering import sampled
 from lorakit.config.train import DataConfig
 from lorakit.data.row_types import ClassificationRow, PromptRow, references_of
 from lorakit.data.rows import read_rows
@@ -145,7 +146,7 @@ def test_a_folder_without_the_split_says_which_it_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data sets beside the repository")
-@pytest.mark.parametrize("name", TASKS)
+@sampled("name", list(TASKS))
 def test_the_real_sets_are_read(name: str) -> None:
     folder = SHARED / FOLDERS.get(name, name)
     split = next(
