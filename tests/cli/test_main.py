@@ -346,7 +346,7 @@ def test_the_verb_of_two_words_needs_both(capsys):
     assert main(["bench", "swich"]) == 2
     assert capsys.readouterr().err == (
         "error: lorakit bench has no verb 'swich'; it needs one of latency, load, methods, mixed, "
-        "switch, sweep, train; did you mean 'switch'?\n"
+        "serve, switch, sweep, train; did you mean 'switch'?\n"
     )
 
 
