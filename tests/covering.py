@@ -43,18 +43,25 @@ def covering(
 
 
 def sampled(
-    name: str, values: Sequence[Any], *, share: int = 3, **options: Any
+    name: str | tuple[str, ...], values: Sequence[Any], *, share: int = 3, **options: Any
 ) -> Callable[[Any], Any]:
     """Parametrise a test with values, of which one in `share` stays; the others are thorough.
+
+    Of several names each value is a tuple.
 
     The test's name is the seed: of several claims about the same values, each stays with others.
     """
 
     def parametrized(test: Any) -> Any:
-        drawn = sorted(range(len(values)), key=lambda at: _drawn(test.__name__, at, values[at]))
+        # What a tuple holds may have another representation in each process.
+        named = [None if isinstance(name, tuple) else value for value in values]
+        drawn = sorted(range(len(values)), key=lambda at: _drawn(test.__name__, at, named[at]))
         kept = set(drawn[: -(-len(values) // share)])
         marked = [
-            pytest.param(value, marks=() if at in kept else pytest.mark.thorough)
+            pytest.param(
+                *(value if isinstance(name, tuple) else (value,)),
+                marks=() if at in kept else pytest.mark.thorough,
+            )
             for at, value in enumerate(values)
         ]
         return pytest.mark.parametrize(name, marked, **options)(test)

@@ -30,7 +30,20 @@ def folder(base, tmp_path_factory):
     return made
 
 
-LONG = ("sweep", "train", "merged", "merge", "generate", "evaluate", "attached", "switch", "route")
+LONG = [
+    "Adapter",
+    "MergeReport",
+    "attached",
+    "evaluate",
+    "generate",
+    "merge",
+    "merged",
+    "route",
+    "sweep",
+    "switch",
+    "train",
+    "unmerge",
+]
 
 
 @pytest.mark.parametrize(

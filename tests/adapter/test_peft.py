@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from adapter.handmade import IN_OWN_FORM, MAKERS
+from covering import sampled
 from lorakit.adapter.adapter import Adapter
 from lorakit.errors import AdapterFileError
 from tiny_models import build, example_inputs
@@ -125,8 +126,11 @@ FROM_PEFT: tuple[tuple[str, Settings], ...] = (
 )
 
 
-@pytest.mark.parametrize(
-    ("family", "settings"), FROM_PEFT, ids=[f"{f}{i}" for i, (f, _) in enumerate(FROM_PEFT)]
+@sampled(
+    ("family", "settings"),
+    FROM_PEFT,
+    share=2,
+    ids=[f"{f}{i}" for i, (f, _) in enumerate(FROM_PEFT)],
 )
 def test_an_adapter_of_peft_gives_the_same_outputs_here_and_back_there(
     family: str, settings: Settings, tmp_path: Path
@@ -182,8 +186,8 @@ TO_PEFT: tuple[tuple[str, lk.LoRAConfig], ...] = (
 )
 
 
-@pytest.mark.parametrize(
-    ("family", "config"), TO_PEFT, ids=[f"{f}{i}" for i, (f, _) in enumerate(TO_PEFT)]
+@sampled(
+    ("family", "config"), TO_PEFT, share=2, ids=[f"{f}{i}" for i, (f, _) in enumerate(TO_PEFT)]
 )
 def test_an_adapter_made_here_gives_the_same_outputs_in_peft(
     family: str, config: lk.LoRAConfig, tmp_path: Path

@@ -105,6 +105,7 @@ def test_what_an_adapter_has_no_change_of_weights_for_is_said_and_the_rest_shown
     assert any("prefix-embedding" in text for text in page.sections[-1].text)
 
 
+@pytest.mark.thorough
 def test_two_adapters_have_maps_of_their_directions_and_of_chance():
     first, second = trained(0), trained(0, rank=2)
     found = lk.analysis.compare(first, second)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import lorakit as lk
 import lorakit.data.packing as packing_module
 import lorakit.training.prepare as preparation
-from covering import covering
+from covering import sampled
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
@@ -85,7 +85,7 @@ def assert_equal(found, expected, *, tolerance):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
-@covering(("family", "checkpointing"), itertools.product(JOINING, [False, True]), each=1)
+@sampled(("family", "checkpointing"), list(itertools.product(JOINING, [False, True])), share=4)
 def test_joined_rows_have_the_loss_and_gradients_of_padded_ones(tokenizer, family, checkpointing):
     # Of float64 and padding this family's own code makes NaN, where a window is all padding.
     dtype, tolerance = (torch.float32, 1e-5) if family == "gemma2" else (torch.float64, 1e-10)

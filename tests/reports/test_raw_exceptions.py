@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lorakit as lk
+from covering import sampled
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import MergeError, TargetError
 from tiny_models import build
@@ -118,7 +119,7 @@ def randomize(model: nn.Module) -> None:
             parameter.add_(0.3 * torch.randn(parameter.shape))
 
 
-@pytest.mark.parametrize(
+@sampled(
     ("make", "target"),
     [
         (whisper, "q_proj"),
@@ -133,6 +134,7 @@ def randomize(model: nn.Module) -> None:
         (lambda: build("vit"), "q"),
         (lambda: build("roberta", max_position_embeddings=12), "q"),
     ],
+    share=2,
 )
 def test_merge_finds_a_batch_that_the_model_takes(make, target: str) -> None:
     """The logits of the unmerged and of the merged model are compared, whatever it takes."""

@@ -6,6 +6,7 @@ import transformers as hf
 from torch import nn
 
 import lorakit as lk
+from covering import sampled
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AttachError, RouteError, TargetError
 from references import base_hash, randomise
@@ -135,7 +136,7 @@ def logits(model, **inputs):
     return found if isinstance(found, torch.Tensor) else found.logits
 
 
-@pytest.mark.parametrize("case", CASES)
+@sampled("case", list(CASES), share=2)
 def test_the_adapter_acts_where_the_weight_is_read(case):
     maker, target = CASES[case]
     model = made(maker)
@@ -264,7 +265,7 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("kind", SHARED)
+@sampled("kind", list(SHARED), share=2)
 def test_the_embedding_is_the_one_that_is_called(kind):
     name, settings = SHARED[kind]
     model = made(lambda: getattr(hf, name)(getattr(hf, f"{kind}Config")(**settings)))

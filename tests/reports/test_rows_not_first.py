@@ -8,7 +8,7 @@ import transformers as hf
 from torch import nn
 
 import lorakit as lk
-from covering import covering
+from covering import covering, sampled
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import RouteError
 from references import randomise
@@ -184,7 +184,7 @@ def test_rows_that_are_not_first_are_refused(maker, size):
     assert found is None, "answered wrongly" if found is False else "answered rightly"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "opt", "deberta-v2"])
+@sampled("family", ["llama", "gpt2", "bert", "t5", "opt", "deberta-v2"], share=2)
 @pytest.mark.parametrize("rows", [2, 7])
 def test_as_many_tokens_as_rows_are_no_reason_to_refuse(family, rows):
     targets = {"gpt2": ("q", "down"), "bert": ("q", "down"), "opt": ("q", "up", "down")}

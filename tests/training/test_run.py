@@ -270,6 +270,7 @@ def test_patience_ends_a_run_that_no_longer_improves(settings, scores):
     assert train(settings(steps=200, eval_every=4, patience=2)).steps == 16
 
 
+@pytest.mark.thorough
 def test_accumulated_batches_equal_one_large_batch(settings, tmp_path):
     plain = LoRAConfig(rank=4, targets=("all-linear",))
     one = train(settings(out=tmp_path / "one", batch_size=8, lora=plain, steps=6))

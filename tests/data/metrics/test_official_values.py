@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from covering import sampled
 from lorakit.data.metrics import java
 from lorakit.data.metrics.coco import coco_scores
 from lorakit.data.metrics.meteor.score import Statistics, meteor
@@ -47,7 +48,7 @@ def test_bleu_and_nist_of_e2e(name: str, variant: Any) -> None:
     assert nist == pytest.approx(found["expected"][f"NIST_{variant}"], abs=5e-5)
 
 
-WHOLE = ("full_first_reference", "full_template")
+WHOLE = ("full_first_reference", "full_template", "short_outputs")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_the_papers_ter(name: str, data: str, monkeypatch: pytest.MonkeyPatch) -
     assert scores["ter"] == pytest.approx(expected, abs=5e-5)
 
 
-@pytest.mark.parametrize("name", ["lead3", "noised_reference"])
+@sampled("name", ["lead3", "noised_reference"], share=2)
 def test_samsum(name: str) -> None:
     found = case(f"samsum/{name}")
     scores = score("samsum", found["hypotheses"], [[row["summary"]] for row in rows("samsum")])

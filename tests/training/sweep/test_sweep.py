@@ -353,6 +353,7 @@ def lorakit_train(capsys, *words):
     return code, capsys.readouterr()
 
 
+@pytest.mark.thorough
 def test_the_command_line_takes_a_mapping_or_a_list(settings, tmp_path, capsys):
     file = tmp_path / "one.yaml"
     file.write_text(json.dumps(settings().model_dump(mode="json")))
