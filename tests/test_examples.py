@@ -30,20 +30,10 @@ def folder(base, tmp_path_factory):
     return made
 
 
-LONG = [
-    "Adapter",
-    "MergeReport",
-    "attached",
-    "evaluate",
-    "generate",
-    "merge",
-    "merged",
-    "route",
-    "sweep",
-    "switch",
-    "train",
-    "unmerge",
-]
+LONG = (
+    *("Adapter", "MergeReport", "attached", "evaluate", "generate", "merge", "merged", "route"),
+    *("sweep", "switch", "train", "unmerge"),
+)
 
 
 @pytest.mark.parametrize(
