@@ -19,9 +19,9 @@ def seconds(name, what):
     return [times[who]["median"] for who in ("ours", "peft")]
 
 
-def speeds():
+def speeds(name="train"):
     """Tokens per second: of ours, PEFT, and PEFT at its best, where that has been measured."""
-    rows = {row["who"]: row for row in result("train")["tables"]["contestants"]}
+    rows = {row["who"]: row for row in result(name)["tables"]["contestants"]}
     names = ("ours", "peft", "peft_by_length")
     return [rows[who]["useful tokens per second"] for who in names if who in rows]
 
@@ -36,6 +36,7 @@ def changed():
 
 FIGURES = [
     ("training, useful tokens per second", speeds),
+    ("the same in float32", lambda: speeds("train_float32")),
     ("memory of that training", memory),
     ("16 rows with 16 adapters, 32 tokens each", lambda: seconds("mixed", "decode")),
     ("switch to another adapter", lambda: seconds("switch", "unmerged_switch")),
