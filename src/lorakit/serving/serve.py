@@ -20,7 +20,6 @@ from lorakit.errors import ConfigError, MissingExtraError
 from lorakit.serving.catalog import Catalog
 from lorakit.serving.engine import Engine, Limits
 
-
 BACKLOG = 2048
 """Connections that the system keeps until they are accepted, as uvicorn has it."""
 

@@ -60,13 +60,8 @@ def refusing(
         Goal(
             what=f"refused of {count} bad loads", got=refused, limit=count, unit="", at_least=True
         ),
-        Goal(
-            what=f"disturbed of {len(heard):,} streams meanwhile",
-            got=len(heard) - sum(heard),
-            limit=0,
-            unit="",
-        ),
-        Goal(what="changes of the list of models", got=float(names != after), limit=0, unit=""),
+        Goal.never(f"disturbed of {len(heard):,} streams meanwhile", len(heard) - sum(heard)),
+        Goal.never("changes of the list of models", float(names != after)),
     ], rows
 
 

@@ -41,12 +41,12 @@ class Crossing:
         """
         same = 100 * (1 - self.different / self.count)
         found = [
-            Goal(what=f"crossed of {self.count:,} answers", got=self.crossed, limit=0, unit=""),
-            Goal(what=f"failed of {self.count:,} answers", got=self.failed, limit=0, unit=""),
+            Goal.never(f"crossed of {self.count:,} answers", self.crossed),
+            Goal.never(f"failed of {self.count:,} answers", self.failed),
             Goal(
                 what="seeded answers at temperature 1 among others that equal those alone",
                 got=same,
-                limit=100 if exact else 99.5,
+                limit=100.0 if exact else 99.5,
                 unit="%",
                 at_least=True,
             ),

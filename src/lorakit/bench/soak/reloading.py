@@ -52,9 +52,9 @@ def reloading(
     mixed = sum(right.get(answer.fingerprint) != answer.tokens for answer in good)
     under = f"{len(answers):,} answers under {reloads:,} reloads"
     return [
-        Goal(what=f"neither old nor new of {under}", got=mixed, limit=0, unit=""),
-        Goal(what=f"failed of {under}", got=len(answers) - len(good), limit=0, unit=""),
-        Goal(what=f"old after the 200 of {reloads:,} reloads", got=stale, limit=0, unit=""),
+        Goal.never(f"neither old nor new of {under}", mixed),
+        Goal.never(f"failed of {under}", len(answers) - len(good)),
+        Goal.never(f"old after the 200 of {reloads:,} reloads", stale),
     ]
 
 
