@@ -41,7 +41,7 @@ class Goal:
     """Whether the limit is a lower one."""
 
     @classmethod
-    def never(cls, what: str, count: float) -> Goal:
+    def never(cls, what: str, count: int) -> Goal:
         """That something does not happen, and how often it did."""
         return cls(what=what, got=float(count), limit=0.0, unit="")
 

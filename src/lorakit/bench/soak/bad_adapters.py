@@ -61,7 +61,7 @@ def refusing(
             what=f"refused of {count} bad loads", got=refused, limit=count, unit="", at_least=True
         ),
         Goal.never(f"disturbed of {len(heard):,} streams meanwhile", len(heard) - sum(heard)),
-        Goal.never("changes of the list of models", float(names != after)),
+        Goal.never("changes of the list of models", int(names != after)),
     ], rows
 
 

@@ -41,7 +41,7 @@ def leaving(client: Client, asked: Asked, *, times: int) -> list[Goal]:
     what = f"steps until a slot is free, median of {times:,} closed streams"
     return [
         Goal(what=what, got=statistics.median(waits) / step_s, limit=2.0, unit="steps"),
-        Goal.never(f"slots in use after {times:,} closed streams", client.metric(RUNNING)),
+        Goal.never(f"slots in use after {times:,} closed streams", int(client.metric(RUNNING))),
     ]
 
 
