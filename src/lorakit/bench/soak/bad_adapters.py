@@ -173,6 +173,10 @@ def _spoilt(value: float) -> Callable[[Tensor], Tensor]:
     return spoil
 
 
+def _missing(tensors: dict[str, Tensor]) -> None:
+    del tensors[min(tensors)]
+
+
 def _renamed(tensors: dict[str, Tensor]) -> None:
     tensors["base_model.model.model.layers.999.mlp.lora_A.weight"] = tensors.pop(min(tensors))
 
@@ -187,7 +191,7 @@ CHANGES: dict[str, Change] = {
     "rubbish for a configuration": _written(CONFIG_FILE, b"{"),
     "a list for a configuration": _written(CONFIG_FILE, b"[1, 2]"),
     "rubbish for a record": _written(RECORD_FILE, b"\x00\x01"),
-    "a tensor missing": _tensors(lambda tensors: tensors.pop(min(tensors)) and None),
+    "a tensor missing": _tensors(_missing),
     "a tensor too many": _tensors(lambda tensors: tensors.update(extra=torch.zeros(2, 2))),
     "a layer that is not there": _tensors(_renamed),
     "a NaN": _of_first(_spoilt(float("nan"))),
