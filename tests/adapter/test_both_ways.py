@@ -111,7 +111,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         STACKS
         | SPECIAL
         | {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 12},
-        ("q_proj", "v_proj", "conv1", "proj_out"),
+        ("q_proj", "v_proj", "proj_out"),
     ),
     "Llava": (STACKED, {}, ("q_proj", "linear_1")),
     "CLIP": ("Model", {}, ("q_proj", "patch_embedding", "token_embedding", "visual_projection")),
