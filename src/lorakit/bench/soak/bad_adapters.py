@@ -21,6 +21,8 @@ from lorakit.bench.result import Goal
 from lorakit.bench.soak.asking import Asked, Client, streamed_tokens
 
 Change = Callable[[Path], None]
+RAN = "the pickle ran"
+"""The folder that code in a bad adapter makes, if it is run."""
 
 
 def refusing(
@@ -48,7 +50,7 @@ def refusing(
     for reader in readers:
         reader.start()
     try:
-        rows = [_told(client, kind, body) for kind, body in _bodies(good, names[0])]
+        rows = [_told(client, kind, body) for kind, body in _bodies(good, names[0]).items()]
     finally:
         ended.set()
         for reader in readers:
@@ -62,6 +64,7 @@ def refusing(
         ),
         Goal.never(f"disturbed of {len(heard):,} streams meanwhile", len(heard) - sum(heard)),
         Goal.never("changes of the list of models", int(names != after)),
+        Goal.never("code of an adapter that ran", len(list(good.parent.glob(f"*/{RAN}")))),
     ], rows
 
 
@@ -82,29 +85,30 @@ def _told(client: Client, kind: str, body: Mapping[str, Any] | bytes) -> dict[st
     return {"kind": kind, "status": answer.status, "told": told if not answer.is_good else ""}
 
 
-def _bodies(good: Path, base: str) -> list[tuple[str, Mapping[str, Any] | bytes]]:
+def _bodies(good: Path, base: str) -> dict[str, Mapping[str, Any] | bytes]:
     """Bodies of requests to load, by what is wrong with them; makes the folders that they name."""
     root = good.parent
-    made: list[tuple[str, Mapping[str, Any] | bytes]] = []
+    made: dict[str, Mapping[str, Any] | bytes] = {}
     for kind, change in CHANGES.items():
         folder = shutil.copytree(good, root / f"bad-{kind.replace(' ', '-')}")
         change(folder)
-        made.append((kind, {"lora_name": "bad", "lora_path": folder.name}))
-    outside = {"lora_name": "bad", "lora_path": str(root.parent)}
-    taken = {"lora_name": good.name, "lora_path": good.name}
-    return [
-        *made,
-        ("a path outside", outside),
-        ("a path that leaves", {"lora_name": "bad", "lora_path": f"../{root.name}/../.."}),
-        ("no such folder", {"lora_name": "bad", "lora_path": "nowhere"}),
-        ("a name that is taken", taken),
-        ("the base's name", {"lora_name": base, "lora_path": good.name}),
-        ("an empty name", {"lora_name": "", "lora_path": good.name}),
-        ("no path", {"lora_name": "bad"}),
-        ("a path that is a number", {"lora_name": "bad", "lora_path": 7}),
-        ("an unknown field", {"lora_name": "bad", "lora_path": good.name, "lora_rank": 8}),
-        ("no JSON", b"{lora_name: bad"),
-    ]
+        made[kind] = _body(kind, folder.name)
+    return made | {
+        "a path outside": _body("outside", str(root.parent)),
+        "a path that leaves": _body("leaves", f"../{root.name}/../.."),
+        "no such folder": _body("nowhere", "nowhere"),
+        "a name that is taken": _body(good.name, good.name),
+        "the base's name": _body(base, good.name),
+        "an empty name": _body("", good.name),
+        "no path": {"lora_name": "pathless"},
+        "a path that is a number": {"lora_name": "numbered", "lora_path": 7},
+        "an unknown field": _body("ranked", good.name) | {"lora_rank": 8},
+        "no JSON": b"{lora_name: bad",
+    }
+
+
+def _body(name: str, path: str) -> dict[str, Any]:
+    return {"lora_name": name, "lora_path": path}
 
 
 def _without(name: str) -> Change:
@@ -154,9 +158,19 @@ def _config(**values: Any) -> Change:
     return change
 
 
+class _Ran:
+    """What calls a function where it is unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._place),)
+
+
 def _pickled(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS_FILE), folder / PICKLE_FILE)
     (folder / WEIGHTS_FILE).unlink()
+    torch.save({"x": _Ran(folder / RAN)}, folder / PICKLE_FILE)
 
 
 def _linked(folder: Path) -> None:
@@ -205,6 +219,6 @@ CHANGES: dict[str, Change] = {
     "rank zero": _config(r=0),
     "a rank that is text": _config(r="eight"),
     "an unknown method": _config(peft_type="MAGIC"),
-    "a pickle": _pickled,
+    "code in a pickle": _pickled,
     "a link that leaves": _linked,
 }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from lorakit.bench.result import Goal
 from lorakit.bench.soak.asking import Answer, Asked, Client
@@ -47,7 +49,7 @@ def capacity(
 
 def overloading(
     client: Client, pool: Sequence[Asked], able: Capacity, *, seconds: float
-) -> list[Goal]:
+) -> tuple[list[Goal], list[dict[str, Any]]]:
     """Ask so many times what the server can answer.
 
     Args:
@@ -55,6 +57,9 @@ def overloading(
         pool: what is asked, in turn.
         able: what the server can answer.
         seconds: how long.
+
+    Returns:
+        The goals, and a row of each kind of answer.
     """
     gap = 1 / (TIMES * able.requests_s)
     waiting: list[tuple[Asked, Future[Answer]]] = []
@@ -90,4 +95,18 @@ def overloading(
         ),
         Goal.never(f"429 without Retry-After under {under}", without),
         Goal.never(f"5xx under {under}", failed),
+    ], _kinds([answer for _, answer in answered])
+
+
+def _kinds(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """How many answers there are of each status, with the words of one of them."""
+    kinds = Counter(answer.status for answer in answers)
+    first = {answer.status: answer for answer in reversed(answers)}
+    return [
+        {"status": status, "answers": count, "told": _words(first[status])}
+        for status, count in sorted(kinds.items())
     ]
+
+
+def _words(answer: Answer) -> str:
+    return "" if answer.is_good else str(answer.body["error"]["message"])

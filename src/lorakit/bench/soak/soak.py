@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,13 +48,13 @@ def measure_soak(settings: SoakConfig) -> Findings:
         ]
         with running(words, threads=settings.threads) as server:
             spares = [shutil.copytree(each, root / "served" / each.name).name for each in kept]
-            goals, rows = _measured(settings, server, pool, spares, folders[0])
-    return Findings(timings={}, goals=tuple(goals), tables={"refused": rows})
+            goals, tables = _measured(settings, server, pool, spares, folders[0])
+    return Findings(timings={}, goals=tuple(goals), tables=tables)
 
 
 def _measured(
     settings: SoakConfig, server: Server, pool: Sequence[Asked], spares: Sequence[str], good: Path
-) -> tuple[list[Goal], list[dict[str, object]]]:
+) -> tuple[list[Goal], dict[str, list[dict[str, Any]]]]:
     client, connections = server.client, settings.connections
     crossed = crossing(server, pool, spares, requests=settings.requests, connections=connections)
     goals = crossed.goals(exact=settings.dtype == "float32")
@@ -63,8 +64,8 @@ def _measured(
     goals += leaving(client, pool[0], times=settings.closed)
     goals += holding_up(client, pool[0], others=connections // 2, probes=settings.probes)
     able = capacity(client, pool, connections=connections, seconds=settings.overload_s)
-    goals += overloading(client, pool, able, seconds=settings.overload_s)
-    return goals, rows
+    overloaded, kinds = overloading(client, pool, able, seconds=settings.overload_s)
+    return goals + overloaded, {"refused": rows, "overload": kinds}
 
 
 def _adapters(settings: SoakConfig, place: Path) -> tuple[int, list[Path]]:
