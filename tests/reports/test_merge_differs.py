@@ -14,7 +14,6 @@ from lorakit.merging.rounding import LIMIT
 from references import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
 
-
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "merge_rounding.json"
 
 
