@@ -115,7 +115,7 @@ uses = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data(), seed=st.integers(0, 99), of_x=st.booleans())
 def test_any_factors_on_any_tokens_equal_plain_torch(data, seed, of_x):
     draw = torch.Generator().manual_seed(seed)
@@ -204,7 +204,7 @@ def test_differentiating_twice_is_a_clear_error():
 
 
 def saved_by(function):
-    """Return what autograd keeps for a backward pass, each memory once."""
+    """The tensors that autograd saves for a backward pass, each memory once."""
     kept = {}
 
     def keep(tensor):

@@ -64,7 +64,7 @@ NONLINEARITIES = {
 
 
 def bottleneck(h, tensors, path, nonlinearity):
-    """Return what is added to h, from the formula."""
+    """What a bottleneck adds to h, by its formula."""
     t = {k.removeprefix(f"{path}.bottleneck."): v.double() for k, v in tensors.items()}
     x = h
     if "norm.weight" in t:
