@@ -287,12 +287,6 @@ def active_name(model: nn.Module) -> str | None:
     return None if state is None else state.route.frame.name
 
 
-def active_card(model: nn.Module) -> Mapping[str, Any]:
-    """The training card of the adapter in use; empty for the base, and where rows differ."""
-    state, name = attachment_of(model), active_name(model)
-    return {} if state is None or name is None else state.adapters[name].record.card
-
-
 def virtual_tokens(model: nn.Module, name: str | None) -> VirtualTokens | None:
     """The virtual tokens that rows of an adapter get; None: it has none, or is none."""
     state = attachment_of(model)
@@ -315,14 +309,10 @@ def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Raises:
         RouteError: the batch has another number of rows than the route.
     """
-    state = None if torch.compiler.is_compiling() else attachment_of(model)
-    if state is None:
-        return
-    check_batch(state.route, args, kwargs)
-    if state.compiled:
-        state.effects.prove_all_rows(
-            Call(unwrapped(model), args, kwargs), state.route, state.layers
-        )
+    state = _checked(model, args, kwargs)
+    if state is not None and state.compiled:
+        call = Call(unwrapped(model), args, kwargs)
+        state.effects.prove_all_rows(call, state.route, state.layers)
 
 
 def begin_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -331,11 +321,21 @@ def begin_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Raises:
         RouteError: the batch has another number of rows than the route.
     """
+    state = _checked(model, args, kwargs)
+    if state is not None:
+        state.effects.begin(Call(model, args, kwargs), state.route, state.layers)
+
+
+def _checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attachment | None:
+    """The attachment of a model, whose route fits a batch; None: there is none, or code compiles.
+
+    Raises:
+        RouteError: the batch has another number of rows than the route.
+    """
     state = None if torch.compiler.is_compiling() else attachment_of(model)
-    if state is None:
-        return
-    check_batch(state.route, args, kwargs)
-    state.effects.begin(Call(model, args, kwargs), state.route, state.layers)
+    if state is not None:
+        check_batch(state.route, args, kwargs)
+    return state
 
 
 def end_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -55,26 +55,25 @@ class Update(nn.Module, Operation):
         super().__init__()
         vars(self)["training"] = False
 
-    @abstractmethod
-    def adapt(
+    def added(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Any,
         *,
-        weight: float = 1.0,
-        base: Any = None,
+        weight: float,
+        base: Any,
     ) -> Any:
-        """The adapted output for a layer's inputs and its own output.
+        """An output to which weight times this update alone is added.
 
         Args:
             layer: the adapted layer.
             inputs: its positional arguments.
-            output: what to change: the layer's own output, or that with other adapters' updates.
-                It may be written into.
+            output: the layer's own, with the updates of other adapters. It may be written into.
             weight: factor on the update.
-            base: the layer's own output, where `output` is not that.
+            base: the layer's own output, which stays as it is.
         """
+        return output + weight * (self.adapt(layer, inputs, base.clone()) - base)
 
     def let_train(self) -> None:
         """Let its weights take gradients, except those that its method keeps frozen."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.layers.operation import Update
@@ -27,6 +28,11 @@ class Materials:
     """Leave the tensors alone; else low-rank updates may keep them."""
     tied: dict[int, nn.Parameter] = field(default_factory=dict)
     """The parameter that was made for each parameter of the base that several modules share."""
+
+    def tensor(self, name: str, device: torch.device, fresh: Callable[[], Tensor]) -> Tensor:
+        """The adapter's tensor of a name on a device, or the one of a fresh start; a copy."""
+        values = fresh() if self.tensors is None else self.tensors[name]
+        return values.to(device, copy=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,9 +105,7 @@ class StaticLoRA(Operation):
 
     def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """A parameter with the updates of the one combination that all rows use."""
-        if inside:
-            return weight
-        return read_for_all(self._read, self._a.shape[0], name, weight, inside=False)
+        return read_for_all(self._read, self._a.shape[0], name, weight, inside=inside)
 
 
 def _terms(

@@ -375,9 +375,7 @@ class StackedLoRA(Operation):
 
     def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """A parameter with the updates of the one combination that all rows use."""
-        if inside:
-            return weight
-        return read_for_all(self._terms, self._rows, name, weight, inside=False)
+        return read_for_all(self._terms, self._rows, name, weight, inside=inside)
 
     def _add_stacked(self, x: Tensor, output: Tensor) -> Tensor:
         for shared, at in self._parts:
