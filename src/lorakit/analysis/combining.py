@@ -91,19 +91,13 @@ def combine(
     dtype = torch.promote_types(dtype_of(given), torch.float32)
     updates, missed = [], []
     for place in shared_places(given):
-        parts = [(weights[number], delta) for number, delta in place.deltas]
-        svd, exact = merge.of(parts)
+        svd, exact = merge.of([(weights[number], delta) for number, delta in place.deltas])
         updates.append(NewUpdate.of(place.site, svd, place.inner, dtype))
-        missed.append(_missed(updates[-1], exact))
-    made = _like(given, weights).of(updates)
-    told = {
-        "method": method,
-        "weights": list(weights),
-        "made_from": [adapter.content_hash() for adapter in given],
-        "relative_error": relative_error(missed),
-        **merge.told,
-    }
-    return replace(made, card={**_card(given), "combined": told})
+        missed.append(updates[-1].missed(exact))
+    hashes = [adapter.content_hash() for adapter in given]
+    told = {"method": method, "weights": list(weights), "made_from": hashes}
+    told |= {"relative_error": relative_error(missed), **merge.told}
+    return replace(_like(given, weights).of(updates), card={**_card(given), "combined": told})
 
 
 @dataclass(frozen=True)
@@ -132,12 +126,6 @@ class _Merge:
         self.told["density"] = self.density
         self.told["svd"] = "exact" if is_exact else "randomised"
         return svd, matrix
-
-
-def _missed(update: NewUpdate, exact: LowRankDelta | Tensor) -> tuple[float, float]:
-    if isinstance(exact, LowRankDelta):
-        return update.missed(exact)
-    return float((update.delta.dense() - exact).norm()), float(exact.norm())
 
 
 def _checked(

@@ -110,11 +110,11 @@ class Attachment:
         # A copy's parameters are elsewhere in memory, so it makes its mixed batches anew.
         return vars(self) | {"mixed": None, "modules": None}
 
-    def convert(self, path: str, layer: nn.Module) -> AdaptedLayer:
-        """Turn a layer into an adapted layer, if it is not one yet, and know it by its number."""
+    def convert(self, model: nn.Module, path: str) -> AdaptedLayer:
+        """Turn one of a model's layers into an adapted layer, and know it by its number."""
         reads, uncalled = self.base.inputs.get(path, path), self.base.uncalled.get(path, ())
         adapted = convert(
-            layer,
+            unwrapped(model).get_submodule(path),
             self.route,
             path,
             reads=reads,
@@ -137,6 +137,7 @@ class Attachment:
 
     def replace(self, name: str, updates: Mapping[int, Update], record: Adapter) -> None:
         """Let a name mean other updates from now on; a block that is open keeps its frame."""
+        self.effects.forget(updates.keys())
         with self.route.lock:
             if name in self.adapters:
                 self.mixed = None
