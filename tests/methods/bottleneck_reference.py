@@ -19,7 +19,7 @@ def bottlenecks(plan):
     return plan.of_kind(BottleneckComponent)
 
 
-def places(family, variant, blocks=(0, 1)):
+def changed_modules(family, variant, blocks=(0, 1)):
     """The modules that a variant of the paper changes, written down by hand."""
     ends = {
         "h": (f".{ATTENTION[family]}", f".{MLP[family]}"),

@@ -15,10 +15,10 @@ from methods.bottleneck_reference import (
     TINY,
     bottleneck,
     bottlenecks,
+    changed_modules,
     gelu,
     hooked,
     of,
-    places,
     relu,
 )
 from references import base_hash, outputs, randomise
@@ -37,10 +37,10 @@ from references import base_hash, outputs, randomise
     ids=str,
 )
 @pytest.mark.parametrize("family", TINY)
-def test_each_variant_computes_its_formula_at_its_places(family, settings, nonlinearity):
+def test_each_variant_computes_its_formula_at_its_modules(family, settings, nonlinearity):
     model = build(family)
     inputs = example_inputs(model)
-    paths = places(family, settings["variant"])
+    paths = changed_modules(family, settings["variant"])
     base = copy.deepcopy(model)
     plan = lk.attach(model, lk.BottleneckConfig(size=5, modules_to_save=(), **settings))
     assert [each.path for each in bottlenecks(plan)] == paths
@@ -59,7 +59,7 @@ def test_beside_lora_the_bottleneck_reads_what_lora_made(family):
     model = build(family)
     inputs = example_inputs(model)
     base = copy.deepcopy(model)
-    paths = places(family, "h")
+    paths = changed_modules(family, "h")
     lora = lk.LoRAConfig(rank=2, targets=("o", "down"), modules_to_save=())
     lk.attach(model, [lora, lk.BottleneckConfig(size=5, modules_to_save=())])
     randomise(model)
@@ -159,10 +159,10 @@ def test_a_bfloat16_base_is_unchanged_at_the_start_and_reads_float32_tensors():
 
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("variant", ["h", "l"])
-def test_a_row_blends_bottlenecks_by_what_each_adds_to_the_base(family, variant):
+def test_a_row_sums_bottlenecks_by_what_each_adds_to_the_base(family, variant):
     model = build(family)
     inputs = example_inputs(model, rows=4)
-    base, paths, tensors = copy.deepcopy(model), places(family, variant), {}
+    base, paths, tensors = copy.deepcopy(model), changed_modules(family, variant), {}
     for seed, name in enumerate("ab"):
         config = lk.BottleneckConfig(variant=variant, size=3 + seed, modules_to_save=())
         lk.attach(model, config, name=name)

@@ -47,16 +47,16 @@ def test_recomputed_blocks_drop_the_same_and_have_the_same_gradients(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("worth", [narrow_matmuls, matmuls])
+@pytest.mark.parametrize("policy", [narrow_matmuls, matmuls])
 @pytest.mark.parametrize("variant", ["h", "l"])
-def test_training_with_less_memory_has_the_same_gradients(variant, worth):
+def test_training_with_less_memory_has_the_same_gradients(variant, policy):
     model = build("llama").double().train()
     inputs = example_inputs(model)
     config = lk.BottleneckConfig(variant=variant, size=4, dropout=0.5)
     lk.attach(model, [lk.LoRAConfig(rank=2, targets=("o", "down")), config])
     randomise(model)
     expected = gradients(model, inputs)
-    with recomputing(model, worth):
+    with recomputing(model, policy):
         for _ in range(2):
             for name, gradient in gradients(model, inputs).items():
                 torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)

@@ -195,7 +195,7 @@ def _read_result(trial: Trial, result: Mapping[str, Any]) -> TrainResult:
 def _table(result: SweepResult) -> str:
     keys = list(result.trials[0].trial.settings)
     head = [*(key.rpartition(".")[2] for key in keys), "parameters", "file", result.score_name]
-    rows = [["member", *head, "best step" if result.metric else "steps"]]
+    rows = [["trial", *head, "best step" if result.metric else "steps"]]
     for each in result.trials:
         varied = [word(each.trial.settings[key]) for key in keys]
         rows.append([each.name, *varied, *_outcome(result, each)])
