@@ -102,7 +102,7 @@ def combine(
 
 @dataclass(frozen=True)
 class _Merge:
-    """How the ΔW of one site are made into one."""
+    """The way in which the ΔW of one site are combined."""
 
     method: Method
     density: float
@@ -186,7 +186,7 @@ def _labels(adapter: Adapter) -> str:
 
 
 def _like(given: Sequence[Adapter], weights: Sequence[float]) -> NewAdapter:
-    """What the combination has beside its updates."""
+    """The combination without its updates: settings, biases, and modules in full."""
     first, held = given[0], [beside_sites(adapter) for adapter in given]
     others = {
         name: sum(
@@ -219,7 +219,7 @@ def _settings(given: Sequence[Adapter]) -> LoRAConfig:
 
 
 def _card(given: Sequence[Adapter]) -> dict[str, Any]:
-    """What the training cards of all say alike of the adapter's use."""
+    """The entries on the use of an adapter that all training cards share."""
     cards = [adapter.card for adapter in given]
     found = {key: _if_same([card.get(key) for card in cards], None) for key in OF_USE}
     return {key: value for key, value in found.items() if value is not None}

@@ -86,7 +86,7 @@ def relative_error(missed: Iterable[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class NewAdapter:
-    """What a new adapter has beside its updates."""
+    """A new adapter without its updates: settings, biases, and modules in full."""
 
     like: Adapter
     """An adapter of the same base."""

@@ -38,7 +38,7 @@ def warn(text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn at random."""
+    """The settings of random sampling."""
 
     temperature: float
     """Above 1 the likelier tokens are drawn less often than their probability, below 1 more."""
@@ -47,7 +47,7 @@ class Sampling:
 
 
 def sampling_of(settings: GenerateConfig | ChatConfig) -> Sampling | None:
-    """How settings draw tokens; None: they take the likeliest."""
+    """The random sampling that settings ask for; None: they take the likeliest."""
     if settings.temperature == 0:
         return None
     return Sampling(temperature=settings.temperature, top_p=settings.top_p)

@@ -53,7 +53,7 @@ class Call:
 
     @property
     def kind(self) -> Kind:
-        """What may make a model take another way through its layers."""
+        """The facts about a call that may make a model take another way through its layers."""
         return self.model.training, torch.is_grad_enabled(), self._goes_on()
 
     def _goes_on(self) -> bool:

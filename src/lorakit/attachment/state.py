@@ -1,4 +1,4 @@
-"""What lorakit keeps about a model that has adapters."""
+"""The state that lorakit keeps for a model with adapters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OTHER_LIBRARIES = ("peft", "loralib")
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """What was found out about the base before the first adapter came."""
+    """The facts about a base that are found out before its first adapter."""
 
     identity: BaseIdentity | None
     requires_grad: Mapping[str, bool]
@@ -81,7 +81,7 @@ class Attached:
 
 @dataclass(eq=False)
 class Attachment:
-    """What lorakit keeps about a model that has adapters: kept on the model as `_lorakit`."""
+    """The state of a model with adapters, an attribute of the model: `_lorakit`."""
 
     base: Base
     route: Route = field(default_factory=Route)

@@ -34,7 +34,7 @@ are slow there, as each of their pages is mapped anew (2 to 4 times at 2048 toke
 
 
 class Use(NamedTuple):
-    """What one A and one B do, apart from their values."""
+    """The use of one A and one B: scale, output rows and dropout, without their values."""
 
     scale: float
     entries: slice | Tensor | None = None
@@ -61,7 +61,7 @@ class Use(NamedTuple):
             onto.add_(update)
 
     def of_output(self, grad: Tensor) -> Tensor:
-        """Those entries of an output's gradient, (tokens, d_out), that B has rows for."""
+        """The entries of an output's gradient, (tokens, d_out), for which B has rows."""
         if isinstance(self.entries, Tensor):
             return grad.index_select(1, self.entries)
         return grad if self.entries is None else grad[:, self.entries]
@@ -147,7 +147,7 @@ def _pieces(spans: tuple[Span, ...], factors: int, size: int) -> tuple[_Piece, .
 
 
 class _Schedule(NamedTuple):
-    """What is computed, apart from all values."""
+    """The computation of a call without any values: uses and pieces, which autograd keeps."""
 
     uses: tuple[Use, ...]
     pieces: tuple[_Piece, ...]
@@ -163,7 +163,7 @@ class _Schedule(NamedTuple):
         return _Schedule(uses, _pieces(tuple(spans), len(uses), size), widest)
 
     def masks(self, width: int, device: torch.device) -> list[Tensor | None]:
-        """What each of the factors keeps of its tokens' inputs."""
+        """The dropout mask of each factor on the inputs of its tokens; None: it drops nothing."""
         if not any(use.dropout for use in self.uses):
             return [None] * len(self.uses)
         # The last piece of a factor ends where its tokens end.

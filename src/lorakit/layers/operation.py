@@ -1,4 +1,4 @@
-"""Operations: what is done to the output of one layer."""
+"""Operations: changes of the output of one layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakit.data.virtual_tokens import VirtualTokens
 
 
 class Operation(ABC):
-    """What is done to one layer's output: by one adapter, or by several to rows of their own."""
+    """A change of one layer's output: by one adapter, or by several to rows of their own."""
 
     replaces_output = False
     """Whether the base's own output is not needed."""
@@ -81,7 +81,7 @@ class Update(nn.Module, Operation):
 
     @property
     def summary(self) -> str:
-        """What it is, in a few words, for `print(model)`."""
+        """The names and shapes of its parameters, for `print(model)`."""
         return ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())
 
     @property

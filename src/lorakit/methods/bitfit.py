@@ -216,7 +216,7 @@ class TrainedBias(Component):
 
     @property
     def row(self) -> tuple[str, ...]:
-        """What the match table says of it, where biases of all sizes are one row."""
+        """Its row of the match table, where biases of all sizes are one row."""
         return self.path, self.what, "", "", ""
 
 

@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Materials:
-    """What the updates of one adapter are made from; the modules are not changed."""
+    """The modules and tensors from which updates are made; the modules are not changed."""
 
     modules: Mapping[str, nn.Module]
     """Every module of the base, by its path."""
@@ -55,7 +55,7 @@ class Component(ABC):
     @property
     @abstractmethod
     def what(self) -> str:
-        """What it is, for the match table."""
+        """The name of its kind, for the match table."""
 
     @property
     @abstractmethod
@@ -73,6 +73,6 @@ class Component(ABC):
 
     @property
     def row(self) -> tuple[str, ...]:
-        """What the match table says of it: module, role, shape, rank, scale."""
+        """Its row of the match table: module, role, shape, rank, scale."""
         size = "+".join("×".join(map(str, shape)) for shape in self.shapes.values())
         return self.path, self.what, size, "", ""

@@ -134,7 +134,7 @@ class TrainedCopy(Component):
 
     @property
     def row(self) -> tuple[str, ...]:
-        """What the match table says of it, where copies of all sizes are one row."""
+        """Its row of the match table, where copies of all sizes are one row."""
         return self.path, self.what, "", "", ""
 
 

@@ -36,7 +36,7 @@ LowRanks = list[tuple[LowRank, float]]
 
 @dataclass
 class _Content:
-    """What a slot's terms mean, layer by layer."""
+    """The content of a slot: its terms, sorted by layer."""
 
     parts: dict[int, LowRanks] = field(default_factory=dict)
     biases: dict[int, list[tuple[Tensor, float]]] = field(default_factory=dict)
@@ -129,7 +129,7 @@ class Slots:
         return frame
 
     def _content(self, terms: Terms) -> _Content:
-        """What a slot's terms mean.
+        """The content of a slot with some terms.
 
         Raises:
             RouteError: some have no slots.
@@ -167,7 +167,7 @@ class Slots:
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """The device of the rows."""
         return device_of(self._model)
 
     def dtype_for(self, layer: AdaptedLayer) -> torch.dtype:

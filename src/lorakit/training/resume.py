@@ -24,7 +24,7 @@ Change = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a checkpoint records of its run."""
+    """The record of a run in its checkpoints."""
 
     settings: Mapping[str, Any]
     """Every setting but those of the call, by dotted name, as JSON values."""

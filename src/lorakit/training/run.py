@@ -50,7 +50,7 @@ from lorakit.training.trainer import AdapterTrainer, KeepBest, OwnIntervals, mak
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run made."""
+    """The outcome of a run: where its files are, and its scores."""
 
     out: Path
     steps: int
