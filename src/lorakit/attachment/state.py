@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.base_modules import BaseModules
-from lorakit.attachment.effects import Call, Effects
+from lorakit.attachment.effects import Effects, ModelCall
 from lorakit.attachment.model_methods import GuardedMethod, guarded_methods, warn_of_save
 from lorakit.attachment.original_weights import OriginalWeight
 from lorakit.data.virtual_tokens import VirtualTokens
@@ -312,7 +312,7 @@ def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     state = _checked(model, args, kwargs)
     if state is not None and state.compiled:
-        call = Call(unwrapped(model), args, kwargs)
+        call = ModelCall(unwrapped(model), args, kwargs)
         state.effects.prove_all_rows(call, state.route, state.layers)
 
 
@@ -324,7 +324,7 @@ def begin_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     state = _checked(model, args, kwargs)
     if state is not None:
-        state.effects.begin(Call(model, args, kwargs), state.route, state.layers)
+        state.effects.begin(ModelCall(model, args, kwargs), state.route, state.layers)
 
 
 def _checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attachment | None:
@@ -348,4 +348,4 @@ def end_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     """
     state = None if torch.compiler.is_compiling() else attachment_of(model)
     if state is not None:
-        state.effects.end(Call(model, args, kwargs), state.route, state.layers)
+        state.effects.end(ModelCall(model, args, kwargs), state.route, state.layers)

@@ -33,7 +33,7 @@ _PIECE = 256
 are slow there, as each of their pages is mapped anew (2 to 4 times at 2048 tokens)."""
 
 
-class Use(NamedTuple):
+class FactorUse(NamedTuple):
     """The use of one A and one B: scale, output rows and dropout, without their values."""
 
     scale: float
@@ -72,7 +72,7 @@ class Factors(NamedTuple):
 
     a: Float[Tensor, "rank d_in"]
     b: Float[Tensor, "d_out rank"]
-    use: Use
+    use: FactorUse
 
 
 class Span(NamedTuple):
@@ -149,7 +149,7 @@ def _pieces(spans: tuple[Span, ...], factors: int, size: int) -> tuple[_Piece, .
 class _Schedule(NamedTuple):
     """The computation of a call without any values: uses and pieces, which autograd keeps."""
 
-    uses: tuple[Use, ...]
+    uses: tuple[FactorUse, ...]
     pieces: tuple[_Piece, ...]
     widest: torch.dtype
     """A precision that holds that of every A."""
@@ -223,7 +223,7 @@ class _Sums:
     """The gradients of all A and B, which grow piece by piece, in float32 at least."""
 
     def __init__(
-        self, uses: Sequence[Use], weights: Sequence[Tensor], wanted: Sequence[bool]
+        self, uses: Sequence[FactorUse], weights: Sequence[Tensor], wanted: Sequence[bool]
     ) -> None:
         self._uses = uses
         self._weights = weights

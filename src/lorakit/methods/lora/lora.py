@@ -196,7 +196,7 @@ class LowRank(nn.Module):
 
     def factors(self, weight: float) -> fused.Factors:
         """The update of a linear layer's output in one forward pass."""
-        use = fused.Use(
+        use = fused.FactorUse(
             scale=self.site.scale * weight,
             entries=_entries(self.site.rows, self.lora_a.device),
             dropout=Dropout.drawn(self.dropout if self.training else 0.0),
