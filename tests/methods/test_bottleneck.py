@@ -22,6 +22,7 @@ from methods.bottleneck_reference import (
     relu,
 )
 from references import base_hash, outputs, randomise
+from tiny_models import build, example_inputs
 
 
 @pytest.mark.parametrize(

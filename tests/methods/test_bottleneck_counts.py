@@ -14,6 +14,7 @@ from transformers import (
 import lorakit as lk
 from lorakit.methods.module_copy import TrainedCopy
 from methods.bottleneck_reference import VARIANTS, bottlenecks
+from tiny_models import build
 
 
 def test_dropped_blocks_are_the_lowest_ones_of_each_stack():

@@ -11,6 +11,7 @@ from lorakit.attachment.attach import adapter_parameters
 from lorakit.training.memory.activation_checkpointing import matmuls, narrow_matmuls, recomputing
 from methods.bottleneck_reference import TINY
 from references import checkpoint_blocks, outputs, randomise
+from tiny_models import build, example_inputs
 
 
 def gradients(model, inputs, *, seed=0):
