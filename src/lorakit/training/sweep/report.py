@@ -122,7 +122,7 @@ def write_table_and_plot(result: SweepResult) -> None:
     """Write the table and, where matplotlib is installed, the plot."""
     _put(result.out / TABLE, f"# {result.summary}\n")
     points = [
-        sweep_plot.Point(
+        sweep_plot.TrialPoint(
             settings=each.trial.settings,
             parameters=each.trained.parameters,
             score=result.score(each.trained),
