@@ -165,7 +165,9 @@ def _config(asked: str) -> transformers.PreTrainedConfig:
     with _quiet():
         source = _source(asked)
         with _explained(asked, source, "any task"):
-            config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(source)
+            config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(
+                source, trust_remote_code=False
+            )
     return config
 
 

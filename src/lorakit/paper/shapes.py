@@ -72,7 +72,7 @@ def model_of(name: str) -> PreTrainedModel:
         config = SHAPES[name]()
     else:
         source = packaged_folder(name) if name in PACKAGES else name
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     writes = any("CausalLM" in each for each in config.architectures or ())
     kind: Any = AutoModelForCausalLM if writes or isinstance(config, GPT2Config) else AutoModel
     with torch.device("meta"):
