@@ -19,6 +19,7 @@ from lorakit.answering.ends import end_tokens
 from lorakit.attachment.state import attachment_for, identity_of
 from lorakit.bank import AdapterBank, Held
 from lorakit.data.chat import with_template
+from lorakit.data.template_limits import check_template
 from lorakit.errors import AdapterFileError, BankError, ConfigError, LorakitError, did_you_mean
 from lorakit.layers.operation import Update
 from lorakit.routing.slots import check_slots
@@ -271,11 +272,14 @@ class Catalog:
 
         Raises:
             AdapterFileError: it does something else than to write text.
+            DataError: its chat template could take for ever.
             RouteError: it can't be in a slot.
         """
         use = TrainedUse.on(record.card)
         if use.task not in (None, "generation"):
             raise AdapterFileError(f"the adapter does {use.task}, and the server writes text")
+        if use.chat_template is not None:
+            check_template(with_template(self.tokenizer, use.chat_template))
         check_slots(attachment_for(self._model), updates)
 
     def _allowed(self, path: str) -> Path:
