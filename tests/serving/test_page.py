@@ -30,7 +30,7 @@ def served(words, folder, tmp_path):
     keys = Policy(keys=Keys({"secret": Rights()}))
     listening = socket.create_server(("127.0.0.1", 0))
     app = build_app(server.engine, server.catalog, keys)
-    config = uvicorn.Config(app, log_level="warning", access_log=False)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
     listener = Listener(config)
     thread = threading.Thread(target=lambda: asyncio.run(listener.serve([listening])))
     thread.start()
@@ -112,10 +112,10 @@ def test_two_columns_are_asked_in_a_browser(served, tmp_path, width):
 
         # Adapters come and go, and what is wrong is told in words.
         page.run("document.querySelector('[aria-label=\"Load late\"]').click()")
-        page.wait("document.querySelector('[aria-label=\"Unload late\"]')")
+        page.wait("document.querySelector('[aria-label=\"Unload late\"]') !== null")
         assert page.run("[...document.querySelectorAll('select.model')[0].options].length") == 5
         page.run("document.querySelector('[aria-label=\"Unload late\"]').click()")
-        page.wait("document.querySelector('[aria-label=\"Load late\"]')")
+        page.wait("document.querySelector('[aria-label=\"Load late\"]') !== null")
         page.run("document.querySelector('.temperature').value = -1")
         page.press("Enter", 2)
         page.wait("!document.querySelector('article .error').hidden")
