@@ -131,8 +131,9 @@ def test_what_is_current_is_left_and_what_is_of_other_settings_is_stale(adapters
     entry = json.loads(file.read_text())
     entry["runs"]["r = 64"]["hash"] = "of other settings"
     file.write_text(json.dumps(entry))
-    (state,) = run("paper", "list", "figure?", "--tasks", "sst2", *place)[1]["section7"][:1]
+    state = run("paper", "list", "figure?", "--tasks", "sst2", *place)[1]["section7"][0]
     assert (state["state"], state["why"]) == ("stale", "settings of r = 64")
+    assert run("paper", "list", "--tasks", "cola", *place)[1]["section7"] == []
     found = found_of("figure3", tmp_path / "results")
     assert "sst2: stale (settings of r = 64)." in page_of_study("figure3", tmp_path / "results")
     assert found[0]["runs"]["r = 8"]["steps"] == 300

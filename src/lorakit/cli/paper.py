@@ -64,7 +64,7 @@ def list_cells(settings: PaperListConfig) -> Result:
 
 def run(settings: PaperRunConfig) -> Result:
     """Run what has no current result."""
-    if named := studies_in(settings.cells):
+    if named := [word for word in settings.cells if word in studies()]:
         return _run_studies(settings, named)
     done = run_cells(settings, progress=True)
     planned = {job: f"about {seconds / 60:.0f} min" for job, seconds in done.seconds.items()}
@@ -114,8 +114,8 @@ def _study(name: str, results: Path, out: Path | None) -> Result:
 
 def table(settings: PaperTableConfig) -> Result:
     """A table, printed or written."""
-    if named := studies_in([f"table{settings.table.removeprefix('table')}"]):
-        return _study(named[0], settings.results, settings.out)
+    if (study := f"table{settings.table.removeprefix('table')}") in studies():
+        return _study(study, settings.results, settings.out)
     found = summary(_name("table", settings.table), scale=settings.scale, results=settings.results)
     page = markdown(found)
     return Result(
@@ -125,8 +125,8 @@ def table(settings: PaperTableConfig) -> Result:
 
 def figure(settings: PaperFigureConfig) -> Result:
     """A figure's points, or the figure drawn."""
-    if named := studies_in([f"figure{settings.figure.removeprefix('figure')}"]):
-        return _study(named[0], settings.results, settings.out)
+    if (study := f"figure{settings.figure.removeprefix('figure')}") in studies():
+        return _study(study, settings.results, settings.out)
     name = _name("figure", settings.figure)
     found = points(name, settings.results)
     text = points_table(found, name)

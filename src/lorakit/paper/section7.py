@@ -119,7 +119,7 @@ def states_of_studies(names: Sequence[str], settings: Chosen) -> dict[tuple[str,
     return {
         (name, task): state_of_study(name, task, runs, settings.results)
         for name in names
-        for task, runs in studies()[name].jobs(settings).items()
+        for task, runs in studies()[name].jobs(settings, skip=True).items()
     }
 
 

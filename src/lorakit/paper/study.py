@@ -51,11 +51,12 @@ class Study(Settings):
     published: dict[str, tuple[str, ...]] = {}
     """The paper's rows as printed, by their titles."""
 
-    def jobs(self, settings: Chosen) -> dict[str, dict[str, Job]]:
+    def jobs(self, settings: Chosen, *, skip: bool = False) -> dict[str, dict[str, Job]]:
         """The jobs by task, and there by their names.
 
         Args:
             settings: of which scale and tasks.
+            skip: no jobs, in place of an error, where the cells have not these tasks.
 
         Raises:
             ConfigError: a task is not one of the cells', or the scale is the paper's.
@@ -66,7 +67,8 @@ class Study(Settings):
         for label, run in self.runs.items():
             own = {"cells": (run.cell,), "seeds": (run.seed,)}
             tasks = settings.tasks or self.tasks
-            for job in jobs_of(settings.model_copy(update={**own, "tasks": tasks})):
+            of_run = settings.model_copy(update={**own, "tasks": tasks})
+            for job in jobs_of(of_run, skip=skip):
                 found.setdefault(job.task, {})[label] = job
         return found
 
