@@ -30,7 +30,7 @@ WIDTH_INCHES = 3.6
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """What all figures have."""
+    """The base class of figures: a name, a title and a note."""
 
     name: str
     """That of its files, and in a page its id."""
@@ -200,6 +200,8 @@ def _style(name: str) -> Any:
         "xtick.labelcolor": INK,
         "ytick.labelcolor": INK,
         "grid.color": RULE,
+        # Names come with adapters, and a dollar sign in one begins no formula.
+        "text.parse_math": False,
         # Without a salt of its own the same figure would be another text each time.
         "svg.hashsalt": name,
     }

@@ -29,7 +29,7 @@ _LENGTHS = (5, 9, 1, 6)
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How rows become batches."""
+    """The way in which rows become batches: packed, grouped by length, or padded as they come."""
 
     joined: bool = False
     """The rows of a batch are joined to one, which is padded at its end alone."""
@@ -45,7 +45,7 @@ class Packing:
     def __str__(self) -> str:
         """The packing in words, and the reason why rows are not joined."""
         if self.joined:
-            return "rows joined without padding"
+            return "rows joined, without padding between them"
         order = "padded, rows of like length together" if self.by_length else "padded"
         return f"{order}, because {self.reason}" if self.reason else order
 

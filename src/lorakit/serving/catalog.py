@@ -19,6 +19,7 @@ from lorakit.answering.ends import end_tokens
 from lorakit.attachment.state import attachment_for, identity_of
 from lorakit.bank import AdapterBank, Held
 from lorakit.data.chat import with_template
+from lorakit.data.template_limits import check_template
 from lorakit.errors import AdapterFileError, BankError, ConfigError, LorakitError, did_you_mean
 from lorakit.layers.operation import Update
 from lorakit.routing.slots import check_slots
@@ -35,6 +36,12 @@ class Loaded:
     """When it was loaded, in seconds since 1970."""
     load_s: float
     """How long that took."""
+    record: Adapter
+    """Its settings, origin and training card, without tensors."""
+    size_bytes: int
+    """The memory of its tensors."""
+    base: str
+    """Whether it was trained on this base: same, unknown, or how that one differs."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +117,22 @@ class Catalog:
             return
         if not self.folder.is_dir():
             raise ConfigError(f"adapters: there is no folder {self.folder}")
-        found = sorted(path.parent for path in self.folder.glob(f"*/{CONFIG_FILE}"))
-        found = [self.folder] if (self.folder / CONFIG_FILE).is_file() else found
         problems = []
-        for place in found:
+        for place in self.found():
             try:
                 self.load(place.name, str(place))
             except LorakitError as error:
                 problems.append(f"{place.name}: {error}")
         if problems:
             raise ConfigError.listing("these adapters can't be served", problems)
+
+    def found(self) -> list[Path]:
+        """The folders of adapters that may be loaded: the allowed folder, or those right in it."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        if (self.folder / CONFIG_FILE).is_file():
+            return [self.folder]
+        return sorted(path.parent for path in self.folder.glob(f"*/{CONFIG_FILE}"))
 
     def load(self, name: str, path: str, *, in_place: bool = False) -> None:
         """Load an adapter under a name, and have it answer from then on.
@@ -150,9 +163,10 @@ class Catalog:
                     kind="InvalidUserInput",
                 )
             folder, began = self._allowed(path), time.monotonic()
-            self._bank.load(name, folder)
-            took = time.monotonic() - began
-            self._loaded[name] = Loaded(folder, int(time.time()), took)
+            record = self._bank.load(name, folder)
+            took, size = time.monotonic() - began, self._bank.size_bytes(name)
+            base = self._base_check(record)
+            self._loaded[name] = Loaded(folder, int(time.time()), took, record, size, base)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; requests that were accepted with it are answered by it.
@@ -247,16 +261,25 @@ class Catalog:
         """An adapter as it is now."""
         return self._bank.hold(name)
 
+    def _base_check(self, record: Adapter) -> str:
+        base, own = record.base, identity_of(self._model)
+        if base is None or own is None:
+            return "unknown"
+        return base.difference(own) or "same"
+
     def _check(self, updates: Mapping[str, Update], record: Adapter) -> None:
         """Refuse an adapter that can't be served, before any name means it.
 
         Raises:
             AdapterFileError: it does something else than to write text.
+            DataError: its chat template could take for ever.
             RouteError: it can't be in a slot.
         """
         use = TrainedUse.on(record.card)
         if use.task not in (None, "generation"):
             raise AdapterFileError(f"the adapter does {use.task}, and the server writes text")
+        if use.chat_template is not None:
+            check_template(with_template(self.tokenizer, use.chat_template))
         check_slots(attachment_for(self._model), updates)
 
     def _allowed(self, path: str) -> Path:
