@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorakit.bench.result import Goal
+from lorakit.bench.result import OURS, Goal
 from lorakit.bench.rounds import Participant, Seconds, interleaved
 from lorakit.bench.serving.asking import Asked, Client
 from lorakit.bench.serving.ways import generated
@@ -37,7 +37,7 @@ def first_token(client: Client, plain: Any, asked: Asked, *, times: int) -> dict
 
     return interleaved(
         {
-            "server": Participant(run=lambda: client.token_times(short)),
+            OURS: Participant(run=lambda: client.token_times(short)),
             "prefill": Participant(run=read),
         },
         repeats=times,
@@ -46,7 +46,7 @@ def first_token(client: Client, plain: Any, asked: Asked, *, times: int) -> dict
 
 def first_token_goals(times: dict[str, Seconds]) -> list[Goal]:
     """The median and the slowest of them, over those of the plain model."""
-    server, prefill = times["server"], times["prefill"]
+    server, prefill = times[OURS], times["prefill"]
     ends = [_late(each.rounds) for each in (server, prefill)]
     what = "time to first token, idle, over reading the prompt"
     return [
@@ -85,7 +85,7 @@ def longest_pause(client: Client, asked: Sequence[Asked], settings: ServeBenchCo
 def unlike_lengths(
     client: Client, plain: Any, asked: Sequence[Asked], settings: ServeBenchConfig
 ) -> dict[str, float]:
-    """Tokens per second where answers have 8 tokens to the most, of the server and of static batches.
+    """Tokens per second of answers of 8 tokens to the most, by the server and by static batches.
 
     Static batches are what `generate` does: as many rows as there are slots, until the longest
     of them is done.
