@@ -67,12 +67,7 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
         timings={"serve": seconds, "first token": first},
         goals=(*_goals(settings, rates, changes, unlike), *first_token_goals(first), pause),
         tables={
-            "tokens": [
-                {"who": name, "tokens/s": rate}
-                for name, rate in (
-                    rates | {f"unlike lengths: {n}": r for n, r in unlike.items()}
-                ).items()
-            ],
+            "tokens": [{"who": name, "tokens/s": rate} for name, rate in shown.items()],
             "slots": [{"what": what, "time_s": each.median} for what, each in changes.items()],
         },
     )
