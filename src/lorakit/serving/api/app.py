@@ -137,9 +137,9 @@ class _Server:
         names = [self._catalog.name, *self._catalog.adapters]
         return {"object": "list", "data": [self._card(name) for name in names]}
 
-    async def model(self, model: str) -> dict[str, Any]:
+    def model(self, model: str, http: Request) -> dict[str, Any]:
         """One of them."""
-        chosen = await run_in_threadpool(self._catalog.choose, model)
+        chosen = self._named(model, http)
         return self._card(next(iter(chosen.use.names), self._catalog.name))
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -174,6 +174,7 @@ class _Server:
                 max_tokens=body.max_tokens,
                 alternatives=body.logprobs,
                 prompt_logprobs=body.logprobs if body.echo else None,
+                client=_rights(http).client,
             )
             texts = [p if isinstance(p, str) else text_of(chosen.tokenizer, p) for p in prompts]
             return chosen, requests, texts
@@ -197,7 +198,13 @@ class _Server:
                 raise RefusalError("max_tokens is 0: give at least 1", param="max_tokens")
             ids = chat_ids(chosen, _messages(body.messages))
             return chosen, requests_of(
-                body, [ids], chosen, self._engine, max_tokens=asked, alternatives=alternatives
+                body,
+                [ids],
+                chosen,
+                self._engine,
+                max_tokens=asked,
+                alternatives=alternatives,
+                client=_rights(http).client,
             )
 
         chosen, requests = await run_in_threadpool(prepare)
@@ -206,9 +213,11 @@ class _Server:
 
     def _chosen(self, body: Asked, http: Request) -> Chosen:
         pairs = None if body.adapters is None else [(a.name, a.weight) for a in body.adapters]
-        chosen = self._catalog.choose(body.model, body.adapter_id, pairs)
-        _rights(http).check_names(chosen.use.names)
-        return chosen
+        check = _rights(http).check_names
+        return self._catalog.choose(body.model, body.adapter_id, pairs, check=check)
+
+    def _named(self, model: str | None, http: Request) -> Chosen:
+        return self._catalog.choose(model, check=_rights(http).check_names)
 
     def _check(self, body: Body) -> None:
         check_known(body, lenient=self._policy.lenient)
@@ -227,10 +236,10 @@ class _Server:
         self._catalog.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
-    def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+    def tokenize(self, body: TokenizeBody, http: Request) -> dict[str, Any]:
         """The tokens of a text or of a conversation."""
         self._check(body)
-        chosen = self._catalog.choose(body.model)
+        chosen = self._named(body.model, http)
         if body.messages is not None:
             ids = chat_ids(chosen, _messages(body.messages))
         else:
@@ -242,16 +251,16 @@ class _Server:
             found["token_strs"] = chosen.tokenizer.convert_ids_to_tokens(ids)
         return found
 
-    def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+    def detokenize(self, body: DetokenizeBody, http: Request) -> dict[str, Any]:
         """The text of tokens."""
         self._check(body)
-        chosen = self._catalog.choose(body.model)
+        chosen = self._named(body.model, http)
         check_ids(body.tokens, self._engine.vocabulary, "tokens")
         return {"prompt": str(chosen.tokenizer.decode(body.tokens))}
 
-    def tokenizer_info(self, model: str | None = None) -> dict[str, Any]:
+    def tokenizer_info(self, http: Request, model: str | None = None) -> dict[str, Any]:
         """How texts become tokens, and with which chat template."""
-        tokenizer = self._catalog.choose(model).tokenizer
+        tokenizer = self._named(model, http).tokenizer
         return {
             "tokenizer_class": type(tokenizer).__name__,
             "vocab_size": len(tokenizer),

@@ -34,7 +34,7 @@ def refusal_of(error: Exception) -> RefusalError:
         case RefusalError():
             return error
         case QueueFullError():
-            return RefusalError(str(error), 429, retry_after_s=1)
+            return RefusalError(str(error), 429, retry_after_s=error.retry_after_s)
         case ClosedError():
             return RefusalError(str(error), 503, retry_after_s=5)
         case AdapterFileError() if "there is no adapter folder" in str(error):
