@@ -26,7 +26,7 @@ from lorakit.serving.api.bodies import (
     UnloadBody,
     check_known,
 )
-from lorakit.serving.api.errors import handle_errors
+from lorakit.serving.api.errors import SHOWN, handle_errors
 from lorakit.serving.api.formats import ChatForm, CompletionForm, text_of
 from lorakit.serving.api.guard import Guard
 from lorakit.serving.api.inventory import inventory
@@ -39,6 +39,18 @@ from lorakit.serving.prompts import chat_ids, text_ids
 from lorakit.serving.refusals import RefusalError
 
 VERSION = version("lorakit")
+_TEXT: dict[str, Any] = {"response_class": PlainTextResponse}
+_STREAM: dict[str, Any] = {
+    "responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+}
+FORMS = {
+    "/metrics": _TEXT,
+    "/v1/load_lora_adapter": _TEXT,
+    "/v1/unload_lora_adapter": _TEXT,
+    "/v1/completions": _STREAM,
+    "/v1/chat/completions": _STREAM,
+}
+"""What paths answer beside or in place of JSON, for the API's own description."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +68,7 @@ class Policy:
 def build_app(engine: Engine, catalog: Catalog, policy: Policy | None = None) -> FastAPI:
     """The API of an engine that runs, and of the models that it answers as."""
     policy = policy or Policy()
-    app = FastAPI(title="lorakit", version=VERSION, docs_url=None, redoc_url=None)
+    app = FastAPI(title="lorakit", version=VERSION, docs_url=None, redoc_url=None, responses=SHOWN)
     server = _Server(engine, catalog, policy)
     app.add_middleware(
         Guard,
@@ -66,9 +78,9 @@ def build_app(engine: Engine, catalog: Catalog, policy: Policy | None = None) ->
     )
     handle_errors(app)
     for path, answer in server.gets.items():
-        app.add_api_route(path, answer, methods=["GET"])
+        app.add_api_route(path, answer, methods=["GET"], **FORMS.get(path, {}))
     for path, answer in server.posts.items():
-        app.add_api_route(path, answer, methods=["POST"])
+        app.add_api_route(path, answer, methods=["POST"], **FORMS.get(path, {}))
     for path, (content, kind) in files().items():
         app.add_route(path, _static(content, kind), methods=["GET"], include_in_schema=False)
     return app
