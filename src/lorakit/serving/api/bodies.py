@@ -19,7 +19,13 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 class Body(BaseModel):
     """A body, or a part of one; what it has beside its fields is looked at by `check_known`."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="allow",
+        # The description tells what is so without --lenient.
+        json_schema_extra={"additionalProperties": False},
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
 
 
 def check_known(body: Body, *, lenient: bool) -> None:
