@@ -1,15 +1,18 @@
 """The queue: clients and adapters take turns, and a full one tells when there is room."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from lorakit.serving.admission import LONGEST_WAIT_S, Queue, QueueFullError
+from lorakit.serving.requests import Request, Use
 
 
 def request(client="", key="", tokens=4):
-    use = SimpleNamespace(key=key)
-    return SimpleNamespace(client=client, use=use, prompt=[1] * (tokens - 1), max_tokens=1)
+    """A request with no more than a queue looks at."""
+    use = Use()
+    vars(use)["key"] = key
+    made = object.__new__(Request)
+    vars(made).update(client=client, use=use, prompt=[1] * (tokens - 1), max_tokens=1)
+    return made
 
 
 class Clock:
