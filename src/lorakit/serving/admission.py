@@ -52,7 +52,7 @@ class Queue:
         self._most_requests, self._most_tokens = most_requests, most_tokens
         self._waiting: OrderedDict[str, OrderedDict[str, deque[Request]]] = OrderedDict()
         """By client, and by what answers them."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._count, self._tokens = 0, 0
         self._clock = clock
         self._since = 0.0
@@ -70,13 +70,7 @@ class Queue:
         """
         tokens = sum(map(_tokens, requests))
         with self._lock:
-            beyond = self._count + len(requests) - self._most_requests
-            if beyond > 0:
-                raise QueueFullError(
-                    f"{self._count:,} requests are waiting, and no more than "
-                    f"{self._most_requests:,} may: ask again later",
-                    self._until_gone(beyond),
-                )
+            self.check_room(len(requests))
             # One that is alone may be as long as it likes: else it could never be answered.
             over = self._tokens + tokens - self._most_tokens
             if self._count and over > 0:
@@ -92,6 +86,21 @@ class Queue:
                 of_client.setdefault(request.use.key, deque()).append(request)
             self._count += len(requests)
             self._tokens += tokens
+
+    def check_room(self, requests: int = 1) -> None:
+        """Refuse what could not wait, before anybody prepares it.
+
+        Raises:
+            QueueFullError: there is no room for so many.
+        """
+        with self._lock:
+            beyond = self._count + requests - self._most_requests
+            if beyond > 0:
+                raise QueueFullError(
+                    f"{self._count:,} requests are waiting, and no more than "
+                    f"{self._most_requests:,} may: ask again later",
+                    self._until_gone(beyond),
+                )
 
     def _until_gone(self, count: int) -> int:
         """The seconds until so many requests have left the queue."""
