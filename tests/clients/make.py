@@ -43,9 +43,10 @@ def make(name: str) -> None:
         words = ["npm", "install", "--silent", "--no-audit", "--no-fund", "openai"]
         subprocess.run([*words, "--prefix", str(folder)], check=True)
         return
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "--disable-pip-version-check", *PACKAGES[name]], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install"]
+    how = ["--quiet", "--no-compile", "--disable-pip-version-check"]
+    subprocess.run([*pip, *how, *PACKAGES[name]], check=True)
 
 
 if __name__ == "__main__":

@@ -72,10 +72,14 @@ class Places:
             raise RefusalError(
                 "this server loads no adapters: start it with --adapters FOLDER", 403
             )
-        asked = Path(path)
-        place = asked if asked.is_absolute() else self.folder / asked
-        real = place.resolve()
-        targets = [real, *(each.resolve() for each in _files(real))]
+        try:
+            # A path from the root takes the place of the folder.
+            real = (self.folder / path).resolve()
+            is_folder = real.is_dir()
+            targets = [real, *(each.resolve() for each in _files(real))]
+        except (OSError, ValueError) as error:
+            # Too long, or with a character that no path has.
+            raise RefusalError(f"lora_path is no path: {error}", param="lora_path") from None
         if not all(each.is_relative_to(self.folder) for each in targets):
             raise RefusalError(
                 f"{path} is not within the folder of this server's adapters, or a link in it "
@@ -83,7 +87,7 @@ class Places:
                 403,
                 param="lora_path",
             )
-        if not real.is_dir():
+        if not is_folder:
             raise RefusalError(f"there is no adapter folder {path}", 404, param="lora_path")
         return real
 

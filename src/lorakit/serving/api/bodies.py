@@ -91,7 +91,7 @@ class Asked(Body):
     """Draw from so many of the likeliest tokens; 0 or -1: from all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Draw from tokens with at least this share of the likeliest one's probability."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None

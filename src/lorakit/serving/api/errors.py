@@ -42,12 +42,17 @@ def envelope(refusal: RefusalError) -> dict[str, Any]:
     """The body of an error's response."""
     return {
         "error": {
-            "message": str(refusal),
+            "message": _encodable(str(refusal)),
             "type": refusal.kind,
-            "param": refusal.param,
+            "param": None if refusal.param is None else _encodable(refusal.param),
             "code": refusal.status,
         }
     }
+
+
+def _encodable(text: str) -> str:
+    """A text as UTF-8 can have it: names of fields may have halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def refusal_of(error: Exception) -> RefusalError:
