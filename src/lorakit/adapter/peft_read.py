@@ -226,7 +226,10 @@ def _site(
     whole = WholeLayer(sites=(site,), width=site.rank, alpha=site.alpha, scale=site.scale)
     parts = unstack(whole, a, b)
     if parts is None:
-        text = f"A mixes the convolution's {groups} groups, which no change of its weight can do"
+        text = (
+            f"A mixes the convolution's {groups} groups, which no change of its weight can do: "
+            "train without it (PEFT's exclude_modules)"
+        )
         return None, {}, [f"{PREFIX}{path}  {text}"]
     if config.use_dora:
         parts[f"{site.name}.lora_magnitude"] = update["magnitude"]
