@@ -102,13 +102,15 @@ def test_parts_that_are_compiled_by_themselves_go_by_their_own_names(part):
     assert str(lk.plan(found, config)) == str(lk.plan(plain, config))
     lk.attach(found, config)
     randomise(found)
-    want = outputs(found, INPUTS)
     lk.attach(plain, lk.extract(found))
-    torch.testing.assert_close(outputs(plain, INPUTS), want)
-    lk.merge(found)
-    torch.testing.assert_close(outputs(found, INPUTS), want)
-    lk.detach(found)
-    assert torch.equal(outputs(found, INPUTS), base)
+    # Checks of shapes, with which tests run, cannot be compiled.
+    with torch.compiler.set_stance("force_eager"):
+        want = outputs(found, INPUTS)
+        torch.testing.assert_close(outputs(plain, INPUTS), want)
+        lk.merge(found)
+        torch.testing.assert_close(outputs(found, INPUTS), want)
+        lk.detach(found)
+        assert torch.equal(outputs(found, INPUTS), base)
     assert all(parameter.requires_grad for parameter in found.parameters())
 
 
