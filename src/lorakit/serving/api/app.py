@@ -39,7 +39,11 @@ from lorakit.serving.prompts import chat_ids, text_ids
 from lorakit.serving.refusals import RefusalError
 
 VERSION = version("lorakit")
-_TEXT: dict[str, Any] = {"response_class": PlainTextResponse}
+_TEXT: dict[str, Any] = {
+    # Without a type of its own, so that errors are described as the JSON that they are.
+    "response_class": Response,
+    "responses": {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+}
 _STREAM: dict[str, Any] = {
     "responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 }
