@@ -18,8 +18,9 @@ from lorakit.serving.api.app import Policy, build_app
 from lorakit.serving.api.guard import check_host
 from lorakit.serving.api.keys import Keys, Rights
 from lorakit.serving.catalog import Catalog
-from lorakit.serving.engine import Engine, Limits
+from lorakit.serving.engine import Engine
 from lorakit.serving.refusals import RefusalError
+from lorakit.serving.worker import Limits
 from references import attach_random
 from serving.engines import KINDS, greedy_alone, word_tokenizer
 from tiny_models import build

@@ -27,8 +27,9 @@ from lorakit.errors import MissingExtraError
 from lorakit.models.load import load_model
 from lorakit.routing.slots import Slots
 from lorakit.serving.catalog import Catalog
-from lorakit.serving.engine import Engine, Limits
+from lorakit.serving.engine import Engine
 from lorakit.serving.requests import Delta, Request, Use
+from lorakit.serving.worker import Limits
 
 
 def measure_serve(settings: ServeBenchConfig) -> Findings:

@@ -18,7 +18,8 @@ from lorakit.config.verbs import ServeConfig
 from lorakit.data.chat import with_template
 from lorakit.errors import ConfigError, MissingExtraError
 from lorakit.serving.catalog import Catalog
-from lorakit.serving.engine import Engine, Limits
+from lorakit.serving.engine import Engine
+from lorakit.serving.worker import Limits
 
 
 def say(text: str) -> None:

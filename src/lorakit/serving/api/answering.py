@@ -17,9 +17,9 @@ from lorakit.serving.api.errors import envelope, refusal_of
 from lorakit.serving.api.formats import Form
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Chosen
-from lorakit.serving.engine import Engine
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Request
+from lorakit.serving.worker import Worker
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Of a stream, so that nothing on the way keeps it back."""
@@ -29,7 +29,7 @@ async def answered(
     http: HttpRequest,
     body: Asked,
     form: Form,
-    engine: Engine,
+    engine: Worker,
     requests: Sequence[Request],
     chosen: Chosen,
     metrics: Metrics,

@@ -32,9 +32,9 @@ from lorakit.serving.api.guard import Guard
 from lorakit.serving.api.keys import Keys, Rights
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Catalog, Chosen
-from lorakit.serving.engine import Engine
 from lorakit.serving.prompts import chat_ids, text_ids
 from lorakit.serving.refusals import RefusalError
+from lorakit.serving.worker import Worker
 
 VERSION = version("lorakit")
 
@@ -51,7 +51,7 @@ class Policy:
     """The most bytes of a body."""
 
 
-def build_app(engine: Engine, catalog: Catalog, policy: Policy | None = None) -> FastAPI:
+def build_app(engine: Worker, catalog: Catalog, policy: Policy | None = None) -> FastAPI:
     """The API of an engine that runs, and of the models that it answers as."""
     policy = policy or Policy()
     app = FastAPI(title="lorakit", version=VERSION, docs_url=None, redoc_url=None)
@@ -73,7 +73,7 @@ def build_app(engine: Engine, catalog: Catalog, policy: Policy | None = None) ->
 class _Server:
     """What each path answers."""
 
-    def __init__(self, engine: Engine, catalog: Catalog, policy: Policy) -> None:
+    def __init__(self, engine: Worker, catalog: Catalog, policy: Policy) -> None:
         self._engine, self._catalog, self._policy = engine, catalog, policy
         self._metrics = Metrics(engine, catalog)
         self.gets: dict[str, Callable[..., Any]] = {

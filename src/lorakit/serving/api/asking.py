@@ -10,10 +10,10 @@ from typing import Any
 from lorakit.serving.api.bodies import Asked
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Chosen
-from lorakit.serving.engine import Engine
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Delta, Request
 from lorakit.serving.sampling import Sampling, Token
+from lorakit.serving.worker import Worker
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ def requests_of(
     body: Asked,
     prompts: Sequence[Sequence[int]],
     chosen: Chosen,
-    engine: Engine,
+    engine: Worker,
     *,
     max_tokens: int | None,
     alternatives: int | None,
@@ -118,7 +118,7 @@ def _undelivered(delta: Delta) -> None:
     raise AssertionError("nobody listens yet")
 
 
-def _check_prompt(ids: Sequence[int], engine: Engine, *, needs_room: bool) -> None:
+def _check_prompt(ids: Sequence[int], engine: Worker, *, needs_room: bool) -> None:
     if not ids:
         raise RefusalError("the prompt is empty: it needs at least one token", param="prompt")
     if len(ids) + needs_room > engine.max_length:
@@ -163,7 +163,7 @@ class Answering:
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], chosen: Chosen, metrics: Metrics
+        self, engine: Worker, requests: Sequence[Request], chosen: Chosen, metrics: Metrics
     ) -> None:
         self.answers = [Answer(request, index) for index, request in enumerate(requests)]
         self._engine = engine

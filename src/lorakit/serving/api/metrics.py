@@ -10,8 +10,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lorakit.serving.catalog import Catalog
-from lorakit.serving.engine import Engine
 from lorakit.serving.requests import Delta, Request
+from lorakit.serving.worker import Worker
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -24,7 +24,7 @@ class Metrics:
         catalog: whose adapters are shown.
     """
 
-    def __init__(self, engine: Engine, catalog: Catalog) -> None:
+    def __init__(self, engine: Worker, catalog: Catalog) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_State(engine, catalog))
         self._model = catalog.name
@@ -92,19 +92,22 @@ class Metrics:
 class _State(Collector):
     """What is so at the moment when Prometheus asks."""
 
-    def __init__(self, engine: Engine, catalog: Catalog) -> None:
+    def __init__(self, engine: Worker, catalog: Catalog) -> None:
         self._engine, self._catalog = engine, catalog
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the gauges."""
         engine, name = self._engine, self._catalog.name
         running, waiting = engine.running(), engine.queue.waiting()
-        used = sum(engine.keys_and_values.lengths)
-        share = used / (engine.limits.slots * engine.max_length)
+        share = engine.used_share
         for metric, meaning, value in (
             ("vllm:num_requests_running", "Requests in slots.", len(running)),
             ("vllm:num_requests_waiting", "Requests that wait for a slot.", len(waiting)),
-            ("vllm:kv_cache_usage_perc", "Share of the tokens that slots may hold.", share),
+            (
+                "vllm:kv_cache_usage_perc",
+                "Share of the tokens that slots may hold.",
+                engine.used_share,
+            ),
         ):
             gauge = GaugeMetricFamily(metric, meaning, labels=["model_name"])
             gauge.add_metric([name], value)
