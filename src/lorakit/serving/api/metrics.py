@@ -103,11 +103,7 @@ class _State(Collector):
         for metric, meaning, value in (
             ("vllm:num_requests_running", "Requests in slots.", len(running)),
             ("vllm:num_requests_waiting", "Requests that wait for a slot.", len(waiting)),
-            (
-                "vllm:kv_cache_usage_perc",
-                "Share of the tokens that slots may hold.",
-                engine.used_share,
-            ),
+            ("vllm:kv_cache_usage_perc", "Share of the tokens that slots may hold.", share),
         ):
             gauge = GaugeMetricFamily(metric, meaning, labels=["model_name"])
             gauge.add_metric([name], value)
