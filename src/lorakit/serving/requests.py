@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.bank import Held
@@ -18,6 +19,7 @@ from lorakit.layers.operation import Update
 from lorakit.serving.sampling import Sampling, Token
 
 Finish = Literal["stop", "length", "cancelled", "error"]
+Goal = Literal["text", "embedding", "classes"]
 
 _numbers = itertools.count()
 
@@ -62,6 +64,8 @@ class Delta:
     """Where each token's text begins in the answer, in characters."""
     prompt_tokens: tuple[Token | None, ...] | None = None
     """In the first delta, where they were asked for: the prompt's own, None for the first."""
+    output: Tensor | None = None
+    """What an encoder gives: the embedding, or the logits of the classes."""
     finish: Finish | None = None
     """Why this is the last one; None: it is not."""
     stopped_by: str | int | None = None
@@ -81,8 +85,12 @@ class Request:
     """With which the answer becomes text."""
     deliver: Callable[[Delta], None]
     """Called in the engine's thread with each step of the answer; must not wait."""
-    max_tokens: int
+    max_tokens: int = 0
     """The most tokens of the answer; 0: the prompt is read alone."""
+    goal: Goal = "text"
+    """What is wanted: text of a decoder, or an output of an encoder."""
+    token_types: Sequence[int] = ()
+    """Which text of a pair each token is from, for an encoder with token types."""
     sampling: Sampling = field(default_factory=Sampling)
     ends: frozenset[int] = frozenset()
     """The tokens that end the answer, and are not in its text."""

@@ -60,6 +60,17 @@ async def answered(
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(answering, form, with_usage=usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
+    await finished(http, answering)
+    return JSONResponse(form.complete(answering.answers, answering.usage))
+
+
+async def finished(http: HttpRequest, answering: Answering) -> None:
+    """Wait until all answers are over; a client that goes away ends them.
+
+    Raises:
+        RefusalError: the server has ended one.
+        Exception: the engine's error.
+    """
     watching = asyncio.create_task(_cancel_when_gone(http, answering))
     try:
         async for _ in answering.steps():
@@ -70,7 +81,6 @@ async def answered(
             await watching
     if any(answer.finish == "cancelled" for answer in answering.answers):
         raise RefusalError("the request was ended: the server stops", 503, retry_after_s=5)
-    return JSONResponse(form.complete(answering.answers, answering.usage))
 
 
 async def _cancel_when_gone(http: HttpRequest, answering: Answering) -> None:

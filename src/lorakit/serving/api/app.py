@@ -15,6 +15,7 @@ from lorakit.data.row_types import Message
 from lorakit.serving.api.answering import answered
 from lorakit.serving.api.asking import check_ids, requests_of
 from lorakit.serving.api.bodies import (
+    Addressed,
     Asked,
     Body,
     ChatBody,
@@ -26,6 +27,7 @@ from lorakit.serving.api.bodies import (
     UnloadBody,
     check_known,
 )
+from lorakit.serving.api.encoding import Encoding
 from lorakit.serving.api.errors import handle_errors
 from lorakit.serving.api.formats import ChatForm, CompletionForm, text_of
 from lorakit.serving.api.guard import Guard
@@ -92,6 +94,7 @@ class _Server:
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
         }
+        self.posts |= Encoding(engine, self._chosen, self._check, self._metrics).posts
 
     async def health(self) -> Response:
         """Whether the engine's thread runs."""
@@ -143,7 +146,7 @@ class _Server:
         self._check(body)
 
         def prepare() -> tuple[Chosen, list[Any], list[str]]:
-            chosen = self._chosen(body, http)
+            chosen = self._writer(body, http)
             prompts = _prompts(body.prompt)
             ids = [text_ids(chosen, p) if isinstance(p, str) else p for p in prompts]
             asks_none = body.max_tokens == 0 and not body.echo
@@ -173,7 +176,7 @@ class _Server:
         self._check(body)
 
         def prepare() -> tuple[Chosen, list[Any]]:
-            chosen = self._chosen(body, http)
+            chosen = self._writer(body, http)
             alternatives = (body.top_logprobs or 0) if body.logprobs else None
             asked = body.max_completion_tokens or body.max_tokens
             if asked == 0:
@@ -187,7 +190,21 @@ class _Server:
         form = ChatForm(chosen, logprobs=bool(body.logprobs))
         return await answered(http, body, form, self._engine, requests, chosen, self._metrics)
 
-    def _chosen(self, body: Asked, http: Request) -> Chosen:
+    def _writer(self, body: Asked, http: Request) -> Chosen:
+        """What writes the answer to a body.
+
+        Raises:
+            RefusalError: the base writes nothing.
+        """
+        if self._engine.encodes:
+            raise RefusalError(
+                f"{self._catalog.name} is an encoder, and writes no text: ask /v1/embeddings or "
+                "/v1/classify",
+                param="model",
+            )
+        return self._chosen(body, http)
+
+    def _chosen(self, body: Addressed, http: Request) -> Chosen:
         pairs = None if body.adapters is None else [(a.name, a.weight) for a in body.adapters]
         chosen = self._catalog.choose(body.model, body.adapter_id, pairs)
         _rights(http).check_names(chosen.use.names)

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from lorakit.serving.api.bodies import Asked
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Chosen
@@ -29,6 +31,8 @@ class Answer:
     tokens: list[Token] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     prompt_tokens: tuple[Token | None, ...] = ()
+    output: Tensor | None = None
+    """What an encoder gives."""
     finish: str | None = None
     stopped_by: str | int | None = None
 
@@ -44,6 +48,7 @@ class Answer:
         self.tokens += delta.tokens
         self.offsets += delta.offsets
         self.prompt_tokens = delta.prompt_tokens or self.prompt_tokens
+        self.output = delta.output
         self.finish, self.stopped_by = delta.finish, delta.stopped_by
 
 

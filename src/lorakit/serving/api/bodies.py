@@ -61,8 +61,8 @@ class WeightedAdapter(Body):
     weight: FiniteFloat = 1.0
 
 
-class Asked(Body):
-    """What both kinds of completions have."""
+class Addressed(Body):
+    """What says which weights answer."""
 
     model: str | None = None
     """The base, an adapter, or BASE:ADAPTER."""
@@ -70,6 +70,13 @@ class Asked(Body):
     """An adapter, as LoRAX has it."""
     adapters: Annotated[list[WeightedAdapter], Field(min_length=1, max_length=16)] | None = None
     """Adapters whose updates are added up, each times its weight."""
+    user: str | None = None
+    """Not used."""
+
+
+class Asked(Addressed):
+    """What both kinds of completions have."""
+
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     """The most tokens of an answer; less where the model's context ends."""
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
@@ -96,8 +103,6 @@ class Asked(Body):
     ignore_eos: bool = False
     """Go on after the model's own end, up to the most tokens."""
     skip_special_tokens: bool = True
-    user: str | None = None
-    """Not used."""
 
     @model_validator(mode="after")
     def _check_stream(self) -> Asked:

@@ -64,7 +64,7 @@ class Metrics:
         def watch(delta: Delta) -> None:
             nonlocal latest
             now = time.monotonic()
-            if delta.tokens and not latest:
+            if (delta.tokens or delta.output is not None) and not latest:
                 self._prompt_tokens.labels(model).inc(len(request.prompt))
                 self._first.labels(model).observe(now - request.arrived)
                 self._own_first.labels(model, name).observe(now - request.arrived)
