@@ -102,9 +102,11 @@ def test_rows_with_unlike_heads_are_in_one_batch(server, tiny_bert, adapters):
             pool.submit(client.post, path, json={"model": name, "input": TEXTS[at % 4]})
             for at, (path, name) in enumerate(zip(paths, names, strict=True))
         ]
-        answers = [each.result().json()["data"][0] for each in asked]
+        responses = [each.result() for each in asked]
     hook.remove()
     assert max(rows) > 1
+    assert [r.text for r in responses if r.status_code != 200] == []
+    answers = [response.json()["data"][0] for response in responses]
     for at, (name, each) in enumerate(zip(names, answers, strict=True)):
         embedding, logits = alone(tiny_bert, adapters, name, TEXTS[at % 4])
         if name is None:
