@@ -103,15 +103,12 @@ def commands(page):
             yield words[start:stop]
 
 
-COMMANDS = [
-    command
-    for page in ("README.md", "docs/methods.md", "docs/analysis.md")
-    for command in commands(page)
-]
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+COMMANDS = [command for page in PAGES for command in commands(page)]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_the_commands_of_readme_and_methods_are_valid(words, monkeypatch, capsys):
+def test_the_commands_of_readme_and_docs_are_valid(words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert main([*words[1:], "--print-config"]) == 0, capsys.readouterr().err
 
