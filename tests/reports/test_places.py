@@ -103,6 +103,9 @@ def test_an_impossible_out_is_refused_first(
         ("merge", "--adapter", "none", "--out", "file/below"),
         ("convert", "--source", "none", "--out", "file/below"),
         ("demo", "--out", "file/below"),
+        ("inspect", "none", "--html", "file/below"),
+        ("inspect", "none", "--figures", "file/below"),
+        ("compare", "none", "none", "--html", "file/below"),
         ("evaluate", "--data.validation", "rows.jsonl", "--outputs", "file/below"),
     ],
 )
@@ -111,6 +114,15 @@ def test_each_verb_refuses_an_impossible_out_first(words, tmp_path, monkeypatch,
     (tmp_path / "file").write_text("mine")
     assert main(list(words)) == 2
     assert "is below the file file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [".", "/", "folder", "~"])
+def test_a_report_is_no_folder(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    assert main(["inspect", "none", "--html", place]) == 2
+    assert "is a folder, and a file is written" in capsys.readouterr().err
 
 
 def test_overwrite_spares_what_no_run_has_made(settings, no_work, tmp_path):

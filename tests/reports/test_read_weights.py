@@ -72,6 +72,25 @@ def lfm2():
     return hf.Lfm2ForCausalLM(config)
 
 
+def qwen3_next():
+    config = hf.Qwen3NextConfig(
+        **HYBRID,
+        num_hidden_layers=2,
+        head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        initializer_range=0.3,
+    )
+    return hf.Qwen3NextForCausalLM(config)
+
+
 def wavlm():
     config = hf.WavLMConfig(
         vocab_size=20,
@@ -112,9 +131,11 @@ CASES = {
     "jamba": (jamba, "dt_proj"),
     "falcon_h1": (falcon_h1, "conv1d"),
     "lfm2": (lfm2, "conv.conv"),
+    "qwen3_next": (qwen3_next, "conv1d"),
     "wavlm_q": (wavlm, "q_proj"),
     "wavlm_out": (wavlm, "out_proj"),
     "torch_encoder": (TorchEncoder, "linear1"),
+    "torch_encoder_second": (TorchEncoder, "linear2"),
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 import lorakit as lk
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.errors import ConfigError, TrainingError
+from lorakit.training.evaluation import Scored
 from lorakit.training.run import train
 from lorakit.training.sweep.sweep import sweep
 
@@ -115,8 +116,12 @@ def test_fewer_steps_than_are_done_are_refused(interrupted):
 
 @pytest.mark.thorough
 def test_a_score_of_other_rows_is_not_compared_with(interrupted, prompt_rows, monkeypatch):
-    scores = iter([1.0, 5.0, 4.0])
-    monkeypatch.setattr("lorakit.training.run.score", lambda *a, **k: {"loss": next(scores)})
+    losses = iter([1.0, 5.0, 4.0])
+
+    def next_scores(*_, **__):
+        return Scored(scores={"loss": next(losses)}, predicted=[])
+
+    monkeypatch.setattr("lorakit.training.run.scored", next_scores)
     data: dict[str, Any] = {"train": str(prompt_rows), "validation": str(prompt_rows)}
     train(interrupted(data=data, steps=4, eval_every=4))
     data["validation_rows"] = 8

@@ -254,6 +254,41 @@ def test_images_are_no_rows():
     assert as_alone(model, inputs, ["a", "b"])
 
 
+def qwen2_vl():
+    text = {**TINY, "intermediate_size": 24, "num_key_value_heads": 1, "pad_token_id": 0}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    text["rope_parameters"]["rope_theta"] = 10_000.0
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2}
+    vision |= {"patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 1}
+    words = ("image", "video", "vision_start", "vision_end")
+    ids = {f"{word}_token_id": 55 + number for number, word in enumerate(words)}
+    config = hf.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
+    return hf.Qwen2VLForConditionalGeneration(config)
+
+
+@pytest.mark.thorough
+def test_the_patches_of_all_images_are_no_rows():
+    """Qwen2-VL reads images of 32 and of 16 patches as one sequence."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = qwen2_vl().eval()
+        patches = torch.randn(48, 12)
+    first, second = [57, *[55] * 8, 58, 5], [57, *[55] * 4, 58, 6, 7, 8, 9, 10]
+    rows = torch.tensor([first, second])
+    inputs = {
+        "input_ids": rows,
+        "attention_mask": torch.ones_like(rows),
+        "pixel_values": patches,
+        "image_grid_thw": torch.tensor([[1, 4, 8], [1, 4, 4]]),
+        "mm_token_type_ids": (rows == 55).int(),
+    }
+    with_adapters(model, ("all-linear",))
+    assert as_alone(model, inputs, ["a", "b"]) is None
+    lk.detach(model)
+    with_adapters(model, ("re:model.language_model.*q_proj",))
+    assert as_alone(model, inputs, ["a", "b"])
+
+
 def test_the_windows_of_an_image_follow_its_row():
     config = hf.SwinConfig(
         image_size=16, patch_size=2, embed_dim=8, depths=[2], num_heads=[2], window_size=4

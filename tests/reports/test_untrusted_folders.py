@@ -2,7 +2,9 @@
 
 import json
 import logging
+import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
+from lorakit.analysis.report import Findings, adapter_page, log_of
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data import template_limits
 from lorakit.data.chat import ChatTemplate
@@ -18,6 +21,8 @@ from lorakit.data.row_types import Message, MessagesRow
 from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError
 from lorakit.models import paths
 from lorakit.models.load import load_model
+from lorakit.serving.catalog import Catalog
+from lorakit.serving.prompts import chat_ids
 from lorakit.training.run import train
 from tiny_models import build
 from tiny_tokenizers import build_tokenizer
@@ -147,6 +152,21 @@ def test_a_template_without_end_stops(text: str, monkeypatch: pytest.MonkeyPatch
     assert template("{{ messages[0].content }}").prompt(MESSAGES)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux")
+def test_a_limit_of_memory_is_taken_off_by_the_last_thread_within_it() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = template_limits.MemoryLimit()
+    limit.__enter__()
+    within = resource.getrlimit(resource.RLIMIT_AS)
+    limit.__enter__()
+    limit.__exit__()
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] >= within[0] != before[0]
+    limit.__exit__()
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
 @pytest.mark.parametrize("text", ["{{ 9 ** 9 ** 9 ** 9 }}", "{% set x = 2**(2**50) %}"])
 def test_a_template_with_powers_is_refused(text: str) -> None:
     with pytest.raises(DataError, match="computes a power"):
@@ -211,6 +231,48 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     build_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"writes tokens up to 257, and the model's embedding has"):
         load_model(tmp_path)
+
+
+# Cards and logs.
+
+
+@pytest.mark.parametrize("scores", ["text", [1], {"a": "b", "c": {"d": 1}, "e": None, "loss": 0.5}])
+def test_scores_that_are_no_numbers_are_not_shown(folder: Path, scores: object) -> None:
+    adapter = replace(lk.Adapter.load(folder), card={"scores": scores, "step": [1]})
+    shown = adapter_page(adapter, Findings(), name="<script>").html()
+    assert ("0.5" in shown) == isinstance(scores, dict)
+    assert "<script></title>" not in shown
+
+
+def test_a_log_is_numbers_by_step(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 1, "loss": "a", "eval_loss": 2.0}\n{"step": [1], "loss": 1}\n7\n')
+    assert log_of(tmp_path) == [{"step": 1, "eval_loss": 2.0}]
+    file.write_text("[" * 10**6)
+    assert log_of(tmp_path) == []
+    with file.open("r+b") as opened:
+        opened.truncate(2**40)
+    assert log_of(tmp_path) == []
+
+
+# Served.
+
+
+def test_a_served_adapter_s_template_is_within_limits(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_limits, "MOST_SECONDS", 0.2)
+    adapter = lk.Adapter.load(folder)
+    for name, text in (("loops", LOOPS), ("power", "{{ 9 ** 9 }}"), ("long", "a" * (2**20 + 1))):
+        card = {"chat_template": text, "rows_kind": "messages"}
+        replace(adapter, card=card).save(tmp_path / "served" / name)
+    catalog = Catalog(build("llama"), build_tokenizer(), "tiny", folder=tmp_path / "served")
+    with pytest.raises(ConfigError, match="2 problems") as raised:
+        catalog.load_all()
+    assert "power: the chat template computes a power" in str(raised.value)
+    assert list(catalog.adapters) == ["loops"]
+    with pytest.raises(DataError, match="the chat template takes more"):
+        chat_ids(catalog.choose("loops"), MESSAGES.messages[:1])
 
 
 # Words of users.

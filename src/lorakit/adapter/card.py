@@ -12,6 +12,13 @@ from lorakit.config.train import DataConfig
 from lorakit.errors import AdapterFileError
 
 
+def scores_of(card: Mapping[str, Any]) -> dict[str, str]:
+    """The scores on a training card, as text; what is no number is left out."""
+    scores = card.get("scores")
+    known = scores if isinstance(scores, Mapping) else {}
+    return {k: f"{value:.4g}" for k, value in known.items() if isinstance(value, int | float)}
+
+
 class TrainedUse(BaseModel):
     """How an adapter is used: as it was trained."""
 

@@ -19,6 +19,17 @@ def check_new(path: Path) -> None:
     check_place(path)
 
 
+def check_file(path: Path) -> None:
+    """Make sure that a file can be written: a new one, or in the place of an earlier one.
+
+    Raises:
+        OutputError: a folder is there, or it is below a file, or it cannot be written.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, and a file is written: give it a name in there")
+    check_place(path.parent if path.exists() else path)
+
+
 def check_place(path: Path, what: str = "") -> None:
     """Make sure that a path can be made: a file or a folder within the nearest that exists.
 

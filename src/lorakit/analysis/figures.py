@@ -200,6 +200,8 @@ def _style(name: str) -> Any:
         "xtick.labelcolor": INK,
         "ytick.labelcolor": INK,
         "grid.color": RULE,
+        # Names come with adapters, and a dollar sign in one begins no formula.
+        "text.parse_math": False,
         # Without a salt of its own the same figure would be another text each time.
         "svg.hashsalt": name,
     }

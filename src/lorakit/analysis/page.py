@@ -11,7 +11,8 @@ from pathlib import Path
 from string import Template
 
 from lorakit.adapter.atomic_write import write_files
-from lorakit.analysis.figures import Figure, HeatMap, drawn, write_figures
+from lorakit.adapter.output_place import check_file, check_place
+from lorakit.analysis.figures import Figure, HeatMap, check_plots, drawn, write_figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,22 @@ class Page:
             contents="\n".join(links),
             body="\n".join(map(_section, self.sections)),
         )
+
+
+def check_report(*, html: Path | None, figures: Path | None) -> None:
+    """Make sure that a report can be drawn and written, before the work for it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: it cannot be written where it was asked for.
+    """
+    if html is None and figures is None:
+        return
+    check_plots()
+    if html is not None:
+        check_file(html)
+    if figures is not None:
+        check_place(figures, "the figures are files in a folder")
 
 
 def write_page(page: Page, *, html: Path | None, figures: Path | None) -> list[Path]:

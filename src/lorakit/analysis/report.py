@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.card import scores_of
 from lorakit.analysis.amplifying import Amplification
 from lorakit.analysis.by_layer import ByLayer
 from lorakit.analysis.figures import Figure, HeatMap, Lines, plain, shown
@@ -22,6 +23,8 @@ SHARES = (0.9, 0.95, 0.99)
 """Of the energy: for each the smallest rank that keeps it is shown."""
 CURVES = {"loss": "training", "eval_loss": "validation"}
 """The losses of a run's log, and what they are of."""
+MOST_LOG_BYTES = 2**28
+"""Of a run's log; one of a million steps has 10^8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +66,21 @@ def adapter_page(adapter: Adapter, found: Findings, *, name: str) -> Page:
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; none where there is none, or another tool's."""
+    """The numbers of each step in a run's log; none where there is none, or another tool's."""
+    file = folder / LOG
     try:
-        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
+        if file.stat().st_size > MOST_LOG_BYTES:
+            return []
+        lines = file.read_text(encoding="utf-8").splitlines()
         entries = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
-    return [entry for entry in entries if isinstance(entry, dict)]
+    numbers = (_numbers(entry) for entry in entries if isinstance(entry, dict))
+    return [entry for entry in numbers if "step" in entry]
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if isinstance(value, int | float)}
 
 
 def _facts(adapter: Adapter) -> Section:
@@ -244,8 +255,7 @@ def _parameters(spectra: Mapping[str, Spectrum], rank: Any) -> int:
 
 def _training(adapter: Adapter, found: Findings) -> Iterator[Section]:
     """The curve of the run, how ΔW grew in it, and the scores that the card has."""
-    scores = adapter.card.get("scores") or {}
-    facts = {name: f"{value:.4g}" for name, value in scores.items()}
+    facts = scores_of(adapter.card)
     if step := adapter.card.get("step"):
         facts = {"steps": str(step), **facts}
     figures = [*_curve(adapter, found.log), *_growth(found.traces)]
@@ -255,7 +265,7 @@ def _training(adapter: Adapter, found: Findings) -> Iterator[Section]:
 
 def _curve(adapter: Adapter, log: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     points = {
-        told: {entry["step"]: entry[key] for entry in log if key in entry and "step" in entry}
+        told: {entry["step"]: entry[key] for entry in log if key in entry}
         for key, told in CURVES.items()
     }
     points = {told: own for told, own in points.items() if own}

@@ -9,8 +9,7 @@ from statistics import median
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.hub import short_name
 from lorakit.analysis.comparing import Comparison, SiteComparison, compare
-from lorakit.analysis.figures import check_plots
-from lorakit.analysis.page import write_page
+from lorakit.analysis.page import check_report, write_page
 from lorakit.analysis.report_of_two import comparison_page
 from lorakit.cli.columns import columns
 from lorakit.cli.spectra import by_part
@@ -20,8 +19,7 @@ from lorakit.config.verbs import CompareConfig
 
 def run(settings: CompareConfig) -> Result:
     """Compare the two, site by site, and show the median of each part of the blocks."""
-    if settings.asks_report:
-        check_plots()
+    check_report(html=settings.html, figures=settings.figures)
     first, second = Adapter.load(settings.adapter), Adapter.load(settings.other)
     found = compare(first, second, allow_other_base=settings.allow_other_base)
     written = []

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.card import TrainedUse
+from lorakit.adapter.card import TrainedUse, scores_of
 from lorakit.adapter.hub import local_path, short_name
 from lorakit.adapter.output_place import check_new
 from lorakit.adapter.site import Site
 from lorakit.analysis.amplifying import Amplification, amplification
 from lorakit.analysis.checks import has_delta, left_out
-from lorakit.analysis.figures import check_plots
-from lorakit.analysis.page import Page, write_page
+from lorakit.analysis.page import Page, check_report, write_page
 from lorakit.analysis.report import Findings, adapter_page, log_of
 from lorakit.analysis.spectra import Spectrum, spectrum
 from lorakit.analysis.tracing import traces
@@ -23,15 +21,14 @@ from lorakit.cli.advise import Loaded, advise
 from lorakit.cli.spectra import amplification_lines, part_of, spectrum_lines
 from lorakit.cli.verbs import Result
 from lorakit.config.verbs import InspectConfig
-from lorakit.errors import AnalysisError
+from lorakit.errors import AdapterFileError, AnalysisError
 
 
 def run(settings: InspectConfig) -> Result:
     """Read the adapter with every check, describe it, and look into its ΔW."""
     if settings.out is not None:
         check_new(settings.out)
-    if settings.asks_report:
-        check_plots()
+    check_report(html=settings.html, figures=settings.figures)
     adapter = Adapter.load(settings.adapter)
     loaded = _base(settings, adapter)
     spectra, amplified, notes = _found(settings, adapter, loaded)
@@ -69,8 +66,12 @@ def run(settings: InspectConfig) -> Result:
 def _report(settings: InspectConfig, adapter: Adapter, found: Findings) -> Page:
     """The report, also of the run in whose folder the adapter is."""
     folder = local_path(settings.adapter)
-    with suppress(AnalysisError):
+    try:
         found = replace(found, traces=traces(folder))
+    except AdapterFileError as error:
+        found = replace(found, notes=(*found.notes, f"The run's checkpoints: {error}"))
+    except AnalysisError:
+        pass  # No run's folder, or one whose checkpoints have no ΔW.
     return adapter_page(
         adapter, replace(found, log=log_of(folder)), name=short_name(settings.adapter)
     )
@@ -119,7 +120,6 @@ def _trained(adapter: Adapter) -> Iterator[str]:
     use, step = TrainedUse.on(adapter.card), adapter.card.get("step")
     if step is None:
         return
-    scores = adapter.card.get("scores") or {}
-    told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    told = ", ".join(f"{name} {value}" for name, value in scores_of(adapter.card).items())
     rows = f"{use.rows_kind} rows of {use.data.train or 'objects in memory'}"
     yield f"trained: {step} steps on {rows}{f'; {told}' if told else ''}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ def written(
         UnusableRowError: it took too long, too much memory, or wrote too much.
     """
     try:
-        with _limited_memory(), _limited_time():
+        with _MEMORY, _limited_time():
             text = str(tokenizer.apply_chat_template(turns, tokenize=False, **settings))
     except MemoryError as error:
         raise UnusableRowError(f"the chat template takes more than {MOST_BYTES:,} bytes") from error
@@ -101,20 +102,44 @@ def _limited_time() -> Iterator[None]:
         sys.settrace(before)
 
 
-@contextlib.contextmanager
-def _limited_memory() -> Iterator[None]:
-    """Let the process have only so much more memory, where the system can say that (Linux)."""
-    if not _STATM.exists():
-        yield
-        return
-    import resource
+class MemoryLimit:
+    """Lets the process have only so much more memory, where the system can say that (Linux).
 
-    limits = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(_STATM.read_text().split()[0])
-    most = pages * resource.getpagesize() + MOST_BYTES
-    allowed = [each for each in (most, soft, hard) if each != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(allowed), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+    The limit is the process's: of several threads within it at once, as a server has them, the last
+    one to leave takes it off.
+    """
+
+    def __init__(self) -> None:
+        """Nobody is within it yet."""
+        self._lock = threading.Lock()
+        self._within = 0
+        self._before = (0, 0)
+
+    def __enter__(self) -> None:
+        """Set the limit."""
+        if not _STATM.exists():
+            return
+        import resource
+
+        with self._lock:
+            if not self._within:
+                self._before = resource.getrlimit(resource.RLIMIT_AS)
+            self._within += 1
+            pages = int(_STATM.read_text().split()[0])
+            most = pages * resource.getpagesize() + MOST_BYTES
+            allowed = [each for each in (most, *self._before) if each != resource.RLIM_INFINITY]
+            resource.setrlimit(resource.RLIMIT_AS, (min(allowed), self._before[1]))
+
+    def __exit__(self, *_: object) -> None:
+        """Take it off, if nobody else is within it."""
+        if not _STATM.exists():
+            return
+        import resource
+
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                resource.setrlimit(resource.RLIMIT_AS, self._before)
+
+
+_MEMORY = MemoryLimit()

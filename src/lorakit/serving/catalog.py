@@ -19,6 +19,7 @@ from lorakit.answering.ends import end_tokens
 from lorakit.attachment.state import attachment_for, identity_of
 from lorakit.bank import AdapterBank, Held
 from lorakit.data.chat import with_template
+from lorakit.data.template_limits import check_template
 from lorakit.errors import AdapterFileError, BankError, ConfigError, LorakitError, did_you_mean
 from lorakit.layers.operation import Update
 from lorakit.models.load import fresh_heads, labels_of, task_of
@@ -286,12 +287,15 @@ class Catalog:
 
         Raises:
             AdapterFileError: it does something else than to write text.
+            DataError: its chat template could take for ever.
             RouteError: it can't be in a slot.
         """
         use = TrainedUse.on(record.card)
         if use.task not in (None, *(ENCODING if self._encodes else ("generation",))):
             own = "encodes texts" if self._encodes else "writes text"
             raise AdapterFileError(f"the adapter does {use.task}, and the server {own}")
+        if use.chat_template is not None:
+            check_template(with_template(self.tokenizer, use.chat_template))
         check_slots(attachment_for(self._model), updates)
 
     def _allowed(self, path: str) -> Path:
