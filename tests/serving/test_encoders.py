@@ -113,7 +113,8 @@ def test_rows_with_unlike_heads_are_in_one_batch(server, tiny_bert, adapters):
         responses = [each.result() for each in asked]
     hook.remove()
     assert max(rows) > 1
-    assert "\n".join(trouble) == ""
+    if trouble:
+        raise AssertionError(trouble[0][-2600:])
     assert [r.text for r in responses if r.status_code != 200] == []
     answers = [response.json()["data"][0] for response in responses]
     for at, (name, each) in enumerate(zip(names, answers, strict=True)):
