@@ -8,6 +8,7 @@ import random
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from shape_checks import spare_shapeless_functions
@@ -17,6 +18,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Before lorakit is imported, by whichever test.
 spare_shapeless_functions()
+
+# By default an example that takes more than 0.2 s fails, and so do examples that are slow to draw:
+# on a machine that does other work too, any may be.
+hypothesis.settings.register_profile(
+    "no-clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("no-clock")
 
 # Modules, tests and their cases stay to the end: looking for garbage among them takes half a
 # second, and libraries ask for that at every training run.
@@ -55,7 +63,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
-    """Return what runs programs in processes of their own, without the checks of shapes."""
+    """What runs programs in processes of their own, without the checks of shapes."""
     from forks import Forks
 
     made = Forks(tmp_path_factory.mktemp("forks"))

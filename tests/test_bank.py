@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import shutil
-import sys
 import threading
 import weakref
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from calls import calls_in
 from lorakit.errors import AdapterFileError, BankError, RouteError
 from references import alone, attach_random, base_hash, outputs
 from tiny_models import build, example_inputs
@@ -109,23 +109,6 @@ def test_loading_touches_no_other_adapter_and_rebuilds_no_module(bank, folders, 
     assert torch.equal(outputs(bank.model, inputs), before)
 
 
-def counted_calls(action):
-    """Return how many Python functions an action calls."""
-    count = 0
-
-    def profile(frame, event, argument):
-        nonlocal count
-        count += event == "call"
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        action()
-    finally:
-        sys.setprofile(before)
-    return count
-
-
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.thorough
 def test_the_cost_of_a_change_does_not_grow_with_the_residents(family):
@@ -142,10 +125,10 @@ def test_the_cost_of_a_change_does_not_grow_with_the_residents(family):
         lk.extract(bank.model, name)
 
     cost("warm")
-    first = counted_calls(lambda: cost("first"))
+    first = len(calls_in(lambda: cost("first")))
     for number in range(40):
         bank.add(f"more {number}", adapter)
-    assert counted_calls(lambda: cost("last")) <= first * 1.02 + 50
+    assert len(calls_in(lambda: cost("last"))) <= first * 1.02 + 50
 
 
 def test_the_same_content_is_not_loaded_twice_and_other_content_replaces_it(

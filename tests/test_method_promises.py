@@ -43,7 +43,7 @@ class Method:
 
 
 def hidden(c):
-    """Return width, inner width of the MLP and blocks of a model."""
+    """Width, inner width of the MLP and blocks of a model."""
     width = getattr(c, "n_embd", None) or c.hidden_size
     inner = 4 * width if c.model_type == "gpt2" else getattr(c, "ffn_dim", None)
     return width, inner or c.intermediate_size, getattr(c, "n_layer", None) or c.num_hidden_layers
@@ -98,19 +98,19 @@ def biases(c):
 
 
 def added_biases(c):
-    """Return biases, and one for each linear layer of Llama's blocks."""
+    """The number of biases, and one more for each linear layer of Llama's blocks."""
     d, f, layers = hidden(c)
     return layers * (3 * d + 2 * kv_width(c) + 2 * f) if c.model_type == "llama" else biases(c)
 
 
 def low_rank(c, rank=2):
-    """Return 2·L·d·r for q and v; Llama's v has fewer rows."""
+    """2·L·d·r for q and v; Llama's v has fewer rows."""
     d, _, layers = hidden(c)
     return layers * rank * (2 * d + d + kv_width(c))
 
 
 def with_lengths(c):
-    """Return what LoRA trains, and DoRA's length for each row of q and v."""
+    """What LoRA trains, and DoRA's magnitude of each row of q and v."""
     d, _, layers = hidden(c)
     return low_rank(c) + layers * (d + kv_width(c))
 
@@ -124,18 +124,18 @@ def classifier(c):
 
 
 def tokens_of(c, count):
-    """Return d·(l_p + l_i); OPT's embedding can be narrower than its blocks."""
+    """d·(l_p + l_i); OPT's embedding can be narrower than its blocks."""
     return getattr(c, "word_embed_proj_dim", hidden(c)[0]) * count
 
 
 def tokens_of_every_layer(c, count):
-    """Return L·d·(l_p + l_i): the embedding, and every block but the last."""
+    """L·d·(l_p + l_i): the embedding, and every block but the last."""
     d, _, layers = hidden(c)
     return tokens_of(c, count) + (layers - 1) * d * count
 
 
 def bottlenecks(c, size, *, each=1, left_out=0, norms=0):
-    """Return L·(2·d·r + r + d) + 2·L_LN·d."""
+    """L·(2·d·r + r + d) + 2·L_LN·d."""
     d, _, layers = hidden(c)
     return (layers - left_out) * (each * (2 * d * size + size + d) + norms * 2 * d)
 

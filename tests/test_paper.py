@@ -30,7 +30,7 @@ MADE: dict[tuple[Any, int], Any] = {}
 
 
 def made(kind, config):
-    """Return the model of a config, made once, on the device without memory."""
+    """The model of a config, made once, on the device without memory."""
     key = kind, id(config)
     if key not in MADE:
         with torch.device("meta"):

@@ -12,6 +12,7 @@ import lorakit
 import lowest
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "lorakit"
 PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -56,3 +57,15 @@ def test_commits_are_checked_by_the_tools_of_make_check():
 def test_every_link_leads_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_glossary_has_each_term_once_in_order_and_names_rooms_that_there_are():
+    table = read("CONTRIBUTING.md").partition("| term | meaning | room |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")[2:]]
+    terms = [term.lower() for term, _, _ in rows]
+    assert len(rows) > 50
+    assert terms == sorted(set(terms))
+    rooms = {room for *_, cell in rows for room in cell.split(", ")}
+    assert not {
+        room for room in rooms if not (PACKAGE / room).exists() and not (ROOT / room).exists()
+    }

@@ -30,7 +30,7 @@ def unknown(count: int, other: Decimal) -> int:
 
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory):
-    """Return a module that jaxtyping's hook treats as lorakit's."""
+    """A module that jaxtyping's hook treats as lorakit's."""
     hook: Any = next(each for each in sys.meta_path if type(each).__name__ == "_JaxtypingFinder")
     folder = tmp_path_factory.mktemp("checked")
     (folder / "shape_checked_example.py").write_text(PROGRAM)

@@ -214,6 +214,15 @@ class AdapterBank:
         """The memory of the adapters in it."""
         return sum(self._entries[name].size_bytes for name in self.resident)
 
+    def size_bytes(self, name: str) -> int:
+        """The memory of an adapter, resident or not.
+
+        Raises:
+            BankError: it is not known.
+        """
+        with self._table:
+            return self._entry(name).size_bytes
+
     @property
     def active(self) -> str | None:
         """The adapter that answers for all rows; None: the base, or rows differ."""

@@ -96,7 +96,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         CAUSAL,
         {"vocab_size": 60, "hidden_size": 16, "state_size": 8, "num_hidden_layers": 2}
         | {"time_step_rank": 4, "initializer_range": 0.3},
-        ("in_proj", "x_proj"),
+        ("in_proj", "embeddings"),
     ),
     "Lfm2": (
         CAUSAL,
@@ -126,7 +126,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
         ("convolution",),
     ),
-    "Wav2Vec2": ("ForCTC", ENCODER | SPEECH, ("q_proj", "conv")),
+    "Wav2Vec2": ("ForCTC", ENCODER | SPEECH, ("q_proj", "conv_layers.0.conv")),
     "Albert": (
         "ForSequenceClassification",
         ENCODER | {"embedding_size": 8},

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import lorakit.adapter.folder as reader
 from adapter.handmade import IN_OWN_FORM, MAKERS, adapter, linear, site, slices
+from calls import calls_in
 from lorakit.adapter.adapter import Adapter
 from lorakit.config import methods
 from lorakit.config.methods import LoRAConfig
@@ -389,18 +388,9 @@ def test_a_scale_beyond_all_numbers_is_refused(saved: Path) -> None:
 
 
 def test_loading_a_folder_enters_its_reader_three_times(saved: Path) -> None:
-    entered: list[str] = []
-
-    def profile(frame: Any, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename == reader.__file__:
-            entered.append(frame.f_code.co_name)
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        Adapter.load(saved)
-    finally:
-        sys.setprofile(before)
+    Adapter.load(saved)
+    calls = calls_in(lambda: Adapter.load(saved))
+    entered = [call.function for call in calls if call.file == "adapter/folder.py"]
     assert entered == ["load_path", "_read_folder", "content_from"]
 
 

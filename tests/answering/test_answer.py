@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import lorakit as lk
-from lorakit.answering.answer import Sampling, answer, fitted
+from lorakit.answering.answer import RandomSampling, answer, fitted
 from lorakit.answering.beam_search import BeamSearch
 from lorakit.answering.ends import ends_of_rows
 from lorakit.attachment.state import attachment_of
@@ -125,14 +125,14 @@ def test_options_of_the_base_do_not_change_answers(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
 
-    def asked(sampling: Sampling | None) -> list[str]:
+    def asked(sampling: RandomSampling | None) -> list[str]:
         torch.manual_seed(0)
         return answer(model, tokenizer, PROMPTS, max_new_tokens=12, search=sampling)
 
-    plain, drawn = asked(None), asked(Sampling(temperature=2.0))
+    plain, drawn = asked(None), asked(RandomSampling(temperature=2.0))
     base: Any = model.generation_config
     base.repetition_penalty, base.no_repeat_ngram_size, base.top_k = 5.0, 1, 1
     caplog.clear()
     assert asked(None) == plain
-    assert asked(Sampling(temperature=2.0)) == drawn
+    assert asked(RandomSampling(temperature=2.0)) == drawn
     assert not caplog.records

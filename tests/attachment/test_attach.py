@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
+from calls import calls_in
 from lorakit.attachment.state import active_name, adapter_names
 from lorakit.errors import (
     AdapterFileError,
@@ -249,3 +250,11 @@ def test_an_adapter_is_shown_in_one_line(model):
     )
     bare = dataclasses.replace(adapter, tensors={}, sites=(), base=None)
     assert repr(bare) == "Adapter(lora+bitfit, no tensors)"
+
+
+def test_attaching_calls_other_files_at_most_fifteen_times():
+    model, config = build("llama", num_hidden_layers=1), lk.LoRAConfig(rank=2, targets="q")
+    own = "attachment/attach.py"
+    calls = calls_in(lambda: lk.attach(model, config))
+    out = [call for call in calls if call.caller == own and call.file not in ("", own)]
+    assert 0 < len(out) <= 15, out

@@ -89,7 +89,7 @@ def settings(tiny_llama, uneven_rows):
 
 @pytest.fixture(scope="module")
 def tasks(settings, tmp_path_factory):
-    return train._tasks(settings, tmp_path_factory.mktemp("race"))
+    return train._tasks(settings, tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture(scope="module")

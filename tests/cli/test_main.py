@@ -1,6 +1,7 @@
 """The entry point: what is printed on stdout and stderr, and the exit codes."""
 
 import gc
+import io
 import json
 import os
 import subprocess
@@ -105,6 +106,16 @@ def test_without_json_a_verb_streams_to_stdout(verb, capfd):
     out, err = capfd.readouterr()
     assert {"from C", "from a child", "from python", "hi"} == set(out.splitlines())
     assert err == ""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_what_an_encoding_lacks_is_escaped(verb, encoding, monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
+    verb(say)
+    assert main(["echo", "--word", "q \u2192 \u65e5"]) == 0
+    assert main(["train", "--help"]) == 0
+    assert printed.getvalue().decode(encoding).startswith("q \\u2192 \\u65e5")
 
 
 @pytest.fixture(params=["frozen", "not frozen"])

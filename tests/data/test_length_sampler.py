@@ -13,7 +13,7 @@ LENGTHS = [1 + (7 * row) % 40 for row in range(230)]
     batch_size=st.integers(1, 9),
     epoch=st.integers(0, 3),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_row_comes_once(lengths, batch_size, epoch):
     order = ByLength(lengths, batch_size=batch_size, seed=3)
     order.set_epoch(epoch)

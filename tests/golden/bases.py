@@ -32,7 +32,7 @@ _BLOCKS: dict[str, Any] = {
 
 
 def build(family: str) -> Any:
-    """Return a base in eval mode: a llama with grouped heads, a gpt2, or a bert that classifies."""
+    """A base in eval mode: a llama with grouped heads, a gpt2, or a bert that classifies."""
     if family == "llama":
         llama = transformers.LlamaConfig(
             **_BLOCKS, num_key_value_heads=2, tie_word_embeddings=False
@@ -68,7 +68,7 @@ def fill(parameters, *, seed: str, std: float = 0.3, add: bool = False) -> None:
 
 
 def inputs() -> dict[str, Tensor]:
-    """Return two rows of token ids; the second ends in padding."""
+    """Two rows of token ids; the second ends in padding."""
     draw = random.Random("inputs")
     ids = torch.tensor([[draw.randrange(4, VOCABULARY) for _ in range(6)] for _ in range(2)])
     mask = torch.ones_like(ids)
@@ -77,13 +77,13 @@ def inputs() -> dict[str, Tensor]:
 
 
 def logits(model: nn.Module, *, recorded: bool = False) -> Tensor:
-    """Return a model's logits for the fixed rows, of a forward pass recorded by autograd or not."""
+    """A model's logits for the fixed rows, of a forward pass recorded by autograd or not."""
     with torch.set_grad_enabled(recorded):
         return model(**inputs()).logits.detach().contiguous()
 
 
 def arithmetic() -> str:
-    """Return a fingerprint of this machine's floating-point results: a base's gradients, hashed.
+    """A fingerprint of this machine's floating-point results: a base's gradients, hashed.
 
     Where it is the same, so are the bits of a training run; elsewhere they differ by rounding.
     """

@@ -40,7 +40,7 @@ def assert_same_tensors(found, expected, **tolerance):
 
 
 def record(folder):
-    """Return lorakit.json without what names versions, or follows from that."""
+    """The content of lorakit.json without its versions and checksum."""
     read = json.loads((folder / "lorakit.json").read_text(encoding="utf-8"))
     del read["version"], read["checksum"]
     read["card"].pop("versions", None)
@@ -48,7 +48,7 @@ def record(folder):
 
 
 def completed(card):
-    """Return a card with the defaults of settings that it is too old to have."""
+    """A card, completed with the defaults of settings that are newer than it."""
     if "data" not in card:
         return card
     defaults = lk.TrainConfig(out="run").model_dump(mode="json")

@@ -160,7 +160,7 @@ def write_loralib(folder: Path) -> None:
 
 
 def on_its_base(adapter: lk.Adapter, family: str) -> lk.Adapter:
-    """Return another tool's adapter with what only a base can say of its layers."""
+    """Another tool's adapter, with the facts about its layers that only a base can give."""
     model = bases.build(family)
     lk.attach(model, adapter)
     return lk.extract(model)

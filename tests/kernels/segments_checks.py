@@ -66,7 +66,7 @@ def test_values_and_gradients_are_those_of_plain_torch(index_of_row):
     assert all(near(*pair) for pair in zip(ours, plain, strict=True))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     index_of_row=st.lists(st.integers(-1, ADAPTERS - 1), min_size=1, max_size=8),
     k=st.integers(1, 2),

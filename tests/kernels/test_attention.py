@@ -34,7 +34,7 @@ def sequences_of(rows, *, padding=0):
 
 
 def inputs(packed, *, heads=(6, 2), dtype=torch.float64, seed=0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k and v as layers make them: heads side by side in memory."""
+    """q, k and v as layers make them: heads side by side in memory."""
     generator = torch.Generator().manual_seed(seed)
     sizes = ((heads[0], 4), (heads[1], 4), (heads[1], 5))
     q, k, v = (
@@ -77,14 +77,14 @@ def check(attend, packed, rule, *, heads=(6, 2)):
 
 @pytest.mark.parametrize("rule", RULES)
 @given(rows=ROWS, padding=st.integers(0, 4))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_matmuls_equal_naive_attention(rule, rows, padding):
     check(packed_attention, sequences_of(rows, padding=padding), RULES[rule])
 
 
 @pytest.mark.parametrize("rule", ["causal", "both sides", "window"])
 @given(rows=ROWS, padding=st.integers(0, 4))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_fused_attention_equals_naive_attention(rule, rows, padding):
     check(fused_attention, sequences_of(rows, padding=padding), RULES[rule])
 
@@ -186,7 +186,7 @@ def test_half_precision_is_within_its_rounding(dtype):
 
 
 @given(rows=ROWS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_groups_hold_every_sequence_once_and_only_those_of_like_length(rows):
     packed = sequences_of(rows)
     groups = packed.groups(torch.device("cpu"))
@@ -213,7 +213,7 @@ def test_attention_on_a_gpu_equals_naive_attention(rule):
 
 @pytest.fixture
 def custom_op():
-    """Return attention through the operation that a compiler does not look into."""
+    """Attention through the custom op, which a compiler does not trace."""
 
     def attend(q, k, v, packed, rule):
         in_force[-1] = packed

@@ -81,7 +81,7 @@ CHANGES: dict[str, Any] = {
 
 
 def asked(dtype, *, tokens=TOKENS, scale=2.0):
-    """Return hidden states, targets of which some are to be ignored, and weights."""
+    """Hidden states, targets of which some are IGNORED, and weights."""
     torch.manual_seed(1)
     hidden = (torch.randn(tokens, D) * scale).to(dtype).requires_grad_()
     targets = torch.randint(VOCABULARY, (tokens,))
@@ -113,7 +113,7 @@ def gradients(model, hidden):
 
 
 def both(make, dtype, options, *, factor=3.0, chunk_tokens=4):
-    """Return total, losses and gradients of ours, and those of plain torch."""
+    """Total, losses and gradients of our loss, and those of plain torch."""
     torch.manual_seed(0)
     model = make().to(dtype)
     hidden, targets, weights = asked(dtype)

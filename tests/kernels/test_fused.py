@@ -9,7 +9,7 @@ from torch import nn
 from lorakit.kernels import fused, plain
 from lorakit.kernels.choice import use
 from lorakit.kernels.dropout import Dropout
-from lorakit.kernels.fused import Factors, Span, Use, add_updates, available
+from lorakit.kernels.fused import Factors, FactorUse, Span, add_updates, available
 
 D_IN, D_OUT = 12, 10
 ENTRIES = {
@@ -103,19 +103,19 @@ DTYPES = [
 def test_outputs_and_gradients_equal_plain_torch(of_base, of_adapter, entries, dropout, shape):
     draw = torch.Generator().manual_seed(0)
     output, x = inputs(draw, shape, of_base)
-    factors = [random_factors(draw, Use(0.5, entries, dropout), dtype=of_adapter)]
+    factors = [random_factors(draw, FactorUse(0.5, entries, dropout), dtype=of_adapter)]
     check_equal(output, x, factors, [Span(0, x.shape[:-1].numel(), (0,))])
 
 
 uses = st.builds(
-    Use,
+    FactorUse,
     scale=st.sampled_from([1.0, -0.3, 2.0]),
     entries=st.sampled_from(list(ENTRIES.values())),
     dropout=st.none() | st.builds(Dropout, st.sampled_from([0.1, 0.9]), st.integers(0, 9)),
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data(), seed=st.integers(0, 99), of_x=st.booleans())
 def test_any_factors_on_any_tokens_equal_plain_torch(data, seed, of_x):
     draw = torch.Generator().manual_seed(seed)
@@ -138,8 +138,8 @@ def test_gradients_are_those_of_finite_differences():
     draw = torch.Generator().manual_seed(0)
     output, x = inputs(draw, (5,))
     both = [
-        random_factors(draw, Use(0.5, ENTRIES["a range"], Dropout(0.3, 1))),
-        random_factors(draw, Use(2.0, ENTRIES["interleaved"])),
+        random_factors(draw, FactorUse(0.5, ENTRIES["a range"], Dropout(0.3, 1))),
+        random_factors(draw, FactorUse(2.0, ENTRIES["interleaved"])),
     ]
     spans = [Span(0, 2, (0, 1)), Span(3, 5, (1,))]
 
@@ -158,7 +158,7 @@ def test_tokens_outside_of_the_spans_keep_every_bit():
     output, x = inputs(draw, (5,), torch.bfloat16)
     output[0] = -0.0
     before = output.clone()
-    add_updates(output, x, [random_factors(draw, Use(1.0, None))], [Span(1, 3, (0,))])
+    add_updates(output, x, [random_factors(draw, FactorUse(1.0, None))], [Span(1, 3, (0,))])
     outside = [0, 3, 4]
     assert torch.equal(output[outside], before[outside])
     assert torch.signbit(output[0]).all()
@@ -170,7 +170,7 @@ def test_a_frozen_layers_output_is_overwritten_only_where_autograd_has_no_view_o
     draw = torch.Generator().manual_seed(0)
     layer = nn.Linear(D_IN, D_OUT, bias=bias, dtype=torch.float64).requires_grad_(False)
     x = torch.randn(2, 3, D_IN, dtype=torch.float64, requires_grad=True)
-    factors, spans = [random_factors(draw, Use(1.0, None))], [Span(0, 6, (0,))]
+    factors, spans = [random_factors(draw, FactorUse(1.0, None))], [Span(0, 6, (0,))]
     output = layer(x)
     before, is_view = output.detach().clone(), output._is_view()
     changed = add_updates(output, x, factors, spans)
@@ -184,7 +184,7 @@ def test_a_frozen_layers_output_is_overwritten_only_where_autograd_has_no_view_o
 def test_what_was_written_into_since_is_noticed():
     draw = torch.Generator().manual_seed(0)
     output, x = inputs(draw, (5,))
-    factors = [random_factors(draw, Use(1.0, None))]
+    factors = [random_factors(draw, FactorUse(1.0, None))]
     factors[0].a.requires_grad_()
     found = add_updates(output, x, factors, [Span(0, 5, (0,))])
     x.mul_(2)
@@ -195,7 +195,7 @@ def test_what_was_written_into_since_is_noticed():
 def test_differentiating_twice_is_a_clear_error():
     draw = torch.Generator().manual_seed(0)
     output, x = inputs(draw, (5,))
-    factors = [random_factors(draw, Use(1.0, None))]
+    factors = [random_factors(draw, FactorUse(1.0, None))]
     x.requires_grad_()
     found = add_updates(output, x, factors, [Span(0, 5, (0,))]).square().sum()
     (gradient,) = torch.autograd.grad(found, x, create_graph=True)
@@ -204,7 +204,7 @@ def test_differentiating_twice_is_a_clear_error():
 
 
 def saved_by(function):
-    """Return what autograd keeps for a backward pass, each memory once."""
+    """The tensors that autograd saves for a backward pass, each memory once."""
     kept = {}
 
     def keep(tensor):
@@ -220,7 +220,7 @@ def saved_by(function):
 def test_only_the_input_itself_and_its_product_with_a_are_kept(dropout):
     draw = torch.Generator().manual_seed(0)
     output, x = inputs(draw, (5,), torch.bfloat16)
-    factors = [random_factors(draw, Use(1.0, None, dropout), dtype=torch.float32)]
+    factors = [random_factors(draw, FactorUse(1.0, None, dropout), dtype=torch.float32)]
     a, b = (w.requires_grad_() for w in (factors[0].a, factors[0].b))
     kept, _ = saved_by(lambda: add_updates(output, x, factors, [Span(0, 5, (0,))]))
     assert {id(tensor) for tensor in kept} >= {id(x)}
@@ -231,7 +231,7 @@ def test_only_the_input_itself_and_its_product_with_a_are_kept(dropout):
 def test_the_input_is_not_kept_where_no_a_is_trained():
     draw = torch.Generator().manual_seed(0)
     output, x = inputs(draw, (5,))
-    factors = [random_factors(draw, Use(1.0, None))]
+    factors = [random_factors(draw, FactorUse(1.0, None))]
     factors[0].b.requires_grad_()
     kept, found = saved_by(lambda: add_updates(output, x, factors, [Span(0, 5, (0,))]))
     assert all(tensor is not x for tensor in kept)

@@ -34,7 +34,7 @@ def test_each_row_gets_the_update_of_its_own_adapter(index_of_row, k, shape, gra
     torch.testing.assert_close(found.double(), expected(batch, index_of_row), rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     index_of_row=st.lists(st.integers(-1, ADAPTERS - 1), min_size=1, max_size=12),
     k=st.integers(1, 3),

@@ -17,7 +17,7 @@ from tiny_models import build
 
 
 def routed(model):
-    """Return which blocks of a tiny llama are checkpointed with their route."""
+    """Whether each block of a tiny llama is checkpointed with its route."""
     return [
         isinstance(getattr(b, "_gradient_checkpointing_func", None), RoutedCheckpoint)
         for b in model.model.layers
@@ -25,7 +25,7 @@ def routed(model):
 
 
 def hooks(model):
-    """Return how often our hook sits on a tiny llama's stack of blocks."""
+    """The number of our hooks on a tiny llama's stack of blocks."""
     return list(model.model._forward_pre_hooks.values()).count(keep_routes)
 
 

@@ -1,95 +1,28 @@
 """Bottlenecks: what they compute and where, beside hooks written by hand in float64."""
 
 import copy
-import functools
-import itertools
 import pickle
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    RobertaConfig,
-)
 
 import lorakit as lk
-from covering import covering
-from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, TargetError
-from lorakit.methods.bottleneck import BottleneckComponent
 from lorakit.methods.module_copy import TrainedCopy
-from lorakit.training.memory.activation_checkpointing import matmuls, narrow_matmuls, recomputing
-from references import base_hash, checkpoint_blocks, outputs, randomise
+from methods.bottleneck_reference import (
+    BLOCKS,
+    NONLINEARITIES,
+    TINY,
+    bottleneck,
+    bottlenecks,
+    changed_modules,
+    gelu,
+    hooked,
+    of,
+    relu,
+)
+from references import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
-
-BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer"}
-ATTENTION = {"llama": "self_attn.o_proj", "gpt2": "attn.c_proj", "bert": "attention.output.dense"}
-MLP = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "bert": "output.dense"}
-TINY = tuple(BLOCKS)
-VARIANTS = ("h", "l", "p", "d")
-
-
-def bottlenecks(plan):
-    """The bottlenecks of a plan, without the norms that may be trained beside them."""
-    return plan.of_kind(BottleneckComponent)
-
-
-def places(family, variant, blocks=(0, 1)):
-    """The modules that a variant of the paper changes, written down by hand."""
-    ends = {
-        "h": (f".{ATTENTION[family]}", f".{MLP[family]}"),
-        "l": ("",),
-        "p": (f".{MLP[family]}",),
-        "d": (f".{MLP[family]}",),
-    }[variant]
-    return [f"{BLOCKS[family]}.{number}{end}" for number in blocks for end in ends]
-
-
-def relu(x):
-    return x * (x > 0)
-
-
-def gelu(x):
-    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
-
-
-NONLINEARITIES = {
-    "relu": relu,
-    "gelu": gelu,
-    "tanh": torch.tanh,
-    "silu": lambda x: x / (1 + (-x).exp()),
-}
-
-
-def bottleneck(h, tensors, path, nonlinearity):
-    """Return what is added to h, from the formula."""
-    t = {k.removeprefix(f"{path}.bottleneck."): v.double() for k, v in tensors.items()}
-    x = h
-    if "norm.weight" in t:
-        centred = h - h.mean(-1, keepdim=True)
-        spread = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        x = centred / spread * t["norm.weight"] + t["norm.bias"]
-    return nonlinearity(x @ t["down.weight"].T + t["down.bias"]) @ t["up.weight"].T + t["up.bias"]
-
-
-def of(tensors, path):
-    return {name: t for name, t in tensors.items() if name.startswith(f"{path}.bottleneck.")}
-
-
-def hooked(model, paths, add):
-    """The logits of a copy in float64 where `add(path, h)` comes to some outputs."""
-
-    def hook(path, output):
-        if isinstance(output, tuple):
-            return (output[0] + add(path, output[0]), *output[1:])
-        return output + add(path, output)
-
-    plain = copy.deepcopy(model).double()
-    for path in paths:
-        plain.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: hook(path, o))
-    return lambda inputs: outputs(plain, inputs)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +38,10 @@ def hooked(model, paths, add):
     ids=str,
 )
 @pytest.mark.parametrize("family", TINY)
-def test_each_variant_computes_its_formula_at_its_places(family, settings, nonlinearity):
+def test_each_variant_computes_its_formula_at_its_modules(family, settings, nonlinearity):
     model = build(family)
     inputs = example_inputs(model)
-    paths = places(family, settings["variant"])
+    paths = changed_modules(family, settings["variant"])
     base = copy.deepcopy(model)
     plan = lk.attach(model, lk.BottleneckConfig(size=5, modules_to_save=(), **settings))
     assert [each.path for each in bottlenecks(plan)] == paths
@@ -127,7 +60,7 @@ def test_beside_lora_the_bottleneck_reads_what_lora_made(family):
     model = build(family)
     inputs = example_inputs(model)
     base = copy.deepcopy(model)
-    paths = places(family, "h")
+    paths = changed_modules(family, "h")
     lora = lk.LoRAConfig(rank=2, targets=("o", "down"), modules_to_save=())
     lk.attach(model, [lora, lk.BottleneckConfig(size=5, modules_to_save=())])
     randomise(model)
@@ -169,91 +102,6 @@ def test_both_stacks_and_cross_attention_have_their_outputs_changed():
     assert whole == [f"{stack}.block.{n}" for stack in ("encoder", "decoder") for n in (0, 1)]
 
 
-def test_dropped_blocks_are_the_lowest_ones_of_each_stack():
-    def numbers(model, **settings):
-        plan = lk.plan(model, lk.BottleneckConfig(variant="d", size=2, **settings))
-        return [int(each.path.split(".")[2]) for each in bottlenecks(plan)]
-
-    llama = build("llama", num_hidden_layers=12)
-    assert numbers(llama) == [5, 6, 7, 8, 9, 10, 11]
-    assert numbers(llama, dropped=10) == [10, 11]
-    assert numbers(llama, dropped=0) == list(range(12))
-    assert numbers(llama, layers="3-6") == [5, 6]
-    assert numbers(build("t5", num_layers=5, num_decoder_layers=3)) == [2, 3, 4, 1, 2]
-
-
-CONFIGS = {
-    "RoBERTa-base": RobertaConfig(),
-    "RoBERTa-large": RobertaConfig(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
-    ),
-    "GPT-2 M": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
-    "GPT-2 L": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
-    "GPT-3": GPT2Config(n_embd=12288, n_layer=96, n_head=96),
-}
-
-
-@functools.cache
-def without_memory(name):
-    writes = name.startswith("GPT")
-    kind = AutoModelForCausalLM if writes else AutoModelForSequenceClassification
-    with torch.device("meta"):
-        return kind.from_config(CONFIGS[name])
-
-
-def count(name, **settings):
-    model = without_memory(name)
-    plan = lk.plan(model, lk.BottleneckConfig(modules_to_save=(), **settings))
-    found = bottlenecks(plan)
-    norms = sum(each.layer_norm for each in found)
-    width, size = found[0].width, found[0].size
-    # L̂_adpt·(2·d·r + r + d) + 2·L̂_LN·d
-    formula = len(found) * (2 * width * size + size + width) + 2 * norms * width
-    copies = sum(each.parameters for each in plan.of_kind(TrainedCopy))
-    assert plan.parameters == formula + copies
-    return plan.parameters
-
-
-@pytest.mark.parametrize(
-    ("model", "variant", "size", "parameters", "printed"),
-    [
-        # Table 2. Its counts for Adapter^D are those of all twelve blocks.
-        ("RoBERTa-base", "p", 48, 894_528, 0.9),
-        ("RoBERTa-base", "p", 16, 304_320, 0.3),
-        ("RoBERTa-large", "p", 60, 2_975_136, 3.0),
-        ("RoBERTa-large", "p", 16, 811_392, 0.8),
-        ("RoBERTa-large", "h", 60, 5_950_272, 6.0),
-        ("RoBERTa-large", "h", 8, 835_968, 0.8),
-        # Table 3.
-        ("GPT-2 M", "l", 224, 11_089_152, 11.09),
-        ("GPT-2 M", "l", 6, 368_784, 0.37),
-        ("GPT-2 L", "l", 248, 23_002_848, 23.00),
-        ("GPT-2 L", "l", 8, 875_808, 0.88),
-        # Table 4.
-        ("GPT-3", "h", 1, 7_078_080, 7.1),
-        ("GPT-3", "h", 8, 40_109_568, 40.1),
-    ],
-)
-def test_parameter_counts_are_those_of_the_paper(model, variant, size, parameters, printed):
-    assert count(model, variant=variant, size=size) == parameters
-    digits = len(str(printed).partition(".")[2])
-    assert round(parameters / 1e6, digits) == printed
-
-
-def test_adapter_h_of_gpt2_medium_cannot_have_the_count_that_is_printed():
-    # Table 3 prints 11.09M for Adapter^H; with 48 bottlenecks one value more of the inner width is
-    # 0.1M, and no width gives 11.09M, with the norms' 0.1M or without.
-    assert count("GPT-2 M", variant="h", size=112) == 11_064_576
-    for norms in (False, True):
-        counts = {count("GPT-2 M", variant="h", size=r, train_norms=norms) for r in (111, 112, 113)}
-        assert 11.09 not in {round(found / 1e6, 2) for found in counts}
-
-
-def test_adapter_d_by_itself_has_seven_of_twelve_blocks():
-    assert count("RoBERTa-base", variant="d", size=48) == 894_528 * 7 // 12
-    assert count("RoBERTa-base", variant="d", size=48, dropped=0) == 894_528
-
-
 @pytest.mark.parametrize(
     ("family", "norms", "values"),
     [
@@ -280,17 +128,6 @@ def test_the_bases_norms_in_adapted_blocks_can_be_trained_as_copies(
     assert base_hash(model) == hashed
     lk.attach(model, lk.Adapter.load(tmp_path / "saved"))
     assert torch.equal(outputs(model, inputs), adapted)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_defaults_are_those_of_the_variant_and_never_wider_than_the_layer(variant):
-    config = lk.BottleneckConfig(variant=variant)
-    wide = bottlenecks(lk.plan(build("llama", hidden_size=64), config))[0]
-    assert wide.size == {"h": 16, "l": 32, "p": 32, "d": 48}[variant]
-    assert wide.activation == ("gelu" if variant == "h" else "relu")
-    assert wide.layer_norm == (variant == "l")
-    slim = bottlenecks(lk.plan(build("llama"), config))[0]
-    assert slim.size == min(32, wide.size)
 
 
 def test_down_starts_as_wide_as_lora_a_and_up_at_zero():
@@ -323,10 +160,10 @@ def test_a_bfloat16_base_is_unchanged_at_the_start_and_reads_float32_tensors():
 
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("variant", ["h", "l"])
-def test_a_row_blends_bottlenecks_by_what_each_adds_to_the_base(family, variant):
+def test_a_row_sums_bottlenecks_by_what_each_adds_to_the_base(family, variant):
     model = build(family)
     inputs = example_inputs(model, rows=4)
-    base, paths, tensors = copy.deepcopy(model), places(family, variant), {}
+    base, paths, tensors = copy.deepcopy(model), changed_modules(family, variant), {}
     for seed, name in enumerate("ab"):
         config = lk.BottleneckConfig(variant=variant, size=3 + seed, modules_to_save=())
         lk.attach(model, config, name=name)
@@ -347,71 +184,6 @@ def test_a_row_blends_bottlenecks_by_what_each_adds_to_the_base(family, variant)
 
         alone = hooked(base, paths, update)({k: v[row : row + 1] for k, v in inputs.items()})
         torch.testing.assert_close(found[row], alone[0], rtol=1e-9, atol=1e-9)
-
-
-def gradients(model, inputs, *, seed=0):
-    model.zero_grad()
-    torch.manual_seed(seed)
-    model(**inputs).logits.square().sum().backward()
-    return {name: p.grad.clone() for name, p in adapter_parameters(model, "default")}
-
-
-# Torch says of the blocks below the adapted ones that they get no gradient, which is the aim.
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-@covering(
-    ("family", "variant", "blocks", "reentrant"),
-    itertools.product(TINY, ["h", "l"], [None, "1"], [False, True]),
-)
-def test_recomputed_blocks_drop_the_same_and_have_the_same_gradients(
-    family, variant, blocks, reentrant
-):
-    model = build(family).double().train()
-    inputs = example_inputs(model)
-    lk.attach(
-        model,
-        lk.BottleneckConfig(
-            variant=variant, size=8, dropout=0.5, layers=blocks, modules_to_save=()
-        ),
-    )
-    randomise(model)
-    expected = gradients(model, inputs)
-    checkpoint_blocks(model, {"use_reentrant": reentrant})
-    model.disable_input_require_grads()
-    found = gradients(model, inputs)
-    assert all(gradient.any() for gradient in expected.values())
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("worth", [narrow_matmuls, matmuls])
-@pytest.mark.parametrize("variant", ["h", "l"])
-def test_training_with_less_memory_has_the_same_gradients(variant, worth):
-    model = build("llama").double().train()
-    inputs = example_inputs(model)
-    config = lk.BottleneckConfig(variant=variant, size=4, dropout=0.5)
-    lk.attach(model, [lk.LoRAConfig(rank=2, targets=("o", "down")), config])
-    randomise(model)
-    expected = gradients(model, inputs)
-    with recomputing(model, worth):
-        for _ in range(2):
-            for name, gradient in gradients(model, inputs).items():
-                torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
-
-
-def test_dropout_follows_the_seed_and_stops_in_eval_mode():
-    model = build("llama")
-    inputs = example_inputs(model)
-    lk.attach(model, lk.BottleneckConfig(size=8, dropout=0.5))
-    randomise(model)
-    calm = outputs(model, inputs)
-    model.train()
-    seen = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        seen.append(outputs(model, inputs))
-    assert torch.equal(seen[0], seen[1])
-    assert not torch.equal(seen[0], seen[2])
-    assert torch.equal(outputs(model.eval(), inputs), calm)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

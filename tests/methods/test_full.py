@@ -124,11 +124,11 @@ def test_relative_positions_follow_the_strength_of_a_route():
     with torch.no_grad():
         positions += 1
     with lk.route(model, {"default": 0.5}):
-        blended = outputs(model, inputs)
+        combined = outputs(model, inputs)
     lk.detach(model)
     with torch.no_grad():
         model.deberta.encoder.rel_embeddings.weight += 0.5
-    torch.testing.assert_close(blended, outputs(model, inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(combined, outputs(model, inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_top_k_trains_the_last_blocks_alone():

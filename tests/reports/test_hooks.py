@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import lorakit as lk
 from lorakit.attachment.state import adapter_names
@@ -156,6 +157,26 @@ def test_weights_that_are_offloaded_are_no_reason_for_an_adapter_without_values(
     remove_hook_from_module(found, recurse=True)
     lk.detach(found)
     assert base_hash(found) == before
+
+
+@pytest.mark.thorough
+def test_layers_that_are_read_from_disk_have_the_adapter(saved, tmp_path):
+    adapter, want, base = saved
+    model().save_pretrained(tmp_path / "base")
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    found = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places, offload_folder=tmp_path / "disk"
+    ).eval()
+    assert found.model.layers[1].self_attn.q_proj.weight.is_meta
+    lk.attach(found, adapter)
+    assert torch.equal(outputs(found, INPUTS), want)
+    lk.detach(found)
+    assert torch.equal(outputs(found, INPUTS), base)
+    bank = lk.AdapterBank(found)
+    bank.add("x", adapter)
+    with bank.route("x"):
+        assert torch.equal(outputs(found, INPUTS), want)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """A merge that changes the outputs by more than rounding explains is taken back."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +10,11 @@ from torch import nn
 import lorakit as lk
 from lorakit.attachment.state import active_name
 from lorakit.errors import MergeError
+from lorakit.merging.rounding import LIMIT
 from references import base_hash, outputs, randomise
 from tiny_models import build, example_inputs
+
+RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "merge_rounding.json"
 
 
 class Doubles(nn.Linear):
@@ -33,6 +39,14 @@ def test_a_merge_that_does_something_else_is_taken_back():
     assert active_name(model) == "default"
     lk.detach(model)
     assert base_hash(model) == before
+
+
+def test_the_limit_is_well_beyond_every_right_merge_that_was_measured():
+    found = json.loads(RESULT.read_text())
+    assert found["limit"] == LIMIT
+    assert 4 * found["largest"]["ratio"] < LIMIT
+    lost = {k: v for k, v in found["one_layer_lost"].items() if k.startswith("float32")}
+    assert min(each["median"] for each in lost.values()) > 10 * LIMIT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

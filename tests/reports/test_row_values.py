@@ -42,7 +42,7 @@ def read(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def learnt(read: Any) -> Any:
+def encode(read: Any) -> Any:
     """A function that gives the text of each row and the text of its targets, turn by turn."""
 
     def encode(
@@ -92,9 +92,9 @@ def test_a_value_that_is_none_is_no_text(read: Any, row: str, message: str) -> N
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
-def test_a_turn_that_is_not_to_be_trained_is_no_target(learnt: Any, key: str) -> None:
+def test_a_turn_that_is_not_to_be_trained_is_no_target(encode: Any, key: str) -> None:
     first = ANSWER | {"content": "skipped", key: 0}
-    text, targets, _ = learnt(USER, first, USER, ANSWER | {key: 1})
+    text, targets, _ = encode(USER, first, USER, ANSWER | {key: 1})
     assert "skipped" in text
     assert targets == ["b<|end|>"]
 
@@ -111,22 +111,22 @@ def test_flags_that_contradict_each_other_are_refused(read: Any) -> None:
         read({"messages": [USER, ANSWER | {"weight": 1, "train": False}]})
 
 
-def test_reasoning_is_learnt_where_the_template_writes_it(learnt: Any) -> None:
-    _, targets, encoded = learnt(USER, ANSWER | {"reasoning_content": "think"})
+def test_reasoning_is_a_target_where_the_template_writes_it(encode: Any) -> None:
+    _, targets, encoded = encode(USER, ANSWER | {"reasoning_content": "think"})
     assert targets == ["(think)b<|end|>"]
     assert "does not write" not in str(encoded.report)
 
 
-def test_keys_that_the_template_does_not_write_are_named_and_counted(learnt: Any) -> None:
-    _, targets, encoded = learnt(USER | {"name": "x"}, ANSWER | {"refusal": None, "mood": "good"})
+def test_keys_that_the_template_does_not_write_are_named_and_counted(encode: Any) -> None:
+    _, targets, encoded = encode(USER | {"name": "x"}, ANSWER | {"refusal": None, "mood": "good"})
     assert targets == ["b<|end|>"]
     lost = "the chat template does not write these keys of messages (conversations): "
     assert encoded.report.notes == (f"{lost}mood (1), name (1)",)
 
 
-def test_tools_and_their_calls_are_written_by_the_template(learnt: Any) -> None:
+def test_tools_and_their_calls_are_written_by_the_template(encode: Any) -> None:
     calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    text, targets, _ = learnt(
+    text, targets, _ = encode(
         USER, calls, {"role": "tool", "content": "42"}, ANSWER, tools=[WEATHER]
     )
     assert text.startswith('<|system|>[{"type": "function", "function": {"name": "f", "parameters"')
@@ -134,37 +134,37 @@ def test_tools_and_their_calls_are_written_by_the_template(learnt: Any) -> None:
     assert targets == ['f{"x": 1}<|end|>', "b<|end|>"]
 
 
-def test_a_template_that_appends_arguments_to_a_text_gets_them_as_text(learnt: Any) -> None:
+def test_a_template_that_appends_arguments_to_a_text_gets_them_as_text(encode: Any) -> None:
     template = TEMPLATE.replace(
         "{{ call.function.name }}{{ call.function.arguments | tojson }}",
         "{{ call.function.name + call.function.arguments }}",
     )
     calls = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    assert learnt(USER, calls, template=template)[1] == ['f{"x": 1}<|end|>']
+    assert encode(USER, calls, template=template)[1] == ['f{"x": 1}<|end|>']
 
 
-def test_tools_that_the_template_does_not_write_are_refused(learnt: Any) -> None:
+def test_tools_that_the_template_does_not_write_are_refused(encode: Any) -> None:
     plain = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     with pytest.raises(DataError, match="the chat template does not write tools: use a model"):
-        learnt(USER, ANSWER, tools=[WEATHER], template=plain)
+        encode(USER, ANSWER, tools=[WEATHER], template=plain)
     calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     with pytest.raises(DataError, match="the chat template does not write tool_calls"):
-        learnt(USER, calls, template=plain)
+        encode(USER, calls, template=plain)
     row = MessagesRow(messages=(Message(role="user", content="a"),), tools=(WEATHER,))
     with pytest.raises(DataError, match="the chat template does not write tools"):
         encode_prompt(row, build_tokenizer(chat_template=plain), DataConfig())
 
 
-def test_text_after_a_special_token_of_a_turn_is_learnt_too(learnt: Any) -> None:
+def test_text_after_a_special_token_of_a_turn_is_a_target_too(encode: Any) -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    _, targets, _ = learnt(USER, ANSWER | {"content": "x<|end|>y"}, template=template)
+    _, targets, _ = encode(USER, ANSWER | {"content": "x<|end|>y"}, template=template)
     assert targets == ["x<|end|>y\n</s>"]
 
 
-def test_the_text_parts_of_a_content_follow_each_other(learnt: Any) -> None:
+def test_the_text_parts_of_a_content_follow_each_other(encode: Any) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    text, _, _ = learnt(USER | {"content": parts}, ANSWER)
+    text, _, _ = encode(USER | {"content": parts}, ANSWER)
     assert "<|user|>ab<|end|>" in text
 
 

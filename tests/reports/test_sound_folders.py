@@ -24,7 +24,7 @@ def outputs(model) -> torch.Tensor:
 
 
 def wrapped(model, **settings) -> peft.PeftModel:
-    """Return a model of PEFT's in which everything that it trains is random."""
+    """A model of PEFT's whose trained parameters are random."""
     made = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, **settings))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

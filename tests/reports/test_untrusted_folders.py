@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import Message, MessagesRow
 from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError
 from lorakit.models import paths
-from lorakit.models.load import load_model
+from lorakit.models.load import load_model, own_classes, own_task
 from lorakit.serving.catalog import Catalog
 from lorakit.serving.prompts import chat_ids
 from lorakit.training.run import train
@@ -203,8 +204,9 @@ def with_code(folder: Path, **mapped: str) -> Path:
     return mark
 
 
+@pytest.mark.parametrize("read", [load_model, own_task, own_classes])
 def test_a_base_with_code_of_its_own_runs_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = with_code(tmp_path)
     config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
@@ -212,7 +214,7 @@ def test_a_base_with_code_of_its_own_runs_none(
     build_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
     with pytest.raises(ModelError, match="lorakit runs no code that comes with a model"):
-        load_model(tmp_path)
+        read(tmp_path)
     assert not mark.exists()
 
 

@@ -30,7 +30,14 @@ FAMILIES = ("bert", "roberta", "deberta-v2")
 CLASSES = {"a": 3, "b": 3, "c": 3, "d": 3, "two": 2, "five": 5, "5": 5}
 EQUAL = ["c", "a", None, "b", "a", "d", "a", None]
 WIDTHS = ["five", "a", None, "two", "5", "b", "five", "two", "c"]
-BLENDS = [{"a": 0.7, "b": 0.6}, {"c": 0.5}, "a", None, {"b": 1.0, "c": -1.0, "d": 0.1}, {"a": 0.2}]
+SUMS = [
+    {"a": 0.7, "b": 0.6},
+    {"c": 0.5},
+    "a",
+    None,
+    {"b": 1.0, "c": -1.0, "d": 0.1},
+    {"a": 0.2},
+]
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
 
 
@@ -70,7 +77,7 @@ def check_rows(model, names, **close) -> None:
         assert (found[len(expected) :] == float("-inf")).all()
 
 
-ROWS = {"equal": EQUAL, "widths": WIDTHS, "blends": BLENDS, "all": [*BLENDS, *WIDTHS]}
+ROWS = {"equal": EQUAL, "widths": WIDTHS, "weighted": SUMS, "all": [*SUMS, *WIDTHS]}
 
 
 @covering(("family", "rows"), itertools.product(FAMILIES, ROWS))
@@ -183,7 +190,7 @@ def test_more_adapters_are_no_more_products(family, train):
         return sum(n for name, n in counter.calls.items() if "mm" in name)
 
     assert products(["a", "b", "c", "d"] * 2) == products(["a", "b"] * 4)
-    # A blend of two counts twice, and another width once more, however many there are.
+    # A sum of two counts twice, and another width once more, however many there are.
     assert products([{"a": 0.5}, {"b": 0.5}, "c", "d", "two", "five", "5", None]) <= products(
         [{"a": 0.5}, "c", "two", "five"] * 2
     )

@@ -25,7 +25,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def configs(family: str) -> dict[str, dict[str, Any]]:
-    """Return settings that differ in all that adapters can differ in."""
+    """Settings that differ in all that adapters can differ in."""
     embedding = "patch_embeddings.projection" if family == "vit" else "embed"
     bias = "lora" if family in BIASED else "none"
     every = "all" if family in BIASED else "none"
@@ -59,7 +59,7 @@ def check_rows(model, inputs, names) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(names=CHOICES, seed=st.integers(0, 9))
 def test_every_row_answers_as_if_alone(family, names, seed):
     model = adapted(family)[0]

@@ -11,81 +11,12 @@ import lorakit as lk
 from lorakit.errors import ConfigError
 
 pytest.importorskip("fastapi")
-from starlette.testclient import TestClient
-
 from lorakit.models.load import load_model
-from lorakit.serving.api.app import Policy, build_app
+from lorakit.serving.api.app import Policy
 from lorakit.serving.api.guard import check_host
 from lorakit.serving.api.keys import Keys, Rights
-from lorakit.serving.catalog import Catalog
-from lorakit.serving.engine import Engine
 from lorakit.serving.refusals import RefusalError
-from lorakit.serving.worker import Limits
-from references import attach_random
-from serving.engines import KINDS, greedy_alone, word_tokenizer
-from tiny_models import build
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-    "{% if add_generation_prompt %}bird{% endif %}"
-)
-
-DEFAULTS = {"model": "tiny", "temperature": 0, "max_tokens": 5, "ignore_eos": True}
-
-
-class Server:
-    """A tiny server, and a client of it."""
-
-    def __init__(self, model_folder, adapters, policy=None, **limits):
-        self.model, tokenizer = load_model(model_folder)
-        tokenizer.chat_template = TEMPLATE
-        self.tokenizer = tokenizer
-        self.engine = Engine(self.model, Limits(**({"slots": 4} | limits)))
-        self.catalog = Catalog(self.model, tokenizer, "tiny", folder=adapters)
-        self.catalog.load_all()
-        self.engine.start()
-        app = build_app(self.engine, self.catalog, policy)
-        self.client = TestClient(app, raise_server_exceptions=False)
-
-    def post(self, path, **body):
-        return self.client.post(path, json=body)
-
-    def complete(self, prompt="red cat", **body):
-        body = DEFAULTS | {"prompt": prompt} | body
-        return self.post("/v1/completions", **body)
-
-    def chat(self, text="red cat", **body):
-        messages = [{"role": "user", "content": text}]
-        body = DEFAULTS | {"messages": messages} | body
-        return self.post("/v1/chat/completions", **body)
-
-    def alone(self, choice, prompt, count=5):
-        ids = greedy_alone(self.catalog.bank, choice, prompt, count)
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def save(model_folder, place, seed=0, **config):
-    model, _ = load_model(model_folder)
-    attach_random(model, seed=seed, std=0.3, **config)
-    return lk.extract(model).save(place, overwrite=True)
-
-
-@pytest.fixture(scope="module")
-def words(tiny_llama, tmp_path_factory):
-    """A tiny model, each token of which is a word."""
-    place = tmp_path_factory.mktemp("models") / "words"
-    tokenizer = word_tokenizer(tiny_llama)
-    build("llama", vocab_size=len(tokenizer)).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def folder(words, tmp_path_factory):
-    root = tmp_path_factory.mktemp("served")
-    for seed, name in enumerate(("small", "wide")):
-        save(words, root / name, seed, **KINDS[name])
-    return root
+from serving.servers import DEFAULTS, Server, save
 
 
 @pytest.fixture(scope="module")

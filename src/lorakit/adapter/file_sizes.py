@@ -60,7 +60,7 @@ def header_of(path: Path) -> dict[str, Any] | None:
 
 
 def _first_byte(path: Path) -> int:
-    """Where the tensors begin."""
+    """The offset of the tensors in a safetensors file, in bytes: behind its header."""
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
 

@@ -51,7 +51,7 @@ def local_path(source: str | os.PathLike[str], revision: str | None = None) -> P
 
 
 def short_name(source: str | os.PathLike[str]) -> str:
-    """What an adapter is called: the last part of its folder's path, or NAME of its hub id."""
+    """The short name of an adapter: the last part of its folder's path, or NAME of its hub id."""
     last = Path(source).expanduser().absolute().name
     return last if Path(source).expanduser().exists() else last.partition("@")[0]
 

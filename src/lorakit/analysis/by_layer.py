@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class SiteLocation:
     """Where a site is in its model."""
 
     layer: str
@@ -23,7 +23,7 @@ class Place:
 class ByLayer:
     """Sites by layer and module."""
 
-    places: Mapping[str, Place]
+    places: Mapping[str, SiteLocation]
     """By the site's name."""
 
     @classmethod
@@ -34,7 +34,7 @@ class ByLayer:
         modules = {module for _, number, module in split.values() if number}
         short = {module: _short(module, modules) for module in modules}
         places = {
-            site: Place(
+            site: SiteLocation(
                 layer=number if len(stacks) < 2 or not number else f"{stack} {number}",
                 module=short[module] if number else module,
             )

@@ -91,24 +91,18 @@ def combine(
     dtype = torch.promote_types(dtype_of(given), torch.float32)
     updates, missed = [], []
     for place in shared_places(given):
-        parts = [(weights[number], delta) for number, delta in place.deltas]
-        svd, exact = merge.of(parts)
+        svd, exact = merge.of([(weights[number], delta) for number, delta in place.deltas])
         updates.append(NewUpdate.of(place.site, svd, place.inner, dtype))
-        missed.append(_missed(updates[-1], exact))
-    made = _like(given, weights).of(updates)
-    told = {
-        "method": method,
-        "weights": list(weights),
-        "made_from": [adapter.content_hash() for adapter in given],
-        "relative_error": relative_error(missed),
-        **merge.told,
-    }
-    return replace(made, card={**_card(given), "combined": told})
+        missed.append(updates[-1].missed(exact))
+    hashes = [adapter.content_hash() for adapter in given]
+    told = {"method": method, "weights": list(weights), "made_from": hashes}
+    told |= {"relative_error": relative_error(missed), **merge.told}
+    return replace(_like(given, weights).of(updates), card={**_card(given), "combined": told})
 
 
 @dataclass(frozen=True)
 class _Merge:
-    """How the ΔW of one site are made into one."""
+    """The way in which the ΔW of one site are combined."""
 
     method: Method
     density: float
@@ -132,12 +126,6 @@ class _Merge:
         self.told["density"] = self.density
         self.told["svd"] = "exact" if is_exact else "randomised"
         return svd, matrix
-
-
-def _missed(update: NewUpdate, exact: LowRankDelta | Tensor) -> tuple[float, float]:
-    if isinstance(exact, LowRankDelta):
-        return update.missed(exact)
-    return float((update.delta.dense() - exact).norm()), float(exact.norm())
 
 
 def _checked(
@@ -198,7 +186,7 @@ def _labels(adapter: Adapter) -> str:
 
 
 def _like(given: Sequence[Adapter], weights: Sequence[float]) -> NewAdapter:
-    """What the combination has beside its updates."""
+    """The combination without its updates: settings, biases, and modules in full."""
     first, held = given[0], [beside_sites(adapter) for adapter in given]
     others = {
         name: sum(
@@ -231,7 +219,7 @@ def _settings(given: Sequence[Adapter]) -> LoRAConfig:
 
 
 def _card(given: Sequence[Adapter]) -> dict[str, Any]:
-    """What the training cards of all say alike of the adapter's use."""
+    """The entries on the use of an adapter that all training cards share."""
     cards = [adapter.card for adapter in given]
     found = {key: _if_same([card.get(key) for card in cards], None) for key in OF_USE}
     return {key: value for key, value in found.items() if value is not None}

@@ -19,7 +19,7 @@ from lorakit.errors import AnalysisError
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class CommonLayer:
     """A layer or a slice, and the ΔW that adapters have for it."""
 
     site: Site
@@ -29,7 +29,7 @@ class Place:
     """The number of the adapter, from 0, and its ΔW there."""
 
 
-def shared_places(adapters: Sequence[Adapter]) -> tuple[Place, ...]:
+def shared_places(adapters: Sequence[Adapter]) -> tuple[CommonLayer, ...]:
     """Every layer or slice that some of the adapters change, by the first that does.
 
     Raises:
@@ -41,11 +41,11 @@ def shared_places(adapters: Sequence[Adapter]) -> tuple[Place, ...]:
         for site in adapter.sites
         if site.rows is None
     }
-    places: dict[str, Place] = {}
+    places: dict[str, CommonLayer] = {}
     problems = []
     for number, adapter in enumerate(adapters):
         for site, inner, delta in _updates(adapter, whole):
-            first = places.setdefault(site.name, Place(site, inner, []))
+            first = places.setdefault(site.name, CommonLayer(site, inner, []))
             if (first.inner, first.site.rows) != (inner, site.rows):
                 problems.append(f"{site.name}  is another slice or kernel in adapter {number + 1}")
             elif first.deltas and first.deltas[0][1].shape != delta.shape:

@@ -30,7 +30,7 @@ WIDTH_INCHES = 3.6
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """What all figures have."""
+    """The base class of figures: a name, a title and a note."""
 
     name: str
     """That of its files, and in a page its id."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,9 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.analysis.checkpoint_weights import CheckpointWeights
 from lorakit.analysis.compressing import check_size, cut
+from lorakit.analysis.delta import Delta
 from lorakit.analysis.rewrite import NewAdapter, NewUpdate, relative_error
-from lorakit.analysis.svd import top_svd
+from lorakit.analysis.svd import SVD, top_svd
 from lorakit.attachment.state import identity_of
 from lorakit.methods.lora.lora import parameter_shapes
 from lorakit.models.base import base_modules, unwrapped
@@ -66,27 +68,40 @@ def from_checkpoint(
     layers = dict(base_modules(unwrapped(model)))
     updates, missed = [], []
     for site, change in zip(weights.sites, weights.changes(), strict=True):
-        matrix = change.delta.dense()
-        if rank is None:
-            svd = cut(change.delta.svd(), energy, None)
-        else:
-            svd, _ = top_svd(matrix, min(rank, *matrix.shape), seed=seed)
+        svd = _nearest(change.delta, energy, rank, seed)
         a, _ = parameter_shapes(layers[site.path], site)
         updates.append(NewUpdate.of(site, svd, a[1:], torch.float32))
-        missed.append((float((updates[-1].delta.dense() - matrix).norm()), float(matrix.norm())))
+        missed.append(updates[-1].missed(change.delta.dense()))
     template = weights.plan.adapter(model, identity_of(model))
     made = NewAdapter(
         like=template, configs=template.configs, target_modules=template.target_modules
     ).of(updates)
-    outside, error = weights.outside(), relative_error(missed)
-    within = math.hypot(*(norm for _, norm in missed))
-    rest = math.hypot(*outside.values())
+    size = {"energy": energy} if rank is None else {"rank": rank}
+    told = size | _losses(missed, weights.outside())
+    return replace(made, card={**template.card, "from_checkpoint": told})
+
+
+def _nearest(delta: Delta, energy: float | None, rank: int | None, seed: int) -> SVD:
+    """The largest singular values of ΔW with their vectors: of a rank, or of a share of Σσ²."""
+    if rank is None:
+        return cut(delta.svd(), energy, None)
+    matrix = delta.dense()
+    return top_svd(matrix, min(rank, *matrix.shape), seed=seed)[0]
+
+
+def _losses(missed: Sequence[tuple[float, float]], outside: Mapping[str, float]) -> dict[str, Any]:
+    """What the adapter lacks of what fine-tuning changed, for its card.
+
+    Args:
+        missed: of each layer, ‖ΔW' − ΔW‖ and ‖ΔW‖.
+        outside: the norm of the change of each parameter that the adapter does not have.
+    """
+    error = relative_error(missed)
+    within, rest = math.hypot(*(norm for _, norm in missed)), math.hypot(*outside.values())
     whole = math.hypot(within, rest)
-    told = {
-        **({"energy": energy} if rank is None else {"rank": rank}),
+    return {
         "relative_error": error,
         "energy_lost": error**2,
         "left_out": list(outside),
         "share_left_out": (rest / whole) ** 2 if whole else 0.0,
     }
-    return replace(made, card={**template.card, "from_checkpoint": told})

@@ -53,8 +53,10 @@ class NewUpdate:
         """ΔW as the rounded factors give it."""
         return LowRankDelta(self.b.flatten(1).double(), self.a.flatten(1).double())
 
-    def missed(self, exact: LowRankDelta) -> tuple[float, float]:
+    def missed(self, exact: LowRankDelta | Tensor) -> tuple[float, float]:
         """‖ΔW' − ΔW‖ and ‖ΔW‖: how far it is from what it stands for, and how large that is."""
+        if isinstance(exact, Tensor):
+            return float((self.delta.dense() - exact).norm()), float(exact.norm())
         return distance(self.delta, exact), exact.norm()
 
 
@@ -84,7 +86,7 @@ def relative_error(missed: Iterable[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class NewAdapter:
-    """What a new adapter has beside its updates."""
+    """A new adapter without its updates: settings, biases, and modules in full."""
 
     like: Adapter
     """An adapter of the same base."""

@@ -37,8 +37,8 @@ def warn(text: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn at random."""
+class RandomSampling:
+    """The settings of random sampling."""
 
     temperature: float
     """Above 1 the likelier tokens are drawn less often than their probability, below 1 more."""
@@ -46,11 +46,11 @@ class Sampling:
     """Draw from the likeliest tokens that have this probability together."""
 
 
-def sampling_of(settings: GenerateConfig | ChatConfig) -> Sampling | None:
-    """How settings draw tokens; None: they take the likeliest."""
+def sampling_of(settings: GenerateConfig | ChatConfig) -> RandomSampling | None:
+    """The random sampling that settings ask for; None: they take the likeliest."""
     if settings.temperature == 0:
         return None
-    return Sampling(temperature=settings.temperature, top_p=settings.top_p)
+    return RandomSampling(temperature=settings.temperature, top_p=settings.top_p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def generation_settings(
     ends: Collection[int],
     *,
     max_new_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: RandomSampling | None = None,
 ) -> GenerationConfig:
     """Settings for generation that do not inherit the base model's own sampling options."""
     drawn = _UNUSED_SAMPLING if sampling is None else _NEUTRAL_SAMPLING | vars(sampling)
@@ -156,7 +156,7 @@ def answer(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
-    search: BeamSearch | Sampling | None = None,
+    search: BeamSearch | RandomSampling | None = None,
     stop: str | None = None,
     progress: bool = False,
     note: Note = warn,
@@ -210,7 +210,7 @@ def _generated(
     tokenizer: PreTrainedTokenizerBase,
     batch: dict[str, Tensor],
     ends: Sequence[frozenset[int]],
-    sampling: Sampling | None,
+    sampling: RandomSampling | None,
     *,
     max_new_tokens: int,
 ) -> list[list[int]]:

@@ -59,7 +59,7 @@ class Scorers:
 
     @property
     def of_answers(self) -> tuple[str, ...]:
-        """Those for which the model writes answers."""
+        """The names of the scores for which the model writes answers."""
         return tuple(name for name in (*BASIC, OFFICIAL) if name in self.metrics)
 
     @property
@@ -129,11 +129,11 @@ class Scorers:
         )
 
     def output(self, row: Row, answer: Any) -> Any:
-        """What the scorer takes as the output, of an answer."""
+        """An answer in the form in which the scorer takes outputs."""
         return answer if self.task is None else self.task.output(answer, row)
 
     def reference(self, row: Row) -> Any:
-        """What the scorer takes as the reference."""
+        """The reference of a row in the form in which the scorer takes it."""
         return reference_of(row) if self.task is None else self.task.reference(row)
 
     def made_by(self, names: Iterable[str]) -> dict[str, str]:

@@ -81,12 +81,10 @@ def attach(
         460800
         >>> plan = lk.attach(model, "out/sql", name="sql")  # a saved one beside it
     """
-    check_model(model)
-    what = _what(what)
+    state, what = attachment_of(model), _what(what)
     train = not isinstance(what, Adapter) if trainable is None else trainable
     _check_replicas(model, train)
     model = unwrapped(model)
-    state = attachment_of(model)
     if state is None:
         check_no_foreign_layers(model)
     else:
@@ -258,20 +256,18 @@ def install(
     What the name meant before is removed. The new updates count from one assignment on, so that a
     forward pass in another thread sees all of them or none.
     """
-    state = attachment_for(model)
-    modules, key = modules_of(model).by_path, bank_key(name)
+    state, key = attachment_for(model), bank_key(name)
     by_number: dict[int, Update] = {}
     for path, update in updates.items():
         if trainable:
             update.let_train()
         if model.training:
             update.train()
-        layer = state.convert(path, modules[path])
+        layer = state.convert(model, path)
         layer.adapter_bank[key] = update
         by_number[layer.adapter_number] = update
         if update.virtual_tokens and HOOKS[0] not in state.hooks:
             state.hooks |= watch(model, path)
-    state.effects.forget(by_number)
     before = state.adapters.get(name)
     stale = () if before is None else before.updates.keys() - by_number.keys()
     state.replace(name, by_number, record)

@@ -44,7 +44,7 @@ Kind = tuple[bool, bool, bool]
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """A call of a model."""
 
     model: nn.Module
@@ -53,7 +53,7 @@ class Call:
 
     @property
     def kind(self) -> Kind:
-        """What may make a model take another way through its layers."""
+        """The facts about a call that may make a model take another way through its layers."""
         return self.model.training, torch.is_grad_enabled(), self._goes_on()
 
     def _goes_on(self) -> bool:
@@ -99,7 +99,7 @@ class Effects:
         for known in self.watched.values():
             known.difference_update(numbers)
 
-    def begin(self, call: Call, route: Route, layers: Layers) -> None:
+    def begin(self, call: ModelCall, route: Route, layers: Layers) -> None:
         """Have those layers noted which a call does not come to, if it is one of the first."""
         if route.unsure or route.waiting:
             route.unsure, route.waiting = set(), set()
@@ -114,7 +114,7 @@ class Effects:
         self.watching = kind, new
         route.waiting = {n for n in new if n in layers and not layers[n].uncalled}
 
-    def end(self, call: Call, route: Route, layers: Layers) -> None:
+    def end(self, call: ModelCall, route: Route, layers: Layers) -> None:
         """Find out what a call did not show.
 
         Raises:
@@ -133,7 +133,7 @@ class Effects:
             _check_unread(call, route, {number: layers[number] for number in waiting})
         self.watched.setdefault(kind, set()).update(new)
 
-    def prove_all_rows(self, call: Call, route: Route, layers: Layers) -> None:
+    def prove_all_rows(self, call: ModelCall, route: Route, layers: Layers) -> None:
         """Find out whether rows come first in all layers of a route, before code that is compiled.
 
         Raises:
@@ -146,7 +146,7 @@ class Effects:
         if new:
             self._prove_rows(call, route, new, came=False)
 
-    def _prove_rows(self, call: Call, route: Route, layers: Layers, *, came: bool) -> None:
+    def _prove_rows(self, call: ModelCall, route: Route, layers: Layers, *, came: bool) -> None:
         """Call the model with more rows, and see whether each layer gets as many entries more.
 
         Args:
@@ -244,7 +244,7 @@ class Reads(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def _check_unread(call: Call, route: Route, layers: Layers) -> None:
+def _check_unread(call: ModelCall, route: Route, layers: Layers) -> None:
     """Refuse layers that a call did not come to, though it used their weights.
 
     A branch that was skipped, such as an expert that nobody chose, uses none.

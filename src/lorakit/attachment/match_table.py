@@ -10,7 +10,7 @@ from lorakit.models.paths import block_number
 
 HEAD = ("role", "shape", "layers", "rank", "scale", "parameters", "module")
 
-Row = tuple[str, ...]
+MatchRow = tuple[str, ...]
 
 
 def match_table(components: Iterable[Component], *, full: bool) -> str:
@@ -31,7 +31,7 @@ def match_table(components: Iterable[Component], *, full: bool) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _row(alike: Sequence[Component]) -> Row:
+def _row(alike: Sequence[Component]) -> MatchRow:
     path, role, shape, rank, scale = alike[0].row
     paths = [each.row[0] for each in alike]
     parameters = f"{sum(each.parameters for each in alike):,}"

@@ -255,10 +255,10 @@ def wanted(
         TargetError: a name in the settings matches nothing, or a layer twice; or the model lacks
             what a method needs.
     """
-    by_claim = sorted(configs, key=lambda each: [*FIRST, each.method].index(each.method))
+    by_precedence = sorted(configs, key=lambda each: [*FIRST, each.method].index(each.method))
     found = [
         each
-        for config in by_claim
+        for config in by_precedence
         if not (beside_lora and isinstance(config, LoRAConfig))
         for each in COMPONENTS[type(config)](model, config)
     ]

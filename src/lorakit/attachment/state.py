@@ -1,4 +1,4 @@
-"""What lorakit keeps about a model that has adapters."""
+"""The state that lorakit keeps for a model with adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.base_modules import BaseModules
-from lorakit.attachment.effects import Call, Effects
+from lorakit.attachment.effects import Effects, ModelCall
 from lorakit.attachment.model_methods import GuardedMethod, guarded_methods, warn_of_save
 from lorakit.attachment.original_weights import OriginalWeight
 from lorakit.data.virtual_tokens import VirtualTokens
@@ -37,7 +37,7 @@ OTHER_LIBRARIES = ("peft", "loralib")
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """What was found out about the base before the first adapter came."""
+    """The facts about a base that are found out before its first adapter."""
 
     identity: BaseIdentity | None
     requires_grad: Mapping[str, bool]
@@ -81,7 +81,7 @@ class Attached:
 
 @dataclass(eq=False)
 class Attachment:
-    """What lorakit keeps about a model that has adapters: kept on the model as `_lorakit`."""
+    """The state of a model with adapters, an attribute of the model: `_lorakit`."""
 
     base: Base
     route: Route = field(default_factory=Route)
@@ -110,11 +110,11 @@ class Attachment:
         # A copy's parameters are elsewhere in memory, so it makes its mixed batches anew.
         return vars(self) | {"mixed": None, "modules": None}
 
-    def convert(self, path: str, layer: nn.Module) -> AdaptedLayer:
-        """Turn a layer into an adapted layer, if it is not one yet, and know it by its number."""
+    def convert(self, model: nn.Module, path: str) -> AdaptedLayer:
+        """Turn one of a model's layers into an adapted layer, and know it by its number."""
         reads, uncalled = self.base.inputs.get(path, path), self.base.uncalled.get(path, ())
         adapted = convert(
-            layer,
+            unwrapped(model).get_submodule(path),
             self.route,
             path,
             reads=reads,
@@ -137,6 +137,7 @@ class Attachment:
 
     def replace(self, name: str, updates: Mapping[int, Update], record: Adapter) -> None:
         """Let a name mean other updates from now on; a block that is open keeps its frame."""
+        self.effects.forget(updates.keys())
         with self.route.lock:
             if name in self.adapters:
                 self.mixed = None
@@ -287,12 +288,6 @@ def active_name(model: nn.Module) -> str | None:
     return None if state is None else state.route.frame.name
 
 
-def active_card(model: nn.Module) -> Mapping[str, Any]:
-    """The training card of the adapter in use; empty for the base, and where rows differ."""
-    state, name = attachment_of(model), active_name(model)
-    return {} if state is None or name is None else state.adapters[name].record.card
-
-
 def virtual_tokens(model: nn.Module, name: str | None) -> VirtualTokens | None:
     """The virtual tokens that rows of an adapter get; None: it has none, or is none."""
     state = attachment_of(model)
@@ -315,14 +310,10 @@ def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Raises:
         RouteError: the batch has another number of rows than the route.
     """
-    state = None if torch.compiler.is_compiling() else attachment_of(model)
-    if state is None:
-        return
-    check_batch(state.route, args, kwargs)
-    if state.compiled:
-        state.effects.prove_all_rows(
-            Call(unwrapped(model), args, kwargs), state.route, state.layers
-        )
+    state = _checked(model, args, kwargs)
+    if state is not None and state.compiled:
+        call = ModelCall(unwrapped(model), args, kwargs)
+        state.effects.prove_all_rows(call, state.route, state.layers)
 
 
 def begin_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -331,11 +322,21 @@ def begin_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Raises:
         RouteError: the batch has another number of rows than the route.
     """
+    state = _checked(model, args, kwargs)
+    if state is not None:
+        state.effects.begin(ModelCall(model, args, kwargs), state.route, state.layers)
+
+
+def _checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attachment | None:
+    """The attachment of a model, whose route fits a batch; None: there is none, or code compiles.
+
+    Raises:
+        RouteError: the batch has another number of rows than the route.
+    """
     state = None if torch.compiler.is_compiling() else attachment_of(model)
-    if state is None:
-        return
-    check_batch(state.route, args, kwargs)
-    state.effects.begin(Call(model, args, kwargs), state.route, state.layers)
+    if state is not None:
+        check_batch(state.route, args, kwargs)
+    return state
 
 
 def end_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -347,4 +348,4 @@ def end_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     """
     state = None if torch.compiler.is_compiling() else attachment_of(model)
     if state is not None:
-        state.effects.end(Call(model, args, kwargs), state.route, state.layers)
+        state.effects.end(ModelCall(model, args, kwargs), state.route, state.layers)

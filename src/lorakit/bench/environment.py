@@ -58,7 +58,7 @@ def _commit(source: Path) -> str | None:
 
 
 def _git(source: Path, *words: str) -> str | None:
-    """What git prints beside a file; None where there is no git, or no checkout."""
+    """The output of git in the folder of a file; None where there is no git, or no checkout."""
     folder = source if source.is_dir() else source.parent
     try:
         done = subprocess.run(

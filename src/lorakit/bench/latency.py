@@ -116,7 +116,7 @@ def measure_latency(settings: LatencyConfig) -> Findings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Column:
+class LatencyColumn:
     """The measurements of one setting."""
 
     name: str
@@ -153,7 +153,7 @@ def overhead_percent(seconds: Seconds, plain: Seconds) -> float:
 
 
 @torch.no_grad()
-def _measure_column(base: Any, setting: Setting, settings: LatencyConfig) -> Column:
+def _measure_column(base: Any, setting: Setting, settings: LatencyConfig) -> LatencyColumn:
     # A copy, like the others: the position of weights in memory has a small effect of its own.
     models, parameters = {PLAIN: _copy(base)}, {}
     for who, config in setting.methods(settings).items():
@@ -164,7 +164,7 @@ def _measure_column(base: Any, setting: Setting, settings: LatencyConfig) -> Col
     ids = torch.randint(base.config.vocab_size, (rows, tokens), generator=generator).to(base.device)
     passes = {who: _forward(models[who], ids) for who in LABELS}
     participants = {who: Participant(run=run) for who, run in passes.items()}
-    return Column(
+    return LatencyColumn(
         name=f"{rows}x{tokens}",
         setting=setting,
         seconds=interleaved(participants, repeats=settings.repeats, there_and_back=True),

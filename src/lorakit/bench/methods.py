@@ -151,7 +151,7 @@ def _config(
     return TrainConfig(**{"method": name, **own, **tried, **shared})
 
 
-class Peak(TrainerCallback):
+class PeakMemory(TrainerCallback):
     """A callback that notes the memory before the first step, and its peak until the last."""
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ def _measured(settings: MethodsConfig, entry: _Entry) -> _Row:
 
 def _row(settings: MethodsConfig, name: str, config: TrainConfig) -> _Row:
     prepared = prepare(config)
-    peak = Peak()
+    peak = PeakMemory()
     run = Run(config=config, prepared=prepared, checkpoint=None)
     with while_training(prepared.model, config) as interruption:
         result = execute(run, interruption, bar=peak)

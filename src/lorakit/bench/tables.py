@@ -133,7 +133,7 @@ def _word(value: Any) -> str:
 
 
 def _where(result: dict[str, Any]) -> str:
-    """What was measured, on which hardware, with which libraries and commit."""
+    """The line of what was measured, on which hardware, with which libraries and commit."""
     settings, hardware, versions = (result[key] for key in ("settings", "hardware", "versions"))
     names = ("lorakit", "torch", "transformers", "peft")
     libraries = ", ".join(f"{name} {versions[name]}" for name in names if versions[name])

@@ -11,7 +11,7 @@ from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.rounds import Seconds
 from lorakit.bench.startup import first_step
 from lorakit.bench.train_chart import check_chart, draw
-from lorakit.bench.train_participants import BY_LENGTH, Task
+from lorakit.bench.train_participants import BY_LENGTH, ParticipantTask
 from lorakit.bench.train_processes import Record, Rounds, run_rounds
 from lorakit.bench.train_rounds import PARTS
 from lorakit.bench.train_settings import draw_rows, run_settings, write_rows
@@ -80,7 +80,7 @@ def _participants(settings: TrainBenchConfig) -> list[str]:
     return [name for name, wanted in wanted_of.items() if wanted]
 
 
-def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, Task]:
+def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, ParticipantTask]:
     """The work of each participant, whose rows are written into the folder.
 
     Raises:
@@ -89,7 +89,7 @@ def _tasks(settings: TrainBenchConfig, folder: Path) -> dict[str, Task]:
     """
     training, held_out = folder / "training.jsonl", folder / "held_out.jsonl"
     tasks = {
-        name: Task(
+        name: ParticipantTask(
             config=run_settings(
                 settings,
                 rows=training,

@@ -38,7 +38,7 @@ from lorakit.upstream.private_names import set_compiled_call
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class ParticipantTask:
     """The work of one participant: what to train, and what to score."""
 
     config: TrainConfig
@@ -49,7 +49,7 @@ class Task:
     """Peak learning rate of full fine-tuning."""
 
 
-def ours(task: Task, gate: Gate) -> float:
+def ours(task: ParticipantTask, gate: Gate) -> float:
     """Train as `lorakit train` does; returns the loss of the held-out rows."""
     prepared = prepare(task.config)
     run = Run(config=task.config, prepared=prepared, checkpoint=None)
@@ -60,7 +60,7 @@ def ours(task: Task, gate: Gate) -> float:
         return _held_out_loss(prepared.model, prepared, task)
 
 
-def full(task: Task, gate: Gate) -> float:
+def full(task: ParticipantTask, gate: Gate) -> float:
     """Train every weight of the base, in its precision, with our batches, attention and loss."""
     prepared = prepare(task.config)
     model = prepared.model
@@ -82,7 +82,9 @@ def full(task: Task, gate: Gate) -> float:
         return _held_out_loss(model, prepared, task)
 
 
-def peft(task: Task, gate: Gate, *, compiled: bool = False, by_length: bool = False) -> float:
+def peft(
+    task: ParticipantTask, gate: Gate, *, compiled: bool = False, by_length: bool = False
+) -> float:
     """Train with PEFT and transformers' Trainer, from the same A, padded to the longest row."""
     prepared = prepare(task.config)
     model = _peft_model(prepared, task.config)
@@ -106,7 +108,7 @@ def peft(task: Task, gate: Gate, *, compiled: bool = False, by_length: bool = Fa
 BY_LENGTH = "peft_by_length"
 """The participant with batches of its own: of the same rows, those of similar length together."""
 
-PARTICIPANTS: dict[str, Callable[[Task, Gate], float]] = {
+PARTICIPANTS: dict[str, Callable[[ParticipantTask, Gate], float]] = {
     OURS: ours,
     "compiled": ours,
     "peft": peft,
@@ -151,7 +153,7 @@ def _peers_arguments(config: TrainConfig, steps: int) -> TrainingArguments:
     return arguments
 
 
-def _held_out_loss(model: nn.Module, prepared: Prepared, task: Task) -> float:
+def _held_out_loss(model: nn.Module, prepared: Prepared, task: ParticipantTask) -> float:
     """The mean loss of the target tokens of the held-out rows."""
     data: DataConfig = task.config.data
     rows = encode_rows(read_rows(str(task.held_out), data), prepared.tokenizer, data)

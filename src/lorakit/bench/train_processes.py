@@ -18,7 +18,7 @@ from threading import Thread
 from typing import TypeVar
 
 from lorakit.bench.result import threads
-from lorakit.bench.train_participants import PARTICIPANTS, Task
+from lorakit.bench.train_participants import PARTICIPANTS, ParticipantTask
 from lorakit.bench.train_rounds import Ended, Failed, Gate, Ready, Round
 from lorakit.errors import LorakitError, TrainingError
 
@@ -81,7 +81,7 @@ class Record:
         return None if most is None or used is None else most - used
 
 
-def run_rounds(tasks: Mapping[str, Task], rounds: Rounds) -> dict[str, Record]:
+def run_rounds(tasks: Mapping[str, ParticipantTask], rounds: Rounds) -> dict[str, Record]:
     """The record of each participant, after all of them have trained in rounds.
 
     Raises:
@@ -138,7 +138,7 @@ class _Process:
 
 
 @contextmanager
-def _started(name: str, task: Task, rounds: Rounds) -> Iterator[_Process]:
+def _started(name: str, task: ParticipantTask, rounds: Rounds) -> Iterator[_Process]:
     """A participant's process, which loads what it needs, and ends with the block."""
     own, others = multiprocessing.Pipe()
     work = _start(name, task, rounds, others)
@@ -150,7 +150,9 @@ def _started(name: str, task: Task, rounds: Rounds) -> Iterator[_Process]:
         work.join()
 
 
-def _start(name: str, task: Task, rounds: Rounds, connection: Connection) -> BaseProcess | Thread:
+def _start(
+    name: str, task: ParticipantTask, rounds: Rounds, connection: Connection
+) -> BaseProcess | Thread:
     """Start a participant in a fresh process, whose memory is its own."""
     afresh = multiprocessing.get_context("spawn")
     process = afresh.Process(
@@ -161,14 +163,14 @@ def _start(name: str, task: Task, rounds: Rounds, connection: Connection) -> Bas
     return process
 
 
-def _serve_alone(name: str, task: Task, rounds: Rounds, connection: Connection) -> None:
+def _serve_alone(name: str, task: ParticipantTask, rounds: Rounds, connection: Connection) -> None:
     """The whole work of a participant's process."""
     # Ctrl-C reaches all processes; the one that was started by the user ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve(name, task, rounds, connection)
 
 
-def serve(name: str, task: Task, rounds: Rounds, connection: Connection) -> None:
+def serve(name: str, task: ParticipantTask, rounds: Rounds, connection: Connection) -> None:
     """Train as one participant, round by round as the other end of the pipe allows it."""
     gate = Gate(connection, steps=rounds.steps)
     # Nothing can be sent or received once the other end is closed.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What is known of a verb before anything of it is imported."""
+    """A verb of the command line, as far as it is known without importing its module."""
 
     meaning: str
     """What it does, in one line."""

@@ -140,7 +140,7 @@ def config_error(settings: type[BaseModel], error: ValidationError) -> ConfigErr
 
 
 def headline(settings: type[BaseModel]) -> str:
-    """What stands over the problems of some settings."""
+    """The first line of an error that lists the problems of some settings."""
     return f"{settings.__name__} has settings that cannot be used"
 
 

@@ -43,7 +43,7 @@ is computed."""
 Recorded = Annotated[T, Mark(varies=True, on_card=False)]
 """A setting that may differ between trials, and that the adapter or another entry of the card
 holds."""
-Place = Annotated[T, Mark(varies=True, on_card=False, may_change=True)]
+RowSource = Annotated[T, Mark(varies=True, on_card=False, may_change=True)]
 """A setting that says where rows are. A resumed run tells the rows themselves apart."""
 Invocation = Annotated[T, Mark(on_card=False, compared=False)]
 """A setting of one call: which folder it writes, and how it treats the files there."""

@@ -14,7 +14,7 @@ Activation = Literal["relu", "gelu", "silu", "tanh"]
 
 
 class MethodConfig(Settings):
-    """What the settings of all methods have."""
+    """The base class of the settings of all methods."""
 
     modules_to_save: Names = ("auto",)
     """Modules trained as full copies, by the end of their path. auto: a freshly made task head (a

@@ -20,8 +20,8 @@ from lorakit.config.marks import (
     Handles,
     Invocation,
     Mark,
-    Place,
     Recorded,
+    RowSource,
     Shared,
     Varies,
 )
@@ -67,14 +67,14 @@ class DataConfig(Settings):
         512
     """
 
-    train: Place[str | None] = None
+    train: RowSource[str | None] = None
     """Rows to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, also as .gz, .bz2
     or .xz), several with commas between, a pattern such as data/*.jsonl, - for standard input,
     builtin:NAME (places, sql), hub:OWNER/NAME or hub:OWNER/NAME/SUBSET; :SPLIT after a name
     chooses a split. Or a task of the paper, `task:NAME[:SPLIT][@FOLDER]` (e2e, webnlg, dart,
     wikisql, samsum, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte), from the hub or a folder."""
 
-    validation: Place[str | None] = None
+    validation: RowSource[str | None] = None
     """Rows to score during training; None: no evaluation."""
 
     format: Format = "auto"
@@ -100,10 +100,10 @@ class DataConfig(Settings):
     train_rows: PositiveInt | None = None
     """Use only the first so many training rows."""
 
-    validation_rows: Place[PositiveInt | None] = None
+    validation_rows: RowSource[PositiveInt | None] = None
     """Use only the first so many validation rows."""
 
-    validation_every: Place[PositiveInt | None] = None
+    validation_every: RowSource[PositiveInt | None] = None
     """Of the validation rows use only each so many-th: 10 takes a tenth, from all over the file."""
 
     labels: Annotated[Names, Field(min_length=2)] | None = None

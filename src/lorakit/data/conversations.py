@@ -9,7 +9,7 @@ from lorakit.data.fields import FieldMap, as_text, is_missing
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import CALLS, Message, MessagesRow
 
-ROLES = {
+SPEAKERS = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -114,7 +114,7 @@ def _is_sharegpt(turn: Any) -> bool:
 
 def _role(name: str) -> str:
     lower = name.lower()
-    return ROLES.get(lower, lower if lower in KNOWN else name)
+    return SPEAKERS.get(lower, lower if lower in KNOWN else name)
 
 
 def _content(number: int, value: Any) -> str:

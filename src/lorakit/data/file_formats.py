@@ -178,7 +178,7 @@ def _csv_rows(file: DataFile, reading: Reading) -> Iterator[RawRow]:
 
 
 def _delimiter(header: str, file: DataFile, reading: Reading) -> str:
-    """What separates the columns: a tab in .tsv, else what is most frequent in the first line."""
+    """The separator of columns: a tab in .tsv, else what is most frequent in the first line."""
     if file.kind == TSV:
         return "\t"
     unquoted = re.sub(r'"[^"]*"', "", header)

@@ -160,7 +160,7 @@ def _kind(name: str) -> str:
 
 
 def _stream(name: str, content: bytes, kind: str = "") -> DataFile:
-    """What was read of a stream, whose kind is found by looking at it where no name says it."""
+    """The content of a stream as a file; its kind is inferred from it where no name says it."""
     file = DataFile(name=name, kind=kind or JSON[0], content=content)
     with file.open() as opened:
         start = opened.read(1 << 16)

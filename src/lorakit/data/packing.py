@@ -29,7 +29,7 @@ _LENGTHS = (5, 9, 1, 6)
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How rows become batches."""
+    """The way in which rows become batches: packed, grouped by length, or padded as they come."""
 
     joined: bool = False
     """The rows of a batch are joined to one, which is padded at its end alone."""

@@ -106,19 +106,14 @@ def head_cross_entropy(
         # An empty input tells width and precision, whatever the head is.
         logits = head(hidden[..., :0, :])
     dtype = torch.promote_types(logits.dtype, torch.float32)
-
-    def like_losses(value: PerToken) -> PerToken:
-        if not isinstance(value, Tensor):
-            return float(value)
-        return value.to(logits.device, dtype).expand(targets.shape)
-
+    weights = weights.to(dtype)
     chunked = _ChunkedLoss(
         head=head,
         targets=TokenTargets(
             targets=targets,
-            weights=weights.to(dtype),
-            label_smoothing=like_losses(label_smoothing),
-            z_loss=like_losses(z_loss),
+            weights=weights,
+            label_smoothing=_like(weights, label_smoothing),
+            z_loss=_like(weights, z_loss),
         ),
         chunk_tokens=_chunk_tokens(logits, targets, chunk_tokens),
         dtype=dtype,
@@ -129,6 +124,11 @@ def head_cross_entropy(
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
         return _HeadCrossEntropy.apply(chunked, hidden, *trained)
     return chunked.run(hidden, None)
+
+
+def _like(losses: Tensor, value: PerToken) -> PerToken:
+    """A setting of the loss as one number, or in the form of the losses."""
+    return value.to(losses).expand(losses.shape) if isinstance(value, Tensor) else float(value)
 
 
 def _chunk_tokens(logits: Tensor, targets: Tensor, chunk_tokens: int | None) -> int:

@@ -33,8 +33,8 @@ _PIECE = 256
 are slow there, as each of their pages is mapped anew (2 to 4 times at 2048 tokens)."""
 
 
-class Use(NamedTuple):
-    """What one A and one B do, apart from their values."""
+class FactorUse(NamedTuple):
+    """The use of one A and one B: scale, output rows and dropout, without their values."""
 
     scale: float
     entries: slice | Tensor | None = None
@@ -61,7 +61,7 @@ class Use(NamedTuple):
             onto.add_(update)
 
     def of_output(self, grad: Tensor) -> Tensor:
-        """Those entries of an output's gradient, (tokens, d_out), that B has rows for."""
+        """The entries of an output's gradient, (tokens, d_out), for which B has rows."""
         if isinstance(self.entries, Tensor):
             return grad.index_select(1, self.entries)
         return grad if self.entries is None else grad[:, self.entries]
@@ -72,7 +72,7 @@ class Factors(NamedTuple):
 
     a: Float[Tensor, "rank d_in"]
     b: Float[Tensor, "d_out rank"]
-    use: Use
+    use: FactorUse
 
 
 class Span(NamedTuple):
@@ -147,9 +147,9 @@ def _pieces(spans: tuple[Span, ...], factors: int, size: int) -> tuple[_Piece, .
 
 
 class _Schedule(NamedTuple):
-    """What is computed, apart from all values."""
+    """The computation of a call without any values: uses and pieces, which autograd keeps."""
 
-    uses: tuple[Use, ...]
+    uses: tuple[FactorUse, ...]
     pieces: tuple[_Piece, ...]
     widest: torch.dtype
     """A precision that holds that of every A."""
@@ -163,7 +163,7 @@ class _Schedule(NamedTuple):
         return _Schedule(uses, _pieces(tuple(spans), len(uses), size), widest)
 
     def masks(self, width: int, device: torch.device) -> list[Tensor | None]:
-        """What each of the factors keeps of its tokens' inputs."""
+        """The dropout mask of each factor on the inputs of its tokens; None: it drops nothing."""
         if not any(use.dropout for use in self.uses):
             return [None] * len(self.uses)
         # The last piece of a factor ends where its tokens end.
@@ -223,7 +223,7 @@ class _Sums:
     """The gradients of all A and B, which grow piece by piece, in float32 at least."""
 
     def __init__(
-        self, uses: Sequence[Use], weights: Sequence[Tensor], wanted: Sequence[bool]
+        self, uses: Sequence[FactorUse], weights: Sequence[Tensor], wanted: Sequence[bool]
     ) -> None:
         self._uses = uses
         self._weights = weights

@@ -101,7 +101,7 @@ class Group:
         self._made: dict[Any, Any] = {}
 
     def vectors(self, heads: int, share: int, places: int) -> Vectors:
-        """Where the vectors of heads are, if `share` query heads use one head of k and v.
+        """The positions of the vectors of heads, if `share` query heads use one head of k and v.
 
         Args:
             heads: heads of k and v.
@@ -116,7 +116,7 @@ class Group:
     def mask(
         self, dtype: torch.dtype, *, causal: bool, window: int | None
     ) -> Float[Tensor, "sequences one longest longest"] | None:
-        """What is added to scores: minus infinity where a query does not see a key.
+        """The mask that is added to scores: minus infinity where a query does not see a key.
 
         Args:
             dtype: its precision.
@@ -145,7 +145,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Vectors:
-    """Where the vectors of a group are in a table (tokens·heads, d), in the order of the matmuls.
+    """The positions of a group's vectors in a table (tokens·heads, d), in the order of the matmuls.
 
     That order is head of k and v, sequence, query head that shares it, position in the sequence.
     """

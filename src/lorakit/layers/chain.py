@@ -22,25 +22,11 @@ class Chain(Update):
         tokens = (link.virtual_tokens for link in links if link.virtual_tokens)
         self.virtual_tokens = next(tokens, None)
 
-    def adapt(
-        self,
-        layer: nn.Module,
-        inputs: tuple[Any, ...],
-        output: Any,
-        *,
-        weight: float = 1.0,
-        base: Any = None,
-    ) -> Any:
-        """The output of the last update; a weight is a factor on all that they change together."""
-        if weight == 1 and base is None:
-            for link in self._updates():
-                output = link.adapt(layer, inputs, output)
-            return output
-        start = output if base is None else base
-        adapted = start.clone()
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """The output of the last update."""
         for link in self._updates():
-            adapted = link.adapt(layer, inputs, adapted)
-        return output + weight * (adapted - start)
+            output = link.adapt(layer, inputs, output)
+        return output
 
     def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """The value that is read in place of a parameter, after each update."""

@@ -1,4 +1,4 @@
-"""Operations: what is done to the output of one layer."""
+"""Operations: changes of the output of one layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakit.data.virtual_tokens import VirtualTokens
 
 
 class Operation(ABC):
-    """What is done to one layer's output: by one adapter, or by several to rows of their own."""
+    """A change of one layer's output: by one adapter, or by several to rows of their own."""
 
     replaces_output = False
     """Whether the base's own output is not needed."""
@@ -55,26 +55,25 @@ class Update(nn.Module, Operation):
         super().__init__()
         vars(self)["training"] = False
 
-    @abstractmethod
-    def adapt(
+    def added(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Any,
         *,
-        weight: float = 1.0,
-        base: Any = None,
+        weight: float,
+        base: Any,
     ) -> Any:
-        """The adapted output for a layer's inputs and its own output.
+        """An output to which weight times this update alone is added.
 
         Args:
             layer: the adapted layer.
             inputs: its positional arguments.
-            output: what to change: the layer's own output, or that with other adapters' updates.
-                It may be written into.
+            output: the layer's own, with the updates of other adapters. It may be written into.
             weight: factor on the update.
-            base: the layer's own output, where `output` is not that.
+            base: the layer's own output, which stays as it is.
         """
+        return output + weight * (self.adapt(layer, inputs, base.clone()) - base)
 
     def let_train(self) -> None:
         """Let its weights take gradients, except those that its method keeps frozen."""
@@ -82,7 +81,7 @@ class Update(nn.Module, Operation):
 
     @property
     def summary(self) -> str:
-        """What it is, in a few words, for `print(model)`."""
+        """The names and shapes of its parameters, for `print(model)`."""
         return ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())
 
     @property

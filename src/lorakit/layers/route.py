@@ -26,7 +26,7 @@ Combination = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """What a forward pass does; the default is the base."""
+    """The active operations and all that belongs to them; the default is the base alone."""
 
     operations: Operations | None = None
     """The active operations; None: the base alone."""
@@ -54,7 +54,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is called with."""
+    """The batch of a model's call, as far as routes ask for it."""
 
     rows: int
     """Those of the route, or several times as many in `generate`."""

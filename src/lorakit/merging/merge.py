@@ -86,23 +86,9 @@ def merge(
     """
     model = unwrapped(model)
     state = require_attachment(model)
-    name = active_name(model) if name is None else name
-    if name is None:
-        raise MergeError(f"no adapter is active: name one of {', '.join(state.adapters)}")
-    require_name(state, name)
-    if state.route.merged == name:
-        raise MergeError(f"adapter {name!r} is merged already: lk.unmerge(model) first")
-    if state.route.below:
-        raise MergeError("a route is open, which would restore another adapter: merge after it")
-    check_in_place(model, state, name)
-    _check_mergeable(state, name)
+    name = _name_to_merge(model, state, name)
     probe = (default_probe(model) if probe is None else probe) if measure else None
-    if probe is not None and state.route.merged is not None:
-        restore_original_weights(model, state)
-    before = None
-    if probe is not None:
-        with route(model, name):
-            before = outputs_on(model, probe)
+    before = None if probe is None else _outputs_before(model, state, name, probe)
     try:
         weights = tuple(_merge_layers(model, state, name, round_to, original_weights, measure))
     except BaseException:
@@ -116,6 +102,36 @@ def merge(
     _check_change(model, state, weights, probe, (before, after))
     change = (after - before).abs().max().item()
     return MergeReport(adapter=name, weights=weights, logit_change=change)
+
+
+def _name_to_merge(model: nn.Module, state: Attachment, name: str | None) -> str:
+    """The adapter that is asked for, or the active one, which can be merged now.
+
+    Raises:
+        AttachError: its layers were replaced or resized since it was attached.
+        MergeError: there is none, or it cannot be merged.
+    """
+    name = active_name(model) if name is None else name
+    if name is None:
+        raise MergeError(f"no adapter is active: name one of {', '.join(state.adapters)}")
+    require_name(state, name)
+    if state.route.merged == name:
+        raise MergeError(f"adapter {name!r} is merged already: lk.unmerge(model) first")
+    if state.route.below:
+        raise MergeError("a route is open, which would restore another adapter: merge after it")
+    check_in_place(model, state, name)
+    _check_mergeable(state, name)
+    return name
+
+
+def _outputs_before(
+    model: nn.Module, state: Attachment, name: str, probe: Mapping[str, Tensor]
+) -> Tensor | None:
+    """The outputs of an adapter beside the base's own weights, which are put back for that."""
+    if state.route.merged is not None:
+        restore_original_weights(model, state)
+    with route(model, name):
+        return outputs_on(model, probe)
 
 
 def _check_change(

@@ -15,7 +15,7 @@ from lorakit.models.quantized_weight import float_weight, is_quantized
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What was trained: a quantised base with an adapter, to compare a merged model with."""
+    """A quantised base with the adapter that was trained on it, to compare a merged model with."""
 
     layers: Mapping[str, nn.Module]
     """The quantised layers by path."""

@@ -14,7 +14,7 @@ WARN_ABOVE = 0.10
 
 @dataclass(frozen=True, kw_only=True)
 class MergedWeight:
-    """What merging did to one parameter."""
+    """The change of one parameter by a merge, and what rounding took of it."""
 
     name: str
     """The base's own parameter name."""

@@ -134,14 +134,18 @@ class AddedBiasUpdate(Update):
         super().__init__()
         self.bias = nn.Parameter(bias, requires_grad=False)
 
-    def adapt(
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The output + bias."""
+        return output + self.bias.to(output.dtype)
+
+    def added(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Tensor,
         *,
-        weight: float = 1.0,
-        base: Tensor | None = None,
+        weight: float,
+        base: Tensor,
     ) -> Tensor:
         """The output + weight·bias."""
         return output + (self.bias * weight).to(output.dtype)
@@ -178,12 +182,10 @@ class AddedBias(Component):
 
     def update(self, materials: Materials) -> AddedBiasUpdate:
         """The update of the layer."""
-        device = device_of(materials.modules[self.path])
-        if materials.tensors is not None:
-            saved = materials.tensors[f"{self.path}.added_bias"]
-            return AddedBiasUpdate(saved.to(device, copy=True))
-        dtype = getattr(torch, self.dtype)
-        return AddedBiasUpdate(torch.zeros(self.size, dtype=dtype, device=device))
+        device, dtype = device_of(materials.modules[self.path]), getattr(torch, self.dtype)
+        (name,) = self.shapes
+        made = materials.tensor(name, device, lambda: torch.zeros(self.size, dtype=dtype))
+        return AddedBiasUpdate(made)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,16 +207,16 @@ class TrainedBias(Component):
 
     def update(self, materials: Materials) -> LoRAUpdate:
         """The update of the layer, whose fresh bias is the base's own."""
-        layer = materials.modules[self.path]
-        if materials.tensors is None:
-            base = cast(Tensor, layer.bias).detach()
-            return LoRAUpdate({}, base.to(getattr(torch, self.dtype), copy=True))
-        saved = materials.tensors[f"{self.path}.bias"]
-        return LoRAUpdate({}, saved.to(device_of(layer), copy=True))
+        layer, dtype = materials.modules[self.path], getattr(torch, self.dtype)
+        (name,) = self.shapes
+        bias = materials.tensor(
+            name, device_of(layer), lambda: cast(Tensor, layer.bias).detach().to(dtype)
+        )
+        return LoRAUpdate({}, bias)
 
     @property
     def row(self) -> tuple[str, ...]:
-        """What the match table says of it, where biases of all sizes are one row."""
+        """Its row of the match table, where biases of all sizes are one row."""
         return self.path, self.what, "", "", ""
 
 

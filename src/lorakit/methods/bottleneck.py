@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -198,15 +198,14 @@ class BottleneckComponent(Component):
 
     def update(self, materials: Materials) -> Bottleneck:
         """The bottleneck; a fresh one changes nothing."""
-        modules, tensors = materials.modules, materials.tensors
+        modules = materials.modules
         # A dropout, say, has no parameters; its model has.
         near = self.path if any(True for _ in base_parameters(modules[self.path])) else ""
         device = device_of(modules[near])
-        if tensors is None:
-            own = {name: self._fresh(name, device) for name in self._shapes_inside}
-        else:
-            full = f"{self.path}.bottleneck"
-            own = {n: tensors[f"{full}.{n}"].to(device, copy=True) for n in self._shapes_inside}
+        own = {
+            inside: materials.tensor(name, device, partial(self._fresh, inside, device))
+            for name, inside in zip(self.shapes, self._shapes_inside, strict=True)
+        }
         return Bottleneck(self, own)
 
     def _fresh(self, name: str, device: torch.device) -> Tensor:
@@ -263,19 +262,21 @@ class Bottleneck(Update):
         drawn = Dropout.drawn(self.dropout)
         return inner if drawn is None else drawn.of(inner)
 
-    def adapt(
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The output + bottleneck(output), as a new tensor."""
+        return output + self(output).to(output.dtype)
+
+    def added(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Tensor,
         *,
-        weight: float = 1.0,
-        base: Tensor | None = None,
+        weight: float,
+        base: Tensor,
     ) -> Tensor:
-        """The output + weight·bottleneck(base), or bottleneck(output), as a new tensor."""
-        update = self(output if base is None else base)
-        update = update if weight == 1 else update * weight
-        return output + update.to(output.dtype)
+        """The output + weight·bottleneck(base), as a new tensor."""
+        return output + (self(base) * weight).to(output.dtype)
 
     @property
     def unmergeable(self) -> str | None:

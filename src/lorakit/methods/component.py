@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.layers.operation import Update
@@ -17,7 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Materials:
-    """What the updates of one adapter are made from; the modules are not changed."""
+    """The modules and tensors from which updates are made; the modules are not changed."""
 
     modules: Mapping[str, nn.Module]
     """Every module of the base, by its path."""
@@ -27,6 +28,11 @@ class Materials:
     """Leave the tensors alone; else low-rank updates may keep them."""
     tied: dict[int, nn.Parameter] = field(default_factory=dict)
     """The parameter that was made for each parameter of the base that several modules share."""
+
+    def tensor(self, name: str, device: torch.device, fresh: Callable[[], Tensor]) -> Tensor:
+        """The adapter's tensor of a name on a device, or the one of a fresh start; a copy."""
+        values = fresh() if self.tensors is None else self.tensors[name]
+        return values.to(device, copy=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,7 @@ class Component(ABC):
     @property
     @abstractmethod
     def what(self) -> str:
-        """What it is, for the match table."""
+        """The name of its kind, for the match table."""
 
     @property
     @abstractmethod
@@ -67,6 +73,6 @@ class Component(ABC):
 
     @property
     def row(self) -> tuple[str, ...]:
-        """What the match table says of it: module, role, shape, rank, scale."""
+        """Its row of the match table: module, role, shape, rank, scale."""
         size = "+".join("×".join(map(str, shape)) for shape in self.shapes.values())
         return self.path, self.what, size, "", ""

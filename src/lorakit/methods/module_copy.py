@@ -63,26 +63,8 @@ class ModuleCopy(Update):
             else:
                 shared[id(parameter)] = own[name]
 
-    def adapt(
-        self,
-        layer: nn.Module,
-        inputs: tuple[Any, ...],
-        output: Any,
-        *,
-        weight: float = 1.0,
-        base: Any = None,
-    ) -> Any:
-        """The copy's output, in the precision of the input, or for token ids of the layer.
-
-        With a weight, or beside other adapters, the copy's difference from the base's output is
-        added.
-        """
-        own = self._run(layer, inputs)
-        if weight == 1 and base is None:
-            return own
-        return output + weight * (own - (output if base is None else base))
-
-    def _run(self, layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """The copy's output, in the precision of the input, or for token ids of the layer."""
         own = next(self.copy.parameters()).dtype
         result = self.copy(*(x.to(own) if _is_floating(x) else x for x in inputs))
         first, base = inputs[0], next(base_parameters(layer))[1]
@@ -152,7 +134,7 @@ class TrainedCopy(Component):
 
     @property
     def row(self) -> tuple[str, ...]:
-        """What the match table says of it, where copies of all sizes are one row."""
+        """Its row of the match table, where copies of all sizes are one row."""
         return self.path, self.what, "", "", ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,15 +24,7 @@ class UncalledWeights(Update):
         for name, value in values.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
-    def adapt(
-        self,
-        layer: nn.Module,
-        inputs: tuple[Any, ...],
-        output: Any,
-        *,
-        weight: float = 1.0,
-        base: Any = None,
-    ) -> Any:
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         """The output as it is: it was made with what `read` returns."""
         return output
 
@@ -74,13 +67,12 @@ class UncalledComponent(Component):
 
     def update(self, materials: Materials) -> UncalledWeights:
         """The update of the module; it starts as the base's own values."""
-        modules, tensors = materials.modules, materials.tensors
+        module, dtype = materials.modules[self.path], getattr(torch, self.dtype)
         values = {}
         for name in self.sizes:
-            base = base_parameter(modules[self.path], name).detach()
-            saved = None if tensors is None else tensors[f"{self.path}.{name}"].to(base.device)
-            dtype = getattr(torch, self.dtype) if saved is None else saved.dtype
-            values[name] = (base if saved is None else saved).to(dtype, copy=True)
+            base = base_parameter(module, name).detach()
+            full = f"{self.path}.{name}"
+            values[name] = materials.tensor(full, base.device, partial(base.to, dtype))
         return UncalledWeights(values)
 
 

@@ -98,9 +98,10 @@ def _read_gguf(
     try:
         fields = _fields(gguf)
         split = _word_split(fields)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        how: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **how)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+            gguf.parent, dtype=torch.float32, **how
         )
     # A damaged file can fail anywhere in the reader, with any type of error.
     except Exception as error:

@@ -69,23 +69,7 @@ def load_model(
     if quantize is not None:
         check_library()
     asked = os.fspath(name)
-    auto_class: Any = transformers.AutoModelForSequenceClassification
-    if task == "generation":
-        auto_class = transformers.AutoModelForCausalLM
-    with _quiet():
-        source = _source(asked)
-        with _explained(asked, source, task):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            model, info = auto_class.from_pretrained(
-                source,
-                dtype=getattr(torch, dtype),
-                output_loading_info=True,
-                # Without a word transformers would ask at the terminal.
-                trust_remote_code=False,
-                # Reported by us, with the shapes.
-                ignore_mismatched_sizes=True,
-                **_head_settings(task, labels),
-            )
+    model, tokenizer, info = _read(asked, task, dtype=dtype, **_head_settings(task, labels))
     _check_complete(model, info, asked, task)
     fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
     model._lorakit_fresh = [path for path, _ in model.named_modules() if path in fresh]
@@ -103,6 +87,35 @@ def load_model(
             quantize = Quantization.of(quantize, dtype)
         quantize_model(model, quantize)
     return model.eval(), tokenizer
+
+
+def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, Any]:
+    """A model, its tokenizer, and what transformers says of the weights that it read.
+
+    Args:
+        asked: the name that was asked for.
+        task: what the model is for.
+        dtype: precision of the weights.
+        head: settings of the model's config.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    auto_class: Any = transformers.AutoModelForSequenceClassification
+    if task == "generation":
+        auto_class = transformers.AutoModelForCausalLM
+    # Without a word about remote code transformers would ask at the terminal.
+    safe: dict[str, Any] = {"trust_remote_code": False}
+    with _quiet():
+        source = _source(asked)
+        with _explained(asked, source, task):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
+            # Mismatched sizes are reported by us, with the shapes.
+            reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = auto_class.from_pretrained(
+                source, dtype=getattr(torch, dtype), **safe, **reported, **head
+            )
+    return model, tokenizer, info
 
 
 def fresh_heads(model: nn.Module) -> Sequence[str]:
@@ -172,7 +185,9 @@ def _config(asked: str) -> transformers.PreTrainedConfig:
     with _quiet():
         source = _source(asked)
         with _explained(asked, source, "any task"):
-            config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(source)
+            config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(
+                source, trust_remote_code=False
+            )
     return config
 
 

@@ -13,7 +13,7 @@ from lorakit.models.gguf_file import converted
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """Where a model is stored within an installed package."""
+    """The place of a model's files within an installed package."""
 
     module: str
     """Import name of the package, which is never imported."""

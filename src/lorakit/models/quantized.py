@@ -31,7 +31,7 @@ WAYS = ("4bit", "8bit")
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How the weights of a base are quantised."""
+    """The quantisation of a base: the form in which it holds weights, and its settings."""
 
     bits: int
     """4 or 8."""

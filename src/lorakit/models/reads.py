@@ -54,7 +54,7 @@ def only_read(model: nn.Module) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Uses:
-    """What methods of a class do with its children, by their dotted names."""
+    """The children that methods of a class read or call, by their dotted names."""
 
     read: frozenset[str]
     """Children whose parameters are read."""

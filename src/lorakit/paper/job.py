@@ -50,7 +50,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where its result is, within the folder of results."""
+        """The folder of its result, within that of all results."""
         parts = [self.cell.id, self.scale]
         parts += [self.model] if self.scale == "full" else []
         parts += [self.variant] if self.variant != "paper" else []
@@ -79,7 +79,7 @@ class Job:
 
     @property
     def scoring(self) -> Scoring:
-        """What is scored."""
+        """The settings of scoring."""
         return Scoring(**self.given["score"])
 
     def source(self, split: str, data: Path | None) -> str:

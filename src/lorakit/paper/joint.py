@@ -42,7 +42,7 @@ def groups(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
 
 
 def _kind(job: Job) -> str:
-    """What all jobs of a group have in common."""
+    """The key of jobs that can train together: their model, task and shared settings."""
     train = {name: value for name, value in job.given["train"].items() if name not in TOGETHER}
     return json.dumps([job.model, job.task, {**job.given, "train": train}], sort_keys=True)
 

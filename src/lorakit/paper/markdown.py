@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakit.paper.cell import Published, cells
 from lorakit.paper.shapes import GPT3
-from lorakit.paper.summary import AVERAGE, Entry, Line, Summary
+from lorakit.paper.summary import AVERAGE, Line, Summary, SummaryEntry
 
 NOTHING = "–"
 """Where there is no number."""
@@ -66,7 +66,7 @@ def ours_table(summary: Summary) -> str:
     return grid([*head, *(["mean"] if averages else [])], rows)
 
 
-def _with_state(entry: Entry | None) -> str:
+def _with_state(entry: SummaryEntry | None) -> str:
     """A number, and in brackets what a reader must know of it."""
     if entry is None:
         return NOTHING
@@ -144,7 +144,7 @@ REASONS = {
 """What the code of a reason means."""
 
 
-def _row(line: Line, entry: Entry) -> list[str]:
+def _row(line: Line, entry: SummaryEntry) -> list[str]:
     digits, scores = entry.column.digits, entry.scores
     spread = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
     mean = number(statistics.fmean(scores), digits) + spread if scores else NOTHING

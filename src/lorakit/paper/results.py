@@ -29,7 +29,7 @@ Outputs = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What there is of a job."""
+    """The state of a job, with its result if it has one."""
 
     kind: Literal["done", "failed", "stale", "not run"]
     why: str = ""
@@ -48,7 +48,7 @@ def outputs_file(file: Path) -> Path:
 
 
 def state_of(job: Job, results: Path, *, data: Mapping[str, str] | None = None) -> State:
-    """What there is of a job, and whether it is of the present settings, data and scorer.
+    """The state of a job: whether its result is of the present settings, data and scorer.
 
     Args:
         job: the job.

@@ -38,7 +38,7 @@ FINISHED = ("done", "failed")
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """What `paper run` did."""
+    """The outcome of `paper run`."""
 
     states: Mapping[Job, State]
     """What there is of each job now, or before a dry run."""
@@ -72,7 +72,7 @@ def run_cells(settings: PaperRunConfig, *, progress: bool) -> Done:
 
 @dataclass(frozen=True)
 class _Runner:
-    """What runs jobs one after the other, or several together."""
+    """Runs jobs one after the other, or several together."""
 
     settings: PaperRunConfig
     data: Data

@@ -72,7 +72,7 @@ def model_of(name: str) -> PreTrainedModel:
         config = SHAPES[name]()
     else:
         source = packaged_folder(name) if name in PACKAGES else name
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     writes = any("CausalLM" in each for each in config.architectures or ())
     kind: Any = AutoModelForCausalLM if writes or isinstance(config, GPT2Config) else AutoModel
     with torch.device("meta"):
@@ -81,7 +81,7 @@ def model_of(name: str) -> PreTrainedModel:
 
 
 def trained_parameters(name: str, config: TrainConfig) -> int:
-    """How many values a run trains, without a task's head, which the paper does not count.
+    """The number of values that a run trains, without a head, which the paper does not count.
 
     Args:
         name: its model, as `model_of` takes it.
@@ -92,5 +92,5 @@ def trained_parameters(name: str, config: TrainConfig) -> int:
 
 
 def all_parameters(name: str) -> int:
-    """How many values a model has, without a task's head."""
+    """The number of values of a model, without a task's head."""
     return model_of(name).num_parameters()

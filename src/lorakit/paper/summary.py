@@ -19,7 +19,7 @@ AVERAGE = "average"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class SummaryEntry:
     """One number of a table: ours over the seeds, and the paper's."""
 
     column: Column
@@ -78,7 +78,7 @@ class Line:
     """The method, of the paper's models as its row is called."""
     search: str = ""
     """The name of another search for answers than the row's own."""
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, SummaryEntry]
     """By column, of those that are run."""
 
     @property
@@ -161,7 +161,7 @@ def _line(jobs: Sequence[Job], results: Path, search: str) -> Line:
 
 def _entries(
     jobs: Sequence[Job], published: Published | None, results: Path, search: str
-) -> Iterator[tuple[str, Entry]]:
+) -> Iterator[tuple[str, SummaryEntry]]:
     table = tables()[jobs[0].cell.table]
     small = jobs[0].scale == "small" and table.small
     states = {job: state_of(job, results) for job in jobs}
@@ -172,7 +172,7 @@ def _entries(
         job = next(iter(of_column))
         yield (
             name,
-            Entry(
+            SummaryEntry(
                 column=column,
                 over=small.over if small else table.over,
                 epoch=f"{job.scoring.epoch}, {search}" if search else job.scoring.epoch,

@@ -21,7 +21,7 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What was found."""
+    """The outcome of a verification."""
 
     scored: int
     """Results whose scores were made again."""

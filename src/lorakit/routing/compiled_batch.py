@@ -22,11 +22,11 @@ from lorakit.methods.lora.lora import (
     LowRank,
     is_linear,
     matrix_shape,
-    positions,
 )
 from lorakit.routing.choices import RowChoices, UpdatesByName
 from lorakit.routing.row_groups import read_for_all
-from lorakit.routing.stacked_lora import bias_shifts, is_sum, mixed_operations
+from lorakit.routing.row_updates import bias_shifts, write_sum
+from lorakit.routing.stacked_lora import is_sum, mixed_operations
 from lorakit.upstream.private_names import mark_dynamic
 
 LEAST_RANK = 2
@@ -82,7 +82,7 @@ class StaticLoRA(Operation):
         a = torch.zeros(len(terms) + 1, rank, d_in, dtype=dtype, device=device)
         b = torch.zeros(len(terms) + 1, rank, d_out, dtype=dtype, device=device)
         for index, each in enumerate(terms, 1):
-            _fill(a[index], b[index], each)
+            write_sum(a[index], b[index], each)
         rows = torch.tensor(choices.index_of_row, device=device) + 1
         self._a, self._b = a[rows], b[rows]
         bias = layer.bias
@@ -105,9 +105,7 @@ class StaticLoRA(Operation):
 
     def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """A parameter with the updates of the one combination that all rows use."""
-        if inside:
-            return weight
-        return read_for_all(self._read, self._a.shape[0], name, weight, inside=False)
+        return read_for_all(self._read, self._a.shape[0], name, weight, inside=inside)
 
 
 def _terms(
@@ -119,21 +117,6 @@ def _terms(
         if name in updates
         for part in updates[name].parts.values()
     ]
-
-
-@torch.no_grad()
-def _fill(a: Tensor, b: Tensor, terms: list[tuple[LowRank, float]]) -> None:
-    """Write A (rank, d_in) and scale·Bᵀ (rank, d_out) of one combination."""
-    start = 0
-    for part, weight in terms:
-        stop = start + part.site.rank
-        a[start:stop] = part.a
-        scaled = part.b.T.to(b.dtype) * (part.site.scale * weight)
-        if part.site.rows is None:
-            b[start:stop] = scaled
-        else:
-            b[start:stop].index_copy_(1, positions(part.site.rows, b.device), scaled)
-        start = stop
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def prepare_for_compile(model: nn.Module) -> None:
     state.compiled = True
     for path, layer in base_modules(inner):
         if is_linear(layer) and is_adaptable(layer):
-            state.convert(path, layer)
+            state.convert(inner, path)
     _check_outside(model)
 
 

@@ -88,8 +88,6 @@ class ByRowGroup(Operation):
 
     def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """A parameter with the updates of the one combination that all rows use."""
-        if self._rows > 1 and inside:
-            return weight
         return read_for_all(self._groups[0].terms, self._rows, name, weight, inside=inside)
 
 
@@ -98,9 +96,13 @@ def read_for_all(
 ) -> Tensor:
     """A parameter with the updates of the combination that all rows use.
 
+    Where rows may differ, the layer's own call reads the base's: its output is changed after it.
+
     Raises:
-        RouteError: there are several rows, which may differ.
+        RouteError: others read the parameter, once for several rows, which may differ.
     """
+    if rows > 1 and inside:
+        return weight
     if rows > 1:
         raise RouteError(
             "the rows cannot differ: an adapted layer has a weight that the model reads by itself, "
@@ -108,7 +110,8 @@ def read_for_all(
         )
     adapted = weight
     for update, factor in terms:
-        adapted = adapted + factor * (update.read(name, weight, inside=inside) - weight)
+        own = update.read(name, weight, inside=inside)
+        adapted = adapted if own is weight else adapted + factor * (own - weight)
     return adapted
 
 
@@ -116,12 +119,11 @@ def _applied(
     terms: Sequence[tuple[Update, float]], layer: nn.Module, inputs: tuple[Any, ...], base: Any
 ) -> Any:
     """A layer's own output with the updates of one combination."""
-    if len(terms) == 1:
-        update, weight = terms[0]
-        return update.adapt(layer, inputs, base, weight=weight)
+    if len(terms) == 1 and terms[0][1] == 1:
+        return terms[0][0].adapt(layer, inputs, base)
     adapted = base.clone()
     for update, weight in terms:
-        adapted = update.adapt(layer, inputs, adapted, weight=weight, base=base)
+        adapted = update.added(layer, inputs, adapted, weight=weight, base=base)
     return adapted
 
 

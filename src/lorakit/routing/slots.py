@@ -21,11 +21,11 @@ from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
 from lorakit.layers.route import Frame
-from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, matrix_shape, positions
+from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, matrix_shape
 from lorakit.models.base import device_of
 from lorakit.routing.choices import RowChoices
+from lorakit.routing.row_updates import KeptProjection, add_to_rows, write_sum
 from lorakit.routing.stacked_lora import is_sum, mixed_operations
-from lorakit.upstream.private_names import write_count
 
 Terms = Sequence[tuple[Mapping[int, Update], float]]
 """What one slot uses: the updates of adapters by the layer's number, with their weights."""
@@ -36,7 +36,7 @@ LowRanks = list[tuple[LowRank, float]]
 
 @dataclass
 class _Content:
-    """What a slot's terms mean, layer by layer."""
+    """The content of a slot: its terms, sorted by layer."""
 
     parts: dict[int, LowRanks] = field(default_factory=dict)
     biases: dict[int, list[tuple[Tensor, float]]] = field(default_factory=dict)
@@ -129,7 +129,7 @@ class Slots:
         return frame
 
     def _content(self, terms: Terms) -> _Content:
-        """What a slot's terms mean.
+        """The content of a slot with some terms.
 
         Raises:
             RouteError: some have no slots.
@@ -167,7 +167,7 @@ class Slots:
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """The device of the rows."""
         return device_of(self._model)
 
     def dtype_for(self, layer: AdaptedLayer) -> torch.dtype:
@@ -285,13 +285,7 @@ class _InputSlots:
         """Have a slot hold what its layers have; B is zero where there is nothing."""
         for number in self.ranks:
             a, b = self._a[slot, self._columns[number]], self._b[number][slot]
-            start = 0
-            for part, weight in content.parts.get(number, ()):
-                stop = start + part.site.rank
-                a[start:stop] = part.a
-                _write_b(b[start:stop], part, weight)
-                start = stop
-            b[start:] = 0
+            write_sum(a, b, content.parts.get(number, ()))
             self._write_shift(slot, number, content.biases.get(number))
 
     def _write_shift(
@@ -323,39 +317,17 @@ class _InputSlots:
         }
 
 
-def _write_b(b: Tensor, part: LowRank, weight: float) -> None:
-    """Write weight·scale·Bᵀ of one site into a slot, (rank, d_out), zeros beside its rows."""
-    scaled = part.b.mT.to(b.dtype) * (part.site.scale * weight)
-    if part.site.rows is None:
-        b.copy_(scaled)
-        return
-    b.zero_()
-    b.index_copy_(1, positions(part.site.rows, b.device), scaled)
-
-
 class _SharedInput:
-    """The down-projection of an input that several layers read, kept until the last has used it."""
+    """The down-projection of an input that several layers read."""
 
     def __init__(self, a: Tensor, grouping: Grouping, layers: int) -> None:
         self.grouping = grouping
         self._a = a
-        self._layers = layers
-        self._kept: tuple[Tensor, Any, Tensor] | None = None
-        self._waiting = 0
+        self._kept = KeptProjection(layers)
 
     def down_project(self, x: Tensor) -> Tensor:
         """A·x, (rows, tokens, ranks of all layers)."""
-        if self._layers == 1:
-            return grouped.down_project(x, self._a, self.grouping)
-        # Torch counts no writes in inference mode.
-        writes = None if x.is_inference() else write_count(x)
-        kept = self._kept
-        if kept is None or kept[0] is not x or kept[1] != writes:
-            kept = (x, writes, grouped.down_project(x, self._a, self.grouping))
-            self._waiting = self._layers
-        self._waiting -= 1
-        self._kept = kept if self._waiting else None
-        return kept[2]
+        return self._kept.of(x, lambda: grouped.down_project(x, self._a, self.grouping))
 
 
 class _SlotUpdate(Operation):
@@ -373,11 +345,7 @@ class _SlotUpdate(Operation):
             check_rows_first(cast(AdaptedLayer, layer), x, rows)
         h = self._shared.down_project(x)[..., self._columns]
         output = grouped.up_project_onto(output, h, self._b, self._shared.grouping)
-        if self._shift is None:
-            return output
-        by_row = output.unflatten(0, (rows, -1))
-        shift = self._shift.reshape(rows, *[1] * (by_row.dim() - 2), -1)
-        return (by_row + shift.to(output.dtype)).flatten(0, 1)
+        return output if self._shift is None else add_to_rows(output, self._shift)
 
     def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """The base's own parameter, for the layer's own call.

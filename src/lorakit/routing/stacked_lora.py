@@ -22,8 +22,8 @@ from lorakit.layers.operation import Operation, Update
 from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, positions
 from lorakit.routing.choices import RowChoices, Terms, UpdatesByName
 from lorakit.routing.row_groups import ByRowGroup, read_for_all
+from lorakit.routing.row_updates import KeptProjection, add_to_rows, bias_shifts
 from lorakit.routing.stacked_heads import StackedHeads, are_heads
-from lorakit.upstream.private_names import write_count
 
 
 def mixed_operations(
@@ -175,8 +175,7 @@ def _of_equal_rows(pieces: Sequence[Piece]) -> list[list[Piece]]:
 class SharedInput:
     """Pieces that read one input: their A's are concatenated, so that one matmul serves them all.
 
-    Its result is kept until the next input, and recognised by the input's identity, so that a layer
-    that reads something else after all gets a matmul of its own.
+    A layer that reads something else after all gets a matmul of its own.
     """
 
     def __init__(self, pieces: Sequence[Piece], groupings: _Groupings) -> None:
@@ -190,8 +189,7 @@ class SharedInput:
         self._columns = [slice(end - p.rank, end) for end, p in zip(stops, pieces, strict=True)]
         self._a = None if self._trains else self._stacked_a()
         self._b = None if self._trains else [self._stacked_b(at) for at in range(len(pieces))]
-        self._kept: tuple[Tensor, Any, Tensor] | None = None
-        self._waiting = 0
+        self._projection = KeptProjection(len(pieces))
 
     @property
     def is_fixed(self) -> bool:
@@ -207,23 +205,15 @@ class SharedInput:
         """A·x of one piece, (groups, tokens, rank)."""
         columns = self._columns[at]
         terms = self.pieces[at].terms
-        if self._drops and any(part.training for own in terms for part, _ in own):
-            # Every layer drops other elements, so that nothing can be shared.
-            a = self._stacked_a() if self._a is None else self._a
-            return grouped.down_project(self._dropped(at, x), a[:, columns], self.grouping)
-        if len(self.pieces) == 1 or torch.compiler.is_compiling():
-            a = self._stacked_a() if self._a is None else self._a
-            return grouped.down_project(x, a[:, columns], self.grouping)
-        kept = self._kept
-        # Torch counts no writes in inference mode.
-        same = torch.is_grad_enabled(), None if x.is_inference() else write_count(x)
-        if kept is None or kept[0] is not x or kept[1] != same:
-            a = self._stacked_a() if self._a is None else self._a
-            kept = (x, same, grouped.down_project(x, a, self.grouping))
-            self._waiting = len(self.pieces)
-        self._waiting -= 1
-        self._kept = kept if self._waiting else None
-        return kept[2][..., columns]
+        drops = self._drops and any(part.training for own in terms for part, _ in own)
+        if not (drops or len(self.pieces) == 1 or torch.compiler.is_compiling()):
+            return self._projection.of(x, lambda: self._projected(x))[..., columns]
+        # Every layer drops other elements, so that nothing can be shared.
+        return self._projected(self._dropped(at, x) if drops else x, columns)
+
+    def _projected(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
+        a = self._stacked_a() if self._a is None else self._a
+        return grouped.down_project(x, a[:, columns], self.grouping)
 
     def _dropped(self, at: int, x: Tensor) -> Tensor:
         """The input with elements dropped, in each row with its own adapter's probability."""
@@ -283,23 +273,7 @@ class BiasShift:
     def add(self, layer: nn.Module, output: Tensor) -> Tensor:
         """The output, (rows·k, …, d_out), with each row's shift added."""
         shifts = bias_shifts(cast(Tensor, layer.bias), self.terms, self.terms[0][0][0].dtype)
-        shift = shifts[self.term_of_row].to(output.dtype)
-        rows = output.unflatten(0, (len(shift), -1))
-        return (rows + shift.reshape(len(shift), *[1] * (rows.dim() - 2), -1)).flatten(0, 1)
-
-
-def bias_shifts(
-    base: Tensor, terms: Sequence[Sequence[tuple[Tensor, float]]], dtype: torch.dtype
-) -> Tensor:
-    """The difference of trained biases from the base's own, (1 + combinations, d_out): first zero.
-
-    Args:
-        base: the layer's own bias.
-        terms: for each combination, biases and their weights.
-        dtype: the least precision of the result.
-    """
-    nothing = torch.zeros_like(base, dtype=dtype)
-    return torch.stack([nothing, *(sum(((b - base) * w for b, w in t), nothing) for t in terms)])
+        return add_to_rows(output, shifts[self.term_of_row])
 
 
 def _bias(terms: LowRankTerms, choices: RowChoices, device: torch.device) -> BiasShift | None:
@@ -375,9 +349,7 @@ class StackedLoRA(Operation):
 
     def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """A parameter with the updates of the one combination that all rows use."""
-        if inside:
-            return weight
-        return read_for_all(self._terms, self._rows, name, weight, inside=False)
+        return read_for_all(self._terms, self._rows, name, weight, inside=inside)
 
     def _add_stacked(self, x: Tensor, output: Tensor) -> Tensor:
         for shared, at in self._parts:

@@ -40,6 +40,12 @@ class Loaded:
     """When it was loaded, in seconds since 1970."""
     load_s: float
     """How long that took."""
+    record: Adapter
+    """Its settings, origin and training card, without tensors."""
+    size_bytes: int
+    """The memory of its tensors."""
+    base: str
+    """Whether it was trained on this base: same, unknown, or how that one differs."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +136,22 @@ class Catalog:
             return
         if not self.folder.is_dir():
             raise ConfigError(f"adapters: there is no folder {self.folder}")
-        found = sorted(path.parent for path in self.folder.glob(f"*/{CONFIG_FILE}"))
-        found = [self.folder] if (self.folder / CONFIG_FILE).is_file() else found
         problems = []
-        for place in found:
+        for place in self.found():
             try:
                 self.load(place.name, str(place))
             except LorakitError as error:
                 problems.append(f"{place.name}: {error}")
         if problems:
             raise ConfigError.listing("these adapters can't be served", problems)
+
+    def found(self) -> list[Path]:
+        """The folders of adapters that may be loaded: the allowed folder, or those right in it."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        if (self.folder / CONFIG_FILE).is_file():
+            return [self.folder]
+        return sorted(path.parent for path in self.folder.glob(f"*/{CONFIG_FILE}"))
 
     def load(self, name: str, path: str, *, in_place: bool = False) -> None:
         """Load an adapter under a name, and have it answer from then on.
@@ -170,9 +182,10 @@ class Catalog:
                     kind="InvalidUserInput",
                 )
             folder, began = self._allowed(path), time.monotonic()
-            self._bank.load(name, folder)
-            took = time.monotonic() - began
-            self._loaded[name] = Loaded(folder, int(time.time()), took)
+            record = self._bank.load(name, folder)
+            took, size = time.monotonic() - began, self._bank.size_bytes(name)
+            base = self._base_check(record)
+            self._loaded[name] = Loaded(folder, int(time.time()), took, record, size, base)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; requests that were accepted with it are answered by it.
@@ -281,6 +294,12 @@ class Catalog:
     def held(self, name: str) -> Held:
         """An adapter as it is now."""
         return self._bank.hold(name)
+
+    def _base_check(self, record: Adapter) -> str:
+        base, own = record.base, identity_of(self._model)
+        if base is None or own is None:
+            return "unknown"
+        return base.difference(own) or "same"
 
     def _check(self, updates: Mapping[str, Update], record: Adapter) -> None:
         """Refuse an adapter that can't be served, before any name means it.

@@ -129,11 +129,7 @@ def prepare_all(
     read = for_each(sources, lambda config, _: _read(config, _known_classes(config, base)))
     task, labels = _shared(read)
     first = settled(next(iter(configs.values())), base)
-    if base is None:
-        model, tokenizer = _load(first, task, labels)
-    else:
-        base.check_task(task, labels)
-        model, tokenizer = base.model, base.tokenizer
+    model, tokenizer = _model_of(base, first, task, labels)
     packing = _packing(model, task, first)
     check_memory(model, first)
     plans = for_each(
@@ -171,9 +167,13 @@ def prepare_all(
     }
 
 
-def _load(
-    config: TrainConfig, task: str, labels: tuple[str, ...] | None
+def _model_of(
+    base: LoadedBase | None, config: TrainConfig, task: str, labels: tuple[str, ...] | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base that is loaded already, or else the one that the settings name."""
+    if base is not None:
+        base.check_task(task, labels)
+        return base.model, base.tokenizer
     how = None
     if config.quantize is not None:
         how = Quantization.of(config.quantize, config.dtype, double=config.double_quantization)

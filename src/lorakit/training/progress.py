@@ -17,7 +17,7 @@ INTERVAL_S = 10.0
 def progress_bar(
     *, total: int, title: str, unit: str, show: bool, initial: int = 0
 ) -> tqdm[Any] | PlainProgress:
-    """What shows the progress of `total` units: a bar, or plain lines where nobody sees a bar.
+    """The display of the progress of `total` units: a bar, or plain lines where nobody sees a bar.
 
     Args:
         total: how many units there are.

@@ -18,13 +18,13 @@ from lorakit.training.prepare import Prepared
 RUN_FILE = "run.json"
 """The record of a run in each of its checkpoints."""
 
-Change = Mapping[str, Any]
+ChangedSetting = Mapping[str, Any]
 """The settings that a resumed run changed, with the values that they had up to a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a checkpoint records of its run."""
+    """The record of a run in its checkpoints."""
 
     settings: Mapping[str, Any]
     """Every setting but those of the call, by dotted name, as JSON values."""
@@ -36,11 +36,13 @@ class RunRecord:
     """Hash of the encoded validation rows."""
     labels: Sequence[str] | None
     """The classes, in order."""
-    changes: Sequence[Change] = ()
+    changes: Sequence[ChangedSetting] = ()
     """What earlier resumptions changed, oldest first."""
 
     @staticmethod
-    def of(config: TrainConfig, prepared: Prepared, changes: Sequence[Change] = ()) -> RunRecord:
+    def of(
+        config: TrainConfig, prepared: Prepared, changes: Sequence[ChangedSetting] = ()
+    ) -> RunRecord:
         """The record of a run."""
         return RunRecord(
             settings={name: value for name, (_, value) in _compared(config).items()},
@@ -135,7 +137,7 @@ def _shown(value: Any) -> str:
 
 def changes_of(
     config: TrainConfig, prepared: Prepared, checkpoint: Path | None
-) -> tuple[Change, ...]:
+) -> tuple[ChangedSetting, ...]:
     """What this and earlier resumptions change, compared with what the run was started with.
 
     Raises:

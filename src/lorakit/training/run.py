@@ -38,7 +38,7 @@ from lorakit.training.prepare import Prepared, prepare
 from lorakit.training.rates import learning_rates
 from lorakit.training.record import JsonLines, LogWithScores, ProgressBar, tensorboard
 from lorakit.training.resume import (
-    Change,
+    ChangedSetting,
     RunRecord,
     changes_of,
     scored_on_other_rows,
@@ -50,7 +50,7 @@ from lorakit.training.trainer import AdapterTrainer, KeepBest, OwnIntervals, mak
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run made."""
+    """The outcome of a run: where its files are, and its scores."""
 
     out: Path
     steps: int
@@ -86,7 +86,7 @@ class Run:
     prepared: Prepared
     checkpoint: Path | None
     """None: from the first step."""
-    changes: tuple[Change, ...] = ()
+    changes: tuple[ChangedSetting, ...] = ()
     """What resumptions have changed in its settings."""
     scored_afresh: bool = False
     """Scores of the steps before the checkpoint do not count: they are of other rows."""

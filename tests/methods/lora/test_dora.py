@@ -32,7 +32,7 @@ class One(nn.Module):
 
 
 def weight_of(weight, adapter, site, tensors):
-    """Return m·(W₀ + scale·B·A)/‖W₀ + scale·B·A‖ with the norm as a constant, row by row."""
+    """m·(W₀ + scale·B·A)/‖W₀ + scale·B·A‖ with the norm as a constant, row by row."""
     a, b, m = (tensors[f"{site.name}.lora_{end}"] for end in ("a", "b", "magnitude"))
     ranges = site.rows or ((0, len(weight)),)
     rows = [row for start, stop in ranges for row in range(start, stop)]

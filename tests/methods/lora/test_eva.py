@@ -22,7 +22,7 @@ TARGETS = {
 
 
 def batches(model, count=3):
-    """Return batches with padding, which must not count."""
+    """Batches with padding, which must not count."""
     found = []
     for seed in range(count):
         batch = example_inputs(model, rows=3, seed=seed)

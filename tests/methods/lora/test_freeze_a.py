@@ -27,7 +27,7 @@ def gradients(model):
 
 
 def kept_inputs(model):
-    """Return how many layers' inputs are kept for the backward pass, and all that is, in bytes."""
+    """The number of saved layer inputs, and the bytes of all saved activations."""
     inputs, kept = [], {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

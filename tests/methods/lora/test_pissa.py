@@ -47,7 +47,7 @@ def shake(model, name="default"):
 
 
 def halves(adapter, site):
-    """Return scale·B·A of the ranks that train, and of those that do not, in float64."""
+    """scale·B·A of the ranks that train, and of the frozen ones, in float64."""
     a, b = (adapter.tensors[f"{site.name}.lora_{end}"].double().flatten(1) for end in "ab")
     trained = site.rank - site.frozen
     return (

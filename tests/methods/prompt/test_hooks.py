@@ -18,7 +18,7 @@ GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 def left(rows=ROWS):
-    """Return rows padded on the left."""
+    """Rows padded on the left."""
     longest = max(map(len, rows))
     pads = [longest - len(row) for row in rows]
     ids = [[0] * pad + row for pad, row in zip(pads, rows, strict=True)]
@@ -27,7 +27,7 @@ def left(rows=ROWS):
 
 
 def stepwise(base, tensors, row, steps, **tokens):
-    """Return what follows a prompt greedily, without any cache."""
+    """The tokens that greedily follow a prompt, without any cache."""
     longer = row_with_tokens(row, causal=True, **tokens)
     for _ in range(steps):
         longer = [*longer, int(expected(base, tensors, longer)[-1].argmax())]

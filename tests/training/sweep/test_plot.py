@@ -1,10 +1,10 @@
 """The plot of a sweep: its lines, and that it is drawn whatever the points are."""
 
-from lorakit.training.sweep.plot import Point, draw, lines_of
+from lorakit.training.sweep.plot import TrialPoint, draw, lines_of
 
 
 def point(parameters, score, **settings):
-    return Point(settings=settings, parameters=parameters, score=score)
+    return TrialPoint(settings=settings, parameters=parameters, score=score)
 
 
 def test_the_plot_has_a_line_for_each_setting_but_the_rank():

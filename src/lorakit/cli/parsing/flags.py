@@ -85,7 +85,7 @@ class Word:
 
 @dataclass
 class Given:
-    """What a command line gives: words, values, and what is wrong with its flags."""
+    """The content of a command line: words, values, and the problems of its flags."""
 
     files: list[str] = field(default_factory=list)
     """The files of --config."""
@@ -102,7 +102,7 @@ def flags_of(settings: type[BaseModel]) -> list[Flag]:
 
 
 def read_flags(settings: type[BaseModel], argv: Sequence[str]) -> Given:
-    """What a command line gives; a repeated flag overrides."""
+    """The content of a command line; a repeated flag overrides."""
     flags = {".".join(flag.key): flag for flag in flags_of(settings)}
     given = Given()
     left = deque(argv)

@@ -96,7 +96,7 @@ def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 
 def bleu_scorer() -> str:
-    """What computes `bleu`, with its version."""
+    """The name and version of the library that computes `bleu`."""
     return f"sacrebleu {version('sacrebleu')}, in lower case"
 
 

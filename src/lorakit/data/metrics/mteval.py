@@ -36,11 +36,11 @@ class _Corpus:
 
     @property
     def words(self) -> int:
-        """How many words the outputs have."""
+        """The number of words in the outputs."""
         return sum(map(len, self.outputs))
 
     def totals(self, order: int) -> int:
-        """How many n-grams the outputs have."""
+        """The number of n-grams of one order in the outputs."""
         counts = [len(output) - order + 1 for output in self.outputs]
         return sum(counts) if self.variant == "python" else sum(max(0, count) for count in counts)
 

@@ -25,7 +25,7 @@ Texts = list[str]
 
 @dataclass(frozen=True, kw_only=True)
 class _Segments:
-    """What the scores of a file, or of a part of it, are made of."""
+    """The scored segments of a file, of which scores of the file and its parts are made."""
 
     bleu: Callable[[Iterable[int]], float]
     """BLEU of segments, by their numbers."""

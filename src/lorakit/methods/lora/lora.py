@@ -196,7 +196,7 @@ class LowRank(nn.Module):
 
     def factors(self, weight: float) -> fused.Factors:
         """The update of a linear layer's output in one forward pass."""
-        use = fused.Use(
+        use = fused.FactorUse(
             scale=self.site.scale * weight,
             entries=_entries(self.site.rows, self.lora_a.device),
             dropout=Dropout.drawn(self.dropout if self.training else 0.0),
@@ -247,23 +247,27 @@ class LoRAUpdate(Update):
         """The updates by role, or by "whole" for the layer: the children of this module."""
         return cast(Mapping[str, LowRank], own_modules(self))
 
-    def adapt(
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The output + scale·B·A·x, with DoRA's magnitudes and the trained bias."""
+        return self._changed(layer, inputs[0], output, 1.0)
+
+    def added(
         self,
         layer: nn.Module,
         inputs: tuple[Any, ...],
         output: Tensor,
         *,
-        weight: float = 1.0,
-        base: Tensor | None = None,
+        weight: float,
+        base: Tensor,
     ) -> Tensor:
-        """The output + weight·scale·B·A·x, with the trained bias in place of the base's.
+        """The output + weight·scale·B·A·x, and weight times the change of the bias."""
+        if self.is_additive:
+            return self._changed(layer, inputs[0], output, weight)
+        return super().added(layer, inputs, output, weight=weight, base=base)
 
-        DoRA's magnitudes are applied after that.
-        """
-        if not self.is_additive and (weight != 1 or base is not None):
-            own = output if base is None else base
-            return output + weight * (self.adapt(layer, inputs, own.clone()) - own)
-        output = self._added(layer, inputs[0], output, weight)
+    def _changed(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        """The output with the update; magnitudes are applied before the bias is changed."""
+        output = self._with_delta(layer, x, output, weight)
         for part in self.low_ranks():
             if part.lora_magnitude is not None:
                 output = part.rescaled(layer, output)
@@ -274,7 +278,8 @@ class LoRAUpdate(Update):
             output = output + shift
         return output
 
-    def _added(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+    def _with_delta(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        """The output + weight·scale·B·A·x."""
         if self.parts and is_linear(layer) and fused.available(x, training=self.training):
             factors = self.factors(weight)
             everywhere = fused.Span(0, x.shape[:-1].numel(), tuple(range(len(factors))))

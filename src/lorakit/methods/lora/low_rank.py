@@ -61,7 +61,7 @@ class LowRankComponent(Component):
 
     @property
     def row(self) -> tuple[str, ...]:
-        """What the match table says of it."""
+        """Its row of the match table."""
         site, size = self.site, f"{self.shape_b[0]}×{math.prod(self.shape_a[1:])}"
         return site.name, self.role or "", size, str(site.rank), f"{site.scale:g}"
 

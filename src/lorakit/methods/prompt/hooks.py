@@ -42,7 +42,7 @@ STATES = ("last_hidden_state", "hidden_states", "start_logits", "end_logits")
 
 @dataclass(kw_only=True)
 class Call:
-    """How the rows of one call of a model differ from those that the caller gave."""
+    """A call of a model with virtual tokens: how its rows differ from the caller's."""
 
     tokens: TokenPositions | None = None
     """Where their virtual tokens are; None: they have none."""

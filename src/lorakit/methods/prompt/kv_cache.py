@@ -22,7 +22,7 @@ NAME = "_lorakit_trained_tokens"
 
 @dataclass(kw_only=True)
 class CacheRecord:
-    """What was put into the rows that a cache began with."""
+    """The virtual tokens in the rows of a key-value cache, kept with the cache."""
 
     length: int
     """Tokens of a row as the caller counts them."""

@@ -136,13 +136,12 @@ class VirtualTokenVectors(Component):
 
     def update(self, materials: Materials) -> Update:
         """The update of the module."""
-        modules, tensors = materials.modules, materials.tensors
-        if tensors is None:
-            vectors = self.start.of(modules, self.path, self.shape)
-        else:
-            vectors = tensors[f"{self.path}.prompt"]
+        modules = materials.modules
         device = next(modules[self.path].parameters()).device
-        vectors = vectors.to(device, copy=True)
+        (name,) = self.shapes
+        vectors = materials.tensor(
+            name, device, lambda: self.start.of(modules, self.path, self.shape)
+        )
         if self.tokens is None:
             return TokenVectors(vectors)
         return TokenEmbeddings(vectors, self.tokens)
@@ -172,15 +171,7 @@ class TokenVectors(Update):
         super().__init__()
         self.prompt = nn.Parameter(vectors, requires_grad=False)
 
-    def adapt(
-        self,
-        layer: nn.Module,
-        inputs: tuple[Any, ...],
-        output: Tensor,
-        *,
-        weight: float = 1.0,
-        base: Tensor | None = None,
-    ) -> Tensor:
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """The output with the vectors at their places.
 
         Raises:
@@ -210,15 +201,7 @@ class TokenEmbeddings(TokenVectors):
         super().__init__(vectors)
         self.virtual_tokens = tokens
 
-    def adapt(
-        self,
-        layer: nn.Module,
-        inputs: tuple[Any, ...],
-        output: Tensor,
-        *,
-        weight: float = 1.0,
-        base: Tensor | None = None,
-    ) -> Tensor:
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """The output with the vectors at their places, where the layer got such tokens.
 
         GPT-2 looks its token types up in the same embedding.

@@ -31,9 +31,11 @@ from lorakit.serving.api.encoding import Encoding
 from lorakit.serving.api.errors import handle_errors
 from lorakit.serving.api.formats import ChatForm, CompletionForm, text_of
 from lorakit.serving.api.guard import Guard
+from lorakit.serving.api.inventory import inventory
 from lorakit.serving.api.keys import Keys, Rights
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Catalog, Chosen
+from lorakit.serving.page import HEADERS, files
 from lorakit.serving.prompts import chat_ids, text_ids
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.worker import Worker
@@ -69,7 +71,16 @@ def build_app(engine: Worker, catalog: Catalog, policy: Policy | None = None) ->
         app.add_api_route(path, answer, methods=["GET"])
     for path, answer in server.posts.items():
         app.add_api_route(path, answer, methods=["POST"])
+    for path, (content, kind) in files().items():
+        app.add_route(path, _static(content, kind), methods=["GET"], include_in_schema=False)
     return app
+
+
+def _static(content: bytes, kind: str) -> Callable[[Request], Any]:
+    async def answer(http: Request) -> Response:
+        return Response(content, media_type=kind, headers=HEADERS)
+
+    return answer
 
 
 class _Server:
@@ -83,6 +94,8 @@ class _Server:
             "/ready": self.ready,
             "/version": self.version,
             "/metrics": self.metrics,
+            "/tokenizer_info": self.tokenizer_info,
+            "/v1/adapters": self.adapters,
             "/v1/models": self.models,
             "/v1/models/{model:path}": self.model,
         }
@@ -117,6 +130,10 @@ class _Server:
     def metrics(self) -> Response:
         """Metrics for Prometheus."""
         return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def adapters(self) -> dict[str, Any]:
+        """The adapters in figures, and those in the folder that are not loaded."""
+        return inventory(self._catalog, self._metrics)
 
     async def models(self) -> dict[str, Any]:
         """The base and the adapters."""
@@ -248,6 +265,17 @@ class _Server:
         chosen = self._catalog.choose(body.model)
         check_ids(body.tokens, self._engine.vocabulary, "tokens")
         return {"prompt": str(chosen.tokenizer.decode(body.tokens))}
+
+    def tokenizer_info(self, model: str | None = None) -> dict[str, Any]:
+        """How texts become tokens, and with which chat template."""
+        tokenizer = self._catalog.choose(model).tokenizer
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "vocab_size": len(tokenizer),
+            "model_max_length": self._engine.max_length,
+            **{name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "chat_template": tokenizer.chat_template,
+        }
 
 
 def _rights(http: Request) -> Rights:

@@ -10,9 +10,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorakit.errors import ConfigError
 from lorakit.serving.api.errors import response_of
 from lorakit.serving.api.keys import Keys
+from lorakit.serving.page import files
 from lorakit.serving.refusals import RefusalError
 
-OPEN_PATHS = ("/health", "/ready", "/version", "/openapi.json")
+OPEN_PATHS = ("/health", "/ready", "/version", "/openapi.json", *files())
 """What is answered without a key: nothing of it says what is asked or answered."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

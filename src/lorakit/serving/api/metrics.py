@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -28,6 +29,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_State(engine, catalog))
         self._model = catalog.name
+        self._answered: dict[str, int] = defaultdict(int)
 
         def counter(name: str, meaning: str, *labels: str) -> Counter:
             return Counter(name, meaning, ("model_name", *labels), registry=self._registry)
@@ -49,6 +51,10 @@ class Metrics:
         self._own_first = histogram(
             "lora_time_to_first_token_seconds", "From arrival to first token by adapter.", adapter
         )
+
+    def answered(self, name: str) -> int:
+        """The requests that an adapter has answered, alone or with others."""
+        return self._answered.get(name, 0)
 
     def text(self) -> bytes:
         """What Prometheus reads."""
@@ -74,12 +80,15 @@ class Metrics:
             self._written_tokens.labels(model).inc(len(delta.tokens))
             self._tokens.labels(model, name).inc(len(delta.tokens))
             if delta.finish is not None:
-                self._ended(delta, name, now - request.arrived)
+                self._ended(delta, names, now - request.arrived)
             deliver(delta)
 
         return watch
 
-    def _ended(self, delta: Delta, name: str, seconds: float) -> None:
+    def _ended(self, delta: Delta, names: Sequence[str], seconds: float) -> None:
+        name = "+".join(names)
+        for each in names or (self._model,):
+            self._answered[each] += 1
         self._requests.labels(self._model, name).inc()
         if delta.finish == "error":
             self._errors.labels(self._model, name).inc()

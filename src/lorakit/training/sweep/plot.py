@@ -16,7 +16,7 @@ MOST_LINES_NAMED = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class TrialPoint:
     """One adapter."""
 
     settings: Mapping[str, Any]
@@ -30,7 +30,7 @@ def is_available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(points: Sequence[Point], file: Path, *, score_name: str, title: str) -> None:
+def draw(points: Sequence[TrialPoint], file: Path, *, score_name: str, title: str) -> None:
     """Write a PNG with a line for each combination of settings other than the rank."""
     # Imported when needed: it is optional, and slow to import. A Figure of its own leaves the
     # user's pyplot alone.
@@ -64,20 +64,20 @@ def draw(points: Sequence[Point], file: Path, *, score_name: str, title: str) ->
     figure.savefig(file)
 
 
-def lines_of(points: Sequence[Point]) -> dict[str, list[Point]]:
+def lines_of(points: Sequence[TrialPoint]) -> dict[str, list[TrialPoint]]:
     """The points of each line, by the line's name, from few parameters to many.
 
     A setting that the rank decides, such as an alpha of twice the rank, makes no lines of its own.
     """
     keys = [key for key in points[0].settings if key != RANK and not _follows_rank(points, key)]
-    lines: dict[str, list[Point]] = {}
+    lines: dict[str, list[TrialPoint]] = {}
     for point in sorted(points, key=lambda point: point.parameters):
         name = label({key: point.settings[key] for key in keys})
         lines.setdefault(name, []).append(point)
     return lines
 
 
-def _follows_rank(points: Sequence[Point], key: str) -> bool:
+def _follows_rank(points: Sequence[TrialPoint], key: str) -> bool:
     """Whether all points of one rank have one value of a setting, and ranks differ."""
     values: dict[Any, set[str]] = {}
     for point in points:
@@ -85,12 +85,12 @@ def _follows_rank(points: Sequence[Point], key: str) -> bool:
     return len(values) > 1 and all(len(found) == 1 for found in values.values())
 
 
-def _write_ranks(axes: Any, points: Sequence[Point], *, falling: bool) -> None:
+def _write_ranks(axes: Any, points: Sequence[TrialPoint], *, falling: bool) -> None:
     """Write each rank once per number of parameters, above the highest point there.
 
     A line that falls leaves room on the right of a point, one that rises on the left.
     """
-    highest: dict[int, Point] = {}
+    highest: dict[int, TrialPoint] = {}
     for point in points:
         if point.score >= highest.setdefault(point.parameters, point).score:
             highest[point.parameters] = point
@@ -106,7 +106,7 @@ def _write_ranks(axes: Any, points: Sequence[Point], *, falling: bool) -> None:
         )
 
 
-def _ticks(points: Sequence[Point]) -> list[int]:
+def _ticks(points: Sequence[TrialPoint]) -> list[int]:
     """The numbers of parameters, without those too near to the one before to be legible."""
     counts = sorted({point.parameters for point in points})
     nearest = (counts[-1] / counts[0]) ** 0.12

@@ -122,7 +122,7 @@ def write_table_and_plot(result: SweepResult) -> None:
     """Write the table and, where matplotlib is installed, the plot."""
     _put(result.out / TABLE, f"# {result.summary}\n")
     points = [
-        sweep_plot.Point(
+        sweep_plot.TrialPoint(
             settings=each.trial.settings,
             parameters=each.trained.parameters,
             score=result.score(each.trained),
@@ -195,7 +195,7 @@ def _read_result(trial: Trial, result: Mapping[str, Any]) -> TrainResult:
 def _table(result: SweepResult) -> str:
     keys = list(result.trials[0].trial.settings)
     head = [*(key.rpartition(".")[2] for key in keys), "parameters", "file", result.score_name]
-    rows = [["member", *head, "best step" if result.metric else "steps"]]
+    rows = [["trial", *head, "best step" if result.metric else "steps"]]
     for each in result.trials:
         varied = [word(each.trial.settings[key]) for key in keys]
         rows.append([each.name, *varied, *_outcome(result, each)])

@@ -53,7 +53,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What METEOR sums over segments."""
+    """The counts that METEOR sums over segments."""
 
     output: _Side = field(default_factory=_Side)
     reference: _Side = field(default_factory=_Side)
@@ -172,7 +172,7 @@ class _Matcher:
         self._stem = cache(SnowballStemmer("english").stem)
 
     def sentence(self, words: list[str]) -> _Sentence:
-        """What matching needs to know of a sentence."""
+        """A sentence with the stems, synonyms and paraphrases that matching compares."""
         keys: dict[int, Sequence[Collection[str]]] = {
             STEM: [(self._stem(word),) for word in words],
             SYNONYM: [self._lists.synsets(word) for word in words],
@@ -207,7 +207,7 @@ class _Sentence:
 
     @cached_property
     def places(self) -> Mapping[str, list[int]]:
-        """Where each word is."""
+        """The positions of each word."""
         return _places((word,) for word in self.words)
 
     @cached_property
@@ -262,7 +262,7 @@ def _matches(output: _Sentence, reference: _Sentence) -> list[list[Match]]:
 
 
 def _places(groups: Iterable[Iterable[str]]) -> dict[str, list[int]]:
-    """Where each member of some group is."""
+    """The numbers of the groups that each member is in."""
     places: dict[str, list[int]] = {}
     for at, members in enumerate(groups):
         for member in members:

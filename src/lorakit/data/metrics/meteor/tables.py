@@ -139,7 +139,7 @@ class Tables:
 
     @cached_property
     def _paraphrase_starts(self) -> NDArray[np.int64]:
-        """Where each phrase of the pairs begins among their words, and where the last one ends."""
+        """The index of each phrase's first word among the words of all, and the end of the last."""
         _, _, lengths = self._paraphrase_table
         return np.concatenate([[0], np.cumsum(lengths.ravel(), dtype=np.int64)])
 

@@ -1,0 +1,39 @@
+"""The adapters of a server in figures: those that answer, and those in its folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakit.serving.api.metrics import Metrics
+from lorakit.serving.catalog import Catalog, Loaded
+
+
+def inventory(catalog: Catalog, metrics: Metrics) -> dict[str, Any]:
+    """The base, the adapters that requests may name, and those that can be loaded."""
+    loaded = catalog.adapters
+    resident = set(catalog.bank.resident)
+    held = {each.folder for each in loaded.values()}
+    return {
+        "object": "list",
+        "base": {"name": catalog.name, "requests": metrics.answered(catalog.name)},
+        "loads": catalog.folder is not None,
+        "data": [
+            _shown(name, each) | {"in_memory": name in resident, "requests": metrics.answered(name)}
+            for name, each in loaded.items()
+        ],
+        "not_loaded": [place.name for place in catalog.found() if place not in held],
+    }
+
+
+def _shown(name: str, loaded: Loaded) -> dict[str, Any]:
+    record = loaded.record
+    return {
+        "name": name,
+        "folder": str(loaded.folder),
+        "method": record.method,
+        "ranks": sorted({site.rank for site in record.sites}),
+        "updates": len(record.sites),
+        "size_bytes": loaded.size_bytes,
+        "load_s": round(loaded.load_s, 4),
+        "base": loaded.base,
+    }

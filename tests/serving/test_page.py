@@ -1,0 +1,126 @@
+"""The page: what it is made of, and what it does in a browser."""
+
+import asyncio
+import re
+import shutil
+import socket
+import threading
+
+import pytest
+
+pytest.importorskip("fastapi")
+import uvicorn
+
+from lorakit.serving.api.app import Policy, build_app
+from lorakit.serving.api.keys import Keys, Rights
+from lorakit.serving.api.listening import Listener
+from lorakit.serving.page import files
+from serving.browser import CHROMIUM, Browser
+from serving.servers import Server, save
+
+MOST_BYTES = 60_000
+
+
+@pytest.fixture
+def served(words, folder, tmp_path):
+    """A tiny server at a port, which wants a key."""
+    folder = shutil.copytree(folder, tmp_path / "served")
+    server = Server(words, folder)
+    save(words, folder / "late", 5, rank=3)
+    keys = Policy(keys=Keys({"secret": Rights()}))
+    listening = socket.create_server(("127.0.0.1", 0))
+    app = build_app(server.engine, server.catalog, keys)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+    listener = Listener(config)
+    thread = threading.Thread(target=lambda: asyncio.run(listener.serve([listening])))
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    listener.should_exit = listener.force_exit = True
+    thread.join()
+    listening.close()
+    server.engine.close(drain=False)
+
+
+def test_the_page_is_small_and_names_only_its_own_files():
+    assert sum(len(content) for content, _ in files().values()) < MOST_BYTES
+    for content, _ in files().values():
+        text = content.decode().replace("http://www.w3.org/2000/svg", "")
+        assert "innerHTML" not in text
+        assert not re.search(r"https?://|style=|\son\w+=", text)
+        for name in re.findall(r'(?:from "\.|="/page)/([\w.]+)"', text):
+            assert f"/page/{name}" in files()
+
+
+def test_the_page_needs_no_key_and_lets_nothing_else_in(words, folder):
+    server = Server(words, folder, Policy(keys=Keys({"secret": Rights()})))
+    for path, (content, kind) in files().items():
+        response = server.client.get(path)
+        assert (response.status_code, response.content) == (200, content)
+        assert response.headers["content-type"] == kind
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'; script-src 'self'" in policy
+        assert "unsafe" not in policy
+    assert server.client.get("/page/other.js").status_code == 401
+    assert server.client.get("/v1/adapters").status_code == 401
+    server.engine.close()
+
+
+ANSWERED = "document.getElementById('send').textContent === 'Ask'"
+TEXTS = "[...document.querySelectorAll('.answer')].map((each) => each.textContent)"
+
+
+@pytest.mark.browser
+@pytest.mark.thorough
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_two_columns_are_asked_in_a_browser(served, tmp_path, width):
+    with Browser(tmp_path / "browser") as page:
+        page.open(served, width)
+        page.wait("document.getElementById('keybox').open")
+        assert "no key" in page.run("document.getElementById('adapters-error').textContent")
+        page.type("#key", "secret")
+        page.run("document.getElementById('keyform').requestSubmit()")
+        page.wait("document.querySelectorAll('#rows tr').length === 4")
+        told = page.run("document.getElementById('rows').innerText")
+        assert "lora r 2" in told
+        assert "yes" in told
+
+        # Both at once, the second with a combination; the answers are the server's.
+        choose = "document.querySelectorAll('select.model')[1]"
+        page.run(f"{choose}.value = 'mix:'; {choose}.dispatchEvent(new Event('change'))")
+        page.run("document.querySelectorAll('.length').forEach((each) => { each.value = 6; })")
+        page.type("#prompt", "red cat")
+        page.press("Enter", 2)
+        page.wait(f"{ANSWERED} && document.querySelectorAll('.figures b').length >= 4")
+        left, right = page.run(TEXTS)
+        assert left
+        assert right
+        assert "tokens" in page.run("document.querySelector('.figures').textContent")
+        assert page.run("document.getElementById('status').textContent").startswith("A: ")
+
+        # A token tells its probability and its rivals, under the pointer and under the focus.
+        page.point(".answer span")
+        assert page.run("document.getElementById('tip').innerText").count("%") >= 5
+        page.run("document.querySelector('.answer span').focus()")
+        page.press("ArrowRight")
+        assert page.run("document.activeElement.previousElementSibling !== null")
+        page.press("Escape")
+        assert page.run("document.getElementById('tip').hidden")
+
+        curl = "import('/page/snippets.js').then((m) => m.asCurl('/v1/completions', {a: \"b'c\"}))"
+        assert "-d '{\n  \"a\": \"b'\\''c\"\n}'" in page.run(curl)
+
+        # Adapters come and go, and what is wrong is told in words.
+        page.run("document.querySelector('[aria-label=\"Load late\"]').click()")
+        page.wait("document.querySelector('[aria-label=\"Unload late\"]') !== null")
+        assert page.run("[...document.querySelectorAll('select.model')[0].options].length") == 5
+        page.run("document.querySelector('[aria-label=\"Unload late\"]').click()")
+        page.wait("document.querySelector('[aria-label=\"Load late\"]') !== null")
+        page.run("document.querySelector('.temperature').value = -1")
+        page.press("Enter", 2)
+        page.wait("!document.querySelector('article .error').hidden")
+        assert "temperature: " in page.run("document.querySelector('article .error').textContent")
+        page.wait(ANSWERED)
+
+        assert page.run("document.documentElement.scrollWidth") <= width
+        assert [each for each in page.problems if "status of 4" not in each] == []
