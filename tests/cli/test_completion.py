@@ -44,6 +44,22 @@ def test_bash_proposes_verbs_flags_and_choices(script, tmp_path, words, proposed
     assert proposed <= set(done.stdout.split()), done.stdout
 
 
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+def test_fish_proposes_verbs_flags_and_choices(script, tmp_path):
+    file = tmp_path / "complete.fish"
+    typed = ("lorakit tra", "lorakit train --lora.ra", "lorakit train --schedule ")
+    asked = "\n".join(f"complete -C '{words}'" for words in typed)
+    file.write_text(f"{script('fish')}\n{asked}\n")
+    done = subprocess.run(
+        ["fish", "--no-config", str(file)], capture_output=True, text=True, check=True
+    )
+    proposed = {line.partition("\t")[0] for line in done.stdout.splitlines()}
+    assert proposed == {
+        *("train", "--lora.rank", "--lora.rank-pattern"),
+        *("linear", "cosine", "constant"),
+    }
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_of_each_shell_knows_every_verb_and_flag(script, shell):
     text = script(shell)

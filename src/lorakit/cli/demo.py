@@ -32,11 +32,13 @@ from lorakit.routing.route import switch
 from lorakit.training.run import train
 from lorakit.training.sweep.sweep import sweep
 
-TASK_STEPS = {"places": 70, "sql": 30}
+TASK_STEPS = {"places": 70, "sql": 40}
 """The tasks, and the number of training steps of each."""
 MODEL = "smollm2"
 SWEEP_RANKS = (1, 2, 4, 8)
 SWEEP_STEPS = 12
+SWEEP_ROWS = 2
+"""Rows of each rank in a step."""
 MIXED_ROWS = 8
 """Rows of the mixed batch; the tasks and the base take turns."""
 
@@ -94,9 +96,11 @@ def run(settings: DemoConfig) -> Result:
     trained = {}
     for task in TASK_STEPS:
         _say(f"training {task}")
-        trained[task] = train(_training(task, settings, out), progress=True)
+        trained[task] = train(
+            _training(task, settings, out), model=model, tokenizer=tokenizer, progress=True
+        )
     _say(f"training {len(SWEEP_RANKS)} ranks of sql in one batch")
-    swept = sweep(_sweep(settings, out), progress=True)
+    swept = sweep(_sweep(settings, out), model=model, tokenizer=tokenizer, progress=True)
     _say("reloading the adapters into the base, scoring, mixing, merging, unmerging")
     bank = AdapterBank(model)
     results = []
@@ -150,7 +154,6 @@ def _folder(asked: Path | None) -> Path:
 
 def _training(task: str, settings: DemoConfig, out: Path) -> TrainConfig:
     return TrainConfig(
-        model=MODEL,
         out=out / task,
         lora=LoRAConfig(rank=8, alpha=16, targets=("q", "v")),
         data=DataConfig(train=f"builtin:{task}"),
@@ -162,10 +165,9 @@ def _training(task: str, settings: DemoConfig, out: Path) -> TrainConfig:
 
 
 def _sweep(settings: DemoConfig, out: Path) -> TrainConfig:
-    """The settings of a sweep whose joint step has as many rows as one training's step."""
+    """The settings of a sweep of some ranks, too short for any to learn its task."""
     steps = min(SWEEP_STEPS, settings.steps or SWEEP_STEPS)
     return TrainConfig(
-        model=MODEL,
         out=out / "ranks",
         lora=LoRAConfig(targets=("q", "v")),
         data=DataConfig(
@@ -173,7 +175,7 @@ def _sweep(settings: DemoConfig, out: Path) -> TrainConfig:
         ),
         sweep={"lora.rank": list(SWEEP_RANKS)},
         steps=steps,
-        batch_size=max(1, settings.batch_size // len(SWEEP_RANKS)),
+        batch_size=SWEEP_ROWS,
         learning_rate=3e-3,
         warmup_steps=min(3, steps // 2),
         eval_every=steps,

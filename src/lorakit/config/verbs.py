@@ -248,7 +248,7 @@ class DemoConfig(Settings):
     rows: PositiveInt = 32
     """Held-out rows scored per task."""
 
-    batch_size: PositiveInt = 8
+    batch_size: PositiveInt = 4
     """Rows per step."""
 
 

@@ -45,7 +45,7 @@ class Packing:
     def __str__(self) -> str:
         """The packing in words, and the reason why rows are not joined."""
         if self.joined:
-            return "rows joined without padding"
+            return "rows joined, without padding between them"
         order = "padded, rows of like length together" if self.by_length else "padded"
         return f"{order}, because {self.reason}" if self.reason else order
 

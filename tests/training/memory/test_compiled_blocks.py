@@ -99,7 +99,11 @@ def test_a_compiled_run_has_the_losses_of_the_same_run_without(runs, name):
 
 @pytest.mark.thorough
 def test_compiled_rows_are_joined_where_others_are(runs):
-    assert runs["joined"]["packing"] == runs["slices"]["packing"] == "rows joined without padding"
+    assert (
+        runs["joined"]["packing"]
+        == runs["slices"]["packing"]
+        == "rows joined, without padding between them"
+    )
     assert runs["padded"]["packing"] == "padded"
 
 
