@@ -20,7 +20,7 @@ from lorakit.attachment.open_model import open_model
 from lorakit.config.verbs import ServeConfig
 from lorakit.data.chat import with_template
 from lorakit.errors import ConfigError, MissingExtraError
-from lorakit.models.load import encodes, load_model
+from lorakit.models.load import encodes, fresh_heads, load_model
 from lorakit.serving.catalog import ENCODING, Catalog
 from lorakit.serving.encoder_engine import EncoderEngine
 from lorakit.serving.engine import Engine
@@ -172,9 +172,15 @@ def _encoder(
     """A base with a head for classes, which adapters have in their own form."""
     how: dict[str, Any] = {"dtype": settings.dtype, "task": "classification"}
     if adapter is not None:
-        return adapter.load_base(name or None, quantize=settings.quantize, **how)
-    as_is = settings.quantize in ("none", "as-trained")
-    return load_model(name, quantize=None if as_is else settings.quantize, **how)
+        model, tokenizer = adapter.load_base(name or None, quantize=settings.quantize, **how)
+    else:
+        as_is = settings.quantize in ("none", "as-trained")
+        model, tokenizer = load_model(name, quantize=None if as_is else settings.quantize, **how)
+    for path in fresh_heads(model):
+        # In a combination, weights that do not sum to 1 would add some of what was drawn.
+        for parameter in model.get_submodule(path).parameters():
+            parameter.data.zero_()
+    return model, tokenizer
 
 
 def _listening(settings: ServeConfig) -> socket.socket:
