@@ -133,6 +133,16 @@ def test_at_most_three_modules_are_loose():
     assert len(loose) <= 3
 
 
+def test_the_folder_list_alone_says_where_things_are():
+    def homes(word):
+        return {str(m.parent.relative_to(SOURCE)) for m in MODULES if word in m.stem}
+
+    assert (homes("pissa"), homes("resume")) == ({"methods/lora"}, {"training"})
+    named = ("Rows choose adapters", "one file a method", "PEFT's file format")
+    found = [[room for room in rooms.rooms() if words in rooms.idea(room)] for words in named]
+    assert found == [["routing"], ["methods"], ["adapter"]]
+
+
 def test_package_has_few_public_names_and_all_exist():
     assert len(lorakit.__all__) <= 36
     assert len(set(lorakit.__all__)) == len(lorakit.__all__)

@@ -38,7 +38,7 @@ SHOWN = 8
 
 
 @dataclass
-class Entry:
+class BankEntry:
     """One adapter of a bank."""
 
     content_hash: str
@@ -113,7 +113,7 @@ class AdapterBank:
         self.budget_bytes = budget_bytes
         self._allow_other_base = allow_other_base
         self._check = check
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, BankEntry] = {}
         self._uses = 0
         self._table = threading.RLock()
         """Held for moments: to read and write the entries."""
@@ -341,9 +341,9 @@ class AdapterBank:
                 if name not in self._entries:
                     updates = each.updates.values()
                     size = sum(p.nbytes for update in updates for p in update.parameters())
-                    self._entries[name] = Entry("", size, None)
+                    self._entries[name] = BankEntry("", size, None)
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> BankEntry:
         if name not in self._entries:
             self._notice()
         if name not in self._entries:
@@ -381,7 +381,7 @@ class AdapterBank:
         self._make_room(name, adapter.size_bytes)
         with self._table:
             install(self.model, updates, name, record, trainable=False)
-            entry = self._entries.setdefault(name, Entry("", 0, None))
+            entry = self._entries.setdefault(name, BankEntry("", 0, None))
             entry.content_hash, entry.size_bytes = adapter.content_hash(), adapter.size_bytes
             entry.folder = folder
             self._note_use(entry)
@@ -419,7 +419,7 @@ class AdapterBank:
                 for entry in entries:
                     entry.routes -= 1
 
-    def _note_use(self, entry: Entry) -> None:
+    def _note_use(self, entry: BankEntry) -> None:
         self._uses += 1
         entry.used = self._uses
 
@@ -431,7 +431,7 @@ class AdapterBank:
                 if not self._is_resident(name):
                     self._reload(name, self._entry(name))
 
-    def _reload(self, name: str, entry: Entry) -> None:
+    def _reload(self, name: str, entry: BankEntry) -> None:
         if entry.folder is None:
             raise BankError(f"adapter {name!r} was detached and has no folder: bank.add it again")
         adapter = Adapter.load(entry.folder)
@@ -473,7 +473,7 @@ class AdapterBank:
             for other in leaving:
                 remove(self._state, other)
 
-    def _is_evictable(self, name: str, entry: Entry) -> bool:
+    def _is_evictable(self, name: str, entry: BankEntry) -> bool:
         route = self._state.route
         held = entry.pinned or entry.routes or name == route.bottom.name
         return entry.folder is not None and not held

@@ -12,7 +12,7 @@ import torch
 
 import lorakit as lk
 from lorakit.analysis.checks import left_out
-from lorakit.analysis.report import Findings, adapter_page, log_of
+from lorakit.analysis.report import AdapterFindings, adapter_page, log_of
 from lorakit.analysis.report_of_two import comparison_page
 from lorakit.cli.main import main
 from tiny_models import build
@@ -69,7 +69,7 @@ def folder(tmp_path):
 def looked_into(folder, model=None):
     """The page of an adapter's folder."""
     adapter = lk.Adapter.load(folder)
-    found = Findings(
+    found = AdapterFindings(
         spectra=lk.analysis.spectrum(adapter, model=model),
         amplified={} if model is None else lk.analysis.amplification(adapter, model),
         log=log_of(folder),
@@ -100,7 +100,7 @@ def test_what_an_adapter_has_no_change_of_weights_for_is_said_and_the_rest_shown
     model = build("llama")
     lk.attach(model, lk.PrefixConfig())
     adapter = lk.extract(model)
-    page = adapter_page(adapter, Findings(notes=left_out(adapter)), name="prefix")
+    page = adapter_page(adapter, AdapterFindings(notes=left_out(adapter)), name="prefix")
     assert [section.title for section in page.sections] == ["Adapter", "Not shown"]
     assert any("prefix-embedding" in text for text in page.sections[-1].text)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
-from lorakit.analysis.report import Findings, adapter_page, log_of
+from lorakit.analysis.report import AdapterFindings, adapter_page, log_of
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data import template_limits
 from lorakit.data.chat import ChatTemplate
@@ -241,7 +241,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scores", ["text", [1], {"a": "b", "c": {"d": 1}, "e": None, "loss": 0.5}])
 def test_scores_that_are_no_numbers_are_not_shown(folder: Path, scores: object) -> None:
     adapter = replace(lk.Adapter.load(folder), card={"scores": scores, "step": [1]})
-    shown = adapter_page(adapter, Findings(), name="<script>").html()
+    shown = adapter_page(adapter, AdapterFindings(), name="<script>").html()
     assert ("0.5" in shown) == isinstance(scores, dict)
     assert "<script></title>" not in shown
 

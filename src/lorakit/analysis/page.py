@@ -16,7 +16,7 @@ from lorakit.analysis.figures import Figure, HeatMap, check_plots, drawn, write_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class PageTable:
     """Numbers or words in rows."""
 
     caption: str
@@ -34,7 +34,7 @@ class Section:
     """Paragraphs; what is between ` is set as code."""
     facts: Mapping[str, str] | None = None
     figures: Sequence[Figure] = ()
-    tables: Sequence[Table] = ()
+    tables: Sequence[PageTable] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from lorakit.adapter.card import scores_of
 from lorakit.analysis.amplifying import Amplification
 from lorakit.analysis.by_layer import ByLayer
 from lorakit.analysis.figures import Figure, HeatMap, Lines, plain, shown
-from lorakit.analysis.page import Page, Section, Table
+from lorakit.analysis.page import Page, PageTable, Section
 from lorakit.analysis.spectra import Spectrum
 from lorakit.analysis.tracing import Trace
 from lorakit.training.run_folder import LOG
@@ -28,7 +28,7 @@ MOST_LOG_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
+class AdapterFindings:
     """What was found in an adapter; what is empty is not on the page."""
 
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Findings:
     """What could not be looked at, and why."""
 
 
-def adapter_page(adapter: Adapter, found: Findings, *, name: str) -> Page:
+def adapter_page(adapter: Adapter, found: AdapterFindings, *, name: str) -> Page:
     """The report of an adapter.
 
     Args:
@@ -212,7 +212,7 @@ def _amplified(amplified: Mapping[str, Amplification]) -> Section:
         values=by_layer.grid(amplified, lambda each: each.factor),
         unit="factor",
     )
-    table = Table(caption="‖UᵀWV‖ by update", head=head, rows=rows)
+    table = PageTable(caption="‖UᵀWV‖ by update", head=head, rows=rows)
     return Section(title="Amplification", text=[text], figures=[figure], tables=[table])
 
 
@@ -239,7 +239,7 @@ def _advice(spectra: Mapping[str, Spectrum]) -> Section:
         "may hold on less, or need more: score the smaller adapter before you use it."
     )
     head = ["update", "rank now", "effective rank", *(f"rank for {share:.0%}" for share in SHARES)]
-    table = Table(caption="Ranks by update", head=head, rows=rows)
+    table = PageTable(caption="Ranks by update", head=head, rows=rows)
     return Section(title="Rank advice", text=[text], tables=[table])
 
 
@@ -253,7 +253,7 @@ def _parameters(spectra: Mapping[str, Spectrum], rank: Any) -> int:
     return sum(rank(each) * sum(each.shape) for each in spectra.values())
 
 
-def _training(adapter: Adapter, found: Findings) -> Iterator[Section]:
+def _training(adapter: Adapter, found: AdapterFindings) -> Iterator[Section]:
     """The curve of the run, how ΔW grew in it, and the scores that the card has."""
     facts = scores_of(adapter.card)
     if step := adapter.card.get("step"):
@@ -332,7 +332,7 @@ def _growth(traces: Sequence[Trace]) -> Iterator[Figure]:
 def _card(adapter: Adapter) -> Iterator[Section]:
     rows = [[name, value] for name, value in _flat(adapter.card) if value]
     if rows:
-        table = Table(caption="What the training recorded", head=["entry", "value"], rows=rows)
+        table = PageTable(caption="What the training recorded", head=["entry", "value"], rows=rows)
         yield Section(title="Card", tables=[table])
 
 

@@ -13,7 +13,7 @@ from lorakit.analysis.by_layer import ByLayer
 from lorakit.analysis.checks import shape_of
 from lorakit.analysis.comparing import Comparison
 from lorakit.analysis.figures import HeatMap, plain, shown
-from lorakit.analysis.page import Page, Section, Table
+from lorakit.analysis.page import Page, PageTable, Section
 from lorakit.analysis.subspaces import Side, random_control
 
 SIDES: Mapping[Side, str] = {"a": "A, what is read of the input", "b": "B, what is written"}
@@ -99,7 +99,7 @@ def _facts(first: Adapter, second: Adapter, names: tuple[str, str]) -> Section:
         }
 
     one, other = told(first), told(second)
-    table = Table(
+    table = PageTable(
         caption="Both adapters",
         head=["", *names],
         rows=[[entry, one[entry], other[entry]] for entry in one],
@@ -204,7 +204,7 @@ def _agreement(found: Comparison, names: tuple[str, str]) -> Section:
         for name, site in found.sites.items()
     ]
     head = ["update", *(f"‖ΔW‖ of {name}" for name in names), "cosine", "relative difference"]
-    table = Table(caption="Size and agreement by update", head=head, rows=rows)
+    table = PageTable(caption="Size and agreement by update", head=head, rows=rows)
     facts = {
         "cosine of all ΔW": shown(found.cosine),
         "relative difference": shown(found.relative_difference),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, AdapterSource
-from lorakit.attachment.original_weights import OriginalWeight
+from lorakit.attachment.original_weights import restore_module
 from lorakit.attachment.plan import Plan, fresh_plan, with_singular_vectors
 from lorakit.attachment.state import (
     Attachment,
@@ -36,7 +36,7 @@ from lorakit.methods.lora.eva import input_singular_vectors
 from lorakit.methods.lora.lora import LoRAUpdate, parameter_shapes
 from lorakit.methods.lora.pissa import join_frozen_factors
 from lorakit.methods.prompt.hooks import HOOKS, watch
-from lorakit.models.base import base_modules, base_parameter, unwrapped
+from lorakit.models.base import base_modules, unwrapped
 from lorakit.models.roles import shared_inputs, task_heads
 
 What = MethodConfig | Sequence[MethodConfig] | AdapterSource
@@ -332,29 +332,6 @@ def restore_original_weights(model: nn.Module, state: Attachment) -> None:
     state.original_weights.clear()
     if state.route.merged is not None:
         state.route.set_bottom(state.adapters[state.route.merged].frame)
-
-
-def restore_module(model: nn.Module, path: str, weights: Mapping[str, OriginalWeight]) -> None:
-    """Copy a module's original weights back, and tie again those that the merge untied."""
-    module = model.get_submodule(path)
-    for name, original_weights in weights.items():
-        if isinstance(original_weights, nn.Parameter):
-            # The model may have been moved or cast since; the parameter stays the same object.
-            original_weights.data = original_weights.data.to(base_parameter(module, name))
-            set_parameter(module, name, original_weights)
-        else:
-            weight = (
-                original_weights
-                if isinstance(original_weights, Tensor)
-                else original_weights.read()
-            )
-            base_parameter(module, name).data.copy_(weight)
-
-
-def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Replace the parameter of a dotted name by another."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, parameter)
 
 
 def extract(model: nn.Module, name: str | None = None) -> Adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorakit.errors import MergeError
+from lorakit.models.base import base_parameter
 from lorakit.upstream.private_names import loaded_from
 
 
@@ -68,3 +70,22 @@ class Checkpoint:
 
 OriginalWeight = Tensor | FileWeight
 """A weight before the merge: a copy, the parameter itself if it was tied, or a place in a file."""
+
+
+def restore_module(model: nn.Module, path: str, weights: Mapping[str, OriginalWeight]) -> None:
+    """Copy a module's original weights back, and tie again those that the merge untied."""
+    module = model.get_submodule(path)
+    for name, original in weights.items():
+        if isinstance(original, nn.Parameter):
+            # The model may have been moved or cast since; the parameter stays the same object.
+            original.data = original.data.to(base_parameter(module, name))
+            set_parameter(module, name, original)
+        else:
+            weight = original if isinstance(original, Tensor) else original.read()
+            base_parameter(module, name).data.copy_(weight)
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Replace the parameter of a dotted name by another."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)

@@ -14,7 +14,7 @@ from lorakit.adapter.site import Site
 from lorakit.analysis.amplifying import Amplification, amplification
 from lorakit.analysis.checks import has_delta, left_out
 from lorakit.analysis.page import Page, check_report, write_page
-from lorakit.analysis.report import Findings, adapter_page, log_of
+from lorakit.analysis.report import AdapterFindings, adapter_page, log_of
 from lorakit.analysis.spectra import Spectrum, spectrum
 from lorakit.analysis.tracing import traces
 from lorakit.cli.advise import Loaded, advise
@@ -49,7 +49,7 @@ def run(settings: InspectConfig) -> Result:
     }
     written = []
     if settings.asks_report:
-        found = Findings(spectra=spectra, amplified=amplified, notes=notes)
+        found = AdapterFindings(spectra=spectra, amplified=amplified, notes=notes)
         written = write_page(
             _report(settings, adapter, found), html=settings.html, figures=settings.figures
         )
@@ -63,7 +63,7 @@ def run(settings: InspectConfig) -> Result:
     return Result(text="\n".join(lines), data={**facts, "written": written})
 
 
-def _report(settings: InspectConfig, adapter: Adapter, found: Findings) -> Page:
+def _report(settings: InspectConfig, adapter: Adapter, found: AdapterFindings) -> Page:
     """The report, also of the run in whose folder the adapter is."""
     folder = local_path(settings.adapter)
     try:

@@ -8,14 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.attachment.attach import (
-    check_in_place,
-    detach,
-    restore_module,
-    restore_original_weights,
-    set_parameter,
-)
-from lorakit.attachment.original_weights import Checkpoint
+from lorakit.attachment.attach import check_in_place, detach, restore_original_weights
+from lorakit.attachment.original_weights import Checkpoint, restore_module, set_parameter
 from lorakit.attachment.state import (
     Attachment,
     active_name,

@@ -15,7 +15,7 @@ AGGREGATIONS = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
 OPERATORS = ("=", ">", "<")
 
 Query = Mapping[str, Any]
-SqlTable = Mapping[str, Any]
+WikiSqlTable = Mapping[str, Any]
 _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
 _GROUPED = re.compile(r"[-+]?\d{1,3}(,\d{3})*(\.\d+)?|[-+]?\d+(\.\d+)?")
 
@@ -40,7 +40,7 @@ def _form(query: Query, *, ordered: bool) -> tuple[Any, ...]:
     return query["sel"], query["agg"], conditions if ordered else set(conditions)
 
 
-def same_result(output: Query | None, reference: Query, table: SqlTable) -> bool:
+def same_result(output: Query | None, reference: Query, table: WikiSqlTable) -> bool:
     """Whether two queries have the same result on a table; a query that cannot run is wrong.
 
     Args:
@@ -56,7 +56,7 @@ def same_result(output: Query | None, reference: Query, table: SqlTable) -> bool
         return False
 
 
-def _fill(database: sqlite3.Connection, table: SqlTable) -> None:
+def _fill(database: sqlite3.Connection, table: WikiSqlTable) -> None:
     columns = ", ".join(f"col{index} {kind}" for index, kind in enumerate(table["types"]))
     database.execute(f"CREATE TABLE rows ({columns})")
     marks = ", ".join("?" * len(table["types"]))
@@ -64,7 +64,7 @@ def _fill(database: sqlite3.Connection, table: SqlTable) -> None:
     database.executemany(f"INSERT INTO rows VALUES ({marks})", lowered)
 
 
-def _run(database: sqlite3.Connection, table: SqlTable, query: Query) -> list[tuple[Any, ...]]:
+def _run(database: sqlite3.Connection, table: WikiSqlTable, query: Query) -> list[tuple[Any, ...]]:
     column = f"col{int(query['sel'])}"
     aggregation = AGGREGATIONS[query["agg"]]
     selected = f"{aggregation}({column})" if aggregation else column
