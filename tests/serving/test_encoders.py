@@ -38,7 +38,7 @@ def adapter(folder, name, **config):
     """A classifier's adapter with random weights, as training would save it."""
     model, _ = load(folder, LABELS[name])
     how = {"rank": 2 + len(name), "targets": ("all-linear",), **config}
-    attach_random(model, seed=len(name), std=0.3, **how)
+    attach_random(model, seed=list(LABELS).index(name), std=0.3, **how)
     card = {"task": "classification", "labels": LABELS[name]}
     return replace(lk.extract(model), card=card)
 

@@ -52,7 +52,9 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
             rank=settings.rank,
             dtype=settings.adapter_dtype,
         )
-        limits = Limits(slots=settings.clients, prefill_tokens=settings.prefill_tokens)
+        limits = Limits(
+            slots=settings.clients, prefill_tokens=settings.prefill_tokens, prefix_bytes=0
+        )
         engine = Engine(model, limits)
         catalog = Catalog(model, tokenizer, "base", folder=Path(temporary))
         catalog.load_all()

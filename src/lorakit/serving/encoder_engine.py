@@ -44,9 +44,7 @@ class EncoderEngine(Worker):
     ) -> None:
         super().__init__(model, limits)
         self._batch: list[Request] = []
-        self._hidden: Tensor | None = None
         self._way = way_of(model)
-        model.base_model.register_forward_hook(self._keep)
         with attachment_for(model).route.own.pushed(Frame()):
             self._prove()
         self.slots = HeldSlots(model, self.limits.slots, dtype=adapter_dtype or model.dtype)
@@ -114,14 +112,18 @@ class EncoderEngine(Worker):
         more: dict[str, Any] = {}
         if any(pairs):
             more["token_type_ids"] = padded(pairs, 0)
-        output = self.model(input_ids=padded(prompts, pad), attention_mask=mask, **more)
-        hidden, self._hidden = self._hidden, None
-        assert hidden is not None
-        return output.logits, pooled(hidden, mask, self._way)
+        kept: list[Tensor] = []
 
-    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
-        """Keep the hidden states of a call, which the head alone gets."""
-        self._hidden = output.last_hidden_state
+        def keep(module: Any, inputs: Any, output: Any) -> None:
+            kept.append(output.last_hidden_state)
+
+        # The head alone gets the hidden states, and a call of the backbone would be a second one.
+        hook = self.model.base_model.register_forward_hook(keep)
+        try:
+            output = self.model(input_ids=padded(prompts, pad), attention_mask=mask, **more)
+        finally:
+            hook.remove()
+        return output.logits, pooled(kept[-1], mask, self._way)
 
     @torch.no_grad()
     def _prove(self) -> None:

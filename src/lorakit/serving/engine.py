@@ -12,8 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 from lorakit.attachment.state import attachment_for
 from lorakit.layers.route import Frame
 from lorakit.serving.decoder import Decoder
+from lorakit.serving.grammars import GrammarError
 from lorakit.serving.held_slots import HeldSlots
-from lorakit.serving.kv_slots import KeyValueSlots
+from lorakit.serving.kv_slots import KeyValueSlots, states_of
 from lorakit.serving.requests import Delta, Finish, Request
 from lorakit.serving.sampling import Sampler, Token, reported
 from lorakit.serving.text import GrowingText
@@ -32,6 +33,10 @@ class Row:
     """What was read of the prompt; None once it is in the slot."""
     read: int = 0
     """The tokens of the prompt that were read."""
+    cached: int = 0
+    """Those of them that were read before, for another request."""
+    ids: list[int] = field(default_factory=list)
+    """The tokens of the answer."""
     last: int = 0
     """The latest token, which the next step reads."""
     count: int = 0
@@ -117,7 +122,9 @@ class Engine(Worker):
                 include_stop=request.include_stop,
                 skip_special=request.skip_special,
             )
-            row = Row(request, slot, Sampler(request.sampling, request.prompt), text)
+            row = Row(
+                request, slot, Sampler(request.sampling, request.prompt, request.grammar), text
+            )
             if request.prompt_logprobs is not None:
                 row.prompt_tokens = [None]
             self._rows[slot] = row
@@ -138,6 +145,10 @@ class Engine(Worker):
         """Read at most so many tokens of a prompt; after its last, the answer begins."""
         request, cache = row.request, row.cache
         assert cache is not None
+        if row.read == 0 and row.prompt_tokens is None:
+            # Only now, since a request that came together with this one may have read it.
+            row.read, cache = self.prefixes.start(request.use, request.prompt)
+            row.cached, row.cache = row.read, cache
         ids = list(request.prompt[row.read : row.read + room])
         with self.slots.used(row.slot, row.slot + 1):
             logits = self._decoder.read(ids, cache, every=row.prompt_tokens is not None)
@@ -150,6 +161,7 @@ class Engine(Worker):
             ]
         if row.read < len(request.prompt):
             return len(ids)
+        self.prefixes.keep(request.use, request.prompt, states_of(cache))
         if request.max_tokens == 0:
             tokens = None if row.prompt_tokens is None else tuple(row.prompt_tokens)
             self._end(row, Delta(prompt_tokens=tokens, finish="length"))
@@ -178,12 +190,16 @@ class Engine(Worker):
                 self._end(row, Delta(finish="error", error=error))
             return
         for row, token in zip(rows, chosen, strict=True):
-            self._take(row, token)
+            if isinstance(token, GrammarError):
+                self._end(row, Delta(finish="error", error=token))
+            else:
+                self._take(row, token)
 
     def _take(self, row: Row, token: Token) -> None:
         """Go on with a token: tell the request, and end its answer where it ends."""
         request = row.request
         row.last, row.count = token.id, row.count + 1
+        row.ids.append(token.id)
         offset, text = row.text.length, ""
         finish: Finish | None = None
         stopped_by: str | int | None = None
@@ -195,16 +211,27 @@ class Engine(Worker):
             text = row.text.add(token.id)
             if row.text.stopped is not None:
                 finish, stopped_by = "stop", row.text.stopped
+            elif row.sampler.is_over:
+                finish = "stop"
             elif row.count >= request.max_tokens:
                 finish = "length"
         delta = Delta(text, (token,), (offset,), finish=finish, stopped_by=stopped_by)
+        if row.count == 1:
+            delta = replace(delta, cached_tokens=row.cached)
         if row.prompt_tokens is not None:
             delta = replace(delta, prompt_tokens=tuple(row.prompt_tokens))
             row.prompt_tokens = None
         if finish is not None:
+            self._keep_read(row)
             self._end(row, replace(delta, text=text + row.text.end()))
         elif not deliver(request, delta):
             self._end(row, Delta(finish="cancelled"))
+
+    def _keep_read(self, row: Row) -> None:
+        """Keep what was read of a conversation: its next turn goes on from there."""
+        if self.prefixes.has_room and row.cache is None and row.count > 1:
+            read = [*row.request.prompt, *row.ids[:-1]]
+            self.prefixes.keep(row.request.use, read, self.keys_and_values.copied(row.slot))
 
     def _end(self, row: Row, delta: Delta) -> None:
         """Free a row's slot, and tell its request why."""
@@ -213,13 +240,16 @@ class Engine(Worker):
         deliver(row.request, delta)
 
 
-def _chosen(rows: Iterable[Row], logits: Tensor) -> list[Token]:
-    """The next token of each row; logits are those of all slots."""
+def _chosen(rows: Iterable[Row], logits: Tensor) -> list[Token | GrammarError]:
+    """The next token of each row, or why it has none; logits are those of all slots."""
     likeliest: list[int] = []
-    found = []
+    found: list[Token | GrammarError] = []
     for row in rows:
         if not row.sampler.is_plain:
-            found.append(row.sampler.choose(logits[row.slot]))
+            try:
+                found.append(row.sampler.choose(logits[row.slot]))
+            except GrammarError as error:
+                found.append(error)
             continue
         likeliest = likeliest or logits.argmax(-1).tolist()
         found.append(row.sampler.chosen(logits[row.slot], likeliest[row.slot]))

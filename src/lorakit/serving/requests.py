@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.bank import Held
 from lorakit.layers.operation import Update
+from lorakit.serving.grammars import Matcher
 from lorakit.serving.sampling import Sampling, Token
 
 Finish = Literal["stop", "length", "cancelled", "error"]
@@ -47,6 +48,11 @@ class Use:
         parts = (f"{held.content_hash or id(held.updates)}*{w!r}" for held, w in self.adapters)
         return "+".join(sorted(parts))
 
+    @property
+    def is_known(self) -> bool:
+        """Whether all its weights are told apart by their content."""
+        return all(held.content_hash for held, _ in self.adapters)
+
     def fingerprint(self, base: str) -> str:
         """What an answer of these weights on a base carries, to tell it from those of others."""
         return f"fp_{hashlib.sha256(f'{base} {self.key}'.encode()).hexdigest()[:16]}"
@@ -64,6 +70,8 @@ class Delta:
     """Where each token's text begins in the answer, in characters."""
     prompt_tokens: tuple[Token | None, ...] | None = None
     """In the first delta, where they were asked for: the prompt's own, None for the first."""
+    cached_tokens: int = 0
+    """In the first delta, the prompt's tokens that were read before."""
     output: Tensor | None = None
     """What an encoder gives: the embedding, or the logits of the classes."""
     finish: Finish | None = None
@@ -92,6 +100,8 @@ class Request:
     token_types: Sequence[int] = ()
     """Which text of a pair each token is from, for an encoder with token types."""
     sampling: Sampling = field(default_factory=Sampling)
+    grammar: Matcher | None = None
+    """What the answer must be, at its beginning; None: anything."""
     ends: frozenset[int] = frozenset()
     """The tokens that end the answer, and are not in its text."""
     stop_tokens: frozenset[int] = frozenset()

@@ -107,6 +107,7 @@ def prepared(settings: ServeConfig) -> tuple[Worker, Catalog]:
         slots=settings.slots,
         max_length=settings.max_length,
         prefill_tokens=settings.prefill_tokens,
+        prefix_bytes=settings.prefix_bytes,
         waiting_requests=settings.waiting_requests,
         waiting_tokens=settings.waiting_tokens,
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lorakit.models.shape import context_length
 from lorakit.serving.admission import ClosedError, Queue
+from lorakit.serving.prefixes import Prefixes
 from lorakit.serving.requests import Delta, Request
 
 
@@ -25,6 +26,8 @@ class Limits:
     """The most tokens of prompt and answer; None: the model's context."""
     prefill_tokens: int = 256
     """The most tokens of prompts that are read between two steps of the answers."""
+    prefix_bytes: int = 256_000_000
+    """The most memory of keys and values that are kept, for prompts that begin alike."""
     waiting_requests: int = 256
     """The most requests that wait for a slot."""
     waiting_tokens: int = 1_000_000
@@ -48,6 +51,7 @@ class Worker:
         lengths = (context_length(model), self.limits.max_length, 2**31)
         self.max_length = min(length for length in lengths if length is not None)
         """The most tokens of prompt and answer."""
+        self.prefixes = Prefixes(self.limits.prefix_bytes)
         self.queue = Queue(self.limits.waiting_requests, self.limits.waiting_tokens)
         self._wake = threading.Condition()
         self._closing = False

@@ -27,6 +27,7 @@ from lorakit.serving.api.bodies import (
     UnloadBody,
     check_known,
 )
+from lorakit.serving.api.constraints import forced_tools, rule_of
 from lorakit.serving.api.encoding import Encoding
 from lorakit.serving.api.errors import handle_errors
 from lorakit.serving.api.formats import ChatForm, CompletionForm, text_of
@@ -35,6 +36,7 @@ from lorakit.serving.api.inventory import inventory
 from lorakit.serving.api.keys import Keys, Rights
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Catalog, Chosen
+from lorakit.serving.grammars import Grammars, Matcher
 from lorakit.serving.page import HEADERS, files
 from lorakit.serving.prompts import chat_ids, text_ids
 from lorakit.serving.refusals import RefusalError
@@ -89,6 +91,7 @@ class _Server:
     def __init__(self, engine: Worker, catalog: Catalog, policy: Policy) -> None:
         self._engine, self._catalog, self._policy = engine, catalog, policy
         self._metrics = Metrics(engine, catalog)
+        self._grammars = Grammars(catalog.tokenizer, engine.vocabulary)
         self.gets: dict[str, Callable[..., Any]] = {
             "/health": self.health,
             "/ready": self.ready,
@@ -177,6 +180,7 @@ class _Server:
                 max_tokens=body.max_tokens,
                 alternatives=body.logprobs,
                 prompt_logprobs=body.logprobs if body.echo else None,
+                grammar=self._grammar(body, chosen),
             )
             texts = [p if isinstance(p, str) else text_of(chosen.tokenizer, p) for p in prompts]
             return chosen, requests, texts
@@ -198,13 +202,23 @@ class _Server:
             asked = body.max_completion_tokens or body.max_tokens
             if asked == 0:
                 raise RefusalError("max_tokens is 0: give at least 1", param="max_tokens")
-            ids = chat_ids(chosen, _messages(body.messages))
+            grammar = self._grammar(body, chosen)
+            shown = [] if body.tool_choice == "none" else body.tools or []
+            tools = [tool.model_dump(exclude_none=True) for tool in shown]
+            ids = chat_ids(chosen, _messages(body.messages), tools)
             return chosen, requests_of(
-                body, [ids], chosen, self._engine, max_tokens=asked, alternatives=alternatives
+                body,
+                [ids],
+                chosen,
+                self._engine,
+                max_tokens=asked,
+                alternatives=alternatives,
+                grammar=grammar,
             )
 
         chosen, requests = await run_in_threadpool(prepare)
-        form = ChatForm(chosen, logprobs=bool(body.logprobs))
+        names = [tool.function.name for tool in forced_tools(body)]
+        form = ChatForm(chosen, logprobs=bool(body.logprobs), tools=names)
         return await answered(http, body, form, self._engine, requests, chosen, self._metrics)
 
     def _writer(self, body: Asked, http: Request) -> Chosen:
@@ -220,6 +234,11 @@ class _Server:
                 param="model",
             )
         return self._chosen(body, http)
+
+    def _grammar(self, body: Asked, chosen: Chosen) -> Matcher | None:
+        """What the answers to a body must be; None: anything."""
+        rule = rule_of(body)
+        return None if rule is None else self._grammars.compiled(rule, chosen.ends)
 
     def _chosen(self, body: Addressed, http: Request) -> Chosen:
         pairs = None if body.adapters is None else [(a.name, a.weight) for a in body.adapters]
@@ -294,9 +313,10 @@ def _prompts(given: Any) -> list[str | list[int]]:
 
 
 def _messages(given: Sequence[MessageBody]) -> list[Message]:
-    return [
-        Message(
-            role=each.role, content=each.text, keys={} if each.name is None else {"name": each.name}
-        )
-        for each in given
-    ]
+    return [Message(role=each.role, content=each.text, keys=_keys(each)) for each in given]
+
+
+def _keys(message: MessageBody) -> dict[str, Any]:
+    """What a chat template may write beside the content."""
+    given = {name: getattr(message, name) for name in ("name", "tool_calls", "tool_call_id")}
+    return {name: value for name, value in given.items() if value is not None}

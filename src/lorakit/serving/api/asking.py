@@ -12,6 +12,7 @@ from torch import Tensor
 from lorakit.serving.api.bodies import Asked
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Chosen
+from lorakit.serving.grammars import Matcher
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Delta, Request
 from lorakit.serving.sampling import Sampling, Token
@@ -31,6 +32,8 @@ class Answer:
     tokens: list[Token] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     prompt_tokens: tuple[Token | None, ...] = ()
+    cached_tokens: int = 0
+    """Those of the prompt that were read before."""
     output: Tensor | None = None
     """What an encoder gives."""
     finish: str | None = None
@@ -48,6 +51,7 @@ class Answer:
         self.tokens += delta.tokens
         self.offsets += delta.offsets
         self.prompt_tokens = delta.prompt_tokens or self.prompt_tokens
+        self.cached_tokens += delta.cached_tokens
         self.output = delta.output
         self.finish, self.stopped_by = delta.finish, delta.stopped_by
 
@@ -75,6 +79,7 @@ def requests_of(
     max_tokens: int | None,
     alternatives: int | None,
     prompt_logprobs: int | None = None,
+    grammar: Matcher | None = None,
 ) -> list[Request]:
     """The requests of a body: for each prompt as many as it asks for.
 
@@ -86,6 +91,7 @@ def requests_of(
         max_tokens: the most tokens of each answer; None: what the context leaves.
         alternatives: how many of the likeliest tokens to report; None: no log-probability.
         prompt_logprobs: the same for the tokens of the prompt.
+        grammar: what each answer must be.
 
     Raises:
         RefusalError: a prompt is empty or too long, or a token is not known.
@@ -108,6 +114,7 @@ def requests_of(
                 deliver=_undelivered,
                 max_tokens=room if max_tokens is None else min(max_tokens, room),
                 sampling=_sampling(body, number, alternatives),
+                grammar=None if grammar is None else grammar.copy(),
                 ends=frozenset() if body.ignore_eos else chosen.ends,
                 stop_tokens=frozenset(body.stop_token_ids or ()),
                 stops=body.stops,
@@ -218,13 +225,15 @@ class Answering:
         self._engine.wake()
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """The numbers of tokens; a prompt of several answers counts once."""
-        prompts = {id(answer.request.prompt): answer.request.prompt for answer in self.answers}
-        asked = sum(map(len, prompts.values()))
+        prompts = {id(answer.request.prompt): answer for answer in reversed(self.answers)}
+        asked = sum(len(answer.request.prompt) for answer in prompts.values())
+        cached = sum(answer.cached_tokens for answer in prompts.values())
         written = sum(len(answer.tokens) for answer in self.answers)
         return {
             "prompt_tokens": asked,
             "completion_tokens": written,
             "total_tokens": asked + written,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }

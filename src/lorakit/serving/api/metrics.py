@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lorakit.serving.catalog import Catalog
@@ -104,8 +104,8 @@ class _State(Collector):
     def __init__(self, engine: Worker, catalog: Catalog) -> None:
         self._engine, self._catalog = engine, catalog
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the gauges."""
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Yield the gauges, and the counters that the engine keeps."""
         engine, name = self._engine, self._catalog.name
         running, waiting = engine.running(), engine.queue.waiting()
         share = engine.used_share
@@ -117,6 +117,21 @@ class _State(Collector):
             gauge = GaugeMetricFamily(metric, meaning, labels=["model_name"])
             gauge.add_metric([name], value)
             yield gauge
+        prefixes = engine.prefixes
+        for metric, meaning, value in (
+            (
+                "vllm:prefix_cache_queries",
+                "Tokens of prompts that were looked up.",
+                prefixes.asked_tokens,
+            ),
+            ("vllm:prefix_cache_hits", "Those that were read before.", prefixes.found_tokens),
+        ):
+            counter = CounterMetricFamily(metric, meaning, labels=["model_name"])
+            counter.add_metric([name], value)
+            yield counter
+        kept = GaugeMetricFamily("lora_prefix_bytes", "Memory of kept prompts.", labels=[])
+        kept.add_metric([], prefixes.size_bytes)
+        yield kept
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         info = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use.", labels=labels)
         info.add_metric([str(engine.limits.slots), _names(running), _names(waiting)], time.time())
