@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     arguments = parser.parse_args()
-    result = begin(arguments.out)
+    where = begin(arguments.out)
     rows = read_rows(f"task:e2e:test@{arguments.data}", DataConfig(), split="test").rows
     texts = [references_of(row) for row in rows]
     outputs = _cut([known[0] for known in texts])
@@ -33,23 +33,22 @@ def main() -> None:
     begun = time.perf_counter()
     tables().paraphrases(["restaurant"])
     read = time.perf_counter() - begun
-    begun = time.perf_counter()
+    begun, cpu_begun = time.perf_counter(), time.process_time()
     score, _ = meteor(outputs, references)
-    seconds = time.perf_counter() - begun
+    seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu_begun
     count = sum(map(len, references))
     print(f"METEOR of {len(outputs):,} outputs with {count:,} references: {score:.4f}")
-    print(f"tables read in {read:.1f} s, scored in {seconds:.1f} s")
-    write_result(
-        arguments.out,
-        {
-            **result,
-            "outputs": len(outputs),
-            "references": count,
-            "meteor": score,
-            "seconds_for_tables": read,
-            "seconds": seconds,
-        },
-    )
+    print(f"tables read in {read:.1f} s, scored in {seconds:.1f} s, {cpu_seconds:.1f} s of CPU")
+    figures = {
+        "outputs": len(outputs),
+        "references": count,
+        "meteor": score,
+        "seconds_for_tables": read,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+    }
+    result = {"benchmark": "meteor", "command": "python benchmarks/meteor.py --data FOLDER"}
+    write_result(arguments.out, {**result, **figures, "environment": where})
 
 
 def _cut(texts: list[str] | tuple[str, ...]) -> list[str]:

@@ -16,6 +16,8 @@ from lorakit.paper.job import jobs_of
 from lorakit.paper.pages import remake, small_pages, with_table
 from lorakit.paper.reproduction import claims, verdict
 from lorakit.paper.results import file_of, write_result
+from lorakit.paper.section7 import found_of
+from lorakit.paper.section7_pages import draw_similarity
 
 ROOT = Path(__file__).parents[2]
 HERE = Sources(ROOT / "paper" / "results", ROOT / "benchmarks" / "results")
@@ -86,8 +88,12 @@ def test_the_figures_are_those_of_the_results(tmp_path):
     if f"Matplotlib v{matplotlib.__version__}" not in drawn.read_text("utf-8"):
         pytest.skip("another matplotlib draws other lines")
     draw(points("figure2", HERE.results), "figure2", tmp_path)
-    assert (tmp_path / drawn.name).read_text("utf-8") == drawn.read_text("utf-8")
-    assert drawn.with_suffix(".png").is_file()
+    for name in ("figure3", "figure4"):
+        if found := found_of(name, HERE.results):
+            draw_similarity(name, found, tmp_path)
+    for made in tmp_path.glob("*.svg"):
+        assert made.read_text("utf-8") == (drawn.parent / made.name).read_text("utf-8"), made.name
+        assert (drawn.parent / made.name).with_suffix(".png").is_file()
 
 
 def test_every_claim_s_evidence_exists():

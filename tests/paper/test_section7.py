@@ -8,8 +8,10 @@ import torch
 import lorakit as lk
 from lorakit.cli.main import main
 from lorakit.paper import section7
-from lorakit.paper.section7 import STUDIES, found_of
+from lorakit.paper.pages import page_of_study
+from lorakit.paper.section7 import found_of
 from lorakit.paper.section7_pages import study_page
+from lorakit.paper.study import studies
 from tiny_models import build
 
 
@@ -57,10 +59,10 @@ class _Data:
 
 @pytest.mark.thorough
 def test_a_figure_is_of_two_runs_which_are_trained_once(adapters, run, tmp_path):
-    words = ["--results", tmp_path / "results", "--work", tmp_path / "work", "--tasks", "mnli"]
+    words = ["--results", tmp_path / "results", "--work", tmp_path / "work"]
     code, found = run("paper", "run", "figure3", *words)
     assert code == 0
-    assert found["files"] == [str(tmp_path / "results" / "figure3.small" / "mnli.json")]
+    assert found["files"] == [str(tmp_path / "results" / "figure3.small" / "sst2.json")]
     assert [config.lora.rank for config in adapters] == [8, 64]
     assert run("paper", "run", "figure4", *words)[0] == 0
     assert [(config.lora.rank, config.seed) for config in adapters[2:]] == [(64, 1)]
@@ -78,19 +80,19 @@ def test_a_figure_is_of_two_runs_which_are_trained_once(adapters, run, tmp_path)
 @pytest.mark.thorough
 def test_a_figure_is_listed_and_drawn_beside_what_the_paper_reports(adapters, run, tmp_path):
     place = ["--results", tmp_path / "results"]
-    words = ["--work", tmp_path / "work", "--tasks", "mnli"]
+    words = ["--work", tmp_path / "work"]
     assert run("paper", "run", "figure4", *place, *words)[0] == 0
     assert run("paper", "figure", 4, *place, "--out", tmp_path / "out")[0] == 0
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert names == ["figure4.small.md", "figure4.small.png", "figure4.small.svg"]
     page = (tmp_path / "out" / "figure4.small.md").read_text()
-    assert "| minilm, mnli, q_proj, layer 1 |" in page
-    assert STUDIES["figure4"].paper in page
+    assert "| minilm, sst2, q_proj, layer 1 |" in page
+    assert studies()["figure4"].paper in page
 
 
 def test_table_7_has_the_papers_rows_below_ours(adapters, run, tmp_path):
     place = ["--results", tmp_path / "results"]
-    words = ["--work", tmp_path / "work", "--tasks", "mnli"]
+    words = ["--work", tmp_path / "work"]
     assert run("paper", "run", "table7", *place, *words)[0] == 0
     assert run("paper", "table", "table7", *place)[0] == 0
     page = study_page("table7", found_of("table7", tmp_path / "results"))
@@ -112,8 +114,28 @@ def test_mistakes_are_told_and_nothing_is_trained(adapters, run, tmp_path):
     assert code == 2
     assert "small twins alone" in told["error"]["message"]
     (tmp_path / "figure4.small").mkdir()
-    (tmp_path / "figure4.small" / "mnli.json").write_text(json.dumps({"format": 99}))
+    (tmp_path / "figure4.small" / "sst2.json").write_text(json.dumps({"format": 1}))
     code, told = run("paper", "figure", 4, "--results", tmp_path)
     assert code == 2
     assert "is no result of `lorakit paper run figure4`" in told["error"]["message"]
     assert not adapters
+
+
+def test_what_is_current_is_left_and_what_is_of_other_settings_is_stale(adapters, run, tmp_path):
+    place = ["--results", tmp_path / "results"]
+    words = ["paper", "run", "figure3", *place, "--work", tmp_path / "work"]
+    assert run("paper", "list", "figure3", *place)[1]["section7"][0]["state"] == "not run"
+    assert run(*words)[1]["section7"][0]["state"] == "done"
+    assert run(*words)[1]["files"] == []
+    file = tmp_path / "results" / "figure3.small" / "sst2.json"
+    entry = json.loads(file.read_text())
+    entry["runs"]["r = 64"]["hash"] = "of other settings"
+    file.write_text(json.dumps(entry))
+    state = run("paper", "list", "figure?", "--tasks", "sst2", *place)[1]["section7"][0]
+    assert (state["state"], state["why"]) == ("stale", "settings of r = 64")
+    assert run("paper", "list", "--tasks", "cola", *place)[1]["section7"] == []
+    found = found_of("figure3", tmp_path / "results")
+    assert "sst2: stale (settings of r = 64)." in page_of_study("figure3", tmp_path / "results")
+    assert found[0]["runs"]["r = 8"]["steps"] == 300
+    assert run(*words)[1]["files"] == [str(file)]
+    assert len(adapters) == 2

@@ -24,12 +24,13 @@ from lorakit.paper.evidence import Sources
 from lorakit.paper.figure import draw, points, points_table
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.markdown import markdown
-from lorakit.paper.pages import remake, written
+from lorakit.paper.pages import page_of_study, remake, written
 from lorakit.paper.reproduction import readme_table, reproduction_page
 from lorakit.paper.results import State, state_of
 from lorakit.paper.run import run_cells
-from lorakit.paper.section7 import STUDIES, found_of, run_studies, studies_in
-from lorakit.paper.section7_pages import draw_similarity, study_page
+from lorakit.paper.section7 import found_of, run_studies, states_of_studies
+from lorakit.paper.section7_pages import draw_similarity
+from lorakit.paper.study import studies, studies_in
 from lorakit.paper.summary import Summary, summary
 from lorakit.paper.verify import verify
 
@@ -47,15 +48,24 @@ class Paper:
 
 def list_cells(settings: PaperListConfig) -> Result:
     """Each run of the cells that are named, or each cell, and what there is of it."""
-    states = {job: state_of(job, settings.results) for job in jobs_of(settings, skip=True)}
+    names = studies_in(settings.cells or ["*"])
+    others = [word for word in settings.cells if word not in studies()]
+    looked = states_of_studies(names, settings)
+    states = {}
+    if others or not settings.cells:
+        chosen = settings.model_copy(update={"cells": others})
+        states = {job: state_of(job, settings.results) for job in jobs_of(chosen, skip=True)}
     lines = _lines(states) if settings.cells else _lines_of_cells(states)
-    return Result(text="\n".join(lines), data={"runs": _records(states)})
+    return Result(
+        text="\n".join([*lines, *_lines_of_studies(looked)]),
+        data={"runs": _records(states), "section7": _records_of_studies(looked)},
+    )
 
 
 def run(settings: PaperRunConfig) -> Result:
     """Run what has no current result."""
-    if studies := studies_in(settings.cells):
-        return _run_studies(settings, studies)
+    if named := [word for word in settings.cells if word in studies()]:
+        return _run_studies(settings, named)
     done = run_cells(settings, progress=True)
     planned = {job: f"about {seconds / 60:.0f} min" for job, seconds in done.seconds.items()}
     lines = [*_lines(done.states, planned), *done.notes]
@@ -70,25 +80,33 @@ def run(settings: PaperRunConfig) -> Result:
     return Result(text="\n".join(lines), data={"runs": runs, "notes": list(done.notes)})
 
 
-def _run_studies(settings: PaperRunConfig, studies: Sequence[str]) -> Result:
+def _run_studies(settings: PaperRunConfig, named: Sequence[str]) -> Result:
     """Train and look into the adapters of section 7.
 
     Raises:
         ConfigError: cells of tables are named beside them.
     """
-    others = [word for word in settings.cells if word not in studies]
+    others = [word for word in settings.cells if word not in named]
     if others:
-        raise ConfigError(f"{', '.join(studies)} and {', '.join(others)} are run one by one")
+        raise ConfigError(f"{', '.join(named)} and {', '.join(others)} are run one by one")
     files = run_studies(settings, progress=True)
-    text = "\n".join(f"written to {file}" for file in files)
-    return Result(text=text, data={"files": files})
+    states = states_of_studies(named, settings)
+    text = "\n".join([*_lines_of_studies(states), *(f"written to {file}" for file in files)])
+    return Result(text=text, data={"files": files, "section7": _records_of_studies(states)})
 
 
 def _study(name: str, results: Path, out: Path | None) -> Result:
-    """A figure or the table of section 7, printed, or written and drawn."""
+    """A figure or the table of section 7, printed, or written and drawn.
+
+    Raises:
+        DataError: there is nothing yet.
+    """
     found = found_of(name, results)
-    text = written(study_page(name, found), out, f"{name}.small.md")
-    if out is not None and name.startswith("figure"):
+    if not found:
+        folder = results / f"{name}.small"
+        raise DataError(f"there is no result in {folder}: `lorakit paper run {name}` makes it")
+    text = written(page_of_study(name, results), out, f"{name}.small.md")
+    if out is not None and studies()[name].look == "similarity":
         drawn = draw_similarity(name, found, out)
         text = "\n".join([text, *(f"written to {file}" for file in drawn)])
     return Result(text=text, data={"name": name, "found": found})
@@ -96,8 +114,8 @@ def _study(name: str, results: Path, out: Path | None) -> Result:
 
 def table(settings: PaperTableConfig) -> Result:
     """A table, printed or written."""
-    if studies := studies_in([f"table{settings.table.removeprefix('table')}"]):
-        return _study(studies[0], settings.results, settings.out)
+    if (study := f"table{settings.table.removeprefix('table')}") in studies():
+        return _study(study, settings.results, settings.out)
     found = summary(_name("table", settings.table), scale=settings.scale, results=settings.results)
     page = markdown(found)
     return Result(
@@ -107,8 +125,8 @@ def table(settings: PaperTableConfig) -> Result:
 
 def figure(settings: PaperFigureConfig) -> Result:
     """A figure's points, or the figure drawn."""
-    if studies := studies_in([f"figure{settings.figure.removeprefix('figure')}"]):
-        return _study(studies[0], settings.results, settings.out)
+    if (study := f"figure{settings.figure.removeprefix('figure')}") in studies():
+        return _study(study, settings.results, settings.out)
     name = _name("figure", settings.figure)
     found = points(name, settings.results)
     text = points_table(found, name)
@@ -154,7 +172,7 @@ def _name(kind: str, number: str) -> str:
     """
     name = f"{kind}{number.removeprefix(kind)}"
     if name not in tables():
-        names = [one for one in [*tables(), *STUDIES] if one.startswith(kind)]
+        names = [one for one in [*tables(), *studies()] if one.startswith(kind)]
         known = ", ".join(one.removeprefix(kind) for one in names)
         raise ConfigError(f"there is no {kind} {number!r}; there are {known}")
     return name
@@ -194,6 +212,19 @@ def _lines(states: Mapping[Job, State], planned: Mapping[Job, str] | None = None
         told = [_told(job, state) if state.kind == "done" else state.why]
         told += [planned[job]] if planned and job in planned else []
         yield f"{job.name:{width}}  {state.kind:8}{', '.join(filter(None, told))}".rstrip()
+
+
+def _lines_of_studies(states: Mapping[tuple[str, str], State]) -> Iterable[str]:
+    """A line for each figure or table of section 7 and task."""
+    for (name, task), state in states.items():
+        yield f"{name}  {studies()[name].title}, {task}: {state.kind} {state.why}".rstrip()
+
+
+def _records_of_studies(states: Mapping[tuple[str, str], State]) -> list[dict[str, Any]]:
+    return [
+        {"study": name, "task": task, "state": state.kind, "why": state.why}
+        for (name, task), state in states.items()
+    ]
 
 
 def _told(job: Job, state: State) -> str:

@@ -46,13 +46,14 @@ class Sources:
         return self._lines[table][cell]
 
     def value(self, file: str, path: Sequence[str | int]) -> float | None:
-        """A value of a benchmark's result; None: there is no such file.
+        """A value of a benchmark's result, or of section 7's; None: there is no such file.
 
         Raises:
             DataError: the file has not this value.
         """
-        place = self.benchmarks / file
-        if not place.is_file():
+        places = (self.benchmarks / file, self.results / file)
+        place = next(filter(Path.is_file, places), None)
+        if place is None:
             return None
         try:
             found: Any = json.loads(place.read_text(encoding="utf-8"))
@@ -117,13 +118,13 @@ class Peak(Settings):
 
 
 class Measured(Settings):
-    """A figure of a benchmark beside a limit."""
+    """A figure of a benchmark, or of section 7, beside a limit."""
 
     kind: Literal["measured"]
     what: str
     """What was measured."""
     file: str
-    """The benchmark's result."""
+    """The benchmark's result, or section 7's: figure3.small/sst2.json."""
     value: tuple[str | int, ...]
     """The path of the figure in it."""
     over: tuple[str | int, ...] = ()

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.adapter.atomic_write import read_file, write_files
+from lorakit.config.paper import PaperListConfig
 from lorakit.errors import OutputError
 from lorakit.paper.cell import tables
 from lorakit.paper.evidence import Sources
 from lorakit.paper.figure import draw, points, points_table
 from lorakit.paper.markdown import markdown
 from lorakit.paper.reproduction import readme_table, reproduction_page
+from lorakit.paper.section7 import found_of, states_of_studies
+from lorakit.paper.section7_pages import draw_similarity, study_page
+from lorakit.paper.study import studies
 from lorakit.paper.summary import summary
 
 PAGES, PICTURES = Path("paper/tables"), Path("paper/figures")
@@ -50,7 +54,24 @@ def small_pages(sources: Sources) -> dict[Path, str]:
             made[place] = points_table(points(name, sources.results), name)
         else:
             made[place] = markdown(summary(name, scale="small", results=sources.results))
+    for name in studies():
+        made[PAGES / f"{name}.small.md"] = page_of_study(name, sources.results)
     return made
+
+
+def page_of_study(name: str, results: Path) -> str:
+    """The page of a figure or table of section 7, which says what of it is stale or not run.
+
+    Raises:
+        DataError: a result cannot be read.
+    """
+    states = states_of_studies([name], PaperListConfig(results=results))
+    notes = [
+        f"{task}: {state.kind}{f' ({state.why})' if state.why else ''}."
+        for (_, task), state in states.items()
+        if state.kind != "done"
+    ]
+    return study_page(name, found_of(name, results), notes)
 
 
 def remake(root: Path, sources: Sources) -> Iterator[Path]:
@@ -72,6 +93,10 @@ def remake(root: Path, sources: Sources) -> Iterator[Path]:
     for name in tables():
         if name.startswith("figure"):
             yield from draw(points(name, sources.results), name, root / PICTURES)
+    for name, study in studies().items():
+        found = found_of(name, sources.results)
+        if found and study.look == "similarity":
+            yield from draw_similarity(name, found, root / PICTURES)
 
 
 def with_table(root: Path, sources: Sources) -> str:

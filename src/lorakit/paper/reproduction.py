@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from lorakit.config.base import Settings
-from lorakit.config.paper import Chosen
+from lorakit.config.paper import Chosen, PaperListConfig
 from lorakit.config.strict_yaml import read_mapping
 from lorakit.paper.cell import tables
 from lorakit.paper.evidence import Evidence, Found, Headline, Sources
 from lorakit.paper.job import jobs_of
 from lorakit.paper.markdown import REASONS, heading, number
 from lorakit.paper.results import state_of
+from lorakit.paper.section7 import states_of_studies
+from lorakit.paper.study import studies
 from lorakit.paper.summary import AVERAGE
 
 FILE = Path(__file__).parent / "claims.yaml"
@@ -105,9 +107,16 @@ def _progress(results: Path) -> str:
         jobs = jobs_of(Chosen(cells=(name,)), skip=True)
         kinds = Counter(state_of(job, results).kind for job in jobs)
         if jobs:
-            told = [str(kinds[kind]) for kind in ("done", "stale", "failed", "not run")]
-            rows.append([heading(name), tables()[name].title, *told])
+            rows.append([heading(name), tables()[name].title, *_counted(kinds)])
+    for name, study in studies().items():
+        states = states_of_studies([name], PaperListConfig(results=results))
+        kinds = Counter(state.kind for state in states.values())
+        rows.append([heading(name), study.title, *_counted(kinds)])
     return _grid_of_text(["table", "", "done", "stale", "failed", "not run"], rows)
+
+
+def _counted(kinds: Mapping[str, int]) -> list[str]:
+    return [str(kinds.get(kind, 0)) for kind in ("done", "stale", "failed", "not run")]
 
 
 def readme_table(sources: Sources) -> str:

@@ -3,7 +3,7 @@
 The runs are Table 6's jobs. Their adapters are kept in the folder of work, so that each is trained
 once for all three; of what is found in them there is one file for each task:
 
-    paper/results/figure3.small/mnli.json
+    paper/results/figure3.small/sst2.json
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.atomic_write import read_file, write_files
+from lorakit.adapter.atomic_write import write_files
 from lorakit.analysis.amplifying import amplification
 from lorakit.analysis.by_layer import ByLayer
 from lorakit.analysis.report_of_two import mean_phi
@@ -27,26 +26,12 @@ from lorakit.analysis.subspaces import random_control, subspace_similarity
 from lorakit.bench.environment import environment
 from lorakit.bench.result import threads
 from lorakit.config.paper import Chosen, PaperRunConfig
-from lorakit.errors import ConfigError, DataError
+from lorakit.errors import DataError
 from lorakit.paper.check import check
-from lorakit.paper.job import Job, jobs_of
+from lorakit.paper.job import Job
+from lorakit.paper.results import FORMAT, State, read_result
+from lorakit.paper.study import studies, studies_in
 from lorakit.training.run import train
-
-FORMAT = 1
-"""Of the file: a number that a change of its meaning raises."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """A figure or table of section 7."""
-
-    title: str
-    runs: Mapping[str, tuple[str, int]]
-    """What is looked into: the cell and the seed of a run, by the name that it has there."""
-    paper: str
-    """What the paper reports of GPT-3."""
-    look: Callable[[Mapping[str, Adapter]], dict[str, Any]]
-    """What is found in the adapters, as JSON values."""
 
 
 def _similarity(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -84,41 +69,21 @@ def _rounded(phi: Tensor) -> list[list[float]]:
     return [[round(value, 4) for value in row] for row in phi.tolist()]
 
 
-STUDIES: Mapping[str, Study] = {
-    "figure3": Study(
-        title="Directions that ranks 8 and 64 share",
-        runs={"r = 8": ("table6.qv-8", 0), "r = 64": ("table6.qv-64", 0)},
-        paper="φ is above 0.5 for the first direction of both ΔW_q and ΔW_v, and small for others",
-        look=_similarity,
-    ),
-    "figure4": Study(
-        title="Directions that two seeds share",
-        runs={"seed 0": ("table6.qv-64", 0), "seed 1": ("table6.qv-64", 1)},
-        paper="ΔW_q shares more directions between seeds than ΔW_v; random matrices share none",
-        look=_similarity,
-    ),
-    "table7": Study(
-        title="How much of W lies in the directions of ΔW",
-        runs={"r = 4": ("table6.qv-4", 0), "r = 64": ("table6.qv-64", 0)},
-        paper="ΔW amplifies directions that W has but does not stress, by 21.5 at r = 4",
-        look=_amplification,
-    ),
+LOOKS: Mapping[str, Callable[[Mapping[str, Adapter]], dict[str, Any]]] = {
+    "similarity": _similarity,
+    "amplification": _amplification,
 }
-
-
-def studies_in(words: Sequence[str]) -> list[str]:
-    """The names of section 7 among the names of cells."""
-    return [word for word in words if word in STUDIES]
+"""What is found in adapters, as JSON values."""
 
 
 def run_studies(settings: PaperRunConfig, *, progress: bool) -> list[Path]:
-    """Train what is missing, look into it, and write what was found; the files.
+    """Look into what has no current result, training what is missing, and write it; the files.
 
     Raises:
         ConfigError: something is missing or wrong; nothing was run.
         TrainingError: a run was stopped by a guardrail.
     """
-    planned = {name: _planned(STUDIES[name], settings) for name in studies_in(settings.cells)}
+    planned = {name: studies()[name].jobs(settings) for name in studies_in(settings.cells)}
     jobs = [job for each in planned.values() for runs in each.values() for job in runs.values()]
     data = check(settings, jobs)
     if settings.dry_run:
@@ -128,31 +93,60 @@ def run_studies(settings: PaperRunConfig, *, progress: bool) -> list[Path]:
     with threads(settings.threads):
         for name, tasks in planned.items():
             for task, runs in tasks.items():
+                rows = data.hashes(next(iter(runs.values())))["train"]
+                known = state_of_study(name, task, runs, settings.results, rows=rows)
+                if known.kind == "done" and not settings.redo:
+                    continue
                 adapters = {
                     label: _adapter(job, settings, progress=progress) for label, job in runs.items()
                 }
-                entry = {
-                    "format": FORMAT,
-                    "study": name,
-                    "task": task,
-                    "runs": {label: _entry(job, adapters[label]) for label, job in runs.items()},
-                    "data": data.hashes(next(iter(runs.values())))["train"],
-                    **STUDIES[name].look(adapters),
-                    **made,
-                }
+                about = {"format": FORMAT, "study": name, "task": task, "data": rows}
+                entries = {label: _entry(job, adapters[label]) for label, job in runs.items()}
+                looked = LOOKS[studies()[name].look](adapters)
+                entry = {**about, "runs": entries, **looked, **made}
                 written.append(_write(entry, settings.results))
     return written
 
 
-def _planned(study: Study, settings: Chosen) -> dict[str, dict[str, Job]]:
-    """The jobs of a study by task and by their names there."""
+def states_of_studies(names: Sequence[str], settings: Chosen) -> dict[tuple[str, str], State]:
+    """What there is of figures and tables of section 7, by name and task; {} at full scale.
+
+    Raises:
+        DataError: a file is something else.
+    """
     if settings.scale != "small":
-        raise ConfigError("section 7 has small twins alone: the paper's adapters are of GPT-3")
-    found: dict[str, dict[str, Job]] = {}
-    for label, (cell, seed) in study.runs.items():
-        for job in jobs_of(settings.model_copy(update={"cells": (cell,), "seeds": (seed,)})):
-            found.setdefault(job.task, {})[label] = job
-    return found
+        return {}
+    return {
+        (name, task): state_of_study(name, task, runs, settings.results)
+        for name in names
+        for task, runs in studies()[name].jobs(settings, skip=True).items()
+    }
+
+
+def state_of_study(
+    name: str, task: str, runs: Mapping[str, Job], results: Path, *, rows: str | None = None
+) -> State:
+    """What there is of a task's file, and whether its adapters are of the present settings.
+
+    Args:
+        name: of the figure or table.
+        task: of the runs.
+        runs: the present ones, by their names there.
+        results: the folder of results.
+        rows: the hash of the rows that they train on, where the data is at hand.
+
+    Raises:
+        DataError: the file is something else.
+    """
+    found = _read(name, results / f"{name}.small" / f"{task}.json")
+    if found is None:
+        return State(kind="not run")
+    then = {label: run["hash"] for label, run in found["runs"].items()}
+    changed = [label for label, job in runs.items() if then.get(label) != job.hash]
+    why = [f"settings of {label}" for label in changed]
+    if rows not in (None, found["data"]):
+        why.append("rows of train")
+    return State(kind="stale" if why else "done", why=", ".join(why), result=found)
 
 
 def _adapter(job: Job, settings: PaperRunConfig, *, progress: bool) -> Adapter:
@@ -187,19 +181,22 @@ def _write(entry: Mapping[str, Any], results: Path) -> Path:
 
 
 def found_of(name: str, results: Path) -> list[dict[str, Any]]:
-    """What was found for a figure or table, of each task.
+    """What was found for a figure or table, of each task; [] before the first run.
 
     Raises:
-        DataError: there is nothing yet, or a file is something else.
+        DataError: a file is something else.
     """
-    folder = results / f"{name}.small"
-    found = []
-    for file in sorted(folder.glob("*.json")):
-        text = read_file(folder, file.name)
-        entry = json.loads(text or "{}")
-        if entry.get("format") != FORMAT:
-            raise DataError(f"{file} is no result of `lorakit paper run {name}`")
-        found.append(entry)
-    if not found:
-        raise DataError(f"there is no result in {folder}: `lorakit paper run {name}` makes it")
+    files = sorted((results / f"{name}.small").glob("*.json"))
+    return [entry for file in files if (entry := _read(name, file))]
+
+
+def _read(name: str, file: Path) -> dict[str, Any] | None:
+    """The content of a file; None: there is none.
+
+    Raises:
+        DataError: it is something else.
+    """
+    found = read_result(file)
+    if found is not None and found.get("study") != name:
+        raise DataError(f"{file} is no result of `lorakit paper run {name}`")
     return found

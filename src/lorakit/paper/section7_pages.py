@@ -11,7 +11,7 @@ import torch
 from lorakit.analysis.figures import HeatMap, check_plots, shown, write_panels
 from lorakit.analysis.report_of_two import phi_map
 from lorakit.paper.markdown import grid, heading
-from lorakit.paper.section7 import STUDIES
+from lorakit.paper.study import studies
 
 POINTS = ((1, 1), (2, 2), (4, 4), (8, 8), (8, 64), (64, 64))
 """Numbers of directions (i, j) of which φ is listed."""
@@ -24,29 +24,47 @@ NUMBERS = {
     "factor": "amplification",
 }
 """The columns of Table 7."""
-PAPERS = {
-    "GPT-3, W_q of layer 48, r = 4": ("0.32", "21.67", "0.02", "61.95", "6.91", "21.5"),
-    "GPT-3, W_q of layer 48, r = 64": ("1.90", "37.71", "0.33", "61.95", "3.57", "1.9"),
-}
-"""The paper's values; the last one of r = 64 is 3.57/1.90, which it does not print."""
 
 
-def study_page(name: str, found: Sequence[Mapping[str, Any]]) -> str:
-    """A figure or the table as Markdown, and what the paper reports."""
-    study = STUDIES[name]
-    runs = " and ".join(f"{label} (`{cell}`)" for label, (cell, _) in study.runs.items())
-    if name.startswith("figure"):
+def study_page(name: str, found: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> str:
+    """A figure or the table as Markdown, and what the paper reports.
+
+    Args:
+        name: of the figure or table.
+        found: what was found, of each task.
+        notes: what a reader must know of it.
+    """
+    study = studies()[name]
+    runs = " and ".join(f"{label} (`{run.cell}`)" for label, run in study.runs.items())
+    if study.look == "similarity":
         head = ["", *(f"φ({i}, {j})" for i, j in POINTS)]
         rows = [[title, *_at_points(phi)] for title, phi in _panels(found)]
         what = f"φ of A (Eq. 4) between {runs}."
     else:
         head = ["", *NUMBERS.values()]
-        rows = [*_amplified(found), *([title, *values] for title, values in PAPERS.items())]
+        papers = [[title, *values] for title, values in study.published.items()]
+        rows = [*_amplified(found), *papers]
         what = f"‖UᵀWV‖ in the directions of ΔW, of W and of random matrices, of {runs}."
-    return (
-        f"# {heading(name)}: {study.title}\n\n{what}\n\n{grid(head, rows)}\n\n"
-        f"The paper, of GPT-3: {study.paper}.\n"
+    parts = [
+        f"# {heading(name)}: {study.title}",
+        f"{what} {study.note}",
+        *notes,
+        *map(_made_with, found),
+    ]
+    if rows:
+        parts.append(grid(head, rows))
+    parts.append(f"The paper, of GPT-3: {study.paper}. Rebuilt by `lorakit paper run {name}`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _made_with(entry: Mapping[str, Any]) -> str:
+    """The runs of a task, their scores, and what computed them."""
+    runs = "; ".join(
+        f"{label}: seed {run['seed']}, {run['steps']} steps, "
+        + ", ".join(f"{score} {value:.4g}" for score, value in run["scores"].items())
+        for label, run in entry["runs"].items()
     )
+    return f"{_where(entry)}. {runs}. Commit {entry['commit']}; {entry['hardware']['processor']}."
 
 
 def _amplified(found: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
@@ -86,7 +104,7 @@ def draw_similarity(name: str, found: Sequence[Mapping[str, Any]], folder: Path)
         OutputError: the files cannot be written.
     """
     check_plots()
-    first, second = STUDIES[name].runs
+    first, second = studies()[name].runs
     maps: list[HeatMap] = [
         phi_map(f"panel-{number}", title, "", torch.tensor(phi), names=(first, second))
         for number, (title, phi) in enumerate(_panels(found))
