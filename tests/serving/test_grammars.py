@@ -53,7 +53,7 @@ def post(tmp_path_factory):
     client = TestClient(build_app(engine, catalog), raise_server_exceptions=False)
 
     def send(path="/v1/chat/completions", **body):
-        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 90} | body
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 120} | body
         if path != "/v1/chat/completions":
             body.pop("messages")
         return client.post(path, json={"temperature": 1.0, "seed": 3} | body)

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.errors import LorakitError, MissingExtraError
 
-SPACE = r"[ \n\t]{1,32}"
-"""White space between the parts of JSON: bounded, since small models would write it for ever."""
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON is written as Python writes it: where white space is free, small models write it for ever."""
 
 
 class GrammarError(LorakitError):
@@ -103,8 +103,8 @@ def _grammar(rule: Rule) -> str:
     try:
         match rule.kind:
             case "json":
-                options: Any = {"whitespace_pattern": SPACE}
-                return LLMatcher.grammar_from_json_schema(rule.text, overrides=options)
+                spacing: Any = SPACING
+                return LLMatcher.grammar_from_json_schema(rule.text, overrides=spacing)
             case "regex":
                 return LLMatcher.grammar_from_regex(rule.text)
             case "choice":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.serving.api.bodies import Asked, ChatBody, NamedTool, Tool
-from lorakit.serving.grammars import SPACE, Rule
+from lorakit.serving.grammars import SPACING, Rule
 from lorakit.serving.refusals import RefusalError
 
 
@@ -100,7 +100,7 @@ def _rule_of_tools(tools: Sequence[Tool]) -> Rule:
         return Rule.of_schema(schemas[0])
     lines = []
     for number, (tool, schema) in enumerate(zip(tools, schemas, strict=True)):
-        spaced = {"x-guidance": {"whitespace_pattern": SPACE}} | schema
+        spaced = {"x-guidance": SPACING} | schema
         opening = json.dumps(_opening(tool.function.name))
         lines.append(f'call_{number}: {opening} %json {json.dumps(spaced)} "}}"')
     starts = " | ".join(f"call_{number}" for number in range(len(tools)))
