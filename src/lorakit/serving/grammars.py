@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.errors import LorakitError, MissingExtraError
 
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON is written as Python writes it: where white space is free, small models write it for ever."""
+"""JSON is spaced as Python spaces it: where white space is free, small models write it for ever."""
 
 
 class GrammarError(LorakitError):
