@@ -191,8 +191,8 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
     ({"top_logprobs": 3}, "goes with logprobs: true"),
     ({"max_completion_tokens": 3}, "are the same: give one"),
-    ({"tools": [{"type": "function"}]}, "tools: "),
-    ({"response_format": {"type": "json_object"}}, "response_format.type: "),
+    ({"tools": [{"type": "function"}]}, "tools.0"),
+    ({"response_format": {"type": "xml"}}, "response_format.type: "),
 ]
 
 

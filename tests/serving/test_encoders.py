@@ -105,13 +105,7 @@ def test_rows_with_unlike_heads_are_in_one_batch(tiny_bert, adapters, expected):
     shapes = []
     for path, module in engine.model.named_modules():
         module.register_forward_hook(
-            lambda m, i, o, path=path: shapes.append(
-                (
-                    path,
-                    tuple(i[0].shape) if i else "",
-                    tuple(o.shape) if hasattr(o, "shape") else "",
-                )
-            )
+            lambda m, i, o, path=path: shapes.append((path, getattr(o, "shape", "")))
         )
     for _ in range(40):
         rows = draw.choices([*LABELS, None], k=draw.randrange(1, 7))

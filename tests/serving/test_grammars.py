@@ -44,7 +44,7 @@ AGE = {"type": "function", "function": {"name": "set_age", "parameters": SCHEMA}
 def post(tmp_path_factory):
     place = tmp_path_factory.mktemp("models") / "bytes"
     tokenizer = build_tokenizer(merges=('{"', '":'))
-    build("llama", vocab_size=300, max_position_embeddings=256).save_pretrained(place)
+    build("llama", vocab_size=300, max_position_embeddings=1024).save_pretrained(place)
     tokenizer.save_pretrained(place)
     model, tokenizer = load_model(place)
     engine = Engine(model, Limits(slots=4))

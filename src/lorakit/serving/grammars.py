@@ -83,9 +83,15 @@ class Grammars:
         with self._lock:
             if ends not in self._by_ends:
                 tokenizer: Any = self._tokenizer
-                self._by_ends[ends] = from_tokenizer(
-                    tokenizer, n_vocab=self._vocabulary, eos_token=sorted(ends) or None
-                )
+                try:
+                    self._by_ends[ends] = from_tokenizer(
+                        tokenizer, n_vocab=self._vocabulary, eos_token=sorted(ends) or None
+                    )
+                except Exception as error:
+                    # Whatever it was, this tokenizer is none whose tokens are bytes of a text.
+                    raise GrammarError(
+                        f"answers of this model can't be bound by grammars: {error}"
+                    ) from error
             return self._by_ends[ends]
 
 
