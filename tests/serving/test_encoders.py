@@ -102,22 +102,12 @@ def test_each_text_has_the_classes_that_its_adapter_gives_alone(post, expected):
 def test_rows_with_unlike_heads_are_in_one_batch(tiny_bert, adapters, expected):
     engine, catalog = prepared(ServeConfig(adapters=adapters, model=str(tiny_bert), name="tiny"))
     draw = random.Random(0)
-    shapes = []
-    for path, module in engine.model.named_modules():
-        module.register_forward_hook(
-            lambda m, i, o, path=path: shapes.append((path, getattr(o, "shape", "")))
-        )
     for _ in range(40):
         rows = draw.choices([*LABELS, None], k=draw.randrange(1, 7))
         texts = draw.choices(TEXTS, k=len(rows))
         told = [ask(engine, catalog, name, text) for name, text in zip(rows, texts, strict=True)]
-        shapes.clear()
-        try:
-            with torch.no_grad():
-                engine._step()
-        except RuntimeError as error:
-            lines = "\n".join(map(str, shapes))
-            raise AssertionError(f"{rows} {engine.slots._held} {lines} {error}") from None
+        with torch.no_grad():
+            engine._step()
         for name, text, deltas in zip(rows, texts, told, strict=True):
             embedding, logits = expected[name, text]
             output = deltas[0].output

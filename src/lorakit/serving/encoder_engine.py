@@ -117,13 +117,14 @@ class EncoderEngine(Worker):
         def keep(module: Any, inputs: Any, output: Any) -> None:
             kept.append(output.last_hidden_state)
 
-        # The head alone gets the hidden states, and a call of the backbone would be a second one.
+        # The head alone gets the hidden states. Those of this call are the first: with as many tokens
+        # as rows, the attachment calls the model once more, to find out which of them are the rows.
         hook = self.model.base_model.register_forward_hook(keep)
         try:
             output = self.model(input_ids=padded(prompts, pad), attention_mask=mask, **more)
         finally:
             hook.remove()
-        return output.logits, pooled(kept[-1], mask, self._way)
+        return output.logits, pooled(kept[0], mask, self._way)
 
     @torch.no_grad()
     def _prove(self) -> None:
