@@ -117,8 +117,8 @@ class EncoderEngine(Worker):
         def keep(module: Any, inputs: Any, output: Any) -> None:
             kept.append(output.last_hidden_state)
 
-        # The head alone gets the hidden states. Those of this call are the first: with as many tokens
-        # as rows, the attachment calls the model once more, to find out which of them are the rows.
+        # The head alone gets the hidden states. This call's are the first: with as many tokens as
+        # rows, the attachment calls the model once more, to find out which of them are the rows.
         hook = self.model.base_model.register_forward_hook(keep)
         try:
             output = self.model(input_ids=padded(prompts, pad), attention_mask=mask, **more)
