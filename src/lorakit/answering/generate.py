@@ -62,7 +62,9 @@ def generate(
         >>> answer = lk.generate("The sea is", model=model, tokenizer=tokenizer, max_new_tokens=5)
     """
     config = GenerateConfig(**settings)
-    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    asked: Any = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(asked, Sequence) or not all(isinstance(text, str) for text in asked):
+        raise ConfigError(f"prompts are a text or a list of texts; found {prompts!r}")
     with opened_model(config, adapter, model, tokenizer) as opened:
         return answers(config, opened, asked, progress=progress)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,8 @@ class RowChoices:
             RouteError: a choice is neither a name, None, nor names with numbers; a name is not
                 known, or a weight not finite.
         """
-        for_all = names is None or isinstance(names, str | Mapping)
+        # Of what is none of these `_combination` says so.
+        for_all = not isinstance(names, Iterable) or isinstance(names, str | Mapping)
         each: Any = [names] if for_all else names
         given = [_combination(choice, row) for row, choice in enumerate(each)]
         problems = dict.fromkeys(_problems(given, known))
