@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lorakit.serving.grammars import Matcher
 
+LEAST_TEMPERATURE = 1e-30
+"""Less than this is computed as this: its reciprocal, which GPUs take, would be infinite."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -134,7 +137,9 @@ class Sampler:
 
     def _drawn(self, logits: Tensor) -> int:
         how = self._how
-        probabilities = (logits / how.temperature).softmax(-1).double()
+        # Below the largest logit, and in float64, so that no temperature makes it infinite.
+        below = (logits - logits.max()).double()
+        probabilities = (below / max(how.temperature, LEAST_TEMPERATURE)).softmax(-1)
         if how.min_p > 0:
             probabilities[probabilities < how.min_p * probabilities.max()] = 0
         if 0 < how.top_k < len(probabilities):

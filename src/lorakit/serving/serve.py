@@ -125,6 +125,8 @@ def prepared(settings: ServeConfig) -> tuple[Worker, Catalog]:
         base.tokenizer,
         settings.name or base.name,
         folder=settings.adapters,
+        resolve=settings.resolve,
+        hub=settings.hub,
         allow_other_base=settings.allow_other_base,
         budget_bytes=settings.budget_bytes,
         encodes=base.encodes,

@@ -80,6 +80,7 @@ def requests_of(
     alternatives: int | None,
     prompt_logprobs: int | None = None,
     grammar: Matcher | None = None,
+    client: str = "",
 ) -> list[Request]:
     """The requests of a body: for each prompt as many as it asks for.
 
@@ -92,6 +93,7 @@ def requests_of(
         alternatives: how many of the likeliest tokens to report; None: no log-probability.
         prompt_logprobs: the same for the tokens of the prompt.
         grammar: what each answer must be.
+        client: who asks: clients take turns.
 
     Raises:
         RefusalError: a prompt is empty or too long, or a token is not known.
@@ -121,6 +123,7 @@ def requests_of(
                 include_stop=body.include_stop_str_in_output,
                 skip_special=body.skip_special_tokens,
                 prompt_logprobs=prompt_logprobs,
+                client=client,
             )
             made.append(request)
     return made

@@ -130,7 +130,7 @@ class Encoding:
                 )
             if goal == "classes":
                 _head_of(chosen)
-            return chosen, self._requests(body, chosen, goal)
+            return chosen, self._requests(body, chosen, goal, client=http.state.rights.client)
 
         chosen, requests = await run_in_threadpool(prepare)
         rows: list[Tensor] = []
@@ -144,7 +144,9 @@ class Encoding:
             rows += [each.output for each in answering.answers if each.output is not None]
         return chosen, rows, sum(len(each.prompt) for each in requests)
 
-    def _requests(self, body: EncodedBody, chosen: Chosen, goal: Goal) -> list[Request]:
+    def _requests(
+        self, body: EncodedBody, chosen: Chosen, goal: Goal, *, client: str
+    ) -> list[Request]:
         """The requests of a body, one for each input.
 
         Raises:
@@ -168,6 +170,7 @@ class Encoding:
                 tokenizer=chosen.tokenizer,
                 deliver=_undelivered,
                 goal=goal,
+                client=client,
                 token_types=types,
             )
             made.append(request)
