@@ -301,7 +301,7 @@ class Catalog:
         fresh = fresh_heads(self._model)
         base = None if fresh else Head(labels_of(self._model), task_of(self._model))
         layers = attachment_for(self._model).layers
-        heads = []
+        heads: list[Head | None] = []
         for each in held:
             paths = [layers[number].adapter_path for number in each.updates]
             own = all(any(f"{head}.".startswith(f"{path}.") for path in paths) for head in fresh)

@@ -89,6 +89,8 @@ def way_of(model: nn.Module) -> str:
 def _read(model: nn.Module, name: str) -> Any:
     """A file of the base in JSON; None: it has none."""
     source = loaded_from(model)
+    if not source:
+        return None
     path = Path(source, name)
     if not Path(source).is_dir():
         try:

@@ -116,7 +116,7 @@ def prepared(settings: ServeConfig) -> tuple[Worker, Catalog]:
         waiting_requests=settings.waiting_requests,
         waiting_tokens=settings.waiting_tokens,
     )
-    make = EncoderEngine if base.encodes else Engine
+    make: type[EncoderEngine] | type[Engine] = EncoderEngine if base.encodes else Engine
     engine = make(
         base.model, limits, adapter_dtype=None if dtype is None else getattr(torch, dtype)
     )

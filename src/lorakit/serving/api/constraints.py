@@ -39,7 +39,7 @@ def _rules(body: Asked) -> list[tuple[str, Rule]]:
         found.append(("response_format", Rule.of_schema({"type": "object"})))
     if form is not None and form.json_schema is not None:
         found.append(("response_format", Rule.of_schema(form.json_schema.schema_)))
-    named = {
+    named: dict[str, tuple[str, Any]] = {
         "guided_json": ("json", body.guided_json),
         "guided_regex": ("regex", body.guided_regex),
         "guided_choice": ("choice", body.guided_choice),

@@ -7,7 +7,7 @@ import struct
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from fastapi import Request as HttpRequest
@@ -95,7 +95,9 @@ class Encoding:
                 f"dimensions is {body.dimensions}, and the model's embeddings have {width}",
                 param="dimensions",
             )
-        form = _in_base64 if body.encoding_format == "base64" else Tensor.tolist
+        form: Callable[[Tensor], Any] = Tensor.tolist
+        if body.encoding_format == "base64":
+            form = _in_base64
         data = [
             {"object": "embedding", "index": index, "embedding": form(row)}
             for index, row in enumerate(rows)
@@ -193,11 +195,8 @@ def _undelivered(delta: Delta) -> None:
 
 
 def _inputs(given: Input) -> list[str | Pair | list[int]]:
-    if isinstance(given, str | Pair):
-        return [given]
-    if given and isinstance(given[0], int):
-        return [given]  # type: ignore[list-item]
-    return list(given)  # type: ignore[arg-type]
+    alone = isinstance(given, str | Pair) or (given and isinstance(given[0], int))
+    return cast(list[str | Pair | list[int]], [given] if alone else given)
 
 
 def _tokens(
