@@ -17,6 +17,9 @@ from lorakit.serving.requests import Use
 SHORTEST = 8
 """Tokens of a beginning that is worth to go on from: fewer are read as fast as they are copied."""
 
+MOST = 512
+"""The most that are kept, as each is compared with each prompt."""
+
 States = Sequence[tuple[Tensor, Tensor]]
 """Keys and values of each layer, (1, heads, tokens, size of a head)."""
 
@@ -83,7 +86,7 @@ class Prefixes:
                 self._drop((key, kept))
         self._kept[use.key, own] = states
         self.size_bytes += size
-        while self.size_bytes > self._budget_bytes:
+        while self.size_bytes > self._budget_bytes or len(self._kept) > MOST:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, at: tuple[str, tuple[int, ...]]) -> None:
