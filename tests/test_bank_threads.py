@@ -139,3 +139,18 @@ def test_routes_of_many_threads_and_replacements_answer_as_one_of_the_contents(f
     lk.attach(single, lk.Adapter.load(folders["three"]))
     # What answers outside of routes is the latest content, too.
     assert torch.equal(outputs(bank.model, inputs), outputs(single, inputs))
+
+
+def test_many_who_hold_at_once_leave_each_other_room(folders):
+    size = max(lk.Adapter.load(folder).size_bytes for folder in folders.values())
+    bank = lk.AdapterBank(build("llama"), budget_bytes=size)
+    for name in NAMES:
+        bank.load(name, folders[name])
+
+    def hold(first):
+        for turn in range(10):
+            name = NAMES[(first + turn) % len(NAMES)]
+            assert bank.hold(name).content_hash == lk.Adapter.load(folders[name]).content_hash()
+
+    together(*[lambda first=first: hold(first) for first in range(len(NAMES))])
+    assert 0 < bank.resident_bytes <= size

@@ -278,10 +278,20 @@ class AdapterBank:
             BankError: it is not known, or there is no room for it.
             AdapterFileError: an evicted adapter's folder is not what it was.
         """
-        with self._kept([name]), self._table:
-            entry = self._entry(name)
-            attached = self._state.adapters[name]
-            return Held(name, entry.content_hash, attached.record, attached.updates)
+        with self._table:
+            self._note_use(self._entry(name))
+            if self._is_resident(name):
+                return self._held(name)
+        # Nothing is evicted while this lock is taken, so it needs no place of its own beyond that:
+        # many who hold at once never leave each other without room.
+        with self._loading:
+            self._ensure_resident([name])
+            with self._table:
+                return self._held(name)
+
+    def _held(self, name: str) -> Held:
+        attached = self._state.adapters[name]
+        return Held(name, self._entry(name).content_hash, attached.record, attached.updates)
 
     def switch(self, name: str | None) -> None:
         """Make one adapter, or with None the base, answer for all rows from now on.

@@ -6,7 +6,7 @@ import pytest
 
 from covering import sampled
 from lorakit.config.answering import EvaluateConfig
-from lorakit.config.paper import Chosen
+from lorakit.config.paper import CellChoice
 from lorakit.errors import ConfigError
 from lorakit.paper.cell import FOLDER, SHARED, Part, cells, chosen, merged, tables
 from lorakit.paper.job import config_of, jobs_of
@@ -83,7 +83,7 @@ def test_every_run_of_a_cell_has_settings_that_can_be_used(scale):
             continue
         models = [None] if scale == "small" else [r.model for r in cell.published if r.runs]
         for model in models:
-            jobs = jobs_of(Chosen(cells=cell.id, scale=scale, model=model))
+            jobs = jobs_of(CellChoice(cells=cell.id, scale=scale, model=model))
             assert jobs, cell.id
             for job in jobs:
                 config = job.config(data=Path("data"), out=Path("out"))
@@ -96,7 +96,7 @@ def test_every_run_of_a_cell_has_settings_that_can_be_used(scale):
 def test_the_repository_s_settings_differ_where_they_say_so():
     def job(variant):
         which = {"model": "roberta-base", "tasks": "cola", "seeds": (0,), "variant": variant}
-        (found,) = jobs_of(Chosen(cells="table2.lora", scale="full", **which))
+        (found,) = jobs_of(CellChoice(cells="table2.lora", scale="full", **which))
         return found.config(data=None, out=Path("out"))
 
     paper, repository = job("paper"), job("repository")
@@ -136,5 +136,5 @@ def test_cells_are_chosen_by_id_table_or_pattern():
 )
 def test_what_cannot_be_run_is_told_before_anything_is_read(settings, messages):
     with pytest.raises(ConfigError) as error:
-        jobs_of(Chosen(**settings))
+        jobs_of(CellChoice(**settings))
     assert all(message in str(error.value) for message in messages)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.config.paper import Chosen
+from lorakit.config.paper import CellChoice
 from lorakit.data.metrics.score import score_names, scorer
 from lorakit.errors import OutputError
 from lorakit.paper.cell import cells
-from lorakit.paper.evidence import Found, Measured, Peak, ShownByTest, Sources, Versus
+from lorakit.paper.evidence import BenchFigure, Found, Peak, ShownByTest, Sources, Versus
 from lorakit.paper.figure import draw, points
 from lorakit.paper.job import jobs_of
 from lorakit.paper.pages import remake, small_pages, with_table
@@ -34,7 +34,7 @@ def put(tmp_path):
     """A function that writes results of a cell's small runs of seed 0, as if they had been run."""
 
     def write(cell, score, **changes):
-        for job in jobs_of(Chosen(cells=(cell,), seeds=(0,))):
+        for job in jobs_of(CellChoice(cells=(cell,), seeds=(0,))):
             scores = dict.fromkeys(score_names(job.task), score)
             known = {
                 "status": "done",
@@ -102,7 +102,7 @@ def test_every_claim_s_evidence_exists():
             if isinstance(piece, ShownByTest):
                 file, _, name = piece.test.partition("::")
                 assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
-            if isinstance(piece, Measured):
+            if isinstance(piece, BenchFigure):
                 assert next(iter(piece.found(HERE))).holds is not None, piece.what
             named = {Versus: ("cell", "than"), Peak: ()}.get(type(piece), ())
             assert all(getattr(piece, each) in cells() for each in named)

@@ -52,6 +52,18 @@ def test_a_classifier_with_its_head_among_the_targets(family: str, words, tmp_pa
     assert torch.equal(outputs(peft.PeftModel.from_pretrained(build(family), back)), wanted)
 
 
+def test_the_names_of_a_base_that_was_compiled_first(tmp_path: Path) -> None:
+    theirs = wrapped(build("bert"), target_modules=["query"])
+    wanted = outputs(theirs)
+    folder, model = saved(theirs, tmp_path / "a"), build("bert")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    start = "base_model.model."
+    renamed = {k.replace(start, f"{start}_orig_mod."): v for k, v in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    lk.attach(model, lk.Adapter.load(folder))
+    assert torch.equal(outputs(model), wanted)
+
+
 def test_target_words_that_name_a_part_of_the_head(tmp_path: Path) -> None:
     """DistilBERT's head is two modules, both of which end in PEFT's word for it."""
     words = ["q_lin", "lin1"]

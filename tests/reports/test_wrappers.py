@@ -77,6 +77,43 @@ def test_every_verb_works_through_a_wrapper_with_the_models_own_names(wrapper, t
     assert bank.model is plain
 
 
+def parts_of(model, part):
+    """Where a part of a model hangs, and under which names."""
+    match part:
+        case "backbone":
+            return model, ["model"]
+        case "blocks":
+            return model.model.layers, ["0", "1"]
+        case "layer":
+            return model.model.layers[0].self_attn, ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["blocks", *(pytest.param(p, marks=pytest.mark.thorough) for p in ("backbone", "layer"))],
+)
+def test_parts_that_are_compiled_by_themselves_go_by_their_own_names(part):
+    found, plain = build("llama"), build("llama")
+    base = outputs(found, INPUTS)
+    holder, names = parts_of(found, part)
+    for name in names:
+        setattr(holder, name, compiled(getattr(holder, name)))
+    config = lk.LoRAConfig(rank=2, targets=("q", "v"))
+    assert str(lk.plan(found, config)) == str(lk.plan(plain, config))
+    lk.attach(found, config)
+    randomise(found)
+    lk.attach(plain, lk.extract(found))
+    # Checks of shapes, with which tests run, cannot be compiled.
+    with torch.compiler.set_stance("force_eager"):
+        want = outputs(found, INPUTS)
+        torch.testing.assert_close(outputs(plain, INPUTS), want)
+        lk.merge(found)
+        torch.testing.assert_close(outputs(found, INPUTS), want)
+        lk.detach(found)
+        assert torch.equal(outputs(found, INPUTS), base)
+    assert all(parameter.requires_grad for parameter in found.parameters())
+
+
 def test_a_models_own_child_called_module_is_no_wrapper():
     class Box(nn.Module):
         def __init__(self):

@@ -17,6 +17,7 @@ from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
 from lorakit.adapter.site import LayerKind, Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.models.roles import GROUPS, ROLES
+from lorakit.upstream.private_names import COMPILED_WRAPPER
 
 LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?:(?P<end>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 # Some versions of PEFT write the longer name.
@@ -102,7 +103,8 @@ def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
     found = _Sorted()
     others: dict[str, Tensor] = {}
     for key, tensor in sorted(tensors.items()):
-        name = key.removeprefix(PREFIX)
+        # A base that was compiled before it was adapted.
+        name = key.removeprefix(PREFIX).replace(f"{COMPILED_WRAPPER}.", "")
         match = LORA_KEY.fullmatch(name)
         if hint(key) or (match and "base_layer" in match["path"].split(".")):
             found.problems.append(f"{key}  unexpected{hint(key)}")
@@ -226,7 +228,10 @@ def _site(
     whole = WholeLayer(sites=(site,), width=site.rank, alpha=site.alpha, scale=site.scale)
     parts = unstack(whole, a, b)
     if parts is None:
-        text = f"A mixes the convolution's {groups} groups, which no change of its weight can do"
+        text = (
+            f"A mixes the convolution's {groups} groups, which no change of its weight can do: "
+            "train without it (PEFT's exclude_modules)"
+        )
         return None, {}, [f"{PREFIX}{path}  {text}"]
     if config.use_dora:
         parts[f"{site.name}.lora_magnitude"] = update["magnitude"]

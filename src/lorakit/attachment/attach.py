@@ -36,7 +36,7 @@ from lorakit.methods.lora.eva import input_singular_vectors
 from lorakit.methods.lora.lora import LoRAUpdate, parameter_shapes
 from lorakit.methods.lora.pissa import join_frozen_factors
 from lorakit.methods.prompt.hooks import HOOKS, watch
-from lorakit.models.base import base_modules, unwrapped
+from lorakit.models.base import base_modules, base_parameters, unwrapped
 from lorakit.models.roles import shared_inputs, task_heads
 
 What = MethodConfig | Sequence[MethodConfig] | AdapterSource
@@ -310,7 +310,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 def _give_back(model: nn.Module, state: Attachment) -> None:
     """Leave a model without adapters as it was before the first one."""
-    for path, parameter in model.named_parameters():
+    for path, parameter in base_parameters(model):
         parameter.requires_grad_(state.base.requires_grad.get(path, parameter.requires_grad))
     for hook in state.hooks.values():
         hook.remove()

@@ -23,8 +23,10 @@ from lorakit.layers.route import Frame, Route
 from lorakit.models.base import base_modules, device_of
 from lorakit.models.roles import input_embedding
 from lorakit.upstream.private_names import (
+    COMPILED_WRAPPER,
     TorchDispatchMode,
     compiled_call,
+    own_modules,
     own_parameters,
     storage_number,
     tree_leaves,
@@ -220,7 +222,11 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 
 def _is_compiled(model: nn.Module) -> bool:
     """Whether parts of a model's forward pass can't be looked at."""
-    return any(compiled_call(module) is not None for _, module in base_modules(model))
+    return any(
+        compiled_call(module) is not None
+        or any(COMPILED_WRAPPER in own_modules(child) for child in module.children())
+        for _, module in base_modules(model)
+    )
 
 
 class Reads(TorchDispatchMode):

@@ -38,10 +38,15 @@ def peak_bytes() -> int | None:
     return _status("VmHWM")
 
 
-def _status(entry: str) -> int | None:
-    """An entry of /proc/self/status, in bytes."""
+def resident_bytes(process: int) -> int | None:
+    """The resident set of a process by its number; None off Linux."""
+    return _status("VmRSS", str(process))
+
+
+def _status(entry: str, process: str = "self") -> int | None:
+    """An entry of /proc/PROCESS/status, in bytes."""
     try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     found = [line.split()[1] for line in lines if line.startswith(f"{entry}:")]

@@ -40,6 +40,11 @@ class Goal:
     at_least: bool = False
     """Whether the limit is a lower one."""
 
+    @classmethod
+    def never(cls, what: str, count: int) -> Goal:
+        """That something does not happen, and how often it did."""
+        return cls(what=what, got=float(count), limit=0.0, unit="")
+
     @property
     def met(self) -> bool:
         """Whether it is reached."""

@@ -157,9 +157,14 @@ def _how(settings: dict[str, Any]) -> str:
             f"{settings['steps']} steps of {_rows(settings)}, seed {settings['seed']}, "
             f"{settings['parallel']} at a time"
         )
+    often = (
+        f"{settings['requests']:,} requests of {settings['connections']} clients"
+        if "requests" in settings
+        else f"{settings['repeats']} rounds"
+    )
     return (
         f"adapters of rank {settings['rank']} in {settings['adapter_dtype']}"
-        f"{_trained_on(settings)}, {settings['repeats']} rounds"
+        f"{_trained_on(settings)}, {often}"
     )
 
 

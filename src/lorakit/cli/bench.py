@@ -10,6 +10,7 @@ from lorakit.bench.methods import measure_methods
 from lorakit.bench.mixed import measure_mixed
 from lorakit.bench.result import Findings, run_bench
 from lorakit.bench.serve import measure_serve
+from lorakit.bench.soak.soak import measure_soak
 from lorakit.bench.sweep import measure_sweep
 from lorakit.bench.switch import measure_switch
 from lorakit.bench.tables import table
@@ -38,6 +39,7 @@ SECOND_WORDS: dict[str, Verb] = {
     "methods": Bench("methods", measure_methods),
     "mixed": Bench("mixed", measure_mixed),
     "serve": Bench("serve", measure_serve),
+    "soak": Bench("soak", measure_soak),
     "switch": Bench("switch", measure_switch),
     "sweep": Bench("sweep", measure_sweep),
     "train": Bench("train", measure_train),

@@ -123,6 +123,10 @@ VERBS = {
         meaning="Time a server whose clients use many adapters, beside plain generation.",
         settings="config.bench:ServeBenchConfig",
     ),
+    "bench soak": Entry(
+        meaning="Ask a server too much, leave it, and give it bad adapters; count what goes wrong.",
+        settings="config.bench:SoakConfig",
+    ),
     "bench switch": Entry(
         meaning="Time switching between adapters, beside PEFT.",
         settings="config.bench:SwitchConfig",

@@ -187,6 +187,52 @@ class ServeBenchConfig(BenchConfig):
     """PEFT has no server."""
 
 
+class SoakConfig(Measured):
+    """What clients do to a server, how often and how long."""
+
+    dtype: DType = "float32"
+    """Precision of the base. In float32 no answer among others may differ from the one alone."""
+
+    rank: PositiveInt = 8
+    """Rank of the adapters, which sit on all linear layers."""
+
+    adapter_dtype: DType = "float32"
+    """Precision of A and B, in their files and in the server's batch."""
+
+    adapters: PositiveInt = 12
+    """Adapters that are asked."""
+
+    budget: PositiveInt = 8
+    """Adapters that the server's memory has room for."""
+
+    pool: PositiveInt = 64
+    """Different requests: adapter, prompt and seed."""
+
+    requests: PositiveInt = 10_000
+    """Requests from the pool."""
+
+    connections: Annotated[int, Field(ge=2)] = 16
+    """Clients that ask at once, and slots of the server."""
+
+    prompt_tokens: PositiveInt = 16
+    """Tokens of each prompt."""
+
+    new_tokens: PositiveInt = 8
+    """Tokens of each answer."""
+
+    reloads: PositiveInt = 200
+    """How often an adapter is replaced while it is asked."""
+
+    closed: PositiveInt = 1000
+    """Streams that are closed after their first token."""
+
+    probes: PositiveInt = 20
+    """Answers that are timed beside slow clients."""
+
+    overload_s: PositiveFloat = 60
+    """Seconds that the server is asked five times what it can answer."""
+
+
 class SweepConfig(BenchConfig):
     """The number of adapters that are trained, and their rows."""
 

@@ -19,7 +19,7 @@ class PaperConfig(Settings):
     """Folder of the results."""
 
 
-class Chosen(PaperConfig):
+class CellChoice(PaperConfig):
     """Which cells, and which of their runs."""
 
     positional: ClassVar[tuple[str, ...]] = ("cells",)
@@ -44,11 +44,11 @@ class Chosen(PaperConfig):
     """Seeds. None: those of the cell."""
 
 
-class PaperListConfig(Chosen):
+class PaperListConfig(CellChoice):
     """Settings of paper list: which cells are shown, and where their results are."""
 
 
-class PaperRunConfig(Chosen):
+class PaperRunConfig(CellChoice):
     """Settings of paper run: which cells, on which data, and where the results go."""
 
     cells: Annotated[Names, Field(min_length=1)]
@@ -75,7 +75,7 @@ class PaperRunConfig(Chosen):
     """Check everything, print what would be run, and stop."""
 
 
-class PaperVerifyConfig(Chosen):
+class PaperVerifyConfig(CellChoice):
     """Settings of paper verify: which results are scored again, and with which data."""
 
     data: Path | None = None

@@ -28,6 +28,18 @@ class UncalledWeights(Update):
         """The output as it is: it was made with what `read` returns."""
         return output
 
+    def added(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Any,
+        *,
+        weight: float,
+        base: Any,
+    ) -> Any:
+        """The output as it is."""
+        return output
+
     def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """The adapter's own value, in the precision of the base's."""
         own = own_parameters(self).get(name)

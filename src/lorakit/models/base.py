@@ -49,7 +49,10 @@ def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[
     yield path, module
     for name, child in own_modules(module).items():
         if child is not None and name != BANK:
-            yield from _walk(child, f"{path}.{name}" if path else name, seen)
+            # A part that is compiled by itself has the names of what is compiled.
+            inner = own_modules(child).get(COMPILED_WRAPPER)
+            found = child if inner is None else inner
+            yield from _walk(found, f"{path}.{name}" if path else name, seen)
 
 
 def base_parameter(module: nn.Module, name: str) -> nn.Parameter:

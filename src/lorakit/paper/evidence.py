@@ -117,7 +117,7 @@ class Peak(Settings):
         yield Found(f"{what}: {listed}", max(scores) > scores[-1])
 
 
-class Measured(Settings):
+class BenchFigure(Settings):
     """A figure of a benchmark, or of section 7, beside a limit."""
 
     kind: Literal["measured"]
@@ -183,7 +183,7 @@ class ShownByTest(Settings):
         yield Found(f"{self.what} ({self.test})", True)
 
 
-Evidence = Versus | Peak | Measured | Counted | ShownByTest
+Evidence = Versus | Peak | BenchFigure | Counted | ShownByTest
 
 
 class Headline(Settings):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.config.paper import Chosen
+from lorakit.config.paper import CellChoice
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.tasks import PREFIX, TASKS
 from lorakit.errors import ConfigError, LorakitError
@@ -74,7 +74,7 @@ class Job:
         same = {"scale": self.scale, "variant": self.variant, "cells": (self.cell.id,)}
         model = self.model if self.scale == "full" else None
         of_task = {"tasks": (self.given["starts_from"],), "seeds": (self.seed,)}
-        (found,) = jobs_of(Chosen(**same, model=model, **of_task))
+        (found,) = jobs_of(CellChoice(**same, model=model, **of_task))
         return found
 
     @property
@@ -129,7 +129,7 @@ def task_folder(task: str, data: Path) -> Path:
     return other if other.is_dir() else data / task
 
 
-def jobs_of(settings: Chosen, *, skip: bool = False) -> list[Job]:
+def jobs_of(settings: CellChoice, *, skip: bool = False) -> list[Job]:
     """The jobs that settings choose, each cell's in the order of tasks and seeds.
 
     Args:
@@ -158,7 +158,7 @@ def jobs_of(settings: Chosen, *, skip: bool = False) -> list[Job]:
     return found
 
 
-def _small(cell: Cell, settings: Chosen) -> Iterator[Job]:
+def _small(cell: Cell, settings: CellChoice) -> Iterator[Job]:
     shared = tables()[cell.table].small or Small()
     own = cell.small
     if own is None:
@@ -172,7 +172,7 @@ def _small(cell: Cell, settings: Chosen) -> Iterator[Job]:
         yield from _seeds(cell, model, task, part, seeds, settings)
 
 
-def _full(cell: Cell, settings: Chosen, problems: list[str]) -> Iterator[Job]:
+def _full(cell: Cell, settings: CellChoice, problems: list[str]) -> Iterator[Job]:
     table = tables()[cell.table]
     rows = [row for row in cell.published if settings.model in (None, row.model)]
     if not rows and settings.model:
@@ -194,7 +194,7 @@ def _full(cell: Cell, settings: Chosen, problems: list[str]) -> Iterator[Job]:
 
 
 def _seeds(
-    cell: Cell, model: str, task: str, part: Part, seeds: Sequence[int], settings: Chosen
+    cell: Cell, model: str, task: str, part: Part, seeds: Sequence[int], settings: CellChoice
 ) -> Iterator[Job]:
     if settings.tasks and task not in settings.tasks:
         return

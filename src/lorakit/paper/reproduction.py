@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorakit.config.base import Settings
-from lorakit.config.paper import Chosen, PaperListConfig
+from lorakit.config.paper import CellChoice, PaperListConfig
 from lorakit.config.strict_yaml import read_mapping
 from lorakit.paper.cell import tables
 from lorakit.paper.evidence import Evidence, Found, Headline, Sources
@@ -104,7 +104,7 @@ def _progress(results: Path) -> str:
     """How many runs of each table's small twins have a current result."""
     rows = []
     for name in tables():
-        jobs = jobs_of(Chosen(cells=(name,)), skip=True)
+        jobs = jobs_of(CellChoice(cells=(name,)), skip=True)
         kinds = Counter(state_of(job, results).kind for job in jobs)
         if jobs:
             rows.append([heading(name), tables()[name].title, *_counted(kinds)])

@@ -12,7 +12,7 @@ from typing import Any
 from lorakit.bench.environment import environment
 from lorakit.bench.memory import forget_peak, most_bytes
 from lorakit.bench.result import threads
-from lorakit.config.paper import Chosen, PaperRunConfig
+from lorakit.config.paper import CellChoice, PaperRunConfig
 from lorakit.config.train import TrainConfig
 from lorakit.errors import TrainingError
 from lorakit.paper.check import Data, check, notes
@@ -144,7 +144,7 @@ class _Runner:
     def _is_start(self, job: Job) -> bool:
         """Whether a task of the job's cell starts from its adapter."""
         jobs = jobs_of(
-            Chosen(cells=(job.cell.id,), scale=job.scale, variant=job.variant), skip=True
+            CellChoice(cells=(job.cell.id,), scale=job.scale, variant=job.variant), skip=True
         )
         return any(each.given["starts_from"] == job.task for each in jobs)
 

@@ -25,7 +25,7 @@ from lorakit.analysis.report_of_two import mean_phi
 from lorakit.analysis.subspaces import random_control, subspace_similarity
 from lorakit.bench.environment import environment
 from lorakit.bench.result import threads
-from lorakit.config.paper import Chosen, PaperRunConfig
+from lorakit.config.paper import CellChoice, PaperRunConfig
 from lorakit.errors import DataError
 from lorakit.paper.check import check
 from lorakit.paper.job import Job
@@ -108,7 +108,7 @@ def run_studies(settings: PaperRunConfig, *, progress: bool) -> list[Path]:
     return written
 
 
-def states_of_studies(names: Sequence[str], settings: Chosen) -> dict[tuple[str, str], State]:
+def states_of_studies(names: Sequence[str], settings: CellChoice) -> dict[tuple[str, str], State]:
     """What there is of figures and tables of section 7, by name and task; {} at full scale.
 
     Raises:

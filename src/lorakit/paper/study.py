@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lorakit.config.base import Settings
-from lorakit.config.paper import Chosen
+from lorakit.config.paper import CellChoice
 from lorakit.config.seed import Seed
 from lorakit.config.strict_yaml import read_mapping
 from lorakit.errors import ConfigError
@@ -51,7 +51,7 @@ class Study(Settings):
     published: dict[str, tuple[str, ...]] = {}
     """The paper's rows as printed, by their titles."""
 
-    def jobs(self, settings: Chosen, *, skip: bool = False) -> dict[str, dict[str, Job]]:
+    def jobs(self, settings: CellChoice, *, skip: bool = False) -> dict[str, dict[str, Job]]:
         """The jobs by task, and there by their names.
 
         Args:

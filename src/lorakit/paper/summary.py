@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorakit.config.paper import Chosen
+from lorakit.config.paper import CellChoice
 from lorakit.paper.cell import Cell, Column, Published, Table, tables
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.results import State, state_of
@@ -132,7 +132,7 @@ def summary(name: str, *, scale: str, results: Path) -> Summary:
         scale: small or full.
         results: the folder of results, which alone is read.
     """
-    jobs = jobs_of(Chosen(cells=(name,), scale=scale), skip=True)
+    jobs = jobs_of(CellChoice(cells=(name,), scale=scale), skip=True)
     by_line: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         # A small twin may have another model for each task; of the paper's each is a row.

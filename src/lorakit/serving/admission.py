@@ -43,11 +43,7 @@ class Queue:
         """
         tokens = sum(map(_tokens, requests))
         with self._lock:
-            if self._count + len(requests) > self._most_requests:
-                raise QueueFullError(
-                    f"{self._count:,} requests are waiting, and no more than "
-                    f"{self._most_requests:,} may: ask again later"
-                )
+            self.check_room(len(requests))
             # One that is alone may be as long as it likes: else it could never be answered.
             if self._count and self._tokens + tokens > self._most_tokens:
                 raise QueueFullError(
@@ -58,6 +54,18 @@ class Queue:
                 self._waiting.setdefault(request.use.key, deque()).append(request)
             self._count += len(requests)
             self._tokens += tokens
+
+    def check_room(self, requests: int = 1) -> None:
+        """Refuse what could not wait, before anybody prepares it.
+
+        Raises:
+            QueueFullError: there is no room for so many.
+        """
+        if self._count + requests > self._most_requests:
+            raise QueueFullError(
+                f"{self._count:,} requests are waiting, and no more than "
+                f"{self._most_requests:,} may: ask again later"
+            )
 
     def take(self) -> Request | None:
         """The next one: the oldest of the adapter whose turn it is; None: nobody waits."""

@@ -20,6 +20,9 @@ from lorakit.errors import ConfigError, MissingExtraError
 from lorakit.serving.catalog import Catalog
 from lorakit.serving.engine import Engine, Limits
 
+BACKLOG = 2048
+"""Connections that the system keeps until they are accepted, as uvicorn has it."""
+
 
 def say(text: str) -> None:
     """Tell what there is to know on stderr."""
@@ -81,6 +84,8 @@ def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
         engine.start()
         host, port = listening.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        # Who reads that it answers may ask at once: until the loop runs, the system keeps them.
+        listening.listen(BACKLOG)
         names = ", ".join(catalog.adapters) or "no adapters"
         note(f"{catalog.name} with {names} answers at {url}/v1")
         answer_until_told(app, engine, listening, note)

@@ -158,6 +158,7 @@ class _Server:
     async def completions(self, body: CompletionBody, http: Request) -> Response:
         """Texts that go on with prompts."""
         self._check(body)
+        self._engine.queue.check_room()
 
         def prepare() -> tuple[Chosen, list[Any], list[str]]:
             chosen = self._chosen(body, http)
@@ -188,6 +189,7 @@ class _Server:
     async def chat(self, body: ChatBody, http: Request) -> Response:
         """The assistant's next turn of a conversation."""
         self._check(body)
+        self._engine.queue.check_room()
 
         def prepare() -> tuple[Chosen, list[Any]]:
             chosen = self._chosen(body, http)

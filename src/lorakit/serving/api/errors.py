@@ -51,8 +51,14 @@ def refusal_of(error: Exception) -> RefusalError:
 
 def _of_validation(problems: Any) -> RefusalError:
     """All that is wrong with a body, as one refusal."""
-    lines = dict.fromkeys(f"{_where(each)}: {each['msg']}" for each in problems)
+    lines = dict.fromkeys(map(_line, problems))
     return RefusalError("; ".join(lines), param=_where(problems[0]) if problems else None)
+
+
+def _line(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem['ctx']['error']}, character {problem['loc'][-1]}"
+    return f"{_where(problem)}: {problem['msg']}"
 
 
 def _where(problem: Mapping[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""A server under clients that hurry, leave, overload it, and change its adapters meanwhile."""
