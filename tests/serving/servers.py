@@ -21,12 +21,14 @@ DEFAULTS = {"model": "tiny", "temperature": 0, "max_tokens": 5, "ignore_eos": Tr
 class Server:
     """A tiny server, and a client of it."""
 
-    def __init__(self, model_folder, adapters, policy=None, **limits):
+    def __init__(self, model_folder, adapters, policy=None, *, resolve=False, hub=None, **limits):
         self.model, tokenizer = load_model(model_folder)
         tokenizer.chat_template = TEMPLATE
         self.tokenizer = tokenizer
         self.engine = Engine(self.model, Limits(**({"slots": 4} | limits)))
-        self.catalog = Catalog(self.model, tokenizer, "tiny", folder=adapters)
+        self.catalog = Catalog(
+            self.model, tokenizer, "tiny", folder=adapters, resolve=resolve, hub=hub
+        )
         self.catalog.load_all()
         self.engine.start()
         app = build_app(self.engine, self.catalog, policy)

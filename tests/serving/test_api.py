@@ -154,6 +154,7 @@ BAD = [
     ({"temperature": "warm"}, 400, "temperature: "),
     ({"top_p": 0, "n": 99}, 400, "top_p: "),
     ({"max_tokens": -1}, 400, "max_tokens: "),
+    ({"repetition_penalty": 1e-300}, 400, "repetition_penalty: "),
     ({"prompt": ""}, 400, "the prompt is empty"),
     ({"prompt": []}, 400, "prompt is an empty list"),
     ({"prompt": [1, 9999]}, 400, "9999 is no token id"),
@@ -203,6 +204,13 @@ def test_errors_of_http_have_the_envelope_too(server):
         "/v1/completions", content="{", headers={"content-type": "application/json"}
     )
     assert broken.status_code == broken.json()["error"]["code"] == 400
+    # Half of a surrogate pair, which no UTF-8 can tell again.
+    half = server.client.post(
+        "/v1/completions",
+        content='{"prompt": "red", "\\ud800": 1}',
+        headers={"content-type": "application/json"},
+    )
+    assert half.status_code == half.json()["error"]["code"] == 400
     for method, path, status in (
         ("GET", "/nowhere", 404),
         ("GET", "/v1/completions", 405),
@@ -332,6 +340,8 @@ def test_bad_adapters_are_refused_and_change_nothing(words, folder, tmp_path):
         ("linked", 403, "not within the folder"),
         ("inner", 403, "a link in it leaves"),
         ("nowhere", 404, "there is no adapter folder"),
+        ("null\0", 400, "is no path"),
+        ("long" * 2000, 400, "is no path"),
         ("tokens", 400, "virtual tokens"),
         (".", 403, "a link in it leaves"),
     ):

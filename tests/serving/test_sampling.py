@@ -77,3 +77,8 @@ def test_a_seed_gives_the_same_and_none_gives_others():
 
     assert run(3) == run(3) != run(4)
     assert run(None) != run(None)
+
+
+def test_the_lowest_temperature_takes_the_likeliest():
+    sampler = Sampler(Sampling(temperature=5e-324, seed=0), [1])
+    assert sampler.choose(torch.tensor([1.0, 30.0, 29.0])).id == 1

@@ -299,6 +299,14 @@ class ServeConfig(Settings):
     """Folder of adapters, each in a folder of its own that names it, or one adapter's folder. They
     are loaded at the start, and requests may load others from there, from nowhere else."""
 
+    resolve: bool = False
+    """Load an adapter when it is first asked for, by the name of its folder in `adapters`, in place
+    of all at the start. One that was unloaded stays so until a request loads it."""
+
+    hub: str | None = None
+    """Namespace of the hub: an adapter that is asked for and is not in `adapters` is fetched from
+    NAMESPACE/NAME. None: nothing is fetched."""
+
     model: str | None = None
     """Base model. None: the one that the adapter in `adapters` was trained on, if it is one."""
 

@@ -1,17 +1,32 @@
-"""The queue before the engine: bounded, and fair between adapters."""
+"""The queue before the engine: bounded, and fair between keys and between adapters."""
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from lorakit.errors import LorakitError
 from lorakit.serving.requests import Request
 
+MEASURED = 32
+"""How many of the latest intervals between two requests that left the queue are averaged."""
+LONGEST_WAIT_S = 120
+
 
 class QueueFullError(LorakitError):
-    """The server has more to do than it may let wait; ask again later."""
+    """The server has more to do than it may let wait.
+
+    Args:
+        message: how much that is.
+        retry_after_s: when there is room, as far as the latest requests tell.
+    """
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ClosedError(LorakitError):
@@ -19,18 +34,30 @@ class ClosedError(LorakitError):
 
 
 class Queue:
-    """Requests that wait, by what answers them: the adapters take turns.
+    """Requests that wait: the clients take turns, and of each client the adapters.
 
     Args:
         most_requests: the most that may wait.
         most_tokens: the most tokens of prompts and answers that may wait.
+        clock: the time in seconds.
     """
 
-    def __init__(self, most_requests: int, most_tokens: int) -> None:
+    def __init__(
+        self,
+        most_requests: int,
+        most_tokens: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._most_requests, self._most_tokens = most_requests, most_tokens
-        self._waiting: OrderedDict[str, deque[Request]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._waiting: OrderedDict[str, OrderedDict[str, deque[Request]]] = OrderedDict()
+        """By client, and by what answers them."""
+        self._lock = threading.RLock()
         self._count, self._tokens = 0, 0
+        self._clock = clock
+        self._since = 0.0
+        """Since when somebody waits without one leaving."""
+        self._intervals: deque[float] = deque(maxlen=MEASURED)
 
     def __len__(self) -> int:
         return self._count
@@ -45,13 +72,18 @@ class Queue:
         with self._lock:
             self.check_room(len(requests))
             # One that is alone may be as long as it likes: else it could never be answered.
-            if self._count and self._tokens + tokens > self._most_tokens:
+            over = self._tokens + tokens - self._most_tokens
+            if self._count and over > 0:
                 raise QueueFullError(
                     f"requests of {self._tokens:,} tokens are waiting, and no more than "
-                    f"{self._most_tokens:,} may: ask again later"
+                    f"{self._most_tokens:,} may: ask again later",
+                    self._until_gone(math.ceil(over * self._count / self._tokens)),
                 )
+            if not self._count:
+                self._since = self._clock()
             for request in requests:
-                self._waiting.setdefault(request.use.key, deque()).append(request)
+                of_client = self._waiting.setdefault(request.client, OrderedDict())
+                of_client.setdefault(request.use.key, deque()).append(request)
             self._count += len(requests)
             self._tokens += tokens
 
@@ -61,38 +93,58 @@ class Queue:
         Raises:
             QueueFullError: there is no room for so many.
         """
-        if self._count + requests > self._most_requests:
-            raise QueueFullError(
-                f"{self._count:,} requests are waiting, and no more than "
-                f"{self._most_requests:,} may: ask again later"
-            )
+        with self._lock:
+            beyond = self._count + requests - self._most_requests
+            if beyond > 0:
+                raise QueueFullError(
+                    f"{self._count:,} requests are waiting, and no more than "
+                    f"{self._most_requests:,} may: ask again later",
+                    self._until_gone(beyond),
+                )
+
+    def _until_gone(self, count: int) -> int:
+        """The seconds until so many requests have left the queue."""
+        measured = list(self._intervals)
+        if self._count:
+            # The present one may be the longest of all.
+            measured.append(self._clock() - self._since)
+        expected = count * sum(measured) / max(1, len(measured))
+        return max(1, min(LONGEST_WAIT_S, math.ceil(expected)))
 
     def take(self) -> Request | None:
-        """The next one: the oldest of the adapter whose turn it is; None: nobody waits."""
+        """The next one: the oldest of the client and the adapter whose turns it is; None: nobody
+        waits."""
         with self._lock:
             if not self._waiting:
                 return None
-            key, own = self._waiting.popitem(last=False)
+            client, of_client = self._waiting.popitem(last=False)
+            key, own = of_client.popitem(last=False)
             request = own.popleft()
             if own:
-                self._waiting[key] = own
+                of_client[key] = own
+            if of_client:
+                self._waiting[client] = of_client
             self._count -= 1
             self._tokens -= _tokens(request)
+            now = self._clock()
+            self._intervals.append(now - self._since)
+            self._since = now
             return request
 
     def remove(self, requests: Collection[Request]) -> None:
         """Forget requests that nobody wants answered any more."""
         gone = set(map(id, requests))
         with self._lock:
-            for key, own in list(self._waiting.items()):
-                kept = deque(each for each in own if id(each) not in gone)
-                left = [each for each in own if id(each) in gone]
-                self._count -= len(left)
-                self._tokens -= sum(map(_tokens, left))
-                if kept:
-                    self._waiting[key] = kept
-                else:
-                    del self._waiting[key]
+            for client, of_client in list(self._waiting.items()):
+                for key, own in list(of_client.items()):
+                    left = [each for each in own if id(each) in gone]
+                    self._count -= len(left)
+                    self._tokens -= sum(map(_tokens, left))
+                    of_client[key] = deque(each for each in own if id(each) not in gone)
+                    if not of_client[key]:
+                        del of_client[key]
+                if not of_client:
+                    del self._waiting[client]
 
     def waiting(self) -> list[Request]:
         """Those that wait, in no particular order."""
@@ -100,8 +152,9 @@ class Queue:
             return list(self._each())
 
     def _each(self) -> Iterator[Request]:
-        for own in self._waiting.values():
-            yield from own
+        for of_client in self._waiting.values():
+            for own in of_client.values():
+                yield from own
 
 
 def _tokens(request: Request) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.card import TrainedUse
-from lorakit.adapter.peft_config import CONFIG_FILE
 from lorakit.answering.ends import end_tokens
 from lorakit.attachment.state import attachment_for, identity_of
 from lorakit.bank import AdapterBank, Held
@@ -23,6 +22,7 @@ from lorakit.data.template_limits import check_template
 from lorakit.errors import AdapterFileError, BankError, ConfigError, LorakitError, did_you_mean
 from lorakit.layers.operation import Update
 from lorakit.routing.slots import check_slots
+from lorakit.serving.places import Places
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Use
 
@@ -68,6 +68,8 @@ class Catalog:
         tokenizer: its tokenizer.
         name: what requests call the base.
         folder: from which adapters may be loaded; None: from nowhere.
+        resolve: load an adapter when it is first asked for, from the folder of its name.
+        hub: a namespace of the hub, where such a name is looked for next; None: not there.
         allow_other_base: accept adapters that were trained on other weights.
         budget_bytes: the most memory of adapters, see `AdapterBank`.
     """
@@ -79,13 +81,15 @@ class Catalog:
         name: str,
         *,
         folder: Path | None = None,
+        resolve: bool = False,
+        hub: str | None = None,
         allow_other_base: bool = False,
         budget_bytes: int | None = None,
     ) -> None:
         self.name = name
         self.since = int(time.time())
         self.tokenizer = tokenizer
-        self.folder = None if folder is None else folder.resolve()
+        self.places = Places(folder, resolve=resolve, hub=hub)
         self._model = model
         self._bank = AdapterBank(
             model,
@@ -94,6 +98,8 @@ class Catalog:
             check=self._check,
         )
         self._loaded: dict[str, Loaded] = {}
+        self._unloaded: set[str] = set()
+        """Names that are not looked for: who unloads an adapter wants it gone."""
         self._loading = threading.RLock()
         self._base = _base_hash(model)
 
@@ -108,31 +114,24 @@ class Catalog:
         return self._bank
 
     def load_all(self) -> None:
-        """Load the adapter that the folder is, or those right in it.
+        """Load the adapter that the folder is, or those right in it; none if names are resolved.
 
         Raises:
             ConfigError: some cannot be used; with the reason of each.
         """
-        if self.folder is None:
+        folder = self.places.folder
+        if folder is None:
             return
-        if not self.folder.is_dir():
-            raise ConfigError(f"adapters: there is no folder {self.folder}")
+        if not folder.is_dir():
+            raise ConfigError(f"adapters: there is no folder {folder}")
         problems = []
-        for place in self.found():
+        for place in [] if self.places.resolve else self.places.found():
             try:
                 self.load(place.name, str(place))
             except LorakitError as error:
                 problems.append(f"{place.name}: {error}")
         if problems:
             raise ConfigError.listing("these adapters can't be served", problems)
-
-    def found(self) -> list[Path]:
-        """The folders of adapters that may be loaded: the allowed folder, or those right in it."""
-        if self.folder is None or not self.folder.is_dir():
-            return []
-        if (self.folder / CONFIG_FILE).is_file():
-            return [self.folder]
-        return sorted(path.parent for path in self.folder.glob(f"*/{CONFIG_FILE}"))
 
     def load(self, name: str, path: str, *, in_place: bool = False) -> None:
         """Load an adapter under a name, and have it answer from then on.
@@ -162,11 +161,15 @@ class Catalog:
                     param="lora_name",
                     kind="InvalidUserInput",
                 )
-            folder, began = self._allowed(path), time.monotonic()
-            record = self._bank.load(name, folder)
-            took, size = time.monotonic() - began, self._bank.size_bytes(name)
-            base = self._base_check(record)
-            self._loaded[name] = Loaded(folder, int(time.time()), took, record, size, base)
+            self._load(name, self.places.allowed(path))
+
+    def _load(self, name: str, folder: Path) -> None:
+        began = time.monotonic()
+        record = self._bank.load(name, folder)
+        took, size = time.monotonic() - began, self._bank.size_bytes(name)
+        base = self._base_check(record)
+        self._loaded[name] = Loaded(folder, int(time.time()), took, record, size, base)
+        self._unloaded.discard(name)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; requests that were accepted with it are answered by it.
@@ -182,6 +185,7 @@ class Catalog:
                     param="lora_name",
                 )
             del self._loaded[name]
+            self._unloaded.add(name)
             self._bank.unload(name)
 
     def choose(
@@ -189,6 +193,8 @@ class Catalog:
         model: str | None,
         adapter_id: str | None = None,
         adapters: Sequence[tuple[str, float]] | None = None,
+        *,
+        check: Callable[[Sequence[str]], None] = lambda names: None,
     ) -> Chosen:
         """What a request names, as it is now.
 
@@ -196,6 +202,8 @@ class Catalog:
             model: the base, an adapter, or BASE:ADAPTER; None or "": the base.
             adapter_id: an adapter, in the words of LoRAX.
             adapters: several with weights, which are summed.
+            check: is called with the adapters' names before any is looked for and loaded; raises
+                where they may not be asked.
 
         Raises:
             RefusalError: a name is not known, or they contradict each other.
@@ -218,7 +226,17 @@ class Catalog:
             )
         else:
             pairs = [(self._known(name, "adapters"), weight) for name, weight in adapters]
+        check([name for name, _ in pairs])
+        for name, _ in pairs:
+            self._resolve(name)
         return self._chosen(named or model or self.name, pairs)
+
+    def _resolve(self, name: str) -> None:
+        """Load an adapter that is asked for the first time."""
+        if name not in self._loaded:
+            with self._loading:
+                if name not in self._loaded:
+                    self._load(name, self.places.resolved(name))
 
     def _adapter_of(self, model: str | None) -> str | None:
         """The adapter that a model's name means; None: the base."""
@@ -229,7 +247,8 @@ class Catalog:
         return self._known(model, "model")
 
     def _known(self, name: str, param: str) -> str:
-        if name not in self._loaded:
+        may_come = name not in self._unloaded and self.places.may_resolve(name)
+        if name not in self._loaded and not may_come:
             known = [self.name, *self._loaded]
             hint = did_you_mean(name, known) or f". There are: {', '.join(known[:8])}"
             raise RefusalError(f"The model `{name}` does not exist{hint}", 404, param=param)
@@ -281,38 +300,6 @@ class Catalog:
         if use.chat_template is not None:
             check_template(with_template(self.tokenizer, use.chat_template))
         check_slots(attachment_for(self._model), updates)
-
-    def _allowed(self, path: str) -> Path:
-        """The folder that a path means.
-
-        Raises:
-            RefusalError: it, or a file that a link in it points to, is not in the allowed folder.
-        """
-        if self.folder is None:
-            raise RefusalError(
-                "this server loads no adapters: start it with --adapters FOLDER", 403
-            )
-        asked = Path(path)
-        place = asked if asked.is_absolute() else self.folder / asked
-        real = place.resolve()
-        targets = [real, *(each.resolve() for each in _files(real))]
-        if not all(each.is_relative_to(self.folder) for each in targets):
-            raise RefusalError(
-                f"{path} is not within the folder of this server's adapters, or a link in it "
-                "leaves that folder",
-                403,
-                param="lora_path",
-            )
-        if not real.is_dir():
-            raise RefusalError(f"there is no adapter folder {path}", 404, param="lora_path")
-        return real
-
-
-def _files(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError:
-        return []
 
 
 def _base_hash(model: PreTrainedModel) -> str:

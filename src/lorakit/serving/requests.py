@@ -94,6 +94,8 @@ class Request:
     skip_special: bool = True
     prompt_logprobs: int | None = None
     """How many alternatives are reported with each token of the prompt; None: no token is."""
+    client: str = ""
+    """Who asks, as far as turns in the queue go: the same for the same key."""
     number: int = field(default_factory=lambda: next(_numbers))
     arrived: float = field(default_factory=time.monotonic)
     """By the monotonic clock, in seconds."""

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-30
+"""Less than this is computed as this: its reciprocal, which GPUs take, would be infinite."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -115,7 +118,9 @@ class Sampler:
 
     def _drawn(self, logits: Tensor) -> int:
         how = self._how
-        probabilities = (logits / how.temperature).softmax(-1).double()
+        # Below the largest logit, and in float64, so that no temperature makes it infinite.
+        below = (logits - logits.max()).double()
+        probabilities = (below / max(how.temperature, LEAST_TEMPERATURE)).softmax(-1)
         if how.min_p > 0:
             probabilities[probabilities < how.min_p * probabilities.max()] = 0
         if 0 < how.top_k < len(probabilities):

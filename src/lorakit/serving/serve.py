@@ -120,6 +120,8 @@ def prepared(settings: ServeConfig) -> tuple[Engine, Catalog]:
         with_template(opened.tokenizer, opened.base_template),
         settings.name or base,
         folder=settings.adapters,
+        resolve=settings.resolve,
+        hub=settings.hub,
         allow_other_base=settings.allow_other_base,
         budget_bytes=settings.budget_bytes,
     )

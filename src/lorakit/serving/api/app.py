@@ -26,7 +26,7 @@ from lorakit.serving.api.bodies import (
     UnloadBody,
     check_known,
 )
-from lorakit.serving.api.errors import handle_errors
+from lorakit.serving.api.errors import SHOWN, handle_errors
 from lorakit.serving.api.formats import ChatForm, CompletionForm, text_of
 from lorakit.serving.api.guard import Guard
 from lorakit.serving.api.inventory import inventory
@@ -39,6 +39,18 @@ from lorakit.serving.prompts import chat_ids, text_ids
 from lorakit.serving.refusals import RefusalError
 
 VERSION = version("lorakit")
+_TEXT: dict[str, Any] = {"response_class": PlainTextResponse}
+_STREAM: dict[str, Any] = {
+    "responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+}
+FORMS = {
+    "/metrics": _TEXT,
+    "/v1/load_lora_adapter": _TEXT,
+    "/v1/unload_lora_adapter": _TEXT,
+    "/v1/completions": _STREAM,
+    "/v1/chat/completions": _STREAM,
+}
+"""What paths answer beside or in place of JSON, for the API's own description."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +68,7 @@ class Policy:
 def build_app(engine: Engine, catalog: Catalog, policy: Policy | None = None) -> FastAPI:
     """The API of an engine that runs, and of the models that it answers as."""
     policy = policy or Policy()
-    app = FastAPI(title="lorakit", version=VERSION, docs_url=None, redoc_url=None)
+    app = FastAPI(title="lorakit", version=VERSION, docs_url=None, redoc_url=None, responses=SHOWN)
     server = _Server(engine, catalog, policy)
     app.add_middleware(
         Guard,
@@ -66,9 +78,9 @@ def build_app(engine: Engine, catalog: Catalog, policy: Policy | None = None) ->
     )
     handle_errors(app)
     for path, answer in server.gets.items():
-        app.add_api_route(path, answer, methods=["GET"])
+        app.add_api_route(path, answer, methods=["GET"], **FORMS.get(path, {}))
     for path, answer in server.posts.items():
-        app.add_api_route(path, answer, methods=["POST"])
+        app.add_api_route(path, answer, methods=["POST"], **FORMS.get(path, {}))
     for path, (content, kind) in files().items():
         app.add_route(path, _static(content, kind), methods=["GET"], include_in_schema=False)
     return app
@@ -137,9 +149,9 @@ class _Server:
         names = [self._catalog.name, *self._catalog.adapters]
         return {"object": "list", "data": [self._card(name) for name in names]}
 
-    async def model(self, model: str) -> dict[str, Any]:
+    def model(self, model: str, http: Request) -> dict[str, Any]:
         """One of them."""
-        chosen = await run_in_threadpool(self._catalog.choose, model)
+        chosen = self._named(model, http)
         return self._card(next(iter(chosen.use.names), self._catalog.name))
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -175,6 +187,7 @@ class _Server:
                 max_tokens=body.max_tokens,
                 alternatives=body.logprobs,
                 prompt_logprobs=body.logprobs if body.echo else None,
+                client=_rights(http).client,
             )
             texts = [p if isinstance(p, str) else text_of(chosen.tokenizer, p) for p in prompts]
             return chosen, requests, texts
@@ -199,7 +212,13 @@ class _Server:
                 raise RefusalError("max_tokens is 0: give at least 1", param="max_tokens")
             ids = chat_ids(chosen, _messages(body.messages))
             return chosen, requests_of(
-                body, [ids], chosen, self._engine, max_tokens=asked, alternatives=alternatives
+                body,
+                [ids],
+                chosen,
+                self._engine,
+                max_tokens=asked,
+                alternatives=alternatives,
+                client=_rights(http).client,
             )
 
         chosen, requests = await run_in_threadpool(prepare)
@@ -208,9 +227,11 @@ class _Server:
 
     def _chosen(self, body: Asked, http: Request) -> Chosen:
         pairs = None if body.adapters is None else [(a.name, a.weight) for a in body.adapters]
-        chosen = self._catalog.choose(body.model, body.adapter_id, pairs)
-        _rights(http).check_names(chosen.use.names)
-        return chosen
+        check = _rights(http).check_names
+        return self._catalog.choose(body.model, body.adapter_id, pairs, check=check)
+
+    def _named(self, model: str | None, http: Request) -> Chosen:
+        return self._catalog.choose(model, check=_rights(http).check_names)
 
     def _check(self, body: Body) -> None:
         check_known(body, lenient=self._policy.lenient)
@@ -229,10 +250,10 @@ class _Server:
         self._catalog.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
-    def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+    def tokenize(self, body: TokenizeBody, http: Request) -> dict[str, Any]:
         """The tokens of a text or of a conversation."""
         self._check(body)
-        chosen = self._catalog.choose(body.model)
+        chosen = self._named(body.model, http)
         if body.messages is not None:
             ids = chat_ids(chosen, _messages(body.messages))
         else:
@@ -244,16 +265,16 @@ class _Server:
             found["token_strs"] = chosen.tokenizer.convert_ids_to_tokens(ids)
         return found
 
-    def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+    def detokenize(self, body: DetokenizeBody, http: Request) -> dict[str, Any]:
         """The text of tokens."""
         self._check(body)
-        chosen = self._catalog.choose(body.model)
+        chosen = self._named(body.model, http)
         check_ids(body.tokens, self._engine.vocabulary, "tokens")
         return {"prompt": str(chosen.tokenizer.decode(body.tokens))}
 
-    def tokenizer_info(self, model: str | None = None) -> dict[str, Any]:
+    def tokenizer_info(self, http: Request, model: str | None = None) -> dict[str, Any]:
         """How texts become tokens, and with which chat template."""
-        tokenizer = self._catalog.choose(model).tokenizer
+        tokenizer = self._named(model, http).tokenizer
         return {
             "tokenizer_class": type(tokenizer).__name__,
             "vocab_size": len(tokenizer),

@@ -70,6 +70,7 @@ def requests_of(
     max_tokens: int | None,
     alternatives: int | None,
     prompt_logprobs: int | None = None,
+    client: str = "",
 ) -> list[Request]:
     """The requests of a body: for each prompt as many as it asks for.
 
@@ -81,6 +82,7 @@ def requests_of(
         max_tokens: the most tokens of each answer; None: what the context leaves.
         alternatives: how many of the likeliest tokens to report; None: no log-probability.
         prompt_logprobs: the same for the tokens of the prompt.
+        client: who asks: clients take turns.
 
     Raises:
         RefusalError: a prompt is empty or too long, or a token is not known.
@@ -109,6 +111,7 @@ def requests_of(
                 include_stop=body.include_stop_str_in_output,
                 skip_special=body.skip_special_tokens,
                 prompt_logprobs=prompt_logprobs,
+                client=client,
             )
             made.append(request)
     return made

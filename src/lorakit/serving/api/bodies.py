@@ -19,7 +19,13 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 class Body(BaseModel):
     """A body, or a part of one; what it has beside its fields is looked at by `check_known`."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="allow",
+        # The description tells what is so without --lenient.
+        json_schema_extra={"additionalProperties": False},
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
 
 
 def check_known(body: Body, *, lenient: bool) -> None:
@@ -85,7 +91,7 @@ class Asked(Body):
     """Draw from so many of the likeliest tokens; 0 or -1: from all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Draw from tokens with at least this share of the likeliest one's probability."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None

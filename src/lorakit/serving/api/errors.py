@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from lorakit.errors import AdapterFileError, LorakitError
@@ -16,16 +16,43 @@ from lorakit.serving.admission import ClosedError, QueueFullError
 from lorakit.serving.refusals import KINDS, RefusalError
 
 
+class Problem(BaseModel):
+    """What is wrong with a request, or with the server."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class Envelope(BaseModel):
+    """The body of every error."""
+
+    error: Problem
+
+
+SHOWN: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Envelope, "description": "What is wrong with the request."},
+    "5XX": {"model": Envelope, "description": "What is wrong with the server."},
+}
+"""The errors of each path in the API's own description."""
+
+
 def envelope(refusal: RefusalError) -> dict[str, Any]:
     """The body of an error's response."""
     return {
         "error": {
-            "message": str(refusal),
+            "message": _encodable(str(refusal)),
             "type": refusal.kind,
-            "param": refusal.param,
+            "param": None if refusal.param is None else _encodable(refusal.param),
             "code": refusal.status,
         }
     }
+
+
+def _encodable(text: str) -> str:
+    """A text as UTF-8 can have it: names of fields may have halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def refusal_of(error: Exception) -> RefusalError:
@@ -34,7 +61,7 @@ def refusal_of(error: Exception) -> RefusalError:
         case RefusalError():
             return error
         case QueueFullError():
-            return RefusalError(str(error), 429, retry_after_s=1)
+            return RefusalError(str(error), 429, retry_after_s=error.retry_after_s)
         case ClosedError():
             return RefusalError(str(error), 503, retry_after_s=5)
         case AdapterFileError() if "there is no adapter folder" in str(error):

@@ -16,12 +16,12 @@ def inventory(catalog: Catalog, metrics: Metrics) -> dict[str, Any]:
     return {
         "object": "list",
         "base": {"name": catalog.name, "requests": metrics.answered(catalog.name)},
-        "loads": catalog.folder is not None,
+        "loads": catalog.places.folder is not None,
         "data": [
             _shown(name, each) | {"in_memory": name in resident, "requests": metrics.answered(name)}
             for name, each in loaded.items()
         ],
-        "not_loaded": [place.name for place in catalog.found() if place not in held],
+        "not_loaded": [place.name for place in catalog.places.found() if place not in held],
     }
 
 

@@ -29,6 +29,8 @@ class Rights:
     """Whether they may load and unload adapters."""
     requests: int | None = None
     """The most of them in a minute; None: as many as they like."""
+    client: str = ""
+    """What tells this key from others in the queue, and is not the key."""
     _times: deque[float] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -90,6 +92,8 @@ class Keys:
 
     def __init__(self, rights: dict[str, Rights] | None = None) -> None:
         self._by_hash = {_hash(key): own for key, own in (rights or {}).items()}
+        for key, own in self._by_hash.items():
+            own.client = key.hex()
 
     def __len__(self) -> int:
         return len(self._by_hash)

@@ -1,0 +1,20 @@
+"""langchain-openai: an answer, a stream, a batch, and log-probabilities."""
+
+import sys
+
+from langchain_openai import ChatOpenAI, OpenAI
+
+url, key = sys.argv[1:]
+how = {"base_url": f"{url}/v1", "api_key": key, "temperature": 0, "max_tokens": 6}
+chat = ChatOpenAI(model="small", **how)
+
+answer = chat.invoke("red cat")
+assert answer.content
+assert answer.response_metadata["system_fingerprint"].startswith("fp_")
+assert answer.usage_metadata["output_tokens"] <= 6
+assert "".join(part.content for part in chat.stream("red cat")) == answer.content
+assert [each.content for each in chat.batch(["red cat", "red cat"])] == [answer.content] * 2
+
+told = ChatOpenAI(model="small", logprobs=True, top_logprobs=2, **how).invoke("red cat")
+assert len(told.response_metadata["logprobs"]["content"][0]["top_logprobs"]) == 2
+assert OpenAI(model="wide", **how).invoke("red cat")

@@ -1,0 +1,31 @@
+"""litellm: a whole answer, a stream, texts, and the server's errors as its own kinds."""
+
+import sys
+
+import litellm
+
+url, key = sys.argv[1:]
+litellm.telemetry = False
+how = {"api_base": f"{url}/v1", "api_key": key, "temperature": 0, "max_tokens": 6}
+messages = [{"role": "user", "content": "red cat"}]
+
+whole = litellm.completion(model="openai/small", messages=messages, **how)
+text = whole.choices[0].message.content
+assert text
+assert whole.usage.completion_tokens <= 6
+
+chunks = litellm.completion(model="openai/small", messages=messages, stream=True, **how)
+assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+
+written = litellm.text_completion(model="text-completion-openai/wide", prompt="red cat", **how)
+assert written.choices[0].text
+
+for kind, change in (
+    (litellm.NotFoundError, {"model": "openai/nobody"}),
+    (litellm.AuthenticationError, {"api_key": "wrong"}),
+):
+    try:
+        litellm.completion(**{"model": "openai/small", "messages": messages, **how, **change})
+    except kind:
+        continue
+    raise AssertionError(f"no {kind.__name__}")
