@@ -13,11 +13,19 @@ pytest.importorskip("uvicorn")
 def test_clients_are_measured_beside_plain_generation(tiny_llama, capsys):
     words = ["--model", tiny_llama, "--dtype", "float32", "--clients", 3, "--adapters", 2]
     words += ["--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 1, "--threads", 1]
+    words += ["--first-tokens", 2, "--long-prompt", 20, "--longest", 10]
     assert main(["bench", "serve", *map(str, words), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     who = {"ours", "plain", "base", "route", "engine", "one"}
     assert set(result["seconds"]["serve"]) == who
     assert set(result["ratios"]) == who - {"ours"}
-    assert {row["who"] for row in result["tables"]["tokens"]} == who
-    assert [row["what"] for row in result["tables"]["slots"]] == ["step", "join", "unchanged"]
-    assert len(result["goals"]) == 4
+    unlike = {"unlike lengths: server", "unlike lengths: static batches"}
+    assert {row["who"] for row in result["tables"]["tokens"]} == who | unlike
+    assert [row["what"] for row in result["tables"]["slots"]] == [
+        "step",
+        "join",
+        "unchanged",
+        "read",
+    ]
+    assert set(result["seconds"]["first token"]) == {"ours", "prefill"}
+    assert len(result["goals"]) == 10

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lorakit.bench.soak.asking import streamed_tokens
+from lorakit.bench.serving.asking import streamed_tokens
 from lorakit.bench.soak.crossing import Crossing
 from lorakit.cli.main import main
 

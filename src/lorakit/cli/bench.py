@@ -9,7 +9,7 @@ from lorakit.bench.load import measure_load
 from lorakit.bench.methods import measure_methods
 from lorakit.bench.mixed import measure_mixed
 from lorakit.bench.result import Findings, run_bench
-from lorakit.bench.serve import measure_serve
+from lorakit.bench.serving.serve import measure_serve
 from lorakit.bench.soak.soak import measure_soak
 from lorakit.bench.sweep import measure_sweep
 from lorakit.bench.switch import measure_switch

@@ -180,6 +180,15 @@ class ServeBenchConfig(BenchConfig):
     prefill_tokens: PositiveInt = 256
     """Tokens of prompts that the server reads between two tokens of the answers."""
 
+    first_tokens: PositiveInt = 50
+    """Answers of one token, whose time is measured on the idle server."""
+
+    long_prompt: PositiveInt = 768
+    """Tokens of the prompt for which other streams have to wait."""
+
+    longest: Annotated[int, Field(ge=8)] = 128
+    """The most tokens of answers of unlike lengths; the fewest are 8."""
+
     repeats: PositiveInt = 5
     """Rounds, in each of which every participant is measured once; medians are compared."""
 

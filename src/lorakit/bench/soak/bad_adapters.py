@@ -18,7 +18,7 @@ from lorakit.adapter.peft_config import CONFIG_FILE
 from lorakit.adapter.record import RECORD_FILE
 from lorakit.adapter.tensor_files import PICKLE_FILE, WEIGHTS_FILE
 from lorakit.bench.result import Goal
-from lorakit.bench.soak.asking import Asked, Client, streamed_tokens
+from lorakit.bench.serving.asking import Asked, Client, streamed_tokens
 
 Change = Callable[[Path], None]
 RAN = "the pickle ran"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lorakit.bench.result import Goal
-from lorakit.bench.soak.asking import Answer, Asked, Client
+from lorakit.bench.serving.asking import Answer, Asked, Client
 from lorakit.bench.soak.server import Server
 from lorakit.errors import LorakitError
 

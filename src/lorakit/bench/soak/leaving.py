@@ -11,7 +11,7 @@ from dataclasses import replace
 from threading import Thread
 
 from lorakit.bench.result import Goal
-from lorakit.bench.soak.asking import Answer, Asked, Client
+from lorakit.bench.serving.asking import Answer, Asked, Client
 from lorakit.errors import LorakitError
 
 RUNNING = "vllm:num_requests_running"

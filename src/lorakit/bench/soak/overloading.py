@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.bench.result import Goal
-from lorakit.bench.soak.asking import Answer, Asked, Client
+from lorakit.bench.serving.asking import Answer, Asked, Client
 
 TIMES = 5
 """How many times what it can answer is asked."""

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from lorakit.bench.result import Goal
-from lorakit.bench.soak.asking import Answer, Asked, Client
+from lorakit.bench.serving.asking import Answer, Asked, Client
 from lorakit.errors import LorakitError
 
 NAME = "turning"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.bench.memory import resident_bytes
-from lorakit.bench.soak.asking import Client
+from lorakit.bench.serving.asking import Client
 from lorakit.errors import LorakitError
 
 START_S = 300.0

@@ -12,7 +12,7 @@ import torch
 
 from lorakit.bench.peers import save_random_adapters
 from lorakit.bench.result import Findings, Goal
-from lorakit.bench.soak.asking import Asked
+from lorakit.bench.serving.asking import Asked
 from lorakit.bench.soak.bad_adapters import refusing
 from lorakit.bench.soak.crossing import crossing
 from lorakit.bench.soak.leaving import holding_up, leaving

@@ -1,4 +1,4 @@
-"""One request to a server, with what a soak needs to know of its answer."""
+"""A client of a server: one request, and what a measurement needs to know of its answer."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class Asked:
     new_tokens: int
     seed: int | None = None
     """With it tokens are drawn at temperature 1; None: the likeliest."""
+    tells_tokens: bool = True
+    """Whether the answer has its tokens beside its text."""
 
     def body(self) -> dict[str, Any]:
         """The request's body."""
@@ -33,7 +35,7 @@ class Asked:
             "prompt": list(self.prompt),
             "max_tokens": self.new_tokens,
             "ignore_eos": True,
-            "logprobs": 0,
+            "logprobs": 0 if self.tells_tokens else None,
             **drawn,
         }
 
@@ -98,6 +100,12 @@ class Client:
             yield connection.getresponse()
         finally:
             connection.close()
+
+    def token_times(self, asked: Asked) -> list[float]:
+        """When each event of a stream came, in seconds after the request."""
+        begun = time.perf_counter()
+        with self.streaming(asked) as response:
+            return [time.perf_counter() - begun for line in response if line.startswith(b"data: {")]
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""

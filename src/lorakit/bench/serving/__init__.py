@@ -1,0 +1,1 @@
+"""How fast a server answers clients who use different adapters, beside the plain model."""

@@ -1,0 +1,113 @@
+"""When tokens come: the first one of an idle server, pauses for long prompts, unlike lengths."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from lorakit.bench.result import OURS, Goal
+from lorakit.bench.rounds import Participant, Seconds, interleaved
+from lorakit.bench.serving.asking import Asked, Client
+from lorakit.bench.serving.ways import generated
+from lorakit.config.bench import ServeBenchConfig
+
+BUSY = 0.8
+"""The share of the slots that answer while a long prompt comes."""
+SHORTEST = 8
+"""The fewest tokens of answers of unlike lengths."""
+WAVES = 3
+"""Requests of unlike lengths for each slot."""
+
+
+def first_token(client: Client, plain: Any, asked: Asked, *, times: int) -> dict[str, Seconds]:
+    """The times to the first token of an idle server, and of the plain model reading the prompt."""
+    ids = torch.tensor([asked.prompt])
+    short = replace(asked, new_tokens=1)
+
+    @torch.inference_mode()
+    def read() -> None:
+        plain(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
+
+    return interleaved(
+        {
+            OURS: Participant(run=lambda: client.token_times(short)),
+            "prefill": Participant(run=read),
+        },
+        repeats=times,
+    )
+
+
+def first_token_goals(times: dict[str, Seconds]) -> list[Goal]:
+    """The median and the slowest of them, over those of the plain model."""
+    server, prefill = times[OURS], times["prefill"]
+    ends = [_late(each.rounds) for each in (server, prefill)]
+    what = "time to first token, idle, over reading the prompt"
+    return [
+        Goal(what=f"{what}, median", got=server.median / prefill.median, limit=1.15),
+        Goal(what=f"{what}, 99th percentile", got=ends[0] / ends[1], limit=1.5),
+    ]
+
+
+def longest_pause(client: Client, asked: Sequence[Asked], settings: ServeBenchConfig) -> Goal:
+    """The longest pause of streams while somebody's long prompt is read, in their usual gaps.
+
+    Args:
+        client: of the server.
+        asked: a request for each slot; the last one gets the long prompt.
+        settings: the length of that prompt and of the streams.
+    """
+    prompt_tokens = settings.long_prompt
+    *others, last = asked[: max(2, round(BUSY * len(asked)))]
+    running = [replace(each, new_tokens=settings.longest) for each in others]
+    own = replace(last, prompt=(last.prompt * prompt_tokens)[:prompt_tokens], new_tokens=1)
+    with ThreadPoolExecutor(len(running)) as pool:
+        streams = [pool.submit(client.token_times, each) for each in running]
+        # Until all of them have begun.
+        while client.metric("vllm:num_requests_running") < len(running):
+            time.sleep(0.01)
+        client.complete(own)
+        gaps = [b - a for each in streams for a, b in pairwise(each.result())]
+    return Goal(
+        what=f"longest pause of {len(running)} streams for a prompt of {prompt_tokens}, in steps",
+        got=max(gaps) / statistics.median(gaps),
+        limit=3.0,
+        unit="steps",
+    )
+
+
+def unlike_lengths(
+    client: Client, plain: Any, asked: Sequence[Asked], settings: ServeBenchConfig
+) -> dict[str, float]:
+    """Tokens per second of answers of 8 tokens to the most, by the server and by static batches.
+
+    Static batches are what `generate` does: as many rows as there are slots, until the longest
+    of them is done.
+    """
+    generator = torch.Generator().manual_seed(1)
+    count = WAVES * settings.clients
+    drawn = torch.randint(SHORTEST, settings.longest + 1, (count,), generator=generator).tolist()
+    requests = [
+        replace(asked[number % len(asked)], new_tokens=length)
+        for number, length in enumerate(drawn)
+    ]
+    begun = time.perf_counter()
+    client.complete_all(requests, len(requests))
+    took = time.perf_counter() - begun
+    ids = torch.tensor([each.prompt for each in asked])
+    begun = time.perf_counter()
+    for first in range(0, count, len(asked)):
+        generated(plain, ids, max(drawn[first : first + len(asked)]))
+    static = time.perf_counter() - begun
+    return {"server": sum(drawn) / took, "static batches": sum(drawn) / static}
+
+
+def _late(rounds: Sequence[float]) -> float:
+    """The 99th percentile."""
+    return sorted(rounds)[int(0.99 * (len(rounds) - 1))]

@@ -1,0 +1,146 @@
+"""`lorakit bench serve`: a server whose clients use different adapters, beside `generate`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.bench.peers import save_random_adapters
+from lorakit.bench.result import OURS, Findings, Goal
+from lorakit.bench.rounds import Participant, Seconds, interleaved
+from lorakit.bench.serving.asking import Asked, Client
+from lorakit.bench.serving.latency import (
+    first_token,
+    first_token_goals,
+    longest_pause,
+    unlike_lengths,
+)
+from lorakit.bench.serving.slot_changes import slot_changes
+from lorakit.bench.serving.ways import answered, asked, generated, routed, served
+from lorakit.config.bench import ServeBenchConfig
+from lorakit.errors import MissingExtraError
+from lorakit.models.load import load_model
+from lorakit.serving.catalog import Catalog
+from lorakit.serving.engine import Engine, Limits
+
+
+def measure_serve(settings: ServeBenchConfig) -> Findings:
+    """What a server takes for answers, slots and first tokens, and the plain model beside it.
+
+    Raises:
+        MissingExtraError: the libraries of the server are not installed.
+    """
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("the server", "serve") from None
+    plain, _ = load_model(settings.model, dtype=settings.dtype)
+    model, tokenizer = load_model(settings.model, dtype=settings.dtype)
+    with tempfile.TemporaryDirectory() as temporary:
+        places = save_random_adapters(
+            model,
+            Path(temporary),
+            count=settings.adapters,
+            rank=settings.rank,
+            dtype=settings.adapter_dtype,
+        )
+        limits = Limits(slots=settings.clients, prefill_tokens=settings.prefill_tokens)
+        engine = Engine(model, limits)
+        catalog = Catalog(model, tokenizer, "base", folder=Path(temporary))
+        catalog.load_all()
+    requests = _requests(settings, int(plain.config.vocab_size), [each.name for each in places])
+    changes = slot_changes(settings, engine, catalog, [each.model for each in requests])
+    with served(engine, catalog) as client:
+        seconds = _answer_times(settings, client, engine, catalog, plain, requests)
+        first = first_token(client, plain, requests[0], times=settings.first_tokens)
+        pause = longest_pause(client, requests, settings)
+        unlike = unlike_lengths(client, plain, requests, settings)
+    tokens = settings.clients * settings.new_tokens
+    rates = {name: tokens / each.median for name, each in seconds.items()}
+    shown = rates | {f"unlike lengths: {name}": rate for name, rate in unlike.items()}
+    return Findings(
+        timings={"serve": seconds, "first token": first},
+        goals=(*_goals(settings, rates, changes, unlike), *first_token_goals(first), pause),
+        tables={
+            "tokens": [{"who": name, "tokens/s": rate} for name, rate in shown.items()],
+            "slots": [{"what": what, "time_s": each.median} for what, each in changes.items()],
+        },
+    )
+
+
+def _requests(settings: ServeBenchConfig, vocabulary: int, names: list[str]) -> list[Asked]:
+    """One for each client."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (settings.clients, settings.prompt_tokens)
+    return [
+        Asked(
+            model=names[client % len(names)],
+            prompt=tuple(prompt),
+            new_tokens=settings.new_tokens,
+            tells_tokens=False,
+        )
+        for client, prompt in enumerate(
+            torch.randint(vocabulary, shape, generator=generator).tolist()
+        )
+    ]
+
+
+def _answer_times(
+    settings: ServeBenchConfig,
+    client: Client,
+    engine: Engine,
+    catalog: Catalog,
+    plain: Any,
+    requests: list[Asked],
+) -> dict[str, Seconds]:
+    """The times of one answer to each client, by each of the ways."""
+    ids = torch.tensor([each.prompt for each in requests])
+    names, new_tokens = [each.model for each in requests], settings.new_tokens
+    base, one = ([replace(each, model=name) for each in requests] for name in ("base", names[0]))
+    ways = {
+        "plain": lambda: generated(plain, ids, new_tokens),
+        "base": lambda: asked(client, base),
+        "route": routed(catalog.bank, engine.model, ids, names, new_tokens),
+        "engine": lambda: answered(engine, catalog, ids, names, new_tokens),
+        "one": lambda: asked(client, one),
+        OURS: lambda: asked(client, requests),
+    }
+    return interleaved(
+        {name: Participant(run=run) for name, run in ways.items()}, repeats=settings.repeats
+    )
+
+
+def _goals(
+    settings: ServeBenchConfig,
+    rates: Mapping[str, float],
+    changes: Mapping[str, Seconds],
+    unlike: Mapping[str, float],
+) -> list[Goal]:
+    step = changes["step"].median
+    adapters = settings.adapters
+    at_least = {
+        "tokens/s over HTTP, against plain generate": (rates[OURS] / rates["plain"], 0.76),
+        f"{adapters} adapters against 1, over HTTP": (rates[OURS] / rates["one"], 0.85),
+        "tokens/s of answers of unlike lengths, against those of one length": (
+            unlike["server"] / rates[OURS],
+            0.85,
+        ),
+        "tokens/s of answers of unlike lengths, against static batches": (
+            unlike["server"] / unlike["static batches"],
+            1.5,
+        ),
+    }
+    at_most = {
+        "a join against a step of all slots": (changes["join"].median / step, 0.15),
+        "routing of an unchanged step against the step": (changes["unchanged"].median / step, 0.01),
+        "a step of all slots against reading its bytes": (step / changes["read"].median, 1.8),
+    }
+    return [
+        *(Goal(what=w, got=g, limit=limit, at_least=True) for w, (g, limit) in at_least.items()),
+        *(Goal(what=w, got=g, limit=limit) for w, (g, limit) in at_most.items()),
+    ]
