@@ -92,6 +92,8 @@ def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         # Who reads that it answers may ask at once: until the loop runs, the system keeps them.
         listening.listen(BACKLOG)
+        if settings.max_length is not None and settings.max_length > engine.max_length:
+            note(f"max_length is {engine.max_length}: the model's context has no more tokens")
         names = ", ".join(catalog.adapters) or "no adapters"
         note(f"{catalog.name} with {names} answers at {url}/v1")
         answer_until_told(app, engine, listening, note)
