@@ -57,6 +57,9 @@ def test_a_picture_in_a_page_takes_its_colours_and_has_ids_of_its_own(figure):
         "".join(each.itertext()).strip() for each in tree.iter("{http://www.w3.org/2000/svg}text")
     }
     assert {"layer", "module", "‖ΔW‖"} <= texts or {"number", "σ", "layer"} <= texts
+    if isinstance(figure, Lines):
+        assert {"10⁻²", "10⁻¹", "10⁰"} <= texts
+    assert not [text for text in texts if "$" in text]
     assert "currentColor" in found.svg
     assert "width" not in tree.attrib
     assert drawn(figure) == found

@@ -11,8 +11,8 @@ from torch import Tensor
 from lorakit.errors import ModelError
 from lorakit.kernels.attention import (
     LONGEST,
+    AttentionRule,
     MatmulAttention,
-    Rule,
     fused_attention,
     packed_attention,
 )
@@ -20,11 +20,11 @@ from lorakit.kernels.custom_op_attention import custom_op_attention, in_force
 from lorakit.kernels.packed_sequences import FEW_SIZES, LARGEST_LENGTH_RATIO, PackedSequences
 
 RULES = {
-    "causal": Rule(scale=0.4),
-    "both sides": Rule(scale=0.4, causal=False),
-    "window": Rule(scale=0.4, window=3),
-    "softcap": Rule(scale=2.0, softcap=0.7),
-    "window and softcap": Rule(scale=2.0, softcap=0.7, window=2),
+    "causal": AttentionRule(scale=0.4),
+    "both sides": AttentionRule(scale=0.4, causal=False),
+    "window": AttentionRule(scale=0.4, window=3),
+    "softcap": AttentionRule(scale=2.0, softcap=0.7),
+    "window and softcap": AttentionRule(scale=2.0, softcap=0.7, window=2),
 }
 ROWS = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=3)
 
@@ -97,7 +97,7 @@ def test_any_number_of_heads_may_share_keys(heads):
 def test_long_sequences_take_the_fused_kernel_and_short_ones_do_not():
     for length, is_matmul in ((LONGEST, True), (LONGEST + 1, False)):
         packed = PackedSequences(((length,),), length)
-        out = packed_attention(*inputs(packed, heads=(1, 1)), packed, Rule(scale=0.4))
+        out = packed_attention(*inputs(packed, heads=(1, 1)), packed, AttentionRule(scale=0.4))
         assert ("MatmulAttention" in type(out.grad_fn).__name__) == is_matmul
 
 
@@ -123,11 +123,11 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     q, k, v = inputs(packed)
     flat = torch.zeros_like(q), torch.zeros_like(k), torch.ones_like(v)
     torch.manual_seed(0)
-    out = packed_attention(*flat, packed, Rule(scale=1.0, causal=False, dropout=0.25))
+    out = packed_attention(*flat, packed, AttentionRule(scale=1.0, causal=False, dropout=0.25))
     assert out.mean().item() == pytest.approx(1, abs=0.02)
     # Of 40 probabilities of 1/40 a binomial number stays.
     assert out.var().item() == pytest.approx(0.25 / 0.75 / 40, rel=0.2)
-    again = packed_attention(*flat, packed, Rule(scale=1.0, causal=False, dropout=0.25))
+    again = packed_attention(*flat, packed, AttentionRule(scale=1.0, causal=False, dropout=0.25))
     assert not torch.equal(out, again)
 
 
@@ -231,7 +231,7 @@ def test_the_custom_op_gives_the_same_and_its_gradients(custom_op, rule):
 def test_the_custom_op_drops_the_same_forwards_and_backwards(custom_op):
     packed = sequences_of([[4, 3]])
     q, k, v = inputs(packed, heads=(2, 2))
-    rule = Rule(scale=0.4, dropout=0.5)
+    rule = AttentionRule(scale=0.4, dropout=0.5)
 
     def drop(v):
         torch.manual_seed(3)

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 
 import lorakit as lk
 from lorakit.bank import AdapterBank
-from lorakit.serving.engine import Engine, Limits
+from lorakit.serving.engine import Engine
 from lorakit.serving.requests import Delta, Request, Use
 from lorakit.serving.sampling import Sampling
+from lorakit.serving.worker import Limits
 from references import attach_random
 from tiny_models import build
 

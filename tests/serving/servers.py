@@ -6,7 +6,8 @@ import lorakit as lk
 from lorakit.models.load import load_model
 from lorakit.serving.api.app import build_app
 from lorakit.serving.catalog import Catalog
-from lorakit.serving.engine import Engine, Limits
+from lorakit.serving.engine import Engine
+from lorakit.serving.worker import Limits
 from references import attach_random
 from serving.engines import greedy_alone
 

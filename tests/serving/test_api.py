@@ -55,7 +55,12 @@ def test_a_request_is_answered_by_the_weights_that_it_names(server, named, choic
     expected = server.alone(choice, ids_of(server, "red cat"))
     assert found["choices"][0]["text"] == expected
     assert found["object"] == "text_completion"
-    assert found["usage"] == {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7}
+    assert found["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 5,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert found["choices"][0]["finish_reason"] == "length"
 
 
@@ -187,8 +192,8 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
     ({"top_logprobs": 3}, "goes with logprobs: true"),
     ({"max_completion_tokens": 3}, "are the same: give one"),
-    ({"tools": [{"type": "function"}]}, "tools: "),
-    ({"response_format": {"type": "json_object"}}, "response_format.type: "),
+    ({"tools": [{"type": "function"}]}, "tools.0"),
+    ({"response_format": {"type": "xml"}}, "response_format.type: "),
 ]
 
 
@@ -293,6 +298,12 @@ def test_health_version_and_metrics(server):
         assert line in text
     paths = server.client.get("/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter"} <= set(paths)
+    told = paths["/v1/load_lora_adapter"]["post"]["responses"]
+    assert {status: list(each.get("content", {})) for status, each in told.items()} == {
+        "200": ["text/plain"],
+        "4XX": ["application/json"],
+        "5XX": ["application/json"],
+    }
 
 
 def test_adapters_are_loaded_replaced_and_unloaded_in_vllms_words(words, folder, tmp_path):
@@ -476,3 +487,19 @@ def test_a_minute_goes_by():
     with pytest.raises(RefusalError, match="2 requests a minute") as told:
         rights.count_request(91.0)
     assert told.value.retry_after_s == 30
+
+
+def test_a_prompt_that_begins_like_another_is_read_from_there(words, folder):
+    server = Server(words, folder)
+    prompt = "red cat old dog new bird big fish small green blue"
+    first = server.complete(prompt, model="wide").json()
+    again = server.complete(prompt, model="wide").json()
+    base = server.complete(prompt).json()
+    text = server.client.get("/metrics").text
+    server.engine.close()
+    assert first["choices"] == again["choices"]
+    cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in (first, again)]
+    assert cached == [0, 10]
+    assert base["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert 'vllm:prefix_cache_queries_total{model_name="tiny"} 33.0' in text
+    assert 'vllm:prefix_cache_hits_total{model_name="tiny"} 10.0' in text

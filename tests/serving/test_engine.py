@@ -12,7 +12,8 @@ from covering import sampled
 from lorakit.bank import AdapterBank
 from lorakit.errors import BankError, ModelError
 from lorakit.serving.admission import ClosedError, QueueFullError
-from lorakit.serving.engine import Engine, Limits
+from lorakit.serving.engine import Engine
+from lorakit.serving.worker import Limits
 from references import attach_random
 from serving.engines import (
     adapters,

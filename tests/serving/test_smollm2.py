@@ -10,7 +10,8 @@ from starlette.testclient import TestClient
 
 from lorakit.serving.api.app import build_app
 from lorakit.serving.catalog import Catalog
-from lorakit.serving.engine import Engine, Limits
+from lorakit.serving.engine import Engine
+from lorakit.serving.worker import Limits
 from serving.engines import greedy_alone
 
 PROMPT = "The capital of France is"

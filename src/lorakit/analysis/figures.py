@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ INK, RULE = "#0b0c0d", "#c9cacb"
 COLOURS = ("#2f7fc4", "#c9701a", "#4d9a58", "#a565b5")
 """Of a few lines, on white and on black; they also differ in dashes and markers."""
 DASHES = ("-", "--", "-.", ":")
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 WIDTH_INCHES = 3.6
 """Of every figure: the width of a phone's screen, several beside each other on a wider one."""
 
@@ -250,7 +252,7 @@ def _name_ticks(axis: Any, names: Sequence[str], *, most: int) -> None:
 
 def _draw_lines(figure: Lines, made: Any, axes: Any) -> None:
     import matplotlib
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
     few = not figure.ordered or len(figure.lines) == 1
     # The ends of the map are too near to white or black for lines.
@@ -271,6 +273,9 @@ def _draw_lines(figure: Lines, made: Any, axes: Any) -> None:
         axes.plot(*zip(*pairs, strict=True), marker="o" if few_points else None, ms=2.5, **look)
     if figure.logarithmic:
         axes.set_yscale("log")
+        # matplotlib's own would be formulas, which no text of a figure is read as.
+        axes.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     axes.set_xlabel(figure.x_axis)
     axes.set_ylabel(figure.y_axis)
     axes.grid(linewidth=0.4, alpha=0.7)
@@ -281,6 +286,10 @@ def _draw_lines(figure: Lines, made: Any, axes: Any) -> None:
         axes.legend(frameon=False, fontsize=8)
     elif not few:
         _add_key(figure, made, axes)
+
+
+def _power_of_ten(value: float, _: object) -> str:
+    return "10" + f"{round(math.log10(value))}".translate(SUPERSCRIPTS)
 
 
 def _depth(number: int, figure: Lines) -> float:

@@ -20,13 +20,10 @@ from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.batch_rows import first_tensor, has_tokens
 from lorakit.layers.operation import Operation
 from lorakit.layers.route import Frame, Route
-from lorakit.models.base import base_modules, device_of
+from lorakit.models.base import base_modules, device_of, has_compiled_parts
 from lorakit.models.roles import input_embedding
 from lorakit.upstream.private_names import (
-    COMPILED_WRAPPER,
     TorchDispatchMode,
-    compiled_call,
-    own_modules,
     own_parameters,
     storage_number,
     tree_leaves,
@@ -110,7 +107,7 @@ class Effects:
         if top.operations is None or self.latest == (kind, top.key):
             return
         new = top.operations.keys() - self.watched.get(kind, set())
-        if not new or _is_compiled(call.model):
+        if not new or has_compiled_parts(call.model):
             self.latest = kind, top.key
             return
         self.watching = kind, new
@@ -218,15 +215,6 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether parts of a model's forward pass can't be looked at."""
-    return any(
-        compiled_call(module) is not None
-        or any(COMPILED_WRAPPER in own_modules(child) for child in module.children())
-        for _, module in base_modules(model)
-    )
 
 
 class Reads(TorchDispatchMode):

@@ -36,7 +36,7 @@ TASK_STEPS = {"places": 70, "sql": 40}
 """The tasks, and the number of training steps of each."""
 MODEL = "smollm2"
 SWEEP_RANKS = (1, 2, 4, 8)
-SWEEP_STEPS = 12
+SWEEP_STEPS = 8
 SWEEP_ROWS = 2
 """Rows of each rank in a step."""
 MIXED_ROWS = 8

@@ -353,6 +353,10 @@ class ServeConfig(Settings):
     """Tokens of prompts that are read between two tokens of the answers: more read prompts
     faster, and let answers pause longer."""
 
+    prefix_bytes: Annotated[int, Field(ge=0)] = 256_000_000
+    """Memory of keys and values of prompts that were read: one that begins alike and asks the same
+    weights goes on from there. 0: none are kept."""
+
     waiting_requests: PositiveInt = 256
     """Requests that may wait for a slot; beyond them the server answers 429."""
 

@@ -26,7 +26,7 @@ LONGEST_IN_HALF_PRECISION, LONGEST = 512, 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class AttentionRule:
     """Which keys a query sees, and how scores become probabilities."""
 
     scale: float
@@ -46,7 +46,7 @@ def packed_attention(
     k: Float[Tensor, "rows kv_heads width d"],
     v: Float[Tensor, "rows kv_heads width d_v"],
     packed: PackedSequences,
-    rule: Rule,
+    rule: AttentionRule,
 ) -> Float[Tensor, "rows width heads d_v"]:
     """Attention within each packed sequence; zero for padding.
 
@@ -65,7 +65,7 @@ def fused_attention(
     k: Float[Tensor, "rows kv_heads width d"],
     v: Float[Tensor, "rows kv_heads width d_v"],
     packed: PackedSequences,
-    rule: Rule,
+    rule: AttentionRule,
 ) -> Float[Tensor, "rows width heads d_v"]:
     """The same by torch's scaled_dot_product_attention, which has no soft cap."""
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -97,7 +97,13 @@ class MatmulAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, rule: Rule, seed: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packed: PackedSequences,
+        rule: AttentionRule,
+        seed: int,
     ) -> Tensor:
         """Attention within each packed sequence, as `packed_attention`."""
         ctx.save_for_backward(q, k, v)
@@ -117,7 +123,7 @@ def matmul_attention(
     k: Float[Tensor, "rows kv_heads width d"],
     v: Float[Tensor, "rows kv_heads width d_v"],
     packed: PackedSequences,
-    rule: Rule,
+    rule: AttentionRule,
     seed: int,
 ) -> Float[Tensor, "rows width heads d_v"]:
     """Attention within each packed sequence by batched matmuls; the seed determines the dropout."""
@@ -138,7 +144,7 @@ def matmul_gradients(
     k: Float[Tensor, "rows kv_heads width d"],
     v: Float[Tensor, "rows kv_heads width d_v"],
     packed: PackedSequences,
-    rule: Rule,
+    rule: AttentionRule,
     seed: int,
 ) -> tuple[
     Float[Tensor, "rows width heads d"],
@@ -173,7 +179,7 @@ class _GroupMatmuls:
     mask: Tensor | None
     scores: tuple[int, ...]
     """(heads of k and v, sequences, query heads of each, longest, longest)."""
-    rule: Rule
+    rule: AttentionRule
 
     def probabilities(self) -> tuple[Tensor, Tensor | None]:
         """Softmax of the scores, and tanh(s / softcap) where there is a soft cap."""
@@ -222,7 +228,7 @@ def _dropout_factors(like: Tensor, dropout: float, generator: torch.Generator) -
 
 
 def _group_matmuls(
-    tables: Sequence[Tensor], heads: tuple[int, int], packed: PackedSequences, rule: Rule
+    tables: Sequence[Tensor], heads: tuple[int, int], packed: PackedSequences, rule: AttentionRule
 ) -> Iterator[_GroupMatmuls]:
     """Yield the matmuls of each group; `heads` is the number for q, and that for k and v."""
     (q, k, v), share = tables, heads[0] // heads[1]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorakit.errors import ModelError
-from lorakit.kernels.attention import Rule, matmul_attention, matmul_gradients
+from lorakit.kernels.attention import AttentionRule, matmul_attention, matmul_gradients
 from lorakit.kernels.packed_sequences import PackedSequences
 
 in_force: dict[int, PackedSequences] = {}
@@ -28,7 +28,7 @@ def custom_op_attention(
     k: Float[Tensor, "rows kv_heads width d"],
     v: Float[Tensor, "rows kv_heads width d_v"],
     key: int,
-    rule: Rule,
+    rule: AttentionRule,
 ) -> Float[Tensor, "rows width heads d_v"]:
     """Attention within each packed sequence by batched matmuls, from compiled code.
 
@@ -76,10 +76,12 @@ def _gradients(
     return matmul_gradients(gradient, q, k, v, *_read(*how))
 
 
-def _read(seed: Tensor | None, key: int, *rule: Any) -> tuple[PackedSequences, Rule, int]:
+def _read(seed: Tensor | None, key: int, *rule: Any) -> tuple[PackedSequences, AttentionRule, int]:
     """The packed sequences, the rule and the seed, from the operator's arguments."""
     scale, causal, window, softcap, dropout = rule
-    made = Rule(scale=scale, causal=causal, window=window, softcap=softcap, dropout=dropout)
+    made = AttentionRule(
+        scale=scale, causal=causal, window=window, softcap=softcap, dropout=dropout
+    )
     return in_force[key], made, 0 if seed is None else int(seed)
 
 

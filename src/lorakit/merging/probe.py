@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, MergeError
+from lorakit.models.base import has_compiled_parts
 from lorakit.models.roles import input_embedding
 
 TOKENS = 16
@@ -50,11 +52,19 @@ def outputs_on(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor |
     return _first_output(result)
 
 
+def _as_written(model: nn.Module) -> AbstractContextManager[None]:
+    """Have compiled parts of a model compute without their code, which has no place for errors."""
+    if not has_compiled_parts(model):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @torch.no_grad()
 def _run(model: nn.Module, probe: Mapping[str, Tensor]) -> Any:
     training = [module for module in model.modules() if module.training]
     try:
-        return model.eval()(**probe)
+        with _as_written(model):
+            return model.eval()(**probe)
     finally:
         for module in training:
             module.training = True

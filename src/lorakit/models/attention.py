@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ModelError
-from lorakit.kernels.attention import Rule, packed_attention
+from lorakit.kernels.attention import AttentionRule, packed_attention
 from lorakit.kernels.custom_op_attention import custom_op_attention, in_force
 from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.base import base_modules
@@ -115,7 +115,7 @@ def _attend(
         ModelError: the layer needs something that this function does not support.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    rule = Rule(
+    rule = AttentionRule(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=causal,
         window=sliding_window,

@@ -8,6 +8,7 @@ from torch import nn
 from lorakit.upstream.private_names import (
     COMPILED_WRAPPER,
     accelerate_device,
+    compiled_call,
     own_modules,
     own_parameters,
 )
@@ -53,6 +54,15 @@ def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[
             inner = own_modules(child).get(COMPILED_WRAPPER)
             found = child if inner is None else inner
             yield from _walk(found, f"{path}.{name}" if path else name, seen)
+
+
+def has_compiled_parts(model: nn.Module) -> bool:
+    """Whether what happens in parts of a model's forward pass can't be seen: torch.compile's."""
+    return any(
+        compiled_call(module) is not None
+        or any(COMPILED_WRAPPER in own_modules(child) for child in module.children())
+        for _, module in base_modules(model)
+    )
 
 
 def base_parameter(module: nn.Module, name: str) -> nn.Parameter:

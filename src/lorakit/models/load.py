@@ -137,6 +137,11 @@ def task_of(model: transformers.PreTrainedModel) -> str:
     return _task(type(model).__name__, model.config)
 
 
+def is_multi_label(model: transformers.PreTrainedModel) -> bool:
+    """Whether a classifier's classes do not exclude each other."""
+    return bool(model.config.problem_type == "multi_label_classification")
+
+
 def labels_of(model: transformers.PreTrainedModel) -> tuple[str, ...]:
     """The names of a classifier's classes, in order."""
     return _labels(model.config)
@@ -150,6 +155,21 @@ def own_task(name: str | os.PathLike[str]) -> str:
     """
     config = _config(os.fspath(name))
     return _task(next(iter(config.architectures or ()), ""), config)
+
+
+def encodes(name: str | os.PathLike[str]) -> bool:
+    """Whether a base reads a text at once, and writes none: an encoder, or a classifier.
+
+    Raises:
+        ModelError: the model cannot be found, or its config not be read.
+    """
+    config = _config(os.fspath(name))
+    architecture = next(iter(config.architectures or ()), "")
+    if _task(architecture, config) != "generation":
+        return True
+    writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return masked and not (writes or architecture.endswith(("ForCausalLM", "LMHeadModel")))
 
 
 def own_classes(name: str | os.PathLike[str]) -> tuple[str, ...] | None:

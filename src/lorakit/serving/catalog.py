@@ -21,10 +21,14 @@ from lorakit.data.chat import with_template
 from lorakit.data.template_limits import check_template
 from lorakit.errors import AdapterFileError, BankError, ConfigError, LorakitError, did_you_mean
 from lorakit.layers.operation import Update
+from lorakit.models.load import fresh_heads, labels_of, task_of
 from lorakit.routing.slots import check_slots
 from lorakit.serving.places import Places
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Use
+
+ENCODING = ("classification", "regression")
+"""The tasks of an encoder's adapters."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,16 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What a classifier's head says."""
+
+    labels: tuple[str, ...] | None
+    """The names of the classes; None: they have none."""
+    task: str
+    """classification, or regression: one number, which is no probability."""
+
+
+@dataclass(frozen=True)
 class Chosen:
     """What answers a request."""
 
@@ -58,6 +72,8 @@ class Chosen:
     """The tokens that end an answer."""
     trained: TrainedUse | None
     """How the adapter was trained, if it is one alone."""
+    heads: tuple[Head | None, ...] = ()
+    """On an encoder, those of the adapters, or that of the base; None: one has no trained head."""
 
 
 class Catalog:
@@ -72,6 +88,7 @@ class Catalog:
         hub: a namespace of the hub, where such a name is looked for next; None: not there.
         allow_other_base: accept adapters that were trained on other weights.
         budget_bytes: the most memory of adapters, see `AdapterBank`.
+        encodes: whether the base is an encoder, whose adapters have heads.
     """
 
     def __init__(
@@ -85,8 +102,10 @@ class Catalog:
         hub: str | None = None,
         allow_other_base: bool = False,
         budget_bytes: int | None = None,
+        encodes: bool = False,
     ) -> None:
         self.name = name
+        self._encodes = encodes
         self.since = int(time.time())
         self.tokenizer = tokenizer
         self.places = Places(folder, resolve=resolve, hub=hub)
@@ -274,7 +293,22 @@ class Catalog:
             ),
             ends=frozenset(end_tokens(self._model, self.tokenizer, trained=ends)),
             trained=trained[0] if len(trained) == 1 else None,
+            heads=self._heads([each for each, _ in held]) if self._encodes else (),
         )
+
+    def _heads(self, held: Sequence[Held]) -> tuple[Head | None, ...]:
+        """The trained heads of adapters, or that of the base, which may be a classifier itself."""
+        fresh = fresh_heads(self._model)
+        base = None if fresh else Head(labels_of(self._model), task_of(self._model))
+        layers = attachment_for(self._model).layers
+        heads: list[Head | None] = []
+        for each in held:
+            paths = [layers[number].adapter_path for number in each.updates]
+            own = all(any(f"{head}.".startswith(f"{path}.") for path in paths) for head in fresh)
+            use = TrainedUse.on(each.record.card)
+            trained = Head(use.labels, use.task or "classification")
+            heads.append(trained if own and (fresh or use.labels) else base)
+        return tuple(heads) or (base,)
 
     def held(self, name: str) -> Held:
         """An adapter as it is now."""
@@ -295,8 +329,9 @@ class Catalog:
             RouteError: it can't be in a slot.
         """
         use = TrainedUse.on(record.card)
-        if use.task not in (None, "generation"):
-            raise AdapterFileError(f"the adapter does {use.task}, and the server writes text")
+        if use.task not in (None, *(ENCODING if self._encodes else ("generation",))):
+            own = "encodes texts" if self._encodes else "writes text"
+            raise AdapterFileError(f"the adapter does {use.task}, and the server {own}")
         if use.chat_template is not None:
             check_template(with_template(self.tokenizer, use.chat_template))
         check_slots(attachment_for(self._model), updates)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,30 +11,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lorakit.attachment.state import attachment_for
 from lorakit.layers.route import Frame
-from lorakit.models.shape import context_length
-from lorakit.routing.slots import Slots
-from lorakit.serving.admission import ClosedError, Queue
 from lorakit.serving.decoder import Decoder
-from lorakit.serving.kv_slots import KeyValueSlots
+from lorakit.serving.grammars import GrammarError
+from lorakit.serving.held_slots import HeldSlots
+from lorakit.serving.kv_slots import KeyValueSlots, states_of
 from lorakit.serving.requests import Delta, Finish, Request
 from lorakit.serving.sampling import Sampler, Token, reported
 from lorakit.serving.text import GrowingText
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much an engine does at once."""
-
-    slots: int = 16
-    """The most requests that are answered at once."""
-    max_length: int | None = None
-    """The most tokens of prompt and answer; None: the model's context."""
-    prefill_tokens: int = 256
-    """The most tokens of prompts that are read between two steps of the answers."""
-    waiting_requests: int = 256
-    """The most requests that wait for a slot."""
-    waiting_tokens: int = 1_000_000
-    """The most tokens of their prompts and answers."""
+from lorakit.serving.worker import Limits, Worker, deliver
 
 
 @dataclass(eq=False)
@@ -50,6 +33,10 @@ class Row:
     """What was read of the prompt; None once it is in the slot."""
     read: int = 0
     """The tokens of the prompt that were read."""
+    cached: int = 0
+    """Those of them that were read before, for another request."""
+    ids: list[int] = field(default_factory=list)
+    """The tokens of the answer."""
     last: int = 0
     """The latest token, which the next step reads."""
     count: int = 0
@@ -58,7 +45,7 @@ class Row:
     """The prompt's tokens with log-probabilities, where they are asked for."""
 
 
-class Engine:
+class Engine(Worker):
     """Answers requests with a base and adapters; rows join and leave between any two steps.
 
     Args:
@@ -83,95 +70,26 @@ class Engine:
         *,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
-        self.limits = limits or Limits()
-        self.model = model.eval()
-        context = context_length(model)
-        asked = self.limits.max_length
-        self.max_length = min(x for x in (context, asked, 2**31) if x is not None)
-        """The most tokens of prompt and answer."""
-        self.queue = Queue(self.limits.waiting_requests, self.limits.waiting_tokens)
+        super().__init__(model, limits)
         self._decoder = Decoder(model)
         with attachment_for(model).route.own.pushed(Frame()):
             self._decoder.prove()
-        self.slots = Slots(model, self.limits.slots, dtype=adapter_dtype or model.dtype)
-        self._held: list[str | None] = [""] * self.limits.slots
-        """By slot, the key of what it holds; None: unknown, after an error."""
+        self.slots = HeldSlots(model, self.limits.slots, dtype=adapter_dtype or model.dtype)
         self.keys_and_values = KeyValueSlots(self.limits.slots)
         self._rows: dict[int, Row] = {}
-        self._wake = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="lorakit-engine", daemon=True)
-
-    @property
-    def vocabulary(self) -> int:
-        """The number of token ids that the model knows."""
-        return self._decoder.vocabulary
-
-    def start(self) -> None:
-        """Begin to answer."""
-        self._thread.start()
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Have requests answered, all or none; each is told by its `deliver`.
-
-        Raises:
-            QueueFullError: there is no room for them.
-            ClosedError: the engine is about to end.
-        """
-        with self._wake:
-            if self._closing:
-                raise ClosedError("the server is about to end: ask another, or again later")
-            self.queue.put(requests)
-            self._wake.notify()
-
-    def wake(self) -> None:
-        """Have the engine look for requests that were cancelled."""
-        with self._wake:
-            self._wake.notify()
-
-    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> bool:
-        """Take no more requests, and end once those that came are answered, or at once.
-
-        Returns:
-            Whether the engine has ended.
-        """
-        with self._wake:
-            self._closing = True
-            if not drain:
-                for request in (*self.queue.waiting(), *self.running()):
-                    request.cancel()
-            self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    @property
-    def is_closing(self) -> bool:
-        """Whether it takes no more requests."""
-        return self._closing
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread.is_alive()
 
     def running(self) -> list[Request]:
         """The requests that have a slot."""
         return [row.request for row in list(self._rows.values())]
 
-    def _run(self) -> None:
-        with torch.no_grad():
-            while True:
-                with self._wake:
-                    while not (self._rows or len(self.queue)):
-                        if self._closing:
-                            return
-                        self._wake.wait()
-                try:
-                    self._step()
-                except Exception as error:
-                    for row in list(self._rows.values()):
-                        self._end(row, Delta(finish="error", error=error))
+    @property
+    def used_share(self) -> float:
+        """The share of the tokens that slots may hold."""
+        return sum(self.keys_and_values.lengths) / (self.limits.slots * self.max_length)
+
+    def _fail(self, error: Exception) -> None:
+        for row in list(self._rows.values()):
+            self._end(row, Delta(finish="error", error=error))
 
     def _step(self) -> None:
         self._drop_cancelled()
@@ -180,11 +98,7 @@ class Engine:
         self._decode()
 
     def _drop_cancelled(self) -> None:
-        gone = [each for each in self.queue.waiting() if each.cancelled.is_set()]
-        if gone:
-            self.queue.remove(gone)
-            for request in gone:
-                _deliver(request, Delta(finish="cancelled"))
+        super()._drop_cancelled()
         for row in list(self._rows.values()):
             if row.request.cancelled.is_set():
                 self._end(row, Delta(finish="cancelled"))
@@ -195,8 +109,11 @@ class Engine:
             request = self.queue.take()
             if request is None:
                 return
-            slot = self._slot_for(request.use.key)
-            if not self._written(slot, request):
+            slot = self.slots.place(request.use, self._rows)
+            try:
+                self.slots.hold(slot, request.use)
+            except Exception as error:
+                deliver(request, Delta(finish="error", error=error))
                 continue
             stops = request.stops
             text = GrowingText(
@@ -205,30 +122,12 @@ class Engine:
                 include_stop=request.include_stop,
                 skip_special=request.skip_special,
             )
-            row = Row(request, slot, Sampler(request.sampling, request.prompt), text)
+            row = Row(
+                request, slot, Sampler(request.sampling, request.prompt, request.grammar), text
+            )
             if request.prompt_logprobs is not None:
                 row.prompt_tokens = [None]
             self._rows[slot] = row
-
-    def _slot_for(self, key: str) -> int:
-        """A free slot: one that holds these adapters already, or the lowest, since a step
-        computes all slots up to the highest in use."""
-        free = [slot for slot in range(self.limits.slots) if slot not in self._rows]
-        near = [slot for slot in free if slot <= len(self._rows)]
-        return next((slot for slot in near if self._held[slot] == key), free[0])
-
-    def _written(self, slot: int, request: Request) -> bool:
-        """Have a slot hold what a request uses; False: it cannot, and the request was told."""
-        if self._held[slot] == request.use.key:
-            return True
-        self._held[slot] = None
-        try:
-            self.slots.join(slot, request.use.terms)
-        except Exception as error:
-            _deliver(request, Delta(finish="error", error=error))
-            return False
-        self._held[slot] = request.use.key
-        return True
 
     def _read_prompts(self) -> None:
         """Read as much of the prompts as one step may, the oldest first."""
@@ -246,6 +145,10 @@ class Engine:
         """Read at most so many tokens of a prompt; after its last, the answer begins."""
         request, cache = row.request, row.cache
         assert cache is not None
+        if row.read == 0 and row.prompt_tokens is None:
+            # Only now, since a request that came together with this one may have read it.
+            row.read, cache = self.prefixes.start(request.use, request.prompt)
+            row.cached, row.cache = row.read, cache
         ids = list(request.prompt[row.read : row.read + room])
         with self.slots.used(row.slot, row.slot + 1):
             logits = self._decoder.read(ids, cache, every=row.prompt_tokens is not None)
@@ -258,6 +161,7 @@ class Engine:
             ]
         if row.read < len(request.prompt):
             return len(ids)
+        self.prefixes.keep(request.use, request.prompt, states_of(cache))
         if request.max_tokens == 0:
             tokens = None if row.prompt_tokens is None else tuple(row.prompt_tokens)
             self._end(row, Delta(prompt_tokens=tokens, finish="length"))
@@ -286,12 +190,16 @@ class Engine:
                 self._end(row, Delta(finish="error", error=error))
             return
         for row, token in zip(rows, chosen, strict=True):
-            self._take(row, token)
+            if isinstance(token, GrammarError):
+                self._end(row, Delta(finish="error", error=token))
+            else:
+                self._take(row, token)
 
     def _take(self, row: Row, token: Token) -> None:
         """Go on with a token: tell the request, and end its answer where it ends."""
         request = row.request
         row.last, row.count = token.id, row.count + 1
+        row.ids.append(token.id)
         offset, text = row.text.length, ""
         finish: Finish | None = None
         stopped_by: str | int | None = None
@@ -303,43 +211,46 @@ class Engine:
             text = row.text.add(token.id)
             if row.text.stopped is not None:
                 finish, stopped_by = "stop", row.text.stopped
+            elif row.sampler.is_over:
+                finish = "stop"
             elif row.count >= request.max_tokens:
                 finish = "length"
         delta = Delta(text, (token,), (offset,), finish=finish, stopped_by=stopped_by)
+        if row.count == 1:
+            delta = replace(delta, cached_tokens=row.cached)
         if row.prompt_tokens is not None:
             delta = replace(delta, prompt_tokens=tuple(row.prompt_tokens))
             row.prompt_tokens = None
         if finish is not None:
+            self._keep_read(row)
             self._end(row, replace(delta, text=text + row.text.end()))
-        elif not _deliver(request, delta):
+        elif not deliver(request, delta):
             self._end(row, Delta(finish="cancelled"))
+
+    def _keep_read(self, row: Row) -> None:
+        """Keep what was read of a conversation: its next turn goes on from there."""
+        if self.prefixes.has_room and row.cache is None and row.count > 1:
+            read = [*row.request.prompt, *row.ids[:-1]]
+            self.prefixes.keep(row.request.use, read, self.keys_and_values.copied(row.slot))
 
     def _end(self, row: Row, delta: Delta) -> None:
         """Free a row's slot, and tell its request why."""
         self._rows.pop(row.slot, None)
         self.keys_and_values.free(row.slot)
-        _deliver(row.request, delta)
+        deliver(row.request, delta)
 
 
-def _chosen(rows: Iterable[Row], logits: Tensor) -> list[Token]:
-    """The next token of each row; logits are those of all slots."""
+def _chosen(rows: Iterable[Row], logits: Tensor) -> list[Token | GrammarError]:
+    """The next token of each row, or why it has none; logits are those of all slots."""
     likeliest: list[int] = []
-    found = []
+    found: list[Token | GrammarError] = []
     for row in rows:
         if not row.sampler.is_plain:
-            found.append(row.sampler.choose(logits[row.slot]))
+            try:
+                found.append(row.sampler.choose(logits[row.slot]))
+            except GrammarError as error:
+                found.append(error)
             continue
         likeliest = likeliest or logits.argmax(-1).tolist()
         found.append(row.sampler.chosen(logits[row.slot], likeliest[row.slot]))
     return found
-
-
-def _deliver(request: Request, delta: Delta) -> bool:
-    """Tell a request; False: nobody hears it any more."""
-    tell: Callable[[Delta], None] = request.deliver
-    try:
-        tell(delta)
-    except Exception:
-        # The loop of the one who asked may have ended, which is no reason for others to wait.
-        return False
-    return True

@@ -90,7 +90,7 @@ class KeyValueSlots:
         Raises:
             ModelError: the model keeps something else than keys and values.
         """
-        pairs = [_states(layer) for layer in read.layers]
+        pairs = states_of(read)
         length = pairs[0][0].shape[2]
         if not self._layers:
             self._allocate(pairs, length + SPARE)
@@ -102,6 +102,14 @@ class KeyValueSlots:
             for buffer, own in zip(_buffers(layer), states, strict=True):
                 buffer[slot, :, self._end - length : self._end] = own[0]
         self.lengths[slot] = length
+
+    def copied(self, slot: int) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values of a slot, (1, heads, tokens, size of a head), of each layer."""
+        columns = slice(self._end - self.lengths[slot], self._end)
+        return [
+            (keys[slot : slot + 1, :, columns].clone(), values[slot : slot + 1, :, columns].clone())
+            for keys, values in map(_buffers, self._layers)
+        ]
 
     def free(self, slot: int) -> None:
         """Let a slot be used again; nothing is written."""
@@ -166,6 +174,15 @@ def _buffers(layer: SlotLayer) -> tuple[Tensor, Tensor]:
     assert layer.keys is not None
     assert layer.values is not None
     return layer.keys, layer.values
+
+
+def states_of(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of each layer of a cache.
+
+    Raises:
+        ModelError: a layer has something else.
+    """
+    return [_states(layer) for layer in cache.layers]
 
 
 def _states(layer: object) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from lorakit.config.train import DataConfig
 from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row, TextRow
+from lorakit.errors import DataError
 from lorakit.serving.catalog import Chosen
 from lorakit.serving.refusals import RefusalError
 
@@ -23,8 +27,12 @@ def text_ids(chosen: Chosen, text: str) -> list[int]:
     return encode_prompt(row, chosen.tokenizer, DataConfig())
 
 
-def chat_ids(chosen: Chosen, messages: Sequence[Message]) -> list[int]:
+def chat_ids(
+    chosen: Chosen, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
     """The tokens of a conversation up to the assistant's next turn.
+
+    Tools are written by the chat template, or listed in the system turn where it writes none.
 
     An adapter that was trained on prompts gets the one message of the user as a prompt.
 
@@ -48,8 +56,35 @@ def chat_ids(chosen: Chosen, messages: Sequence[Message]) -> list[int]:
             )
         row = _prompt(chosen, messages[-1].content)
         return encode_prompt(row, chosen.tokenizer, trained.data)
-    row = MessagesRow(messages=tuple(messages))
-    return encode_prompt(row, chosen.tokenizer, trained.data if trained else DataConfig())
+    data = trained.data if trained else DataConfig()
+    row = MessagesRow(messages=tuple(messages), tools=tuple(tools))
+    if not (tools or any("tool_calls" in message.keys for message in messages)):
+        return encode_prompt(row, chosen.tokenizer, data)
+    try:
+        return encode_prompt(row, chosen.tokenizer, data)
+    except DataError:
+        plain = MessagesRow(messages=tuple(_without_tools(messages, tools)))
+        return encode_prompt(plain, chosen.tokenizer, data)
+
+
+def _without_tools(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+) -> list[Message]:
+    """The messages for a template that writes no tools: these and their calls as texts."""
+    plain = [replace(each, content=_with_calls(each), keys={}) for each in messages]
+    if not tools:
+        return plain
+    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    told = f"You can call these functions, with arguments in JSON:\n{listed}"
+    first = plain[0]
+    if first.role == "system":
+        return [replace(first, content=f"{first.content}\n\n{told}"), *plain[1:]]
+    return [Message(role="system", content=told), *plain]
+
+
+def _with_calls(message: Message) -> str:
+    calls = [json.dumps(call["function"]) for call in message.keys.get("tool_calls", ())]
+    return "\n".join(part for part in (message.content, *calls) if part)
 
 
 def _prompt(chosen: Chosen, text: str) -> Row:

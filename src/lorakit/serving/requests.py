@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.bank import Held
 from lorakit.layers.operation import Update
+from lorakit.serving.grammars import Matcher
 from lorakit.serving.sampling import Sampling, Token
 
 Finish = Literal["stop", "length", "cancelled", "error"]
+Goal = Literal["text", "embedding", "classes"]
 
 _numbers = itertools.count()
 
@@ -45,6 +48,11 @@ class Use:
         parts = (f"{held.content_hash or id(held.updates)}*{w!r}" for held, w in self.adapters)
         return "+".join(sorted(parts))
 
+    @property
+    def is_known(self) -> bool:
+        """Whether all its weights are told apart by their content."""
+        return all(held.content_hash for held, _ in self.adapters)
+
     def fingerprint(self, base: str) -> str:
         """What an answer of these weights on a base carries, to tell it from those of others."""
         return f"fp_{hashlib.sha256(f'{base} {self.key}'.encode()).hexdigest()[:16]}"
@@ -62,6 +70,10 @@ class Delta:
     """Where each token's text begins in the answer, in characters."""
     prompt_tokens: tuple[Token | None, ...] | None = None
     """In the first delta, where they were asked for: the prompt's own, None for the first."""
+    cached_tokens: int = 0
+    """In the first delta, the prompt's tokens that were read before."""
+    output: Tensor | None = None
+    """What an encoder gives: the embedding, or the logits of the classes."""
     finish: Finish | None = None
     """Why this is the last one; None: it is not."""
     stopped_by: str | int | None = None
@@ -81,9 +93,15 @@ class Request:
     """With which the answer becomes text."""
     deliver: Callable[[Delta], None]
     """Called in the engine's thread with each step of the answer; must not wait."""
-    max_tokens: int
+    max_tokens: int = 0
     """The most tokens of the answer; 0: the prompt is read alone."""
+    goal: Goal = "text"
+    """What is wanted: text of a decoder, or an output of an encoder."""
+    token_types: Sequence[int] = ()
+    """Which text of a pair each token is from, for an encoder with token types."""
     sampling: Sampling = field(default_factory=Sampling)
+    grammar: Matcher | None = None
+    """What the answer must be, at its beginning; None: anything."""
     ends: frozenset[int] = frozenset()
     """The tokens that end the answer, and are not in its text."""
     stop_tokens: frozenset[int] = frozenset()

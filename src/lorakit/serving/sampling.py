@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lorakit.serving.grammars import Matcher
+
 LEAST_TEMPERATURE = 1e-30
 """Less than this is computed as this: its reciprocal, which GPUs take, would be infinite."""
 
@@ -61,10 +63,13 @@ class Sampler:
     Args:
         sampling: how.
         prompt: the token ids before the answer.
+        grammar: what the answer must be; None: anything.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
-        self._how = sampling
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], grammar: Matcher | None = None
+    ) -> None:
+        self._how, self._grammar = sampling, grammar
         self._prompt = torch.tensor(sorted(set(prompt)), dtype=torch.long)
         self._written: Counter[int] = Counter()
         self._generator = torch.Generator()
@@ -77,7 +82,13 @@ class Sampler:
     def is_plain(self) -> bool:
         """Whether it takes the likeliest token and reports nothing of it."""
         how = self._how
-        return how.temperature == 0 and how.alternatives is None and not self._changes_logits
+        changes = self._changes_logits or self._grammar is not None
+        return how.temperature == 0 and how.alternatives is None and not changes
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the grammar lets nothing follow."""
+        return self._grammar is not None and self._grammar.is_over
 
     @property
     def _changes_logits(self) -> bool:
@@ -90,15 +101,23 @@ class Sampler:
 
         Args:
             logits: of the model for this row (vocabulary), in any precision.
+
+        Raises:
+            GrammarError: the grammar was too much for its library.
         """
         logits = logits.float()
         changed = self._penalised(logits) if self._changes_logits else logits
+        if self._grammar is not None:
+            barred = ~self._grammar.allowed().to(logits.device)
+            changed = changed.masked_fill(barred, float("-inf"))
         greedy = self._how.temperature == 0
         return self.chosen(logits, int(changed.argmax()) if greedy else self._drawn(changed))
 
     def chosen(self, logits: Tensor, token: int) -> Token:
         """Count a token as the next one, with the log-probabilities that are asked for."""
         self._written[token] += 1
+        if self._grammar is not None:
+            self._grammar.take(token)
         return reported(logits, token, self._how.alternatives)
 
     def _penalised(self, logits: Tensor) -> Tensor:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.peft_config import CONFIG_FILE
 from lorakit.answering.answer import Note
 from lorakit.attachment.attach import detach
-from lorakit.attachment.open_model import Opened, open_model
+from lorakit.attachment.open_model import open_model
 from lorakit.config.verbs import ServeConfig
 from lorakit.data.chat import with_template
 from lorakit.errors import ConfigError, MissingExtraError
-from lorakit.serving.catalog import Catalog
-from lorakit.serving.engine import Engine, Limits
+from lorakit.models.load import encodes, fresh_heads, load_model
+from lorakit.serving.catalog import ENCODING, Catalog
+from lorakit.serving.encoder_engine import EncoderEngine
+from lorakit.serving.engine import Engine
+from lorakit.serving.worker import Limits, Worker
 
 BACKLOG = 2048
 """Connections that the system keeps until they are accepted, as uvicorn has it."""
@@ -86,6 +92,8 @@ def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         # Who reads that it answers may ask at once: until the loop runs, the system keeps them.
         listening.listen(BACKLOG)
+        if settings.max_length is not None and settings.max_length > engine.max_length:
+            note(f"max_length is {engine.max_length}: the model's context has no more tokens")
         names = ", ".join(catalog.adapters) or "no adapters"
         note(f"{catalog.name} with {names} answers at {url}/v1")
         answer_until_told(app, engine, listening, note)
@@ -94,63 +102,95 @@ def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
     return url
 
 
-def prepared(settings: ServeConfig) -> tuple[Engine, Catalog]:
+def prepared(settings: ServeConfig) -> tuple[Worker, Catalog]:
     """The engine, not yet started, and the models that it answers as.
 
     Raises:
         LorakitError: the model or an adapter can't be served.
     """
-    opened = _opened(settings)
-    adapter_dtype = settings.adapter_dtype
+    base = _base(settings)
+    dtype = settings.adapter_dtype
     limits = Limits(
         slots=settings.slots,
         max_length=settings.max_length,
         prefill_tokens=settings.prefill_tokens,
+        prefix_bytes=settings.prefix_bytes,
         waiting_requests=settings.waiting_requests,
         waiting_tokens=settings.waiting_tokens,
     )
-    engine = Engine(
-        opened.model,
-        limits,
-        adapter_dtype=None if adapter_dtype is None else getattr(torch, adapter_dtype),
+    make: type[EncoderEngine] | type[Engine] = EncoderEngine if base.encodes else Engine
+    engine = make(
+        base.model, limits, adapter_dtype=None if dtype is None else getattr(torch, dtype)
     )
-    base = settings.model or (opened.adapter.base_name if opened.adapter else "")
     catalog = Catalog(
-        opened.model,
-        with_template(opened.tokenizer, opened.base_template),
-        settings.name or base,
+        base.model,
+        base.tokenizer,
+        settings.name or base.name,
         folder=settings.adapters,
         resolve=settings.resolve,
         hub=settings.hub,
         allow_other_base=settings.allow_other_base,
         budget_bytes=settings.budget_bytes,
+        encodes=base.encodes,
     )
     catalog.load_all()
     return engine, catalog
 
 
-def _opened(settings: ServeConfig) -> Opened:
-    """The base, without adapters.
+@dataclass(frozen=True)
+class _Base:
+    """A base that is served, without adapters."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encodes: bool
+
+
+def _base(settings: ServeConfig) -> _Base:
+    """The base that settings or their one adapter name.
 
     Raises:
-        ConfigError: nothing says which it is, or it writes no text.
+        ConfigError: neither says which it is.
+        ModelError: it can't be found or loaded.
     """
     folder = settings.adapters
     single = folder is not None and (folder / CONFIG_FILE).is_file()
-    if not (settings.model or single):
+    adapter = Adapter.load(folder) if single and folder is not None else None
+    name = settings.model or (adapter.base_name if adapter else "") or ""
+    if not (name or adapter):
         raise ConfigError("model: name the base that is served, such as --model smollm2")
+    task = TrainedUse.on(adapter.card).task if adapter else None
+    if task in ENCODING or (name and encodes(name)):
+        return _Base(name, *_encoder(settings, adapter, name), encodes=True)
     opened = open_model(
-        Adapter.load(folder) if single and folder is not None else None,
+        adapter,
         model=settings.model,
         dtype=settings.dtype,
         quantize=settings.quantize,
         allow_other_base=settings.allow_other_base,
     )
-    if opened.task != "generation":
-        raise ConfigError(f"the model does {opened.task}, and the server writes text")
     if opened.adapter is not None:
         detach(opened.model)
-    return opened
+    tokenizer = with_template(opened.tokenizer, opened.base_template)
+    return _Base(name, opened.model, tokenizer, encodes=False)
+
+
+def _encoder(
+    settings: ServeConfig, adapter: Adapter | None, name: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base with a head for classes, which adapters have in their own form."""
+    how: dict[str, Any] = {"dtype": settings.dtype, "task": "classification"}
+    if adapter is not None:
+        model, tokenizer = adapter.load_base(name or None, quantize=settings.quantize, **how)
+    else:
+        as_is = settings.quantize in ("none", "as-trained")
+        model, tokenizer = load_model(name, quantize=None if as_is else settings.quantize, **how)
+    for path in fresh_heads(model):
+        # In a combination, weights that do not sum to 1 would add some of what was drawn.
+        for parameter in model.get_submodule(path).parameters():
+            parameter.data.zero_()
+    return model, tokenizer
 
 
 def _listening(settings: ServeConfig) -> socket.socket:

@@ -26,7 +26,8 @@ from lorakit.config.bench import ServeBenchConfig
 from lorakit.errors import MissingExtraError
 from lorakit.models.load import load_model
 from lorakit.serving.catalog import Catalog
-from lorakit.serving.engine import Engine, Limits
+from lorakit.serving.engine import Engine
+from lorakit.serving.worker import Limits
 
 
 def measure_serve(settings: ServeBenchConfig) -> Findings:
@@ -49,7 +50,10 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
             rank=settings.rank,
             dtype=settings.adapter_dtype,
         )
-        limits = Limits(slots=settings.clients, prefill_tokens=settings.prefill_tokens)
+        # Each round asks the same again, and is to be measured whole.
+        limits = Limits(
+            slots=settings.clients, prefill_tokens=settings.prefill_tokens, prefix_bytes=0
+        )
         engine = Engine(model, limits)
         catalog = Catalog(model, tokenizer, "base", folder=Path(temporary))
         catalog.load_all()

@@ -41,7 +41,7 @@ STATES = ("last_hidden_state", "hidden_states", "start_logits", "end_logits")
 
 
 @dataclass(kw_only=True)
-class Call:
+class PromptCall:
     """A call of a model with virtual tokens: how its rows differ from the caller's."""
 
     tokens: TokenPositions | None = None
@@ -60,7 +60,7 @@ class Call:
 class CallFrame(Frame):
     """The frame of a call, with what `take_out` needs to know of it."""
 
-    call: Call = field(default_factory=Call)
+    call: PromptCall = field(default_factory=PromptCall)
 
 
 def watch(model: nn.Module, path: str) -> dict[str, RemovableHandle]:
@@ -108,7 +108,7 @@ def put_in(
         if any(batch.tokens(batch.rows)):
             raise RouteError(COMPILED)
         return None
-    call = Call()
+    call = PromptCall()
     changed = _prepared(batch, call)
     frame = vars(route.of_call(call.tokens)) | {"call": call}
     route.own.stack.append(CallFrame(**frame))
@@ -142,7 +142,7 @@ def take_out(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return output
 
 
-def _for_tokens(found: Any, call: Call, *, is_logits: bool) -> Any:
+def _for_tokens(found: Any, call: PromptCall, *, is_logits: bool) -> Any:
     if isinstance(found, tuple):
         return tuple(_for_tokens(each, call, is_logits=is_logits) for each in found)
     if is_logits and found.dim() != 3:
@@ -210,7 +210,7 @@ class _ModelCall:
         return token if isinstance(token, int) and 0 <= token < self.vocabulary else 0
 
 
-def _prepared(batch: _ModelCall, call: Call) -> dict[str, Any] | None:
+def _prepared(batch: _ModelCall, call: PromptCall) -> dict[str, Any] | None:
     """Note what a call is about, and return its arguments, if they must be others."""
     named, ids, cache = batch.named, batch.ids, batch.named.get("past_key_values")
     if ids is None:
@@ -259,7 +259,7 @@ def _positions(numbers: Tensor, tokens: Sequence[VirtualTokens | None]) -> Token
 
 
 def _longer(
-    batch: _ModelCall, call: Call, tokens: Sequence[VirtualTokens | None]
+    batch: _ModelCall, call: PromptCall, tokens: Sequence[VirtualTokens | None]
 ) -> dict[str, Any] | None:
     """The arguments for rows with their virtual tokens; the positions are noted."""
     named, ids = batch.named, cast(Tensor, batch.ids)

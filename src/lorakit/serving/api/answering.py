@@ -17,9 +17,9 @@ from lorakit.serving.api.errors import envelope, refusal_of
 from lorakit.serving.api.formats import Form
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Chosen
-from lorakit.serving.engine import Engine
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Request
+from lorakit.serving.worker import Worker
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Of a stream, so that nothing on the way keeps it back."""
@@ -29,7 +29,7 @@ async def answered(
     http: HttpRequest,
     body: Asked,
     form: Form,
-    engine: Engine,
+    engine: Worker,
     requests: Sequence[Request],
     chosen: Chosen,
     metrics: Metrics,
@@ -60,6 +60,17 @@ async def answered(
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(answering, form, with_usage=usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
+    await finished(http, answering)
+    return JSONResponse(form.complete(answering.answers, answering.usage))
+
+
+async def finished(http: HttpRequest, answering: Answering) -> None:
+    """Wait until all answers are over; a client that goes away ends them.
+
+    Raises:
+        RefusalError: the server has ended one.
+        Exception: the engine's error.
+    """
     watching = asyncio.create_task(_cancel_when_gone(http, answering))
     try:
         async for _ in answering.steps():
@@ -70,7 +81,6 @@ async def answered(
             await watching
     if any(answer.finish == "cancelled" for answer in answering.answers):
         raise RefusalError("the request was ended: the server stops", 503, retry_after_s=5)
-    return JSONResponse(form.complete(answering.answers, answering.usage))
 
 
 async def _cancel_when_gone(http: HttpRequest, answering: Answering) -> None:

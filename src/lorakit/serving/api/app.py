@@ -15,6 +15,7 @@ from lorakit.data.row_types import Message
 from lorakit.serving.api.answering import answered
 from lorakit.serving.api.asking import check_ids, requests_of
 from lorakit.serving.api.bodies import (
+    Addressed,
     Asked,
     Body,
     ChatBody,
@@ -26,6 +27,8 @@ from lorakit.serving.api.bodies import (
     UnloadBody,
     check_known,
 )
+from lorakit.serving.api.constraints import forced_tools, rule_of
+from lorakit.serving.api.encoding import Encoding
 from lorakit.serving.api.errors import SHOWN, handle_errors
 from lorakit.serving.api.formats import ChatForm, CompletionForm, text_of
 from lorakit.serving.api.guard import Guard
@@ -33,13 +36,18 @@ from lorakit.serving.api.inventory import inventory
 from lorakit.serving.api.keys import Keys, Rights
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Catalog, Chosen
-from lorakit.serving.engine import Engine
+from lorakit.serving.grammars import Grammars, Matcher
 from lorakit.serving.page import HEADERS, files
 from lorakit.serving.prompts import chat_ids, text_ids
 from lorakit.serving.refusals import RefusalError
+from lorakit.serving.worker import Worker
 
 VERSION = version("lorakit")
-_TEXT: dict[str, Any] = {"response_class": PlainTextResponse}
+_TEXT: dict[str, Any] = {
+    # Without a type of its own, so that errors are described as the JSON that they are.
+    "response_class": Response,
+    "responses": {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+}
 _STREAM: dict[str, Any] = {
     "responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 }
@@ -65,7 +73,7 @@ class Policy:
     """The most bytes of a body."""
 
 
-def build_app(engine: Engine, catalog: Catalog, policy: Policy | None = None) -> FastAPI:
+def build_app(engine: Worker, catalog: Catalog, policy: Policy | None = None) -> FastAPI:
     """The API of an engine that runs, and of the models that it answers as."""
     policy = policy or Policy()
     app = FastAPI(title="lorakit", version=VERSION, docs_url=None, redoc_url=None, responses=SHOWN)
@@ -96,9 +104,10 @@ def _static(content: bytes, kind: str) -> Callable[[Request], Any]:
 class _Server:
     """What each path answers."""
 
-    def __init__(self, engine: Engine, catalog: Catalog, policy: Policy) -> None:
+    def __init__(self, engine: Worker, catalog: Catalog, policy: Policy) -> None:
         self._engine, self._catalog, self._policy = engine, catalog, policy
         self._metrics = Metrics(engine, catalog)
+        self._grammars = Grammars(catalog.tokenizer, engine.vocabulary)
         self.gets: dict[str, Callable[..., Any]] = {
             "/health": self.health,
             "/ready": self.ready,
@@ -117,6 +126,7 @@ class _Server:
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
         }
+        self.posts |= Encoding(engine, self._chosen, self._check, self._metrics).posts
 
     async def health(self) -> Response:
         """Whether the engine's thread runs."""
@@ -173,7 +183,7 @@ class _Server:
         self._engine.queue.check_room()
 
         def prepare() -> tuple[Chosen, list[Any], list[str]]:
-            chosen = self._chosen(body, http)
+            chosen = self._writer(body, http)
             prompts = _prompts(body.prompt)
             ids = [text_ids(chosen, p) if isinstance(p, str) else p for p in prompts]
             asks_none = body.max_tokens == 0 and not body.echo
@@ -187,6 +197,7 @@ class _Server:
                 max_tokens=body.max_tokens,
                 alternatives=body.logprobs,
                 prompt_logprobs=body.logprobs if body.echo else None,
+                grammar=self._grammar(body, chosen),
                 client=_rights(http).client,
             )
             texts = [p if isinstance(p, str) else text_of(chosen.tokenizer, p) for p in prompts]
@@ -205,12 +216,15 @@ class _Server:
         self._engine.queue.check_room()
 
         def prepare() -> tuple[Chosen, list[Any]]:
-            chosen = self._chosen(body, http)
+            chosen = self._writer(body, http)
             alternatives = (body.top_logprobs or 0) if body.logprobs else None
             asked = body.max_completion_tokens or body.max_tokens
             if asked == 0:
                 raise RefusalError("max_tokens is 0: give at least 1", param="max_tokens")
-            ids = chat_ids(chosen, _messages(body.messages))
+            grammar = self._grammar(body, chosen)
+            shown = [] if body.tool_choice == "none" else body.tools or []
+            tools = [tool.model_dump(exclude_none=True) for tool in shown]
+            ids = chat_ids(chosen, _messages(body.messages), tools)
             return chosen, requests_of(
                 body,
                 [ids],
@@ -218,14 +232,35 @@ class _Server:
                 self._engine,
                 max_tokens=asked,
                 alternatives=alternatives,
+                grammar=grammar,
                 client=_rights(http).client,
             )
 
         chosen, requests = await run_in_threadpool(prepare)
-        form = ChatForm(chosen, logprobs=bool(body.logprobs))
+        names = [tool.function.name for tool in forced_tools(body)]
+        form = ChatForm(chosen, logprobs=bool(body.logprobs), tools=names)
         return await answered(http, body, form, self._engine, requests, chosen, self._metrics)
 
-    def _chosen(self, body: Asked, http: Request) -> Chosen:
+    def _writer(self, body: Asked, http: Request) -> Chosen:
+        """What writes the answer to a body.
+
+        Raises:
+            RefusalError: the base writes nothing.
+        """
+        if self._engine.encodes:
+            raise RefusalError(
+                f"{self._catalog.name} is an encoder, and writes no text: ask /v1/embeddings or "
+                "/v1/classify",
+                param="model",
+            )
+        return self._chosen(body, http)
+
+    def _grammar(self, body: Asked, chosen: Chosen) -> Matcher | None:
+        """What the answers to a body must be; None: anything."""
+        rule = rule_of(body)
+        return None if rule is None else self._grammars.compiled(rule, chosen.ends)
+
+    def _chosen(self, body: Addressed, http: Request) -> Chosen:
         pairs = None if body.adapters is None else [(a.name, a.weight) for a in body.adapters]
         check = _rights(http).check_names
         return self._catalog.choose(body.model, body.adapter_id, pairs, check=check)
@@ -300,9 +335,10 @@ def _prompts(given: Any) -> list[str | list[int]]:
 
 
 def _messages(given: Sequence[MessageBody]) -> list[Message]:
-    return [
-        Message(
-            role=each.role, content=each.text, keys={} if each.name is None else {"name": each.name}
-        )
-        for each in given
-    ]
+    return [Message(role=each.role, content=each.text, keys=_keys(each)) for each in given]
+
+
+def _keys(message: MessageBody) -> dict[str, Any]:
+    """What a chat template may write beside the content."""
+    given = {name: getattr(message, name) for name in ("name", "tool_calls", "tool_call_id")}
+    return {name: value for name, value in given.items() if value is not None}

@@ -7,13 +7,16 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from lorakit.serving.api.bodies import Asked
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Chosen
-from lorakit.serving.engine import Engine
+from lorakit.serving.grammars import Matcher
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Delta, Request
 from lorakit.serving.sampling import Sampling, Token
+from lorakit.serving.worker import Worker
 
 
 @dataclass(eq=False)
@@ -29,6 +32,10 @@ class Answer:
     tokens: list[Token] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     prompt_tokens: tuple[Token | None, ...] = ()
+    cached_tokens: int = 0
+    """Those of the prompt that were read before."""
+    output: Tensor | None = None
+    """What an encoder gives."""
     finish: str | None = None
     stopped_by: str | int | None = None
 
@@ -44,6 +51,8 @@ class Answer:
         self.tokens += delta.tokens
         self.offsets += delta.offsets
         self.prompt_tokens = delta.prompt_tokens or self.prompt_tokens
+        self.cached_tokens += delta.cached_tokens
+        self.output = delta.output
         self.finish, self.stopped_by = delta.finish, delta.stopped_by
 
 
@@ -65,11 +74,12 @@ def requests_of(
     body: Asked,
     prompts: Sequence[Sequence[int]],
     chosen: Chosen,
-    engine: Engine,
+    engine: Worker,
     *,
     max_tokens: int | None,
     alternatives: int | None,
     prompt_logprobs: int | None = None,
+    grammar: Matcher | None = None,
     client: str = "",
 ) -> list[Request]:
     """The requests of a body: for each prompt as many as it asks for.
@@ -82,6 +92,7 @@ def requests_of(
         max_tokens: the most tokens of each answer; None: what the context leaves.
         alternatives: how many of the likeliest tokens to report; None: no log-probability.
         prompt_logprobs: the same for the tokens of the prompt.
+        grammar: what each answer must be.
         client: who asks: clients take turns.
 
     Raises:
@@ -105,6 +116,7 @@ def requests_of(
                 deliver=_undelivered,
                 max_tokens=room if max_tokens is None else min(max_tokens, room),
                 sampling=_sampling(body, number, alternatives),
+                grammar=None if grammar is None else grammar.copy(),
                 ends=frozenset() if body.ignore_eos else chosen.ends,
                 stop_tokens=frozenset(body.stop_token_ids or ()),
                 stops=body.stops,
@@ -121,7 +133,7 @@ def _undelivered(delta: Delta) -> None:
     raise AssertionError("nobody listens yet")
 
 
-def _check_prompt(ids: Sequence[int], engine: Engine, *, needs_room: bool) -> None:
+def _check_prompt(ids: Sequence[int], engine: Worker, *, needs_room: bool) -> None:
     if not ids:
         raise RefusalError("the prompt is empty: it needs at least one token", param="prompt")
     if len(ids) + needs_room > engine.max_length:
@@ -166,7 +178,7 @@ class Answering:
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], chosen: Chosen, metrics: Metrics
+        self, engine: Worker, requests: Sequence[Request], chosen: Chosen, metrics: Metrics
     ) -> None:
         self.answers = [Answer(request, index) for index, request in enumerate(requests)]
         self._engine = engine
@@ -216,13 +228,15 @@ class Answering:
         self._engine.wake()
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """The numbers of tokens; a prompt of several answers counts once."""
-        prompts = {id(answer.request.prompt): answer.request.prompt for answer in self.answers}
-        asked = sum(map(len, prompts.values()))
+        prompts = {id(answer.request.prompt): answer for answer in reversed(self.answers)}
+        asked = sum(len(answer.request.prompt) for answer in prompts.values())
+        cached = sum(answer.cached_tokens for answer in prompts.values())
         written = sum(len(answer.tokens) for answer in self.answers)
         return {
             "prompt_tokens": asked,
             "completion_tokens": written,
             "total_tokens": asked + written,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }

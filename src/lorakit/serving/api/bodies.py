@@ -67,8 +67,8 @@ class WeightedAdapter(Body):
     weight: FiniteFloat = 1.0
 
 
-class Asked(Body):
-    """What both kinds of completions have."""
+class Addressed(Body):
+    """What says which weights answer."""
 
     model: str | None = None
     """The base, an adapter, or BASE:ADAPTER."""
@@ -76,6 +76,81 @@ class Asked(Body):
     """An adapter, as LoRAX has it."""
     adapters: Annotated[list[WeightedAdapter], Field(min_length=1, max_length=16)] | None = None
     """Adapters whose updates are added up, each times its weight."""
+    user: str | None = None
+    """Not used."""
+
+
+class JsonSchema(Body):
+    """A JSON schema with a name."""
+
+    name: str | None = None
+    description: str | None = None
+    """Not used."""
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+    """Not used: every answer obeys the schema."""
+
+
+class ResponseFormat(Body):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type json_schema, and that with it")
+        return self
+
+
+class StructuredOutputs(Body):
+    """The form of an answer, in the words of vLLM: one of these."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    """A JSON schema."""
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    """Texts, one of which the answer is."""
+    grammar: str | None = None
+    """In Lark's form."""
+    json_object: bool | None = None
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema of the arguments."""
+    strict: bool | None = None
+    """Not used: every call obeys the schema."""
+
+
+class Tool(Body):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class Asked(Addressed):
+    """What both kinds of completions have."""
+
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     """The most tokens of an answer; less where the model's context ends."""
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
@@ -102,8 +177,14 @@ class Asked(Body):
     ignore_eos: bool = False
     """Go on after the model's own end, up to the most tokens."""
     skip_special_tokens: bool = True
-    user: str | None = None
-    """Not used."""
+    response_format: ResponseFormat | None = None
+    """Text, any JSON object, or what a JSON schema allows."""
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    """A JSON schema, in an older word of vLLM, as are the next ones."""
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_grammar: str | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Asked:
@@ -151,21 +232,21 @@ class MessageBody(Body):
     """A turn of a conversation."""
 
     role: Annotated[str, Field(min_length=1)]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    """What an earlier turn of the assistant called."""
+    tool_call_id: str | None = None
+    """Of the call that a tool's turn answers."""
+    refusal: str | None = None
+    """Not used."""
 
     @property
     def text(self) -> str:
         """The content as one text."""
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
-
-
-class ResponseFormat(Body):
-    """The form of an answer."""
-
-    type: Literal["text"]
 
 
 class ChatBody(Asked):
@@ -178,11 +259,10 @@ class ChatBody(Asked):
     """Report each token's log-probability."""
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     """And so many of the likeliest."""
-    response_format: ResponseFormat | None = None
-    """Text alone is supported."""
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    """Not supported."""
-    tool_choice: Literal["none"] | None = None
+    tools: list[Tool] | None = None
+    """Functions, one of which the answer must call, as `tool_choice` says."""
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """none, required (one of the tools), or one of them; auto is not supported."""
     parallel_tool_calls: bool | None = None
     """Not used."""
     store: bool | None = None

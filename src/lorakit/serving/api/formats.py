@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.serving.api.asking import Answer
+from lorakit.serving.api.constraints import Call
 from lorakit.serving.catalog import Chosen
 from lorakit.serving.requests import Delta
 from lorakit.serving.sampling import Token
@@ -37,7 +38,7 @@ class Form:
             "system_fingerprint": chosen.fingerprint,
         }
 
-    def complete(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
+    def complete(self, answers: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
         """The whole response."""
         choices = [self.choice(answer) for answer in answers]
         return self._head | {"object": self.whole, "choices": choices, "usage": usage}
@@ -125,8 +126,23 @@ class ChatForm(Form):
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, chosen: Chosen, *, logprobs: bool, tools: Sequence[str] = ()) -> None:
+        """Take also the names of the tools, one of which each answer calls."""
+        super().__init__(chosen, logprobs=logprobs)
+        self._tools = tools
+        self._calls: dict[int, Call] = {}
+
     def choice(self, answer: Answer) -> dict[str, Any]:
         """An answer that is over."""
+        if self._tools:
+            complete = answer.finish == "stop"
+            calls = Call(self._tools).whole(answer.text, complete=complete)
+            return {
+                "index": answer.index,
+                "message": {"role": "assistant", "content": None, "tool_calls": calls},
+                "logprobs": self._logprobs_of(answer.tokens),
+                **self._ended(answer),
+            }
         return {
             "index": answer.index,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
@@ -141,12 +157,24 @@ class ChatForm(Form):
 
     def step(self, answer: Answer, delta: Delta) -> dict[str, Any]:
         """A chunk of an answer."""
+        content: dict[str, Any] = (
+            {"content": delta.text} if delta.text or delta.finish is None else {}
+        )
+        if self._tools:
+            call = self._calls.setdefault(answer.index, Call(self._tools))
+            new = call.step(delta.text, over=delta.finish is not None)
+            content = {"tool_calls": new} if new else {}
         return {
             "index": answer.index,
-            "delta": {"content": delta.text} if delta.text or delta.finish is None else {},
+            "delta": content,
             "logprobs": self._logprobs_of(delta.tokens),
             **self._ended(delta),
         }
+
+    def _ended(self, answer: Answer | Delta) -> dict[str, Any]:
+        ended = super()._ended(answer)
+        called = self._tools and ended["finish_reason"] == "stop"
+        return ended | {"finish_reason": "tool_calls"} if called else ended
 
     def _logprobs_of(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._logprobs:

@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from lorakit.answering.answer import Note
-from lorakit.serving.engine import Engine
+from lorakit.serving.worker import Worker
 
 POLL_S = 0.1
 """How often a server that ends looks whether its engine has ended."""
@@ -27,7 +27,7 @@ class Listener(uvicorn.Server):
         yield
 
 
-def answer_until_told(app: FastAPI, engine: Engine, listening: socket.socket, note: Note) -> None:
+def answer_until_told(app: FastAPI, engine: Worker, listening: socket.socket, note: Note) -> None:
     """Answer until SIGTERM or SIGINT comes, and then until those that asked have their answers.
 
     Meanwhile new requests are refused; a second signal ends everything at once.
@@ -43,7 +43,7 @@ def answer_until_told(app: FastAPI, engine: Engine, listening: socket.socket, no
 
 
 async def _until_told(
-    server: Listener, engine: Engine, listening: socket.socket, note: Note
+    server: Listener, engine: Worker, listening: socket.socket, note: Note
 ) -> None:
     loop, told = asyncio.get_running_loop(), asyncio.Event()
 

@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lorakit.serving.catalog import Catalog
-from lorakit.serving.engine import Engine
 from lorakit.serving.requests import Delta, Request
+from lorakit.serving.worker import Worker
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -25,7 +25,7 @@ class Metrics:
         catalog: whose adapters are shown.
     """
 
-    def __init__(self, engine: Engine, catalog: Catalog) -> None:
+    def __init__(self, engine: Worker, catalog: Catalog) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_State(engine, catalog))
         self._model = catalog.name
@@ -70,7 +70,7 @@ class Metrics:
         def watch(delta: Delta) -> None:
             nonlocal latest
             now = time.monotonic()
-            if delta.tokens and not latest:
+            if (delta.tokens or delta.output is not None) and not latest:
                 self._prompt_tokens.labels(model).inc(len(request.prompt))
                 self._first.labels(model).observe(now - request.arrived)
                 self._own_first.labels(model, name).observe(now - request.arrived)
@@ -101,15 +101,14 @@ class Metrics:
 class _State(Collector):
     """What is so at the moment when Prometheus asks."""
 
-    def __init__(self, engine: Engine, catalog: Catalog) -> None:
+    def __init__(self, engine: Worker, catalog: Catalog) -> None:
         self._engine, self._catalog = engine, catalog
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the gauges."""
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Yield the gauges, and the counters that the engine keeps."""
         engine, name = self._engine, self._catalog.name
         running, waiting = engine.running(), engine.queue.waiting()
-        used = sum(engine.keys_and_values.lengths)
-        share = used / (engine.limits.slots * engine.max_length)
+        share = engine.used_share
         for metric, meaning, value in (
             ("vllm:num_requests_running", "Requests in slots.", len(running)),
             ("vllm:num_requests_waiting", "Requests that wait for a slot.", len(waiting)),
@@ -118,6 +117,21 @@ class _State(Collector):
             gauge = GaugeMetricFamily(metric, meaning, labels=["model_name"])
             gauge.add_metric([name], value)
             yield gauge
+        prefixes = engine.prefixes
+        for metric, meaning, value in (
+            (
+                "vllm:prefix_cache_queries",
+                "Tokens of prompts that were looked up.",
+                prefixes.asked_tokens,
+            ),
+            ("vllm:prefix_cache_hits", "Those that were read before.", prefixes.found_tokens),
+        ):
+            counter = CounterMetricFamily(metric, meaning, labels=["model_name"])
+            counter.add_metric([name], value)
+            yield counter
+        kept = GaugeMetricFamily("lora_prefix_bytes", "Memory of kept prompts.", labels=[])
+        kept.add_metric([], prefixes.size_bytes)
+        yield kept
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         info = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use.", labels=labels)
         info.add_metric([str(engine.limits.slots), _names(running), _names(waiting)], time.time())

@@ -1,0 +1,45 @@
+"""Slots that remember what they hold, so that the same adapters are not written again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from lorakit.routing.slots import Slots
+from lorakit.serving.requests import Use
+
+
+class HeldSlots(Slots):
+    """The slots of an engine, each with the weights that it holds.
+
+    Args:
+        model: the base, whose adapters they hold.
+        count: the number of slots.
+        dtype: of A and B.
+    """
+
+    def __init__(self, model: nn.Module, count: int, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__(model, count, dtype=dtype)
+        self._held: list[str | None] = [""] * count
+        """By slot, the key of what it holds; None: unknown, after an error."""
+
+    def place(self, use: Use, taken: Collection[int]) -> int:
+        """A free slot: one that holds these weights already, or the lowest, since a step computes
+        all slots up to the highest in use."""
+        free = [slot for slot in range(self.count) if slot not in taken]
+        near = [slot for slot in free if slot <= len(taken)]
+        return next((slot for slot in near if self._held[slot] == use.key), free[0])
+
+    def hold(self, slot: int, use: Use) -> None:
+        """Have a slot hold these weights.
+
+        Raises:
+            RouteError: it can't.
+        """
+        if self._held[slot] == use.key:
+            return
+        self._held[slot] = None
+        self.join(slot, use.terms)
+        self._held[slot] = use.key
