@@ -298,6 +298,12 @@ def test_health_version_and_metrics(server):
         assert line in text
     paths = server.client.get("/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter"} <= set(paths)
+    told = paths["/v1/load_lora_adapter"]["post"]["responses"]
+    assert {status: list(each.get("content", {})) for status, each in told.items()} == {
+        "200": ["text/plain"],
+        "4XX": ["application/json"],
+        "5XX": ["application/json"],
+    }
 
 
 def test_adapters_are_loaded_replaced_and_unloaded_in_vllms_words(words, folder, tmp_path):

@@ -122,5 +122,13 @@ def test_two_columns_are_asked_in_a_browser(served, tmp_path, width):
         assert "temperature: " in page.run("document.querySelector('article .error').textContent")
         page.wait(ANSWERED)
 
+        # What is stopped ends at once, and a request can be copied.
+        page.run("document.querySelector('.temperature').value = 0")
+        page.run("for (const _ of [1, 2]) document.getElementById('send').click()")
+        page.wait(ANSWERED)
+        assert page.run("document.querySelector('.figures').textContent") == "stopped"
+        page.run("document.querySelector('.python').click()")
+        page.wait("document.querySelector('.python').textContent === 'Copied'")
+
         assert page.run("document.documentElement.scrollWidth") <= width
         assert [each for each in page.problems if "status of 4" not in each] == []

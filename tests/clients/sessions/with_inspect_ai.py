@@ -17,7 +17,8 @@ task = Task(dataset=rows, solver=generate(), scorer=includes())
 
 with tempfile.TemporaryDirectory() as logs:
     (log,) = eval(task, model=model, log_dir=logs, display="none")
-assert log.status == "success", log.error
-assert len(log.samples) == 2
-assert log.samples[0].output.completion
-assert log.samples[0].output.choices[0].logprobs.content
+    # The samples are read when they are asked for.
+    assert log.status == "success", log.error
+    assert len(log.samples) == 2
+    assert log.samples[0].output.completion
+    assert log.samples[0].output.choices[0].logprobs.content

@@ -1,4 +1,4 @@
-"""pydantic-ai: an agent with instructions, whole and streamed."""
+"""pydantic-ai: an agent's answer, whole and streamed."""
 
 import asyncio
 import sys
@@ -9,7 +9,7 @@ from pydantic_ai.providers.openai import OpenAIProvider
 
 url, key = sys.argv[1:]
 model = OpenAIChatModel("small", provider=OpenAIProvider(base_url=f"{url}/v1", api_key=key))
-agent = Agent(model, instructions="old", model_settings={"temperature": 0, "max_tokens": 6})
+agent = Agent(model, model_settings={"temperature": 0, "max_tokens": 6})
 
 whole = agent.run_sync("red cat")
 assert whole.output

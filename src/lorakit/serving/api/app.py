@@ -43,7 +43,11 @@ from lorakit.serving.refusals import RefusalError
 from lorakit.serving.worker import Worker
 
 VERSION = version("lorakit")
-_TEXT: dict[str, Any] = {"response_class": PlainTextResponse}
+_TEXT: dict[str, Any] = {
+    # Without a type of its own, so that errors are described as the JSON that they are.
+    "response_class": Response,
+    "responses": {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+}
 _STREAM: dict[str, Any] = {
     "responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 }
