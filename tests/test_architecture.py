@@ -129,7 +129,7 @@ def test_modules_begin_with_their_idea_and_are_named_after_it():
 
 
 def test_no_two_classes_have_one_name():
-    homes = {}
+    homes: dict[str, list[str]] = {}
     for module in MODULES:
         for node in ast.parse(module.read_text("utf-8")).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):

@@ -20,7 +20,7 @@ from lorakit.config.verbs import ServeConfig
 from lorakit.models.load import encodes, load_model
 from lorakit.serving.api.app import build_app
 from lorakit.serving.pooling import way_of
-from lorakit.serving.requests import Request
+from lorakit.serving.requests import Delta, Request
 from lorakit.serving.serve import prepared
 from references import attach_random
 
@@ -120,7 +120,7 @@ def test_rows_with_unlike_heads_are_in_one_batch(tiny_bert, adapters, expected):
 
 def ask(engine, catalog, name, text):
     """What a request that waits in a queue will be told."""
-    chosen, told = catalog.choose(name), []
+    chosen, told = catalog.choose(name), list[Delta]()
     request = Request(
         prompt=chosen.tokenizer(text)["input_ids"],
         use=chosen.use,
