@@ -94,6 +94,13 @@ def test_no_case_of_schemathesis_fails_the_server(url, tmp_path):
     program = environment_of("schemathesis") / "bin" / "schemathesis"
     words = ["run", f"{url}/openapi.json", "--header", f"Authorization: Bearer {KEY}"]
     words += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "60"]
-    words += ["--max-examples", SCHEMATHESIS_CASES, "--seed", "1", "--generation-database", "none"]
+    words += [
+        "--max-examples",
+        str(SCHEMATHESIS_CASES),
+        "--seed",
+        "1",
+        "--generation-database",
+        "none",
+    ]
     words += ["--checks", "not_a_server_error,content_type_conformance,response_schema_conformance"]
     print(run(program, *words, cwd=tmp_path))

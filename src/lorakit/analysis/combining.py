@@ -95,7 +95,7 @@ def combine(
         updates.append(NewUpdate.of(place.site, svd, place.inner, dtype))
         missed.append(updates[-1].missed(exact))
     hashes = [adapter.content_hash() for adapter in given]
-    told = {"method": method, "weights": list(weights), "made_from": hashes}
+    told: dict[str, Any] = {"method": method, "weights": list(weights), "made_from": hashes}
     told |= {"relative_error": relative_error(missed), **merge.told}
     return replace(_like(given, weights).of(updates), card={**_card(given), "combined": told})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -105,18 +105,19 @@ def _progress(results: Path) -> str:
     rows = []
     for name in tables():
         jobs = jobs_of(CellChoice(cells=(name,)), skip=True)
-        kinds = Counter(state_of(job, results).kind for job in jobs)
+        kinds = [state_of(job, results).kind for job in jobs]
         if jobs:
             rows.append([heading(name), tables()[name].title, *_counted(kinds)])
     for name, study in studies().items():
         states = states_of_studies([name], PaperListConfig(results=results))
-        kinds = Counter(state.kind for state in states.values())
+        kinds = [state.kind for state in states.values()]
         rows.append([heading(name), study.title, *_counted(kinds)])
     return _grid_of_text(["table", "", "done", "stale", "failed", "not run"], rows)
 
 
-def _counted(kinds: Mapping[str, int]) -> list[str]:
-    return [str(kinds.get(kind, 0)) for kind in ("done", "stale", "failed", "not run")]
+def _counted(kinds: Iterable[str]) -> list[str]:
+    counts = Counter(kinds)
+    return [str(counts[kind]) for kind in ("done", "stale", "failed", "not run")]
 
 
 def readme_table(sources: Sources) -> str:
