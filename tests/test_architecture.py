@@ -128,6 +128,16 @@ def test_modules_begin_with_their_idea_and_are_named_after_it():
     assert (silent, named) == ([], [])
 
 
+def test_no_two_classes_have_one_name():
+    homes = {}
+    for module in MODULES:
+        for node in ast.parse(module.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(module.relative_to(SOURCE)))
+    shared = {name: files for name, files in homes.items() if len(files) > 1}
+    assert not shared, "a word has one meaning: rename one of each"
+
+
 def test_at_most_three_modules_are_loose():
     loose = {path.name for path in SOURCE.glob("*.py")} - {"__init__.py"}
     assert len(loose) <= 3

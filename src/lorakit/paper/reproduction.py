@@ -15,7 +15,7 @@ from lorakit.paper.cell import tables
 from lorakit.paper.evidence import Evidence, Found, Headline, Sources
 from lorakit.paper.job import jobs_of
 from lorakit.paper.markdown import REASONS, heading, number
-from lorakit.paper.results import state_of
+from lorakit.paper.results import State, state_of
 from lorakit.paper.section7 import states_of_studies
 from lorakit.paper.study import studies
 from lorakit.paper.summary import AVERAGE
@@ -105,19 +105,18 @@ def _progress(results: Path) -> str:
     rows = []
     for name in tables():
         jobs = jobs_of(CellChoice(cells=(name,)), skip=True)
-        kinds = [state_of(job, results).kind for job in jobs]
         if jobs:
-            rows.append([heading(name), tables()[name].title, *_counted(kinds)])
+            states = [state_of(job, results) for job in jobs]
+            rows.append([heading(name), tables()[name].title, *_counted(states)])
     for name, study in studies().items():
-        states = states_of_studies([name], PaperListConfig(results=results))
-        kinds = [state.kind for state in states.values()]
-        rows.append([heading(name), study.title, *_counted(kinds)])
+        looked = states_of_studies([name], PaperListConfig(results=results))
+        rows.append([heading(name), study.title, *_counted(looked.values())])
     return _grid_of_text(["table", "", "done", "stale", "failed", "not run"], rows)
 
 
-def _counted(kinds: Iterable[str]) -> list[str]:
-    counts = Counter(kinds)
-    return [str(counts[kind]) for kind in ("done", "stale", "failed", "not run")]
+def _counted(states: Iterable[State]) -> list[str]:
+    kinds = Counter(state.kind for state in states)
+    return [str(kinds["done"]), str(kinds["stale"]), str(kinds["failed"]), str(kinds["not run"])]
 
 
 def readme_table(sources: Sources) -> str:

@@ -16,7 +16,7 @@ TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class CompletionRequest:
     """A completion that a client wants."""
 
     model: str
@@ -41,7 +41,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What came back."""
 
     status: int
@@ -72,26 +72,26 @@ class Client:
     def __init__(self, port: int) -> None:
         self.port = port
 
-    def post(self, path: str, body: Mapping[str, Any] | bytes) -> Answer:
+    def post(self, path: str, body: Mapping[str, Any] | bytes) -> Reply:
         """The answer to a body, over a connection of its own."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self._asked("POST", path, raw)
 
-    def get(self, path: str) -> Answer:
+    def get(self, path: str) -> Reply:
         """What a path answers."""
         return self._asked("GET", path, None)
 
-    def complete(self, asked: Asked) -> Answer:
+    def complete(self, asked: CompletionRequest) -> Reply:
         """The completion of a prompt."""
         return self.post("/v1/completions", asked.body())
 
-    def complete_all(self, asked: Sequence[Asked], connections: int) -> list[Answer]:
+    def complete_all(self, asked: Sequence[CompletionRequest], connections: int) -> list[Reply]:
         """Completions in their order, so many at once."""
         with ThreadPoolExecutor(connections) as pool:
             return list(pool.map(self.complete, asked))
 
     @contextmanager
-    def streaming(self, asked: Asked) -> Iterator[http.client.HTTPResponse]:
+    def streaming(self, asked: CompletionRequest) -> Iterator[http.client.HTTPResponse]:
         """The response of a stream, inside a block at whose end the connection is closed."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
         try:
@@ -101,7 +101,7 @@ class Client:
         finally:
             connection.close()
 
-    def token_times(self, asked: Asked) -> list[float]:
+    def token_times(self, asked: CompletionRequest) -> list[float]:
         """When each event of a stream came, in seconds after the request."""
         begun = time.perf_counter()
         with self.streaming(asked) as response:
@@ -115,7 +115,7 @@ class Client:
         ]
         return sum(float(value) for _, value in found)
 
-    def _asked(self, method: str, path: str, body: bytes | None) -> Answer:
+    def _asked(self, method: str, path: str, body: bytes | None) -> Reply:
         begun = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
         try:
@@ -126,7 +126,7 @@ class Client:
             connection.close()
         headers = {name.lower(): value for name, value in response.getheaders()}
         parsed = json.loads(raw) if "json" in headers.get("content-type", "") else raw
-        return Answer(response.status, parsed, time.perf_counter() - begun, headers)
+        return Reply(response.status, parsed, time.perf_counter() - begun, headers)
 
 
 def streamed_tokens(lines: Iterable[bytes]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch
 
 from lorakit.bench.result import OURS, Goal
 from lorakit.bench.rounds import Participant, Seconds, interleaved
-from lorakit.bench.serving.asking import Asked, Client
+from lorakit.bench.serving.asking import Client, CompletionRequest
 from lorakit.bench.serving.ways import generated
 from lorakit.config.bench import ServeBenchConfig
 
@@ -26,7 +26,9 @@ WAVES = 3
 """Requests of unlike lengths for each slot."""
 
 
-def first_token(client: Client, plain: Any, asked: Asked, *, times: int) -> dict[str, Seconds]:
+def first_token(
+    client: Client, plain: Any, asked: CompletionRequest, *, times: int
+) -> dict[str, Seconds]:
     """The times to the first token of an idle server, and of the plain model reading the prompt."""
     ids = torch.tensor([asked.prompt])
     short = replace(asked, new_tokens=1)
@@ -55,7 +57,9 @@ def first_token_goals(times: dict[str, Seconds]) -> list[Goal]:
     ]
 
 
-def longest_pause(client: Client, asked: Sequence[Asked], settings: ServeBenchConfig) -> Goal:
+def longest_pause(
+    client: Client, asked: Sequence[CompletionRequest], settings: ServeBenchConfig
+) -> Goal:
     """The longest pause of streams while somebody's long prompt is read, in their usual gaps.
 
     Args:
@@ -83,7 +87,7 @@ def longest_pause(client: Client, asked: Sequence[Asked], settings: ServeBenchCo
 
 
 def unlike_lengths(
-    client: Client, plain: Any, asked: Sequence[Asked], settings: ServeBenchConfig
+    client: Client, plain: Any, asked: Sequence[CompletionRequest], settings: ServeBenchConfig
 ) -> dict[str, float]:
     """Tokens per second of answers of 8 tokens to the most, by the server and by static batches.
 

@@ -13,7 +13,7 @@ import torch
 from lorakit.bench.peers import save_random_adapters
 from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.rounds import Participant, Seconds, interleaved
-from lorakit.bench.serving.asking import Asked, Client
+from lorakit.bench.serving.asking import Client, CompletionRequest
 from lorakit.bench.serving.latency import (
     first_token,
     first_token_goals,
@@ -77,12 +77,14 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
     )
 
 
-def _requests(settings: ServeBenchConfig, vocabulary: int, names: list[str]) -> list[Asked]:
+def _requests(
+    settings: ServeBenchConfig, vocabulary: int, names: list[str]
+) -> list[CompletionRequest]:
     """One for each client."""
     generator = torch.Generator().manual_seed(0)
     shape = (settings.clients, settings.prompt_tokens)
     return [
-        Asked(
+        CompletionRequest(
             model=names[client % len(names)],
             prompt=tuple(prompt),
             new_tokens=settings.new_tokens,
@@ -100,7 +102,7 @@ def _answer_times(
     engine: Engine,
     catalog: Catalog,
     plain: Any,
-    requests: list[Asked],
+    requests: list[CompletionRequest],
 ) -> dict[str, Seconds]:
     """The times of one answer to each client, by each of the ways."""
     ids = torch.tensor([each.prompt for each in requests])

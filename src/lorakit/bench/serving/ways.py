@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.bank import AdapterBank
-from lorakit.bench.serving.asking import Asked, Client
+from lorakit.bench.serving.asking import Client, CompletionRequest
 from lorakit.errors import LorakitError
 from lorakit.serving.catalog import Catalog
 from lorakit.serving.engine import Engine
@@ -73,7 +73,7 @@ def answered(
         going -= delta.finish is not None
 
 
-def asked(client: Client, requests: Sequence[Asked]) -> None:
+def asked(client: Client, requests: Sequence[CompletionRequest]) -> None:
     """Answers over HTTP, all at once.
 
     Raises:

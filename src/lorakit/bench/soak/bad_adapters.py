@@ -18,7 +18,7 @@ from lorakit.adapter.peft_config import CONFIG_FILE
 from lorakit.adapter.record import RECORD_FILE
 from lorakit.adapter.tensor_files import PICKLE_FILE, WEIGHTS_FILE
 from lorakit.bench.result import Goal
-from lorakit.bench.serving.asking import Asked, Client, streamed_tokens
+from lorakit.bench.serving.asking import Client, CompletionRequest, streamed_tokens
 
 Change = Callable[[Path], None]
 RAN = "the pickle ran"
@@ -26,7 +26,7 @@ RAN = "the pickle ran"
 
 
 def refusing(
-    client: Client, asked: Asked, good: Path, *, streams: int
+    client: Client, asked: CompletionRequest, good: Path, *, streams: int
 ) -> tuple[list[Goal], list[dict[str, Any]]]:
     """Have a server load bad adapters while others read streams.
 
@@ -69,7 +69,11 @@ def refusing(
 
 
 def _read(
-    client: Client, asked: Asked, right: object, heard: list[bool], ended: threading.Event
+    client: Client,
+    asked: CompletionRequest,
+    right: object,
+    heard: list[bool],
+    ended: threading.Event,
 ) -> None:
     while not ended.is_set():
         with client.streaming(asked) as response:

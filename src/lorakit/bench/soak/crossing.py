@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lorakit.bench.result import Goal
-from lorakit.bench.serving.asking import Answer, Asked, Client
-from lorakit.bench.soak.server import Server
+from lorakit.bench.serving.asking import Client, CompletionRequest, Reply
+from lorakit.bench.soak.server import ServerProcess
 from lorakit.errors import LorakitError
 
 COME_AND_GO_S = 0.05
@@ -58,8 +58,8 @@ class Crossing:
 
 
 def crossing(
-    server: Server,
-    pool: Sequence[Asked],
+    server: ServerProcess,
+    pool: Sequence[CompletionRequest],
     spares: Sequence[str],
     *,
     requests: int,
@@ -105,10 +105,10 @@ def crossing(
 
 
 @contextmanager
-def _coming_and_going(client: Client, spares: Sequence[str]) -> Iterator[list[Answer]]:
+def _coming_and_going(client: Client, spares: Sequence[str]) -> Iterator[list[Reply]]:
     """Adapters that are loaded and unloaded in turn inside a block; the server's answers."""
     ended = threading.Event()
-    told: list[Answer] = []
+    told: list[Reply] = []
 
     def change() -> None:
         while True:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from threading import Thread
 
 from lorakit.bench.result import Goal
-from lorakit.bench.serving.asking import Answer, Asked, Client
+from lorakit.bench.serving.asking import Client, CompletionRequest, Reply
 from lorakit.errors import LorakitError
 
 RUNNING = "vllm:num_requests_running"
@@ -20,7 +20,7 @@ LONG = 4
 LOOK_S = 0.005
 
 
-def leaving(client: Client, asked: Asked, *, times: int) -> list[Goal]:
+def leaving(client: Client, asked: CompletionRequest, *, times: int) -> list[Goal]:
     """Close streams after their first event.
 
     Args:
@@ -45,7 +45,7 @@ def leaving(client: Client, asked: Asked, *, times: int) -> list[Goal]:
     ]
 
 
-def holding_up(client: Client, asked: Asked, *, others: int, probes: int) -> list[Goal]:
+def holding_up(client: Client, asked: CompletionRequest, *, others: int, probes: int) -> list[Goal]:
     """The time of answers beside clients that read nothing, over that beside ones that read.
 
     Args:
@@ -71,7 +71,7 @@ def holding_up(client: Client, asked: Asked, *, others: int, probes: int) -> lis
 
 
 @contextmanager
-def _reading(client: Client, streams: Sequence[Asked]) -> Iterator[None]:
+def _reading(client: Client, streams: Sequence[CompletionRequest]) -> Iterator[None]:
     """Streams that are read to their end, or to the block's."""
     with ExitStack() as stack:
         for each in streams:
@@ -97,8 +97,8 @@ def _half_sent(port: int) -> Iterator[None]:
         yield
 
 
-def _times(client: Client, asked: Asked, probes: int) -> list[float]:
-    answers: list[Answer] = [client.complete(asked) for _ in range(probes)]
+def _times(client: Client, asked: CompletionRequest, probes: int) -> list[float]:
+    answers: list[Reply] = [client.complete(asked) for _ in range(probes)]
     for answer in answers:
         if not answer.is_good:
             raise LorakitError(f"an answer beside slow clients is {answer.status}: {answer.body}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.bench.result import Goal
-from lorakit.bench.serving.asking import Answer, Asked, Client
+from lorakit.bench.serving.asking import Client, CompletionRequest, Reply
 
 TIMES = 5
 """How many times what it can answer is asked."""
@@ -27,7 +27,7 @@ class Capacity:
 
 
 def capacity(
-    client: Client, pool: Sequence[Asked], *, connections: int, seconds: float
+    client: Client, pool: Sequence[CompletionRequest], *, connections: int, seconds: float
 ) -> Capacity:
     """The answers of a second, without overload."""
     end = time.perf_counter() + seconds
@@ -48,7 +48,7 @@ def capacity(
 
 
 def overloading(
-    client: Client, pool: Sequence[Asked], able: Capacity, *, seconds: float
+    client: Client, pool: Sequence[CompletionRequest], able: Capacity, *, seconds: float
 ) -> tuple[list[Goal], list[dict[str, Any]]]:
     """Ask so many times what the server can answer.
 
@@ -62,7 +62,7 @@ def overloading(
         The goals, and a row of each kind of answer.
     """
     gap = 1 / (TIMES * able.requests_s)
-    waiting: list[tuple[Asked, Future[Answer]]] = []
+    waiting: list[tuple[CompletionRequest, Future[Reply]]] = []
     begun = time.perf_counter()
     with ThreadPoolExecutor(MOST_AT_ONCE) as threads:
         number = 0
@@ -98,7 +98,7 @@ def overloading(
     ], _kinds([answer for _, answer in answered])
 
 
-def _kinds(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def _kinds(answers: Sequence[Reply]) -> list[dict[str, Any]]:
     """How many answers there are of each status, with the words of one of them."""
     kinds = Counter(answer.status for answer in answers)
     first = {answer.status: answer for answer in reversed(answers)}
@@ -108,5 +108,5 @@ def _kinds(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     ]
 
 
-def _words(answer: Answer) -> str:
+def _words(answer: Reply) -> str:
     return "" if answer.is_good else str(answer.body["error"]["message"])

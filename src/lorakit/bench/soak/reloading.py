@@ -9,14 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from lorakit.bench.result import Goal
-from lorakit.bench.serving.asking import Answer, Asked, Client
+from lorakit.bench.serving.asking import Client, CompletionRequest, Reply
 from lorakit.errors import LorakitError
 
 NAME = "turning"
 
 
 def reloading(
-    client: Client, asked: Asked, versions: Sequence[str], *, reloads: int, connections: int
+    client: Client,
+    asked: CompletionRequest,
+    versions: Sequence[str],
+    *,
+    reloads: int,
+    connections: int,
 ) -> list[Goal]:
     """Replace an adapter in place while clients ask for it.
 
@@ -58,7 +63,7 @@ def reloading(
     ]
 
 
-def _ask_until(client: Client, asked: Asked, ended: threading.Event) -> list[Answer]:
+def _ask_until(client: Client, asked: CompletionRequest, ended: threading.Event) -> list[Reply]:
     answers = []
     while not ended.is_set():
         answers.append(client.complete(asked))

@@ -23,7 +23,7 @@ START_S = 300.0
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerProcess:
     """A process that runs `lorakit serve`."""
 
     client: Client
@@ -37,7 +37,7 @@ class Server:
 
 
 @contextmanager
-def running(words: Sequence[str], *, threads: int | None) -> Iterator[Server]:
+def running(words: Sequence[str], *, threads: int | None) -> Iterator[ServerProcess]:
     """A server of `lorakit serve WORDS --port 0`, inside a block.
 
     Raises:
@@ -56,7 +56,7 @@ def running(words: Sequence[str], *, threads: int | None) -> Iterator[Server]:
             )
         try:
             client = Client(_port(process, said))
-            yield Server(client, process, time.perf_counter() - begun)
+            yield ServerProcess(client, process, time.perf_counter() - begun)
         finally:
             process.send_signal(signal.SIGINT)
             try:

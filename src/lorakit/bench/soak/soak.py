@@ -12,13 +12,13 @@ import torch
 
 from lorakit.bench.peers import save_random_adapters
 from lorakit.bench.result import Findings, Goal
-from lorakit.bench.serving.asking import Asked
+from lorakit.bench.serving.asking import CompletionRequest
 from lorakit.bench.soak.bad_adapters import refusing
 from lorakit.bench.soak.crossing import crossing
 from lorakit.bench.soak.leaving import holding_up, leaving
 from lorakit.bench.soak.overloading import capacity, overloading
 from lorakit.bench.soak.reloading import reloading
-from lorakit.bench.soak.server import Server, running
+from lorakit.bench.soak.server import ServerProcess, running
 from lorakit.config.bench import SoakConfig
 from lorakit.models.load import load_model
 
@@ -53,7 +53,11 @@ def measure_soak(settings: SoakConfig) -> Findings:
 
 
 def _measured(
-    settings: SoakConfig, server: Server, pool: Sequence[Asked], spares: Sequence[str], good: Path
+    settings: SoakConfig,
+    server: ServerProcess,
+    pool: Sequence[CompletionRequest],
+    spares: Sequence[str],
+    good: Path,
 ) -> tuple[list[Goal], dict[str, list[dict[str, Any]]]]:
     client, connections = server.client, settings.connections
     crossed = crossing(server, pool, spares, requests=settings.requests, connections=connections)
@@ -86,13 +90,13 @@ def _moved(folder: Path, place: Path) -> Path:
     return folder.rename(place / folder.name)
 
 
-def _pool(settings: SoakConfig, vocabulary: int, names: Sequence[str]) -> list[Asked]:
+def _pool(settings: SoakConfig, vocabulary: int, names: Sequence[str]) -> list[CompletionRequest]:
     """Different requests: adapter, prompt and seed."""
     generator = torch.Generator().manual_seed(0)
     shape = (settings.pool, settings.prompt_tokens)
     prompts = torch.randint(vocabulary, shape, generator=generator).tolist()
     return [
-        Asked(
+        CompletionRequest(
             model=names[number % len(names)],
             prompt=tuple(prompt),
             new_tokens=settings.new_tokens,
