@@ -59,7 +59,7 @@ docs: setup
 # Offline; a warning is an error. To search in it: python -m http.server -d build/site
 site: setup
 	@$(BIN)/python docs/pages.py build/pages
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open build/site/index.html"
 
 setup: $(READY)

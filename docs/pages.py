@@ -26,6 +26,8 @@ PAGES = (
     "examples/*",
     "benchmarks/*.yaml",
     "benchmarks/results/*",
+    "paper/tables/*.md",
+    "paper/figures/*",
 )
 """What is on the site, or linked from it."""
 

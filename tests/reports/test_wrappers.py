@@ -84,14 +84,9 @@ def parts_of(model, part):
             return model, ["model"]
         case "blocks":
             return model.model.layers, ["0", "1"]
-        case "layer":
-            return model.model.layers[0].self_attn, ["q_proj"]
 
 
-@pytest.mark.parametrize(
-    "part",
-    ["blocks", *(pytest.param(p, marks=pytest.mark.thorough) for p in ("backbone", "layer"))],
-)
+@pytest.mark.parametrize("part", ["blocks", pytest.param("backbone", marks=pytest.mark.thorough)])
 def test_parts_that_are_compiled_by_themselves_go_by_their_own_names(part):
     found, plain = build("llama"), build("llama")
     base = outputs(found, INPUTS)
@@ -114,6 +109,15 @@ def test_parts_that_are_compiled_by_themselves_go_by_their_own_names(part):
         lk.detach(found)
         assert torch.equal(outputs(found, INPUTS), base)
     assert all(parameter.requires_grad for parameter in found.parameters())
+
+
+def test_a_layer_that_is_compiled_by_itself_is_refused_as_a_target():
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = compiled(attention.q_proj)
+    with pytest.raises(lk.errors.TargetError, match=r"layers\.0\.self_attn\.q_proj is a Optimized"):
+        lk.attach(model, lk.LoRAConfig(targets=("q", "v")))
+    lk.attach(model, lk.LoRAConfig(targets=("v",)))
 
 
 def test_a_models_own_child_called_module_is_no_wrapper():

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,9 +175,9 @@ def test_patience_ends_one_trial_alone(settings, monkeypatch):
 
     def decide(model, *args, **kwargs):
         rank = lk.extract(model).lora.rank
-        return {"loss": next(coming[rank])}
+        return SimpleNamespace(scores={"loss": next(coming[rank])})
 
-    monkeypatch.setattr(training, "score", decide)
+    monkeypatch.setattr(training, "scored", decide)
     result = sweep(settings({"lora.rank": [1, 4]}, steps=20, eval_every=4, patience=1))
     early, late = (each.trained for each in result.trials)
     assert (early.steps, early.best_step) == (12, 8)
@@ -223,9 +224,9 @@ def test_a_defect_in_one_trial_is_raised_after_the_others_are_written(settings, 
     def fail(model, *args, **kwargs):
         if lk.extract(model).lora.rank == 1:
             raise ZeroDivisionError("a defect")
-        return {"loss": 1.0}
+        return SimpleNamespace(scores={"loss": 1.0})
 
-    monkeypatch.setattr(training, "score", fail)
+    monkeypatch.setattr(training, "scored", fail)
     config = settings({"lora.rank": [1, 4]})
     with pytest.raises(ZeroDivisionError, match="a defect"):
         sweep(config)

@@ -60,7 +60,11 @@ def refusing(
     count = len(rows)
     return [
         Goal(
-            what=f"refused of {count} bad loads", got=refused, limit=count, unit="", at_least=True
+            what=f"refused of {count} bad loads",
+            got=float(refused),
+            limit=float(count),
+            unit="",
+            at_least=True,
         ),
         Goal.never(f"disturbed of {len(heard):,} streams meanwhile", len(heard) - sum(heard)),
         Goal.never("changes of the list of models", int(names != after)),
