@@ -386,7 +386,7 @@ def test_a_sweep_leaves_figures_a_table_and_a_plot(settings):
         assert each["score"] == adapter.card["scores"]["loss"] == trained.scores["loss"]
         assert {"log.jsonl", "last", "checkpoints"} <= set(os.listdir(folder))
     table = (result.out / "sweep.md").read_text()
-    assert "| trial | rank | parameters |" in table
+    assert "| trial  | rank | parameters |" in table
     assert f"{figures['members'][0]['score']:.4f}" in table
     assert (result.out / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
