@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 PROGRAM = """
 import json, sys
 import lorakit as lk
@@ -68,6 +70,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.thorough
 def test_a_wrong_type_is_an_error_of_lorakit(forks, tiny_llama):
     told = json.loads(forks.run(PROGRAM, str(tiny_llama)))
     assert told.keys() == EXPECTED.keys()

@@ -89,6 +89,7 @@ def long_llama(tiny_llama, tmp_path_factory):
     return place
 
 
+@pytest.mark.thorough
 def test_closed_connections_free_their_slots(forks, long_llama):
     port = free_port()
     server = forks.start(SERVE, "--model", str(long_llama), "--slots", "1", "--port", str(port))

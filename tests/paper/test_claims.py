@@ -82,6 +82,7 @@ def test_no_page_is_of_a_table_that_is_gone():
     assert set((ROOT / "paper" / "tables").iterdir()) <= places
 
 
+@pytest.mark.thorough
 def test_the_figures_are_those_of_the_results(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     drawn = ROOT / "paper" / "figures" / "figure2.small.svg"

@@ -99,6 +99,7 @@ def test_each_text_has_the_classes_that_its_adapter_gives_alone(post, expected):
             assert each["num_classes"] == len(labels)
 
 
+@pytest.mark.thorough
 def test_rows_with_unlike_heads_are_in_one_batch(tiny_bert, adapters, expected):
     engine, catalog = prepared(ServeConfig(adapters=adapters, model=str(tiny_bert), name="tiny"))
     draw = random.Random(0)

@@ -36,7 +36,7 @@ def ask(engine, bank, tokenizer, choice, prompt, **how):
     return found.ids, found.deltas[0].cached_tokens
 
 
-@sampled("family", ["llama", "bloom", "gpt2", "gemma2"])
+@sampled("family", ["llama", "bloom", "gpt2", "gemma2"], share=4)
 def test_answers_are_those_of_the_whole_prompt(family, tokenizer):
     more = {"sliding_window": 4} if family == "gemma2" else {}
     bank = AdapterBank(build(family, **more))

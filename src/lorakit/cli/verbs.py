@@ -124,7 +124,7 @@ VERBS = {
         settings="config.bench:ServeBenchConfig",
     ),
     "bench soak": Entry(
-        meaning="Ask a server too much, leave it, and give it bad adapters; count what goes wrong.",
+        meaning="Ask too much of a server, leave it, load bad adapters; count failures.",
         settings="config.bench:SoakConfig",
     ),
     "bench switch": Entry(
