@@ -53,7 +53,11 @@ def test_two_threads_that_load_one_name_wait_for_each_other(folders):
     assert set(bank.names) == {"name", *NAMES}
 
 
-@pytest.mark.parametrize("limited", [False, True], ids=["unlimited", "evicting"])
+@pytest.mark.parametrize(
+    "limited",
+    [pytest.param(False, marks=pytest.mark.thorough), True],
+    ids=["unlimited", "evicting"],
+)
 def test_forward_passes_notice_nothing_of_what_comes_and_goes(folders, limited):
     model = build("llama")
     size = max(lk.Adapter.load(folder).size_bytes for folder in folders.values())

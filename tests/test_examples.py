@@ -31,7 +31,17 @@ def folder(base, tmp_path_factory):
 
 
 LONG = (
-    *("Adapter", "MergeReport", "attached", "evaluate", "generate", "merge", "merged", "route"),
+    *(
+        "Adapter",
+        "AdapterBank",
+        "MergeReport",
+        "attached",
+        "evaluate",
+        "generate",
+        "merge",
+        "merged",
+        "route",
+    ),
     *("sweep", "switch", "train", "unmerge"),
 )
 

@@ -136,7 +136,8 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data sets beside the repository")
-@pytest.mark.parametrize("name", ["e2e", pytest.param("sst2", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["e2e", "sst2"])
 def test_the_examples_read_the_real_rows(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = ["train", f"examples/{name}.yaml", "--data.train-rows", "40", "--dry-run", "--json"]

@@ -21,6 +21,7 @@ WHO = ["plain", "ours", "unmerged", "adapter_l", "adapter_h"]
 TINY = ["--width", "64", "--blocks", "2", "--shrink", "32", "--repeats", "2"]
 
 
+@pytest.mark.thorough
 def test_a_result_has_every_participant_in_each_column_beside_the_papers(capsys):
     assert main(["bench", "latency", *TINY, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

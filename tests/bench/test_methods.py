@@ -85,6 +85,7 @@ def test_an_error_of_a_worker_says_the_same_in_its_parent():
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
+@pytest.mark.thorough
 def test_where_no_method_comes_to_its_end_the_first_error_is_told(compare):
     code, printed = compare("--methods", '{"lora": {}}', "--rates", '{"lora": [1e29, 1e30]}')
     assert code == 2
@@ -104,6 +105,7 @@ def test_a_defect_ends_all_runs_at_once(compare, monkeypatch):
     assert len(begun) < 5
 
 
+@pytest.mark.thorough
 def test_scores_of_numbers_can_be_compared_too(compare, tiny_bert, tmp_path):
     rows = tmp_path / "scores.jsonl"
     lines = [{"text": f"red {word}", "label": 0.5 * n} for n, word in enumerate(("cat", "dog") * 8)]

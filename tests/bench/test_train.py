@@ -236,6 +236,7 @@ def test_compiled_adds_ours_and_peft_compiled_unless_ours_is_so_already(settings
     assert tasks["ours"].config.compile
 
 
+@pytest.mark.thorough
 def test_participants_can_be_left_out_and_ours_can_have_settings_of_its_own(bench):
     code, result = bench("--no-peer", "--no-full", "--ours", "{memory: low}")
     assert code == 0, result

@@ -55,6 +55,7 @@ def ids():
     return {"input_ids": torch.arange(4, 16)[None], "attention_mask": torch.ones(1, 12).long()}
 
 
+@pytest.mark.thorough
 def test_training_learns_on_a_base_of_few_bits_and_records_it(settings):
     lora = lk.LoRAConfig(rank=8, targets=("all-linear", "head"))
     result = train(settings(steps=16, eval_every=16, lora=lora))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from covering import sampled
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, TargetError
 from lorakit.methods.module_copy import TrainedCopy
 from methods.bottleneck_reference import (
@@ -37,7 +38,7 @@ from tiny_models import build, example_inputs
     ],
     ids=str,
 )
-@pytest.mark.parametrize("family", TINY)
+@sampled("family", TINY)
 def test_each_variant_computes_its_formula_at_its_modules(family, settings, nonlinearity):
     model = build(family)
     inputs = example_inputs(model)
@@ -55,7 +56,7 @@ def test_each_variant_computes_its_formula_at_its_modules(family, settings, nonl
     assert not torch.allclose(found, outputs(base, inputs).double(), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", TINY)
+@sampled("family", TINY)
 def test_beside_lora_the_bottleneck_reads_what_lora_made(family):
     model = build(family)
     inputs = example_inputs(model)
@@ -158,7 +159,7 @@ def test_a_bfloat16_base_is_unchanged_at_the_start_and_reads_float32_tensors():
     assert torch.equal(layer(x), h + update.bfloat16())
 
 
-@pytest.mark.parametrize("family", TINY)
+@sampled("family", TINY)
 @pytest.mark.parametrize("variant", ["h", "l"])
 def test_a_row_sums_bottlenecks_by_what_each_adds_to_the_base(family, variant):
     model = build(family)

@@ -102,6 +102,7 @@ small: {model: minilm, seeds: [0, 1], tasks: {cola: {}}}
 """
 
 
+@pytest.mark.thorough
 def test_a_figure_has_the_paper_s_points_and_ours_and_is_drawn_the_same_each_time(
     paper, put, cells, tmp_path
 ):

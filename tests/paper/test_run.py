@@ -92,6 +92,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(paper, finished, monkeypatc
     assert (again["scores"], again["evaluations"]) == (whole["scores"], whole["evaluations"])
 
 
+@pytest.mark.thorough
 def test_a_run_that_diverges_is_a_result_and_the_others_go_on(paper, monkeypatch):
     train = lk.train
 

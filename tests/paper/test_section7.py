@@ -121,6 +121,7 @@ def test_mistakes_are_told_and_nothing_is_trained(adapters, run, tmp_path):
     assert not adapters
 
 
+@pytest.mark.thorough
 def test_what_is_current_is_left_and_what_is_of_other_settings_is_stale(adapters, run, tmp_path):
     place = ["--results", tmp_path / "results"]
     words = ["paper", "run", "figure3", *place, "--work", tmp_path / "work"]

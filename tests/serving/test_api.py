@@ -370,6 +370,7 @@ def test_bad_adapters_are_refused_and_change_nothing(words, folder, tmp_path):
     server.engine.close()
 
 
+@pytest.mark.thorough
 def test_a_reload_under_load_is_wholly_old_or_wholly_new(words, tmp_path):
     server, folder = Server(words, tmp_path), tmp_path
     for name, seed in (("old", 3), ("new", 4)):

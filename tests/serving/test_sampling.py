@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from covering import sampled
 from lorakit.serving.sampling import Sampler, Sampling
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
@@ -25,7 +26,7 @@ def shares(logits, kept):
     return {at: x / sum(exps) for at, x in enumerate(exps) if x}
 
 
-@pytest.mark.parametrize(
+@sampled(
     ("how", "kept"),
     [
         ({}, {0, 1, 2, 3, 4}),

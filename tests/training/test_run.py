@@ -222,6 +222,7 @@ def test_the_best_adapter_is_kept_beside_the_last(settings, scores):
     assert lk.Adapter.load(result.out / "last").card["step"] == 12
 
 
+@pytest.mark.thorough
 def test_the_best_adapter_is_by_the_score_of_the_task(settings, tiny_bert, tmp_path, monkeypatch):
     rows = [{"sentence": "a b" * (n % 2 + 1), "label": n % 2} for n in range(8)]
     for split in ("train", "validation"):

@@ -65,6 +65,7 @@ def step(model, batch):
     return loss.item()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "method", ["prefix-layer", pytest.param("lora,prefix-embedding", marks=pytest.mark.thorough)]
 )

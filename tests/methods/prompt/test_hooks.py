@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import lorakit as lk
+from covering import sampled
 from lorakit.config.methods import LoRAConfig, PrefixConfig
 from lorakit.errors import RouteError
 from prefix_reference import bare, expected, own_positions, prefixed, row_with_tokens
@@ -35,7 +36,7 @@ def stepwise(base, tensors, row, steps, **tokens):
 
 
 @pytest.mark.parametrize("every_layer", [False, True], ids=["embedding", "layer"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mistral", "gemma"])
+@sampled("family", ["llama", "gpt2", "opt", "mistral", "gemma"])
 def test_greedy_answers_are_those_of_longer_rows_without_a_cache(family, every_layer):
     model = prefixed(family, every_layer=every_layer)
     tensors, base = lk.extract(model).tensors, bare(model)

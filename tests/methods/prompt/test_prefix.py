@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from covering import sampled
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.config.methods import LoRAConfig, PrefixConfig
 from lorakit.errors import AdapterFileError, MergeError, RouteError, TargetError
@@ -70,7 +71,7 @@ def test_logits_of_texts_are_those_of_rows_with_trained_embeddings(family, side,
 
 
 @EVERY
-@pytest.mark.parametrize("family", ENCODERS)
+@sampled("family", ENCODERS)
 def test_classes_are_those_of_rows_with_trained_embeddings(family, every_layer):
     model = prefixed(family, every_layer=every_layer)
     tensors, base = lk.extract(model).tensors, bare(model)
@@ -101,7 +102,7 @@ def test_a_decoder_that_classifies_reads_the_last_trained_token():
         torch.testing.assert_close(logits, expected(base, prompts, longer), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "deberta-v2"])
+@sampled("family", ["llama", "gpt2", "bert", "roberta", "deberta-v2"])
 def test_parameters_are_those_of_the_paper(family):
     model = build(family, num_hidden_layers=3)
     settings = {"prefix": PREFIX, "infix": INFIX, "modules_to_save": ()}
@@ -159,7 +160,7 @@ def test_a_random_start_is_as_spread_as_the_embeddings():
 
 
 @EVERY
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "roberta", "deberta-v2"])
+@sampled("family", ["llama", "gpt2", "opt", "bert", "roberta", "deberta-v2"])
 def test_saved_and_loaded_it_answers_the_same_bit_for_bit(family, every_layer, tmp_path):
     model = prefixed(family, every_layer=every_layer).float()
     inputs = example_inputs(model)
