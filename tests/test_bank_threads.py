@@ -118,6 +118,7 @@ def test_a_switch_and_a_merge_wait_for_the_end_of_a_route(folders):
     assert active_name(bank.model) == "one"
 
 
+@pytest.mark.thorough
 def test_routes_of_many_threads_and_replacements_answer_as_one_of_the_contents(folders):
     bank = lk.AdapterBank(build("llama"))
     inputs = example_inputs(bank.model, rows=2)

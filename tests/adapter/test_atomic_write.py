@@ -92,6 +92,7 @@ def test_a_kill_at_any_step_leaves_no_half_of_a_new_folder(tmp_path: Path) -> No
     assert 5 < step < 100
 
 
+@pytest.mark.thorough
 @can_fork
 def test_a_kill_at_a_random_moment_loses_nothing(tmp_path: Path) -> None:
     folder = linear().save(tmp_path / "a")

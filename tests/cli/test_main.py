@@ -306,6 +306,7 @@ def shell(command):
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, errors="replace")
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
 def test_no_place_for_stdout_ends_in_a_trace():
     lorakit = f"{sys.executable} -m lorakit.cli"

@@ -177,6 +177,7 @@ def test_runs_that_are_trained_together_have_a_result_each(paper, add_row, tmp_p
     assert not list((tmp_path / "work").rglob("*.safetensors"))
 
 
+@pytest.mark.thorough
 def test_texts_are_answered_by_each_search_and_scored_again(paper, query_cell, data, tmp_path):
     code, told = paper("run", "table8.lora")
     assert (code, states(told)) == (0, [("wikisql", 0, "done")])
