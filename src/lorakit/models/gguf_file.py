@@ -108,7 +108,7 @@ def _read_gguf(
         raise ModelError(f"{gguf} cannot be read as a GGUF file: {error}") from error
     if split == "smollm":
         _split_digits(tokenizer)
-    elif split not in (*_DEFAULT_SPLITS, *_known_splits()):
+    elif split not in (*_DEFAULT_SPLITS, *known_splits()):
         raise ModelError(
             f"{gguf} divides texts into words as {split!r}, which transformers does not read, so "
             "that its tokens would be others: load the model from its original folder"
@@ -142,12 +142,13 @@ def _word_split(fields: Mapping[str, Any]) -> str:
     return str(split.contents()) if is_byte_level and split is not None else ""
 
 
-def _known_splits() -> Mapping[str, str]:
+def known_splits() -> Mapping[str, str]:
     """The regular expressions of the splits that transformers reads, by name."""
     with contextlib.suppress(ImportError):
         from transformers.integrations.gguf import gguf_tokenizer_mapping
 
-        return dict(gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS)
+        # transformers 5.17 has the module without the table.
+        return dict(getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {}))
     return {}
 
 
