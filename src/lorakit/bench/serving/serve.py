@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.rounds import Participant, Seconds, interleaved
 from lorakit.bench.serving.asking import Client, CompletionRequest
 from lorakit.bench.serving.latency import (
+    Rates,
     first_token,
     first_token_goals,
     longest_pause,
     unlike_lengths,
 )
+from lorakit.bench.serving.others import Other, others
 from lorakit.bench.serving.slot_changes import slot_changes
+from lorakit.bench.serving.starting import start_goal, starts
 from lorakit.bench.serving.ways import answered, asked, generated, routed, served
 from lorakit.config.bench import ServeBenchConfig
 from lorakit.errors import MissingExtraError
@@ -42,10 +47,11 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
         raise MissingExtraError("the server", "serve") from None
     plain, _ = load_model(settings.model, dtype=settings.dtype)
     model, tokenizer = load_model(settings.model, dtype=settings.dtype)
-    with tempfile.TemporaryDirectory() as temporary:
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         places = save_random_adapters(
             model,
-            Path(temporary),
+            root / "adapters",
             count=settings.adapters,
             rank=settings.rank,
             dtype=settings.adapter_dtype,
@@ -54,26 +60,39 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
         limits = Limits(
             slots=settings.clients, prefill_tokens=settings.prefill_tokens, prefix_bytes=0
         )
+        peers, failed = stack.enter_context(others(settings, plain, tokenizer, places, root))
         engine = Engine(model, limits)
-        catalog = Catalog(model, tokenizer, "base", folder=Path(temporary))
+        catalog = Catalog(model, tokenizer, "base", folder=root / "adapters")
         catalog.load_all()
-    requests = _requests(settings, int(plain.config.vocab_size), [each.name for each in places])
-    changes = slot_changes(settings, engine, catalog, [each.model for each in requests])
-    with served(engine, catalog) as client:
-        seconds = _answer_times(settings, client, engine, catalog, plain, requests)
+        names = [each.name for each in places]
+        requests = _requests(settings, int(plain.config.vocab_size), names)
+        changes = slot_changes(settings, engine, catalog, [each.model for each in requests])
+        client = stack.enter_context(served(engine, catalog))
+        seconds = _answer_times(settings, client, engine, catalog, plain, requests, peers)
         first = first_token(client, plain, requests[0], times=settings.first_tokens)
         pause = longest_pause(client, requests, settings)
         unlike = unlike_lengths(client, plain, requests, settings)
+    started = starts(settings)
     tokens = settings.clients * settings.new_tokens
     rates = {name: tokens / each.median for name, each in seconds.items()}
-    shown = rates | {f"unlike lengths: {name}": rate for name, rate in unlike.items()}
+    shown = rates | {
+        "unlike lengths, at once": unlike.capacity,
+        "unlike lengths, arriving": unlike.arriving,
+        "unlike lengths, static batches": unlike.static,
+    }
     return Findings(
-        timings={"serve": seconds, "first token": first},
-        goals=(*_goals(settings, rates, changes, unlike), *first_token_goals(first), pause),
+        timings={"serve": seconds, "first token": first, "start": started},
+        goals=(
+            *_goals(settings, rates, changes, unlike),
+            *first_token_goals(first),
+            pause,
+            start_goal(started),
+        ),
         tables={
             "tokens": [{"who": name, "tokens/s": rate} for name, rate in shown.items()],
             "slots": [{"what": what, "time_s": each.median} for what, each in changes.items()],
         },
+        checks={f"{name} does not run": reason for name, reason in failed.items()},
     )
 
 
@@ -103,6 +122,7 @@ def _answer_times(
     catalog: Catalog,
     plain: Any,
     requests: list[CompletionRequest],
+    peers: Mapping[str, Other],
 ) -> dict[str, Seconds]:
     """The times of one answer to each client, by each of the ways."""
     ids = torch.tensor([each.prompt for each in requests])
@@ -116,6 +136,9 @@ def _answer_times(
         "one": lambda: asked(client, one),
         OURS: lambda: asked(client, requests),
     }
+    for name, peer in peers.items():
+        ways[name] = partial(asked, peer.client, requests, peer.ask)
+        ways[f"{name}, base"] = partial(asked, peer.client, base, peer.ask)
     return interleaved(
         {name: Participant(run=run) for name, run in ways.items()}, repeats=settings.repeats
     )
@@ -125,24 +148,27 @@ def _goals(
     settings: ServeBenchConfig,
     rates: Mapping[str, float],
     changes: Mapping[str, Seconds],
-    unlike: Mapping[str, float],
+    unlike: Rates,
 ) -> list[Goal]:
     step = changes["step"].median
     adapters = settings.adapters
     at_least = {
         "tokens/s over HTTP, against plain generate": (rates[OURS] / rates["plain"], 0.76),
         f"{adapters} adapters against 1, over HTTP": (rates[OURS] / rates["one"], 0.85),
-        "tokens/s of answers of unlike lengths, against those of one length": (
-            unlike["server"] / rates[OURS],
+        "tokens/s of unlike lengths that arrive at random, against one length": (
+            unlike.arriving / rates[OURS],
             0.85,
         ),
-        "tokens/s of answers of unlike lengths, against static batches": (
-            unlike["server"] / unlike["static batches"],
+        "tokens/s of unlike lengths that arrive at random, against static batches": (
+            unlike.arriving / unlike.static,
             1.5,
         ),
     }
+    if "vllm" in rates:
+        at_least["tokens/s over HTTP, against vLLM's"] = (rates[OURS] / rates["vllm"], 3.0)
     at_most = {
         "a join against a step of all slots": (changes["join"].median / step, 0.15),
+        "a leave against a step of all slots": (changes["leave"].median / step, 0.15),
         "routing of an unchanged step against the step": (changes["unchanged"].median / step, 0.01),
         "a step of all slots against reading its bytes": (step / changes["read"].median, 1.8),
     }
