@@ -23,6 +23,7 @@ PACKAGES = {
     "instructor": ("instructor",),
     "inspect_ai": ("inspect-ai", "openai"),
     "lm_eval": ("lm-eval[api]",),
+    "locust": ("locust",),
     "schemathesis": ("schemathesis",),
 }
 """What is installed for each client written in Python; each has a session of its name."""

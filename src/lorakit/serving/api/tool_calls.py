@@ -15,6 +15,9 @@ from lorakit.serving.grammars import SPACING, Rule
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.text import shared_end
 
+ANY = "/(?s:.*)/"
+"""Any text without special tokens, in Lark's form."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
@@ -70,28 +73,31 @@ class Calling:
     @property
     def rule(self) -> Rule:
         """What the answer must be: a call whose arguments its schema allows, or text before it."""
-        form, calls = self.form, f"calls{' more*' if self._repeats else ''} {self._told('closing')}"
+        tools = self.tools.all
+        calls = f"calls{' more*' if self._repeats else ''} {self._told('closing')}"
         lines = [
-            f"calls: {' | '.join(f'call_{number}' for number in range(len(self.tools.all)))}",
-            *(self._call(number, tool) for number, tool in enumerate(self.tools.all)),
+            *self._start(calls),
+            f"calls: {' | '.join(f'call_{number}' for number in range(len(tools)))}",
+            *(self._call(number, tool) for number, tool in enumerate(tools)),
         ]
         if self._repeats:
             lines.append(f"more: {self._told('between')} calls")
-        if self.tools.must:
-            lines.append(f"start: {self._told('opening')} {calls}")
-        elif form.trigger in form.special:
-            lines.append(f"start: TEXT | TEXT {self._told('opening')} {calls}")
-            lines.append(r"TEXT: /(?s:.*)/")
-        elif form.trigger:
-            rest = self._lark(form.opening.removeprefix(form.trigger))
-            lines.append(f"start: TEXT | begun {rest} {calls}")
-            lines.append(f"begun[lazy]: TEXT {_quoted(form.trigger)}")
-            lines.append(r"TEXT: /(?s:.*)/")
-        else:
-            lines.append(f"start: TEXT | {self._told('opening')} {calls}")
-            begun = _quoted(next(form.pieces(form.opening)))
-            lines.append(rf"TEXT: /(?s:.*)/ & ~({begun} /(?s:.*)/)")
         return Rule("lark", "\n".join(lines))
+
+    def _start(self, calls: str) -> list[str]:
+        """The rule of the whole answer, with what it needs."""
+        form, opening = self.form, self._told("opening")
+        if self.tools.must:
+            return [f"start: {opening} {calls}"]
+        if form.trigger in form.special:
+            return [f"start: TEXT | TEXT {opening} {calls}", f"TEXT: {ANY}"]
+        if form.trigger:
+            rest = self._lark(form.opening.removeprefix(form.trigger))
+            begun = f"begun[lazy]: TEXT {_quoted(form.trigger)}"
+            return [f"start: TEXT | begun {rest} {calls}", begun, f"TEXT: {ANY}"]
+        # Only a text that does not begin like a call is one.
+        begun = _quoted(next(form.pieces(form.opening)))
+        return [f"start: TEXT | {opening} {calls}", f"TEXT: {ANY} & ~({begun} {ANY})"]
 
     @property
     def _repeats(self) -> bool:
