@@ -9,7 +9,8 @@ TEMPLATE = (
     "{% if tools %}tools:{% for tool in tools %} {{ tool.function | tojson }}{% endfor %}\n"
     "{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
     '{% for c in m.tool_calls or [] %}<call>\n{"name": "{{ c.function.name }}", "arguments": '
-    "{{ c.function.arguments | tojson }}}\n</call>{% if not loop.last %}\n{% endif %}{% endfor %}"
+    "{{ c.function.arguments | tojson }}}\n</call>"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
     "</s>\n{% endfor %}{% if add_generation_prompt %}assistant: "
     "{% if messages[-1].role == 'tool' %}!{% else %}?{% endif %}{% endif %}"
 )

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.template_limits import written
+from lorakit.serving.grammars import Grammars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class CallForm:
     between: str | None
     """None: an answer calls once."""
     special: Mapping[str, int] = field(default_factory=dict)
-    """The special tokens in these texts, with their ids."""
+    """The tokens in these texts that grammars know by their ids alone."""
 
     @cached_property
     def trigger(self) -> str:
@@ -42,12 +43,17 @@ class CallForm:
         found = re.match(r"[^\s{}\[\]()\"':,]{3,}", first)
         return found[0] if found else ""
 
+    def is_hidden(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether some of it is left out where special tokens are."""
+        return any(tokenizer.added_tokens_decoder[i].special for i in self.special.values())
+
     def pieces(self, text: str) -> Iterator[str]:
         """A text, apart at its special tokens."""
         if not self.special:
             yield text
             return
-        apart = re.split(f"({'|'.join(map(re.escape, self.special))})", text)
+        longest_first = sorted(self.special, key=len, reverse=True)
+        apart = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
         yield from (piece for piece in apart if piece)
 
 
@@ -60,9 +66,14 @@ HOW = 'To call one, answer {"name": NAME, "arguments": ARGUMENTS} and nothing el
 
 
 class CallForms:
-    """The forms of calls, by chat template."""
+    """The forms of calls, by chat template.
 
-    def __init__(self) -> None:
+    Args:
+        grammars: in which they are to be written.
+    """
+
+    def __init__(self, grammars: Grammars) -> None:
+        self._grammars = grammars
         self._known: dict[tuple[str, frozenset[int]], CallForm] = {}
 
     def of(self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> CallForm:
@@ -71,24 +82,30 @@ class CallForms:
         Args:
             tokenizer: with the chat template.
             ends: the tokens that end an answer.
+
+        Raises:
+            GrammarError: answers of this model can't be bound.
         """
         key = (str(tokenizer.chat_template), ends)
         if key not in self._known:
-            found = _found(tokenizer, ends) if tokenizer.chat_template else None
+            special = self._grammars.special_tokens(ends)
+            found = _found(tokenizer, ends, special) if tokenizer.chat_template else None
             self._known[key] = found or OURS
         return self._known[key]
 
 
 NAMES = ("first_function_of_probe", "second_function_of_probe")
 ARGUMENTS: tuple[dict[str, Any], ...] = ({"first_argument": "one"}, {"second_argument": "two"})
+CONTENT = "the content of an answer"
 IDS = ("firstcall", "othercall")
 """Of nine characters, as Mistral's templates want them."""
 
 
-def _found(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> CallForm | None:
+def _found(
+    tokenizer: PreTrainedTokenizerBase, ends: Collection[int], special: Mapping[str, int]
+) -> CallForm | None:
     """The form of calls that a chat template writes; None: none that has arguments in JSON."""
     closings = [str(tokenizer.decode([end])) for end in sorted(ends)]
-    special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     # Several calls at once, or a turn after them, are more than some templates take.
     for count, answered in itertools.product((2, 1), (True, False)):
         try:
@@ -122,9 +139,16 @@ def _answer(tokenizer: PreTrainedTokenizerBase, count: int, *, answered: bool) -
     calling = [*asked, {"role": "assistant", "content": "", "tool_calls": calls}]
     if answered:
         calling += [{"role": "tool", "tool_call_id": each, "content": "1"} for each in IDS[:count]]
-    before = written(tokenizer, asked, tools=tools, add_generation_prompt=True)
-    after = written(tokenizer, calling, tools=tools, add_generation_prompt=False)
-    return after.removeprefix(before) if after.startswith(before) else ""
+    how: dict[str, Any] = {"tools": tools, "add_generation_prompt": False}
+    text = written(tokenizer, calling, **how)
+    # What opens the turn: a prompt for an answer may have more, such as the start of a thought.
+    speaking = [*asked, {"role": "assistant", "content": CONTENT}]
+    openings = [
+        written(tokenizer, asked, tools=tools, add_generation_prompt=True),
+        written(tokenizer, speaking, **how).partition(CONTENT)[0],
+    ]
+    lengths = [len(opening) for opening in openings if text.startswith(opening)]
+    return text[max(lengths) :] if lengths else ""
 
 
 def _read(

@@ -116,7 +116,7 @@ class _Server:
         self._engine, self._catalog, self._policy = engine, catalog, policy
         self._metrics = Metrics(engine, catalog)
         self._grammars = Grammars(catalog.tokenizer, engine.vocabulary)
-        self._call_forms = CallForms()
+        self._call_forms = CallForms(self._grammars)
         self.gets: dict[str, Callable[..., Any]] = {
             "/health": self.health,
             "/ready": self.ready,
@@ -251,7 +251,7 @@ class _Server:
                 grammar=grammar,
                 client=_rights(http).client,
             )
-            if calling is not None and calling.form.special:
+            if calling is not None and calling.form.is_hidden(chosen.tokenizer):
                 for request in requests:
                     request.skip_special = False
             return chosen, requests, calling
