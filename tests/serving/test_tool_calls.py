@@ -64,7 +64,7 @@ def parts_of(response):
     lines = response.text.split("\n\n")
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     choices = [chunk["choices"][0] for chunk in chunks]
-    calls: dict = {}
+    calls: dict[int, dict[str, str]] = {}
     for part in (part for each in choices for part in each["delta"].get("tool_calls", ())):
         if "id" in part:
             calls[part["index"]] = {"name": part["function"]["name"], "arguments": ""}
@@ -114,7 +114,7 @@ def test_a_tool_that_must_be_called_is(post):
 
 def test_several_calls_are_one_where_they_may_not_be_parallel(post):
     # At this bias the end is not what the model wants after a call.
-    body = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 400}
+    body = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 130}
     body["logit_bias"] = {str(calling_tokenizer().eos_token_id): -100}
     several = parts_of(post(**body, stream=True))[1]
     assert len(several) > 1
@@ -277,7 +277,8 @@ def test_an_answer_is_read_alike_in_one_piece_and_in_many(form):
     text = before + called(form, *calls)
     for size in (1, 3, 7, len(text)):
         reader = CallReader(calling_of(form))
-        contents, found = "", {}
+        contents = ""
+        found: dict[int, list[str]] = {}
         for at in range(0, len(text), size):
             content, parts = reader.step(text[at : at + size], over=at + size >= len(text))
             contents += content

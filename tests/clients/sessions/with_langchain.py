@@ -23,7 +23,7 @@ assert len(told.response_metadata["logprobs"]["content"][0]["top_logprobs"]) == 
 assert OpenAI(model="wide", **how).invoke("red cat")
 
 
-@tool
+@tool  # type: ignore[untyped-decorator]
 def weather(unit: Literal["C", "F"]) -> str:
     """The weather now."""
     return f"11 {unit}"

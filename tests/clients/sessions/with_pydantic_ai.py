@@ -30,10 +30,10 @@ calling = Agent(
     OpenAIChatModel("tiny", provider=provider),
     model_settings={"temperature": 0, "max_tokens": 300},
 )
-asked = []
+asked: list[str] = []
 
 
-@calling.tool_plain
+@calling.tool_plain  # type: ignore[untyped-decorator]
 def weather(unit: Literal["C", "F"]) -> str:
     """The weather now."""
     asked.append(unit)

@@ -159,6 +159,6 @@ def _started(
 
     # An environment of its own, in which our packages are not.
     inherited: dict[str, Any] = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment = inherited | variables
+    environment = {**inherited, **variables}
     with started(command, ready, threads=settings.threads, environment=environment) as server:
         yield server.client

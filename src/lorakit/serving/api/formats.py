@@ -134,7 +134,8 @@ class ChatForm(Form):
 
     def choice(self, answer: Answer) -> dict[str, Any]:
         """An answer that is over."""
-        content, calls = answer.text, []
+        content: str = answer.text
+        calls: list[dict[str, Any]] = []
         if self._calling is not None:
             content, calls = CallReader(self._calling).step(answer.text, over=True)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
@@ -155,7 +156,8 @@ class ChatForm(Form):
 
     def step(self, answer: Answer, delta: Delta) -> dict[str, Any]:
         """A chunk of an answer."""
-        text, calls, called, over = delta.text, [], False, delta.finish is not None
+        text, called, over = delta.text, False, delta.finish is not None
+        calls: list[dict[str, Any]] = []
         if self._calling is not None:
             reader = self._readers.setdefault(answer.index, CallReader(self._calling))
             text, calls = reader.step(delta.text, over=over)
