@@ -1,0 +1,203 @@
+"""What lorakit's and vLLM's servers differ in: which adapters they take, and how they are asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.config.methods import LoRAConfig
+from lorakit.serving.fleet.version import Version
+from lorakit.serving.refusals import RefusalError
+
+Weighted = Sequence[tuple[Version, float]]
+"""Adapters with their weights in a combination."""
+
+
+class Dialect(Protocol):
+    """One kind of server."""
+
+    name: str
+    ready_path: str
+    """What answers 200 where the server takes requests."""
+    checks_content: bool
+    """Whether the server itself makes sure that a folder has the content that is asked for."""
+
+    def problems(self, record: Adapter) -> list[str]:
+        """Why it can't serve an adapter; empty: it can, as far as that can be told here."""
+
+    def load_body(self, version: Version) -> dict[str, Any]:
+        """The body that loads an adapter."""
+
+    def check(self, weighted: Weighted) -> None:
+        """Make sure that it can answer with these weights.
+
+        Raises:
+            RefusalError: it can't.
+        """
+
+    def asked(self, body: Mapping[str, Any], base: str, weighted: Weighted) -> dict[str, Any]:
+        """A body in its words, that names adapters as it knows them.
+
+        Args:
+            body: what a client asked.
+            base: what the server calls its base.
+            weighted: what answers.
+
+        Raises:
+            RefusalError: it can't be asked so.
+        """
+
+
+class LorakitDialect:
+    """`lorakit serve`, which serves every adapter, and asks each as it was trained."""
+
+    name = "lorakit"
+    ready_path = "/ready"
+    checks_content = True
+
+    def problems(self, record: Adapter) -> list[str]:
+        """None: what it does not serve it refuses itself, with every problem."""
+        return []
+
+    def load_body(self, version: Version) -> dict[str, Any]:
+        """The body that loads an adapter, if its folder still has this content."""
+        return {
+            "lora_name": version.key,
+            "lora_path": str(version.folder),
+            "load_inplace": True,
+            "content_hash": version.content_hash,
+        }
+
+    def check(self, weighted: Weighted) -> None:
+        """Any weights will do."""
+
+    def asked(self, body: Mapping[str, Any], base: str, weighted: Weighted) -> dict[str, Any]:
+        """The body, with the names that adapters have there."""
+        named = _without_names(body)
+        if _is_plain(weighted):
+            return named | {"model": weighted[0][0].key if weighted else base}
+        return named | {"adapters": [{"name": v.key, "weight": weight} for v, weight in weighted]}
+
+
+class VllmDialect:
+    """vLLM's server, which serves LoRA of one rank alone, and knows nothing of its training."""
+
+    name = "vllm"
+    ready_path = "/health"
+    checks_content = False
+
+    def problems(self, record: Adapter) -> list[str]:
+        """What of an adapter vLLM leaves out or refuses when the first request comes."""
+        found = []
+        lora = record.lora
+        others = [each.method for each in record.configs if not isinstance(each, LoRAConfig)]
+        if others or lora is None:
+            found.append(f"its method is {' and '.join(others) or record.method}, not LoRA")
+        if lora is not None and lora.use_dora:
+            found.append("it is DoRA")
+        if lora is not None and lora.bias != "none":
+            found.append("it has trained biases")
+        if record.copied_modules:
+            found.append(f"it has modules of its own ({', '.join(record.copied_modules)})")
+        ranks = sorted({site.rank for site in record.sites})
+        if len(ranks) > 1:
+            found.append(f"its layers have different ranks ({', '.join(map(str, ranks))})")
+        elif len({site.scale for site in record.sites}) > 1:
+            found.append("its layers have different scales")
+        kinds = sorted({site.kind for site in record.sites} - {"linear", "transposed"})
+        if kinds:
+            found.append(f"it adapts layers of another kind ({', '.join(kinds)})")
+        task = record.card.get("task")
+        if task not in (None, "generation"):
+            found.append(f"it does {task}")
+        return found
+
+    def load_body(self, version: Version) -> dict[str, Any]:
+        """The body that loads an adapter."""
+        return {"lora_name": version.key, "lora_path": str(version.folder)}
+
+    def check(self, weighted: Weighted) -> None:
+        """Refuse weighted combinations."""
+        if not _is_plain(weighted):
+            raise RefusalError(
+                "a vLLM server answers with one adapter, and can't weight or combine them",
+                param="adapters",
+            )
+
+    def asked(self, body: Mapping[str, Any], base: str, weighted: Weighted) -> dict[str, Any]:
+        """The body in vLLM's newest words, as the adapter was trained to be asked."""
+        self.check(weighted)
+        named = _without_names(body)
+        older = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice"}
+        for word, newer in (older | {"guided_grammar": "grammar"}).items():
+            if word in named:
+                named["structured_outputs"] = {newer: named.pop(word)}
+        if not weighted:
+            return named | {"model": base}
+        version = weighted[0][0]
+        return _as_trained(named, version) | {"model": version.key}
+
+
+LORAKIT: Dialect = LorakitDialect()
+VLLM: Dialect = VllmDialect()
+
+
+def fingerprint_of_vllm(root: str) -> str:
+    """What stands for the base of a vLLM server, which tells no more of it than where it is."""
+    return hashlib.sha256(f"vllm {root}".encode()).hexdigest()
+
+
+def _is_plain(weighted: Weighted) -> bool:
+    return not weighted or (len(weighted) == 1 and weighted[0][1] == 1.0)
+
+
+def _without_names(body: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("model", "adapter_id", "adapters")
+    return {name: value for name, value in body.items() if name not in names}
+
+
+def _as_trained(body: dict[str, Any], version: Version) -> dict[str, Any]:
+    """A body with the prompt's form, chat template and end tokens of an adapter's training."""
+    trained = version.trained
+    made = dict(body)
+    if (
+        trained.end_tokens
+        and not body.get("ignore_eos")
+        and ("prompt" in body or "messages" in body)
+    ):
+        given = body.get("stop_token_ids") or []
+        made["stop_token_ids"] = list(dict.fromkeys([*given, *trained.end_tokens]))
+    if trained.rows_kind == "prompt":
+        separator = trained.data.separator
+        if "prompt" in body:
+            made["prompt"] = _with_separator(body["prompt"], separator)
+        if body.get("messages"):
+            made |= _prompt_as_chat(body["messages"], separator, version.name)
+    elif trained.chat_template is not None and body.get("messages"):
+        made["chat_template"] = trained.chat_template
+    return made
+
+
+def _with_separator(prompt: Any, separator: str) -> Any:
+    if isinstance(prompt, str):
+        return prompt.removesuffix(separator) + separator
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+        return [_with_separator(each, separator) for each in prompt]
+    return prompt
+
+
+def _prompt_as_chat(messages: Sequence[Any], separator: str, name: str) -> dict[str, Any]:
+    """A chat template that writes the one message as the prompts of the training were."""
+    if len(messages) > 1:
+        raise RefusalError(
+            f"{name} was trained on prompts, and knows no conversations: send one message of the "
+            "user, or a prompt to /v1/completions",
+            param="messages",
+        )
+    return {
+        "chat_template": f"{{{{ messages[0].content }}}}{{{{ {json.dumps(separator)} }}}}",
+        "add_special_tokens": True,
+    }
