@@ -126,14 +126,7 @@ class AdapterBank:
         self._attachment = attachment_for(self.model)
         self._notice()
 
-    def load(
-        self,
-        name: str,
-        source: AdapterSource,
-        *,
-        revision: str | None = None,
-        content_hash: str | None = None,
-    ) -> Adapter:
+    def load(self, name: str, source: AdapterSource, *, revision: str | None = None) -> Adapter:
         """Read an adapter, verify it, and hold it under a name.
 
         What the name held before is replaced, unless it is the same content. Nothing changes where
@@ -143,14 +136,12 @@ class AdapterBank:
             name: what routes call it.
             source: its folder or hub id; an `Adapter` from memory is added, as by `add`.
             revision: a branch, tag or commit of the hub's repository.
-            content_hash: what `Adapter.content_hash()` must be. None: anything.
 
         Returns:
             The adapter's settings and origin, without tensors.
 
         Raises:
-            AdapterFileError: the files are damaged or do not fit, with every problem; or the
-                content is another one.
+            AdapterFileError: the files are damaged or do not fit; every problem is listed.
             BankError: there is no room for it, or the name is merged.
         """
         if isinstance(source, Adapter):
@@ -159,10 +150,6 @@ class AdapterBank:
         with self._loading:
             with Adapter.reading(folder) as adapter:
                 ready = self._ready(name, adapter, copy=False)
-            if content_hash not in (None, adapter.content_hash()):
-                raise AdapterFileError(
-                    f"{folder} has another content than the one that is asked for: it was changed"
-                )
             return self._hold(name, adapter, ready, folder.absolute())
 
     def add(self, name: str, adapter: Adapter) -> Adapter:

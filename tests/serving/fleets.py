@@ -85,7 +85,7 @@ class Front:
     adapters: Any
     policy: Any = None
     keys: dict[str, str] = field(default_factory=dict)
-    copies: int | None = None
+    holders: int | None = None
     resolve: bool = False
     patience: Patience = HASTY
 
@@ -94,7 +94,8 @@ class Front:
         self.fleet = Fleet(
             self.urls,
             self.keys,
-            copies=self.copies,
+            copies_in=self.adapters / ".copies" / "front",
+            holders=self.holders,
             patience=self.patience,
             note=self.notes.append,
         )

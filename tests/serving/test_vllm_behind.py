@@ -9,7 +9,7 @@ pytest.importorskip("httpx2")
 
 import lorakit as lk
 from lorakit.errors import ConfigError
-from lorakit.serving.fleet.dialects import VLLM
+from lorakit.serving.fleet.version import vllm_obstacles
 from references import attach_random
 from serving.engines import KINDS
 from serving.fleets import Front, Port, Upstream, chunks, until
@@ -67,7 +67,7 @@ def test_what_is_there_under_a_name_is_not_trusted(front, vllm, words, tmp_path)
     vllm.adapters[name] = "/somewhere/else"
     response = front.post(LOADS, lora_name="late", lora_path="late")
     assert response.status_code == 200
-    assert vllm.adapters[name] == str(tmp_path / "late")
+    assert lk.Adapter.load(vllm.adapters[name]).content_hash()[:16] == name.partition("@")[2]
 
 
 def test_an_adapter_is_asked_as_it_was_trained(front, vllm, tmp_path):
@@ -120,12 +120,12 @@ def adapter_of(config):
 )
 def test_what_vllm_can_not_serve_has_a_reason(config, reason):
     adapter = adapter_of(config)
-    problems = VLLM.problems(dataclasses.replace(adapter, tensors={}))
+    problems = vllm_obstacles(adapter)
     assert any(reason in problem for problem in problems), problems
 
 
 def test_what_vllm_can_not_serve_is_refused_before_anything_is_sent(front, vllm, words, tmp_path):
-    assert VLLM.problems(front.names.adapters["plain"].record) == []
+    assert vllm_obstacles(lk.Adapter.load(tmp_path / "plain")) == []
     save(words, tmp_path / "dora", 1, **KINDS["dora"])
     before = len(vllm.sent)
     refused = front.post(LOADS, lora_name="dora", lora_path="dora")

@@ -370,12 +370,12 @@ class ServeConfig(Settings):
     upstream: Names = ()
     """URLs of servers of lorakit or vLLM that answer in place of this one, which has no model then:
     it checks keys and adapters, has these loaded there, and gives each request to one that holds
-    its adapter. They need to see the folder of `adapters` under the same path."""
+    its adapter. They read copies of adapters in `adapters`/.copies, under the same path."""
 
     upstream_key_file: Path | None = None
     """File of the keys that these servers ask for: a line has a key for all, or URL KEY."""
 
-    upstream_copies: PositiveInt | None = None
+    upstream_holders: PositiveInt | None = None
     """How many of them hold each adapter. None: all."""
 
     @field_validator("upstream")
@@ -396,6 +396,8 @@ class ServeConfig(Settings):
                 f"{', '.join(sorted(given & OF_THE_MODEL))}: of a model, which the upstream "
                 "servers have: give it there"
             )
+        if self.upstream and self.hub is not None and self.adapters is None:
+            raise ValueError("upstream and hub need adapters, a folder that the servers see too")
         if not self.upstream and given & OF_UPSTREAM:
             raise ValueError(f"{', '.join(sorted(given & OF_UPSTREAM))}: of upstream; give it too")
         return self
@@ -416,7 +418,7 @@ OF_THE_MODEL = {
     "budget_bytes",
 }
 """The settings of serve that mean nothing where other servers answer."""
-OF_UPSTREAM = {"upstream_key_file", "upstream_copies"}
+OF_UPSTREAM = {"upstream_key_file", "upstream_holders"}
 
 
 class CompletionConfig(Settings):

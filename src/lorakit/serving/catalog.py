@@ -114,10 +114,8 @@ class Catalog(Names[Chosen]):
         """The memory of those in it."""
         return self._bank.resident_bytes
 
-    def _take(
-        self, name: str, folder: Path, content_hash: str | None
-    ) -> tuple[Adapter, str, int, str]:
-        record = self._bank.load(name, folder, content_hash=content_hash)
+    def _take(self, name: str, folder: Path) -> tuple[Adapter, str, int, str]:
+        record = self._bank.load(name, folder)
         held, size = self._bank.hold(name), self._bank.size_bytes(name)
         return record, held.content_hash, size, self._base_check(record)
 

@@ -90,9 +90,7 @@ class Names(ABC, Generic[What]):
         if problems:
             raise ConfigError.listing("these adapters can't be served", problems)
 
-    def load(
-        self, name: str, path: str, *, in_place: bool = False, content_hash: str | None = None
-    ) -> None:
+    def load(self, name: str, path: str, *, in_place: bool = False) -> None:
         """Load an adapter under a name, and have it answer from then on.
 
         Requests that were accepted before end on the weights that they began with.
@@ -101,11 +99,9 @@ class Names(ABC, Generic[What]):
             name: what requests call it.
             path: its folder, within the allowed one or relative to it.
             in_place: take the place of an adapter of that name.
-            content_hash: what it must be; None: whatever is in the folder.
 
         Raises:
-            RefusalError: the name is taken, the path outside of the allowed folder, or the content
-                another one.
+            RefusalError: the name is taken, or the path outside of the allowed folder.
             LorakitError: the adapter can't be used; nothing changes.
         """
         with self._loading:
@@ -122,22 +118,20 @@ class Names(ABC, Generic[What]):
                     param="lora_name",
                     kind="InvalidUserInput",
                 )
-            self._load(name, self.places.allowed(path), content_hash)
+            self._load(name, self.places.allowed(path))
 
-    def _load(self, name: str, folder: Path, content_hash: str | None = None) -> None:
+    def _load(self, name: str, folder: Path) -> None:
         began = time.monotonic()
 
         def loaded(record: Adapter, content_hash: str, size_bytes: int, base: str) -> Loaded:
             took = time.monotonic() - began
             return Loaded(folder, int(time.time()), took, record, content_hash, size_bytes, base)
 
-        self._loaded[name] = loaded(*self._take(name, folder, content_hash))
+        self._loaded[name] = loaded(*self._take(name, folder))
         self._unloaded.discard(name)
 
     @abstractmethod
-    def _take(
-        self, name: str, folder: Path, content_hash: str | None
-    ) -> tuple[Adapter, str, int, str]:
+    def _take(self, name: str, folder: Path) -> tuple[Adapter, str, int, str]:
         """Read and verify an adapter, and have it answer under a name.
 
         Returns:
@@ -145,7 +139,7 @@ class Names(ABC, Generic[What]):
             trained on this base.
 
         Raises:
-            LorakitError: it can't be used, or is not that content; nothing changes.
+            LorakitError: it can't be used; nothing changes.
         """
 
     def unload(self, name: str) -> None:

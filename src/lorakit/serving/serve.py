@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 BACKLOG = 2048
 """Connections that the system keeps until they are accepted, as uvicorn has it."""
+COPIES = ".copies"
+"""The folder, in that of the adapters, of copies that upstream servers read."""
 
 
 def say(text: str) -> None:
@@ -89,7 +94,11 @@ def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
     check_host(settings.host, keys)
     listening = _listening(settings)
     try:
-        backend = _relay(settings, note) if settings.upstream else _own_engine(settings, note)
+        backend = (
+            _relay(settings, note, listening.getsockname()[1])
+            if settings.upstream
+            else _own_engine(settings, note)
+        )
         policy = Policy(keys=keys, lenient=settings.lenient, most_bytes=settings.most_bytes)
         app = build_app(backend, policy)
         host, port = listening.getsockname()[:2]
@@ -115,7 +124,7 @@ def _own_engine(settings: ServeConfig, note: Note) -> Backend:
     return OwnEngine(engine, catalog)
 
 
-def _relay(settings: ServeConfig, note: Note) -> Backend:
+def _relay(settings: ServeConfig, note: Note, port: int) -> Backend:
     """Other servers, which are looked after, and their models.
 
     Raises:
@@ -128,8 +137,12 @@ def _relay(settings: ServeConfig, note: Note) -> Backend:
 
     urls = list(settings.upstream)
     keys = read_keys(settings.upstream_key_file, urls)
-    fleet = Fleet(urls, keys, copies=settings.upstream_copies, note=note)
     places = Places(settings.adapters, resolve=settings.resolve, hub=settings.hub)
+    # A name that a server which is started again has too: what it could not clear away goes then.
+    own = f"{socket.gethostname()}-{port}"
+    copies = (places.folder or Path(tempfile.gettempdir())) / COPIES / own
+    shutil.rmtree(copies, ignore_errors=True)
+    fleet = Fleet(urls, keys, copies_in=copies, holders=settings.upstream_holders, note=note)
     names = FleetNames(fleet, settings.name or fleet.first.base, places)
     try:
         names.load_all()

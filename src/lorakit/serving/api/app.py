@@ -197,12 +197,7 @@ class _Server:
         """Load an adapter, or with load_inplace replace one."""
         self._check(body)
         rights_of(http).check_load()
-        self._names.load(
-            body.lora_name,
-            body.lora_path,
-            in_place=body.load_inplace,
-            content_hash=body.content_hash,
-        )
+        self._names.load(body.lora_name, body.lora_path, in_place=body.load_inplace)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     def unload(self, body: UnloadBody, http: Request) -> Response:

@@ -335,8 +335,6 @@ class LoadBody(Body):
     """Its folder, in the folder of the server's adapters."""
     load_inplace: bool = False
     """Take the place of the adapter of that name."""
-    content_hash: str | None = None
-    """What its content must be; None: whatever is in the folder."""
 
 
 class UnloadBody(Body):

@@ -7,8 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from lorakit.adapter.adapter import Adapter
-from lorakit.config.methods import LoRAConfig
 from lorakit.serving.fleet.version import Version
 from lorakit.serving.refusals import RefusalError
 
@@ -22,10 +20,10 @@ class Dialect(Protocol):
     name: str
     ready_path: str
     """What answers 200 where the server takes requests."""
-    checks_content: bool
-    """Whether the server itself makes sure that a folder has the content that is asked for."""
+    tells_content: bool
+    """Whether its answers tell by their fingerprint what answered."""
 
-    def problems(self, record: Adapter) -> list[str]:
+    def problems(self, version: Version) -> Sequence[str]:
         """Why it can't serve an adapter; empty: it can, as far as that can be told here."""
 
     def load_body(self, version: Version) -> dict[str, Any]:
@@ -56,20 +54,15 @@ class LorakitDialect:
 
     name = "lorakit"
     ready_path = "/ready"
-    checks_content = True
+    tells_content = True
 
-    def problems(self, record: Adapter) -> list[str]:
+    def problems(self, version: Version) -> Sequence[str]:
         """None: what it does not serve it refuses itself, with every problem."""
-        return []
+        return ()
 
     def load_body(self, version: Version) -> dict[str, Any]:
-        """The body that loads an adapter, if its folder still has this content."""
-        return {
-            "lora_name": version.key,
-            "lora_path": str(version.folder),
-            "load_inplace": True,
-            "content_hash": version.content_hash,
-        }
+        """The body that loads an adapter, and changes nothing where it is loaded."""
+        return _load_body(version) | {"load_inplace": True}
 
     def check(self, weighted: Weighted) -> None:
         """Any weights will do."""
@@ -87,37 +80,15 @@ class VllmDialect:
 
     name = "vllm"
     ready_path = "/health"
-    checks_content = False
+    tells_content = False
 
-    def problems(self, record: Adapter) -> list[str]:
-        """What of an adapter vLLM leaves out or refuses when the first request comes."""
-        found = []
-        lora = record.lora
-        others = [each.method for each in record.configs if not isinstance(each, LoRAConfig)]
-        if others or lora is None:
-            found.append(f"its method is {' and '.join(others) or record.method}, not LoRA")
-        if lora is not None and lora.use_dora:
-            found.append("it is DoRA")
-        if lora is not None and lora.bias != "none":
-            found.append("it has trained biases")
-        if record.copied_modules:
-            found.append(f"it has modules of its own ({', '.join(record.copied_modules)})")
-        ranks = sorted({site.rank for site in record.sites})
-        if len(ranks) > 1:
-            found.append(f"its layers have different ranks ({', '.join(map(str, ranks))})")
-        elif len({site.scale for site in record.sites}) > 1:
-            found.append("its layers have different scales")
-        kinds = sorted({site.kind for site in record.sites} - {"linear", "transposed"})
-        if kinds:
-            found.append(f"it adapts layers of another kind ({', '.join(kinds)})")
-        task = record.card.get("task")
-        if task not in (None, "generation"):
-            found.append(f"it does {task}")
-        return found
+    def problems(self, version: Version) -> Sequence[str]:
+        """What of an adapter vLLM does not do."""
+        return version.obstacles
 
     def load_body(self, version: Version) -> dict[str, Any]:
         """The body that loads an adapter."""
-        return {"lora_name": version.key, "lora_path": str(version.folder)}
+        return _load_body(version)
 
     def check(self, weighted: Weighted) -> None:
         """Refuse weighted combinations."""
@@ -148,6 +119,10 @@ VLLM: Dialect = VllmDialect()
 def fingerprint_of_vllm(root: str) -> str:
     """What stands for the base of a vLLM server, which tells no more of it than where it is."""
     return hashlib.sha256(f"vllm {root}".encode()).hexdigest()
+
+
+def _load_body(version: Version) -> dict[str, Any]:
+    return {"lora_name": version.key, "lora_path": str(version.copy)}
 
 
 def _is_plain(weighted: Weighted) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.errors import ConfigError, LorakitError
 from lorakit.serving.fleet.dialects import Weighted
 from lorakit.serving.fleet.member import DownError, Member, Patience
-from lorakit.serving.fleet.version import Version
+from lorakit.serving.fleet.version import Version, version_of
 from lorakit.serving.refusals import RefusalError
 
 RETRY_AFTER_S = 5
@@ -24,7 +25,8 @@ class Fleet:
     Args:
         urls: where they are.
         keys: those that they ask for, by URL.
-        copies: how many of them hold each adapter; None: all.
+        copies_in: a folder that they and this process see, for copies of adapters.
+        holders: how many of them hold each adapter; None: all.
         patience: how long they are waited for.
         note: is called with what happens to them.
 
@@ -37,11 +39,12 @@ class Fleet:
         urls: Sequence[str],
         keys: Mapping[str, str],
         *,
-        copies: int | None = None,
+        copies_in: Path,
+        holders: int | None = None,
         patience: Patience | None = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._copies = copies or len(urls)
+        self._copies_in, self._holders = copies_in, holders or len(urls)
         self._note = note
         self.lock = threading.RLock()
         """Held for moments: to count users and to choose a member."""
@@ -74,6 +77,7 @@ class Fleet:
             self._forget(version)
         for member in self.members:
             member.close()
+        shutil.rmtree(self._copies_in, ignore_errors=True)
 
     def _accept(self, member: Member) -> None:
         """Let a member answer, once it holds what it should.
@@ -88,7 +92,10 @@ class Fleet:
                 f"its base, {member.base}, has other weights than that of the others"
             )
         for version in self.versions:
-            if version.users and self._wants(member, version):
+            if not version.users:
+                member.drop(version)
+                self._tidy(version)
+            elif self._wants(member, version):
                 try:
                     member.hold(version)
                 except RefusalError as error:
@@ -96,16 +103,13 @@ class Fleet:
 
     def _wants(self, member: Member, version: Version) -> bool:
         holders = [each for each in self.members if each.is_up and version.key in each.holds]
-        return len(holders) < self._copies and not member.dialect.problems(version.record)
+        return len(holders) < self._holders and not member.dialect.problems(version)
 
-    def take(self, name: str, content_hash: str, folder: Path, record: Adapter) -> Version:
+    def take(self, name: str, adapter: Adapter) -> Version:
         """The version of an adapter, with one user more."""
+        made = version_of(name, adapter, self._copies_in)
         with self.lock:
-            made = Version(name, content_hash, folder, record)
             version = self._versions.setdefault(made.key, made)
-            if version.content_hash != content_hash:
-                raise RefusalError(f"{version.key} is another adapter's: give it another name")
-            version.folder = folder
             version.users += 1
             return version
 
@@ -129,35 +133,49 @@ class Fleet:
 
     def _drop(self, member: Member, version: Version) -> None:
         with member.admin:
-            # It may be wanted again: who wants it waits for this lock to have it loaded.
-            if version.users == 0:
+            # It may be wanted again: who wants it waits for this lock to have it loaded. A server
+            # that is down is told when it is there again.
+            if version.users == 0 and member.is_up:
                 member.drop(version)
-        with self.lock:
-            unused = version.users == 0
-            if unused and not any(version.key in each.holds for each in self.members):
-                self._versions.pop(version.key, None)
+        self._tidy(version)
 
-    def place(self, version: Version) -> list[Member]:
+    def _tidy(self, version: Version) -> None:
+        """Forget a version that nobody needs or holds, and its copy if no other name has it."""
+        with self.lock:
+            if version.users or any(version.key in each.holds for each in self.members):
+                return
+            self._versions.pop(version.key, None)
+            if not any(each.copy == version.copy for each in self.versions):
+                shutil.rmtree(version.copy, ignore_errors=True)
+
+    def place(self, version: Version, adapter: Adapter) -> None:
         """Have as many members as should hold an adapter.
+
+        Args:
+            version: of it, which somebody needs.
+            adapter: the same with its tensors.
 
         Raises:
             RefusalError: no member can serve it, or one that should does not take it.
+            OutputError: its copy can't be written.
         """
         able = self._able([(version, 1.0)])
+        if not version.copy.is_dir():
+            # What is in its own folder may change, and vLLM reads adapters again and again.
+            adapter.save(version.copy)
         order = sorted(able, key=lambda m: (version.key not in m.holds, len(m.holds), m.busy))
-        placed: list[Member] = []
+        placed = 0
         for member in order:
-            if len(placed) == self._copies:
+            if placed == self._holders:
                 break
             try:
                 member.hold(version)
             except DownError as error:
                 member.fail(str(error))
                 continue
-            placed.append(member)
+            placed += 1
         if not placed:
             raise _nobody(self.members)
-        return placed
 
     def _able(self, weighted: Weighted, but_not: Collection[Member] = ()) -> list[Member]:
         """The members that answer and can do so with these weights.
@@ -170,7 +188,7 @@ class Fleet:
             raise _nobody(self.members)
         able, problems = [], dict[str, None]()
         for member in up:
-            found = [why for v, _ in weighted for why in member.dialect.problems(v.record)]
+            found = [why for v, _ in weighted for why in member.dialect.problems(v)]
             try:
                 member.dialect.check(weighted)
             except RefusalError as error:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.errors import AdapterFileError
 from lorakit.serving.fleet.dialects import Weighted
 from lorakit.serving.fleet.fleet import Fleet
 from lorakit.serving.fleet.version import Version
@@ -63,19 +62,12 @@ class FleetNames(Names[Lease]):
         in_use = [v.name for v in self._fleet.versions if v.users > (v in current)]
         return list(dict.fromkeys(in_use))
 
-    def _take(
-        self, name: str, folder: Path, content_hash: str | None
-    ) -> tuple[Adapter, str, int, str]:
+    def _take(self, name: str, folder: Path) -> tuple[Adapter, str, int, str]:
         adapter = Adapter.load(folder)
-        found, size = adapter.content_hash(), adapter.size_bytes
-        if content_hash not in (None, found):
-            raise AdapterFileError(f"{folder} has another content than the one that is asked for")
-        record = replace(adapter, tensors={})
-        version = self._fleet.take(name, found, folder, record)
+        size = adapter.size_bytes
+        version = self._fleet.take(name, adapter)
         try:
-            placed = self._fleet.place(version)
-            if not all(member.dialect.checks_content for member in placed):
-                _check_unchanged(folder, found)
+            self._fleet.place(version, adapter)
         except Exception:
             self._fleet.let_go([version])
             raise
@@ -84,7 +76,8 @@ class FleetNames(Names[Lease]):
         if old is not None:
             self._fleet.let_go([old])
         told = self._fleet.figures(version)
-        return record, found, told.get("size_bytes", size), told.get("base", "unknown")
+        told_size, base = told.get("size_bytes", size), told.get("base", "unknown")
+        return version.record, version.content_hash, told_size, base
 
     def _drop(self, name: str) -> None:
         self._fleet.let_go([self._versions.pop(name)])
@@ -104,13 +97,3 @@ class FleetNames(Names[Lease]):
                 f"The model `{error.args[0]}` does not exist", 404, param="model"
             ) from None
         return Lease(name, tuple(weighted), self._fleet)
-
-
-def _check_unchanged(folder: Path, content_hash: str) -> None:
-    """Make sure that what a server has read is what was verified.
-
-    Raises:
-        AdapterFileError: the folder was changed meanwhile.
-    """
-    if Adapter.load(folder).content_hash() != content_hash:
-        raise AdapterFileError(f"{folder} was changed while it was loaded: load it again")

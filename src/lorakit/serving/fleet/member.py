@@ -163,21 +163,21 @@ class Member:
             self.do(lambda: None)
 
     def _meet(self) -> None:
-        """Ask what it is; it holds nothing of which this front can be sure."""
-        told = self._get("/version")
-        models = self._get("/v1/models").get("data", [])
+        """Ask what it is, and what of all that it was told to load it still holds."""
+        told, listed = self._get("/version"), self._get("/v1/models").get("data")
+        models = [each for each in listed or () if isinstance(each, dict) and "id" in each]
         card = next((each for each in models if not each.get("parent")), None)
         if card is None:
-            raise DownError("it lists no base in /v1/models")
+            raise DownError("/v1/models lists no base")
         base_hash = told.get("base_hash")
         self.dialect = LORAKIT if base_hash else VLLM
         self.base = str(card["id"])
         self.base_hash = base_hash or fingerprint_of_vllm(str(card.get("root")))
         self.max_length = int(card.get("max_model_len") or 0)
         with self.admin:
-            self.holds.clear()
+            self.holds &= {each["id"] for each in models}
 
-    def _get(self, path: str) -> Any:
+    def _get(self, path: str) -> dict[str, Any]:
         """What a path answers.
 
         Raises:
@@ -192,10 +192,11 @@ class Member:
         if response.status_code != 200:
             raise DownError(f"{path} answers {response.status_code}")
         try:
-            return response.json()
+            told = response.json()
         except ValueError:
             # vLLM's /health has no body.
             return {}
+        return told if isinstance(told, dict) else {}
 
     def hold(self, version: Version) -> None:
         """Have it hold an adapter's content.
@@ -223,9 +224,8 @@ class Member:
             DownError: it does not answer.
         """
         with self.admin:
-            held = version.key in self.holds
-            self.holds.discard(version.key)
-            if held and self.is_up:
+            if version.key in self.holds:
+                self.holds.discard(version.key)
                 body = {"lora_name": version.key}
                 self._post("/v1/unload_lora_adapter", body, timeout_s=self._patience.connect_s)
 
@@ -264,7 +264,7 @@ class Member:
             )
         if status in (403, 404):
             return RefusalError(
-                f"{self.url} does not see {version.folder}: this server and those behind it need "
+                f"{self.url} does not see {version.copy}: this server and those behind it need "
                 "the same files under the same paths (a shared file system), and a lorakit server "
                 f"an --adapters folder that they are in. It says: {words}",
                 502,

@@ -98,7 +98,7 @@ class Passing:
             else:
                 raise httpx.RemoteProtocolError("the stream has no end")
             is_over = True
-        except httpx.TransportError as error:
+        except (httpx.TransportError, ValueError) as error:
             self._member.fail(f"it has broken off a stream ({error})")
             is_over = True
             counted.end("error")
@@ -121,7 +121,7 @@ class Passing:
         if "model" not in body:
             return body
         told = body.get("system_fingerprint")
-        if self._member.dialect.checks_content and told != self._fingerprint:
+        if self._member.dialect.tells_content and told != self._fingerprint:
             reason = "it answers with other weights than it should"
             self._member.refuse(reason)
             raise RefusalError(f"{self._member.url}: {reason}", 502)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import httpx2 as httpx
@@ -36,6 +36,7 @@ from lorakit.serving.fleet.member import Member, Patience, told_by
 from lorakit.serving.fleet.passing import Passing, RelayedStream
 from lorakit.serving.refusals import RefusalError
 
+Found = TypeVar("Found")
 GONE_STATUS = 499
 """What nobody reads any more, as nginx calls it."""
 
@@ -180,7 +181,7 @@ class Relay:
             lease = await bound.enter_async_context(self._leased(body, http))
             names = [version.name for version, _ in lease.weighted]
             counted = Counted(self.metrics, names, began=time.monotonic())
-            passing = await self._asked("POST", path, given, lease)
+            passing = await _unless_gone(http, self._asked("POST", path, given, lease))
             await bound.enter_async_context(passing)
         except BaseException:
             await bound.aclose()
@@ -220,25 +221,13 @@ class Relay:
                 member = await self._member(lease, tried)
             except RefusalError as error:
                 raise latest or error from None
-            passing = Passing(member, lease, self._fleet)
-            try:
-                response = await self._sent(member, method, path, given, lease)
-                if response.status_code == 200:
-                    return passing.of(response)
-                await response.aread()
-                await response.aclose()
-                latest = passing.refusal(told_by(response))
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                member.fail(f"it does not answer ({error})")
+            found = await self._begun(member, method, path, given, lease)
+            if isinstance(found, Passing):
+                return found
+            if found is None:
                 tried.add(member)
-                latest = passing.died(error)
                 continue
-            except httpx.TransportError as error:
-                member.fail(f"it does not answer ({error})")
-                raise passing.died(error) from None
-            finally:
-                if passing.response is None:
-                    self._fleet.release(member)
+            latest = found
             if latest.status == 404 and lease.weighted and again is not member:
                 # It has restarted, or somebody else has unloaded the adapter.
                 again = member
@@ -248,6 +237,32 @@ class Relay:
                 tried.add(member)
             else:
                 raise latest
+
+    async def _begun(
+        self, member: Member, method: str, path: str, given: dict[str, Any], lease: Lease
+    ) -> Passing | RefusalError | None:
+        """The beginning of a server's answer, or why it gives none; None: it can't be reached.
+
+        Raises:
+            RefusalError: it can't be asked so, or has died before it answered.
+        """
+        passing = Passing(member, lease, self._fleet)
+        try:
+            response = await self._sent(member, method, path, given, lease)
+            if response.status_code == 200:
+                return passing.of(response)
+            await response.aread()
+            await response.aclose()
+            return passing.refusal(told_by(response))
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            member.fail(f"it does not answer ({error})")
+            return None
+        except httpx.TransportError as error:
+            member.fail(f"it does not answer ({error})")
+            raise passing.died(error) from None
+        finally:
+            if passing.response is None:
+                self._fleet.release(member)
 
     async def _member(self, lease: Lease, tried: set[Member]) -> Member:
         """A server that holds what answers a request."""
@@ -293,9 +308,7 @@ def _count(counted: Counted, answer: dict[str, Any]) -> None:
         counted.end(choice.get("finish_reason") or "stop")
 
 
-async def _unless_gone(
-    http: HttpRequest, asking: Coroutine[Any, Any, dict[str, Any]]
-) -> dict[str, Any]:
+async def _unless_gone(http: HttpRequest, asking: Coroutine[Any, Any, Found]) -> Found:
     """What is awaited, unless the client goes away: that ends it.
 
     Raises:
