@@ -82,7 +82,7 @@ class Member:
         self.admin = threading.RLock()
         """Held while adapters are loaded or unloaded there."""
         self._accept, self._note, self._patience = accept, note, patience
-        self._failures = 0
+        self._failed_looks = 0
         self._closing = False
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         timeout = httpx.Timeout(patience.load_s, connect=patience.connect_s)
@@ -126,7 +126,7 @@ class Member:
     def _pause_s(self) -> float:
         if self.is_up:
             return self._patience.poll_s
-        wait = self._patience.first_retry_s * 2.0 ** min(self._failures, 16)
+        wait = self._patience.first_retry_s * 2.0 ** min(self._failed_looks, 16)
         return min(wait, self._patience.longest_retry_s)
 
     def look(self) -> None:
@@ -137,12 +137,11 @@ class Member:
                 return
             self._meet()
             self._accept(self)
-        except DownError as error:
-            self.fail(str(error))
         except LorakitError as error:
-            self._turn("refused", str(error))
+            self._failed_looks += not self.is_up
+            self._turn("down" if isinstance(error, DownError) else "refused", str(error))
         else:
-            self._failures = 0
+            self._failed_looks = 0
             self._turn("up", "")
 
     def fail(self, reason: str) -> None:
@@ -150,13 +149,13 @@ class Member:
         self._turn("down", reason)
 
     def refuse(self, reason: str) -> None:
-        """Ask it no more, since it answers wrongly, until it was looked at again."""
+        """Ask it no more, since it answers wrongly, until it has loaded everything anew."""
+        with self.admin:
+            self.holds.clear()
         self._turn("refused", reason)
 
     def _turn(self, state: State, reason: str) -> None:
         was, self.state, self.reason = self.state, state, reason
-        if state != "up":
-            self._failures += 1
         if state != was and not self._closing:
             self._note(f"{self.url} is {state}{f': {reason}' if reason else ''}")
             # The thread may be waiting for long.
