@@ -19,24 +19,34 @@ from serving.servers import save
 
 
 @pytest.fixture(scope="module")
-def upstreams(words, folder):
-    made = [Upstream(words, folder) for _ in range(2)]
+def root(folder, tmp_path_factory):
+    """A folder that all see, with a folder of adapters in it."""
+    made = tmp_path_factory.mktemp("shared")
+    shutil.copytree(folder, made / "served")
+    return made
+
+
+@pytest.fixture(scope="module")
+def upstreams(words, root):
+    made = [Upstream(words, root) for _ in range(2)]
+    for name in ("small", "wide"):
+        made[0].server.catalog.load(name, f"served/{name}")
     yield made
     for each in made:
         each.close()
 
 
 @pytest.fixture(scope="module")
-def front(upstreams, folder):
-    made = Front([each.url for each in upstreams], folder)
+def front(upstreams, root):
+    made = Front([each.url for each in upstreams], root / "served")
     yield made
     made.close()
 
 
 @pytest.fixture
-def own(words, folder, tmp_path):
+def own(folder, root, request):
     """What makes servers and fronts with a folder of their own, and ends them."""
-    place, made = shutil.copytree(folder, tmp_path / "served"), []
+    place, made = shutil.copytree(folder, root / request.node.name), []
 
     def make(kind, *given, **more):
         made.append(kind(*given, **more))
@@ -131,7 +141,7 @@ def test_requests_are_spread_and_counted(front, upstreams):
     hashes = {each["name"]: each["content_hash"] for each in told["data"]}
     held = {f"{name}@{hashes[name][:16]}" for name in ("small", "wide")}
     assert [set(each["holds"]) for each in told["upstreams"]] == [held, held]
-    assert [each.held for each in upstreams] == [held, held]
+    assert [each.held & held for each in upstreams] == [held, held]
     small = next(each for each in told["data"] if each["name"] == "small")
     assert (small["base"], small["in_memory"]) == ("same", True)
     health = front.client.get("/health").json()
@@ -180,36 +190,45 @@ def test_a_client_that_goes_away_frees_the_server(front, upstreams):
     assert 'finished_reason="abort"' in front.client.get("/metrics").text
 
 
-def test_a_reload_in_place_leaves_no_old_answers(own, words):
+def test_a_reload_in_place_leaves_no_old_answers(own, words, upstreams):
     make, place = own
-    upstream = make(Upstream, words, place)
+    upstream = upstreams[1]
+    (place / "small").rename(place / "mine")
     front = make(Front, [upstream.url], place)
-    old = front.complete(model="small").json()
-    (old_key,) = (key for key in upstream.held if key.startswith("small"))
+    old = front.complete(model="mine").json()
+
+    def held():
+        return {key for key in upstream.held if key.startswith("mine")}
+
+    (old_key,) = held()
     slow = Slow(upstream.server.model, after=2)
-    with front.stream(model="small") as events:
+    with front.stream(model="mine") as events:
         first = json.loads(next(events))
-        save(words, place / "small", 9, rank=5)
-        body = {"lora_name": "small", "lora_path": "small", "load_inplace": True}
+        save(words, place / "mine", 9, rank=5)
+        body = {"lora_name": "mine", "lora_path": "mine", "load_inplace": True}
         loaded = front.post("/v1/load_lora_adapter", **body)
-        assert loaded.text == "Success: LoRA adapter 'small' added successfully."
+        assert loaded.text == "Success: LoRA adapter 'mine' added successfully."
         # What has begun goes on with what it began with, which stays there until then.
-        assert {old_key} < {key for key in upstream.held if key.startswith("small")}
+        assert {old_key} < held()
         slow.end()
         rest = chunks(events)
     text = "".join(c["choices"][0]["text"] for c in [first, *rest])
     assert text == old["choices"][0]["text"]
-    new = front.complete(model="small").json()
+    new = front.complete(model="mine").json()
     assert new["system_fingerprint"] != first["system_fingerprint"] == old["system_fingerprint"]
-    upstream.server.catalog.load("small", "small", in_place=True)
-    assert new["choices"] == upstream.server.complete(model="small").json()["choices"]
-    until(lambda: old_key not in upstream.held)
-    assert len(upstream.held) == 2
-    assert front.post("/v1/unload_lora_adapter", lora_name="small").status_code == 200
-    assert front.complete(model="small").status_code == 404
-    until(lambda: len(upstream.held) == 1)
+    upstream.server.catalog.load("direct", str(place / "mine"))
+    assert new["choices"] == upstream.server.complete(model="direct").json()["choices"]
+    until(lambda: old_key not in held())
+    copies = place / ".copies" / "front"
+    until(lambda: len(list(copies.iterdir())) == 2)
+    assert len(held()) == 1
+    assert front.post("/v1/unload_lora_adapter", lora_name="mine").status_code == 200
+    assert front.complete(model="mine").status_code == 404
+    until(lambda: not held())
+    upstream.server.catalog.unload("direct")
 
 
+@pytest.mark.thorough
 def test_a_server_that_dies_is_taken_out_and_tried_again(own, words):
     make, place = own
     dying, staying = (make(Upstream, words, place) for _ in range(2))
@@ -248,6 +267,7 @@ def test_a_server_that_dies_is_taken_out_and_tried_again(own, words):
     assert front.client.get("/health").status_code == 200
 
 
+@pytest.mark.thorough
 def test_a_whole_answer_that_is_broken_off_is_502(own, words):
     make, place = own
     upstream = make(Upstream, words, place)
@@ -264,6 +284,7 @@ def test_a_whole_answer_that_is_broken_off_is_502(own, words):
     assert "has broken off the answer" in found[0].json()["error"]["message"]
 
 
+@pytest.mark.thorough
 def test_what_a_server_has_lost_is_loaded_once_more(own, words):
     make, place = own
     upstream = make(Upstream, words, place)
@@ -282,6 +303,7 @@ def test_what_a_server_has_lost_is_loaded_once_more(own, words):
     assert front.complete(model="small").json()["choices"] == expected
 
 
+@pytest.mark.thorough
 def test_an_answer_of_other_weights_is_none(own, words):
     make, place = own
     upstream = make(Upstream, words, place)
@@ -300,9 +322,11 @@ def test_an_answer_of_other_weights_is_none(own, words):
     assert event["error"]["code"] == 502
 
 
+@pytest.mark.thorough
 def test_servers_that_do_not_belong_together_are_refused(own, words, tiny_llama, tmp_path):
     make, place = own
     upstream = make(Upstream, words, place)
+    (tmp_path / "none").mkdir()
     other = make(Upstream, tiny_llama, tmp_path / "none")
     front = make(Front, [upstream.url, other.url, "http://127.0.0.1:9"], place)
     told = front.client.get("/v1/adapters").json()["upstreams"]
@@ -322,6 +346,7 @@ def test_servers_that_do_not_belong_together_are_refused(own, words, tiny_llama,
     assert len(upstream.held) == 2
 
 
+@pytest.mark.thorough
 def test_each_adapter_is_at_as_many_servers_as_it_should_be(own, words):
     make, place = own
     servers = [make(Upstream, words, place) for _ in range(2)]
@@ -337,6 +362,7 @@ def test_each_adapter_is_at_as_many_servers_as_it_should_be(own, words):
     assert front.complete(adapters=both).status_code == 200
 
 
+@pytest.mark.thorough
 def test_keys_are_asked_for_on_both_sides(own, words, tmp_path):
     make, place = own
     file = tmp_path / "keys"

@@ -99,7 +99,7 @@ def test_an_adapter_is_asked_as_it_was_trained(front, vllm, tmp_path):
 
 
 def adapter_of(config):
-    model = build("llama")
+    model = build("gpt2" if isinstance(config, dict) and "bias" in config else "llama")
     if isinstance(config, dict):
         attach_random(model, **config)
     else:
@@ -115,7 +115,7 @@ def adapter_of(config):
         ({"rank": 2, "use_dora": True}, "it is DoRA"),
         ({"rank": 2, "bias": "all"}, "it has trained biases"),
         ({"rank": 2, "modules_to_save": ("lm_head",)}, "modules of its own (lm_head)"),
-        (lk.PrefixConfig(prefix=2), "not LoRA"),
+        (lk.PrefixConfig(prefix=2), "made by prefix"),
     ],
 )
 def test_what_vllm_can_not_serve_has_a_reason(config, reason):
@@ -138,6 +138,7 @@ def test_what_vllm_can_not_serve_is_refused_before_anything_is_sent(front, vllm,
     assert front.complete(adapters=[{"name": "plain", "weight": 1}]).status_code == 200
 
 
+@pytest.mark.thorough
 def test_a_server_of_lorakit_takes_what_vllm_can_not(words, tmp_path, vllm):
     save(words, tmp_path / "plain", 3, rank=4)
     save(words, tmp_path / "dora", 1, **KINDS["dora"])

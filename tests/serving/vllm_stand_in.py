@@ -23,6 +23,7 @@ class VllmStandIn:
 
     def __init__(self, *, loads: bool = True) -> None:
         self.app = FastAPI()
+        self.url = ""
         self.sent: list[tuple[str, dict[str, Any]]] = []
         self.adapters: dict[str, str] = {}
         self.app.get("/version")(lambda: {"version": "0.11.0"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -25,6 +25,7 @@ from lorakit.serving.names import Names
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
+@runtime_checkable
 class Closing(Protocol):
     """What ends once those that asked have their answers."""
 
@@ -40,6 +41,7 @@ class Closing(Protocol):
         """
 
 
+@runtime_checkable
 class Backend(Closing, Protocol):
     """What the paths of the API answer with."""
 

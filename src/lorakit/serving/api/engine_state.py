@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
 
+from lorakit.serving.api.metrics import Gauges
 from lorakit.serving.catalog import Catalog
 from lorakit.serving.requests import Request
 from lorakit.serving.worker import Worker
 
 
-class EngineState(Collector):
+class EngineState(Gauges):
     """The gauges of an engine.
 
     Args:

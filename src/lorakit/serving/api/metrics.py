@@ -17,6 +17,10 @@ from lorakit.serving.requests import Delta, Request
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
+class Gauges(Collector):
+    """What is so at the moment when Prometheus asks."""
+
+
 class Metrics:
     """Counts what is asked and answered.
 
@@ -25,7 +29,7 @@ class Metrics:
         state: of what answers.
     """
 
-    def __init__(self, names: Names[Any], state: Collector) -> None:
+    def __init__(self, names: Names[Any], state: Gauges) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(state)
         self._registry.register(_Adapters(names))
@@ -65,7 +69,7 @@ class Metrics:
         self, request: Request, names: Sequence[str], deliver: Callable[[Delta], None]
     ) -> Callable[[Delta], None]:
         """A `deliver` that counts what a request of these adapters is told."""
-        counted = Counted(self, names, began=request.arrived)
+        counted = CountedRequest(self, names, began=request.arrived)
 
         def watch(delta: Delta) -> None:
             if delta.tokens or delta.output is not None:
@@ -79,7 +83,7 @@ class Metrics:
         return watch
 
 
-class Counted:
+class CountedRequest:
     """A request as it is answered, in the metrics.
 
     Args:
@@ -129,7 +133,7 @@ class Counted:
         metrics.whole.labels(metrics.model).observe(time.monotonic() - self._began)
 
 
-class _Adapters(Collector):
+class _Adapters(Gauges):
     """The adapters at the moment when Prometheus asks."""
 
     def __init__(self, names: Names[Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lorakit.serving.fleet.version import Version
 from lorakit.serving.refusals import RefusalError
@@ -14,6 +14,7 @@ Weighted = Sequence[tuple[Version, float]]
 """Adapters with their weights in a combination."""
 
 
+@runtime_checkable
 class Dialect(Protocol):
     """One kind of server."""
 

@@ -60,6 +60,8 @@ class Fleet:
             member.look()
         if not any(member.is_up for member in self.members):
             reasons = [f"{member.url}: {member.reason}" for member in self.members]
+            for member in self.members:
+                member.close()
             raise ConfigError.listing("no upstream server can answer", reasons)
         for member in self.members:
             member.watch()

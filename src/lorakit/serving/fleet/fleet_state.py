@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
 
+from lorakit.serving.api.metrics import Gauges
 from lorakit.serving.fleet.fleet import Fleet
 from lorakit.serving.fleet.fleet_names import FleetNames
 
 
-class FleetState(Collector):
+class FleetState(Gauges):
     """The gauges of a fleet.
 
     Args:

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import anyio
 import httpx2 as httpx
@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from lorakit.serving.api.answering import HEADERS, event
 from lorakit.serving.api.errors import envelope
-from lorakit.serving.api.metrics import Counted
+from lorakit.serving.api.metrics import CountedRequest
 from lorakit.serving.fleet.fleet import Fleet
 from lorakit.serving.fleet.fleet_names import Lease
 from lorakit.serving.fleet.member import Member
@@ -41,12 +41,12 @@ class Passing:
         self._fingerprint = fingerprint_of(member.base_hash, key)
         self.response: httpx.Response | None = None
 
-    def of(self, response: httpx.Response) -> Self:
+    def of(self, response: httpx.Response) -> Passing:
         """This answer, which begins with a response."""
         self.response = response
         return self
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> Passing:
         return self
 
     async def __aexit__(
@@ -78,7 +78,7 @@ class Passing:
             raise RefusalError(f"{self._member.url} answers with no JSON", 502) from None
         return self._named(body)
 
-    async def events(self, counted: Counted, *, with_usage: bool) -> AsyncIterator[str]:
+    async def events(self, counted: CountedRequest, *, with_usage: bool) -> AsyncIterator[str]:
         """Yield the events as they come; an error is one, too."""
         assert self.response is not None
         is_over = False
@@ -182,7 +182,7 @@ def _error_in(chunk: dict[str, Any]) -> RefusalError:
     )
 
 
-def _count(counted: Counted, chunk: dict[str, Any]) -> None:
+def _count(counted: CountedRequest, chunk: dict[str, Any]) -> None:
     """Count a chunk."""
     usage, choices = chunk.get("usage") or {}, chunk.get("choices") or []
     counted.add(read=usage.get("prompt_tokens", 0), written=usage.get("completion_tokens", 0))

@@ -28,7 +28,7 @@ from lorakit.serving.api.bodies import (
     EncodedBody,
     TokenizeBody,
 )
-from lorakit.serving.api.metrics import Counted, Metrics
+from lorakit.serving.api.metrics import CountedRequest, Metrics
 from lorakit.serving.fleet.fleet import Fleet
 from lorakit.serving.fleet.fleet_names import FleetNames, Lease
 from lorakit.serving.fleet.fleet_state import FleetState
@@ -152,7 +152,7 @@ class Relay:
     async def _whole(self, path: str, body: Body, http: HttpRequest) -> dict[str, Any]:
         """A whole answer; a client that goes away ends it."""
         async with self._leased(body, http) as lease:
-            counted = Counted(
+            counted = CountedRequest(
                 self.metrics, [v.name for v, _ in lease.weighted], began=time.monotonic()
             )
             try:
@@ -180,7 +180,7 @@ class Relay:
         try:
             lease = await bound.enter_async_context(self._leased(body, http))
             names = [version.name for version, _ in lease.weighted]
-            counted = Counted(self.metrics, names, began=time.monotonic())
+            counted = CountedRequest(self.metrics, names, began=time.monotonic())
             passing = await _unless_gone(http, self._asked("POST", path, given, lease))
             await bound.enter_async_context(passing)
         except BaseException:
@@ -300,7 +300,7 @@ def _shown(member: Member) -> dict[str, Any]:
     }
 
 
-def _count(counted: Counted, answer: dict[str, Any]) -> None:
+def _count(counted: CountedRequest, answer: dict[str, Any]) -> None:
     usage = answer["usage"]
     counted.add(read=usage.get("prompt_tokens", 0), written=usage.get("completion_tokens") or 0)
     counted.step()
