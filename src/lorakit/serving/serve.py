@@ -84,7 +84,7 @@ def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
     check_host(settings.host, keys)
     listening = _listening(settings)
     try:
-        engine, catalog = prepared(settings)
+        engine, catalog = prepared(settings, note=note)
         policy = Policy(keys=keys, lenient=settings.lenient, most_bytes=settings.most_bytes)
         app = build_app(engine, catalog, policy)
         engine.start()
@@ -102,8 +102,12 @@ def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
     return url
 
 
-def prepared(settings: ServeConfig) -> tuple[Worker, Catalog]:
+def prepared(settings: ServeConfig, *, note: Note = say) -> tuple[Worker, Catalog]:
     """The engine, not yet started, and the models that it answers as.
+
+    Args:
+        settings: of the verb.
+        note: is told what can't be compiled.
 
     Raises:
         LorakitError: the model or an adapter can't be served.
@@ -117,10 +121,13 @@ def prepared(settings: ServeConfig) -> tuple[Worker, Catalog]:
         prefix_bytes=settings.prefix_bytes,
         waiting_requests=settings.waiting_requests,
         waiting_tokens=settings.waiting_tokens,
+        compile=settings.compile,
     )
-    make: type[EncoderEngine] | type[Engine] = EncoderEngine if base.encodes else Engine
-    engine = make(
-        base.model, limits, adapter_dtype=None if dtype is None else getattr(torch, dtype)
+    how: dict[str, Any] = {"adapter_dtype": None if dtype is None else getattr(torch, dtype)}
+    engine: Worker = (
+        EncoderEngine(base.model, limits, **how)
+        if base.encodes
+        else Engine(base.model, limits, note=note, **how)
     )
     catalog = Catalog(
         base.model,
@@ -134,6 +141,7 @@ def prepared(settings: ServeConfig) -> tuple[Worker, Catalog]:
         encodes=base.encodes,
     )
     catalog.load_all()
+    engine.warm_up([(catalog.held(name).updates, 1.0)] for name in catalog.adapters)
     return engine, catalog
 
 
