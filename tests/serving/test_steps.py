@@ -9,10 +9,12 @@ from transformers import DynamicCache
 
 from covering import sampled
 from lorakit.bank import AdapterBank
+from lorakit.config.verbs import ServeConfig
 from lorakit.serving.compiled_blocks import blocks_of
 from lorakit.serving.engine import Engine
 from lorakit.serving.kv_slots import KeyValueSlots, window_for
-from lorakit.serving.steps import CompiledSteps
+from lorakit.serving.serve import prepared
+from lorakit.serving.steps import CompiledSteps, Steps
 from lorakit.serving.worker import Limits
 from lorakit.upstream.private_names import compile_graph
 from serving.engines import adapters, asked, banked, greedy_alone, word_tokenizer
@@ -75,7 +77,7 @@ def started():
 
     yield start
     for engine in engines:
-        assert engine.close(drain=False, timeout_s=60)
+        assert engine.close(drain=False, timeout_s=60.0)
 
 
 def test_answers_are_the_same_before_and_after_the_swap(tokenizer, started):
@@ -176,6 +178,7 @@ def test_every_decoder_is_compiled_as_it_computes(family, tokenizer, started):
 
 
 @pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_compiled_code_answers_as_eager_steps_do(tokenizer, started):
     bank = banked()
     engine, notes, steps = compiling(bank, compile_graph)
@@ -198,6 +201,19 @@ def test_waiting_has_code_for_any_number_of_rows_at_the_start(monkeypatch, token
         answer(engine, bank, tokenizer, choices)
     new = engine.step_counts - counts
     assert set(new) == {"compiled"}
+
+
+def test_a_server_compiles_as_its_settings_say(monkeypatch, words, folder):
+    monkeypatch.setattr("lorakit.serving.steps.compile_graph", as_traced)
+    how = {"adapters": folder, "model": str(words), "slots": 2}
+    engine, catalog = prepared(ServeConfig(**how, compile="wait"), note=pytest.fail)
+    assert {shapes.rows for shapes in engine.steps._code} == {1, 2}
+    layout = engine.slots.layout
+    for name in catalog.adapters:
+        engine.slots.reserve([(catalog.held(name).updates, 1.0)])
+    assert engine.slots.layout == layout, "the adapters of the start have room"
+    engine, _ = prepared(ServeConfig(**how, compile="off"), note=pytest.fail)
+    assert type(engine.steps) is Steps
 
 
 def test_windows_have_few_sizes_and_room_for_one_token_more():

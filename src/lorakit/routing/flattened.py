@@ -26,9 +26,9 @@ def of_tokens(choices: RowChoices, lengths: Sequence[int]) -> RowChoices:
     if given is None or len(lengths) != given:
         found = "one choice for all" if given is None else f"{given} choices"
         raise RouteError(f"{len(lengths)} lengths for {found}: give a choice for each length")
-    wrong = [n for n in lengths if isinstance(n, bool) or not isinstance(n, int) or n < 1]
-    if wrong:
-        raise RouteError(f"a length is a number of tokens, 1 or more; found {wrong[0]!r}")
+    wrong = next((length for length in lengths if length < 1), None)
+    if wrong is not None:
+        raise RouteError(f"a length is a number of tokens, 1 or more; found {wrong}")
     own = choices.index_of_row
     if len(own) == 1:
         return choices

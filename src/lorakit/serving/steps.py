@@ -106,8 +106,8 @@ class CompiledSteps(Steps):
         slots: HeldSlots,
         keys_and_values: KeyValueSlots,
         *,
-        note: Callable[[str], None] = lambda text: None,
-        compile_one: Compile = compile_graph,
+        note: Callable[[str], None],
+        compile_one: Compile,
     ) -> None:
         super().__init__(decoder, slots, keys_and_values)
         self._note, self._compile = note, compile_one
@@ -270,7 +270,9 @@ def steps_of(
     """The steps of an engine; eager ones where the model has nothing to compile."""
     if compiles:
         try:
-            return CompiledSteps(decoder, slots, keys_and_values, note=note)
+            return CompiledSteps(
+                decoder, slots, keys_and_values, note=note, compile_one=compile_graph
+            )
         except ModelError as error:
             note(f"decode steps are not compiled: {error}")
     return Steps(decoder, slots, keys_and_values)
