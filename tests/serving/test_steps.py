@@ -2,12 +2,12 @@
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from covering import sampled
 from lorakit.bank import AdapterBank
 from lorakit.config.verbs import ServeConfig
 from lorakit.serving.compiled_blocks import blocks_of
@@ -35,7 +35,7 @@ def as_traced(graph, inputs):
 
 def compiling(bank, compile_one=as_traced, **limits):
     """An engine whose steps go through graphs, what it notes, and its steps."""
-    notes = []
+    notes: list[str] = []
     engine = Engine(bank.model, Limits(**({"slots": 4, "compile": "auto"} | limits)))
     engine.steps = CompiledSteps(
         engine.decoder,
@@ -95,6 +95,7 @@ def test_answers_are_the_same_before_and_after_the_swap(tokenizer, started):
     assert len(codes) == 1, "equal blocks share their code"
 
 
+@pytest.mark.thorough
 def test_eager_steps_go_on_while_the_compiler_works(tokenizer, started):
     bank, gate = banked(), threading.Event()
     engine, _, steps = compiling(bank, lambda graph, inputs: gate.wait(60) and graph)
@@ -117,13 +118,17 @@ def wrong(graph, inputs):
 
 
 @pytest.mark.parametrize(
-    ("compile_one", "reason"), [(failing, "no compiler here"), (wrong, "a logit is")]
+    ("compile_one", "reason"),
+    [
+        pytest.param(failing, "no compiler here", marks=pytest.mark.thorough),
+        (wrong, "a logit is"),
+    ],
 )
 def test_what_cannot_be_compiled_is_eager_and_noted_once(compile_one, reason, tokenizer, started):
     bank = banked()
     engine, notes, steps = compiling(bank, compile_one)
     started(engine)
-    for _ in range(3):
+    for _ in range(2):
         answer(engine, bank, tokenizer, ["small", "wide"])
         settled(steps)
     assert not steps.counts["compiled"]
@@ -143,6 +148,7 @@ def test_a_row_that_needs_groups_makes_its_steps_eager(tokenizer, started):
     assert steps.counts["compiled"]
 
 
+@pytest.mark.thorough
 def test_wider_ranks_and_longer_rows_get_code_of_their_own(monkeypatch, tokenizer, started):
     monkeypatch.setattr("lorakit.serving.kv_slots.LEAST_WINDOW", 8)
     bank = banked()
@@ -162,7 +168,8 @@ def test_wider_ranks_and_longer_rows_get_code_of_their_own(monkeypatch, tokenize
     assert not notes
 
 
-@sampled("family", ["gpt2", "bloom", "opt", "gemma2", "mistral", "gpt_neox"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "opt", "gemma2", "mistral", "gpt_neox"])
 def test_every_decoder_is_compiled_as_it_computes(family, tokenizer, started):
     more = {"sliding_window": 4} if family in ("gemma2", "mistral") else {}
     bank = AdapterBank(build(family, **more))
@@ -190,6 +197,7 @@ def test_compiled_code_answers_as_eager_steps_do(tokenizer, started):
     assert not notes
 
 
+@pytest.mark.thorough
 def test_waiting_has_code_for_any_number_of_rows_at_the_start(monkeypatch, tokenizer, started):
     monkeypatch.setattr("lorakit.serving.steps.compile_graph", as_traced)
     bank = banked()
@@ -203,17 +211,21 @@ def test_waiting_has_code_for_any_number_of_rows_at_the_start(monkeypatch, token
     assert set(new) == {"compiled"}
 
 
+@pytest.mark.thorough
 def test_a_server_compiles_as_its_settings_say(monkeypatch, words, folder):
     monkeypatch.setattr("lorakit.serving.steps.compile_graph", as_traced)
-    how = {"adapters": folder, "model": str(words), "slots": 2}
+    how: dict[str, Any] = {"adapters": folder, "model": str(words), "slots": 2}
     engine, catalog = prepared(ServeConfig(**how, compile="wait"), note=pytest.fail)
+    assert isinstance(engine, Engine)
+    assert isinstance(engine.steps, CompiledSteps)
     assert {shapes.rows for shapes in engine.steps._code} == {1, 2}
     layout = engine.slots.layout
     for name in catalog.adapters:
         engine.slots.reserve([(catalog.held(name).updates, 1.0)])
     assert engine.slots.layout == layout, "the adapters of the start have room"
-    engine, _ = prepared(ServeConfig(**how, compile="off"), note=pytest.fail)
-    assert type(engine.steps) is Steps
+    plain, _ = prepared(ServeConfig(**how, compile="off"), note=pytest.fail)
+    assert isinstance(plain, Engine)
+    assert type(plain.steps) is Steps
 
 
 def test_windows_have_few_sizes_and_room_for_one_token_more():

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from lorakit.attachment.state import attachment_for
 from lorakit.errors import ModelError
@@ -112,7 +113,7 @@ class CompiledSteps(Steps):
         super().__init__(decoder, slots, keys_and_values)
         self._note, self._compile = note, compile_one
         self._blocks = BlockSteps(decoder.model)
-        self._twin = Decoder(self._blocks.model)
+        self._twin = Decoder(cast(PreTrainedModel, self._blocks.model))
         self._code: dict[Shapes, Mapping[str, CompiledBlock]] = {}
         """What is proven."""
         self._unproven: dict[Shapes, Mapping[str, CompiledBlock]] = {}

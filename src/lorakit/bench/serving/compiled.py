@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -59,7 +59,7 @@ def step_times(
     own = states.size_bytes * (1 + max(states.lengths)) // states.columns
     weights = sum(p.nbytes for p in engine.model.parameters())
     moved = torch.ones((weights + slots.size_bytes + own) // 4)
-    ways = {
+    ways: dict[str, Callable[[], object]] = {
         "eager step": partial(eager.step, tokens, used),
         "compiled step": partial(engine.steps.step, tokens, used),
         "bytes": moved.sum,

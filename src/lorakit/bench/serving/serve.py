@@ -64,8 +64,8 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
     compiling = compiled_engine(settings, engine, catalog)
     steps = step_times(compiling, catalog, requests, repeats=settings.repeats)
     with served(engine, catalog) as client, served(compiling, catalog) as compiled:
-        ways = {"compiled": partial(asked, compiled, requests)}
-        ways |= _ways(settings, client, engine, catalog, plain, requests)
+        ways = _ways(settings, client, engine, catalog, plain, requests)
+        ways["compiled"] = partial(asked, compiled, requests)
         seconds = interleaved(
             {name: Participant(run=run) for name, run in ways.items()}, repeats=settings.repeats
         )
