@@ -8,7 +8,7 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ class ExpertMatrices:
     d_in: int
     transposed: bool
     """Whether it is held as (experts, d_in, d_out)."""
-    slices: Mapping[str, tuple[tuple[int, int], ...]]
+    slices: Mapping[str, tuple[tuple[int, int], ...]] = field(compare=False)
     """Output rows of each role of a fused matrix; none: it has one role, or an unknown order."""
 
     @property

@@ -10,6 +10,9 @@ from lorakit.errors import RouteError, TargetError
 from mixtures import MIXTURES, mixture
 from references import alone, attach_random, base_hash, outputs, randomise
 
+# PEFT asks transformers in words that it is giving up.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 PER_TOKEN = tuple(family for family in MIXTURES if family != "llama4_text")
 """Families whose experts get all tokens in their order."""
 INPUTS = {"input_ids": torch.randint(3, 64, (3, 6), generator=torch.Generator().manual_seed(0))}
@@ -80,14 +83,14 @@ def test_gradients_are_those_of_changed_weights():
     lk.attach(model, lk.LoRAConfig(rank=2, targets="experts"))
     randomise(model)
     model.double()
-    model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+    model(**INPUTS).logits.square().mean().backward()
     part = next(p for n, p in model.named_parameters() if "layers.1" in n and n.endswith("lora_b"))
     direction = torch.randn(part.shape, generator=torch.Generator().manual_seed(1)).double()
     losses = []
     for step in (1e-6, -1e-6):
         with torch.no_grad():
             part += step * direction
-            losses.append(model(**INPUTS, labels=INPUTS["input_ids"]).loss.item())
+            losses.append(model(**INPUTS).logits.square().mean().item())
             part -= step * direction
     slope = (losses[0] - losses[1]) / 2e-6
     assert slope == pytest.approx((part.grad * direction).sum().item(), rel=1e-4)
