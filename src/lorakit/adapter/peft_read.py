@@ -110,7 +110,7 @@ def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
         # A base that was compiled before it was adapted.
         name = key.removeprefix(PREFIX).replace(f"{COMPILED_WRAPPER}.", "")
         match = LORA_KEY.fullmatch(name)
-        parameter = parameter_of(match["path"], config.target_parameters or ()) if match else None
+        parameter = _parameter(config, match["path"], tensor) if match else None
         is_inside = match is not None and WRAPPED in match["path"].split(".")
         if hint(key) or (is_inside and parameter is None):
             found.problems.append(f"{key}  unexpected{hint(key)}")
@@ -133,6 +133,24 @@ def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
     for name, tensor in others.items():
         _sort_other(config, found, name, tensor, others)
     return found
+
+
+def _parameter(config: PeftConfig, path: str, tensor: Tensor) -> str | None:
+    """The path of the parameter whose A or B a tensor is; None: it is of a layer."""
+    if not config.target_parameters or _is_target(config, path, tensor):
+        return None
+    return parameter_of(path, config.target_parameters)
+
+
+def _is_target(config: PeftConfig, path: str, tensor: Tensor) -> bool:
+    """Whether a path is of a layer that the target modules name."""
+    words = config.target_modules
+    if words == "all-linear":
+        # Experts have a rank each, so that there are more than those of a layer.
+        return config.rank_of(path) in tensor.shape
+    if isinstance(words, str):
+        return re.fullmatch(words, path) is not None
+    return any(path == word or path.endswith(f".{word}") for word in words or ())
 
 
 def _sort_other(

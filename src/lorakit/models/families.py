@@ -83,6 +83,16 @@ _LLAMA = Family(
     }
 )
 
+# Of their experts `models/experts.py` knows the roles.
+_LLAMA_WITH_EXPERTS = Family(
+    roles={
+        **_LLAMA.roles,
+        "shared_expert.gate_proj": "gate",
+        "shared_expert.up_proj": "up",
+        "shared_expert.down_proj": "down",
+    }
+)
+
 _GPT2 = Family(
     roles={
         "attn.c_proj": "o",
@@ -212,6 +222,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
     "smollm3": _LLAMA,
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), _LLAMA_WITH_EXPERTS),
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
     "gptj": _GPTJ,
