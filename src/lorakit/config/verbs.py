@@ -346,6 +346,10 @@ class ServeConfig(Settings):
     slots: PositiveInt = 16
     """Requests that are answered at once."""
 
+    compile: Literal["auto", "off", "wait"] = "off"
+    """Compile the decode step: auto (answer at once, with compiled steps as they get ready), wait
+    (answer when the first ones are), or off."""
+
     max_length: PositiveInt | None = None
     """Longest prompt and answer together, in tokens. None: the model's context."""
 
@@ -410,6 +414,7 @@ OF_THE_MODEL = {
     "quantize",
     "allow_other_base",
     "slots",
+    "compile",
     "max_length",
     "prefill_tokens",
     "prefix_bytes",

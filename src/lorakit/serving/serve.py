@@ -117,7 +117,7 @@ def _own_engine(settings: ServeConfig, note: Note) -> Backend:
     """An engine of this process, which runs, and its models."""
     from lorakit.serving.api.own_engine import OwnEngine
 
-    engine, catalog = prepared(settings)
+    engine, catalog = prepared(settings, note=note)
     if settings.max_length is not None and settings.max_length > engine.max_length:
         note(f"max_length is {engine.max_length}: the model's context has no more tokens")
     engine.start()
@@ -152,8 +152,12 @@ def _relay(settings: ServeConfig, note: Note, port: int) -> Backend:
     return Relay(fleet, names)
 
 
-def prepared(settings: ServeConfig) -> tuple[Worker, Catalog]:
+def prepared(settings: ServeConfig, *, note: Note = say) -> tuple[Worker, Catalog]:
     """The engine, not yet started, and the models that it answers as.
+
+    Args:
+        settings: of the verb.
+        note: is told what can't be compiled.
 
     Raises:
         LorakitError: the model or an adapter can't be served.
@@ -167,10 +171,13 @@ def prepared(settings: ServeConfig) -> tuple[Worker, Catalog]:
         prefix_bytes=settings.prefix_bytes,
         waiting_requests=settings.waiting_requests,
         waiting_tokens=settings.waiting_tokens,
+        compile=settings.compile,
     )
-    make: type[EncoderEngine] | type[Engine] = EncoderEngine if base.encodes else Engine
-    engine = make(
-        base.model, limits, adapter_dtype=None if dtype is None else getattr(torch, dtype)
+    how: dict[str, Any] = {"adapter_dtype": None if dtype is None else getattr(torch, dtype)}
+    engine: Worker = (
+        EncoderEngine(base.model, limits, **how)
+        if base.encodes
+        else Engine(base.model, limits, note=note, **how)
     )
     catalog = Catalog(
         base.model,
@@ -184,6 +191,7 @@ def prepared(settings: ServeConfig) -> tuple[Worker, Catalog]:
         encodes=base.encodes,
     )
     catalog.load_all()
+    engine.warm_up([(catalog.held(name).updates, 1.0)] for name in catalog.adapters)
     return engine, catalog
 
 

@@ -49,6 +49,10 @@ class EngineState(Gauges):
             counter = CounterMetricFamily(metric, meaning, labels=["model_name"])
             counter.add_metric([name], value)
             yield counter
+        steps = CounterMetricFamily("lora_decode_steps", "Steps by how.", labels=["how"])
+        for how, count in dict(engine.step_counts).items():
+            steps.add_metric([how], count)
+        yield steps
         kept = GaugeMetricFamily("lora_prefix_bytes", "Memory of kept prompts.", labels=[])
         kept.add_metric([], prefixes.size_bytes)
         yield kept
