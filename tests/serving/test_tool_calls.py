@@ -12,6 +12,7 @@ from lorakit.data.chat import with_template
 from lorakit.models.load import load_model
 from lorakit.serving.api.app import build_app
 from lorakit.serving.api.bodies import ChatBody
+from lorakit.serving.api.own_engine import OwnEngine
 from lorakit.serving.api.tool_calls import Calling, CallReader, Tools
 from lorakit.serving.call_forms import OURS, CallForm, CallForms
 from lorakit.serving.catalog import Catalog
@@ -47,7 +48,7 @@ def post(engine, request):
     tokenizer = calling_tokenizer()
     if request.param == "ours":
         tokenizer = with_template(tokenizer, PLAIN)
-    app = build_app(engine, Catalog(engine.model, tokenizer, "calling"))
+    app = build_app(OwnEngine(engine, Catalog(engine.model, tokenizer, "calling")))
     client = TestClient(app, raise_server_exceptions=False)
 
     def send(**body):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from lorakit.bench.peers import save_random_adapters
 from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.rounds import Participant, Seconds, interleaved
 from lorakit.bench.serving.asking import Client, CompletionRequest
+from lorakit.bench.serving.compiled import compiled_engine, compiled_goals, step_times
 from lorakit.bench.serving.latency import (
     Rates,
     first_token,
@@ -67,8 +68,17 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
         names = [each.name for each in places]
         requests = _requests(settings, int(plain.config.vocab_size), names)
         changes = slot_changes(settings, engine, catalog, [each.model for each in requests])
+        compiling = compiled_engine(settings, engine, catalog)
+        steps = step_times(compiling, catalog, requests, repeats=settings.repeats)
         client = stack.enter_context(served(engine, catalog))
-        seconds = _answer_times(settings, client, engine, catalog, plain, requests, peers)
+        compiled = stack.enter_context(served(compiling, catalog))
+        ways = _ways(settings, client, engine, catalog, plain, requests)
+        ways["compiled"] = partial(asked, compiled, requests)
+        for name, peer in peers.items():
+            ways |= _peer_ways(name, peer, requests)
+        seconds = interleaved(
+            {name: Participant(run=run) for name, run in ways.items()}, repeats=settings.repeats
+        )
         first = first_token(client, plain, requests[0], times=settings.first_tokens)
         pause = longest_pause(client, requests, settings)
         unlike = unlike_lengths(client, plain, requests, settings)
@@ -84,13 +94,16 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
         timings={"serve": seconds, "first token": first, "start": started},
         goals=(
             *_goals(settings, rates, changes, unlike),
+            *compiled_goals(rates, steps),
             *first_token_goals(first),
             pause,
             start_goal(started),
         ),
         tables={
             "tokens": [{"who": name, "tokens/s": rate} for name, rate in shown.items()],
-            "slots": [{"what": what, "time_s": each.median} for what, each in changes.items()],
+            "slots": [
+                {"what": what, "time_s": each.median} for what, each in (changes | steps).items()
+            ],
         },
         checks={f"{name} does not run": reason for name, reason in failed.items()},
     )
@@ -115,20 +128,19 @@ def _requests(
     ]
 
 
-def _answer_times(
+def _ways(
     settings: ServeBenchConfig,
     client: Client,
     engine: Engine,
     catalog: Catalog,
     plain: Any,
     requests: list[CompletionRequest],
-    peers: Mapping[str, Other],
-) -> dict[str, Seconds]:
-    """The times of one answer to each client, by each of the ways."""
+) -> dict[str, Callable[[], object]]:
+    """The ways to get one answer to each client with eager steps."""
     ids = torch.tensor([each.prompt for each in requests])
     names, new_tokens = [each.model for each in requests], settings.new_tokens
     base, one = ([replace(each, model=name) for each in requests] for name in ("base", names[0]))
-    ways = {
+    return {
         "plain": lambda: generated(plain, ids, new_tokens),
         "base": lambda: asked(client, base),
         "route": routed(catalog.bank, engine.model, ids, names, new_tokens),
@@ -136,12 +148,17 @@ def _answer_times(
         "one": lambda: asked(client, one),
         OURS: lambda: asked(client, requests),
     }
-    for name, peer in peers.items():
-        ways[name] = partial(asked, peer.client, requests, peer.ask)
-        ways[f"{name}, base"] = partial(asked, peer.client, base, peer.ask)
-    return interleaved(
-        {name: Participant(run=run) for name, run in ways.items()}, repeats=settings.repeats
-    )
+
+
+def _peer_ways(
+    name: str, peer: Other, requests: list[CompletionRequest]
+) -> dict[str, Callable[[], object]]:
+    """What another server is asked: each client its adapter, and all of them the base."""
+    base = [replace(each, model="base") for each in requests]
+    return {
+        name: partial(asked, peer.client, requests, peer.ask),
+        f"{name}, base": partial(asked, peer.client, base, peer.ask),
+    }
 
 
 def _goals(
