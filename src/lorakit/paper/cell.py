@@ -242,7 +242,7 @@ def _in_file(name: str, content: dict[str, Any]) -> Iterator[Cell]:
     if sizes is None:
         yield Cell(id=name, **content)
     for size, own in (sizes or {}).items():
-        yield Cell(id=f"{name}-{size}", **_over(content, own))
+        yield Cell(id=f"{name}-{size}", **over(content, own))
 
 
 def chosen(words: Sequence[str]) -> list[Cell]:
@@ -270,18 +270,19 @@ def merged(parts: Iterable[Part]) -> Part:
     score: dict[str, Any] = {}
     single: dict[str, Any] = {}
     for part in parts:
-        train, score = _over(train, part.train), _over(score, part.score)
+        train, score = over(train, part.train), over(score, part.score)
         given = part.model_dump(include={"warmup_ratio", "train_split", "starts_from"})
         single |= {name: value for name, value in given.items() if value is not None}
     return Part(train=train, score=score, **single)
 
 
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others over them, in sections setting by setting."""
     both = dict(below)
     for name, value in above.items():
         known = both.get(name)
         if isinstance(known, Mapping) and isinstance(value, Mapping):
-            value = _over(known, value)
+            value = over(known, value)
         both[name] = value
     return both
 

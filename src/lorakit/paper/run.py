@@ -124,7 +124,7 @@ class _Runner:
         except TrainingError as error:
             trained = error
         except KeyboardInterrupt as stop:
-            raise _stopped(job.name, stop) from None
+            raise stopped(job.name, stop) from None
         self._keep(job, config, trained, {"resumed": config.resume})
         if isinstance(trained, TrainResult) and self._is_start(job):
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -156,7 +156,7 @@ class _Runner:
         try:
             trained = train_together(jobs, configs, out, progress=self.progress)
         except KeyboardInterrupt as stop:
-            raise _stopped(f"{len(jobs)} runs", stop) from None
+            raise stopped(f"{len(jobs)} runs", stop) from None
         for job, config, each in zip(jobs, configs, trained, strict=True):
             self._keep(job, config, each, {"together": len(jobs)})
         shutil.rmtree(out, ignore_errors=True)
@@ -188,6 +188,7 @@ def _going_on(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"resume": resumes, "overwrite": not resumes})
 
 
-def _stopped(what: str, stop: KeyboardInterrupt) -> KeyboardInterrupt:
+def stopped(what: str, stop: KeyboardInterrupt) -> KeyboardInterrupt:
+    """What an interrupted run of a cell says in place of its own words."""
     reason = str(stop).partition(":")[0]
     return KeyboardInterrupt(f"{what}: {reason}; run the same command to go on")
