@@ -20,6 +20,8 @@ from lorakit.config.strict_yaml import read_mapping
 from lorakit.errors import ConfigError, did_you_mean
 
 FOLDER = Path(__file__).parent / "cells"
+STUDIES = Path(__file__).parent / "studies.yaml"
+"""The file of section 7's figures and table, which look into runs of cells."""
 SHARED = "table"
 """The file of a table's folder that is no row."""
 Reason = Literal["scale", "data", "text", "decoding"]
@@ -261,6 +263,20 @@ def chosen(words: Sequence[str]) -> list[Cell]:
         cell
         for name, cell in known.items()
         if not words or any(_named(word, name) for word in words)
+    ]
+
+
+def names_nothing(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The words that name neither a cell nor a table nor a part of section 7.
+
+    Returns:
+        Each with the end of a message, which names the nearest that there is.
+    """
+    names = [*cells(), *tables(), *read_mapping(STUDIES)]
+    return [
+        (word, did_you_mean(word, names))
+        for word in words
+        if not any(_named(word, name) for name in names)
     ]
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from lorakit.bench.environment import environment
 from lorakit.bench.memory import forget_peak, most_bytes
 from lorakit.bench.result import threads
-from lorakit.config.paper import CellChoice, PaperRunConfig
 from lorakit.config.train import TrainConfig
 from lorakit.errors import TrainingError
 from lorakit.paper.check import Data, check, notes
@@ -29,6 +28,7 @@ from lorakit.paper.results import (
     state_of,
     write_result,
 )
+from lorakit.paper.settings import CellChoice, PaperRunConfig
 from lorakit.training.checkpoints import list_checkpoints
 from lorakit.training.run import TrainResult, train
 
@@ -55,8 +55,9 @@ def run_cells(settings: PaperRunConfig, *, progress: bool) -> Done:
         LorakitError: something is missing or wrong; nothing was run.
         KeyboardInterrupt: it was interrupted; the same command goes on.
     """
-    jobs = jobs_of(settings)
-    data = check(settings, jobs)
+    problems: list[str] = []
+    jobs = jobs_of(settings, problems=problems)
+    data = check(settings, jobs, problems)
     remarks = list(notes(data))
     for note in remarks:
         print(note, file=sys.stderr)

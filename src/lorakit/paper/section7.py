@@ -25,12 +25,12 @@ from lorakit.analysis.report_of_two import mean_phi
 from lorakit.analysis.subspaces import random_control, subspace_similarity
 from lorakit.bench.environment import environment
 from lorakit.bench.result import threads
-from lorakit.config.paper import CellChoice, PaperRunConfig
 from lorakit.errors import DataError
 from lorakit.paper.check import check
 from lorakit.paper.job import Job
 from lorakit.paper.results import FORMAT, State, read_result
 from lorakit.paper.run import stopped
+from lorakit.paper.settings import CellChoice, PaperRunConfig
 from lorakit.paper.study import studies, studies_in
 from lorakit.training.checkpoints import list_checkpoints
 from lorakit.training.run import train

@@ -6,20 +6,17 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from lorakit.config.base import Settings
-from lorakit.config.paper import CellChoice
 from lorakit.config.seed import Seed
 from lorakit.config.strict_yaml import read_mapping
 from lorakit.errors import ConfigError
-from lorakit.paper.cell import over
+from lorakit.paper.cell import STUDIES, over
 from lorakit.paper.job import Job, jobs_of
-
-FILE = Path(__file__).parent / "studies.yaml"
+from lorakit.paper.settings import CellChoice
 
 
 class StudyRun(Settings):
@@ -91,7 +88,7 @@ class Study(Settings):
 @cache
 def studies() -> Mapping[str, Study]:
     """The figures and the table by name, in the paper's order."""
-    return {name: Study(**content) for name, content in read_mapping(FILE).items()}
+    return {name: Study(**content) for name, content in read_mapping(STUDIES).items()}
 
 
 def studies_in(words: Sequence[str]) -> list[str]:
