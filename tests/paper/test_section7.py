@@ -103,7 +103,7 @@ def test_table_7_has_the_papers_rows_below_ours_of_two_tasks(adapters, run, tmp_
     page = study_page("table7", found_of("table7", tmp_path / "results"))
     rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == 4 + 4 + 2
-    assert rows[4].startswith("| smollm2, e2e, q_proj of layer 1, r = 8 |")
+    assert rows[0].startswith("| smollm2, e2e, q_proj of layer 1, r = 8 |")
     assert rows[-2] == (
         "| GPT-3, W_q of layer 48, r = 4 | 0.32 | 21.67 | 0.02 | 61.95 | 6.91 | 21.5 |"
     )

@@ -135,7 +135,7 @@ def test_both_ters_of_phrases_that_have_moved_are_those_of_the_slow_searches(
 
 
 @pytest.mark.thorough
-@settings(max_examples=60)
+@settings(max_examples=12)
 @given(PHRASES, st.lists(st.sampled_from("abc"), min_size=30, max_size=70))
 def test_the_official_ter_is_tercoms_where_its_band_or_its_patience_ends(
     phrases: tuple[list[list[str]], list[list[str]]], many: list[str]
