@@ -98,7 +98,7 @@ def test_table_7_has_the_papers_rows_below_ours_of_two_tasks(adapters, run, tmp_
     assert [config.lora.rank for config in adapters] == [4, 64, 8, 64]
     assert [config.model for config in adapters] == ["minilm", "minilm", "smollm2", "smollm2"]
     assert adapters[2].data.validation == "task:e2e:validation"
-    assert (adapters[2].steps, adapters[2].lora.targets) == (80, ("q", "v"))
+    assert (adapters[2].steps, adapters[2].lora.targets) == (60, ("q", "v"))
     assert run("paper", "table", "table7", *place)[0] == 0
     page = study_page("table7", found_of("table7", tmp_path / "results"))
     rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
