@@ -247,7 +247,9 @@ class AdapterBank:
         return len(self.names)
 
     @contextmanager
-    def route(self, names: Choice | Sequence[Choice]) -> Iterator[None]:
+    def route(
+        self, names: Choice | Sequence[Choice], *, lengths: Sequence[int] | None = None
+    ) -> Iterator[None]:
         """Use one adapter, or one for each row of the batch, inside a block (see `lk.route`).
 
         Evicted adapters are read again first, and none that the route uses is evicted meanwhile.
@@ -255,6 +257,8 @@ class AdapterBank:
         Args:
             names: for all rows or for each: a name, None for the base, or names with weights, as
                 in {"e2e": 0.7, "style": 0.3}.
+            lengths: the batch is one row of several requests with so many tokens each, and there is
+                a choice for each of them.
 
         Raises:
             RouteError: a name is not known, an adapter is merged, or the batch has another number
@@ -266,7 +270,7 @@ class AdapterBank:
             self._notice()
             with self._table:
                 choices = RowChoices.of(names, self._entries)
-            with self._kept(choices.names), route_rows(self.model, choices):
+            with self._kept(choices.names), route_rows(self.model, choices, lengths=lengths):
                 yield
 
     def hold(self, name: str) -> Held:

@@ -16,7 +16,7 @@ def test_clients_are_measured_beside_plain_generation(tiny_llama, capsys):
     words += ["--first-tokens", 2, "--long-prompt", 20, "--longest", 10]
     assert main(["bench", "serve", *map(str, words), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    who = {"ours", "plain", "base", "route", "engine", "one"}
+    who = {"ours", "plain", "base", "route", "engine", "one", "compiled"}
     assert set(result["seconds"]["serve"]) == who
     assert set(result["ratios"]) == who - {"ours"} | {"prefill"}
     unlike = {"unlike lengths: server", "unlike lengths: static batches"}
@@ -26,6 +26,9 @@ def test_clients_are_measured_beside_plain_generation(tiny_llama, capsys):
         "join",
         "unchanged",
         "read",
+        "eager step",
+        "compiled step",
+        "bytes",
     ]
     assert set(result["seconds"]["first token"]) == {"ours", "prefill"}
-    assert len(result["goals"]) == 10
+    assert len(result["goals"]) == 12

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from lorakit.errors import LorakitError
 from lorakit.models.load import load_model
 from lorakit.serving.api.app import build_app
+from lorakit.serving.api.own_engine import OwnEngine
 from lorakit.serving.catalog import Catalog
 from lorakit.serving.engine import Engine
 from lorakit.serving.grammars import Grammars, Rule
@@ -50,7 +51,7 @@ def post(tmp_path_factory):
     engine = Engine(model, Limits(slots=4))
     catalog = Catalog(model, tokenizer, "bytes")
     engine.start()
-    client = TestClient(build_app(engine, catalog), raise_server_exceptions=False)
+    client = TestClient(build_app(OwnEngine(engine, catalog)), raise_server_exceptions=False)
 
     def send(path="/v1/chat/completions", **body):
         body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 120} | body

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorakit.adapter.expert_layers import joined, on_whole_matrix, parted, row_numbers
 from lorakit.adapter.site import Site, scale_of
 
 
@@ -51,6 +52,8 @@ class WholeLayer:
     def is_plain(self) -> bool:
         """Whether PEFT's A and B are those of the only site."""
         only = self.sites[0]
+        if only.is_of_experts:
+            return False
         return len(self.sites) == self.groups == 1 and only.rows is None and self.width == only.rank
 
 
@@ -112,11 +115,14 @@ def stack(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 
     Returns:
         A (rank, d_in) and B (layer rows, rank); of a convolution A (rank, c_in, *kernel) and
-        B (c_out, rank / groups, 1, …).
+        B (c_out, rank / groups, 1, …); of experts A (experts·rank, d_in) and B (layer rows,
+        rank·experts).
     """
     first_a, first_b = (tensors[f"{layer.sites[0].name}.lora_{end}"] for end in "ab")
     if layer.is_plain:
         return first_a, first_b
+    if layer.sites[0].is_of_experts:
+        return joined(*_whole_matrices(layer, tensors))
     rows = layer.sites[0].layer_rows or first_b.shape[0]
     a = first_a.new_zeros(layer.width, *first_a.shape[1:])
     b = first_b.new_zeros(rows, layer.width, *first_b.shape[2:])
@@ -129,6 +135,32 @@ def stack(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Ten
             b[first:last, columns] = block
         start += site.rank
     return _spread(a, layer.groups), b
+
+
+def _whole_matrices(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """One A (experts, rank, d_in) and one B (experts, layer rows, rank) of a layer's sites."""
+    parts = []
+    for site in layer.sites:
+        a, b = (tensors[f"{site.name}.lora_{end}"] for end in "ab")
+        index = None if site.rows is None else row_numbers(site.rows, b.device)
+        parts.append((a, b * _ratio(site, layer), index))
+    rows = layer.sites[0].layer_rows or parts[0][1].shape[1]
+    return on_whole_matrix(parts, layer.width, rows)
+
+
+def _of_experts(layer: WholeLayer, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """The tensors of the sites of experts, from PEFT's A and B."""
+    wide_a, wide_b = parted(a, b, a.shape[0] // layer.width)
+    tensors, start = {}, 0
+    for site in layer.sites:
+        columns = slice(start, start + site.rank)
+        part = wide_b[:, :, columns]
+        if site.rows is not None:
+            part = part[:, row_numbers(site.rows, b.device)]
+        tensors[f"{site.name}.lora_a"] = wide_a[:, columns].contiguous()
+        tensors[f"{site.name}.lora_b"] = (part / _ratio(site, layer)).contiguous()
+        start += site.rank
+    return tensors
 
 
 def _row_blocks(site: Site, b: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
@@ -155,6 +187,10 @@ def unstack(layer: WholeLayer, a: Tensor, b: Tensor) -> dict[str, Tensor] | None
     if layer.is_plain:
         name = layer.sites[0].name
         return {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    if layer.sites[0].is_of_experts:
+        tensors = _of_experts(layer, a, b)
+        again = stack(layer, tensors)
+        return tensors if torch.equal(again[0], a) and torch.equal(again[1], b) else None
     tensors, start = {}, 0
     inner = a.shape[1] // layer.groups
     for site in layer.sites:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter.content import AdapterContent
+from lorakit.adapter.expert_layers import names_in_file, unordered
 from lorakit.adapter.fused_layers import WholeLayer, obstacles, stack, unstack, whole_layers
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
 from lorakit.config.methods import LoRAConfig
@@ -22,12 +23,19 @@ BIAS_WORDS = {"none": "none", "lora": "lora_only", "all": "all"}
 TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-def keys_of(layer: WholeLayer) -> tuple[str, str]:
-    """The names of a layer's A and B in the file."""
-    start = f"{PREFIX}{layer.path}.lora_"
+def keys_of(layer: WholeLayer, path: str) -> tuple[str, str]:
+    """The names of a layer's A and B in the file, where it has a path of its own."""
+    start = f"{PREFIX}{path}.lora_"
     if layer.sites[0].kind == "embedding":
         return f"{start}embedding_A", f"{start}embedding_B"
     return f"{start}A.weight", f"{start}B.weight"
+
+
+def paths_in_file(layers: Iterable[WholeLayer]) -> dict[str, str]:
+    """The path in the file of each layer: its own, but for parameters of experts."""
+    layers = tuple(layers)
+    experts = names_in_file(each.path for each in layers if each.sites[0].is_of_experts)
+    return {each.path: experts.get(each.path, each.path) for each in layers}
 
 
 def site_names(layers: Iterable[WholeLayer]) -> list[str]:
@@ -58,8 +66,9 @@ def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, s
 def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """PEFT's tensors, made from an adapter's; on the meta device only names and shapes."""
     encoded: dict[str, Tensor] = {}
+    paths = paths_in_file(layers)
     for layer in layers:
-        encoded.update(zip(keys_of(layer), stack(layer, tensors), strict=True))
+        encoded.update(zip(keys_of(layer, paths[layer.path]), stack(layer, tensors), strict=True))
     encoded |= {key: tensors[name] for name, key in magnitudes(layers, tensors)}
     others = set(tensors).difference(site_names(layers))
     return encoded | {key: tensors[name] for name, key in base_keys(others, layers).items()}
@@ -76,9 +85,9 @@ def decode(
         encoded: tensors of the names and shapes that `encode` gives.
     """
     tensors: dict[str, Tensor] = {}
-    problems = []
+    problems, paths = [], paths_in_file(layers)
     for layer in layers:
-        key_a, key_b = keys_of(layer)
+        key_a, key_b = keys_of(layer, paths[layer.path])
         parts = unstack(layer, encoded[key_a], encoded[key_b])
         if parts is None:
             problems.append(f"{key_b}  holds values outside the rows and columns of its slices")
@@ -112,6 +121,11 @@ def reasons_against(adapter: AdapterContent) -> list[str]:
         for site in adapter.sites
         if _settings(adapter).use_dora and site.rows is not None
     ]
+    parameters = [layer.path for layer in layers if layer.sites[0].is_of_experts]
+    reasons += [
+        f"{path}: PEFT tells a module's parameters apart by their order, which is not known here"
+        for path in unordered(parameters)
+    ]
     config = PeftConfig.model_validate(peft_config(adapter, layers))
     return reasons + [
         f"{layer.path}: PEFT would read rank and alpha of another layer for it"
@@ -137,7 +151,9 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     task = adapter.card.get("task_type")
     needs_head = task in TASKS_WITH_HEAD and not adapter.copied_modules
-    return {
+    of_experts = sorted(each.path for each in layers if each.sites[0].is_of_experts)
+    modules = sorted(adapter.target_modules or ranks.keys() - set(of_experts))
+    config = {
         "alpha_pattern": {path: own for path, own in sorted(alphas.items()) if own != alpha},
         "base_model_name_or_path": adapter.base_name or None,
         "bias": BIAS_WORDS[_settings(adapter).bias],
@@ -151,11 +167,12 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
         "r": rank,
         "rank_pattern": {path: own for path, own in sorted(ranks.items()) if own != rank},
         "revision": None,
-        "target_modules": sorted(adapter.target_modules or ranks),
+        "target_modules": modules or None,
         "task_type": None if needs_head else task,
         "use_dora": _settings(adapter).use_dora,
         "use_rslora": _settings(adapter).use_rslora,
     }
+    return {**config, "target_parameters": of_experts} if of_experts else config
 
 
 def _short(number: float) -> int | float:
@@ -184,10 +201,10 @@ def disagreements(
                 f"{layer.scale:g}: was lora_alpha, a pattern or use_rslora edited?"
             )
     expected = peft_config(adapter, layers)
-    for key in ("target_modules", "modules_to_save", "bias"):
-        value = getattr(config, key)
-        if _as_set(value) != _as_set(expected[key]):
-            yield f"{CONFIG_FILE}  {key} is {value!r}, but it was saved as {expected[key]!r}"
+    for key in ("target_modules", "target_parameters", "modules_to_save", "bias"):
+        value, saved = getattr(config, key), expected.get(key)
+        if _as_set(value) != _as_set(saved):
+            yield f"{CONFIG_FILE}  {key} is {value!r}, but it was saved as {saved!r}"
     if config.use_dora != expected["use_dora"]:
         yield f"{CONFIG_FILE}  use_dora is {config.use_dora}, but it was saved otherwise"
     for key in ("exclude_modules", "layers_to_transform"):

@@ -24,7 +24,6 @@ UNSUPPORTED = {
     "lora_bias": "B has a bias of its own",
     "megatron_config": "the base is a Megatron model",
     "monteclora_config": "A and B are sampled at random",
-    "target_parameters": "parameters are adapted that belong to no layer",
     "trainable_token_indices": "single rows of the embedding are trained",
     "use_bdlora": "A and B are block-diagonal",
     "use_qalora": "QALoRA pools the inputs of A",
@@ -66,6 +65,7 @@ class PeftConfig(BaseModel):
     lora_alpha: PositiveFloat = 8.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[ModuleWord] | ModuleWord | None = None
+    target_parameters: list[ModuleWord] | None = None
     exclude_modules: list[ModuleWord] | ModuleWord | None = None
     layers_to_transform: list[BlockNumber] | BlockNumber | None = None
     layers_pattern: list[ModuleWord] | ModuleWord | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter.content import AdapterContent
+from lorakit.adapter.expert_layers import WRAPPED, parameter_of, parted
 from lorakit.adapter.fused_layers import WholeLayer, unstack
 from lorakit.adapter.peft import PREFIX, hint
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
@@ -44,6 +45,8 @@ class _Sorted:
     """"a" and "b" of each adapted layer, by its path; with DoRA "magnitude", too."""
     embeddings: set[str] = field(default_factory=set)
     """Paths of the adapted layers that are embeddings."""
+    parameters: set[str] = field(default_factory=set)
+    """Paths of the adapted parameters of experts."""
     replaced: dict[str, Tensor] = field(default_factory=dict)
     """Biases and full copies, by the base's own names."""
     copied: set[str] = field(default_factory=set)
@@ -73,8 +76,9 @@ def read_peft(
     named: dict[str, Tensor] = dict(found.replaced)
     for path in sorted(found.updates, key=_natural):
         kind: LayerKind = "embedding" if path in found.embeddings else "linear"
+        make = _site_of_experts if path in found.parameters else _site
         try:
-            site, parts, wrong = _site(config, path, kind, found.updates[path])
+            site, parts, wrong = make(config, path, kind, found.updates[path])
         except re.error as error:
             problems.append(f"{CONFIG_FILE}  rank_pattern or alpha_pattern: {error}")
             break
@@ -106,10 +110,16 @@ def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
         # A base that was compiled before it was adapted.
         name = key.removeprefix(PREFIX).replace(f"{COMPILED_WRAPPER}.", "")
         match = LORA_KEY.fullmatch(name)
-        if hint(key) or (match and "base_layer" in match["path"].split(".")):
+        parameter = _parameter(config, match["path"], tensor) if match else None
+        is_inside = match is not None and WRAPPED in match["path"].split(".")
+        if hint(key) or (is_inside and parameter is None):
             found.problems.append(f"{key}  unexpected{hint(key)}")
         elif match:
             path, end = match["path"], match["end"] or match["embedding"]
+            if parameter is not None:
+                # A matrix called weight is what a layer of one's own would be.
+                path = parameter.removesuffix(".weight")
+                found.parameters |= {path} if path == parameter else set()
             update = found.updates.setdefault(path, {})
             if end.lower() in update:
                 found.problems.append(f"{key}  unexpected: {path} has a lora_{end} already")
@@ -123,6 +133,24 @@ def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
     for name, tensor in others.items():
         _sort_other(config, found, name, tensor, others)
     return found
+
+
+def _parameter(config: PeftConfig, path: str, tensor: Tensor) -> str | None:
+    """The path of the parameter whose A or B a tensor is; None: it is of a layer."""
+    if not config.target_parameters or _is_target(config, path, tensor):
+        return None
+    return parameter_of(path, config.target_parameters)
+
+
+def _is_target(config: PeftConfig, path: str, tensor: Tensor) -> bool:
+    """Whether a path is of a layer that the target modules name."""
+    words = config.target_modules
+    if words == "all-linear":
+        # Experts have a rank each, so that there are more than those of a layer.
+        return config.rank_of(path) in tensor.shape
+    if isinstance(words, str):
+        return re.fullmatch(words, path) is not None
+    return any(path == word or path.endswith(f".{word}") for word in words or ())
 
 
 def _sort_other(
@@ -238,6 +266,24 @@ def _site(
     return site, parts, []
 
 
+def _site_of_experts(
+    config: PeftConfig, path: str, kind: LayerKind, update: Mapping[str, Tensor]
+) -> tuple[Site | None, dict[str, Tensor], list[str]]:
+    """The site and the tensors of a parameter of experts, or None and the problems."""
+    a, b = update.get("a"), update.get("b")
+    if a is None or b is None or a.dim() != 2 or b.dim() != 2 or 0 in (*a.shape, *b.shape):
+        shapes = ", ".join(f"{e.upper()} {tuple(t.shape)}" for e, t in sorted(update.items()))
+        return None, {}, [f"{PREFIX}{path}  A and B do not pair: {shapes}"]
+    rank = config.rank_of(path)
+    if a.shape[0] != b.shape[1] or a.shape[0] % rank:
+        text = f"A {tuple(a.shape)} and B {tuple(b.shape)} do not go with rank {rank}"
+        return None, {}, [f"{PREFIX}{path}  {text} of each expert"]
+    alpha, scale = config.alpha_of(path), config.scale_of(path)
+    site = Site(path=path, rank=rank, alpha=alpha, scale=scale, kind="experts")
+    parts = dict(zip("ab", parted(a, b, a.shape[0] // rank), strict=True))
+    return site, {f"{site.name}.lora_{end}": tensor for end, tensor in parts.items()}, []
+
+
 def _magnitude_problem(kind: LayerKind, update: Mapping[str, Tensor]) -> str | None:
     """The problem of a layer's update under use_dora, or None."""
     if kind == "embedding" or update["a"].dim() > 2:
@@ -282,6 +328,8 @@ def _lora_config(
 def _target_words(config: PeftConfig, sites: list[Site]) -> tuple[str, ...]:
     """The targets that select in lorakit what PEFT's words select."""
     words = config.target_modules
+    if config.target_parameters:
+        return tuple(site.path for site in sites)
     # layers_pattern has no counterpart in lorakit, so the layers are named one by one.
     if not words or (config.layers_pattern and config.layers_to_transform is not None):
         return tuple(site.path for site in sites)

@@ -8,8 +8,9 @@ from typing import Literal
 
 RowRanges = tuple[tuple[int, int], ...]
 """Half-open ranges (start, stop) of a fused layer's output rows."""
-LayerKind = Literal["linear", "transposed", "embedding", "conv"]
-"""How a layer holds its matrix; transposed: (d_in, d_out), as transformers' Conv1D does."""
+LayerKind = Literal["linear", "transposed", "embedding", "conv", "experts", "experts-transposed"]
+"""How a layer holds its matrix; transposed: (d_in, d_out), as transformers' Conv1D does; experts: a
+parameter with one matrix for each expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class Site:
     """One low-rank update: its layer or slice, its rank, and its scale."""
 
     path: str
-    """Dotted path of the module in the base model."""
+    """Dotted path of the module in the base model; of experts, that of the parameter."""
     rank: int
     """Inner width r, including the ranks that do not train."""
     alpha: float
@@ -41,6 +42,21 @@ class Site:
     def name(self) -> str:
         """The path, with the role in brackets for a slice."""
         return self.path if self.rows is None else f"{self.path}[{self.role}]"
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether it changes one matrix for each expert."""
+        return self.kind in ("experts", "experts-transposed")
+
+    @property
+    def module_path(self) -> str:
+        """The dotted path of the module that is adapted."""
+        return self.path.rpartition(".")[0] if self.is_of_experts else self.path
+
+    @property
+    def parameter(self) -> str:
+        """The name of the module's parameter that is changed."""
+        return self.path.rpartition(".")[2] if self.is_of_experts else "weight"
 
 
 def scale_of(rank: int, alpha: float, *, use_rslora: bool) -> float:

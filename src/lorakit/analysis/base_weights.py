@@ -57,8 +57,10 @@ class BaseWeights:
         self._layers = dict(base_modules(model))
         self._whole = dict(self._in_full(fresh_heads(model)))
         problems = [*_problems_of_base(adapter, model, allow_other_base), *not_finite(adapter)]
-        for site in adapter.sites:
-            problems += self._problems(site)
+        if any(site.is_of_experts for site in adapter.sites):
+            problems += left_out(adapter, with_base=True)
+        else:
+            problems += [line for site in adapter.sites for line in self._problems(site)]
         if not adapter.sites and not self._whole:
             problems += left_out(adapter, with_base=True)
         if problems:

@@ -17,6 +17,7 @@ WITHOUT_DELTA = {
     "top-k": "it holds whole weights, and their change needs the base: give the model",
 }
 """Why a method has no ΔW = scale·B·A, by the beginning of its name."""
+EXPERTS = "experts: each has a ΔW of its own in one tensor, which is not looked into"
 DORA = "DoRA's ΔW = m/‖W + scale·B·A‖·(W + scale·B·A) − W needs the base: give the model"
 
 
@@ -41,12 +42,16 @@ def _left_out(adapter: Adapter, with_base: bool) -> Iterator[str]:
             yield f"{config.method}: {reason}"
     if uses_dora(adapter) and not with_base:
         yield f"lora: {DORA}"
+    if _has_experts(adapter):
+        yield EXPERTS
     if adapter.copied_modules and adapter.sites and not with_base:
         yield f"saved in full: {', '.join(adapter.copied_modules)}: their change needs the base"
 
 
 def has_delta(adapter: Adapter, *, with_base: bool = False) -> bool:
     """Whether an adapter has any ΔW to look into, with its base at hand or without."""
+    if _has_experts(adapter):
+        return False
     if adapter.sites and (with_base or not uses_dora(adapter)):
         return True
     return with_base and any(config.method in ("full", "top-k") for config in adapter.configs)
@@ -54,6 +59,10 @@ def has_delta(adapter: Adapter, *, with_base: bool = False) -> bool:
 
 def _reason(method: str) -> str | None:
     return next((why for start, why in WITHOUT_DELTA.items() if method.startswith(start)), None)
+
+
+def _has_experts(adapter: Adapter) -> bool:
+    return any(site.is_of_experts for site in adapter.sites)
 
 
 def uses_dora(adapter: Adapter) -> bool:
@@ -91,6 +100,8 @@ def _problems(adapter: Adapter, dora: bool) -> list[str]:
         return list(left_out(adapter)) or [f"{adapter.method}: it has no low-rank update"]
     if uses_dora(adapter) and not dora:
         return [DORA]
+    if _has_experts(adapter):
+        return [EXPERTS]
     return not_finite(adapter)
 
 

@@ -30,6 +30,7 @@ from lorakit.methods.bitfit import TrainedBias
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.lora import targets
 from lorakit.methods.lora.eva import SingularVectors, moved_ranks
+from lorakit.methods.lora.experts import ExpertsUpdate
 from lorakit.methods.lora.lora import LoRAUpdate
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
 from lorakit.methods.module_copy import TrainedCopy, trained_copy
@@ -112,7 +113,7 @@ class Plan:
         updates: dict[str, Update] = {}
         for each in self.components:
             first, own = updates.get(each.path), each.update(materials)
-            if isinstance(first, LoRAUpdate) and isinstance(own, LoRAUpdate):
+            if isinstance(first, LoRAUpdate | ExpertsUpdate) and type(own) is type(first):
                 first.join(own)
             else:
                 updates[each.path] = own if first is None else Chain([first, own])
@@ -176,7 +177,8 @@ def _check_offloaded(found: Plan, materials: Materials) -> None:
 
 def _short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
     """The paths' last parts if they name exactly the adapted layers, else the paths."""
-    chosen = {site.path for site in sites}
+    # PEFT names parameters apart from modules.
+    chosen = {site.path for site in sites if not site.is_of_experts}
     leaves = {path.rpartition(".")[2] for path in chosen}
     named = {path for path, _ in base_modules(model) if path.rpartition(".")[2] in leaves}
     return tuple(sorted(leaves if named == chosen else chosen))

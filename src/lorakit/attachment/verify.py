@@ -17,10 +17,18 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.methods.bitfit import TrainedBias, adds_bias, trained_bias
 from lorakit.methods.component import Component, Shape
-from lorakit.methods.lora.lora import is_linear, kind_of, matrix_shape, why_not_adaptable
+from lorakit.methods.lora.lora import (
+    is_linear,
+    kind_of,
+    kind_of_experts,
+    matrices_of,
+    matrix_shape,
+    why_not_adaptable,
+)
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
 from lorakit.methods.module_copy import TrainedCopy, trained_copy
 from lorakit.models.base import base_modules
+from lorakit.models.experts import expert_matrices
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.linear_probe import own_class
 from lorakit.models.paths import is_within
@@ -95,7 +103,7 @@ class _Found:
         config = self._adapter.lora or LoRAConfig()
         ends = ("a", "b", "magnitude") if config.use_dora else ("a", "b")
         for site in self._adapter.sites:
-            layer = self._base.by_path.get(site.path)
+            layer = self._base.by_path.get(site.module_path)
             problem = _site_problem(layer, site, config)
             if problem is not None:
                 self.problems.append(problem)
@@ -154,6 +162,8 @@ def _site_problem(layer: nn.Module | None, site: Site, config: LoRAConfig) -> st
     """How one low-rank update does not fit its layer, if it does not."""
     if layer is None:
         return f"{site.path}  is not a module of this model"
+    if site.is_of_experts:
+        return _experts_problem(layer, site, config)
     reason = why_not_adaptable(layer)
     if reason is not None:
         return f"{site.path}  is a {own_class(layer).__name__}, which LoRA can't adapt: {reason}"
@@ -164,10 +174,25 @@ def _site_problem(layer: nn.Module | None, site: Site, config: LoRAConfig) -> st
     return None
 
 
+def _experts_problem(module: nn.Module, site: Site, config: LoRAConfig) -> str | None:
+    """How an update of experts does not fit a module, if it does not."""
+    found = next((each for each in expert_matrices(module) if each.name == site.parameter), None)
+    if found is None:
+        name = own_class(module).__name__
+        return f"{site.path}  is no parameter with a matrix for each expert in this {name}"
+    if site.rows is not None and site.rows[-1][1] > found.d_out:
+        return f"{site.name}  has rows beyond the {found.d_out} of each matrix"
+    return f"{site.path}  is of experts, which DoRA can't adapt" if config.use_dora else None
+
+
 def _on_layer(site: Site, layer: nn.Module) -> Site:
     """A site with the facts about its layer that the layer itself shows."""
-    rows = None if site.rows is None else matrix_shape(layer)[0]
-    kind = kind_of(layer)
+    if site.is_of_experts:
+        matrices = matrices_of(layer, site)
+        kind, d_out = kind_of_experts(matrices), matrices.d_out
+    else:
+        kind, d_out = kind_of(layer), matrix_shape(layer)[0]
+    rows = None if site.rows is None else d_out
     if (site.kind, site.layer_rows) == (kind, rows):
         return site
     return replace(site, kind=kind, layer_rows=rows)

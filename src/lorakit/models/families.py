@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.models.base import base_modules
+from lorakit.models.experts import expert_matrices, gets_all_tokens
 from lorakit.models.paths import ends_with
 from lorakit.models.reads import only_read, read_weights
 from lorakit.upstream.private_names import own_parameters
@@ -79,6 +80,16 @@ _LLAMA = Family(
         "mlp.gate_proj": "gate",
         "mlp.up_proj": "up",
         "mlp.down_proj": "down",
+    }
+)
+
+# Of their experts `models/experts.py` knows the roles.
+_LLAMA_WITH_EXPERTS = Family(
+    roles={
+        **_LLAMA.roles,
+        "shared_expert.gate_proj": "gate",
+        "shared_expert.up_proj": "up",
+        "shared_expert.down_proj": "down",
     }
 )
 
@@ -211,6 +222,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
     "smollm3": _LLAMA,
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), _LLAMA_WITH_EXPERTS),
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
     "gptj": _GPTJ,
@@ -314,7 +326,9 @@ def layers_in_pieces(model: nn.Module) -> frozenset[str]:
     """The paths of the layers whose input has several entries for each row (`PIECES`)."""
     ends = PIECES.get(getattr(getattr(model, "config", None), "model_type", ""), ())
     paths = (path for path, _ in base_modules(model))
-    return frozenset(path for path in paths if any(ends_with(path, end) for end in ends))
+    found = {path for path in paths if any(ends_with(path, end) for end in ends)}
+    experts = (path for path, m in base_modules(model) if expert_matrices(m) and gets_all_tokens(m))
+    return frozenset({*found, *experts})
 
 
 def layers_for_all_rows(model: nn.Module) -> dict[str, str]:
@@ -323,9 +337,11 @@ def layers_for_all_rows(model: nn.Module) -> dict[str, str]:
     of_images = _outside_text(model)
     reads = only_read(model)
     reasons = {}
-    for path, _ in base_modules(model):
+    for path, module in base_modules(model):
         if any(ends_with(path, end) for end in ends):
             reasons[path] = "have an input all rows share"
+        elif expert_matrices(module) and not gets_all_tokens(module):
+            reasons[path] = "are given tokens by expert, which do not say whose they are"
         elif path in reads:
             reasons[path] = "have a weight that the model reads by itself, once for all rows"
         elif path in of_images:

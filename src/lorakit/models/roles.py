@@ -12,14 +12,20 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.config.methods import layer_numbers
 from lorakit.errors import TargetError, did_you_mean
 from lorakit.models.base import base_modules
+from lorakit.models.experts import ExpertMatrices, expert_matrices
 from lorakit.models.families import UNKNOWN_FAMILY, RowSplit, family_name, family_of
 from lorakit.models.linear_probe import returns_tensor
 from lorakit.models.paths import block_number, ends_with, is_within, matches
 
-ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head")
+EXPERT_ROLES = ("experts.gate", "experts.up", "experts.down")
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head", *EXPERT_ROLES)
 """Roles a layer can have, in the order in which messages name them."""
 
-GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+GROUPS = {
+    "attention": ("q", "k", "v", "o"),
+    "mlp": ("gate", "up", "down"),
+    "experts": EXPERT_ROLES,
+}
 """Words that stand for whichever of several roles the model has."""
 
 ALL_LINEAR = "all-linear"
@@ -37,11 +43,18 @@ class Target:
     """A layer of the base, or a slice of a fused one, that can be adapted."""
 
     path: str
-    """Dotted path of the module in the base model."""
+    """Dotted path of the module in the base model; of experts, that of the parameter."""
     role: str | None
     """One of `ROLES`, or None where the family's table does not name the layer."""
     rows: tuple[tuple[int, int], ...] | None
     """Half-open ranges of the fused layer's output rows; None for a whole layer."""
+    experts: ExpertMatrices | None = None
+    """The parameter, where it is one with a matrix for each expert."""
+
+    @property
+    def module_path(self) -> str:
+        """Dotted path of the module that is adapted."""
+        return self.path if self.experts is None else self.path.rpartition(".")[0]
 
     @property
     def name(self) -> str:
@@ -60,6 +73,7 @@ def targets_of(model: nn.Module) -> tuple[Target, ...]:
     ends = _embedding_roles(model)
     found: list[Target] = []
     for path, module in base_modules(model):
+        found.extend(_experts(path, module))
         if not isinstance(module, _ADAPTABLE):
             continue
         inside_head = is_within(path, heads)
@@ -69,6 +83,15 @@ def targets_of(model: nn.Module) -> tuple[Target, ...]:
         if split is not None:
             found.extend(_slices(model, path, split))
     return tuple(found)
+
+
+def _experts(path: str, module: nn.Module) -> Iterator[Target]:
+    """The targets of a module of experts, a fused parameter before its slices."""
+    for each in expert_matrices(module):
+        full = f"{path}.{each.name}" if path else each.name
+        yield Target(path=full, role=each.role, rows=None, experts=each)
+        for role, rows in each.slices.items():
+            yield Target(path=full, role=role, rows=rows, experts=each)
 
 
 def targets_by_word(

@@ -17,6 +17,7 @@ from lorakit.layers.route import Frame
 from lorakit.models.base import device_of
 from lorakit.routing.choices import Choice, RowChoices, UpdatesByName
 from lorakit.routing.compiled_batch import static_operations
+from lorakit.routing.flattened import flattened, of_tokens
 from lorakit.routing.stacked_lora import mixed_operations
 from lorakit.upstream.private_names import write_count
 
@@ -47,7 +48,9 @@ def switch(model: nn.Module, name: str | None) -> None:
 
 
 @contextmanager
-def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
+def route(
+    model: nn.Module, names: Choice | Sequence[Choice], *, lengths: Sequence[int] | None = None
+) -> Iterator[None]:
     """Use one choice for all rows, or one for each row of the batch, inside a block.
 
     A choice is an adapter's name, None for the base, or several names with weights: the row gets
@@ -58,10 +61,13 @@ def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
     Args:
         model: a model with adapters.
         names: one choice, or as many as the batch has rows.
+        lengths: the batch is one row of several requests, one after the other, and these are their
+            tokens: a choice for each of them. That they do not attend to each other is up to the
+            caller's position ids and mask.
 
     Raises:
         RouteError: a name is not attached, a weight is no number, an adapter is merged into the
-            weights, or (in the forward pass) the batch has another number of rows.
+            weights, or (in the forward pass) the batch has another number of rows or tokens.
 
     Examples:
         >>> plan = lk.attach(model, "out/places", name="places")
@@ -71,12 +77,14 @@ def route(model: nn.Module, names: Choice | Sequence[Choice]) -> Iterator[None]:
         ...     logits = model(**batch).logits
     """
     state = require_attachment(model)
-    with route_rows(model, RowChoices.of(names, state.adapters)):
+    with route_rows(model, RowChoices.of(names, state.adapters), lengths=lengths):
         yield
 
 
 @contextmanager
-def route_rows(model: nn.Module, choices: RowChoices) -> Iterator[None]:
+def route_rows(
+    model: nn.Module, choices: RowChoices, *, lengths: Sequence[int] | None = None
+) -> Iterator[None]:
     """Have each row of a batch use what was chosen for it, inside a block (see `route`).
 
     Raises:
@@ -93,9 +101,23 @@ def route_rows(model: nn.Module, choices: RowChoices) -> Iterator[None]:
             f"adapter {state.route.merged!r} is merged into the weights, so no row can have "
             "another, or the base: lk.unmerge(model) first"
         )
-    frame = _frame(state, used, choices, device_of(model))
-    with state.route.block(replace(frame, rows=choices.rows, choices=choices.of_each)):
+    device = device_of(model)
+    if lengths is None:
+        frame = replace(_frame(state, used, choices, device), rows=choices.rows)
+    else:
+        frame = replace(_flattened(state, used, of_tokens(choices, lengths), device), rows=1)
+    with state.route.block(replace(frame, choices=choices.of_each)):
         yield
+
+
+def _flattened(
+    state: Attachment, used: Mapping[str, Attached], tokens: RowChoices, device: torch.device
+) -> Frame:
+    """The frame for the tokens of one row."""
+    if state.compiled:
+        raise RouteError("a compiled model takes no lengths: give a row to each request")
+    frame = _frame(state, used, tokens, device)
+    return frame if len(tokens.index_of_row) == 1 else flattened(frame, len(tokens.index_of_row))
 
 
 def _frame(

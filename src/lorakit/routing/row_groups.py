@@ -15,6 +15,7 @@ from lorakit.errors import RouteError
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
+from lorakit.methods.lora.experts import ExpertsUpdate, changed_weights, with_weights
 from lorakit.methods.module_copy import ModuleCopy
 from lorakit.routing.choices import RowChoices, Terms
 
@@ -121,6 +122,10 @@ def _applied(
     """A layer's own output with the updates of one combination."""
     if len(terms) == 1 and terms[0][1] == 1:
         return terms[0][0].adapt(layer, inputs, base)
+    if all(isinstance(update, ExpertsUpdate) for update, _ in terms):
+        # What experts compute is not linear in their weights, so these are summed.
+        weights = changed_weights(layer, cast(Sequence[tuple[ExpertsUpdate, float]], terms))
+        return with_weights(layer, weights, inputs)
     adapted = base.clone()
     for update, weight in terms:
         adapted = update.added(layer, inputs, adapted, weight=weight, base=base)

@@ -6,7 +6,7 @@ goes writes nothing, and the operations of a step in which neither happens are t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -62,6 +62,7 @@ class Slots:
         count: the number of slots.
         dtype: of A and B in the buffers, in which the updates are computed; None: float32, or
             float64 on a base of that precision.
+        few_ranks: round the buffers' ranks up to powers of two, so that they seldom change.
 
     Examples:
         >>> slots = Slots(model, 16)  # doctest: +SKIP
@@ -70,11 +71,18 @@ class Slots:
         ...     logits = model(**batch_of_four_rows).logits
     """
 
-    def __init__(self, model: nn.Module, count: int, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        count: int,
+        *,
+        dtype: torch.dtype | None = None,
+        few_ranks: bool = False,
+    ) -> None:
         self.count = count
         self._model = model
         self._state = attachment_for(model)
-        self._dtype = dtype
+        self._dtype, self._few_ranks = dtype, few_ranks
         self._inputs: dict[str, _InputSlots] = {}
         """By the word for the input that their layers read."""
         self._others: dict[int, list[tuple[dict[int, Update], float]]] = {}
@@ -101,6 +109,33 @@ class Slots:
                 self._others[slot] = content.others
             self._frames.clear()
 
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """The layers that have buffers and their ranks: another one, and buffers are others too."""
+        return tuple(self._inputs[word].layout for word in sorted(self._inputs))
+
+    def has_others(self, slots: Iterable[int]) -> bool:
+        """Whether one of these slots has updates for which there are no buffers."""
+        return any(slot in self._others for slot in slots)
+
+    def standing(self, start: int, stop: int) -> Frame:
+        """A fresh frame of what the buffers of some slots hold, for another thread."""
+        return Frame(self._standing(start, stop) or None, rows=stop - start, key=object())
+
+    def _standing(self, start: int, stop: int) -> dict[int, Operation]:
+        operations: dict[int, Operation] = {}
+        for buffers in self._inputs.values():
+            operations |= buffers.operations(start, stop)
+        return operations
+
+    def reserve(self, terms: Terms) -> None:
+        """Make the buffers wide enough for adapters that are to come.
+
+        Raises:
+            RouteError: an adapter cannot be in a slot.
+        """
+        self._make_room(self._content(terms))
+
     def check(self, terms: Terms) -> None:
         """Make sure that adapters can be in a slot.
 
@@ -118,9 +153,7 @@ class Slots:
     def _frame(self, start: int, stop: int) -> Frame:
         frame = self._frames.get((start, stop))
         if frame is None:
-            operations: dict[int, Operation] = {}
-            for buffers in self._inputs.values():
-                operations |= buffers.operations(start, stop)
+            operations = self._standing(start, stop)
             for number, other in self._other_operations(self._others, start, stop).items():
                 own = operations.get(number)
                 operations[number] = other if own is None else _InTurn(own, other)
@@ -157,6 +190,8 @@ class Slots:
         """Make the buffers wide enough for a slot's ranks."""
         by_input: dict[str, dict[int, int]] = {}
         for number, rank in content.ranks().items():
+            if self._few_ranks and rank:
+                rank = 1 << (rank - 1).bit_length()
             by_input.setdefault(self._state.layers[number].adapter_input, {})[number] = rank
         for word, ranks in by_input.items():
             buffers = self._inputs.get(word)
@@ -275,6 +310,11 @@ class _InputSlots:
     def size_bytes(self) -> int:
         """The memory of the buffers."""
         return sum(x.nbytes for x in (self._a, *self._b.values(), *self._shift.values()))
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """The layers' ranks, and those that have biases."""
+        return (*self.ranks.items(), *sorted(self._shift))
 
     def has_room(self, ranks: Mapping[int, int]) -> bool:
         """Whether these ranks fit."""

@@ -27,7 +27,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+        self.model = model
         self._takes = inspect.signature(model.forward).parameters
         if model.config.is_encoder_decoder or "past_key_values" not in self._takes:
             raise ModelError(
@@ -38,7 +38,7 @@ class Decoder:
     @property
     def vocabulary(self) -> int:
         """The number of token ids that the model's embedding has."""
-        weight = self._model.get_input_embeddings().weight
+        weight = self.model.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         return weight.shape[0]
 
@@ -54,7 +54,7 @@ class Decoder:
             The logits (tokens or 1, vocabulary).
         """
         past = cache.get_seq_length()
-        device = self._model.device
+        device = self.model.device
         positions = torch.arange(past, past + len(ids), device=device)[None]
         more: dict[str, Any] = {}
         if not every and "logits_to_keep" in self._takes:
@@ -68,10 +68,18 @@ class Decoder:
         )
         return output[0] if every else output[0, -1:]
 
-    def step(self, tokens: Sequence[int], slots: KeyValueSlots) -> Tensor:
-        """The logits after one token more of each of the first slots, (rows, vocabulary)."""
-        cache, mask, positions = slots.begin(len(tokens))
-        device = self._model.device
+    def step(
+        self, tokens: Sequence[int], slots: KeyValueSlots, *, window: int | None = None
+    ) -> Tensor:
+        """The logits after one token more of each of the first slots, (rows, vocabulary).
+
+        Args:
+            tokens: of those slots.
+            slots: their keys and values.
+            window: the columns that they see, see `KeyValueSlots.begin`.
+        """
+        cache, mask, positions = slots.begin(len(tokens), window)
+        device = self.model.device
         ids = torch.tensor(tokens, device=device)[:, None]
         return self._call(ids, cache, mask, torch.tensor(positions, device=device)[:, None])[:, -1]
 
@@ -80,7 +88,7 @@ class Decoder:
     ) -> Tensor:
         if "position_ids" in self._takes:
             more["position_ids"] = positions
-        output = self._model(
+        output = self.model(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more
         )
         logits = output.logits
@@ -109,14 +117,20 @@ class Decoder:
         except Exception as error:
             raise self._refusal(f"a step fails: {error}") from error
         for slot, ids in zip((2, 0), rows, strict=True):
-            expected = self._model(input_ids=torch.tensor([ids], device=found.device)).logits[0, -1]
-            limit = CLOSE.get(expected.dtype, CLOSE_HALF) * float(expected.abs().max())
-            worst = float((found[slot].float() - expected.float()).abs().max())
-            if not worst <= limit:
-                raise self._refusal(f"a logit is {worst:.3g} off")
+            expected = self.model(input_ids=torch.tensor([ids], device=found.device)).logits[0, -1]
+            problem = difference(found[slot], expected)
+            if problem:
+                raise self._refusal(problem)
 
     def _refusal(self, reason: str) -> ModelError:
         return ModelError(
-            f"a {type(self._model).__name__} can't be served: in a batch over slots it does not "
+            f"a {type(self.model).__name__} can't be served: in a batch over slots it does not "
             f"compute what it computes alone ({reason})"
         )
+
+
+def difference(found: Tensor, expected: Tensor) -> str | None:
+    """How far logits are from others, if that is more than rounding."""
+    limit = CLOSE.get(expected.dtype, CLOSE_HALF) * float(expected.abs().max())
+    worst = float((found.float() - expected.float()).abs().max())
+    return None if worst <= limit else f"a logit is {worst:.3g} off"

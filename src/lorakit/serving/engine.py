@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,12 +12,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lorakit.attachment.state import attachment_for
 from lorakit.layers.route import Frame
+from lorakit.routing.slots import Terms
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.grammars import GrammarError
 from lorakit.serving.held_slots import HeldSlots
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
 from lorakit.serving.requests import Delta, Finish, Request
 from lorakit.serving.sampling import Sampler, Token, reported
+from lorakit.serving.steps import steps_of
 from lorakit.serving.text import GrowingText
 from lorakit.serving.worker import Limits, Worker, deliver
 
@@ -52,6 +55,7 @@ class Engine(Worker):
         model: a causal language model; nobody else may call it while the engine runs.
         limits: how much it does at once.
         adapter_dtype: of A and B in the slots; None: the base's precision.
+        note: is told why steps can't be compiled.
 
     Raises:
         ModelError: the model can't be served.
@@ -69,14 +73,43 @@ class Engine(Worker):
         limits: Limits | None = None,
         *,
         adapter_dtype: torch.dtype | None = None,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
         super().__init__(model, limits)
-        self._decoder = Decoder(model)
+        self.decoder = Decoder(model)
         with attachment_for(model).route.own.pushed(Frame()):
-            self._decoder.prove()
-        self.slots = HeldSlots(model, self.limits.slots, dtype=adapter_dtype or model.dtype)
-        self.keys_and_values = KeyValueSlots(self.limits.slots)
+            self.decoder.prove()
+        count, compiles = self.limits.slots, self.limits.compile != "off"
+        dtype = adapter_dtype or model.dtype
+        self.slots = HeldSlots(model, count, dtype=dtype, few_ranks=compiles)
+        self.keys_and_values = KeyValueSlots(count, windows=compiles)
+        self.steps = steps_of(
+            self.decoder, self.slots, self.keys_and_values, compiles=compiles, note=note
+        )
         self._rows: dict[int, Row] = {}
+
+    def warm_up(self, terms: Iterable[Terms] = ()) -> None:
+        """Reserve slots for what rows will use, and wait for compiled steps if that was asked."""
+        if self.limits.compile == "off":
+            return
+        for each in terms:
+            self.slots.reserve(each)
+        if self.limits.compile == "wait":
+            self.steps.warm_up()
+
+    @property
+    def step_counts(self) -> Counter[str]:
+        """The decode steps so far: compiled, or the reason why they were eager."""
+        return self.steps.counts
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> bool:
+        """Take no more requests, and end once those that came are answered, or at once.
+
+        Returns:
+            Whether the engine has ended.
+        """
+        self.steps.close()
+        return super().close(drain=drain, timeout_s=timeout_s)
 
     def running(self) -> list[Request]:
         """The requests that have a slot."""
@@ -151,7 +184,7 @@ class Engine(Worker):
             row.cached, row.cache = row.read, cache
         ids = list(request.prompt[row.read : row.read + room])
         with self.slots.used(row.slot, row.slot + 1):
-            logits = self._decoder.read(ids, cache, every=row.prompt_tokens is not None)
+            logits = self.decoder.read(ids, cache, every=row.prompt_tokens is not None)
         row.read += len(ids)
         if row.prompt_tokens is not None:
             following = request.prompt[row.read - len(ids) + 1 : row.read + 1]
@@ -181,8 +214,7 @@ class Engine(Worker):
         for row in rows:
             tokens[row.slot] = row.last
         try:
-            with self.slots.used(0, count):
-                logits = self._decoder.step(tokens, self.keys_and_values)
+            logits = self.steps.step(tokens, [row.slot for row in rows])
             self.keys_and_values.end()
             chosen = _chosen(rows, logits)
         except Exception as error:

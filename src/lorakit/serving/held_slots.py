@@ -18,10 +18,18 @@ class HeldSlots(Slots):
         model: the base, whose adapters they hold.
         count: the number of slots.
         dtype: of A and B.
+        few_ranks: see `Slots`.
     """
 
-    def __init__(self, model: nn.Module, count: int, *, dtype: torch.dtype | None = None) -> None:
-        super().__init__(model, count, dtype=dtype)
+    def __init__(
+        self,
+        model: nn.Module,
+        count: int,
+        *,
+        dtype: torch.dtype | None = None,
+        few_ranks: bool = False,
+    ) -> None:
+        super().__init__(model, count, dtype=dtype, few_ranks=few_ranks)
         self._held: list[str | None] = [""] * count
         """By slot, the key of what it holds; None: unknown, after an error."""
 

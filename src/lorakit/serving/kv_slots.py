@@ -8,6 +8,7 @@ row comes that is longer than the column is far.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ from lorakit.errors import ModelError
 
 SPARE = 64
 """Columns beyond the longest row, so that rows are moved once in so many steps."""
+
+LEAST_WINDOW = 128
+"""Columns of the smallest window."""
+
+
+def window_for(tokens: int) -> int:
+    """The columns of a window in which rows of so many tokens have room for one more.
+
+    It is a power of two, so that the shapes of steps over windows are few.
+    """
+    return max(LEAST_WINDOW, 1 << tokens.bit_length())
 
 
 class SlotLayer(CacheLayerMixin):
@@ -32,6 +44,8 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
         self.rows, self.start, self.end = 0, 0, 0
         """The first slots that are in the step, and the columns before its own that they see."""
+        self.is_compileable = False
+        """Whether masks are always made, also where no column is hidden."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The buffers are there from the start."""
@@ -40,12 +54,15 @@ class SlotLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write the step's column, and give all that the rows see."""
-        made = []
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            assert buffer is not None
+        for buffer, states in zip(_buffers(self), (key_states, value_states), strict=True):
             buffer[: self.rows, :, self.end : self.end + 1] = states
-            made.append(buffer[: self.rows, :, self.start : self.end + 1])
-        return made[0], made[1]
+        return self.seen()
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """The keys and values that the step's rows see, its own column as the last."""
+        keys, values = _buffers(self)
+        columns = slice(self.start, self.end + 1)
+        return keys[: self.rows, :, columns], values[: self.rows, :, columns]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The number of columns that the mask has, and the first one's number."""
@@ -60,19 +77,37 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
 
+class WatchedCache(Cache):
+    """The layers as a step's cache, which notes those that the model writes."""
+
+    def __init__(self, layers: Sequence[SlotLayer]) -> None:
+        super().__init__(layers=list(layers))
+        self.written: set[int] = set()
+        """The numbers of the layers that were written; who asks has cleared it before."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values that the step's rows see, its own column written."""
+        self.written.add(layer_idx)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
 class KeyValueSlots:
     """The keys and values of all layers over slots.
 
     Args:
         count: the number of slots.
+        windows: keep room for windows, so that rows are moved seldom where steps see those.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, windows: bool = False) -> None:
+        self._windows = windows
         self.lengths = [0] * count
         """The tokens of each slot; 0: it is free."""
         self._layers: list[SlotLayer] = []
         self._end = 0
-        self._cache: Cache | None = None
+        self._cache: WatchedCache | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -92,12 +127,14 @@ class KeyValueSlots:
         """
         pairs = states_of(read)
         length = pairs[0][0].shape[2]
+        longest = max(length, *self.lengths)
+        end = window_for(longest) - 1 if self._windows else longest
         if not self._layers:
-            self._allocate(pairs, length + SPARE)
+            self._allocate(pairs, window_for(end + SPARE))
         if not any(self.lengths):
-            self._end = length
-        if length > min(self._end, self.columns):
-            self._move(max(length, *self.lengths))
+            self._end = end
+        if end > min(self._end, self.columns):
+            self._move(end)
         for layer, states in zip(self._layers, pairs, strict=True):
             for buffer, own in zip(_buffers(layer), states, strict=True):
                 buffer[slot, :, self._end - length : self._end] = own[0]
@@ -115,27 +152,35 @@ class KeyValueSlots:
         """Let a slot be used again; nothing is written."""
         self.lengths[slot] = 0
 
-    def begin(self, rows: int) -> tuple[Cache, Tensor, list[int]]:
+    def make_room(self, window: int) -> None:
+        """Have so many columns end with that of the next step."""
+        if not window - 1 <= self._end < self.columns:
+            self._move(max(window - 1, *self.lengths))
+
+    def begin(self, rows: int, window: int | None = None) -> tuple[Cache, Tensor, list[int]]:
         """Prepare a step of the first slots.
+
+        Args:
+            rows: how many.
+            window: the columns that they see, at least as many as the longest row with its new
+                token has; None: as many.
 
         Returns:
             The cache that the model is given, the mask (rows, columns) with the step's own as the
             last, and the position of each row's token.
         """
-        longest = max(self.lengths)
-        if self._end + 1 > self.columns:
-            self._move(longest)
-        start = self._end - longest
+        seen = window or 1 + max(self.lengths)
+        self.make_room(seen)
         for layer in self._layers:
-            layer.rows, layer.start, layer.end = rows, start, self._end
+            layer.rows, layer.start, layer.end = rows, self._end + 1 - seen, self._end
+            layer.is_compileable = window is not None
         positions = self.lengths[:rows]
         device = _buffers(self._layers[0])[0].device
         own = torch.tensor(positions, device=device)[:, None]
         # A free slot sees its own token alone: no row is without any.
-        columns = torch.arange(longest + 1, device=device)[None]
-        mask = (columns >= longest - own).long()
+        mask = (torch.arange(seen, device=device)[None] >= seen - 1 - own).long()
         if self._cache is None:
-            self._cache = Cache(layers=list(self._layers))
+            self._cache = WatchedCache(self._layers)
         return self._cache, mask, positions
 
     def end(self) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from lorakit.models.shape import context_length
+from lorakit.routing.slots import Terms
 from lorakit.serving.admission import ClosedError, Queue
 from lorakit.serving.prefixes import Prefixes
 from lorakit.serving.requests import Delta, Request
@@ -32,6 +34,8 @@ class Limits:
     """The most requests that wait for a slot."""
     waiting_tokens: int = 1_000_000
     """The most tokens of their prompts and answers."""
+    compile: Literal["auto", "off", "wait"] = "off"
+    """Whether decode steps are compiled: beside the eager ones, never, or before `warm_up` ends."""
 
 
 class Worker:
@@ -63,6 +67,13 @@ class Worker:
         weight = self.model.get_input_embeddings().weight
         assert isinstance(weight, torch.Tensor)
         return weight.shape[0]
+
+    def warm_up(self, terms: Iterable[Terms] = ()) -> None:
+        """Get ready before the start.
+
+        Args:
+            terms: what rows will use, as far as it is known.
+        """
 
     def start(self) -> None:
         """Begin to answer."""
@@ -115,6 +126,11 @@ class Worker:
     def running(self) -> list[Request]:
         """The requests that have a slot."""
         raise NotImplementedError
+
+    @property
+    def step_counts(self) -> Counter[str]:
+        """The decode steps so far: compiled, or the reason why they were eager."""
+        return Counter()
 
     @property
     def used_share(self) -> float:

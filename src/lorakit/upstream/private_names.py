@@ -7,18 +7,22 @@ uses that are not in here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import (
     NonDynamicallyQuantizableLinear as NonDynamicallyQuantizableLinear,
 )
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 BatchNorm = _BatchNorm
 """The base class of all batch norms."""
@@ -72,6 +76,29 @@ def compile_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     return TorchDynamoException, FailOnRecompileLimitHit
+
+
+def traced(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModule:
+    """The graph of the operations by which a function computes; nothing is computed.
+
+    Tensors that the function reads beside its inputs are attributes of the graph.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    made = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)
+    return made(*inputs)
+
+
+def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """A graph as compiled code, which takes inputs like these, and writes into those it writes.
+
+    Unlike torch.compile it calls nothing, looks at no code, and marks no other thread as one that
+    compiles.
+    """
+    from torch._inductor import compile as inductor
+
+    # Else it would start processes of its own for what takes seconds.
+    return cast(Callable[..., Any], inductor(graph, list(inputs), {"compile_threads": 1}))
 
 
 def is_compiled_wrapper(model: nn.Module) -> bool:
@@ -142,6 +169,21 @@ def own_buffers(module: nn.Module) -> Mapping[str, Tensor | None]:
 def forward_pre_hooks(module: nn.Module) -> Mapping[int, Callable[..., Any]]:
     """The hooks that are called before a module's forward pass."""
     return module._forward_pre_hooks
+
+
+def twin_of(module: nn.Module) -> nn.Module:
+    """Another module with the same parameters, hooks and children, which may be replaced."""
+    made = type(module).__new__(type(module))
+    vars(made).update(vars(module))
+    vars(made)["_modules"] = dict(module._modules)
+    return made
+
+
+def forget_hooks(twin: nn.Module, *hooks: Callable[..., Any]) -> None:
+    """Have a twin not call some of the hooks of the module that it is made from."""
+    for kept in ("_forward_hooks", "_forward_pre_hooks"):
+        others = {n: hook for n, hook in vars(twin)[kept].items() if hook not in hooks}
+        vars(twin)[kept] = OrderedDict(others)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -42,6 +42,9 @@ torch._dynamo.exc FailOnRecompileLimitHit
 torch._dynamo.exc TorchDynamoException
     is what the compiler raises for code that it cannot compile
     such a run ends in torch's traceback, not in our error
+torch._inductor compile
+    compiles a recorded block beside a thread that computes, which torch.compile would mislead
+    the server's decode step is never compiled
 torch._dynamo.OptimizedModule _orig_mod
     is where torch.compile(model) holds the model
     adapters of a compiled model are not found
@@ -68,6 +71,12 @@ torch._ops.OpOverload _schema
 torch.utils._python_dispatch TorchDispatchMode
     sees each operation of a block, to keep its result or to give the kept one back
     activation checkpointing with memory: balanced and low
+torch.utils._pytree tree_flatten
+    finds the tensors in what a block is given
+    the server's decode step is never compiled
+torch.utils._pytree tree_unflatten
+    gives a block's output its form back
+    the server's decode step is never compiled
 torch.utils._pytree tree_leaves
     finds the tensors in what an operation returns
     activation checkpointing with memory: balanced and low

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lorakit.bench.peers import save_random_adapters
 from lorakit.bench.result import OURS, Findings, Goal
 from lorakit.bench.rounds import Participant, Seconds, interleaved
 from lorakit.bench.serving.asking import Client, CompletionRequest
+from lorakit.bench.serving.compiled import compiled_engine, compiled_goals, step_times
 from lorakit.bench.serving.latency import (
     first_token,
     first_token_goals,
@@ -59,8 +61,14 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
         catalog.load_all()
     requests = _requests(settings, int(plain.config.vocab_size), [each.name for each in places])
     changes = slot_changes(settings, engine, catalog, [each.model for each in requests])
-    with served(engine, catalog) as client:
-        seconds = _answer_times(settings, client, engine, catalog, plain, requests)
+    compiling = compiled_engine(settings, engine, catalog)
+    steps = step_times(compiling, catalog, requests, repeats=settings.repeats)
+    with served(engine, catalog) as client, served(compiling, catalog) as compiled:
+        ways = _ways(settings, client, engine, catalog, plain, requests)
+        ways["compiled"] = partial(asked, compiled, requests)
+        seconds = interleaved(
+            {name: Participant(run=run) for name, run in ways.items()}, repeats=settings.repeats
+        )
         first = first_token(client, plain, requests[0], times=settings.first_tokens)
         pause = longest_pause(client, requests, settings)
         unlike = unlike_lengths(client, plain, requests, settings)
@@ -69,10 +77,17 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
     shown = rates | {f"unlike lengths: {name}": rate for name, rate in unlike.items()}
     return Findings(
         timings={"serve": seconds, "first token": first},
-        goals=(*_goals(settings, rates, changes, unlike), *first_token_goals(first), pause),
+        goals=(
+            *_goals(settings, rates, changes, unlike),
+            *compiled_goals(rates, steps),
+            *first_token_goals(first),
+            pause,
+        ),
         tables={
             "tokens": [{"who": name, "tokens/s": rate} for name, rate in shown.items()],
-            "slots": [{"what": what, "time_s": each.median} for what, each in changes.items()],
+            "slots": [
+                {"what": what, "time_s": each.median} for what, each in (changes | steps).items()
+            ],
         },
     )
 
@@ -96,19 +111,19 @@ def _requests(
     ]
 
 
-def _answer_times(
+def _ways(
     settings: ServeBenchConfig,
     client: Client,
     engine: Engine,
     catalog: Catalog,
     plain: Any,
     requests: list[CompletionRequest],
-) -> dict[str, Seconds]:
-    """The times of one answer to each client, by each of the ways."""
+) -> dict[str, Callable[[], object]]:
+    """The ways to get one answer to each client with eager steps."""
     ids = torch.tensor([each.prompt for each in requests])
     names, new_tokens = [each.model for each in requests], settings.new_tokens
     base, one = ([replace(each, model=name) for each in requests] for name in ("base", names[0]))
-    ways = {
+    return {
         "plain": lambda: generated(plain, ids, new_tokens),
         "base": lambda: asked(client, base),
         "route": routed(catalog.bank, engine.model, ids, names, new_tokens),
@@ -116,9 +131,6 @@ def _answer_times(
         "one": lambda: asked(client, one),
         OURS: lambda: asked(client, requests),
     }
-    return interleaved(
-        {name: Participant(run=run) for name, run in ways.items()}, repeats=settings.repeats
-    )
 
 
 def _goals(

@@ -91,9 +91,11 @@ def served(engine: Engine, catalog: Catalog) -> Iterator[Client]:
     import uvicorn
 
     from lorakit.serving.api.app import build_app
+    from lorakit.serving.api.own_engine import OwnEngine
 
     engine.start()
-    config = uvicorn.Config(build_app(engine, catalog), log_level="warning", access_log=False)
+    app = build_app(OwnEngine(engine, catalog))
+    config = uvicorn.Config(app, log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))

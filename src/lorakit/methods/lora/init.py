@@ -56,6 +56,9 @@ def fresh_a(shape: tuple[int, ...], layer: nn.Module, config: LoRAConfig) -> Ten
     """
     a = torch.empty(shape)
     fan_in = shape[0] if isinstance(layer, nn.Embedding) else a[0].numel()
+    if len(shape) == 3 and not isinstance(layer, nn.Conv1d):
+        # Each expert has a start of its own.
+        return torch.stack([fresh_a(shape[1:], layer, config) for _ in range(shape[0])])
     if config.init == "gaussian":
         return nn.init.normal_(a, std=1 / math.sqrt(fan_in))
     if config.init == "orthogonal":

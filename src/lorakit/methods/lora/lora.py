@@ -18,6 +18,8 @@ from lorakit.kernels import fused, plain
 from lorakit.kernels.dropout import Dropout
 from lorakit.layers.operation import Update
 from lorakit.methods.lora.dora import RowNorms, rescaled
+from lorakit.models.base import base_parameter
+from lorakit.models.experts import ExpertMatrices, expert_matrices
 from lorakit.models.linear_probe import own_class, why_no_matmul
 from lorakit.models.quantized_weight import float_weight, is_quantized
 from lorakit.upstream.private_names import (
@@ -32,6 +34,10 @@ ConvNd = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def parameter_shapes(layer: nn.Module, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B for a site on a layer (the table in docs/design/adapter.md)."""
+    if site.is_of_experts:
+        each = matrices_of(layer, site)
+        rows = sum(stop - start for start, stop in site.rows or ((0, each.d_out),))
+        return (each.count, site.rank, each.d_in), (each.count, rows, site.rank)
     if isinstance(layer, nn.Embedding):
         return (site.rank, layer.num_embeddings), (layer.embedding_dim, site.rank)
     if isinstance(layer, ConvNd):
@@ -54,8 +60,20 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     return first, math.prod(others)
 
 
+def matrices_of(module: nn.Module, site: Site) -> ExpertMatrices:
+    """The parameter of a module of experts that a site changes."""
+    return next(each for each in expert_matrices(module) if each.name == site.parameter)
+
+
 def matrix_of(layer: nn.Module, site: Site) -> Tensor:
-    """The part of a layer's weight that a site changes, as a matrix (d_out, d_in)."""
+    """The part of a layer's weight that a site changes, as a matrix (d_out, d_in).
+
+    Of experts a matrix for each, (experts, d_out, d_in).
+    """
+    if site.is_of_experts:
+        stack = base_parameter(layer, site.parameter).detach()
+        stack = stack.mT if site.kind == "experts-transposed" else stack
+        return stack if site.rows is None else stack[:, positions(site.rows, stack.device)]
     weight = float_weight(layer).detach()
     matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight.flatten(1)
     if site.rows is None:
@@ -70,6 +88,11 @@ def kind_of(layer: nn.Module) -> LayerKind:
     if isinstance(layer, ConvNd):
         return "conv"
     return "transposed" if isinstance(layer, Conv1D) else "linear"
+
+
+def kind_of_experts(matrices: ExpertMatrices) -> LayerKind:
+    """The form in which a parameter holds the matrices of experts."""
+    return "experts-transposed" if matrices.transposed else "experts"
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from lorakit.adapter.site import Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.lora.eva import SingularVectors
+from lorakit.methods.lora.experts import ExpertsUpdate, part_key
 from lorakit.methods.lora.init import fresh_tensors
 from lorakit.methods.lora.lora import LoRAUpdate, LowRank, parameter_shapes
 from lorakit.methods.lora.pissa import split_frozen_factors
@@ -52,20 +53,33 @@ class LowRankComponent(Component):
         return shapes | magnitude if self.config.use_dora else shapes
 
     @property
+    def matrices(self) -> int:
+        """How many matrices it changes: one, or one for each expert."""
+        return self.shape_a[0] if self.site.is_of_experts else 1
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of a matrix, or of the slice of it."""
+        if self.site.is_of_experts:
+            return self.shape_b[1], self.shape_a[2]
+        return self.shape_b[0], math.prod(self.shape_a[1:])
+
+    @property
     def parameters(self) -> int:
         """The number of values that are trained: those of frozen factors are not."""
-        d_out, d_in = self.shape_b[0], math.prod(self.shape_a[1:])
+        d_out, d_in = self.matrix_shape
         of_rank = d_out if self.config.freeze_a else d_out + d_in
-        trained = (self.site.rank - self.site.frozen) * of_rank
+        trained = (self.site.rank - self.site.frozen) * of_rank * self.matrices
         return trained + (d_out if self.config.use_dora else 0)
 
     @property
     def row(self) -> tuple[str, ...]:
         """Its row of the match table."""
-        site, size = self.site, f"{self.shape_b[0]}×{math.prod(self.shape_a[1:])}"
+        site, size = self.site, "×".join(map(str, self.matrix_shape))
+        size = f"{self.matrices} × {size}" if site.is_of_experts else size
         return site.name, self.role or "", size, str(site.rank), f"{site.scale:g}"
 
-    def update(self, materials: Materials) -> LoRAUpdate:
+    def update(self, materials: Materials) -> LoRAUpdate | ExpertsUpdate:
         """The update of the layer; a fresh A is drawn from torch's global generator."""
         layer = materials.modules[self.path]
         device = device_of(layer)
@@ -77,7 +91,10 @@ class LowRankComponent(Component):
             name.rpartition(".")[2]: values.to(device, copy=copy)
             for name, values in split_frozen_factors((self.site,), own).items()
         }
-        return LoRAUpdate({self.site.role or "whole": LowRank(self.site, self.config, weights)})
+        part = LowRank(self.site, self.config, weights)
+        if self.site.is_of_experts:
+            return ExpertsUpdate({part_key(part): part})
+        return LoRAUpdate({self.site.role or "whole": part})
 
     def _fresh(self, layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
         """The tensors of a fresh start, by their names in an adapter."""
@@ -95,7 +112,7 @@ def low_rank_component(
     """The component of a site on a layer of a base."""
     a, b = parameter_shapes(layer, site)
     return LowRankComponent(
-        path=site.path,
+        path=site.module_path,
         method=config.method,
         site=site,
         role=role or site.role,

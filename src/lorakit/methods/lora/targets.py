@@ -7,12 +7,18 @@ from typing import TypeVar
 
 from torch import nn
 
-from lorakit.adapter.site import Site, scale_of
+from lorakit.adapter.site import LayerKind, Site, scale_of
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import TargetError
 from lorakit.methods.bitfit import bias_paths, trained_bias
 from lorakit.methods.component import Component
-from lorakit.methods.lora.lora import is_linear, kind_of, matrix_shape, why_not_adaptable
+from lorakit.methods.lora.lora import (
+    is_linear,
+    kind_of,
+    kind_of_experts,
+    matrix_shape,
+    why_not_adaptable,
+)
 from lorakit.methods.lora.low_rank import low_rank_component
 from lorakit.models.linear_probe import own_class
 from lorakit.models.reads import only_read
@@ -35,11 +41,17 @@ def components(model: nn.Module, config: LoRAConfig) -> tuple[Component, ...]:
     alphas = _by_target(model, kept, config.alpha_pattern, "alpha_pattern")
     _check_ranks(model, {target: ranks.get(target, config.rank) for target in kept}, config)
     sites = [(target, _site(model, target, config, ranks, alphas)) for target in kept]
-    adapted = {target.path for target in kept} if config.bias == "lora" else None
+    adapted = (
+        {target.path for target in kept if target.experts is None}
+        if config.bias == "lora"
+        else None
+    )
     biased = () if config.bias == "none" else bias_paths(model, only=adapted)
     return (
         *(
-            low_rank_component(model.get_submodule(target.path), site, config, role=target.role)
+            low_rank_component(
+                model.get_submodule(target.module_path), site, config, role=target.role
+            )
             for target, site in sites
         ),
         *(trained_bias(model.get_submodule(path), path, config) for path in biased),
@@ -50,6 +62,7 @@ def _check_adaptable(model: nn.Module, kept: Sequence[Target]) -> None:
     problems = [
         f"{target.path} is a {own_class(layer).__name__}: {reason}"
         for target in kept
+        if target.experts is None
         for layer in [model.get_submodule(target.path)]
         if (reason := why_not_adaptable(layer)) is not None
     ]
@@ -64,7 +77,8 @@ def _check_form(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) ->
         TargetError: there are such.
     """
     form = "use_dora" if config.use_dora else "init eva" if config.init == "eva" else None
-    others = {target.path: model.get_submodule(target.path) for target in kept}
+    form = "init pissa" if config.init == "pissa" and any(t.experts for t in kept) else form
+    others = {target.path: model.get_submodule(target.module_path) for target in kept}
     problems = [
         f"{path} is a {type(layer).__name__}"
         for path, layer in others.items()
@@ -83,7 +97,11 @@ def _check_dropout(model: nn.Module, kept: Sequence[Target], config: LoRAConfig)
         TargetError: the model reads the weight of a target by itself.
     """
     read = only_read(model) if config.dropout else ()
-    problems = [target.name for target in kept if target.path in read]
+    problems = [
+        target.name
+        for target in kept
+        if target.path in read or (config.dropout and target.experts is not None)
+    ]
     if problems:
         raise TargetError.listing(
             "the model reads the weights of some targets by itself, where no input can be dropped: "
@@ -100,7 +118,7 @@ def _check_ranks(model: nn.Module, ranks: Mapping[Target, int], config: LoRAConf
     """
     problems = []
     for target, rank in ranks.items():
-        d_out, d_in = matrix_shape(model.get_submodule(target.path))
+        d_out, d_in = _matrix_shape(model, target)
         d_out = d_out if target.rows is None else sum(stop - start for start, stop in target.rows)
         most = {"pissa": min(d_out, d_in), "eva": d_in}.get(config.init, rank)
         if rank > most:
@@ -140,7 +158,7 @@ def _site(
     rank = ranks.get(target, config.rank)
     alpha = alphas.get(target, config.alpha)
     numerator = float(rank if alpha is None else alpha)
-    layer = model.get_submodule(target.path)
+    layer = model.get_submodule(target.module_path)
     scale = scale_of(rank, numerator, use_rslora=config.use_rslora)
     frozen = rank if config.init == "pissa" else 0
     if frozen:
@@ -155,6 +173,18 @@ def _site(
         scale=scale,
         frozen=frozen,
         groups=getattr(layer, "groups", 1),
-        kind=kind_of(layer),
-        layer_rows=None if target.rows is None else matrix_shape(layer)[0],
+        kind=_kind(layer, target),
+        layer_rows=None if target.rows is None else _matrix_shape(model, target)[0],
     )
+
+
+def _matrix_shape(model: nn.Module, target: Target) -> tuple[int, int]:
+    """(d_out, d_in) of a target's whole matrix, or of each expert's."""
+    each = target.experts
+    if each is None:
+        return matrix_shape(model.get_submodule(target.path))
+    return each.d_out, each.d_in
+
+
+def _kind(layer: nn.Module, target: Target) -> LayerKind:
+    return kind_of(layer) if target.experts is None else kind_of_experts(target.experts)
