@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import lorakit as lk
+from forks import Forks
 from lorakit.cli.main import main
 from references import attach_random
 from tiny_models import build
@@ -138,3 +139,44 @@ def test_adapters_that_cannot_be_served_are_all_told(capsys, tiny_llama, adapter
     assert "2 problems" in problem
     assert "one: " in problem
     assert "two: " in problem
+
+
+@pytest.mark.thorough
+def test_a_front_has_a_server_answer_and_leaves_nothing_behind(
+    tmp_path_factory, tiny_llama, adapters
+):
+    # `forks` runs one program at a time.
+    ports = [free_port(), free_port()]
+    several = [Forks(tmp_path_factory.mktemp("forks")) for _ in ports]
+    words = ["--adapters", str(adapters), "--port"]
+    server = several[0].start(
+        SERVE, "--model", str(tiny_llama), "--name", "tiny", *words, str(ports[0])
+    )
+    url = f"http://127.0.0.1:{ports[0]}"
+    with (
+        httpx.Client(base_url=url, timeout=TIMEOUT_S) as behind,
+        httpx.Client(base_url=f"http://127.0.0.1:{ports[1]}", timeout=TIMEOUT_S) as client,
+    ):
+        wait_for(behind)
+        front = several[1].start(SERVE, "--upstream", url, *words, str(ports[1]))
+        wait_for(client)
+        body = {"model": "mine", "prompt": "red", "max_tokens": 20, "temperature": 0}
+        body |= {"ignore_eos": True}
+        expected = behind.post("/v1/completions", json=body).json()
+        found = client.post("/v1/completions", json=body).json()
+        assert found["choices"] == expected["choices"]
+        names = [card["id"] for card in behind.get("/v1/models").json()["data"]]
+        assert [name.partition("@")[0] for name in names] == ["tiny", "mine", "mine"]
+        with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            os.kill(front.pid, signal.SIGTERM)
+            assert list(lines)[-1] == "data: [DONE]"
+        assert front.finish()[:2] == (0, "")
+        names = [card["id"] for card in behind.get("/v1/models").json()["data"]]
+        assert names == ["tiny", "mine"]
+    assert not any((adapters / ".copies").iterdir())
+    os.kill(server.pid, signal.SIGTERM)
+    assert server.finish()[:2] == (0, "")
+    for each in several:
+        each.close()

@@ -5,6 +5,7 @@ from starlette.testclient import TestClient
 import lorakit as lk
 from lorakit.models.load import load_model
 from lorakit.serving.api.app import build_app
+from lorakit.serving.api.own_engine import OwnEngine
 from lorakit.serving.catalog import Catalog
 from lorakit.serving.engine import Engine
 from lorakit.serving.worker import Limits
@@ -32,8 +33,8 @@ class Server:
         )
         self.catalog.load_all()
         self.engine.start()
-        app = build_app(self.engine, self.catalog, policy)
-        self.client = TestClient(app, raise_server_exceptions=False)
+        self.app = build_app(OwnEngine(self.engine, self.catalog), policy)
+        self.client = TestClient(self.app, raise_server_exceptions=False)
 
     def post(self, path, **body):
         return self.client.post(path, json=body)

@@ -216,6 +216,13 @@ def test_errors_of_http_have_the_envelope_too(server):
         headers={"content-type": "application/json"},
     )
     assert half.status_code == half.json()["error"]["code"] == 400
+    twice = server.client.post(
+        "/v1/completions",
+        content='{"prompt": "red", "adapters": [{"name": "small", "name": "wide"}]}',
+        headers={"content-type": "application/json"},
+    )
+    assert twice.status_code == twice.json()["error"]["code"] == 400
+    assert "'name' more than once" in twice.json()["error"]["message"]
     for method, path, status in (
         ("GET", "/nowhere", 404),
         ("GET", "/v1/completions", 405),
@@ -245,6 +252,10 @@ def test_a_full_queue_is_429(words, folder):
     response = server.complete(prompt=["red", "cat", "old"])
     assert response.status_code == response.json()["error"]["code"] == 429
     assert response.headers["retry-after"] == "1"
+    with server.engine.queue.reserved(1):
+        # The body is not even read, in which something is wrong.
+        assert server.complete(temprature=1).status_code == 429
+    assert server.complete(temprature=1).status_code == 400
     server.engine.close()
 
 

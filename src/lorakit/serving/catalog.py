@@ -1,11 +1,9 @@
-"""The models by their names in requests: the base, its adapters, and weighted combinations."""
+"""The models by their names in requests, on a base in memory, and what answers for each."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,33 +17,17 @@ from lorakit.attachment.state import attachment_for, identity_of
 from lorakit.bank import AdapterBank, Held
 from lorakit.data.chat import with_template
 from lorakit.data.template_limits import check_template
-from lorakit.errors import AdapterFileError, BankError, ConfigError, LorakitError, did_you_mean
+from lorakit.errors import AdapterFileError, BankError
 from lorakit.layers.operation import Update
 from lorakit.models.load import fresh_heads, labels_of, task_of
 from lorakit.routing.slots import check_slots
+from lorakit.serving.names import Names
 from lorakit.serving.places import Places
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Use
 
 ENCODING = ("classification", "regression")
 """The tasks of an encoder's adapters."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """An adapter that requests may name."""
-
-    folder: Path
-    since: int
-    """When it was loaded, in seconds since 1970."""
-    load_s: float
-    """How long that took."""
-    record: Adapter
-    """Its settings, origin and training card, without tensors."""
-    size_bytes: int
-    """The memory of its tensors."""
-    base: str
-    """Whether it was trained on this base: same, unknown, or how that one differs."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +58,7 @@ class Chosen:
     """On an encoder, those of the adapters, or that of the base; None: one has no trained head."""
 
 
-class Catalog:
+class Catalog(Names[Chosen]):
     """The base and its adapters by name; adapters come and go while others answer.
 
     Args:
@@ -104,11 +86,9 @@ class Catalog:
         budget_bytes: int | None = None,
         encodes: bool = False,
     ) -> None:
-        self.name = name
+        super().__init__(name, Places(folder, resolve=resolve, hub=hub))
         self._encodes = encodes
-        self.since = int(time.time())
         self.tokenizer = tokenizer
-        self.places = Places(folder, resolve=resolve, hub=hub)
         self._model = model
         self._bank = AdapterBank(
             model,
@@ -116,162 +96,31 @@ class Catalog:
             allow_other_base=allow_other_base,
             check=self._check,
         )
-        self._loaded: dict[str, Loaded] = {}
-        self._unloaded: set[str] = set()
-        """Names that are not looked for: who unloads an adapter wants it gone."""
-        self._loading = threading.RLock()
-        self._base = _base_hash(model)
-
-    @property
-    def adapters(self) -> Mapping[str, Loaded]:
-        """Those that requests may name."""
-        return dict(self._loaded)
+        self.base_hash = _base_hash(model)
+        """What stands for the base's weights in a fingerprint."""
 
     @property
     def bank(self) -> AdapterBank:
         """The bank that holds them."""
         return self._bank
 
-    def load_all(self) -> None:
-        """Load the adapter that the folder is, or those right in it; none if names are resolved.
+    @property
+    def resident(self) -> Collection[str]:
+        """The names of those in memory."""
+        return self._bank.resident
 
-        Raises:
-            ConfigError: some cannot be used; with the reason of each.
-        """
-        folder = self.places.folder
-        if folder is None:
-            return
-        if not folder.is_dir():
-            raise ConfigError(f"adapters: there is no folder {folder}")
-        problems = []
-        for place in [] if self.places.resolve else self.places.found():
-            try:
-                self.load(place.name, str(place))
-            except LorakitError as error:
-                problems.append(f"{place.name}: {error}")
-        if problems:
-            raise ConfigError.listing("these adapters can't be served", problems)
+    @property
+    def resident_bytes(self) -> int:
+        """The memory of those in it."""
+        return self._bank.resident_bytes
 
-    def load(self, name: str, path: str, *, in_place: bool = False) -> None:
-        """Load an adapter under a name, and have it answer from then on.
-
-        Requests that were accepted before end on the weights that they began with.
-
-        Args:
-            name: what requests call it.
-            path: its folder, within the allowed one or relative to it.
-            in_place: take the place of an adapter of that name.
-
-        Raises:
-            RefusalError: the name is taken, or the path outside of the allowed folder.
-            LorakitError: the adapter can't be used; nothing changes.
-        """
-        with self._loading:
-            if name == self.name or not name:
-                raise RefusalError(
-                    f"an adapter can't be called {name!r}, which means the base",
-                    param="lora_name",
-                    kind="InvalidUserInput",
-                )
-            if name in self._loaded and not in_place:
-                raise RefusalError(
-                    f"The lora adapter '{name}' has already been loaded. If you want to load the "
-                    "adapter in place, set 'load_inplace' to True.",
-                    param="lora_name",
-                    kind="InvalidUserInput",
-                )
-            self._load(name, self.places.allowed(path))
-
-    def _load(self, name: str, folder: Path) -> None:
-        began = time.monotonic()
+    def _take(self, name: str, folder: Path) -> tuple[Adapter, str, int, str]:
         record = self._bank.load(name, folder)
-        took, size = time.monotonic() - began, self._bank.size_bytes(name)
-        base = self._base_check(record)
-        self._loaded[name] = Loaded(folder, int(time.time()), took, record, size, base)
-        self._unloaded.discard(name)
+        held, size = self._bank.hold(name), self._bank.size_bytes(name)
+        return record, held.content_hash, size, self._base_check(record)
 
-    def unload(self, name: str) -> None:
-        """Forget an adapter; requests that were accepted with it are answered by it.
-
-        Raises:
-            RefusalError: there is none of that name.
-        """
-        with self._loading:
-            if name not in self._loaded:
-                raise RefusalError(
-                    f"The lora adapter '{name}' cannot be found{did_you_mean(name, self._loaded)}",
-                    404,
-                    param="lora_name",
-                )
-            del self._loaded[name]
-            self._unloaded.add(name)
-            self._bank.unload(name)
-
-    def choose(
-        self,
-        model: str | None,
-        adapter_id: str | None = None,
-        adapters: Sequence[tuple[str, float]] | None = None,
-        *,
-        check: Callable[[Sequence[str]], None] = lambda names: None,
-    ) -> Chosen:
-        """What a request names, as it is now.
-
-        Args:
-            model: the base, an adapter, or BASE:ADAPTER; None or "": the base.
-            adapter_id: an adapter, in the words of LoRAX.
-            adapters: several with weights, which are summed.
-            check: is called with the adapters' names before any is looked for and loaded; raises
-                where they may not be asked.
-
-        Raises:
-            RefusalError: a name is not known, or they contradict each other.
-            LorakitError: an adapter was evicted, and its folder is not what it was.
-        """
-        named = self._adapter_of(model)
-        if adapter_id:
-            if named not in (None, adapter_id):
-                raise RefusalError(
-                    f"model names {named!r} and adapter_id {adapter_id!r}: give one",
-                    param="adapter_id",
-                )
-            named = self._known(adapter_id, "adapter_id")
-        if adapters is None:
-            pairs = [] if named is None else [(named, 1.0)]
-        elif named is not None:
-            raise RefusalError(
-                f"the request names the adapter {named!r}, and adapters too: give one",
-                param="adapters",
-            )
-        else:
-            pairs = [(self._known(name, "adapters"), weight) for name, weight in adapters]
-        check([name for name, _ in pairs])
-        for name, _ in pairs:
-            self._resolve(name)
-        return self._chosen(named or model or self.name, pairs)
-
-    def _resolve(self, name: str) -> None:
-        """Load an adapter that is asked for the first time."""
-        if name not in self._loaded:
-            with self._loading:
-                if name not in self._loaded:
-                    self._load(name, self.places.resolved(name))
-
-    def _adapter_of(self, model: str | None) -> str | None:
-        """The adapter that a model's name means; None: the base."""
-        if not model or model == self.name:
-            return None
-        if model not in self._loaded and model.startswith(f"{self.name}:"):
-            return self._known(model.removeprefix(f"{self.name}:"), "model")
-        return self._known(model, "model")
-
-    def _known(self, name: str, param: str) -> str:
-        may_come = name not in self._unloaded and self.places.may_resolve(name)
-        if name not in self._loaded and not may_come:
-            known = [self.name, *self._loaded]
-            hint = did_you_mean(name, known) or f". There are: {', '.join(known[:8])}"
-            raise RefusalError(f"The model `{name}` does not exist{hint}", 404, param=param)
-        return name
+    def _drop(self, name: str) -> None:
+        self._bank.unload(name)
 
     def _chosen(self, name: str, pairs: Sequence[tuple[str, float]]) -> Chosen:
         try:
@@ -287,7 +136,7 @@ class Catalog:
         return Chosen(
             name=name,
             use=use,
-            fingerprint=use.fingerprint(self._base),
+            fingerprint=use.fingerprint(self.base_hash),
             tokenizer=with_template(
                 self.tokenizer, templates.pop() if len(templates) == 1 else None
             ),

@@ -45,8 +45,7 @@ class Use:
     @cached_property
     def key(self) -> str:
         """The same for the same weights: of content, never of names."""
-        parts = (f"{held.content_hash or id(held.updates)}*{w!r}" for held, w in self.adapters)
-        return "+".join(sorted(parts))
+        return key_of([(h.content_hash or str(id(h.updates)), w) for h, w in self.adapters])
 
     @property
     def is_known(self) -> bool:
@@ -55,7 +54,17 @@ class Use:
 
     def fingerprint(self, base: str) -> str:
         """What an answer of these weights on a base carries, to tell it from those of others."""
-        return f"fp_{hashlib.sha256(f'{base} {self.key}'.encode()).hexdigest()[:16]}"
+        return fingerprint_of(base, self.key)
+
+
+def key_of(adapters: Sequence[tuple[str, float]]) -> str:
+    """The same for the same content hashes and weights of adapters, in whichever order."""
+    return "+".join(sorted(f"{content_hash}*{weight!r}" for content_hash, weight in adapters))
+
+
+def fingerprint_of(base: str, key: str) -> str:
+    """What tells the answers of a base and the weights of a key from those of others."""
+    return f"fp_{hashlib.sha256(f'{base} {key}'.encode()).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
-"""A server from its settings: the base, its adapters, the engine, the API, and their end."""
+"""A server from its settings: what answers, its adapters, the API, and their end."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
+import tempfile
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,10 +27,16 @@ from lorakit.models.load import encodes, fresh_heads, load_model
 from lorakit.serving.catalog import ENCODING, Catalog
 from lorakit.serving.encoder_engine import EncoderEngine
 from lorakit.serving.engine import Engine
+from lorakit.serving.places import Places
 from lorakit.serving.worker import Limits, Worker
+
+if TYPE_CHECKING:
+    from lorakit.serving.api.backend import Backend
 
 BACKLOG = 2048
 """Connections that the system keeps until they are accepted, as uvicorn has it."""
+COPIES = ".copies"
+"""The folder, in that of the adapters, of copies that upstream servers read."""
 
 
 def say(text: str) -> None:
@@ -71,6 +80,7 @@ def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
     """
     try:
         import fastapi  # noqa: F401
+        import httpx2  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
@@ -84,22 +94,62 @@ def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
     check_host(settings.host, keys)
     listening = _listening(settings)
     try:
-        engine, catalog = prepared(settings, note=note)
+        backend = (
+            _relay(settings, note, listening.getsockname()[1])
+            if settings.upstream
+            else _own_engine(settings, note)
+        )
         policy = Policy(keys=keys, lenient=settings.lenient, most_bytes=settings.most_bytes)
-        app = build_app(engine, catalog, policy)
-        engine.start()
+        app = build_app(backend, policy)
         host, port = listening.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         # Who reads that it answers may ask at once: until the loop runs, the system keeps them.
         listening.listen(BACKLOG)
-        if settings.max_length is not None and settings.max_length > engine.max_length:
-            note(f"max_length is {engine.max_length}: the model's context has no more tokens")
-        names = ", ".join(catalog.adapters) or "no adapters"
-        note(f"{catalog.name} with {names} answers at {url}/v1")
-        answer_until_told(app, engine, listening, note)
+        names = ", ".join(backend.names.adapters) or "no adapters"
+        note(f"{backend.names.name} with {names} answers at {url}/v1")
+        answer_until_told(app, backend, listening, note)
     finally:
         listening.close()
     return url
+
+
+def _own_engine(settings: ServeConfig, note: Note) -> Backend:
+    """An engine of this process, which runs, and its models."""
+    from lorakit.serving.api.own_engine import OwnEngine
+
+    engine, catalog = prepared(settings, note=note)
+    if settings.max_length is not None and settings.max_length > engine.max_length:
+        note(f"max_length is {engine.max_length}: the model's context has no more tokens")
+    engine.start()
+    return OwnEngine(engine, catalog)
+
+
+def _relay(settings: ServeConfig, note: Note, port: int) -> Backend:
+    """Other servers, which are looked after, and their models.
+
+    Raises:
+        ConfigError: none of them can answer, or not with an adapter.
+    """
+    from lorakit.serving.fleet.fleet import Fleet
+    from lorakit.serving.fleet.fleet_names import FleetNames
+    from lorakit.serving.fleet.member_keys import read_keys
+    from lorakit.serving.fleet.relay import Relay
+
+    urls = list(settings.upstream)
+    keys = read_keys(settings.upstream_key_file, urls)
+    places = Places(settings.adapters, resolve=settings.resolve, hub=settings.hub)
+    # A name that a server which is started again has too: what it could not clear away goes then.
+    own = f"{socket.gethostname()}-{port}"
+    copies = (places.folder or Path(tempfile.gettempdir())) / COPIES / own
+    shutil.rmtree(copies, ignore_errors=True)
+    fleet = Fleet(urls, keys, copies_in=copies, holders=settings.upstream_holders, note=note)
+    names = FleetNames(fleet, settings.name or fleet.first.base, places)
+    try:
+        names.load_all()
+    except ConfigError:
+        fleet.close()
+        raise
+    return Relay(fleet, names)
 
 
 def prepared(settings: ServeConfig, *, note: Note = say) -> tuple[Worker, Catalog]:

@@ -99,22 +99,23 @@ async def _events(answering: Answering, form: Form, *, with_usage: bool) -> Asyn
         for answer in answering.answers:
             opening = form.opening(answer)
             if opening is not None:
-                yield _event(form.event([opening], **empty))
+                yield event(form.event([opening], **empty))
         async for answer, delta in answering.steps():
             if delta.finish == "cancelled":
                 raise RefusalError("the answer was ended: the server stops", 503)
             # A token may give no text yet; with log-probabilities it is told all the same.
             step = form.step(answer, delta)
             if delta.text or delta.finish or step["logprobs"] or delta.prompt_tokens:
-                yield _event(form.event([step], **empty))
+                yield event(form.event([step], **empty))
         if with_usage:
-            yield _event(form.event([], usage=answering.usage))
+            yield event(form.event([], usage=answering.usage))
     except Exception as error:
-        yield _event(envelope(refusal_of(error)))
+        yield event(envelope(refusal_of(error)))
     finally:
         answering.cancel()
     yield "data: [DONE]\n\n"
 
 
-def _event(data: dict[str, Any]) -> str:
+def event(data: dict[str, Any]) -> str:
+    """An event of a stream."""
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

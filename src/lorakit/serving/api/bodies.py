@@ -12,6 +12,8 @@ from lorakit.serving.refusals import RefusalError
 
 MOST_CHOICES = 16
 MOST_ALTERNATIVES = 20
+MOST_INPUTS = 2048
+"""The texts of a request to an encoder, as many as OpenAI allows."""
 Share = Annotated[float, Field(gt=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -31,18 +33,22 @@ class Body(BaseModel):
 def check_known(body: Body, *, lenient: bool) -> None:
     """Refuse fields that nobody knows: a misspelt one would silently change nothing.
 
+    Args:
+        body: what was asked.
+        lenient: forget such fields in place of refusing them.
+
     Raises:
         RefusalError: there are such; names them all, with the nearest known ones.
     """
-    found = list(_unknown(body, ""))
+    found = list(_unknown(body, "", forget=lenient))
     if found and not lenient:
         raise RefusalError("; ".join(text for _, text in found), param=found[0][0])
 
 
-def _unknown(part: Any, path: str) -> Iterator[tuple[str, str]]:
+def _unknown(part: Any, path: str, *, forget: bool) -> Iterator[tuple[str, str]]:
     if isinstance(part, list):
         for index, each in enumerate(part):
-            yield from _unknown(each, f"{path}[{index}]")
+            yield from _unknown(each, f"{path}[{index}]", forget=forget)
     if not isinstance(part, Body):
         return
     known = type(part).model_fields
@@ -50,7 +56,10 @@ def _unknown(part: Any, path: str) -> Iterator[tuple[str, str]]:
         where = f"{path}.{name}" if path else name
         yield where, f"unknown field {where}{did_you_mean(name, known)}"
     for name in known:
-        yield from _unknown(getattr(part, name), f"{path}.{name}" if path else name)
+        inner = f"{path}.{name}" if path else name
+        yield from _unknown(getattr(part, name), inner, forget=forget)
+    if forget and part.model_extra:
+        part.model_extra.clear()
 
 
 class StreamOptions(Body):
@@ -78,6 +87,11 @@ class Addressed(Body):
     """Adapters whose updates are added up, each times its weight."""
     user: str | None = None
     """Not used."""
+
+    @property
+    def weighted(self) -> list[tuple[str, float]] | None:
+        """The adapters and their weights."""
+        return None if self.adapters is None else [(a.name, a.weight) for a in self.adapters]
 
 
 class JsonSchema(Body):
@@ -228,13 +242,31 @@ class TextPart(Body):
     text: str
 
 
+class CalledFunction(Body):
+    """A function that was called."""
+
+    name: str
+    arguments: str = "{}"
+    """In JSON."""
+
+
+class CalledTool(Body):
+    """A call of an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    """Not used: of the stream that it came in."""
+
+
 class MessageBody(Body):
     """A turn of a conversation."""
 
     role: Annotated[str, Field(min_length=1)]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[CalledTool] | None = None
     """What an earlier turn of the assistant called."""
     tool_call_id: str | None = None
     """Of the call that a tool's turn answers."""
@@ -260,11 +292,12 @@ class ChatBody(Asked):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     """And so many of the likeliest."""
     tools: list[Tool] | None = None
-    """Functions, one of which the answer must call, as `tool_choice` says."""
+    """Functions that the answer may call, or must, as `tool_choice` says."""
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    """none, required (one of the tools), or one of them; auto is not supported."""
+    """auto (text, or calls), which is meant where nothing is said; none, required, or one of the
+    tools."""
     parallel_tool_calls: bool | None = None
-    """Not used."""
+    """false: the answer calls once at most."""
     store: bool | None = None
     """Not used."""
     metadata: dict[str, Any] | None = None
@@ -279,6 +312,38 @@ class ChatBody(Asked):
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise ValueError("max_tokens and max_completion_tokens are the same: give one")
         return self
+
+
+class Pair(Body):
+    """A text, and perhaps a second one, for what was trained on pairs."""
+
+    text: str
+    text_pair: str | None = None
+
+
+Input = str | Pair | list[int] | list[str] | list[Pair] | list[list[int]]
+
+
+class EncodedBody(Addressed):
+    """What both kinds of requests have."""
+
+    input: Input
+    """A text, several, pairs of texts, or the same as token ids."""
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    """Cut what is longer to so many tokens; -1: to the model's context; None: refuse it."""
+
+
+class EmbeddingsBody(EncodedBody):
+    """A request of /v1/embeddings."""
+
+    encoding_format: Literal["float", "base64"] = "float"
+    """Numbers, or the bytes of 32-bit ones."""
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """As many as the model has."""
+
+
+class ClassifyBody(EncodedBody):
+    """A request of /v1/classify."""
 
 
 class LoadBody(Body):

@@ -7,68 +7,39 @@ import struct
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from lorakit.models.load import is_multi_label
 from lorakit.serving.api.answering import finished
 from lorakit.serving.api.asking import Answering, check_ids
-from lorakit.serving.api.bodies import Addressed, Body
+from lorakit.serving.api.bodies import (
+    MOST_INPUTS,
+    Addressed,
+    ClassifyBody,
+    EmbeddingsBody,
+    EncodedBody,
+    Input,
+    Pair,
+)
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.catalog import Chosen, Head
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Delta, Goal, Request
 from lorakit.serving.worker import Worker
 
-MOST_INPUTS = 2048
-"""Of one request, as many as OpenAI allows."""
-
-
-class Pair(Body):
-    """A text, and perhaps a second one, for what was trained on pairs."""
-
-    text: str
-    text_pair: str | None = None
-
-
-Input = str | Pair | list[int] | list[str] | list[Pair] | list[list[int]]
-
-
-class EncodedBody(Addressed):
-    """What both kinds of requests have."""
-
-    input: Input
-    """A text, several, pairs of texts, or the same as token ids."""
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    """Cut what is longer to so many tokens; -1: to the model's context; None: refuse it."""
-
-
-class EmbeddingsBody(EncodedBody):
-    """A request of /v1/embeddings."""
-
-    encoding_format: Literal["float", "base64"] = "float"
-    """Numbers, or the bytes of 32-bit ones."""
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-    """As many as the model has."""
-
-
-class ClassifyBody(EncodedBody):
-    """A request of /v1/classify."""
-
 
 class Encoding:
-    """Answers the two paths.
+    """The answers of an engine of encoders.
 
     Args:
         engine: that is to answer.
         choose: says which weights a body names.
-        check: refuses fields that nobody knows.
         metrics: where requests are counted.
     """
 
@@ -76,15 +47,10 @@ class Encoding:
         self,
         engine: Worker,
         choose: Callable[[Addressed, HttpRequest], Chosen],
-        check: Callable[[Body], None],
         metrics: Metrics,
     ) -> None:
-        self._engine, self._choose, self._check = engine, choose, check
+        self._engine, self._choose = engine, choose
         self._metrics = metrics
-        self.posts: dict[str, Callable[..., Any]] = {
-            "/v1/embeddings": self.embeddings,
-            "/v1/classify": self.classify,
-        }
 
     async def embeddings(self, body: EmbeddingsBody, http: HttpRequest) -> Response:
         """The embeddings of texts, each of length 1."""
@@ -119,7 +85,6 @@ class Encoding:
         self, body: EncodedBody, http: HttpRequest, goal: Goal
     ) -> tuple[Chosen, list[Tensor], int]:
         """What answers, its output for each input, and the number of tokens."""
-        self._check(body)
 
         def prepare() -> tuple[Chosen, list[Request]]:
             chosen = self._choose(body, http)

@@ -5,23 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from lorakit.serving.api.metrics import Metrics
-from lorakit.serving.catalog import Catalog, Loaded
+from lorakit.serving.names import Loaded, Names
 
 
-def inventory(catalog: Catalog, metrics: Metrics) -> dict[str, Any]:
+def inventory(names: Names[Any], metrics: Metrics) -> dict[str, Any]:
     """The base, the adapters that requests may name, and those that can be loaded."""
-    loaded = catalog.adapters
-    resident = set(catalog.bank.resident)
+    loaded = names.adapters
+    resident = set(names.resident)
     held = {each.folder for each in loaded.values()}
     return {
         "object": "list",
-        "base": {"name": catalog.name, "requests": metrics.answered(catalog.name)},
-        "loads": catalog.places.folder is not None,
+        "base": {"name": names.name, "requests": metrics.answered(names.name)},
+        "loads": names.places.folder is not None,
         "data": [
             _shown(name, each) | {"in_memory": name in resident, "requests": metrics.answered(name)}
             for name, each in loaded.items()
         ],
-        "not_loaded": [place.name for place in catalog.places.found() if place not in held],
+        "not_loaded": [place.name for place in names.places.found() if place not in held],
     }
 
 
@@ -36,4 +36,5 @@ def _shown(name: str, loaded: Loaded) -> dict[str, Any]:
         "size_bytes": loaded.size_bytes,
         "load_s": round(loaded.load_s, 4),
         "base": loaded.base,
+        "content_hash": loaded.content_hash,
     }

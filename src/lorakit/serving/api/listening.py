@@ -12,14 +12,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from lorakit.answering.answer import Note
-from lorakit.serving.worker import Worker
+from lorakit.serving.api.backend import Closing
 
 POLL_S = 0.1
-"""How often a server that ends looks whether its engine has ended."""
+"""How often a server that ends looks whether what answers has ended."""
 
 
 class Listener(uvicorn.Server):
-    """uvicorn's server without its own answer to signals: it would not wait for the engine."""
+    """uvicorn's server without its own answer to signals: it would not wait for the answers."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -27,30 +27,30 @@ class Listener(uvicorn.Server):
         yield
 
 
-def answer_until_told(app: FastAPI, engine: Worker, listening: socket.socket, note: Note) -> None:
+def answer_until_told(app: FastAPI, backend: Closing, listening: socket.socket, note: Note) -> None:
     """Answer until SIGTERM or SIGINT comes, and then until those that asked have their answers.
 
     Meanwhile new requests are refused; a second signal ends everything at once.
 
     Args:
         app: the API.
-        engine: that answers.
+        backend: that answers.
         listening: where requests come.
         note: is called with what happens.
     """
     config = uvicorn.Config(app, log_level="warning", access_log=False)
-    asyncio.run(_until_told(Listener(config), engine, listening, note))
+    asyncio.run(_until_told(Listener(config), backend, listening, note))
 
 
 async def _until_told(
-    server: Listener, engine: Worker, listening: socket.socket, note: Note
+    server: Listener, backend: Closing, listening: socket.socket, note: Note
 ) -> None:
     loop, told = asyncio.get_running_loop(), asyncio.Event()
 
     def tell() -> None:
         if told.is_set():
             note("told twice: ending at once")
-            engine.close(drain=False, timeout_s=0.0)
+            backend.close(drain=False, timeout_s=0.0)
             server.force_exit = True
         told.set()
 
@@ -63,9 +63,9 @@ async def _until_told(
     await asyncio.wait({serving, telling}, return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
         note("ending: new requests are refused, those that came are answered")
-        while not engine.close(timeout_s=0.0):
+        while not backend.close(timeout_s=0.0):
             await asyncio.sleep(POLL_S)
         server.should_exit = True
     telling.cancel()
     await serving
-    engine.close(drain=False)
+    backend.close(drain=False)
