@@ -114,7 +114,7 @@ def test_overwrite_replaces_the_adapter_and_leaves_other_files(saved: Path) -> N
     (saved / "checkpoints").mkdir()
     slices().save(saved, overwrite=True)
     assert Adapter.load(saved).content_hash() == slices().content_hash()
-    names = {CONFIG, WEIGHTS, RECORD, "log.jsonl", "checkpoints"}
+    names = {CONFIG, WEIGHTS, RECORD, "README.md", "log.jsonl", "checkpoints"}
     assert {path.name for path in saved.iterdir()} == names
 
 

@@ -13,17 +13,18 @@ pytest.importorskip("uvicorn")
 def test_clients_are_measured_beside_plain_generation(tiny_llama, capsys):
     words = ["--model", tiny_llama, "--dtype", "float32", "--clients", 3, "--adapters", 2]
     words += ["--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 1, "--threads", 1]
-    words += ["--first-tokens", 2, "--long-prompt", 20, "--longest", 10]
+    words += ["--first-tokens", 2, "--long-prompt", 20, "--longest", 10, "--starts", 1]
     assert main(["bench", "serve", *map(str, words), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     who = {"ours", "plain", "base", "route", "engine", "one", "compiled"}
     assert set(result["seconds"]["serve"]) == who
-    assert set(result["ratios"]) == who - {"ours"} | {"prefill"}
-    unlike = {"unlike lengths: server", "unlike lengths: static batches"}
+    assert set(result["ratios"]) == who - {"ours"} | {"prefill", "load_model"}
+    unlike = {f"unlike lengths, {how}" for how in ("at once", "arriving", "static batches")}
     assert {row["who"] for row in result["tables"]["tokens"]} == who | unlike
     assert [row["what"] for row in result["tables"]["slots"]] == [
         "step",
         "join",
+        "leave",
         "unchanged",
         "read",
         "eager step",
@@ -31,4 +32,5 @@ def test_clients_are_measured_beside_plain_generation(tiny_llama, capsys):
         "bytes",
     ]
     assert set(result["seconds"]["first token"]) == {"ours", "prefill"}
-    assert len(result["goals"]) == 12
+    assert set(result["seconds"]["start"]) == {"ours", "load_model"}
+    assert len(result["goals"]) == 14

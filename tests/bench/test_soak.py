@@ -15,7 +15,7 @@ pytest.importorskip("uvicorn")
 def test_a_tiny_server_goes_through_all_of_it(tiny_llama, capsys):
     words = ["--model", tiny_llama, "--adapters", 3, "--budget", 2, "--pool", 6, "--requests", 40]
     words += ["--connections", 4, "--new-tokens", 3, "--reloads", 6, "--closed", 3]
-    words += ["--probes", 2, "--overload-s", 1, "--threads", 1]
+    words += ["--seeds", 8, "--probes", 2, "--overload-s", 1, "--threads", 1]
     assert main(["bench", "soak", *map(str, words), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     refused = result["tables"]["refused"]

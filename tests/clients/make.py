@@ -17,10 +17,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "openai": ("openai",),
     "litellm": ("litellm",),
-    "langchain": ("langchain-openai",),
+    "langchain": ("langchain", "langchain-openai"),
     "llama_index": ("llama-index-llms-openai-like",),
     "pydantic_ai": ("pydantic-ai-slim[openai]",),
+    "instructor": ("instructor",),
     "inspect_ai": ("inspect-ai", "openai"),
+    "lm_eval": ("lm-eval[api]",),
+    "locust": ("locust",),
     "schemathesis": ("schemathesis",),
 }
 """What is installed for each client written in Python; each has a session of its name."""

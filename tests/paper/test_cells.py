@@ -6,10 +6,10 @@ import pytest
 
 from covering import sampled
 from lorakit.config.answering import EvaluateConfig
-from lorakit.config.paper import CellChoice
 from lorakit.errors import ConfigError
 from lorakit.paper.cell import FOLDER, SHARED, Part, cells, chosen, merged, tables
 from lorakit.paper.job import config_of, jobs_of
+from lorakit.paper.settings import CellChoice
 from lorakit.paper.shapes import SHAPES, trained_parameters
 
 KNOWN = {

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.config.paper import CellChoice
 from lorakit.data.metrics.score import score_names, scorer
 from lorakit.errors import OutputError
 from lorakit.paper.cell import cells
@@ -18,6 +17,7 @@ from lorakit.paper.reproduction import claims, verdict
 from lorakit.paper.results import file_of, write_result
 from lorakit.paper.section7 import found_of
 from lorakit.paper.section7_pages import draw_similarity
+from lorakit.paper.settings import CellChoice
 
 ROOT = Path(__file__).parents[2]
 HERE = Sources(ROOT / "paper" / "results", ROOT / "benchmarks" / "results")

@@ -14,9 +14,9 @@ MINE = {"best": {"accuracy": 0.75, "matthews": 0.5}, "last": {"accuracy": 0.5, "
 @pytest.fixture
 def put(cells, tmp_path):
     """A function that writes a result of the table's row, as if it had been run."""
-    from lorakit.config.paper import CellChoice
     from lorakit.data.metrics.score import scorer
     from lorakit.paper.job import jobs_of
+    from lorakit.paper.settings import CellChoice
 
     def write(task="cola", seed=0, scores=MINE, **changes):
         (job,) = jobs_of(CellChoice(cells="table9.lora", tasks=task, seeds=(seed,)))

@@ -128,6 +128,21 @@ def test_rows_that_are_fewer_than_published_are_named(paper):
     assert [each["state"] for each in told["runs"]] == ["not run", "not run"]
 
 
+def test_all_mistakes_of_a_command_are_one_message(paper, tmp_path):
+    code, told = paper("run", "table9", "tabel9", "--tasks", "cola,coal", "--joint", 0)
+    message = told["error"]["message"]
+    assert code == 2
+    assert "(3 problems)" in message
+    assert "there is no cell 'tabel9'; did you mean 'table9'?" in message
+    assert "there is no task 'coal'; did you mean 'cola'?" in message
+    assert "joint: " in message
+    nowhere = tmp_path / "nowhere"
+    code, told = paper("run", "table9", "--model", "gpt2-medium", "--data", nowhere)
+    assert (code, told["error"]["message"].count("\n")) == (2, 2)
+    assert "model and variant are of --scale full" in told["error"]["message"]
+    assert f"there is no folder {nowhere}" in told["error"]["message"]
+
+
 def test_a_folder_that_is_not_there_is_one_problem(paper, tmp_path):
     code, told = paper("run", "table9", "--data", tmp_path / "nowhere")
     assert (code, told["error"]["message"].count("there is no folder")) == (2, 1)

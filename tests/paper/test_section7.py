@@ -30,8 +30,9 @@ def adapters(monkeypatch):
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 8)
         adapter = lk.extract(model)
         card = {"step": 300, "scores": {"accuracy": 0.5}}
-        config.out.mkdir(parents=True)
-        return type("Result", (), {"adapter": lk.Adapter(**{**vars(adapter), "card": card})})
+        found = lk.Adapter(**{**vars(adapter), "card": card})
+        for folder in (config.out, config.out / "last"):
+            found.save(folder)
 
     monkeypatch.setattr(section7, "train", trained)
     monkeypatch.setattr(section7, "check", lambda settings, jobs: _Data())
@@ -59,7 +60,7 @@ class _Data:
 
 @pytest.mark.thorough
 def test_a_figure_is_of_two_runs_which_are_trained_once(adapters, run, tmp_path):
-    words = ["--results", tmp_path / "results", "--work", tmp_path / "work"]
+    words = ["--tasks", "sst2", "--results", tmp_path / "results", "--work", tmp_path / "work"]
     code, found = run("paper", "run", "figure3", *words)
     assert code == 0
     assert found["files"] == [str(tmp_path / "results" / "figure3.small" / "sst2.json")]
@@ -80,7 +81,7 @@ def test_a_figure_is_of_two_runs_which_are_trained_once(adapters, run, tmp_path)
 @pytest.mark.thorough
 def test_a_figure_is_listed_and_drawn_beside_what_the_paper_reports(adapters, run, tmp_path):
     place = ["--results", tmp_path / "results"]
-    words = ["--work", tmp_path / "work"]
+    words = ["--tasks", "sst2", "--work", tmp_path / "work"]
     assert run("paper", "run", "figure4", *place, *words)[0] == 0
     assert run("paper", "figure", 4, *place, "--out", tmp_path / "out")[0] == 0
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
@@ -90,14 +91,19 @@ def test_a_figure_is_listed_and_drawn_beside_what_the_paper_reports(adapters, ru
     assert studies()["figure4"].paper in page
 
 
-def test_table_7_has_the_papers_rows_below_ours(adapters, run, tmp_path):
+def test_table_7_has_the_papers_rows_below_ours_of_two_tasks(adapters, run, tmp_path):
     place = ["--results", tmp_path / "results"]
     words = ["--work", tmp_path / "work"]
     assert run("paper", "run", "table7", *place, *words)[0] == 0
+    assert [config.lora.rank for config in adapters] == [4, 64, 8, 64]
+    assert [config.model for config in adapters] == ["minilm", "minilm", "smollm2", "smollm2"]
+    assert adapters[2].data.validation == "task:e2e:validation"
+    assert (adapters[2].steps, adapters[2].lora.targets) == (60, ("q", "v"))
     assert run("paper", "table", "table7", *place)[0] == 0
     page = study_page("table7", found_of("table7", tmp_path / "results"))
     rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
-    assert len(rows) == 4 + 2
+    assert len(rows) == 4 + 4 + 2
+    assert rows[0].startswith("| smollm2, e2e, q_proj of layer 1, r = 8 |")
     assert rows[-2] == (
         "| GPT-3, W_q of layer 48, r = 4 | 0.32 | 21.67 | 0.02 | 61.95 | 6.91 | 21.5 |"
     )
@@ -124,7 +130,7 @@ def test_mistakes_are_told_and_nothing_is_trained(adapters, run, tmp_path):
 @pytest.mark.thorough
 def test_what_is_current_is_left_and_what_is_of_other_settings_is_stale(adapters, run, tmp_path):
     place = ["--results", tmp_path / "results"]
-    words = ["paper", "run", "figure3", *place, "--work", tmp_path / "work"]
+    words = ["paper", "run", "figure3", *place, "--tasks", "sst2", "--work", tmp_path / "work"]
     assert run("paper", "list", "figure3", *place)[1]["section7"][0]["state"] == "not run"
     assert run(*words)[1]["section7"][0]["state"] == "done"
     assert run(*words)[1]["files"] == []

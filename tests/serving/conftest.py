@@ -25,3 +25,12 @@ def folder(words, tmp_path_factory):
     for seed, name in enumerate(("small", "wide")):
         save(words, root / name, seed, **KINDS[name])
     return root
+
+
+@pytest.fixture(scope="module")
+def server(words, folder):
+    from serving.servers import Server
+
+    made = Server(words, folder)
+    yield made
+    made.engine.close(drain=False)

@@ -1,5 +1,7 @@
 """A tiny server with adapters, and a client of it."""
 
+import json
+
 from starlette.testclient import TestClient
 
 import lorakit as lk
@@ -57,3 +59,14 @@ def save(model_folder, place, seed=0, **config):
     model, _ = load_model(model_folder)
     attach_random(model, seed=seed, std=0.3, **config)
     return lk.extract(model).save(place, overwrite=True)
+
+
+def ids_of(server, text):
+    return server.tokenizer(text)["input_ids"]
+
+
+def events(response):
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]

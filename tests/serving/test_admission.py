@@ -52,6 +52,16 @@ def test_what_is_removed_takes_no_turn():
     queue.put([request(tokens=10_000)])
 
 
+def test_places_are_kept_for_requests_that_are_being_prepared():
+    queue = Queue(3, 1000)
+    queue.put([request()])
+    with queue.reserved(2), pytest.raises(QueueFullError, match="3 requests are waiting"):
+        queue.check_room()
+    with pytest.raises(QueueFullError), queue.reserved(3):
+        pass
+    queue.put([request()] * 2)
+
+
 def test_a_full_queue_tells_when_there_is_room_by_how_fast_requests_left_it():
     clock = Clock()
     queue = Queue(8, 1000, clock=clock)

@@ -1,4 +1,4 @@
-"""Answers that a grammar bounds: forms, tools, and where they end."""
+"""Answers that a grammar bounds: their forms, and where they end."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -26,19 +26,6 @@ SCHEMA = {
     "required": ["age"],
     "additionalProperties": False,
 }
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "parameters": {
-            "type": "object",
-            "properties": {"unit": {"enum": ["C", "F"]}},
-            "required": ["unit"],
-            "additionalProperties": False,
-        },
-    },
-}
-AGE = {"type": "function", "function": {"name": "set_age", "parameters": SCHEMA}}
 
 
 @pytest.fixture(scope="module")
@@ -99,42 +86,6 @@ def test_rows_with_and_without_grammars_share_a_batch(post):
     assert again.result().json()["choices"][0]["message"]["content"] == free
 
 
-def test_a_tool_is_called_with_arguments_that_its_schema_allows(post):
-    named = {"type": "function", "function": {"name": "set_age"}}
-    for choice, names in ((named, {"set_age"}), ("required", {"set_age", "weather"})):
-        found = post(tools=[WEATHER, AGE], tool_choice=choice, n=3).json()
-        for each in found["choices"]:
-            assert each["finish_reason"] == "tool_calls"
-            assert each["message"]["content"] is None
-            (call,) = each["message"]["tool_calls"]
-            assert call["function"]["name"] in names
-            keys = json.loads(call["function"]["arguments"]).keys()
-            assert keys == {"age" if call["function"]["name"] == "set_age" else "unit"}
-
-
-def test_a_call_streams(post):
-    body = {"tools": [WEATHER, AGE], "tool_choice": "required"}
-    whole = post(**body).json()["choices"][0]["message"]["tool_calls"][0]["function"]
-    lines = post(**body, stream=True).text.split("\n\n")
-    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    calls = [c["choices"][0]["delta"].get("tool_calls") or [] for c in chunks]
-    parts = [part for call in calls for part in call]
-    assert [part["function"].get("name") for part in parts if "id" in part] == [whole["name"]]
-    assert "".join(part["function"]["arguments"] for part in parts) == whole["arguments"]
-    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
-
-
-def test_the_answer_to_a_call_goes_back(post):
-    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-    messages = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "user", "content": "11 C", "tool_call_id": "c1"},
-    ]
-    response = post(messages=messages, max_tokens=3, tools=[WEATHER], tool_choice="none")
-    assert response.status_code == 200, response.text
-
-
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -144,12 +95,6 @@ def test_the_answer_to_a_call_goes_back(post):
         ({"guided_json": "{"}, "cannot be compiled"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "give one"),
         ({"response_format": {"type": "json_schema"}}, "json_schema"),
-        ({"tools": [AGE]}, "auto is not supported"),
-        ({"tool_choice": "required"}, "there are no tools"),
-        (
-            {"tools": [AGE], "tool_choice": {"type": "function", "function": {"name": "age"}}},
-            "the tools are: set_age",
-        ),
     ],
 )
 def test_what_cannot_be_obeyed_is_refused(post, body, message):

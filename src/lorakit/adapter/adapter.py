@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -13,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.folder import load_path, reading
-from lorakit.adapter.folder_write import save_folder
-from lorakit.adapter.hub import local_path
+from lorakit.adapter.folder_write import save_folder, write_card
+from lorakit.adapter.hub import local_path, send
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError
 from lorakit.models.load import load_model
@@ -46,6 +47,37 @@ class Adapter(AdapterContent):
             AdapterFileError: a tensor is not finite.
         """
         return save_folder(self, Path(folder), overwrite=overwrite)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        message: str = "An adapter by lorakit",
+    ) -> str:
+        """Send the adapter to a repository of the Hugging Face hub, with a model card.
+
+        `hf auth login`, or HF_TOKEN, says who you are. A README.md that the repository has is
+        replaced.
+
+        Args:
+            repository: OWNER/NAME; it is made if there is none.
+            private: whether a new repository can be seen by its owners alone.
+            revision: a branch, made if there is none. None: main.
+            message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OutputError: the hub is out of reach, or does not take it.
+            AdapterFileError: a tensor is not finite.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            place = self.save(Path(folder) / repository.rpartition("/")[2])
+            write_card(self, place, name=repository)
+            return send(place, repository, private=private, revision=revision, message=message)
 
     @staticmethod
     def load(

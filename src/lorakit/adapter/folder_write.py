@@ -6,10 +6,11 @@ from pathlib import Path
 
 import safetensors.torch
 
-from lorakit.adapter.atomic_write import write_files
+from lorakit.adapter.atomic_write import read_file, write_files
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.folder import content_from
 from lorakit.adapter.json_files import to_json
+from lorakit.adapter.model_card import CARD_FILE, is_unchanged, model_card
 from lorakit.adapter.peft import encode, layers_of, peft_config, reasons_against
 from lorakit.adapter.peft_config import CONFIG_FILE
 from lorakit.adapter.record import RECORD_FILE, AdapterRecord
@@ -21,7 +22,7 @@ def save_folder(adapter: AdapterContent, folder: Path, *, overwrite: bool = Fals
     """Write an adapter as a folder (docs/adapter-format.md) and return the folder.
 
     It is written whole or not at all, and read back before it counts. Files of other names that are
-    in the folder stay.
+    in the folder stay, and so does a README.md that somebody has written or changed.
 
     Args:
         adapter: what to write.
@@ -36,11 +37,24 @@ def save_folder(adapter: AdapterContent, folder: Path, *, overwrite: bool = Fals
     problems = value_problems(adapter.tensors)
     if problems:
         raise AdapterFileError.listing(f"the adapter was not written to {folder}", problems)
-    files = _files(adapter, reasons_against(adapter))
+    reasons = reasons_against(adapter)
+    files = _files(adapter, reasons)
     again, _ = content_from(files, folder)
     assert again.content_hash() == adapter.content_hash(), "the folder would hold another adapter"
+    if is_unchanged(read_file(folder, CARD_FILE)):
+        files[CARD_FILE] = model_card(adapter, reasons, name=folder.absolute().name).encode()
     write_files(folder, files, overwrite=overwrite)
     return folder
+
+
+def write_card(adapter: AdapterContent, folder: Path, *, name: str) -> None:
+    """Write the model card of an adapter's folder, under another name than the folder's.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    card = model_card(adapter, reasons_against(adapter), name=name)
+    write_files(folder, {CARD_FILE: card.encode()}, overwrite=True)
 
 
 def save_peft(adapter: AdapterContent, folder: Path) -> Path:

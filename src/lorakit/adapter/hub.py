@@ -1,4 +1,4 @@
-"""An adapter by its hub id: its files are fetched into the hub's own cache on this machine.
+"""An adapter by its hub id: its files are fetched into the hub's own cache, or sent to the hub.
 
 An id may end with a branch, tag or commit: OWNER/NAME@REVISION.
 """
@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from lorakit.adapter.folder import READ
 from lorakit.adapter.peft_config import CONFIG_FILE
 from lorakit.adapter.tensor_files import WEIGHTS_FILE
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, OutputError
 
 
 def local_path(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -40,12 +40,12 @@ def local_path(source: str | os.PathLike[str], revision: str | None = None) -> P
         )
     path = Path(source).expanduser()
     name, _, named = os.fspath(source).partition("@")
-    is_hub_id = isinstance(source, str) and _is_hub_id(name)
+    could_be_id = isinstance(source, str) and is_hub_id(name)
     if revision is not None:
-        if not is_hub_id or named:
+        if not could_be_id or named:
             raise AdapterFileError(f"revision goes with a hub id, OWNER/NAME, not with {source}")
         return _fetched(name, revision)
-    if path.exists() or not is_hub_id or path.parent.is_dir():
+    if path.exists() or not could_be_id or path.parent.is_dir():
         return path
     return _fetched(name, named or None)
 
@@ -56,7 +56,8 @@ def short_name(source: str | os.PathLike[str]) -> str:
     return last if Path(source).expanduser().exists() else last.partition("@")[0]
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be OWNER/NAME on the hub."""
     if name.count("/") != 1:
         return False
     try:
@@ -111,3 +112,45 @@ def _fetched(name: str, revision: str | None) -> Path:
 def _not_fetched(which: str, error: Exception, way: str) -> AdapterFileError:
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     return AdapterFileError(f"{which} cannot be fetched from the hub: {reason}; {way}")
+
+
+def send(
+    folder: Path, repository: str, *, private: bool, revision: str | None, message: str
+) -> str:
+    """Send the files of an adapter's folder to a repository of the hub, which is made if need be.
+
+    Args:
+        folder: has the files.
+        repository: OWNER/NAME.
+        private: whether a new repository can be seen by its owners alone.
+        revision: the branch. None: main.
+        message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        OutputError: it is no id of the hub, the hub is out of reach, or does not take the files.
+    """
+    if not is_hub_id(repository):
+        raise OutputError(f"a repository of the hub is OWNER/NAME; found {repository!r}")
+    if huggingface_hub.is_offline_mode():
+        raise OutputError(
+            f"HF_HUB_OFFLINE keeps the hub away: unset it to send the adapter to {repository}"
+        )
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, revision=revision, commit_message=message
+        )
+    # A connection can fail in as many ways as there are proxies.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OutputError(
+            f"the adapter was not sent to {repository}: {reason}; `hf auth login` opens "
+            "repositories of yours"
+        ) from error
+    return str(commit.commit_url)

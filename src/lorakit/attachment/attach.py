@@ -349,7 +349,7 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
         >>> plan = lk.attach(model, lk.LoRAConfig(rank=4))
         >>> folder = lk.extract(model).save("out/mine")
         >>> sorted(file.name for file in folder.iterdir())
-        ['adapter_config.json', 'adapter_model.safetensors', 'lorakit.json']
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'lorakit.json']
     """
     state = require_attachment(model)
     name = active_name(model) if name is None else name

@@ -9,15 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.cli.verbs import Result, Verb
-from lorakit.config.paper import (
-    PaperClaimsConfig,
-    PaperFigureConfig,
-    PaperListConfig,
-    PaperPagesConfig,
-    PaperRunConfig,
-    PaperTableConfig,
-    PaperVerifyConfig,
-)
 from lorakit.errors import ConfigError, DataError
 from lorakit.paper.cell import cells, tables
 from lorakit.paper.evidence import Sources
@@ -30,6 +21,15 @@ from lorakit.paper.results import State, state_of
 from lorakit.paper.run import run_cells
 from lorakit.paper.section7 import found_of, run_studies, states_of_studies
 from lorakit.paper.section7_pages import draw_similarity
+from lorakit.paper.settings import (
+    PaperClaimsConfig,
+    PaperFigureConfig,
+    PaperListConfig,
+    PaperPagesConfig,
+    PaperRunConfig,
+    PaperTableConfig,
+    PaperVerifyConfig,
+)
 from lorakit.paper.study import studies, studies_in
 from lorakit.paper.summary import Summary, summary
 from lorakit.paper.verify import verify

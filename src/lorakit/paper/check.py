@@ -11,13 +11,13 @@ from typing import Any
 
 from lorakit.adapter.output_place import check_place
 from lorakit.bench.environment import uncommitted
-from lorakit.config.paper import PaperRunConfig
 from lorakit.config.train import DataConfig
 from lorakit.data.metrics.score import check_scorer
 from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, LorakitError, OutputError
 from lorakit.paper.job import Job
+from lorakit.paper.settings import PaperRunConfig
 
 SHOWN = 3
 """Changed files that a message names."""
@@ -71,15 +71,20 @@ def digest(rows: Rows) -> str:
     return content.hexdigest()
 
 
-def check(settings: PaperRunConfig, jobs: Sequence[Job]) -> Data:
+def check(settings: PaperRunConfig, jobs: Sequence[Job], known: Sequence[str] = ()) -> Data:
     """Make sure that jobs can run, before the first one starts, and read their rows.
+
+    Args:
+        settings: of all of them.
+        jobs: what is to be run.
+        known: problems that were found before.
 
     Raises:
         ConfigError: something is missing or wrong; every problem is listed.
     """
     data = Data(settings.data)
     starts = [start for job in jobs if (start := job.start) is not None]
-    problems = [*_place_problems(settings), *_data_problems(data, [*jobs, *starts])]
+    problems = [*known, *_place_problems(settings), *_data_problems(data, [*jobs, *starts])]
     if not settings.dry_run:
         problems += _commit_problems()
     if problems:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.config.paper import CellChoice
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.tasks import PREFIX, TASKS
 from lorakit.errors import ConfigError, LorakitError
 from lorakit.paper.cell import Cell, Part, Published, Scoring, Small, chosen, merged, tables
+from lorakit.paper.settings import CellChoice
 
 HUB_NAMES: Mapping[str, str] = {
     "roberta-base": "FacebookAI/roberta-base",
@@ -129,31 +129,34 @@ def task_folder(task: str, data: Path) -> Path:
     return other if other.is_dir() else data / task
 
 
-def jobs_of(settings: CellChoice, *, skip: bool = False) -> list[Job]:
+def jobs_of(
+    settings: CellChoice, *, skip: bool = False, problems: list[str] | None = None
+) -> list[Job]:
     """The jobs that settings choose, each cell's in the order of tasks and seeds.
 
     Args:
         settings: which.
         skip: leave out rows that cannot be run, in place of an error.
+        problems: a list that takes what cannot be run, in place of an error.
 
     Raises:
         ConfigError: they choose nothing, or what cannot be run; every problem is listed.
     """
     found: list[Job] = []
-    problems: list[str] = []
+    told, problems = problems, []
     for cell in chosen(settings.cells):
         if settings.scale == "small":
             found += _small(cell, settings)
         else:
             found += _full(cell, settings, [] if skip else problems)
-    unknown = [task for task in settings.tasks if task not in TASKS]
-    problems += [f"there is no task {task!r}; there are {', '.join(TASKS)}" for task in unknown]
     if settings.scale == "small" and (settings.model or settings.variant != "paper"):
         problems.append("model and variant are of --scale full")
     if not found and not problems and not skip:
         problems.append(f"none of these cells has a run of scale {settings.scale} and these tasks")
     problems += _unusable(found)
-    if problems:
+    if told is not None:
+        told += problems
+    elif problems:
         raise ConfigError.listing("these cells cannot be run so", problems)
     return found
 

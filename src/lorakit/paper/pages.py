@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.adapter.atomic_write import read_file, write_files
-from lorakit.config.paper import PaperListConfig
 from lorakit.errors import OutputError
 from lorakit.paper.cell import tables
 from lorakit.paper.evidence import Sources
@@ -16,6 +15,7 @@ from lorakit.paper.markdown import markdown
 from lorakit.paper.reproduction import readme_table, reproduction_page
 from lorakit.paper.section7 import found_of, states_of_studies
 from lorakit.paper.section7_pages import draw_similarity, study_page
+from lorakit.paper.settings import PaperListConfig
 from lorakit.paper.study import studies
 from lorakit.paper.summary import summary
 

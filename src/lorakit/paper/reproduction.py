@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from lorakit.config.base import Settings
-from lorakit.config.paper import CellChoice, PaperListConfig
 from lorakit.config.strict_yaml import read_mapping
 from lorakit.paper.cell import tables
 from lorakit.paper.evidence import Evidence, Found, Headline, Sources
@@ -17,6 +16,7 @@ from lorakit.paper.job import jobs_of
 from lorakit.paper.markdown import REASONS, heading, number
 from lorakit.paper.results import State, state_of
 from lorakit.paper.section7 import states_of_studies
+from lorakit.paper.settings import CellChoice, PaperListConfig
 from lorakit.paper.study import studies
 from lorakit.paper.summary import AVERAGE
 

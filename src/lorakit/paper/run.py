@@ -12,7 +12,6 @@ from typing import Any
 from lorakit.bench.environment import environment
 from lorakit.bench.memory import forget_peak, most_bytes
 from lorakit.bench.result import threads
-from lorakit.config.paper import CellChoice, PaperRunConfig
 from lorakit.config.train import TrainConfig
 from lorakit.errors import TrainingError
 from lorakit.paper.check import Data, check, notes
@@ -29,6 +28,7 @@ from lorakit.paper.results import (
     state_of,
     write_result,
 )
+from lorakit.paper.settings import CellChoice, PaperRunConfig
 from lorakit.training.checkpoints import list_checkpoints
 from lorakit.training.run import TrainResult, train
 
@@ -55,8 +55,9 @@ def run_cells(settings: PaperRunConfig, *, progress: bool) -> Done:
         LorakitError: something is missing or wrong; nothing was run.
         KeyboardInterrupt: it was interrupted; the same command goes on.
     """
-    jobs = jobs_of(settings)
-    data = check(settings, jobs)
+    problems: list[str] = []
+    jobs = jobs_of(settings, problems=problems)
+    data = check(settings, jobs, problems)
     remarks = list(notes(data))
     for note in remarks:
         print(note, file=sys.stderr)
@@ -124,7 +125,7 @@ class _Runner:
         except TrainingError as error:
             trained = error
         except KeyboardInterrupt as stop:
-            raise _stopped(job.name, stop) from None
+            raise stopped(job.name, stop) from None
         self._keep(job, config, trained, {"resumed": config.resume})
         if isinstance(trained, TrainResult) and self._is_start(job):
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -156,7 +157,7 @@ class _Runner:
         try:
             trained = train_together(jobs, configs, out, progress=self.progress)
         except KeyboardInterrupt as stop:
-            raise _stopped(f"{len(jobs)} runs", stop) from None
+            raise stopped(f"{len(jobs)} runs", stop) from None
         for job, config, each in zip(jobs, configs, trained, strict=True):
             self._keep(job, config, each, {"together": len(jobs)})
         shutil.rmtree(out, ignore_errors=True)
@@ -188,6 +189,7 @@ def _going_on(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"resume": resumes, "overwrite": not resumes})
 
 
-def _stopped(what: str, stop: KeyboardInterrupt) -> KeyboardInterrupt:
+def stopped(what: str, stop: KeyboardInterrupt) -> KeyboardInterrupt:
+    """What an interrupted run of a cell says in place of its own words."""
     reason = str(stop).partition(":")[0]
     return KeyboardInterrupt(f"{what}: {reason}; run the same command to go on")

@@ -1,7 +1,8 @@
 """Section 7 of the paper: Figures 3 and 4 and Table 7, which look into adapters of Table 6.
 
-The runs are Table 6's jobs. Their adapters are kept in the folder of work, so that each is trained
-once for all three; of what is found in them there is one file for each task:
+The runs are jobs of Tables 3 and 6. Their folders are kept in the folder of work, so that each is
+trained once for all three, goes on where it was interrupted, and can be looked into by `lorakit
+inspect`; of what is found in the adapters there is one file for each task:
 
     paper/results/figure3.small/sst2.json
 """
@@ -9,7 +10,6 @@ once for all three; of what is found in them there is one file for each task:
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,12 +25,14 @@ from lorakit.analysis.report_of_two import mean_phi
 from lorakit.analysis.subspaces import random_control, subspace_similarity
 from lorakit.bench.environment import environment
 from lorakit.bench.result import threads
-from lorakit.config.paper import CellChoice, PaperRunConfig
 from lorakit.errors import DataError
 from lorakit.paper.check import check
 from lorakit.paper.job import Job
 from lorakit.paper.results import FORMAT, State, read_result
+from lorakit.paper.run import stopped
+from lorakit.paper.settings import CellChoice, PaperRunConfig
 from lorakit.paper.study import studies, studies_in
+from lorakit.training.checkpoints import list_checkpoints
 from lorakit.training.run import train
 
 
@@ -150,16 +152,19 @@ def state_of_study(
 
 
 def _adapter(job: Job, settings: PaperRunConfig, *, progress: bool) -> Adapter:
-    """The adapter of a job, trained unless it is kept from before."""
+    """The adapter of a job, trained unless its run is kept from before and came to its end."""
     name = f"{job.cell.id}-{job.task}-{job.hash}-seed-{job.seed}"
-    kept = settings.work / "section7" / name
-    if not kept.is_dir() or settings.redo:
+    out = settings.work / "section7" / name
+    if settings.redo or not (out / "last").is_dir():
         print(job.name, file=sys.stderr, flush=True)
-        out = settings.work / "section7-training" / name
-        config = job.config(data=settings.data, out=out).model_copy(update={"overwrite": True})
-        train(config, progress=progress).adapter.save(kept, overwrite=True)
-        shutil.rmtree(out)
-    return Adapter.load(kept)
+        resumes = not settings.redo and bool(list_checkpoints(out / "checkpoints"))
+        config = job.config(data=settings.data, out=out)
+        how = {"resume": resumes, "overwrite": not resumes}
+        try:
+            train(config.model_copy(update=how), progress=progress)
+        except KeyboardInterrupt as stop:
+            raise stopped(job.name, stop) from None
+    return Adapter.load(out)
 
 
 def _entry(job: Job, adapter: Adapter) -> dict[str, Any]:

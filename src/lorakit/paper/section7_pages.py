@@ -35,16 +35,15 @@ def study_page(name: str, found: Sequence[Mapping[str, Any]], notes: Sequence[st
         notes: what a reader must know of it.
     """
     study = studies()[name]
-    runs = " and ".join(f"{label} (`{run.cell}`)" for label, run in study.runs.items())
     if study.look == "similarity":
         head = ["", *(f"φ({i}, {j})" for i, j in POINTS)]
         rows = [[title, *_at_points(phi)] for title, phi in _panels(found)]
-        what = f"φ of A (Eq. 4) between {runs}."
+        what = f"φ of A (Eq. 4) between {' and '.join(study.runs)}."
     else:
         head = ["", *NUMBERS.values()]
         papers = [[title, *values] for title, values in study.published.items()]
         rows = [*_amplified(found), *papers]
-        what = f"‖UᵀWV‖ in the directions of ΔW, of W and of random matrices, of {runs}."
+        what = "‖UᵀWV‖ in the directions of ΔW, of W and of random matrices."
     parts = [
         f"# {heading(name)}: {study.title}",
         f"{what} {study.note}",
@@ -60,7 +59,7 @@ def study_page(name: str, found: Sequence[Mapping[str, Any]], notes: Sequence[st
 def _made_with(entry: Mapping[str, Any]) -> str:
     """The runs of a task, their scores, and what computed them."""
     runs = "; ".join(
-        f"{label}: seed {run['seed']}, {run['steps']} steps, "
+        f"{label}: `{run['cell']}`, seed {run['seed']}, {run['steps']} steps, "
         + ", ".join(f"{score} {value:.4g}" for score, value in run["scores"].items())
         for label, run in entry["runs"].items()
     )

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from lorakit.config.base import Settings
-from lorakit.config.paper import CellChoice
 from lorakit.config.seed import Seed
 from lorakit.config.strict_yaml import read_mapping
 from lorakit.errors import ConfigError
+from lorakit.paper.cell import STUDIES, over
 from lorakit.paper.job import Job, jobs_of
-
-FILE = Path(__file__).parent / "studies.yaml"
+from lorakit.paper.settings import CellChoice
 
 
 class StudyRun(Settings):
@@ -25,6 +24,17 @@ class StudyRun(Settings):
 
     cell: str
     seed: Seed
+
+    train: dict[str, Any] = {}
+    """Settings of `lorakit train` that the cell has differently."""
+
+    score: dict[str, Any] = {}
+    """Settings of `Scoring` that the cell has differently."""
+
+    def of(self, job: Job) -> Job:
+        """A job of the cell with what differs here."""
+        own = {"train": self.train, "score": self.score}
+        return replace(job, given=over(job.given, own))
 
 
 class Study(Settings):
@@ -41,6 +51,9 @@ class Study(Settings):
 
     runs: dict[str, StudyRun]
     """What is looked into, by the name that it has there."""
+
+    runs_of: dict[str, dict[str, StudyRun]] = {}
+    """By task, what is looked into in their place."""
 
     paper: str
     """What the paper reports of GPT-3."""
@@ -64,19 +77,18 @@ class Study(Settings):
         if settings.scale != "small":
             raise ConfigError("section 7 has small twins alone: the paper's adapters are of GPT-3")
         found: dict[str, dict[str, Job]] = {}
-        for label, run in self.runs.items():
-            own = {"cells": (run.cell,), "seeds": (run.seed,)}
-            tasks = settings.tasks or self.tasks
-            of_run = settings.model_copy(update={**own, "tasks": tasks})
-            for job in jobs_of(of_run, skip=skip):
-                found.setdefault(job.task, {})[label] = job
+        for task in settings.tasks or self.tasks:
+            for label, run in self.runs_of.get(task, self.runs).items():
+                own = {"cells": (run.cell,), "seeds": (run.seed,), "tasks": (task,)}
+                for job in jobs_of(settings.model_copy(update=own), skip=skip):
+                    found.setdefault(task, {})[label] = run.of(job)
         return found
 
 
 @cache
 def studies() -> Mapping[str, Study]:
     """The figures and the table by name, in the paper's order."""
-    return {name: Study(**content) for name, content in read_mapping(FILE).items()}
+    return {name: Study(**content) for name, content in read_mapping(STUDIES).items()}
 
 
 def studies_in(words: Sequence[str]) -> list[str]:

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorakit.config.paper import CellChoice
 from lorakit.paper.cell import Cell, Column, Published, Table, tables
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.results import State, state_of
+from lorakit.paper.settings import CellChoice
 
 AVERAGE = "average"
 """The column of the mean of all others."""

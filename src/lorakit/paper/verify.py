@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.config.paper import PaperVerifyConfig
 from lorakit.errors import LorakitError
 from lorakit.paper.check import Data
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.outputs import scores_of
 from lorakit.paper.results import file_of, read_outputs, state_of
+from lorakit.paper.settings import PaperVerifyConfig
 
 TOLERANCE = 1e-9
 """How far a score that is made again may be off."""

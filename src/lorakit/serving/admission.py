@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 from lorakit.errors import LorakitError
 from lorakit.serving.requests import Request
@@ -54,6 +55,8 @@ class Queue:
         """By client, and by what answers them."""
         self._lock = threading.RLock()
         self._count, self._tokens = 0, 0
+        self._promised = 0
+        """The places of requests that are being prepared."""
         self._clock = clock
         self._since = 0.0
         """Since when somebody waits without one leaving."""
@@ -94,13 +97,30 @@ class Queue:
             QueueFullError: there is no room for so many.
         """
         with self._lock:
-            beyond = self._count + requests - self._most_requests
+            waiting = self._count + self._promised
+            beyond = waiting + requests - self._most_requests
             if beyond > 0:
                 raise QueueFullError(
-                    f"{self._count:,} requests are waiting, and no more than "
+                    f"{waiting:,} requests are waiting, and no more than "
                     f"{self._most_requests:,} may: ask again later",
                     self._until_gone(beyond),
                 )
+
+    @contextmanager
+    def reserved(self, requests: int) -> Iterator[None]:
+        """Keep places while requests are prepared, inside a block, so that it is not in vain.
+
+        Raises:
+            QueueFullError: there is no room for so many.
+        """
+        with self._lock:
+            self.check_room(requests)
+            self._promised += requests
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._promised -= requests
 
     def _until_gone(self, count: int) -> int:
         """The seconds until so many requests have left the queue."""

@@ -76,6 +76,18 @@ class Grammars:
             raise GrammarError(f"the {_WORDS[rule.kind]} cannot be compiled: {reason}")
         return Matcher(made, self._vocabulary)
 
+    def special_tokens(self, ends: frozenset[int]) -> dict[str, int]:
+        """The ids of tokens that are no text to a grammar, by what is written for them.
+
+        Args:
+            ends: the tokens that end an answer.
+
+        Raises:
+            GrammarError: there are no grammars for this tokenizer.
+        """
+        known, added = self._tokens(ends), self._tokenizer.added_tokens_decoder
+        return {token.content: i for i, token in added.items() if known.is_special_token(i)}
+
     def _tokens(self, ends: frozenset[int]) -> Any:
         """The tokenizer in the library's form, which takes a second to make."""
         from llguidance.hf import from_tokenizer

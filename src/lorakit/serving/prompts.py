@@ -11,6 +11,7 @@ from lorakit.config.train import DataConfig
 from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row, TextRow
 from lorakit.errors import DataError
+from lorakit.serving.call_forms import HOW
 from lorakit.serving.catalog import Chosen
 from lorakit.serving.refusals import RefusalError
 
@@ -71,11 +72,20 @@ def _without_tools(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
 ) -> list[Message]:
     """The messages for a template that writes no tools: these and their calls as texts."""
-    plain = [replace(each, content=_with_calls(each), keys={}) for each in messages]
+    plain = [
+        replace(
+            each,
+            # Templates without tools know no such turn, and many refuse it.
+            role="user" if each.role == "tool" else each.role,
+            content=_with_calls(each),
+            keys={},
+        )
+        for each in messages
+    ]
     if not tools:
         return plain
     listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
-    told = f"You can call these functions, with arguments in JSON:\n{listed}"
+    told = f"You can call these functions, with arguments in JSON:\n{listed}\n{HOW}"
     first = plain[0]
     if first.role == "system":
         return [replace(first, content=f"{first.content}\n\n{told}"), *plain[1:]]

@@ -88,12 +88,12 @@ class GrowingText:
             at, self.stopped = min(found)
             self._kept = ""
             return text[: at + len(self.stopped)] if self._include_stop else text[:at]
-        kept = max((_shared_end(text, stop) for stop in self._stops), default=0)
+        kept = max((shared_end(text, stop) for stop in self._stops), default=0)
         self._kept = text[len(text) - kept :]
         return text[: len(text) - kept]
 
 
-def _shared_end(text: str, stop: str) -> int:
+def shared_end(text: str, stop: str) -> int:
     """How long an end of a text is with which a stop text begins."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

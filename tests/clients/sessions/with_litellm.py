@@ -1,4 +1,4 @@
-"""litellm: a whole answer, a stream, texts, and the server's errors as its own kinds."""
+"""litellm: an answer, a stream, texts, a tool's call, and the server's errors as its kinds."""
 
 import sys
 
@@ -19,6 +19,16 @@ assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
 
 written = litellm.text_completion(model="text-completion-openai/wide", prompt="red cat", **how)
 assert written.choices[0].text
+
+unit = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"]}
+tools = [{"type": "function", "function": {"name": "weather", "parameters": unit}}]
+asked = how | {"max_tokens": 300, "tools": tools}
+called = litellm.completion(model="openai/tiny", messages=messages, **asked).choices[0]
+assert called.finish_reason == "tool_calls"
+assert called.message.tool_calls[0].function.name == "weather"
+parts = list(litellm.completion(model="openai/tiny", messages=messages, stream=True, **asked))
+rebuilt = litellm.stream_chunk_builder(parts).choices[0].message.tool_calls[0].function
+assert rebuilt.arguments == called.message.tool_calls[0].function.arguments
 
 for kind, change in (
     (litellm.NotFoundError, {"model": "openai/nobody"}),

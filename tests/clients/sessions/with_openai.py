@@ -1,5 +1,6 @@
-"""OpenAI's client: answers, streams, log-probabilities, adapters, and errors."""
+"""OpenAI's client: answers, streams, log-probabilities, adapters, tools, and errors."""
 
+import json
 import sys
 
 from openai import AuthenticationError, BadRequestError, NotFoundError, OpenAI
@@ -40,6 +41,23 @@ assert written.choices[0].text.startswith("red cat")
 assert written.choices[0].logprobs.token_logprobs[0] is None
 parts = client.completions.create(model="wide", prompt="red cat", max_tokens=4, stream=True, seed=3)
 assert [part.choices[0].finish_reason for part in parts][-1] in ("length", "stop")
+
+
+unit = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"]}
+tools = [{"type": "function", "function": {"name": "weather", "parameters": unit}}]
+asked = {"model": "tiny", "temperature": 0, "tools": tools}
+called = client.chat.completions.create(messages=messages, **asked).choices[0]
+assert called.finish_reason == "tool_calls"
+(call,) = called.message.tool_calls
+assert call.function.name == "weather"
+assert json.loads(call.function.arguments)["unit"] in "CF"
+with client.chat.completions.stream(messages=messages, **asked) as stream:
+    streamed = stream.get_final_completion().choices[0].message.tool_calls[0].function
+assert (streamed.name, streamed.arguments) == ("weather", call.function.arguments)
+told = {"role": "tool", "tool_call_id": call.id, "content": "11"}
+turns = [*messages, called.message, told]
+ended = client.chat.completions.create(messages=turns, **asked).choices[0]
+assert (ended.finish_reason, ended.message.content) == ("stop", "ok")
 
 
 def refused(kind, act):

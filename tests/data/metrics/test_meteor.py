@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lorakit.data.metrics.meteor.align import Match, align, chunks_of
+from lorakit.data.metrics.meteor.align import BEAM, Match, _fixed, align, chunks_of
 from lorakit.data.metrics.meteor.normalize import ALWAYS, BEFORE_NUMBERS, normalized_words
 from lorakit.data.metrics.meteor.score import meteor
 from lorakit.data.metrics.meteor.tables import Tables, tables
@@ -72,6 +74,71 @@ def test_the_alignment_has_the_fewest_chunks() -> None:
     assert [match.output_start for match in chosen] == [0, 1]
     assert chunks_of(chosen) == 1
     assert chunks_of([Match.of(0, 0, 1, 1, 1), Match.of(0, 1, 1, 0, 1)]) == 2
+
+
+def aligned_slowly(matches: list[list[Match]]) -> list[Match]:
+    """The beam search, with each path's words, chunks and distance apart and its matches listed."""
+    fixed = _fixed(matches)
+    paths: list[tuple[int, int, int, int, int, list[Match]]] = [(0, 0, 0, 0, -1, [])]
+    for position, here in enumerate(matches):
+        following = []
+        for words, chunks, distance, next_, end, chosen in sorted(paths, key=by)[:BEAM]:
+            taken = any(match.words >> position & 1 for match in [*chosen, *fixed.values()])
+            if taken and position not in fixed:
+                following += [(words, chunks, distance, next_, end, chosen)] * (position < next_)
+                continue
+            for match in here:
+                if any(overlap(one, match) for one in chosen):
+                    continue
+                apart = abs(match.start - match.output_start)
+                broken = end not in (-1, match.output_start)
+                following.append(
+                    (
+                        words - match.weight,
+                        chunks + broken,
+                        distance + apart * (position in fixed),
+                        position + match.length,
+                        match.output_start + match.output_length,
+                        chosen if position in fixed else [*chosen, match],
+                    )
+                )
+                distance += apart
+            if position not in fixed:
+                following.append((words, chunks + (end != -1), distance, next_ + 1, -1, chosen))
+        paths = following or sorted(paths, key=by)[:1]
+    ended = [
+        (words, chunks + (end != -1), distance, 0, end, chosen)
+        for words, chunks, distance, _, end, chosen in sorted(paths, key=by)[:BEAM]
+    ]
+    chosen = [*fixed.values(), *reversed(min(ended, key=by)[5])]
+    return sorted(chosen, key=lambda match: match.start)
+
+
+def by(path: tuple[int, int, int, int, int, list[Match]]) -> tuple[int, int, int]:
+    return path[:3]
+
+
+def overlap(one: Match, other: Match) -> bool:
+    return bool(one.words & other.words or one.output_words & other.output_words)
+
+
+@given(
+    st.lists(st.sampled_from("abcd"), min_size=1, max_size=12),
+    st.lists(st.sampled_from("abcd"), max_size=12),
+    st.data(),
+)
+def test_the_search_is_that_of_paths_told_apart(
+    reference: list[str], output: list[str], data: st.DataObject
+) -> None:
+    matches = [
+        [Match.of(0, start, 1, at, 1) for at, other in enumerate(output) if other == word]
+        for start, word in enumerate(reference)
+    ]
+    # Paraphrases of several words, which words of both sides are covered by at once.
+    for start, at in data.draw(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)))):
+        if start + 2 <= len(reference) and at + 2 <= len(output):
+            matches[start].append(Match.of(3, start, 2, at, data.draw(st.integers(1, 2))))
+    assert align(matches) == aligned_slowly(matches)
 
 
 def test_base_forms_are_wordnets() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import sacrebleu
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.data.metrics import triples
@@ -99,6 +99,15 @@ def test_the_papers_ter_is_pyters(output: list[str], references: list[list[str]]
     assert least_ter(output, references) == min(pyter.ter(output, known) for known in references)
 
 
+def by_sacrebleu(output: list[str], references: list[list[str]]) -> float:
+    known = [" ".join(words) for words in references]
+    return float(sacrebleu.TER().sentence_score(" ".join(output), known).num_edits)
+
+
+def by_ours(output: list[str], references: list[list[str]]) -> float:
+    return tercom_edits()(" ".join(output), [" ".join(words) for words in references])
+
+
 @given(
     st.lists(st.sampled_from("abcde"), max_size=30),
     st.lists(st.lists(st.sampled_from("abcde"), max_size=30), min_size=1, max_size=3),
@@ -106,9 +115,34 @@ def test_the_papers_ter_is_pyters(output: list[str], references: list[list[str]]
 def test_the_official_ter_is_tercoms_of_sacrebleu(
     output: list[str], references: list[list[str]]
 ) -> None:
-    line, known = " ".join(output), [" ".join(words) for words in references]
-    expected = sacrebleu.TER().sentence_score(line, known).num_edits
-    assert tercom_edits()(line, known) == expected
+    assert by_ours(output, references) == by_sacrebleu(output, references)
+
+
+PHRASES = st.lists(
+    st.lists(st.sampled_from("abcdefghijkl"), min_size=1, max_size=6), min_size=2, max_size=8
+).flatmap(lambda phrases: st.tuples(st.just(phrases), st.permutations(phrases)))
+
+
+@settings(max_examples=20)
+@given(PHRASES)
+def test_both_ters_of_phrases_that_have_moved_are_those_of_the_slow_searches(
+    phrases: tuple[list[list[str]], list[list[str]]],
+) -> None:
+    pyter = pytest.importorskip("pyter")
+    reference, output = ([word for phrase in each for word in phrase] for each in phrases)
+    assert least_ter(output, [reference]) == pyter.ter(output, reference)
+    assert by_ours(output, [reference]) == by_sacrebleu(output, [reference])
+
+
+@pytest.mark.thorough
+@settings(max_examples=12)
+@given(PHRASES, st.lists(st.sampled_from("abc"), min_size=30, max_size=70))
+def test_the_official_ter_is_tercoms_where_its_band_or_its_patience_ends(
+    phrases: tuple[list[list[str]], list[list[str]]], many: list[str]
+) -> None:
+    reference, output = ([word for phrase in each for word in phrase] for each in phrases)
+    for pair in ((output, many), (many, reference), (output + many, many + reference)):
+        assert by_ours(pair[0], [pair[1]]) == by_sacrebleu(pair[0], [pair[1]])
 
 
 def test_the_best_of_several_summaries_counts() -> None:

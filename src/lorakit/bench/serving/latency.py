@@ -6,8 +6,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ BUSY = 0.8
 """The share of the slots that answer while a long prompt comes."""
 SHORTEST = 8
 """The fewest tokens of answers of unlike lengths."""
-WAVES = 3
+WAVES = 2
 """Requests of unlike lengths for each slot."""
 
 
@@ -86,14 +86,22 @@ def longest_pause(
     )
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Tokens per second of answers of unlike lengths."""
+
+    capacity: float
+    """When all are asked at once."""
+    arriving: float
+    """When they arrive at random, so many that they ask for a share BUSY of that."""
+    static: float
+    """By `generate` for as many rows as there are slots, until the longest of them is done."""
+
+
 def unlike_lengths(
     client: Client, plain: Any, asked: Sequence[CompletionRequest], settings: ServeBenchConfig
-) -> dict[str, float]:
-    """Tokens per second of answers of 8 tokens to the most, by the server and by static batches.
-
-    Static batches are what `generate` does: as many rows as there are slots, until the longest
-    of them is done.
-    """
+) -> Rates:
+    """The rates of answers of 8 tokens to the most, by the server and by static batches."""
     generator = torch.Generator().manual_seed(1)
     count = WAVES * settings.clients
     drawn = torch.randint(SHORTEST, settings.longest + 1, (count,), generator=generator).tolist()
@@ -104,12 +112,36 @@ def unlike_lengths(
     begun = time.perf_counter()
     client.complete_all(requests, len(requests))
     took = time.perf_counter() - begun
+    gaps = torch.empty(count).exponential_(BUSY * count / took, generator=generator).tolist()
     ids = torch.tensor([each.prompt for each in asked])
     begun = time.perf_counter()
     for first in range(0, count, len(asked)):
         generated(plain, ids, max(drawn[first : first + len(asked)]))
     static = time.perf_counter() - begun
-    return {"server": sum(drawn) / took, "static batches": sum(drawn) / static}
+    return Rates(sum(drawn) / took, _arriving(client, requests, gaps), sum(drawn) / static)
+
+
+def _arriving(
+    client: Client, requests: Sequence[CompletionRequest], gaps: Sequence[float]
+) -> float:
+    """The tokens of a second while requests arrive, from a quarter of them on to the last."""
+    begun = time.perf_counter()
+    arrivals = list(accumulate(gaps))
+
+    def stream(request: CompletionRequest, arrival: float) -> list[float]:
+        time.sleep(max(0.0, begun + arrival - time.perf_counter()))
+        late = time.perf_counter() - begun
+        return [late + each for each in client.token_times(request)]
+
+    with ThreadPoolExecutor(len(requests)) as pool:
+        told = list(pool.map(stream, requests, arrivals))
+    start, end = arrivals[len(arrivals) // 4], arrivals[-1]
+    # The last event of a stream has no token, and some tokens have no text, so no event.
+    tokens = sum(
+        request.new_tokens * sum(start <= time < end for time in times) / len(times)
+        for request, times in zip(requests, told, strict=True)
+    )
+    return tokens / (end - start)
 
 
 def _late(rounds: Sequence[float]) -> float:

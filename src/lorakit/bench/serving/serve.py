@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,15 @@ from lorakit.bench.rounds import Participant, Seconds, interleaved
 from lorakit.bench.serving.asking import Client, CompletionRequest
 from lorakit.bench.serving.compiled import compiled_engine, compiled_goals, step_times
 from lorakit.bench.serving.latency import (
+    Rates,
     first_token,
     first_token_goals,
     longest_pause,
     unlike_lengths,
 )
+from lorakit.bench.serving.others import Other, others
 from lorakit.bench.serving.slot_changes import slot_changes
+from lorakit.bench.serving.starting import start_goal, starts
 from lorakit.bench.serving.ways import answered, asked, generated, routed, served
 from lorakit.config.bench import ServeBenchConfig
 from lorakit.errors import MissingExtraError
@@ -44,10 +48,11 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
         raise MissingExtraError("the server", "serve") from None
     plain, _ = load_model(settings.model, dtype=settings.dtype)
     model, tokenizer = load_model(settings.model, dtype=settings.dtype)
-    with tempfile.TemporaryDirectory() as temporary:
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         places = save_random_adapters(
             model,
-            Path(temporary),
+            root / "adapters",
             count=settings.adapters,
             rank=settings.rank,
             dtype=settings.adapter_dtype,
@@ -56,32 +61,43 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
         limits = Limits(
             slots=settings.clients, prefill_tokens=settings.prefill_tokens, prefix_bytes=0
         )
+        peers, failed = stack.enter_context(others(settings, plain, tokenizer, places, root))
         engine = Engine(model, limits)
-        catalog = Catalog(model, tokenizer, "base", folder=Path(temporary))
+        catalog = Catalog(model, tokenizer, "base", folder=root / "adapters")
         catalog.load_all()
-    requests = _requests(settings, int(plain.config.vocab_size), [each.name for each in places])
-    changes = slot_changes(settings, engine, catalog, [each.model for each in requests])
-    compiling = compiled_engine(settings, engine, catalog)
-    steps = step_times(compiling, catalog, requests, repeats=settings.repeats)
-    with served(engine, catalog) as client, served(compiling, catalog) as compiled:
+        names = [each.name for each in places]
+        requests = _requests(settings, int(plain.config.vocab_size), names)
+        changes = slot_changes(settings, engine, catalog, [each.model for each in requests])
+        compiling = compiled_engine(settings, engine, catalog)
+        steps = step_times(compiling, catalog, requests, repeats=settings.repeats)
+        client = stack.enter_context(served(engine, catalog))
+        compiled = stack.enter_context(served(compiling, catalog))
         ways = _ways(settings, client, engine, catalog, plain, requests)
         ways["compiled"] = partial(asked, compiled, requests)
+        for name, peer in peers.items():
+            ways |= _peer_ways(name, peer, requests)
         seconds = interleaved(
             {name: Participant(run=run) for name, run in ways.items()}, repeats=settings.repeats
         )
         first = first_token(client, plain, requests[0], times=settings.first_tokens)
         pause = longest_pause(client, requests, settings)
         unlike = unlike_lengths(client, plain, requests, settings)
+    started = starts(settings)
     tokens = settings.clients * settings.new_tokens
     rates = {name: tokens / each.median for name, each in seconds.items()}
-    shown = rates | {f"unlike lengths: {name}": rate for name, rate in unlike.items()}
+    shown = rates | {
+        "unlike lengths, at once": unlike.capacity,
+        "unlike lengths, arriving": unlike.arriving,
+        "unlike lengths, static batches": unlike.static,
+    }
     return Findings(
-        timings={"serve": seconds, "first token": first},
+        timings={"serve": seconds, "first token": first, "start": started},
         goals=(
             *_goals(settings, rates, changes, unlike),
             *compiled_goals(rates, steps),
             *first_token_goals(first),
             pause,
+            start_goal(started),
         ),
         tables={
             "tokens": [{"who": name, "tokens/s": rate} for name, rate in shown.items()],
@@ -89,6 +105,7 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
                 {"what": what, "time_s": each.median} for what, each in (changes | steps).items()
             ],
         },
+        checks={f"{name} does not run": reason for name, reason in failed.items()},
     )
 
 
@@ -133,28 +150,42 @@ def _ways(
     }
 
 
+def _peer_ways(
+    name: str, peer: Other, requests: list[CompletionRequest]
+) -> dict[str, Callable[[], object]]:
+    """What another server is asked: each client its adapter, and all of them the base."""
+    base = [replace(each, model="base") for each in requests]
+    return {
+        name: partial(asked, peer.client, requests, peer.ask),
+        f"{name}, base": partial(asked, peer.client, base, peer.ask),
+    }
+
+
 def _goals(
     settings: ServeBenchConfig,
     rates: Mapping[str, float],
     changes: Mapping[str, Seconds],
-    unlike: Mapping[str, float],
+    unlike: Rates,
 ) -> list[Goal]:
     step = changes["step"].median
     adapters = settings.adapters
     at_least = {
         "tokens/s over HTTP, against plain generate": (rates[OURS] / rates["plain"], 0.76),
         f"{adapters} adapters against 1, over HTTP": (rates[OURS] / rates["one"], 0.85),
-        "tokens/s of answers of unlike lengths, against those of one length": (
-            unlike["server"] / rates[OURS],
+        "tokens/s of unlike lengths that arrive at random, against one length": (
+            unlike.arriving / rates[OURS],
             0.85,
         ),
-        "tokens/s of answers of unlike lengths, against static batches": (
-            unlike["server"] / unlike["static batches"],
+        "tokens/s of unlike lengths that arrive at random, against static batches": (
+            unlike.arriving / unlike.static,
             1.5,
         ),
     }
+    if "vllm" in rates:
+        at_least["tokens/s over HTTP, against vLLM's"] = (rates[OURS] / rates["vllm"], 3.0)
     at_most = {
         "a join against a step of all slots": (changes["join"].median / step, 0.15),
+        "a leave against a step of all slots": (changes["leave"].median / step, 0.15),
         "routing of an unchanged step against the step": (changes["unchanged"].median / step, 0.01),
         "a step of all slots against reading its bytes": (step / changes["read"].median, 1.8),
     }

@@ -41,6 +41,12 @@ def slot_changes(
         at = next(turn)
         slots.join(at % len(held), [(held[(at + 1) % len(held)].updates, 1.0)])
 
+    def leave() -> None:
+        # The last row goes: its slot is free, and the next step is for one row fewer.
+        engine.keys_and_values.free(settings.clients - 1)
+        with slots.used(0, settings.clients - 1):
+            pass
+
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     in_files = getattr(torch, settings.adapter_dtype).itemsize
     own = sum(map(catalog.bank.size_bytes, set(names))) * model.dtype.itemsize // in_files
@@ -49,7 +55,13 @@ def slot_changes(
     def read() -> None:
         moved.sum()
 
-    participants = {"step": step, "join": join, "unchanged": routed, "read": read}
+    participants = {
+        "step": step,
+        "join": join,
+        "leave": leave,
+        "unchanged": routed,
+        "read": read,
+    }
     return interleaved(
         {name: Participant(run=run) for name, run in participants.items()},
         repeats=settings.repeats,

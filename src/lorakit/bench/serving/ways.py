@@ -6,6 +6,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.bank import AdapterBank
-from lorakit.bench.serving.asking import Client, CompletionRequest
+from lorakit.bench.serving.asking import Client, CompletionRequest, Reply
 from lorakit.errors import LorakitError
 from lorakit.serving.catalog import Catalog
 from lorakit.serving.engine import Engine
@@ -73,13 +74,24 @@ def answered(
         going -= delta.finish is not None
 
 
-def asked(client: Client, requests: Sequence[CompletionRequest]) -> None:
+def asked(
+    client: Client,
+    requests: Sequence[CompletionRequest],
+    ask: Callable[[Client, CompletionRequest], Reply] = Client.complete,
+) -> None:
     """Answers over HTTP, all at once.
+
+    Args:
+        client: of the server.
+        requests: what is asked.
+        ask: in the words of the server.
 
     Raises:
         LorakitError: one is refused, or has not as many tokens as were asked for.
     """
-    for request, answer in zip(requests, client.complete_all(requests, len(requests)), strict=True):
+    with ThreadPoolExecutor(len(requests)) as pool:
+        answers = list(pool.map(lambda request: ask(client, request), requests))
+    for request, answer in zip(requests, answers, strict=True):
         written = answer.body["usage"]["completion_tokens"] if answer.is_good else 0
         if written != request.new_tokens:
             raise LorakitError(f"{written} of {request.new_tokens} tokens came: {answer.body}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorakit.bench.result import Goal
 from lorakit.bench.serving.asking import Client, CompletionRequest, Reply
-from lorakit.bench.soak.server import ServerProcess
+from lorakit.bench.serving.process import ServerProcess
 from lorakit.errors import LorakitError
 
 COME_AND_GO_S = 0.05
@@ -101,6 +101,34 @@ def crossing(
         count=requests,
         loads=len(loads),
         growth=None if before is None or after is None else after / before,
+    )
+
+
+def seeded(
+    client: Client, asked: CompletionRequest, names: Sequence[str], *, seeds: int, connections: int
+) -> Goal:
+    """Whether requests with seeds get the same tokens alone and among others.
+
+    Args:
+        client: of the server.
+        asked: what is asked, drawn at temperature 1.
+        names: adapters, which are asked in turn.
+        seeds: how many requests, each with its own seed.
+        connections: how many of them are asked at once.
+    """
+    requests = [replace(asked, model=names[seed % len(names)], seed=seed) for seed in range(seeds)]
+    alone = [client.complete(request) for request in requests]
+    among = client.complete_all(requests, connections)
+    same = sum(
+        own.is_good and one.is_good and own.tokens == one.tokens
+        for own, one in zip(among, alone, strict=True)
+    )
+    return Goal(
+        what=f"identical alone and among {connections - 1} others, of {seeds} seeds",
+        got=float(same),
+        limit=float(seeds),
+        unit="",
+        at_least=True,
     )
 
 

@@ -38,9 +38,10 @@ def leaving(client: Client, asked: CompletionRequest, *, times: int) -> list[Goa
         while client.metric(RUNNING):
             time.sleep(LOOK_S)
         waits.append(time.perf_counter() - begun)
-    what = f"steps until a slot is free, median of {times:,} closed streams"
+    slowest = sorted(waits)[int(0.99 * (len(waits) - 1))]
+    what = f"steps until a slot is free, 99th percentile of {times:,} closed streams"
     return [
-        Goal(what=what, got=statistics.median(waits) / step_s, limit=2.0, unit="steps"),
+        Goal(what=what, got=slowest / step_s, limit=2.0, unit="steps"),
         Goal.never(f"slots in use after {times:,} closed streams", int(client.metric(RUNNING))),
     ]
 

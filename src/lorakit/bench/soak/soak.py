@@ -13,12 +13,12 @@ import torch
 from lorakit.bench.peers import save_random_adapters
 from lorakit.bench.result import Findings, Goal
 from lorakit.bench.serving.asking import CompletionRequest
+from lorakit.bench.serving.process import ServerProcess, running
 from lorakit.bench.soak.bad_adapters import refusing
-from lorakit.bench.soak.crossing import crossing
+from lorakit.bench.soak.crossing import crossing, seeded
 from lorakit.bench.soak.leaving import holding_up, leaving
 from lorakit.bench.soak.overloading import capacity, overloading
 from lorakit.bench.soak.reloading import reloading
-from lorakit.bench.soak.server import ServerProcess, running
 from lorakit.config.bench import SoakConfig
 from lorakit.models.load import load_model
 
@@ -62,7 +62,12 @@ def _measured(
     client, connections = server.client, settings.connections
     crossed = crossing(server, pool, spares, requests=settings.requests, connections=connections)
     goals = crossed.goals(exact=settings.dtype == "float32")
-    goals += reloading(client, pool[0], spares, reloads=settings.reloads, connections=connections)
+    names = list(dict.fromkeys(each.model for each in pool))
+    goals.append(seeded(client, pool[0], names, seeds=settings.seeds, connections=connections))
+    # Slots are left for those that ask right after a reload, which else wait for one.
+    goals += reloading(
+        client, pool[0], spares, reloads=settings.reloads, connections=max(1, connections // 4)
+    )
     refused, rows = refusing(client, pool[0], good, streams=connections // 2)
     goals += refused
     goals += leaving(client, pool[0], times=settings.closed)

@@ -27,6 +27,7 @@ from lorakit.serving.api.errors import SHOWN, handle_errors
 from lorakit.serving.api.guard import Guard
 from lorakit.serving.api.inventory import inventory
 from lorakit.serving.api.keys import Keys
+from lorakit.serving.api.unique_keys import UniqueKeysRoute
 from lorakit.serving.page import HEADERS, files
 from lorakit.serving.refusals import RefusalError
 
@@ -72,12 +73,14 @@ def build_app(backend: Backend, policy: Policy | None = None) -> FastAPI:
         responses=SHOWN,
         lifespan=backend.lifespan,
     )
+    app.router.route_class = UniqueKeysRoute
     server = _Server(backend, policy)
     app.add_middleware(
         Guard,
         keys=policy.keys,
         most_bytes=policy.most_bytes,
         is_closing=lambda: backend.is_closing,
+        check_room=backend.check_room,
     )
     handle_errors(app)
     for path, answer in server.gets.items():

@@ -67,6 +67,13 @@ class Backend(Closing, Protocol):
     def lifespan(self) -> Lifespan | None:
         """What is open while the app runs; None: nothing."""
 
+    def check_room(self) -> None:
+        """Refuse what could not wait, before its body is read.
+
+        Raises:
+            QueueFullError: no request more may wait.
+        """
+
     def health(self) -> dict[str, Any]:
         """What `/health` and `/ready` say of it to everybody, beside the rest."""
 

@@ -242,13 +242,31 @@ class TextPart(Body):
     text: str
 
 
+class CalledFunction(Body):
+    """A function that was called."""
+
+    name: str
+    arguments: str = "{}"
+    """In JSON."""
+
+
+class CalledTool(Body):
+    """A call of an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    """Not used: of the stream that it came in."""
+
+
 class MessageBody(Body):
     """A turn of a conversation."""
 
     role: Annotated[str, Field(min_length=1)]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[CalledTool] | None = None
     """What an earlier turn of the assistant called."""
     tool_call_id: str | None = None
     """Of the call that a tool's turn answers."""
@@ -274,11 +292,12 @@ class ChatBody(Asked):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     """And so many of the likeliest."""
     tools: list[Tool] | None = None
-    """Functions, one of which the answer must call, as `tool_choice` says."""
+    """Functions that the answer may call, or must, as `tool_choice` says."""
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    """none, required (one of the tools), or one of them; auto is not supported."""
+    """auto (text, or calls), which is meant where nothing is said; none, required, or one of the
+    tools."""
     parallel_tool_calls: bool | None = None
-    """Not used."""
+    """false: the answer calls once at most."""
     store: bool | None = None
     """Not used."""
     metadata: dict[str, Any] | None = None

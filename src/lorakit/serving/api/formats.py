@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.serving.api.asking import Answer
-from lorakit.serving.api.constraints import Call
+from lorakit.serving.api.tool_calls import Calling, CallReader
 from lorakit.serving.catalog import Chosen
 from lorakit.serving.requests import Delta
 from lorakit.serving.sampling import Token
@@ -126,28 +126,27 @@ class ChatForm(Form):
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, chosen: Chosen, *, logprobs: bool, tools: Sequence[str] = ()) -> None:
-        """Take also the names of the tools, one of which each answer calls."""
+    def __init__(self, chosen: Chosen, *, logprobs: bool, calling: Calling | None = None) -> None:
+        """Take also the tools that answers may call."""
         super().__init__(chosen, logprobs=logprobs)
-        self._tools = tools
-        self._calls: dict[int, Call] = {}
+        self._calling = calling
+        self._readers: dict[int, CallReader] = {}
 
     def choice(self, answer: Answer) -> dict[str, Any]:
         """An answer that is over."""
-        if self._tools:
-            complete = answer.finish == "stop"
-            calls = Call(self._tools).whole(answer.text, complete=complete)
-            return {
-                "index": answer.index,
-                "message": {"role": "assistant", "content": None, "tool_calls": calls},
-                "logprobs": self._logprobs_of(answer.tokens),
-                **self._ended(answer),
-            }
+        content: str = answer.text
+        calls: list[dict[str, Any]] = []
+        if self._calling is not None:
+            content, calls = CallReader(self._calling).step(answer.text, over=True)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            calls = [{k: v for k, v in call.items() if k != "index"} for call in calls]
+            message |= {"content": content or None, "tool_calls": calls}
         return {
             "index": answer.index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs_of(answer.tokens),
-            **self._ended(answer),
+            **self._ended(answer, called=bool(calls)),
         }
 
     def opening(self, answer: Answer) -> dict[str, Any] | None:
@@ -157,24 +156,24 @@ class ChatForm(Form):
 
     def step(self, answer: Answer, delta: Delta) -> dict[str, Any]:
         """A chunk of an answer."""
-        content: dict[str, Any] = (
-            {"content": delta.text} if delta.text or delta.finish is None else {}
-        )
-        if self._tools:
-            call = self._calls.setdefault(answer.index, Call(self._tools))
-            new = call.step(delta.text, over=delta.finish is not None)
-            content = {"tool_calls": new} if new else {}
+        text, called, over = delta.text, False, delta.finish is not None
+        calls: list[dict[str, Any]] = []
+        if self._calling is not None:
+            reader = self._readers.setdefault(answer.index, CallReader(self._calling))
+            text, calls = reader.step(delta.text, over=over)
+            called = reader.has_called
+        content: dict[str, Any] = {"content": text} if text or not (calls or over) else {}
         return {
             "index": answer.index,
-            "delta": content,
+            "delta": content | ({"tool_calls": calls} if calls else {}),
             "logprobs": self._logprobs_of(delta.tokens),
-            **self._ended(delta),
+            **self._ended(delta, called=called),
         }
 
-    def _ended(self, answer: Answer | Delta) -> dict[str, Any]:
+    def _ended(self, answer: Answer | Delta, *, called: bool = False) -> dict[str, Any]:
         ended = super()._ended(answer)
-        called = self._tools and ended["finish_reason"] == "stop"
-        return ended | {"finish_reason": "tool_calls"} if called else ended
+        stopped = called and ended["finish_reason"] == "stop"
+        return ended | {"finish_reason": "tool_calls"} if stopped else ended
 
     def _logprobs_of(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._logprobs:

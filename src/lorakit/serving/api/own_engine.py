@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from lorakit.serving.api.backend import Lifespan, rights_of
 from lorakit.serving.api.bodies import (
     Addressed,
     Asked,
+    CalledTool,
     ChatBody,
     ClassifyBody,
     CompletionBody,
@@ -24,11 +27,13 @@ from lorakit.serving.api.bodies import (
     MessageBody,
     TokenizeBody,
 )
-from lorakit.serving.api.constraints import forced_tools, rule_of
+from lorakit.serving.api.constraints import rule_of
 from lorakit.serving.api.encoding import Encoding
 from lorakit.serving.api.engine_state import EngineState
 from lorakit.serving.api.formats import ChatForm, CompletionForm, text_of
 from lorakit.serving.api.metrics import Metrics
+from lorakit.serving.api.tool_calls import Calling, Tools
+from lorakit.serving.call_forms import CallForms
 from lorakit.serving.catalog import Catalog, Chosen
 from lorakit.serving.grammars import Grammars, Matcher
 from lorakit.serving.prompts import chat_ids, text_ids
@@ -48,6 +53,7 @@ class OwnEngine:
         self._engine, self._catalog = engine, catalog
         self.metrics = Metrics(catalog, EngineState(engine, catalog))
         self._grammars = Grammars(catalog.tokenizer, engine.vocabulary)
+        self._call_forms = CallForms(self._grammars)
         self._encoding = Encoding(engine, self._chosen, self.metrics)
 
     @property
@@ -84,6 +90,14 @@ class OwnEngine:
         """Nothing is open."""
         return None
 
+    def check_room(self) -> None:
+        """Refuse what could not wait.
+
+        Raises:
+            QueueFullError: no request more may.
+        """
+        self._engine.queue.check_room()
+
     def health(self) -> dict[str, Any]:
         """Nothing beside the rest."""
         return {}
@@ -99,11 +113,10 @@ class OwnEngine:
 
     async def complete(self, body: CompletionBody, http: Request) -> Response:
         """Texts that go on with prompts."""
-        self._engine.queue.check_room()
+        prompts = _prompts(body.prompt)
 
         def prepare() -> tuple[Chosen, list[Any], list[str]]:
             chosen = self._writer(body, http)
-            prompts = _prompts(body.prompt)
             ids = [text_ids(chosen, p) if isinstance(p, str) else p for p in prompts]
             asks_none = body.max_tokens == 0 and not body.echo
             if asks_none:
@@ -122,7 +135,8 @@ class OwnEngine:
             texts = [p if isinstance(p, str) else text_of(chosen.tokenizer, p) for p in prompts]
             return chosen, requests, texts
 
-        chosen, requests, texts = await run_in_threadpool(prepare)
+        with self._engine.queue.reserved(len(prompts) * body.n):
+            chosen, requests, texts = await run_in_threadpool(prepare)
         form = CompletionForm(chosen, logprobs=body.logprobs is not None)
         echoed = [text for text in texts for _ in range(body.n)] if body.echo else None
         return await answered(
@@ -131,19 +145,26 @@ class OwnEngine:
 
     async def chat(self, body: ChatBody, http: Request) -> Response:
         """The assistant's next turn of a conversation."""
-        self._engine.queue.check_room()
+        tools = Tools.of(body)
 
-        def prepare() -> tuple[Chosen, list[Any]]:
+        def prepare() -> tuple[Chosen, list[Any], Calling | None]:
             chosen = self._writer(body, http)
             alternatives = (body.top_logprobs or 0) if body.logprobs else None
             asked = body.max_completion_tokens or body.max_tokens
             if asked == 0:
                 raise RefusalError("max_tokens is 0: give at least 1", param="max_tokens")
-            grammar = self._grammar(body, chosen)
+            calling = None
+            if tools is not None:
+                form = self._call_forms.of(chosen.tokenizer, chosen.ends)
+                calling = Calling(tools=tools, form=form)
+            grammar = self._grammar(body, chosen, calling)
             shown = [] if body.tool_choice == "none" else body.tools or []
-            tools = [tool.model_dump(exclude_none=True) for tool in shown]
-            ids = chat_ids(chosen, _messages(body.messages), tools)
-            return chosen, requests_of(
+            ids = chat_ids(
+                chosen,
+                _messages(body.messages),
+                [tool.model_dump(exclude_none=True) for tool in shown],
+            )
+            requests = requests_of(
                 body,
                 [ids],
                 chosen,
@@ -153,10 +174,14 @@ class OwnEngine:
                 grammar=grammar,
                 client=rights_of(http).client,
             )
+            if calling is not None and calling.form.is_hidden(chosen.tokenizer):
+                for request in requests:
+                    request.skip_special = False
+            return chosen, requests, calling
 
-        chosen, requests = await run_in_threadpool(prepare)
-        names = [tool.function.name for tool in forced_tools(body)]
-        form = ChatForm(chosen, logprobs=bool(body.logprobs), tools=names)
+        with self._engine.queue.reserved(body.n):
+            chosen, requests, calling = await run_in_threadpool(prepare)
+        form = ChatForm(chosen, logprobs=bool(body.logprobs), calling=calling)
         return await answered(http, body, form, self._engine, requests, chosen, self.metrics)
 
     async def embed(self, body: EmbeddingsBody, http: Request) -> Response:
@@ -181,9 +206,11 @@ class OwnEngine:
             )
         return self._chosen(body, http)
 
-    def _grammar(self, body: Asked, chosen: Chosen) -> Matcher | None:
+    def _grammar(
+        self, body: Asked, chosen: Chosen, calling: Calling | None = None
+    ) -> Matcher | None:
         """What the answers to a body must be; None: anything."""
-        rule = rule_of(body)
+        rule = rule_of(body, calling)
         return None if rule is None else self._grammars.compiled(rule, chosen.ends)
 
     def _chosen(self, body: Addressed, http: Request) -> Chosen:
@@ -248,5 +275,15 @@ def _messages(given: Sequence[MessageBody]) -> list[Message]:
 
 def _keys(message: MessageBody) -> dict[str, Any]:
     """What a chat template may write beside the content."""
-    given = {name: getattr(message, name) for name in ("name", "tool_calls", "tool_call_id")}
+    given = {name: getattr(message, name) for name in ("name", "tool_call_id")}
+    if message.tool_calls:
+        given["tool_calls"] = [_called(call) for call in message.tool_calls]
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _called(call: CalledTool) -> dict[str, Any]:
+    """A call as templates want it: with its arguments as an object, where they are one."""
+    function: dict[str, Any] = {"name": call.function.name, "arguments": call.function.arguments}
+    with contextlib.suppress(ValueError):
+        function["arguments"] = json.loads(call.function.arguments)
+    return {"id": call.id, "type": "function", "function": function}

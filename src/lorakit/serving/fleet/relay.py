@@ -110,6 +110,9 @@ class Relay:
             self._fleet.close()
         return True
 
+    def check_room(self) -> None:
+        """Nothing: each server has a queue of its own."""
+
     def health(self) -> dict[str, Any]:
         """Whether each server answers: up, down, or refused."""
         return {"upstreams": [member.state for member in self._fleet.members]}

@@ -49,12 +49,15 @@ class Match(NamedTuple):
 Chain = tuple[Any, Match] | None
 """The matches that a path has chosen: those before the last one, as another chain, and it."""
 
-_Path = tuple[int, int, int, int, int, int, int, Chain]
+_Path = tuple[int, int, int, int, int, Chain]
 """A part of an alignment, from the reference's first word to the present one: minus the words that
-match, chunks, distance; the reference's next word, the end of the last match in the output; the
-words in use in both, as bits; the chosen matches."""
+match, then the chunks, then the distance, as one number; the reference's next word, the end of the
+last match in the output; the words in use in both, as bits; the chosen matches."""
 
-_KEY = itemgetter(0, 1, 2)
+_CHUNK = 1 << 24
+_WORD = 1 << 40
+"""What a chunk and a word count in that number, so that neither distances nor chunks reach them."""
+_KEY = itemgetter(0)
 
 
 def align(matches: Sequence[Sequence[Match]]) -> list[Match]:
@@ -67,7 +70,7 @@ def align(matches: Sequence[Sequence[Match]]) -> list[Match]:
     fixed = _fixed(matches)
     used = sum(match.words for match in fixed.values())
     used_output = sum(match.output_words for match in fixed.values())
-    paths: list[_Path] = [(0, 0, 0, 0, -1, used, used_output, None)]
+    paths: list[_Path] = [(0, 0, -1, used, used_output, None)]
     for position, here in enumerate(matches):
         if len(paths) > 1:
             paths.sort(key=_KEY)
@@ -77,8 +80,8 @@ def align(matches: Sequence[Sequence[Match]]) -> list[Match]:
             paths = _advance(paths[:BEAM], position, here)
     paths.sort(key=_KEY)
     # The chunk that is open at the end counts too.
-    closed = [(p[0], p[1] + (p[4] != -1), p[2], p[7]) for p in paths[:BEAM]]
-    chosen = [*fixed.values(), *_unchained(min(closed, key=_KEY)[3])]
+    closed = [(path[0] + _CHUNK * (path[2] != -1), path[5]) for path in paths[:BEAM]]
+    chosen = [*fixed.values(), *_unchained(min(closed, key=_KEY)[1])]
     return sorted(chosen, key=lambda match: match.start)
 
 
@@ -108,33 +111,28 @@ def _advance(paths: Sequence[_Path], position: int, matches: Sequence[Match]) ->
     # Taken apart once, since there are up to BEAM paths.
     choices = [
         (
-            *(match.words, match.output_words, match.weight),
-            *(
-                position + match.length,
-                match.output_start,
-                match.output_start + match.output_length,
-            ),
+            *(match.words, match.output_words, match.weight * _WORD, position + match.length),
+            *(match.output_start, match.output_start + match.output_length),
             abs(match.start - match.output_start),
             match,
         )
         for match in matches
     ]
     for path in paths:
-        weight, chunks, distance, here, end, used, used_output, chosen = path
+        number, here, end, used, used_output, chosen = path
         if used & bit:
             if position < here:
                 following.append(path)
             continue
+        # A match that does not go on where the last one ended closes its chunk.
+        closed = number + _CHUNK if end != -1 else number
+        # Written out, since this is where most of the time goes.
         for words, output_words, own, stop, start, output_stop, apart, match in choices:
             if used & words or used_output & output_words:
                 continue
-            broken = end != -1 and end != start
-            # Written out, since this is where most of the time goes.
             following.append(
                 (
-                    weight - own,
-                    chunks + broken,
-                    distance,
+                    (number if end == start else closed) - own,
                     stop,
                     output_stop,
                     used | words,
@@ -142,29 +140,27 @@ def _advance(paths: Sequence[_Path], position: int, matches: Sequence[Match]) ->
                     (chosen, match),
                 )
             )
-            distance += apart
-        chunks += end != -1
-        following.append((weight, chunks, distance, here + 1, -1, used, used_output, chosen))
+            number += apart
+            closed += apart
+        following.append((closed, here + 1, -1, used, used_output, chosen))
     return following or list(paths[:1])
 
 
 def _with_fixed(paths: Sequence[_Path], match: Match) -> list[_Path]:
     """The paths after a match without rivals, whose words they all count as used."""
-    own, apart = match.weight, abs(match.start - match.output_start)
     start, stop = match.output_start, match.start + match.length
     output_stop = match.output_start + match.output_length
+    more = abs(match.start - start) - match.weight * _WORD
     return [
         (
-            weight - own,
-            chunks + (end != -1 and end != start),
-            distance + apart,
+            number + more + _CHUNK * (end != -1 and end != start),
             stop,
             output_stop,
             used,
             used_output,
             chosen,
         )
-        for weight, chunks, distance, _, end, used, used_output, chosen in paths
+        for number, _, end, used, used_output, chosen in paths
     ]
 
 

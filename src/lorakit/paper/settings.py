@@ -1,12 +1,15 @@
-"""Settings of the verbs of `lorakit paper`."""
+"""Settings of the verbs of `lorakit paper`; they know which cells and tasks there are."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lorakit.config.base import Names, PositiveInt, Settings
 from lorakit.config.seed import Seed
+from lorakit.data.tasks import TASKS
+from lorakit.errors import did_you_mean
+from lorakit.paper.cell import names_nothing
 
 RESULTS = Path("paper/results")
 """The folder of results, from the working folder."""
@@ -42,6 +45,25 @@ class CellChoice(PaperConfig):
 
     seeds: tuple[Seed, ...] = ()
     """Seeds. None: those of the cell."""
+
+    @field_validator("cells")
+    @classmethod
+    def _name_cells(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [f"there is no cell {word!r}{hint}" for word, hint in names_nothing(words)]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)} (`lorakit paper list` shows all)")
+        return words
+
+    @field_validator("tasks")
+    @classmethod
+    def _name_tasks(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [word for word in words if word not in TASKS]
+        if unknown:
+            listed = ", ".join(
+                f"there is no task {word!r}{did_you_mean(word, TASKS)}" for word in unknown
+            )
+            raise ValueError(f"{listed}; there are {', '.join(TASKS)}")
+        return words
 
 
 class PaperListConfig(CellChoice):

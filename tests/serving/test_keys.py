@@ -1,0 +1,73 @@
+"""Keys: who may ask what, and how often."""
+
+import pytest
+
+from lorakit.errors import ConfigError
+
+pytest.importorskip("fastapi")
+from lorakit.serving.api.app import Policy
+from lorakit.serving.api.guard import check_host
+from lorakit.serving.api.keys import Keys, Rights
+from lorakit.serving.refusals import RefusalError
+from serving.servers import DEFAULTS, Server
+
+
+def test_keys_open_the_api_and_nothing_else_does(words, folder, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nsecret-one\n\nsecret-two\n")
+    server = Server(words, folder, Policy(keys=Keys.read(file)))
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret-one"}):
+        refused = server.client.get("/v1/models", headers=header)
+        assert refused.status_code == refused.json()["error"]["code"] == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+    for key in ("secret-one", "secret-two"):
+        header = {"Authorization": f"Bearer {key}"}
+        assert server.client.get("/v1/models", headers=header).status_code == 200
+    assert server.client.get("/health").status_code == 200
+    assert server.client.get("/metrics").status_code == 401
+    server.engine.close()
+    check_host("0.0.0.0", Keys.read(file))
+    with pytest.raises(ConfigError, match="other machines"):
+        check_host("0.0.0.0", Keys())
+    file.write_text("# none\n")
+    with pytest.raises(ConfigError, match="has no keys"):
+        Keys.read(file)
+    file.write_text("one lod=no\ntwo load=maybe\nthree requests=0 adapters=a\n")
+    with pytest.raises(ConfigError, match="3 problems") as told:
+        Keys.read(file)
+    assert "line 1: lod=no is none of" in str(told.value)
+    assert "did you mean 'load'" in str(told.value)
+    assert "three" not in str(told.value)
+
+
+def test_keys_have_the_rights_that_their_line_says(words, folder, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("boss\nguest adapters=small load=no requests=4\n")
+    server = Server(words, folder, Policy(keys=Keys.read(file)))
+    header = {"Authorization": "Bearer guest"}
+    asked = DEFAULTS | {"prompt": "red"}
+
+    def ask(path="/v1/completions", **body):
+        return server.client.post(path, json=body, headers=header)
+
+    assert ask(**asked | {"model": "small"}).status_code == 200
+    barred = ask(**asked, adapters=[{"name": "small"}, {"name": "wide"}])
+    assert barred.status_code == barred.json()["error"]["code"] == 403
+    assert "may not ask wide; it may ask the base, small" in barred.json()["error"]["message"]
+    assert ask("/v1/unload_lora_adapter", lora_name="small").status_code == 403
+    assert ask(**asked).status_code == 200
+    fifth = ask(**asked)
+    assert fifth.status_code == 429
+    assert 0 < int(fifth.headers["retry-after"]) <= 61
+    header["Authorization"] = "Bearer boss"
+    assert ask(**asked | {"model": "wide"}).status_code == 200
+    server.engine.close()
+
+
+def test_a_minute_goes_by():
+    rights = Rights(requests=2)
+    for now in (0.0, 30.0, 60.5, 90.5):
+        rights.count_request(now)
+    with pytest.raises(RefusalError, match="2 requests a minute") as told:
+        rights.count_request(91.0)
+    assert told.value.retry_after_s == 30
