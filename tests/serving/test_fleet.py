@@ -232,7 +232,7 @@ def test_a_reload_in_place_leaves_no_old_answers(own, words, upstreams):
 def test_requests_of_a_server_that_can_not_be_reached_go_to_another(own, upstreams):
     make, place = own
     port = make(Port, upstreams[0].server.app)
-    front = make(Front, [port.url, upstreams[1].url], place, patience=Patience(poll_s=60))
+    front = make(Front, [port.url, upstreams[1].url], place, patience=Patience(poll_s=60.0))
     port.close()
     # Nobody has looked yet whether they answer.
     for _ in range(3):
