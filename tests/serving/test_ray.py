@@ -90,11 +90,12 @@ def test_two_replicas_answer_with_the_adapters_that_are_asked_for(client, words,
     alone.engine.close()
     # Once it is known who has an adapter, it is asked.
     assert [len(set(used[-4:])) for used in replicas.values()] == [1, 1]
-    base = {
-        client.post("/v1/completions", json=DEFAULTS | {"prompt": "red"}).headers["x-replica"]
-        for _ in range(20)
-    }
-    assert len({*base, *replicas["small"], *replicas["wide"]}) == 2
+    # What nobody has goes to either.
+    asked = [DEFAULTS | {"prompt": "red", "model": f"nobody{number}"} for number in range(12)]
+    responses = [client.post("/v1/completions", json=each) for each in asked]
+    assert {each.status_code for each in responses} == {404}
+    others = {each.headers["x-replica"] for each in responses}
+    assert len({*others, *replicas["small"], *replicas["wide"]}) == 2
 
 
 def test_streams_and_errors_come_through(client):
