@@ -99,7 +99,7 @@ def compile_to_file(graph: GraphModule, inputs: Sequence[Tensor], path: Path) ->
         list(inputs),
         dynamic_shapes="from_example_inputs",
         # Else it would start processes of its own for what takes seconds.
-        options={"compile_threads": 1},
+        options={"config_patches": {"compile_threads": 1}},
         aot=True,
     )
     made.save(path=str(path))
