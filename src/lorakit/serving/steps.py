@@ -248,11 +248,11 @@ class CompiledSteps(Steps):
         self._states.admit(0, cache)
         rows = 1
         while rows < 2 * self._slots.count:
-            tokens = [0] * min(rows, self._slots.count)
-            self.step(tokens, [0])
+            used = range(min(rows, self._slots.count))
+            self.step([0] * len(used), used)
             if self._building is not None:
                 self._building[1].join()
-            self.step(tokens, [0])
+            self.step([0] * len(used), used)
             rows *= 2
         self._states.free(0)
 
