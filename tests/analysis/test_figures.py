@@ -1,6 +1,7 @@
 """Figures: their numbers as tables, their pictures as SVG and PNG."""
 
 import re
+from dataclasses import replace
 import sys
 from xml.etree import ElementTree
 
@@ -63,6 +64,13 @@ def test_a_picture_in_a_page_takes_its_colours_and_has_ids_of_its_own(figure):
     assert "currentColor" in found.svg
     assert "width" not in tree.attrib
     assert drawn(figure) == found
+
+
+def test_ticks_between_powers_of_ten_are_written_as_these_are():
+    values = [0.18, 0.09, 0.03]
+    svg = drawn(replace(LINES, x=[1, 2, 3], lines={"0": values, "1": values[::-1]})).svg
+    assert "2·10⁻¹" in svg
+    assert "e-0" not in svg
 
 
 @pytest.mark.thorough
