@@ -115,12 +115,12 @@ def test_a_kill_at_a_random_moment_loses_nothing(tmp_path: Path) -> None:
     ("existing", "failing", "counts"),
     [
         (False, 0, False),
-        (False, 3, False),
-        (False, 4, True),
+        (False, 4, False),
+        (False, 5, True),
         (True, 0, False),
-        (True, 3, False),
-        (True, 4, True),
+        (True, 4, False),
         (True, 5, True),
+        (True, 6, True),
     ],
 )
 def test_a_full_disk_leaves_what_was_there(

@@ -13,8 +13,9 @@ from lorakit.config.verbs import ServeConfig
 from lorakit.errors import ConfigError
 from lorakit.serving.api.app import Policy
 from lorakit.serving.api.keys import Keys, Rights
+from lorakit.serving.fleet.member import Patience
 from lorakit.serving.fleet.member_keys import read_keys
-from serving.fleets import Front, Slow, Upstream, chunks, until
+from serving.fleets import Front, Port, Slow, Upstream, chunks, until
 from serving.servers import save
 
 
@@ -226,6 +227,17 @@ def test_a_reload_in_place_leaves_no_old_answers(own, words, upstreams):
     assert front.complete(model="mine").status_code == 404
     until(lambda: not held())
     upstream.server.catalog.unload("direct")
+
+
+def test_requests_of_a_server_that_can_not_be_reached_go_to_another(own, upstreams):
+    make, place = own
+    port = make(Port, upstreams[0].server.app)
+    front = make(Front, [port.url, upstreams[1].url], place, patience=Patience(poll_s=60.0))
+    port.close()
+    # Nobody has looked yet whether they answer.
+    for _ in range(3):
+        assert front.complete(model="small").status_code == 200
+    assert front.client.get("/ready").json()["upstreams"] == ["down", "up"]
 
 
 @pytest.mark.thorough

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,12 +12,12 @@ from transformers import DynamicCache
 from lorakit.bank import AdapterBank
 from lorakit.config.verbs import ServeConfig
 from lorakit.serving.compiled_blocks import blocks_of
+from lorakit.serving.compiler_process import compiled_apart
 from lorakit.serving.engine import Engine
 from lorakit.serving.kv_slots import KeyValueSlots, window_for
 from lorakit.serving.serve import prepared
 from lorakit.serving.steps import CompiledSteps, Steps
 from lorakit.serving.worker import Limits
-from lorakit.upstream.private_names import compile_graph
 from serving.engines import adapters, asked, banked, greedy_alone, word_tokenizer
 from tiny_models import build
 
@@ -28,7 +29,7 @@ def tokenizer(tiny_llama):
     return word_tokenizer(tiny_llama)
 
 
-def as_traced(graph, inputs):
+def as_traced(graph, inputs, stop=None):
     """In the compiler's place: the graph itself."""
     return graph
 
@@ -43,6 +44,7 @@ def compiling(bank, compile_one=as_traced, **limits):
         engine.keys_and_values,
         note=notes.append,
         compile_one=compile_one,
+        stop=threading.Event(),
     )
     return engine, notes, engine.steps
 
@@ -185,21 +187,23 @@ def test_every_decoder_is_compiled_as_it_computes(family, tokenizer, started):
 
 
 @pytest.mark.thorough
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_compiled_code_answers_as_eager_steps_do(tokenizer, started):
     bank = banked()
-    engine, notes, steps = compiling(bank, compile_graph)
+    engine, notes, steps = compiling(bank, partial(compiled_apart, stop=threading.Event()))
     started(engine)
     choices = ["small", None, "wide", {"small": 0.6, "wide": -0.5}]
-    while not steps.counts["compiled"]:
-        answer(engine, bank, tokenizer, choices)
     answer(engine, bank, tokenizer, choices)
+    # Other rows are computed while the compiler works.
+    answer(engine, bank, tokenizer, choices)
+    settled(steps)
+    answer(engine, bank, tokenizer, choices)
+    assert steps.counts["compiled"], notes
     assert not notes
 
 
 @pytest.mark.thorough
 def test_waiting_has_code_for_any_number_of_rows_at_the_start(monkeypatch, tokenizer, started):
-    monkeypatch.setattr("lorakit.serving.steps.compile_graph", as_traced)
+    monkeypatch.setattr("lorakit.serving.steps.compiled_apart", as_traced)
     bank = banked()
     engine = Engine(bank.model, Limits(slots=3, compile="wait"), note=pytest.fail)
     engine.warm_up([[(bank.hold(name).updates, 1.0)] for name in ("small", "wide")])
@@ -213,7 +217,7 @@ def test_waiting_has_code_for_any_number_of_rows_at_the_start(monkeypatch, token
 
 @pytest.mark.thorough
 def test_a_server_compiles_as_its_settings_say(monkeypatch, words, folder):
-    monkeypatch.setattr("lorakit.serving.steps.compile_graph", as_traced)
+    monkeypatch.setattr("lorakit.serving.steps.compiled_apart", as_traced)
     how: dict[str, Any] = {"adapters": folder, "model": str(words), "slots": 2}
     engine, catalog = prepared(ServeConfig(**how, compile="wait"), note=pytest.fail)
     assert isinstance(engine, Engine)

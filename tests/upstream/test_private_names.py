@@ -106,7 +106,11 @@ def own_names(trees):
     for tree in trees:
         for node in ast.walk(tree):
             match node:
-                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                case (
+                    ast.FunctionDef(name=name)
+                    | ast.AsyncFunctionDef(name=name)
+                    | ast.ClassDef(name=name)
+                ):
                     found.add(name)
                 case ast.Name(id=name, ctx=ast.Store()):
                     found.add(name)

@@ -19,10 +19,10 @@ class Package:
     """Import name of the package, which is never imported."""
     requirement: str
     """The requirement for pip, to be installed without its dependencies."""
-    hub_id: str
-    """The model's id on the hub."""
     file: str
     """A GGUF file, or a transformers folder, relative to the package."""
+    hub_id: str | None = None
+    """The model's id on the hub."""
 
 
 PACKAGES = {

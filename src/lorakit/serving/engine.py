@@ -92,10 +92,18 @@ class Engine(Worker):
         """Reserve slots for what rows will use, and wait for compiled steps if that was asked."""
         if self.limits.compile == "off":
             return
-        for each in terms:
+        waits, count = self.limits.compile == "wait", self.slots.count
+        for number, each in enumerate(terms):
             self.slots.reserve(each)
-        if self.limits.compile == "wait":
+            # Compiled steps are compared with eager ones on what they will compute.
+            if waits and number < count:
+                self.slots.join(number, each)
+                if self.slots.has_others([number]):
+                    self.slots.join(number, ())
+        if waits:
             self.steps.warm_up()
+            for slot in range(count):
+                self.slots.join(slot, ())
 
     @property
     def step_counts(self) -> Counter[str]:

@@ -25,10 +25,10 @@ from lorakit.serving.compiled_blocks import (
     CompiledBlock,
     Recorded,
 )
+from lorakit.serving.compiler_process import compiled_apart
 from lorakit.serving.decoder import Decoder, difference
 from lorakit.serving.held_slots import HeldSlots
 from lorakit.serving.kv_slots import KeyValueSlots, window_for
-from lorakit.upstream.private_names import compile_graph
 
 TURN_S = 5e-5
 """How long the compiler keeps the interpreter from a thread that wants it; Python's own 5 ms would
@@ -99,6 +99,7 @@ class CompiledSteps(Steps):
         keys_and_values: of the rows.
         note: is told what could not be compiled.
         compile_one: makes a graph into code.
+        stop: has it end at once.
     """
 
     def __init__(
@@ -109,9 +110,10 @@ class CompiledSteps(Steps):
         *,
         note: Callable[[str], None],
         compile_one: Compile,
+        stop: threading.Event,
     ) -> None:
         super().__init__(decoder, slots, keys_and_values)
-        self._note, self._compile = note, compile_one
+        self._note, self._compile, self._stop = note, compile_one, stop
         self._blocks = BlockSteps(decoder.model)
         self._twin = Decoder(cast(PreTrainedModel, self._blocks.model))
         self._code: dict[Shapes, Mapping[str, CompiledBlock]] = {}
@@ -120,7 +122,6 @@ class CompiledSteps(Steps):
         self._refused: dict[Shapes, str] = {}
         self._building: tuple[Shapes, threading.Thread] | None = None
         self._built: Mapping[str, CompiledBlock] | Exception | None = None
-        self._closing = False
 
     def step(self, tokens: Sequence[int], used: Sequence[int]) -> Tensor:
         """The logits (rows, vocabulary) after one token more of each of the first slots."""
@@ -209,7 +210,7 @@ class CompiledSteps(Steps):
         try:
             with short_turns():
                 for path, recorded in calls.items():
-                    if self._closing:
+                    if self._stop.is_set():
                         return
                     code[path] = compiler.compiled(recorded)
             self._built = code
@@ -247,17 +248,17 @@ class CompiledSteps(Steps):
         self._states.admit(0, cache)
         rows = 1
         while rows < 2 * self._slots.count:
-            tokens = [0] * min(rows, self._slots.count)
-            self.step(tokens, [0])
+            used = range(min(rows, self._slots.count))
+            self.step([0] * len(used), used)
             if self._building is not None:
                 self._building[1].join()
-            self.step(tokens, [0])
+            self.step([0] * len(used), used)
             rows *= 2
         self._states.free(0)
 
     def close(self) -> None:
-        """Have the compiler end after the block that it is at."""
-        self._closing = True
+        """Have the compiler end."""
+        self._stop.set()
 
 
 def steps_of(
@@ -271,8 +272,10 @@ def steps_of(
     """The steps of an engine; eager ones where the model has nothing to compile."""
     if compiles:
         try:
+            stop = threading.Event()
+            compile_one = partial(compiled_apart, stop=stop)
             return CompiledSteps(
-                decoder, slots, keys_and_values, note=note, compile_one=compile_graph
+                decoder, slots, keys_and_values, note=note, compile_one=compile_one, stop=stop
             )
         except ModelError as error:
             note(f"decode steps are not compiled: {error}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -89,16 +90,26 @@ def traced(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
     return made(*inputs)
 
 
-def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """A graph as compiled code, which takes inputs like these, and writes into those it writes.
+def compile_to_file(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
+    """Compile a graph for inputs like these; the code writes into those that the graph writes."""
+    from torch._inductor import standalone_compile
 
-    Unlike torch.compile it calls nothing, looks at no code, and marks no other thread as one that
-    compiles.
-    """
-    from torch._inductor import compile as inductor
+    made = standalone_compile(
+        graph,
+        list(inputs),
+        dynamic_shapes="from_example_inputs",
+        # Else it would start processes of its own for what takes seconds.
+        options={"config_patches": {"compile_threads": 1}},
+        aot=True,
+    )
+    made.save(path=str(path))
 
-    # Else it would start processes of its own for what takes seconds.
-    return cast(Callable[..., Any], inductor(graph, list(inputs), {"compile_threads": 1}))
+
+def load_code(path: Path) -> Callable[..., Any]:
+    """What `compile_to_file` has made, as a function of the inputs one by one."""
+    from torch._inductor.standalone_compile import CompiledArtifact
+
+    return CompiledArtifact.load(path=str(path))
 
 
 def is_compiled_wrapper(model: nn.Module) -> bool:

@@ -42,8 +42,11 @@ torch._dynamo.exc FailOnRecompileLimitHit
 torch._dynamo.exc TorchDynamoException
     is what the compiler raises for code that it cannot compile
     such a run ends in torch's traceback, not in our error
-torch._inductor compile
-    compiles a recorded block beside a thread that computes, which torch.compile would mislead
+torch._inductor standalone_compile
+    compiles a recorded block in another process than the one that computes
+    the server's decode step is never compiled
+torch._inductor CompiledArtifact
+    is that code, which the server's process loads
     the server's decode step is never compiled
 torch._dynamo.OptimizedModule _orig_mod
     is where torch.compile(model) holds the model
