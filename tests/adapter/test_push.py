@@ -38,12 +38,19 @@ def adapter():
     return replace(made, card=card, base=None)
 
 
+class Server(ThreadingHTTPServer):
+    """Knows its address, which the hub's answers have."""
+
+    address = ""
+
+
 class StandIn(BaseHTTPRequestHandler):
     """As much of the hub's API as sending a folder asks for."""
 
     repositories: dict[str, dict[str, bytes]]
     asked: list[tuple[str, dict[str, object]]]
     refuses = False
+    server: Server
 
     def do_GET(self):
         self.answer({"id": "someone/e2e", "siblings": [], "sha": "0" * 40})
@@ -88,7 +95,7 @@ class StandIn(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     handler = type("Hub", (StandIn,), {"repositories": {}, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = Server(("127.0.0.1", 0), handler)
     server.address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -63,6 +64,14 @@ def test_a_picture_in_a_page_takes_its_colours_and_has_ids_of_its_own(figure):
     assert "currentColor" in found.svg
     assert "width" not in tree.attrib
     assert drawn(figure) == found
+
+
+def test_ticks_between_powers_of_ten_are_written_as_these_are():
+    values = [0.18, 0.09, 0.03]
+    svg = drawn(replace(LINES, x=[1, 2, 3], lines={"0": values, "1": values[::-1]})).svg
+    texts = [each.text or "" for each in ElementTree.fromstring(f"<svg{svg}").iter()]
+    assert any(re.search("[2-9]·10⁻[¹²]", text) for text in texts), texts
+    assert not any(re.fullmatch(r"\s*\de-0\d\s*", text) for text in texts)
 
 
 @pytest.mark.thorough

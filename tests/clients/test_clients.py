@@ -49,7 +49,16 @@ def url(root):
     keys.write_text(f"{KEY}\n")
     start = "import sys; from lorakit.cli.main import main; sys.exit(main())"
     words = ["serve", str(root / "adapters"), "--model", str(root / "tiny"), "--name", "tiny"]
-    words += ["--dtype", "float32", "--port", "0", "--api-key-file", str(keys)]
+    words += [
+        "--dtype",
+        "float32",
+        "--prefix-bytes",
+        "0",
+        "--port",
+        "0",
+        "--api-key-file",
+        str(keys),
+    ]
     process = subprocess.Popen(
         [sys.executable, "-c", start, *words], stderr=subprocess.PIPE, text=True
     )

@@ -131,7 +131,8 @@ class Front:
     def close(self) -> None:
         self.client.close()
         self.port.close()
-        self.relay.close(drain=False)
+        if not self.relay.close(timeout_s=1.0):
+            self.relay.close(drain=False)
 
 
 def chunks(events: Any) -> list[dict[str, Any]]:

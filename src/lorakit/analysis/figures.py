@@ -252,7 +252,7 @@ def _name_ticks(axis: Any, names: Sequence[str], *, most: int) -> None:
 
 def _draw_lines(figure: Lines, made: Any, axes: Any) -> None:
     import matplotlib
-    from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     few = not figure.ordered or len(figure.lines) == 1
     # The ends of the map are too near to white or black for lines.
@@ -275,7 +275,7 @@ def _draw_lines(figure: Lines, made: Any, axes: Any) -> None:
         axes.set_yscale("log")
         # matplotlib's own would be formulas, which no text of a figure is read as.
         axes.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+        axes.yaxis.set_minor_formatter(_between_powers())
     axes.set_xlabel(figure.x_axis)
     axes.set_ylabel(figure.y_axis)
     axes.grid(linewidth=0.4, alpha=0.7)
@@ -290,6 +290,20 @@ def _draw_lines(figure: Lines, made: Any, axes: Any) -> None:
 
 def _power_of_ten(value: float, _: object) -> str:
     return "10" + f"{round(math.log10(value))}".translate(SUPERSCRIPTS)
+
+
+def _between_powers() -> Any:
+    """Labels such as 2·10⁻¹ at the ticks between powers where matplotlib would write 2e-01."""
+    from matplotlib.ticker import LogFormatter
+
+    class Labels(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            if not super().__call__(x, pos):
+                return ""
+            power = 10.0 ** math.floor(math.log10(x) + 1e-9)
+            return f"{round(x / power)}·{_power_of_ten(power, pos)}"
+
+    return Labels(labelOnlyBase=False)
 
 
 def _depth(number: int, figure: Lines) -> float:

@@ -33,8 +33,8 @@ from lorakit.layers.operation import Update
 from lorakit.layers.route import Frame
 from lorakit.methods.component import Materials
 from lorakit.methods.lora.eva import input_singular_vectors
-from lorakit.methods.lora.experts import ExpertsUpdate
-from lorakit.methods.lora.lora import LoRAUpdate, parameter_shapes
+from lorakit.methods.lora.experts import low_ranks_of
+from lorakit.methods.lora.lora import parameter_shapes
 from lorakit.methods.lora.pissa import join_frozen_factors
 from lorakit.methods.prompt.hooks import HOOKS, watch
 from lorakit.models.base import base_modules, base_parameters, unwrapped
@@ -374,8 +374,7 @@ def check_in_place(model: nn.Module, state: Attachment, name: str) -> None:
     modules, problems = {module for _, module in base_modules(model)}, []
     for number, update in state.adapters[name].updates.items():
         layer, path = state.layers[number], state.layers[number].adapter_path
-        has_parts = isinstance(update, LoRAUpdate | ExpertsUpdate)
-        parts = list(update.low_ranks()) if has_parts else []
+        parts = low_ranks_of(update)
         if layer not in modules:
             problems.append(f"{path}  is another module now, which the adapter does not change")
         elif any((p.a.shape, p.b.shape) != parameter_shapes(layer, p.site) for p in parts):

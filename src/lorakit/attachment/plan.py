@@ -113,10 +113,10 @@ class Plan:
         updates: dict[str, Update] = {}
         for each in self.components:
             first, own = updates.get(each.path), each.update(materials)
-            if isinstance(first, LoRAUpdate | ExpertsUpdate) and type(own) is type(first):
-                first.join(own)
-            else:
-                updates[each.path] = own if first is None else Chain([first, own])
+            if first is None:
+                updates[each.path] = own
+            elif not _joined(first, own):
+                updates[each.path] = Chain([first, own])
         return updates
 
     def adapter(self, model: nn.Module, identity: BaseIdentity | None) -> Adapter:
@@ -148,6 +148,17 @@ class Plan:
         kinds = ", ".join(f"{count} × {what}" for what, count in counts.items())
         methods = "+".join(config.method for config in self.configs)
         return f"Plan({methods}: {kinds}; {self.parameters:,} parameters)"
+
+
+def _joined(first: Update, own: Update) -> bool:
+    """Have an update take over another one of its kind; False: they are of other kinds."""
+    if isinstance(first, LoRAUpdate) and isinstance(own, LoRAUpdate):
+        first.join(own)
+        return True
+    if isinstance(first, ExpertsUpdate) and isinstance(own, ExpertsUpdate):
+        first.join(own)
+        return True
+    return False
 
 
 def _check_offloaded(found: Plan, materials: Materials) -> None:

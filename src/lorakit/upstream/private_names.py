@@ -107,7 +107,7 @@ def compile_to_file(graph: GraphModule, inputs: Sequence[Tensor], path: Path) ->
 
 def load_code(path: Path) -> Callable[..., Any]:
     """What `compile_to_file` has made, as a function of the inputs one by one."""
-    from torch._inductor import CompiledArtifact
+    from torch._inductor.standalone_compile import CompiledArtifact
 
     return CompiledArtifact.load(path=str(path))
 

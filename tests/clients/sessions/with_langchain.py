@@ -20,7 +20,7 @@ assert [each.content for each in chat.batch(["red cat", "red cat"])] == [answer.
 
 told = ChatOpenAI(model="small", logprobs=True, top_logprobs=2, **how).invoke("red cat")
 assert len(told.response_metadata["logprobs"]["content"][0]["top_logprobs"]) == 2
-assert OpenAI(model="wide", **how).invoke("red cat")
+assert OpenAI(model="small", **how).invoke("red cat")
 
 
 @tool  # type: ignore[untyped-decorator]

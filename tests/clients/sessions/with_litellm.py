@@ -17,7 +17,7 @@ assert whole.usage.completion_tokens <= 6
 chunks = litellm.completion(model="openai/small", messages=messages, stream=True, **how)
 assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
 
-written = litellm.text_completion(model="text-completion-openai/wide", prompt="red cat", **how)
+written = litellm.text_completion(model="text-completion-openai/small", prompt="red cat", **how)
 assert written.choices[0].text
 
 unit = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"]}

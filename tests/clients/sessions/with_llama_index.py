@@ -13,4 +13,4 @@ messages = [ChatMessage(role="user", content="red cat")]
 answer = chat.chat(messages)
 assert answer.message.content
 assert "".join(part.delta or "" for part in chat.stream_chat(messages)) == answer.message.content
-assert OpenAILike(model="wide", context_window=512, **how).complete("red cat").text
+assert OpenAILike(model="small", context_window=512, **how).complete("red cat").text

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from covering import sampled
 from lorakit.errors import RouteError, TargetError
 from mixtures import MIXTURES, mixture
 from references import alone, attach_random, base_hash, outputs, randomise
@@ -41,7 +42,7 @@ def with_deltas(base, adapter, factor=1.0):
 
 
 @pytest.mark.parametrize("targets", ["experts", "gate_up_proj", "experts.down, o_proj"])
-@pytest.mark.parametrize("family", PER_TOKEN)
+@sampled("family", PER_TOKEN)
 def test_experts_compute_with_the_changed_weights(family, targets):
     base = mixture(family)
     model = copy.deepcopy(base)
@@ -53,7 +54,7 @@ def test_experts_compute_with_the_changed_weights(family, targets):
     torch.testing.assert_close(outputs(model, INPUTS), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@sampled("family", MIXTURES)
 def test_a_merge_has_the_same_answers_and_gives_back_every_bit(family):
     model = mixture(family)
     before = base_hash(model)
@@ -107,7 +108,7 @@ def test_gradients_are_those_of_the_changed_weights():
         torch.testing.assert_close(found.grad, other, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", PER_TOKEN)
+@sampled("family", PER_TOKEN)
 def test_rows_have_adapters_of_their_own(family):
     model = mixture(family)
     attach_random(model, "one", targets=["experts", "o_proj"], rank=3)
@@ -136,7 +137,7 @@ def test_rows_cannot_differ_where_tokens_come_by_expert():
         pass
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@sampled("family", MIXTURES)
 def test_a_saved_adapter_answers_the_same_in_lorakit_and_in_peft(family, tmp_path):
     peft = pytest.importorskip("peft")
     base = mixture(family)
@@ -166,7 +167,7 @@ def test_slices_of_a_fused_matrix_are_saved_as_peft_has_them(tmp_path):
 
 
 @pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["experts.down_proj"]])
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+@sampled("family", ["mixtral", "gpt_oss", "llama4_text"])
 def test_an_adapter_that_peft_saved_answers_the_same(family, parameters, tmp_path):
     peft = pytest.importorskip("peft")
     base = mixture(family)
@@ -209,7 +210,7 @@ def test_all_linear_leaves_experts_and_routers_out():
     }
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
+@sampled("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
 def test_words_select_attention_and_experts(family):
     plan = lk.plan(mixture(family), lk.LoRAConfig(targets=["q", "v", "experts"], rank=2))
     per_block = {site.name.split(".", 3)[3] for site in plan.sites}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Update
-from lorakit.methods.lora.lora import LowRank, positions
+from lorakit.methods.lora.lora import LoRAUpdate, LowRank, positions
 from lorakit.models.base import base_parameter
 from lorakit.models.experts import ExpertMatrices, expert_matrices
 from lorakit.upstream.private_names import own_modules, own_parameters
@@ -70,6 +70,11 @@ class ExpertsUpdate(Update):
         for part in self.low_ranks():
             for end, parameter in part.named_parameters():
                 yield f"{part.site.name}.{end}", parameter
+
+
+def low_ranks_of(update: Update) -> list[LowRank]:
+    """A and B of each site of an update; none where it is of another method."""
+    return list(update.low_ranks()) if isinstance(update, LoRAUpdate | ExpertsUpdate) else []
 
 
 def part_key(part: LowRank) -> str:

@@ -72,9 +72,14 @@ class Fleet:
         known = [member for member in self.members if member.base]
         return next((member for member in known if member.is_up), known[0])
 
-    def close(self) -> None:
-        """Have the members forget what they were told to load, and look after them no more."""
-        for version in self.versions:
+    def close(self, *, unload: bool = True) -> None:
+        """Look after the members no more.
+
+        Args:
+            unload: have them forget what they were told to load first, which they may take a while
+                for.
+        """
+        for version in self.versions if unload else ():
             version.users = 0
             self._forget(version)
         for member in self.members:

@@ -107,7 +107,7 @@ class Relay:
             time.sleep(0.01)
         if not self._closed:
             self._closed = True
-            self._fleet.close()
+            self._fleet.close(unload=drain)
         return True
 
     def check_room(self) -> None:
