@@ -74,7 +74,7 @@ class Replica:
             await running
 
 
-@serve.deployment
+@serve.deployment(ray_actor_options={"num_cpus": 0})
 class Front:
     """Reads which adapter a request is for."""
 
