@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,8 +44,10 @@ def compiled_apart(
     """
     with tempfile.TemporaryDirectory(prefix="lorakit-") as folder:
         source, target = Path(folder, "graph"), Path(folder, "code")
-        kinds = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in inputs]
-        source.write_bytes(pickle.dumps((_plain(graph), kinds)))
+        plain, constants = _plain(graph)
+        every = [*inputs, *constants]
+        kinds = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in every]
+        source.write_bytes(pickle.dumps((plain, kinds)))
         words = [sys.executable, "-m", __name__, str(source), str(target)]
         with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
             killer = threading.Thread(target=_kill_if, args=(process, stop), daemon=True)
@@ -54,7 +56,8 @@ def compiled_apart(
         if not target.exists():
             lines = said.strip().splitlines() or ["it was stopped"]
             raise ModelError(f"the compiler failed: {lines[-1]}")
-        return load_code(target)
+        code = load_code(target)
+    return lambda *own: code(*own, *constants)
 
 
 def _kill_if(process: subprocess.Popen[str], stop: threading.Event) -> None:
@@ -64,11 +67,27 @@ def _kill_if(process: subprocess.Popen[str], stop: threading.Event) -> None:
             return
 
 
-def _plain(graph: GraphModule) -> GraphModule:
-    """The graph without the tensors that it held before, and without its tracer."""
-    made = Graph()
+def _plain(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+    """The graph without the tensors that it held before, and without its tracer.
+
+    What it makes of nothing, such as a number as a tensor, becomes its last inputs: reading a graph
+    from a file runs it, and such a tensor would then be one that the graph holds.
+
+    Returns:
+        The graph, and the values of those inputs.
+    """
+    made, constants = Graph(), list[Tensor]()
     made.output(made.graph_copy(graph.graph, {}))
-    return GraphModule(torch.nn.Module(), made)
+    last = [node for node in made.nodes if node.op == "placeholder"][-1]
+    for node in list(made.nodes):
+        if node.op != "call_function" or node.all_input_nodes:
+            continue
+        constants.append(cast(Callable[..., Tensor], node.target)(*node.args, **node.kwargs))
+        with made.inserting_after(last):
+            last = made.placeholder(f"made_{len(constants)}")
+        node.replace_all_uses_with(last)
+        made.erase_node(node)
+    return GraphModule(torch.nn.Module(), made), constants
 
 
 def main(source: str, target: str) -> None:
