@@ -19,7 +19,7 @@ def seconds(name, what):
     return [times[who]["median"] for who in ("ours", "peft")]
 
 
-def speeds(name="train"):
+def speeds(name):
     """Tokens per second: of ours, PEFT, and PEFT at its best, where that has been measured."""
     rows = {row["who"]: row for row in result(name)["tables"]["contestants"]}
     names = ("ours", "peft", "peft_by_length")
@@ -27,7 +27,8 @@ def speeds(name="train"):
 
 
 def memory():
-    return [result("train")["memory_bytes"][who] for who in ("ours", "peft")]
+    used = result("train_float32")["memory_bytes"]
+    return [used[who] for who in ("ours", "peft", "peft_by_length")]
 
 
 def changed():
@@ -35,8 +36,8 @@ def changed():
 
 
 FIGURES = [
-    ("training, useful tokens per second", speeds),
-    ("the same in float32", lambda: speeds("train_float32")),
+    ("training, useful tokens per second", lambda: speeds("train_float32")),
+    ("the same in bfloat16", lambda: speeds("train")),
     ("memory of that training", memory),
     ("16 rows with 16 adapters, 32 tokens each", lambda: seconds("mixed", "decode")),
     ("switch to another adapter", lambda: seconds("switch", "unmerged_switch")),
