@@ -21,7 +21,14 @@ WAYS = ("ours", "compiled", "peft", "peft_by_length", "peft_compiled", "full")
 ROWS = [row(way, 900.0 - 100 * place) for place, way in enumerate(WAYS)]
 
 
-@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], [row("ours", 1.0, None, None)]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(ROWS, marks=pytest.mark.thorough),
+        ROWS[:1],
+        [row("ours", 1.0, None, None)],
+    ],
+)
 def test_a_chart_of_any_participants_is_drawn_without_a_warning(rows, tmp_path):
     curves = {each["who"]: [3.0, 2.5, 2.0] for each in rows}
     draw(rows, curves, tmp_path / "chart.png", title="a model")

@@ -99,6 +99,7 @@ def test_streams_are_relayed_with_the_usage_where_it_is_asked_for(front, upstrea
     assert '"usage"' not in text
 
 
+@pytest.mark.thorough
 def test_other_paths_are_relayed_too(front, upstreams):
     assert front.post("/tokenize", model="small", prompt="red cat").json()["count"] == 2
     tokens = upstreams[0].server.tokenizer("red cat")["input_ids"]
@@ -157,6 +158,7 @@ def test_requests_are_spread_and_counted(front, upstreams):
         assert line in text
 
 
+@pytest.mark.thorough
 def test_the_least_busy_server_is_asked(front, upstreams):
     slow = [Slow(each.server.model, after=2) for each in upstreams]
     try:
@@ -176,6 +178,7 @@ def test_the_least_busy_server_is_asked(front, upstreams):
             each.end()
 
 
+@pytest.mark.thorough
 def test_a_client_that_goes_away_frees_the_server(front, upstreams):
     slow = [Slow(each.server.model, after=2) for each in upstreams]
     try:
@@ -229,6 +232,7 @@ def test_a_reload_in_place_leaves_no_old_answers(own, words, upstreams):
     upstream.server.catalog.unload("direct")
 
 
+@pytest.mark.thorough
 def test_requests_of_a_server_that_can_not_be_reached_go_to_another(own, upstreams):
     make, place = own
     port = make(Port, upstreams[0].server.app)

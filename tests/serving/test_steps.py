@@ -138,6 +138,7 @@ def test_what_cannot_be_compiled_is_eager_and_noted_once(compile_one, reason, to
     assert any(reason in how for how in steps.counts)
 
 
+@pytest.mark.thorough
 def test_a_row_that_needs_groups_makes_its_steps_eager(tokenizer, started):
     bank = banked()
     engine, _, steps = compiling(bank)

@@ -43,7 +43,9 @@ def engine(tmp_path_factory):
     made.close(drain=False)
 
 
-@pytest.fixture(scope="module", params=["of the template", "ours"])
+@pytest.fixture(
+    scope="module", params=["of the template", pytest.param("ours", marks=pytest.mark.thorough)]
+)
 def post(engine, request):
     tokenizer = calling_tokenizer()
     if request.param == "ours":

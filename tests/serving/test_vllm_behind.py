@@ -61,6 +61,7 @@ def test_adapters_answer_under_names_of_their_content(front, vllm):
     assert 'lora_generation_tokens_total{adapter_name="plain"' in front.client.get("/metrics").text
 
 
+@pytest.mark.thorough
 def test_what_is_there_under_a_name_is_not_trusted(front, vllm, words, tmp_path):
     save(words, tmp_path / "late", 5, rank=2)
     name = f"late@{lk.Adapter.load(tmp_path / 'late').content_hash()[:16]}"

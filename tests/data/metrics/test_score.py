@@ -123,6 +123,7 @@ PHRASES = st.lists(
 ).flatmap(lambda phrases: st.tuples(st.just(phrases), st.permutations(phrases)))
 
 
+@pytest.mark.thorough
 @settings(max_examples=20)
 @given(PHRASES)
 def test_both_ters_of_phrases_that_have_moved_are_those_of_the_slow_searches(
