@@ -43,9 +43,10 @@ def engine(tmp_path_factory):
     made.close(drain=False)
 
 
-@pytest.fixture(
-    scope="module", params=["of the template", pytest.param("ours", marks=pytest.mark.thorough)]
-)
+OURS = pytest.param("ours", marks=pytest.mark.thorough)
+
+
+@pytest.fixture(scope="module", params=["of the template", OURS])
 def post(engine, request):
     tokenizer = calling_tokenizer()
     if request.param == "ours":
