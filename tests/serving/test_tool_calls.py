@@ -43,10 +43,9 @@ def engine(tmp_path_factory):
     made.close(drain=False)
 
 
-OURS = pytest.param("ours", marks=pytest.mark.thorough)
-
-
-@pytest.fixture(scope="module", params=["of the template", OURS])
+@pytest.fixture(
+    scope="module", params=["of the template", pytest.param("ours", marks=pytest.mark.thorough)]
+)
 def post(engine, request):
     tokenizer = calling_tokenizer()
     if request.param == "ours":
