@@ -63,7 +63,7 @@ def bench(tiny_llama, capsys):
     return run
 
 
-@sampled("name", sorted(SMALL), share=2)
+@sampled("name", sorted(SMALL))
 def test_a_result_has_all_measurements_and_ratios_of_their_seconds(bench, name, tmp_path):
     code, result = bench(name, "--out", tmp_path / "result.json")
     assert code == 0, result
@@ -134,7 +134,7 @@ def test_too_few_rows_for_a_sweep_are_told(bench, prompt_rows):
     assert "50 adapters with 2 rows each need 100 rows" in result["error"]["message"]
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.thorough), 3])
 def test_joint_and_separate_training_and_peft_start_at_the_same_losses(tiny_llama, rows):
     settings = SweepConfig(model=str(tiny_llama), dtype="float32", adapters=3, rows=rows)
     # B is zero at the start, so the first loss of each adapter is the base's on its rows; later

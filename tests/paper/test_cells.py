@@ -75,7 +75,7 @@ def test_a_published_row_trains_as_many_values_as_it_says(which):
     assert trained_parameters(row.model, config_of(row, cell)) == row.counted
 
 
-@pytest.mark.parametrize("scale", ["small", "full"])
+@pytest.mark.parametrize("scale", [pytest.param("small", marks=pytest.mark.thorough), "full"])
 def test_every_run_of_a_cell_has_settings_that_can_be_used(scale):
     for cell in cells().values():
         known = cell.small if scale == "small" else any(row.runs for row in cell.published)
