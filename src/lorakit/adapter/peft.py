@@ -12,7 +12,15 @@ from torch import Tensor
 
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.expert_layers import names_in_file, unordered
-from lorakit.adapter.fused_layers import WholeLayer, obstacles, stack, unstack, whole_layers
+from lorakit.adapter.fused_layers import (
+    WholeLayer,
+    obstacles,
+    stack,
+    stack_biases,
+    unstack,
+    unstack_biases,
+    whole_layers,
+)
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
 from lorakit.config.methods import LoRAConfig
 
@@ -41,7 +49,8 @@ def paths_in_file(layers: Iterable[WholeLayer]) -> dict[str, str]:
 def site_names(layers: Iterable[WholeLayer]) -> list[str]:
     """The adapter's names of the tensors of all sites."""
     sites = [site for layer in layers for site in layer.sites]
-    return [f"{site.name}.lora_{end}" for site in sites for end in ("a", "b", "magnitude")]
+    ends = ("a", "b", "bias", "magnitude")
+    return [f"{site.name}.lora_{end}" for site in sites for end in ends]
 
 
 def magnitudes(layers: Iterable[WholeLayer], names: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -50,6 +59,11 @@ def magnitudes(layers: Iterable[WholeLayer], names: Collection[str]) -> Iterator
         name = f"{layer.sites[0].name}.lora_magnitude"
         if name in names:
             yield name, f"{PREFIX}{layer.path}.lora_magnitude_vector"
+
+
+def bias_key(layer: WholeLayer) -> str:
+    """The name in the file of the bias of a layer's B."""
+    return f"{PREFIX}{layer.path}.lora_B.bias"
 
 
 def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, str]:
@@ -69,6 +83,8 @@ def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[
     paths = paths_in_file(layers)
     for layer in layers:
         encoded.update(zip(keys_of(layer, paths[layer.path]), stack(layer, tensors), strict=True))
+    biased = [each for each in layers if f"{each.sites[0].name}.lora_bias" in tensors]
+    encoded |= {bias_key(layer): stack_biases(layer, tensors) for layer in biased}
     encoded |= {key: tensors[name] for name, key in magnitudes(layers, tensors)}
     others = set(tensors).difference(site_names(layers))
     return encoded | {key: tensors[name] for name, key in base_keys(others, layers).items()}
@@ -92,6 +108,11 @@ def decode(
         if parts is None:
             problems.append(f"{key_b}  holds values outside the rows and columns of its slices")
         tensors |= parts or {}
+        if f"{layer.sites[0].name}.lora_bias" in names:
+            biases = unstack_biases(layer, encoded[bias_key(layer)])
+            if biases is None:
+                problems.append(f"{bias_key(layer)}  holds values outside the rows of its slices")
+            tensors |= biases or {}
     tensors |= {name: encoded[key] for name, key in magnitudes(layers, names)}
     others = set(names).difference(site_names(layers))
     tensors |= {name: encoded[key] for name, key in base_keys(others, layers).items()}
@@ -172,7 +193,8 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
         "use_dora": _settings(adapter).use_dora,
         "use_rslora": _settings(adapter).use_rslora,
     }
-    return {**config, "target_parameters": of_experts} if of_experts else config
+    beside = {"target_parameters": of_experts, "lora_bias": _settings(adapter).lora_bias}
+    return config | {key: value for key, value in beside.items() if value}
 
 
 def _short(number: float) -> int | float:
@@ -205,8 +227,9 @@ def disagreements(
         value, saved = getattr(config, key), expected.get(key)
         if _as_set(value) != _as_set(saved):
             yield f"{CONFIG_FILE}  {key} is {value!r}, but it was saved as {saved!r}"
-    if config.use_dora != expected["use_dora"]:
-        yield f"{CONFIG_FILE}  use_dora is {config.use_dora}, but it was saved otherwise"
+    for key in ("use_dora", "lora_bias"):
+        if getattr(config, key) != expected.get(key, False):
+            yield f"{CONFIG_FILE}  {key} is {getattr(config, key)}, but it was saved otherwise"
     for key in ("exclude_modules", "layers_to_transform"):
         if getattr(config, key):
             yield f"{CONFIG_FILE}  {key} was added after the adapter was saved"

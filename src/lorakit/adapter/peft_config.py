@@ -21,7 +21,6 @@ UNSUPPORTED = {
     "ensure_weight_tying": "the updates of tied layers share their tensors",
     "kasa_config": "KaSA changes the base's weights and puts a diagonal between B and A",
     "layer_replication": "the base's layers are repeated",
-    "lora_bias": "B has a bias of its own",
     "megatron_config": "the base is a Megatron model",
     "monteclora_config": "A and B are sampled at random",
     "trainable_token_indices": "single rows of the embedding are trained",
@@ -75,6 +74,7 @@ class PeftConfig(BaseModel):
     fan_in_fan_out: bool = False
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
     modules_to_save: list[ModuleWord] | None = None
     init_lora_weights: bool | str = True
 

@@ -20,6 +20,7 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.models.roles import GROUPS, ROLES
 from lorakit.upstream.private_names import COMPILED_WRAPPER
 
+BIAS_KEY = re.compile(r"(?P<path>.+)\.lora_B\.bias")
 LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?:(?P<end>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 # Some versions of PEFT write the longer name.
 MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
@@ -42,7 +43,7 @@ class _Sorted:
     """The tensors of a file by what they are."""
 
     updates: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """"a" and "b" of each adapted layer, by its path; with DoRA "magnitude", too."""
+    """"a" and "b" of each adapted layer, by its path; "bias" of B and DoRA's "magnitude", too."""
     embeddings: set[str] = field(default_factory=set)
     """Paths of the adapted layers that are embeddings."""
     parameters: set[str] = field(default_factory=set)
@@ -126,6 +127,8 @@ def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
             update[end.lower()] = tensor
             if match["embedding"]:
                 found.embeddings.add(path)
+        elif config.lora_bias and (match := BIAS_KEY.fullmatch(name)):
+            found.updates.setdefault(match["path"], {})["bias"] = tensor
         elif config.use_dora and (match := MAGNITUDE_KEY.fullmatch(name)):
             found.updates.setdefault(match["path"], {})["magnitude"] = tensor
         else:
@@ -231,6 +234,8 @@ def _site(
         return None, {}, [f"{PREFIX}{path}  has no lora_{missing[0].upper()} in the file"]
     if config.use_dora and (problem := _magnitude_problem(kind, update)):
         return None, {}, [f"{PREFIX}{path}  {problem}"]
+    if config.lora_bias and (problem := _bias_problem(update)):
+        return None, {}, [f"{PREFIX}{path}  {problem}"]
     a, b = update["a"], update["b"]
     rank = config.rank_of(path)
     if a.dim() < 2 or a.dim() != b.dim() or 0 in (*a.shape, *b.shape):
@@ -261,8 +266,9 @@ def _site(
             "train without it (PEFT's exclude_modules)"
         )
         return None, {}, [f"{PREFIX}{path}  {text}"]
-    if config.use_dora:
-        parts[f"{site.name}.lora_magnitude"] = update["magnitude"]
+    for end in ("bias", "magnitude"):
+        if end in update:
+            parts[f"{site.name}.lora_{end}"] = update[end]
     return site, parts, []
 
 
@@ -282,6 +288,16 @@ def _site_of_experts(
     site = Site(path=path, rank=rank, alpha=alpha, scale=scale, kind="experts")
     parts = dict(zip("ab", parted(a, b, a.shape[0] // rank), strict=True))
     return site, {f"{site.name}.lora_{end}": tensor for end, tensor in parts.items()}, []
+
+
+def _bias_problem(update: Mapping[str, Tensor]) -> str | None:
+    """The problem of a layer's update under lora_bias, or None."""
+    if "bias" not in update:
+        return "has no lora_B.bias in the file, and lora_bias is true"
+    if update["bias"].shape != update["b"].shape[:1]:
+        shape, rows = tuple(update["bias"].shape), update["b"].shape[0]
+        return f"has a lora_B.bias {shape} for {rows} rows"
+    return None
 
 
 def _magnitude_problem(kind: LayerKind, update: Mapping[str, Tensor]) -> str | None:
@@ -319,6 +335,7 @@ def _lora_config(
         alpha_pattern={site.path: site.alpha for site in sites if site.alpha != config.lora_alpha},
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        lora_bias=config.lora_bias,
         init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",
         modules_to_save=copied,
         dtype="float32" if dtype == "float64" else dtype,

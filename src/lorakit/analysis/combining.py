@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter.adapter import Adapter, AdapterSource
-from lorakit.analysis.checks import check_same_base, low_rank_problems
+from lorakit.analysis.checks import biases_of_b, check_same_base, low_rank_problems
 from lorakit.analysis.common_layers import shared_places
 from lorakit.analysis.delta import LowRankDelta, summed
 from lorakit.analysis.dense_merges import dare, ties
@@ -154,7 +154,7 @@ def _checked(
         if adapter.sites and adapter.method != "lora":
             extra = adapter.method.removeprefix("lora+")
             problems.append(f"adapter {number}  has {extra} beside LoRA, which has no weighted sum")
-    problems += low_rank_problems(given)
+    problems += low_rank_problems(given) + biases_of_b(given)
     problems += [] if len(found) != len(given) else _beside_problems(given, found)
     if problems:
         raise AnalysisError.listing("the adapters cannot be combined", problems)

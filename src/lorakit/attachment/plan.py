@@ -31,8 +31,8 @@ from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.lora import targets
 from lorakit.methods.lora.eva import SingularVectors, moved_ranks
 from lorakit.methods.lora.experts import ExpertsUpdate
-from lorakit.methods.lora.lora import LoRAUpdate
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
+from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.methods.module_copy import TrainedCopy, trained_copy
 from lorakit.methods.prompt import prefix
 from lorakit.models.base import base_modules, base_parameters, is_offloaded

@@ -73,6 +73,10 @@ class LoRAConfig(MethodConfig):
     use_dora: bool = False
     """Train the length of each row of W₀ + scale·B·A as well (DoRA, Liu 2024): linear layers."""
 
+    lora_bias: bool = False
+    """Train a bias of B as well: the update is scale·(B·A·x + b). For linear layers and
+    convolutions; merged only into layers that have a bias."""
+
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "eva"] = "kaiming"
     """How A starts; B starts at zero. kaiming: uniform, as the authors' code and PEFT do, so that
     learning rates carry over; gaussian: normal with variance 1/d_in, as the paper's text says;
@@ -107,6 +111,8 @@ class LoRAConfig(MethodConfig):
             )
         if self.eva_rho > 1 and self.init != "eva":
             raise ValueError(f"eva_rho moves ranks in init eva, and init is {self.init}")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias and use_dora can't be combined: leave one out")
         if self.layers is not None:
             layer_numbers(self.layers)
         return self
