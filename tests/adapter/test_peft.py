@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers` to `True`",
     "ignore:Could not identify embedding layer",
     "ignore:LoRA adapter added to ConvNd layer with groups > 1",
+    "ignore:Adapter 'default'",
     "ignore:Model has `tie_word_embeddings=True`",
 )
 Settings = dict[str, Any]
