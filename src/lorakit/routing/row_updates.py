@@ -84,4 +84,4 @@ def bias_shifts(
 def bias_shift(layer: nn.Module, terms: Iterable[tuple[LoRAUpdate, float]]) -> Tensor | float:
     """The weighted sum of what updates add to a layer's bias, (d_out,); 0: nothing."""
     shifts = ((update.shift(layer), weight) for update, weight in terms)
-    return sum(shift * weight for shift, weight in shifts if shift is not None)
+    return sum((shift * weight for shift, weight in shifts if shift is not None), start=0.0)
