@@ -178,6 +178,8 @@ def _vllm_rank(adapter: AdapterContent) -> int | None:
     lora = adapter.lora
     if lora is None or lora.use_dora or lora.lora_bias or lora.bias != "none":
         return None
+    if lora.trainable_token_indices:
+        return None
     if adapter.copied_modules or any(site.kind != "linear" for site in adapter.sites):
         return None
     ranks = {site.rank for site in adapter.sites}

@@ -26,6 +26,8 @@ from lorakit.config.methods import LoRAConfig
 
 V = TypeVar("V")
 PREFIX = "base_model.model."
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+"""The end of the name of trained rows of tokens, which are the rows, and no differences."""
 BIAS_WORDS = {"none": "none", "lora": "lora_only", "all": "all"}
 # For these PEFT adds the head to modules_to_save, and then expects it in the file.
 TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -74,6 +76,11 @@ def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, s
         # PEFT wraps an adapted layer, so that its own parameters move down by one name.
         name: f"{PREFIX}{owner}.base_layer.{leaf}" if owner in adapted else f"{PREFIX}{name}"
         for name, (owner, _, leaf) in owners.items()
+        if leaf != "token_rows"
+    } | {
+        name: f"{PREFIX}{owner}.{TOKEN_ROWS}"
+        for name, (owner, _, leaf) in owners.items()
+        if leaf == "token_rows"
     }
 
 
@@ -134,7 +141,7 @@ def reasons_against(adapter: AdapterContent) -> list[str]:
     if adapter.method != "lora":
         return [f"it was made by {adapter.method}"]
     if not adapter.sites:
-        return ["nothing but biases and full copies is trained"]
+        return ["nothing but biases, full copies and rows of tokens is trained"]
     layers = layers_of(adapter)
     reasons = [reason for layer in layers for reason in obstacles(layer, adapter.tensors)]
     reasons += [
@@ -193,7 +200,11 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
         "use_dora": _settings(adapter).use_dora,
         "use_rslora": _settings(adapter).use_rslora,
     }
-    beside = {"target_parameters": of_experts, "lora_bias": _settings(adapter).lora_bias}
+    beside = {
+        "target_parameters": of_experts,
+        "lora_bias": _settings(adapter).lora_bias,
+        "trainable_token_indices": _settings(adapter).trainable_token_indices,
+    }
     return config | {key: value for key, value in beside.items() if value}
 
 
@@ -230,6 +241,9 @@ def disagreements(
     for key in ("use_dora", "lora_bias"):
         if getattr(config, key) != expected.get(key, False):
             yield f"{CONFIG_FILE}  {key} is {getattr(config, key)}, but it was saved otherwise"
+    tokens = expected.get("trainable_token_indices", {})
+    if (config.trainable_token_indices or {}) != tokens:
+        yield f"{CONFIG_FILE}  trainable_token_indices are others than those that were saved"
     for key in ("exclude_modules", "layers_to_transform"):
         if getattr(config, key):
             yield f"{CONFIG_FILE}  {key} was added after the adapter was saved"

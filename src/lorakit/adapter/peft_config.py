@@ -23,7 +23,6 @@ UNSUPPORTED = {
     "layer_replication": "the base's layers are repeated",
     "megatron_config": "the base is a Megatron model",
     "monteclora_config": "A and B are sampled at random",
-    "trainable_token_indices": "single rows of the embedding are trained",
     "use_bdlora": "A and B are block-diagonal",
     "use_qalora": "QALoRA pools the inputs of A",
 }
@@ -46,6 +45,7 @@ WITHOUT_EFFECT = {
 V = TypeVar("V")
 ModuleWord = Annotated[str, Field(min_length=1)]
 BlockNumber = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0)]
 Rank = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -76,6 +76,7 @@ class PeftConfig(BaseModel):
     use_dora: bool = False
     lora_bias: bool = False
     modules_to_save: list[ModuleWord] | None = None
+    trainable_token_indices: list[TokenId] | dict[str, list[TokenId]] | None = None
     init_lora_weights: bool | str = True
 
     def rank_of(self, path: str) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.expert_layers import WRAPPED, parameter_of, parted
 from lorakit.adapter.fused_layers import WholeLayer, unstack
-from lorakit.adapter.peft import PREFIX, hint
+from lorakit.adapter.peft import PREFIX, TOKEN_ROWS, hint
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
+from lorakit.adapter.peft_tokens import absent_tokens, tokens_of
 from lorakit.adapter.site import LayerKind, Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.models.roles import GROUPS, ROLES
@@ -52,6 +53,8 @@ class _Sorted:
     """Biases and full copies, by the base's own names."""
     copied: set[str] = field(default_factory=set)
     """Paths of the modules copied in full."""
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    """The tokens whose rows are trained, by the path of their module."""
     frozen: list[str] = field(default_factory=list)
     """Names of the base's own, untrained weights in the file."""
     notes: list[str] = field(default_factory=list)
@@ -73,6 +76,7 @@ def read_peft(
     """
     found = _sort(config, tensors)
     problems = found.problems + list(_absent_copies(config, found))
+    problems += absent_tokens(config, found.tokens)
     sites: list[Site] = []
     named: dict[str, Tensor] = dict(found.replaced)
     for path in sorted(found.updates, key=_natural):
@@ -93,7 +97,11 @@ def read_peft(
         return None, problems
     facts = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
     adapter = AdapterContent(
-        configs=(_lora_config(config, sites, named, tuple(sorted(found.copied))),),
+        configs=(
+            _lora_config(config, sites, named, tuple(sorted(found.copied))).model_copy(
+                update={"trainable_token_indices": found.tokens}
+            ),
+        ),
         sites=tuple(sites),
         tensors=named,
         copied_modules=tuple(sorted(found.copied)),
@@ -167,7 +175,14 @@ def _sort_other(
     owner, _, leaf = name.rpartition(".")
     adapted = owner.removesuffix(".base_layer")
     copied = _copied_path(config, name)
-    if adapted != owner and adapted in found.updates and leaf == "weight":
+    if name.endswith(f".{TOKEN_ROWS}"):
+        path = name.removesuffix(f".{TOKEN_ROWS}")
+        found.tokens[path], problem = tokens_of(config, path, tensor)
+        found.problems += problem
+        found.replaced[f"{path}.token_rows"] = tensor
+    elif owner.endswith(".token_adapter.base_layer") and config.trainable_token_indices:
+        found.frozen.append(f"{owner.removesuffix('.token_adapter.base_layer')}.{leaf}")
+    elif adapted != owner and adapted in found.updates and leaf == "weight":
         found.frozen.append(f"{adapted}.weight")
     elif adapted != owner and adapted in found.updates and leaf == "bias" and config.bias != "none":
         found.replaced[f"{adapted}.bias"] = tensor

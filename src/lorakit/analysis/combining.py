@@ -177,6 +177,8 @@ def _beside_problems(given: Sequence[Adapter], weights: Sequence[float]) -> Iter
     if abs(sum(weights) - 1) > WEIGHTS_SUM_TO_1:
         first = next(iter(names))
         yield f"{first}  {why} the weights sum to 1, and they sum to {sum(weights):g}"
+    if len({str(each.lora and each.lora.trainable_token_indices) for each in given}) > 1:
+        yield "the trained rows are of other tokens"
     if any(each.copied_modules for each in given) and len({_labels(each) for each in given}) > 1:
         yield "the heads are of other classes: " + "; ".join(map(_labels, given))
 

@@ -29,6 +29,7 @@ from lorakit.methods.lora.lora import (
 )
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
 from lorakit.methods.module_copy import TrainedCopy, trained_copy
+from lorakit.methods.token_rows import clashes
 from lorakit.models.base import base_modules
 from lorakit.models.experts import expert_matrices
 from lorakit.models.identity import BaseIdentity
@@ -62,6 +63,7 @@ def saved_plan(
     plan = in_order(found.components(other_heads), adapter.configs)
     twins, told = _second_names(base, adapter, plan.shapes)
     problems = [*found.problems, *told, *_differences(plan.shapes, adapter, found.refused, twins)]
+    problems += clashes(plan.components)
     problems += [*without_effect(base.model, plan.components), *_missed_by_targets(base, adapter)]
     if not allow_other_base and adapter.base is not None and identity is not None:
         other = adapter.base.difference(identity)
