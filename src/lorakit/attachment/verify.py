@@ -34,6 +34,7 @@ from lorakit.models.base import base_modules
 from lorakit.models.experts import expert_matrices
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.linear_probe import own_class
+from lorakit.models.multihead import is_multihead
 from lorakit.models.paths import is_within
 from lorakit.models.quantized import quantized_within
 from lorakit.upstream.private_names import own_parameters
@@ -167,6 +168,8 @@ def _site_problem(layer: nn.Module | None, site: Site, config: LoRAConfig) -> st
         return f"{site.path}  is not a module of this model"
     if site.is_of_experts:
         return _experts_problem(layer, site, config)
+    if site.is_of_parameter:
+        return None if is_multihead(layer) else f"{site.path}  is no parameter of this model"
     reason = why_not_adaptable(layer)
     if reason is not None:
         return f"{site.path}  is a {own_class(layer).__name__}, which LoRA can't adapt: {reason}"
@@ -198,6 +201,8 @@ def _on_layer(site: Site, layer: nn.Module) -> Site:
     if site.is_of_experts:
         matrices = matrices_of(layer, site)
         kind, d_out = kind_of_experts(matrices), matrices.d_out
+    elif site.is_of_parameter:
+        return site
     else:
         kind, d_out = kind_of(layer), matrix_shape(layer)[0]
     rows = None if site.rows is None else d_out

@@ -22,6 +22,7 @@ from lorakit.methods.lora.lora import (
 )
 from lorakit.methods.lora.low_rank import low_rank_component
 from lorakit.models.linear_probe import own_class
+from lorakit.models.multihead import IN_PROJ
 from lorakit.models.reads import only_read
 from lorakit.models.roles import Target, select_targets, targets_by_word
 
@@ -43,7 +44,7 @@ def components(model: nn.Module, config: LoRAConfig) -> tuple[Component, ...]:
     _check_ranks(model, {target: ranks.get(target, config.rank) for target in kept}, config)
     sites = [(target, _site(model, target, config, ranks, alphas)) for target in kept]
     adapted = (
-        {target.path for target in kept if target.experts is None}
+        {target.path for target in kept if target.path == target.module_path}
         if config.bias == "lora"
         else None
     )
@@ -63,7 +64,7 @@ def _check_adaptable(model: nn.Module, kept: Sequence[Target]) -> None:
     problems = [
         f"{target.path} is a {own_class(layer).__name__}: {reason}"
         for target in kept
-        if target.experts is None
+        if target.path == target.module_path
         for layer in [model.get_submodule(target.path)]
         if (reason := why_not_adaptable(layer)) is not None
     ]
@@ -120,7 +121,7 @@ def _check_dropout(model: nn.Module, kept: Sequence[Target], config: LoRAConfig)
     problems = [
         target.name
         for target in kept
-        if target.path in read or (config.dropout and target.experts is not None)
+        if target.path in read or (config.dropout and target.path != target.module_path)
     ]
     if problems:
         raise TargetError.listing(
@@ -202,9 +203,12 @@ def _matrix_shape(model: nn.Module, target: Target) -> tuple[int, int]:
     """(d_out, d_in) of a target's whole matrix, or of each expert's."""
     each = target.experts
     if each is None:
-        return matrix_shape(model.get_submodule(target.path))
+        layer = model.get_submodule(target.module_path)
+        return matrix_shape(layer, IN_PROJ if target.is_in_proj else "weight")
     return each.d_out, each.d_in
 
 
 def _kind(layer: nn.Module, target: Target) -> LayerKind:
-    return kind_of(layer) if target.experts is None else kind_of_experts(target.experts)
+    if target.experts is not None:
+        return kind_of_experts(target.experts)
+    return "in_proj" if target.is_in_proj else kind_of(layer)
