@@ -78,18 +78,12 @@ def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, s
     """The name in the file of each tensor that replaces a parameter of the base."""
     adapted = paths_in_file(layers)
     owners = {name: name.rpartition(".") for name in names}
-    return {
+    keys = {}
+    for name, (owner, _, leaf) in owners.items():
         # PEFT wraps an adapted layer, so that its own parameters move down by one name.
-        name: f"{PREFIX}{adapted[owner]}.base_layer.{leaf}"
-        if owner in adapted
-        else f"{PREFIX}{name}"
-        for name, (owner, _, leaf) in owners.items()
-        if leaf != "token_rows"
-    } | {
-        name: f"{PREFIX}{owner}.{TOKEN_ROWS}"
-        for name, (owner, _, leaf) in owners.items()
-        if leaf == "token_rows"
-    }
+        path = f"{adapted[owner]}.base_layer" if owner in adapted else owner
+        keys[name] = f"{PREFIX}{path}.{TOKEN_ROWS if leaf == 'token_rows' else leaf}"
+    return keys
 
 
 def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
