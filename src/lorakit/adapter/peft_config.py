@@ -79,6 +79,17 @@ class PeftConfig(BaseModel):
     trainable_token_indices: list[TokenId] | dict[str, list[TokenId]] | None = None
     init_lora_weights: bool | str = True
 
+    @property
+    def adds_twice(self) -> bool:
+        """Whether its PEFT added the update of nn.MultiheadAttention's output projection twice.
+
+        Every version up to 0.21 does; of what wrote no version, none is newer.
+        """
+        found = re.match(
+            r"(\d+)\.(\d+)", str((self.model_extra or {}).get("peft_version") or "0.0")
+        )
+        return found is None or (int(found[1]), int(found[2])) <= (0, 21)
+
     def rank_of(self, path: str) -> int:
         """The rank of the update of a layer."""
         return first_match(self.rank_pattern or {}, path, self.r)

@@ -111,7 +111,12 @@ def read_peft(
         copied_modules=tuple(sorted(found.copied)),
         target_modules=_plain_targets(config),
         card={key: value for key, value in facts.items() if value},
-        unverified=(*_unproven(config), *found.notes, *_frozen_note(found.frozen)),
+        unverified=(
+            *_unproven(config),
+            *found.notes,
+            *_doubled_note(config, sites),
+            *_frozen_note(found.frozen),
+        ),
     )
     return adapter, []
 
@@ -322,6 +327,14 @@ def _unproven(config: PeftConfig) -> tuple[str, ...]:
         f"the scales: they are what {CONFIG_FILE} gave at this reading",
         "the list of layers: a layer that was dropped is noticed only where the targets name it",
     )
+
+
+def _doubled_note(config: PeftConfig, sites: list[Site]) -> tuple[str, ...]:
+    paths = [site.path for site in sites if site.kind == "out_proj"]
+    if not paths:
+        return ()
+    how = "twice, as PEFT up to 0.21 adds them" if config.adds_twice else "once"
+    return (f"how often the updates of {', '.join(paths)} count: they are read {how}",)
 
 
 def _frozen_note(names: list[str]) -> tuple[str, ...]:

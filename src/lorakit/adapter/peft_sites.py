@@ -48,7 +48,7 @@ def site_of(
         kind="conv" if is_conv else "transposed" if is_transposed else kind,
     )
     whole = WholeLayer(sites=(site,), width=site.rank, alpha=site.alpha, scale=site.scale)
-    parts = unstack(whole, a, b)
+    parts = unstack(whole, a, b / 2 if kind == "out_proj" and not config.adds_twice else b)
     if parts is None:
         text = (
             f"A mixes the convolution's {groups} groups, which no change of its weight can do: "

@@ -1,6 +1,7 @@
 """LoRA on nn.MultiheadAttention, which reads its weights itself."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -126,6 +127,22 @@ def test_files_go_to_peft_and_come_from_it(targets, tmp_path):
     assert lk.Adapter.load(folder).content_hash() == adapter.content_hash()
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
     torch.testing.assert_close(output(back), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("version", "factor"), [("0.21.2", 2), ("0.22.0", 1), (None, 2)])
+def test_the_projection_counts_as_often_as_in_the_peft_of_the_file(version, factor, tmp_path):
+    model = model_of()
+    attach_random(model, **SETTINGS)
+    adapter = lk.extract(model)
+    folder = adapter.save(tmp_path / "a")
+    (folder / "lorakit.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
+    found = lk.Adapter.load(folder)
+    for name, tensor in adapter.tensors.items():
+        share = factor / 2 if name.endswith("out_proj.lora_b") else 1
+        assert torch.equal(found.tensors[name], tensor * share)
+    assert ("once" if factor == 1 else "twice") in "".join(found.unverified)
 
 
 def test_a_part_that_peft_cannot_adapt_alone_is_in_our_own_form(tmp_path):
