@@ -65,7 +65,7 @@ def test_heads_and_biases_merge_over_each_other():
 
 
 def test_a_merge_that_fails_half_way_gives_the_base_back(inputs, monkeypatch):
-    from lorakit.methods.lora.lora import LoRAUpdate
+    from lorakit.methods.lora.update import LoRAUpdate
 
     bank = lk.AdapterBank(build("llama"))
     for seed, (name, kind) in enumerate(KINDS.items()):

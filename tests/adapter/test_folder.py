@@ -253,8 +253,6 @@ def test_an_edited_config_is_noticed(saved: Path, change: dict[str, Any], text: 
         ({"bias": "some"}, "bias: input should be 'none', 'all' or 'lora_only'"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern: '(' is not a regular expression"),
         ({"use_qalora": True}, "use_qalora: QALoRA pools the inputs of A"),
-        ({"lora_bias": True}, "lora_bias: B has a bias of its own"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices: single rows"),
         ({"layer_replication": [[0, 2]]}, "layer_replication: the base's layers are repeated"),
         ({"megatron_config": {"a": 1}}, "megatron_config: the base is a Megatron model"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changes the base's weights"),

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers` to `True`",
     "ignore:Could not identify embedding layer",
     "ignore:LoRA adapter added to ConvNd layer with groups > 1",
+    "ignore:Adapter 'default'",
     "ignore:Model has `tie_word_embeddings=True`",
 )
 Settings = dict[str, Any]
@@ -122,6 +123,8 @@ FROM_PEFT: tuple[tuple[str, Settings], ...] = (
     ("gpt2", {"target_modules": ["c_attn"], "use_dora": True, "use_rslora": True}),
     ("bert", {"target_modules": ["query"], "use_dora": True, "bias": "all"}),
     ("convolutions", {"target_modules": ["image", "point", "time"], "init_lora_weights": False}),
+    ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "bias": "all", "use_rslora": True}),
+    ("convolutions", {"target_modules": ["image", "time"], "lora_bias": True}),
     ("tables", {"target_modules": ["table", "body.0"], "modules_to_save": ["head"], "bias": "all"}),
 )
 
@@ -182,6 +185,8 @@ TO_PEFT: tuple[tuple[str, lk.LoRAConfig], ...] = (
     ("gpt2", lk.LoRAConfig(rank=3, alpha=5, targets="q,v", init="pissa", use_rslora=True)),
     ("convolutions", lk.LoRAConfig(rank=3, targets="image,grouped,point", init="pissa")),
     ("convolutions", lk.LoRAConfig(rank=4, targets="image,grouped,point,time")),
+    ("gpt2", lk.LoRAConfig(rank=3, targets="q,v,up", lora_bias=True, alpha_pattern={"v": 6})),
+    ("convolutions", lk.LoRAConfig(rank=4, targets="image,grouped,point", lora_bias=True)),
     ("tables", lk.LoRAConfig(rank=4, targets="table,0", modules_to_save="head", bias="lora")),
 )
 
@@ -307,6 +312,12 @@ SPOILED: tuple[tuple[Callable[[dict[str, Tensor]], object], Settings, str], ...]
         _put(**{f"{P}body.0.lora_magnitude_vector": torch.ones(7)}),
         {"use_dora": True},
         "body.0  has a lora_magnitude_vector (7,) for 8 rows",
+    ),
+    (lambda tensors: None, {"lora_bias": True}, "body.0  has no lora_B.bias in the file"),
+    (
+        _put(**{f"{P}body.0.lora_B.bias": torch.ones(7)}),
+        {"lora_bias": True},
+        "body.0  has a lora_B.bias (7,) for 8 rows",
     ),
     (
         _put(

@@ -15,7 +15,7 @@ LIKE_THEIR_SECTION = {
     "lora": {
         *("rank", "alpha", "targets", "exclude", "layers", "dropout", "bias", "rank_pattern"),
         *("alpha_pattern", "use_rslora", "use_dora", "init", "svd_iterations", "eva_rho"),
-        *("freeze_a", "modules_to_save", "dtype"),
+        *("freeze_a", "lora_bias", "trainable_token_indices", "modules_to_save", "dtype"),
     },
     "full": {"top", "blocks", "modules_to_save", "dtype"},
     "bitfit": {"add_missing", "modules_to_save", "dtype"},

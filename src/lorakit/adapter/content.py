@@ -139,6 +139,8 @@ class AdapterContent:
             meaning = [site.name, site.rank, site.alpha, site.scale, site.rows, site.groups]
             yield json.dumps([*meaning, *([site.frozen] if site.frozen else [])]).encode()
         yield json.dumps(sorted(self.copied_modules)).encode()
+        if self.lora is not None and self.lora.trainable_token_indices:
+            yield json.dumps(self.lora.trainable_token_indices, sort_keys=True).encode()
         for config in self.configs:
             if not isinstance(config, LoRAConfig):
                 yield json.dumps([config.method, config.model_dump(mode="json")]).encode()

@@ -137,6 +137,29 @@ def stack(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     return _spread(a, layer.groups), b
 
 
+def stack_biases(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The bias of a whole layer's B, (layer rows,), zero beside its slices."""
+    first = tensors[f"{layer.sites[0].name}.lora_bias"]
+    if len(layer.sites) == 1 and layer.sites[0].rows is None:
+        return first
+    bias = first.new_zeros(layer.sites[0].layer_rows or first.shape[0])
+    for site in layer.sites:
+        part = tensors[f"{site.name}.lora_bias"] * _ratio(site, layer)
+        for (start, stop), block in _row_blocks(site, part):
+            bias[start:stop] = block
+    return bias
+
+
+def unstack_biases(layer: WholeLayer, bias: Tensor) -> dict[str, Tensor] | None:
+    """The biases that `stack_biases` makes one from, or None if no biases give this one."""
+    tensors = {}
+    for site in layer.sites:
+        ranges = site.rows or ((0, len(bias)),)
+        part = torch.cat([bias[start:stop] for start, stop in ranges])
+        tensors[f"{site.name}.lora_bias"] = part / _ratio(site, layer)
+    return tensors if torch.equal(stack_biases(layer, tensors), bias) else None
+
+
 def _whole_matrices(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """One A (experts, rank, d_in) and one B (experts, layer rows, rank) of a layer's sites."""
     parts = []

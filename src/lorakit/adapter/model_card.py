@@ -176,8 +176,11 @@ def _loading(adapter: AdapterContent, reasons: list[str], name: str) -> Iterator
 def _vllm_rank(adapter: AdapterContent) -> int | None:
     """The rank that vLLM must allow; None: it does not serve such adapters."""
     lora = adapter.lora
-    plain = lora is not None and not lora.use_dora and lora.bias == "none"
-    if not plain or adapter.copied_modules or any(site.kind != "linear" for site in adapter.sites):
+    if lora is None or lora.use_dora or lora.lora_bias or lora.bias != "none":
+        return None
+    if lora.trainable_token_indices:
+        return None
+    if adapter.copied_modules or any(site.kind != "linear" for site in adapter.sites):
         return None
     ranks = {site.rank for site in adapter.sites}
     return next((each for each in VLLM_RANKS if each >= max(ranks)), None)

@@ -12,12 +12,22 @@ from torch import Tensor
 
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.expert_layers import names_in_file, unordered
-from lorakit.adapter.fused_layers import WholeLayer, obstacles, stack, unstack, whole_layers
+from lorakit.adapter.fused_layers import (
+    WholeLayer,
+    obstacles,
+    stack,
+    stack_biases,
+    unstack,
+    unstack_biases,
+    whole_layers,
+)
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
 from lorakit.config.methods import LoRAConfig
 
 V = TypeVar("V")
 PREFIX = "base_model.model."
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+"""The end of the name of trained rows of tokens, which are the rows, and no differences."""
 BIAS_WORDS = {"none": "none", "lora": "lora_only", "all": "all"}
 # For these PEFT adds the head to modules_to_save, and then expects it in the file.
 TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -41,7 +51,8 @@ def paths_in_file(layers: Iterable[WholeLayer]) -> dict[str, str]:
 def site_names(layers: Iterable[WholeLayer]) -> list[str]:
     """The adapter's names of the tensors of all sites."""
     sites = [site for layer in layers for site in layer.sites]
-    return [f"{site.name}.lora_{end}" for site in sites for end in ("a", "b", "magnitude")]
+    ends = ("a", "b", "bias", "magnitude")
+    return [f"{site.name}.lora_{end}" for site in sites for end in ends]
 
 
 def magnitudes(layers: Iterable[WholeLayer], names: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -52,6 +63,11 @@ def magnitudes(layers: Iterable[WholeLayer], names: Collection[str]) -> Iterator
             yield name, f"{PREFIX}{layer.path}.lora_magnitude_vector"
 
 
+def bias_key(layer: WholeLayer) -> str:
+    """The name in the file of the bias of a layer's B."""
+    return f"{PREFIX}{layer.path}.lora_B.bias"
+
+
 def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, str]:
     """The name in the file of each tensor that replaces a parameter of the base."""
     adapted = {layer.path for layer in layers}
@@ -60,6 +76,11 @@ def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, s
         # PEFT wraps an adapted layer, so that its own parameters move down by one name.
         name: f"{PREFIX}{owner}.base_layer.{leaf}" if owner in adapted else f"{PREFIX}{name}"
         for name, (owner, _, leaf) in owners.items()
+        if leaf != "token_rows"
+    } | {
+        name: f"{PREFIX}{owner}.{TOKEN_ROWS}"
+        for name, (owner, _, leaf) in owners.items()
+        if leaf == "token_rows"
     }
 
 
@@ -69,6 +90,8 @@ def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[
     paths = paths_in_file(layers)
     for layer in layers:
         encoded.update(zip(keys_of(layer, paths[layer.path]), stack(layer, tensors), strict=True))
+    biased = [each for each in layers if f"{each.sites[0].name}.lora_bias" in tensors]
+    encoded |= {bias_key(layer): stack_biases(layer, tensors) for layer in biased}
     encoded |= {key: tensors[name] for name, key in magnitudes(layers, tensors)}
     others = set(tensors).difference(site_names(layers))
     return encoded | {key: tensors[name] for name, key in base_keys(others, layers).items()}
@@ -92,6 +115,11 @@ def decode(
         if parts is None:
             problems.append(f"{key_b}  holds values outside the rows and columns of its slices")
         tensors |= parts or {}
+        if f"{layer.sites[0].name}.lora_bias" in names:
+            biases = unstack_biases(layer, encoded[bias_key(layer)])
+            if biases is None:
+                problems.append(f"{bias_key(layer)}  holds values outside the rows of its slices")
+            tensors |= biases or {}
     tensors |= {name: encoded[key] for name, key in magnitudes(layers, names)}
     others = set(names).difference(site_names(layers))
     tensors |= {name: encoded[key] for name, key in base_keys(others, layers).items()}
@@ -113,7 +141,7 @@ def reasons_against(adapter: AdapterContent) -> list[str]:
     if adapter.method != "lora":
         return [f"it was made by {adapter.method}"]
     if not adapter.sites:
-        return ["nothing but biases and full copies is trained"]
+        return ["nothing but biases, full copies and rows of tokens is trained"]
     layers = layers_of(adapter)
     reasons = [reason for layer in layers for reason in obstacles(layer, adapter.tensors)]
     reasons += [
@@ -172,7 +200,12 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
         "use_dora": _settings(adapter).use_dora,
         "use_rslora": _settings(adapter).use_rslora,
     }
-    return {**config, "target_parameters": of_experts} if of_experts else config
+    beside = {
+        "target_parameters": of_experts,
+        "lora_bias": _settings(adapter).lora_bias,
+        "trainable_token_indices": _settings(adapter).trainable_token_indices,
+    }
+    return config | {key: value for key, value in beside.items() if value}
 
 
 def _short(number: float) -> int | float:
@@ -205,8 +238,12 @@ def disagreements(
         value, saved = getattr(config, key), expected.get(key)
         if _as_set(value) != _as_set(saved):
             yield f"{CONFIG_FILE}  {key} is {value!r}, but it was saved as {saved!r}"
-    if config.use_dora != expected["use_dora"]:
-        yield f"{CONFIG_FILE}  use_dora is {config.use_dora}, but it was saved otherwise"
+    for key in ("use_dora", "lora_bias"):
+        if getattr(config, key) != expected.get(key, False):
+            yield f"{CONFIG_FILE}  {key} is {getattr(config, key)}, but it was saved otherwise"
+    tokens = expected.get("trainable_token_indices", {})
+    if (config.trainable_token_indices or {}) != tokens:
+        yield f"{CONFIG_FILE}  trainable_token_indices are others than those that were saved"
     for key in ("exclude_modules", "layers_to_transform"):
         if getattr(config, key):
             yield f"{CONFIG_FILE}  {key} was added after the adapter was saved"

@@ -21,10 +21,8 @@ UNSUPPORTED = {
     "ensure_weight_tying": "the updates of tied layers share their tensors",
     "kasa_config": "KaSA changes the base's weights and puts a diagonal between B and A",
     "layer_replication": "the base's layers are repeated",
-    "lora_bias": "B has a bias of its own",
     "megatron_config": "the base is a Megatron model",
     "monteclora_config": "A and B are sampled at random",
-    "trainable_token_indices": "single rows of the embedding are trained",
     "use_bdlora": "A and B are block-diagonal",
     "use_qalora": "QALoRA pools the inputs of A",
 }
@@ -47,6 +45,7 @@ WITHOUT_EFFECT = {
 V = TypeVar("V")
 ModuleWord = Annotated[str, Field(min_length=1)]
 BlockNumber = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0)]
 Rank = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -75,7 +74,9 @@ class PeftConfig(BaseModel):
     fan_in_fan_out: bool = False
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
     modules_to_save: list[ModuleWord] | None = None
+    trainable_token_indices: list[TokenId] | dict[str, list[TokenId]] | None = None
     init_lora_weights: bool | str = True
 
     def rank_of(self, path: str) -> int:

@@ -13,13 +13,15 @@ from torch import Tensor
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.expert_layers import WRAPPED, parameter_of, parted
 from lorakit.adapter.fused_layers import WholeLayer, unstack
-from lorakit.adapter.peft import PREFIX, hint
+from lorakit.adapter.peft import PREFIX, TOKEN_ROWS, hint
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
+from lorakit.adapter.peft_tokens import absent_tokens, tokens_of
 from lorakit.adapter.site import LayerKind, Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.models.roles import GROUPS, ROLES
 from lorakit.upstream.private_names import COMPILED_WRAPPER
 
+BIAS_KEY = re.compile(r"(?P<path>.+)\.lora_B\.bias")
 LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?:(?P<end>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 # Some versions of PEFT write the longer name.
 MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
@@ -42,7 +44,7 @@ class _Sorted:
     """The tensors of a file by what they are."""
 
     updates: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """"a" and "b" of each adapted layer, by its path; with DoRA "magnitude", too."""
+    """"a" and "b" of each adapted layer, by its path; "bias" of B and DoRA's "magnitude", too."""
     embeddings: set[str] = field(default_factory=set)
     """Paths of the adapted layers that are embeddings."""
     parameters: set[str] = field(default_factory=set)
@@ -51,6 +53,8 @@ class _Sorted:
     """Biases and full copies, by the base's own names."""
     copied: set[str] = field(default_factory=set)
     """Paths of the modules copied in full."""
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    """The tokens whose rows are trained, by the path of their module."""
     frozen: list[str] = field(default_factory=list)
     """Names of the base's own, untrained weights in the file."""
     notes: list[str] = field(default_factory=list)
@@ -72,6 +76,7 @@ def read_peft(
     """
     found = _sort(config, tensors)
     problems = found.problems + list(_absent_copies(config, found))
+    problems += absent_tokens(config, found.tokens)
     sites: list[Site] = []
     named: dict[str, Tensor] = dict(found.replaced)
     for path in sorted(found.updates, key=_natural):
@@ -92,7 +97,11 @@ def read_peft(
         return None, problems
     facts = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
     adapter = AdapterContent(
-        configs=(_lora_config(config, sites, named, tuple(sorted(found.copied))),),
+        configs=(
+            _lora_config(config, sites, named, tuple(sorted(found.copied))).model_copy(
+                update={"trainable_token_indices": found.tokens}
+            ),
+        ),
         sites=tuple(sites),
         tensors=named,
         copied_modules=tuple(sorted(found.copied)),
@@ -126,6 +135,8 @@ def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
             update[end.lower()] = tensor
             if match["embedding"]:
                 found.embeddings.add(path)
+        elif config.lora_bias and (match := BIAS_KEY.fullmatch(name)):
+            found.updates.setdefault(match["path"], {})["bias"] = tensor
         elif config.use_dora and (match := MAGNITUDE_KEY.fullmatch(name)):
             found.updates.setdefault(match["path"], {})["magnitude"] = tensor
         else:
@@ -164,7 +175,14 @@ def _sort_other(
     owner, _, leaf = name.rpartition(".")
     adapted = owner.removesuffix(".base_layer")
     copied = _copied_path(config, name)
-    if adapted != owner and adapted in found.updates and leaf == "weight":
+    if name.endswith(f".{TOKEN_ROWS}"):
+        path = name.removesuffix(f".{TOKEN_ROWS}")
+        found.tokens[path], problem = tokens_of(config, path, tensor)
+        found.problems += problem
+        found.replaced[f"{path}.token_rows"] = tensor
+    elif owner.endswith(".token_adapter.base_layer") and config.trainable_token_indices:
+        found.frozen.append(f"{owner.removesuffix('.token_adapter.base_layer')}.{leaf}")
+    elif adapted != owner and adapted in found.updates and leaf == "weight":
         found.frozen.append(f"{adapted}.weight")
     elif adapted != owner and adapted in found.updates and leaf == "bias" and config.bias != "none":
         found.replaced[f"{adapted}.bias"] = tensor
@@ -231,6 +249,8 @@ def _site(
         return None, {}, [f"{PREFIX}{path}  has no lora_{missing[0].upper()} in the file"]
     if config.use_dora and (problem := _magnitude_problem(kind, update)):
         return None, {}, [f"{PREFIX}{path}  {problem}"]
+    if config.lora_bias and (problem := _bias_problem(update)):
+        return None, {}, [f"{PREFIX}{path}  {problem}"]
     a, b = update["a"], update["b"]
     rank = config.rank_of(path)
     if a.dim() < 2 or a.dim() != b.dim() or 0 in (*a.shape, *b.shape):
@@ -261,8 +281,9 @@ def _site(
             "train without it (PEFT's exclude_modules)"
         )
         return None, {}, [f"{PREFIX}{path}  {text}"]
-    if config.use_dora:
-        parts[f"{site.name}.lora_magnitude"] = update["magnitude"]
+    for end in ("bias", "magnitude"):
+        if end in update:
+            parts[f"{site.name}.lora_{end}"] = update[end]
     return site, parts, []
 
 
@@ -282,6 +303,16 @@ def _site_of_experts(
     site = Site(path=path, rank=rank, alpha=alpha, scale=scale, kind="experts")
     parts = dict(zip("ab", parted(a, b, a.shape[0] // rank), strict=True))
     return site, {f"{site.name}.lora_{end}": tensor for end, tensor in parts.items()}, []
+
+
+def _bias_problem(update: Mapping[str, Tensor]) -> str | None:
+    """The problem of a layer's update under lora_bias, or None."""
+    if "bias" not in update:
+        return "has no lora_B.bias in the file, and lora_bias is true"
+    if update["bias"].shape != update["b"].shape[:1]:
+        shape, rows = tuple(update["bias"].shape), update["b"].shape[0]
+        return f"has a lora_B.bias {shape} for {rows} rows"
+    return None
 
 
 def _magnitude_problem(kind: LayerKind, update: Mapping[str, Tensor]) -> str | None:
@@ -319,6 +350,7 @@ def _lora_config(
         alpha_pattern={site.path: site.alpha for site in sites if site.alpha != config.lora_alpha},
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        lora_bias=config.lora_bias,
         init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",
         modules_to_save=copied,
         dtype="float32" if dtype == "float64" else dtype,

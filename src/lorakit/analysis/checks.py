@@ -17,6 +17,7 @@ WITHOUT_DELTA = {
     "top-k": "it holds whole weights, and their change needs the base: give the model",
 }
 """Why a method has no ΔW = scale·B·A, by the beginning of its name."""
+BIAS_OF_B = "lora_bias: B has a bias, which is no part of ΔW"
 EXPERTS = "experts: each has a ΔW of its own in one tensor, which is not looked into"
 DORA = "DoRA's ΔW = m/‖W + scale·B·A‖·(W + scale·B·A) − W needs the base: give the model"
 
@@ -44,6 +45,8 @@ def _left_out(adapter: Adapter, with_base: bool) -> Iterator[str]:
         yield f"lora: {DORA}"
     if _has_experts(adapter):
         yield EXPERTS
+    if adapter.lora is not None and adapter.lora.trainable_token_indices:
+        yield f"rows of tokens in {', '.join(adapter.lora.trainable_token_indices)}: whole vectors"
     if adapter.copied_modules and adapter.sites and not with_base:
         yield f"saved in full: {', '.join(adapter.copied_modules)}: their change needs the base"
 
@@ -68,6 +71,14 @@ def _has_experts(adapter: Adapter) -> bool:
 def uses_dora(adapter: Adapter) -> bool:
     """Whether the rows of an adapter's weights have magnitudes, so that ΔW is no product B·A."""
     return any(f"{site.name}.lora_magnitude" in adapter.tensors for site in adapter.sites)
+
+
+def biases_of_b(adapters: Sequence[Adapter]) -> list[str]:
+    """A line for each adapter whose B has a bias, which a new ΔW would leave behind."""
+    numbered = enumerate(adapters, start=1)
+    return [
+        f"adapter {n}  {BIAS_OF_B}" for n, each in numbered if each.lora and each.lora.lora_bias
+    ]
 
 
 def check_low_rank(adapters: Sequence[Adapter], *, what: str, dora: bool = False) -> None:
@@ -107,7 +118,7 @@ def _problems(adapter: Adapter, dora: bool) -> list[str]:
 
 def not_finite(adapter: Adapter) -> list[str]:
     """A line for each tensor of an adapter's sites that holds NaN or infinity."""
-    ends = ("a", "b", "magnitude")
+    ends = ("a", "b", "bias", "magnitude")
     names = [f"{site.name}.lora_{end}" for site in adapter.sites for end in ends]
     return value_problems(
         {name: adapter.tensors[name] for name in names if name in adapter.tensors}

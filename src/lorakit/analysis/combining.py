@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter.adapter import Adapter, AdapterSource
-from lorakit.analysis.checks import check_same_base, low_rank_problems
+from lorakit.analysis.checks import biases_of_b, check_same_base, low_rank_problems
 from lorakit.analysis.common_layers import shared_places
 from lorakit.analysis.delta import LowRankDelta, summed
 from lorakit.analysis.dense_merges import dare, ties
@@ -154,7 +154,7 @@ def _checked(
         if adapter.sites and adapter.method != "lora":
             extra = adapter.method.removeprefix("lora+")
             problems.append(f"adapter {number}  has {extra} beside LoRA, which has no weighted sum")
-    problems += low_rank_problems(given)
+    problems += low_rank_problems(given) + biases_of_b(given)
     problems += [] if len(found) != len(given) else _beside_problems(given, found)
     if problems:
         raise AnalysisError.listing("the adapters cannot be combined", problems)
@@ -177,6 +177,8 @@ def _beside_problems(given: Sequence[Adapter], weights: Sequence[float]) -> Iter
     if abs(sum(weights) - 1) > WEIGHTS_SUM_TO_1:
         first = next(iter(names))
         yield f"{first}  {why} the weights sum to 1, and they sum to {sum(weights):g}"
+    if len({str(each.lora and each.lora.trainable_token_indices) for each in given}) > 1:
+        yield "the trained rows are of other tokens"
     if any(each.copied_modules for each in given) and len({_labels(each) for each in given}) > 1:
         yield "the heads are of other classes: " + "; ".join(map(_labels, given))
 

@@ -25,16 +25,17 @@ from lorakit.config.methods import (
 from lorakit.errors import AttachError, ConfigError, TargetError, did_you_mean
 from lorakit.layers.chain import Chain
 from lorakit.layers.operation import Update
-from lorakit.methods import bitfit, bottleneck, full
+from lorakit.methods import bitfit, bottleneck, full, token_rows
 from lorakit.methods.bitfit import TrainedBias
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.lora import targets
 from lorakit.methods.lora.eva import SingularVectors, moved_ranks
 from lorakit.methods.lora.experts import ExpertsUpdate
-from lorakit.methods.lora.lora import LoRAUpdate
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
+from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.methods.module_copy import TrainedCopy, trained_copy
 from lorakit.methods.prompt import prefix
+from lorakit.methods.token_rows import TokenRows, clashes, with_paths
 from lorakit.models.base import base_modules, base_parameters, is_offloaded
 from lorakit.models.families import uncalled_weights
 from lorakit.models.identity import BaseIdentity
@@ -122,7 +123,12 @@ class Plan:
     def adapter(self, model: nn.Module, identity: BaseIdentity | None) -> Adapter:
         """The fresh adapter without its tensors, which are in the model's layers."""
         return Adapter(
-            configs=self.configs,
+            configs=tuple(
+                with_paths(config, self.of_kind(TokenRows))
+                if isinstance(config, LoRAConfig)
+                else config
+                for config in self.configs
+            ),
             sites=self.sites,
             tensors={},
             copied_modules=self.copies,
@@ -227,6 +233,8 @@ def fresh_plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) ->
     configs = as_configs(what)
     found = in_order(wanted(model, configs), configs)
     _check_float(model, found.copies)
+    if twice := list(clashes(found.components)):
+        raise TargetError.listing("some modules would be changed in two ways", twice)
     idle = list(without_effect(model, found.components))
     if idle:
         raise TargetError.listing("some parts of the adapter would do nothing", idle)
@@ -245,7 +253,8 @@ def without_effect(model: nn.Module, components: Iterable[Component]) -> Iterato
     """Yield a line for each component of a module that the model never calls."""
     uncalled = never_called(model)
     for each in components:
-        ties = isinstance(each, TrainedCopy) and each.keeps_ties
+        # What is tied to it and called has the same rows.
+        ties = isinstance(each, TokenRows) or (isinstance(each, TrainedCopy) and each.keeps_ties)
         if each.path in uncalled and not ties:
             names = " and ".join(uncalled[each.path])
             yield f"{each.path}  is never called: name {names}, which hold the same weight"
@@ -276,6 +285,12 @@ def wanted(
         for each in COMPONENTS[type(config)](model, config)
     ]
     found += [
+        each
+        for config in configs
+        if isinstance(config, LoRAConfig)
+        for each in token_rows.components(model, config)
+    ]
+    found += [
         trained_copy(model, path, configs[0].method, dtype=config.dtype)
         for config in configs
         for path in _modules_to_save(model, config.modules_to_save)
@@ -288,7 +303,7 @@ def wanted(
             continue
         if isinstance(each, TrainedBias) and is_within(each.path, paths):
             continue
-        unique.setdefault(each.path if is_copy else frozenset(each.shapes), each)
+        unique.setdefault(each.path if is_copy else frozenset(each.shapes) or each.path, each)
     copies = [each for each in unique.values() if isinstance(each, TrainedCopy)]
     others = [each for each in unique.values() if not isinstance(each, TrainedCopy)]
     return (*others, *(with_ties(model, copies) if keeps_ties(configs) else copies))

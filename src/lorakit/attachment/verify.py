@@ -18,15 +18,18 @@ from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.methods.bitfit import TrainedBias, adds_bias, trained_bias
 from lorakit.methods.component import Component, Shape
 from lorakit.methods.lora.lora import (
+    ENDS,
     is_linear,
     kind_of,
     kind_of_experts,
     matrices_of,
     matrix_shape,
+    takes_bias,
     why_not_adaptable,
 )
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
 from lorakit.methods.module_copy import TrainedCopy, trained_copy
+from lorakit.methods.token_rows import clashes
 from lorakit.models.base import base_modules
 from lorakit.models.experts import expert_matrices
 from lorakit.models.identity import BaseIdentity
@@ -60,6 +63,7 @@ def saved_plan(
     plan = in_order(found.components(other_heads), adapter.configs)
     twins, told = _second_names(base, adapter, plan.shapes)
     problems = [*found.problems, *told, *_differences(plan.shapes, adapter, found.refused, twins)]
+    problems += clashes(plan.components)
     problems += [*without_effect(base.model, plan.components), *_missed_by_targets(base, adapter)]
     if not allow_other_base and adapter.base is not None and identity is not None:
         other = adapter.base.difference(identity)
@@ -101,13 +105,12 @@ class _Found:
 
     def _low_rank(self) -> Iterator[LowRankComponent]:
         config = self._adapter.lora or LoRAConfig()
-        ends = ("a", "b", "magnitude") if config.use_dora else ("a", "b")
         for site in self._adapter.sites:
             layer = self._base.by_path.get(site.module_path)
             problem = _site_problem(layer, site, config)
             if problem is not None:
                 self.problems.append(problem)
-                self.refused |= {f"{site.name}.lora_{end}" for end in ends}
+                self.refused |= {f"{site.name}.{end}" for end in ENDS}
             elif layer is not None:
                 yield low_rank_component(layer, _on_layer(site, layer), config)
 
@@ -171,6 +174,8 @@ def _site_problem(layer: nn.Module | None, site: Site, config: LoRAConfig) -> st
         return f"{site.name}  has rows beyond the layer's {matrix_shape(layer)[0]}"
     if config.use_dora and not is_linear(layer):
         return f"{site.path}  is a {type(layer).__name__}, which DoRA can't adapt"
+    if config.lora_bias and not takes_bias(layer):
+        return f"{site.path}  is a {own_class(layer).__name__}, to which no bias of B can be added"
     return None
 
 
@@ -182,7 +187,10 @@ def _experts_problem(module: nn.Module, site: Site, config: LoRAConfig) -> str |
         return f"{site.path}  is no parameter with a matrix for each expert in this {name}"
     if site.rows is not None and site.rows[-1][1] > found.d_out:
         return f"{site.name}  has rows beyond the {found.d_out} of each matrix"
-    return f"{site.path}  is of experts, which DoRA can't adapt" if config.use_dora else None
+    if config.use_dora or config.lora_bias:
+        form = "DoRA" if config.use_dora else "lora_bias"
+        return f"{site.path}  is of experts, which {form} can't adapt"
+    return None
 
 
 def _on_layer(site: Site, layer: nn.Module) -> Site:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
 from lorakit.errors import ConfigError, did_you_mean
 
+TokenId = Annotated[int, Field(ge=0)]
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 
 
@@ -73,6 +74,14 @@ class LoRAConfig(MethodConfig):
     use_dora: bool = False
     """Train the length of each row of W₀ + scale·B·A as well (DoRA, Liu 2024): linear layers."""
 
+    trainable_token_indices: dict[str, list[TokenId]] | list[TokenId] = {}
+    """Tokens whose rows of the embedding are trained as they are, such as new ones: their ids, or
+    {MODULE: ids} with embed for the input embedding. A head with the embedding's weight follows."""
+
+    lora_bias: bool = False
+    """Train a bias of B as well: the update is scale·(B·A·x + b). For linear layers and
+    convolutions; merged only into layers that have a bias."""
+
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "eva"] = "kaiming"
     """How A starts; B starts at zero. kaiming: uniform, as the authors' code and PEFT do, so that
     learning rates carry over; gaussian: normal with variance 1/d_in, as the paper's text says;
@@ -98,15 +107,30 @@ class LoRAConfig(MethodConfig):
         """The method's name."""
         return "lora"
 
+    @property
+    def tokens_by_module(self) -> dict[str, list[int]]:
+        """The trained tokens of each module that is named; those of a list are of embed."""
+        given = self.trainable_token_indices
+        return given if isinstance(given, dict) else {"embed": given} if given else {}
+
     @model_validator(mode="after")
     def _check(self) -> LoRAConfig:
-        if not self.targets and self.bias == "none" and self.modules_to_save in ((), ("auto",)):
+        copies = self.modules_to_save not in ((), ("auto",))
+        beside = copies or self.trainable_token_indices or self.bias != "none"
+        if not self.targets and not beside:
             raise ValueError(
                 "targets is empty, so no layer would be adapted: name some, such as q,v "
                 "(a head or norm alone is trained by its name in modules_to_save)"
             )
         if self.eva_rho > 1 and self.init != "eva":
             raise ValueError(f"eva_rho moves ranks in init eva, and init is {self.init}")
+        for module, tokens in self.tokens_by_module.items():
+            if not tokens or len(set(tokens)) < len(tokens):
+                raise ValueError(
+                    f"trainable_token_indices names some tokens of {module} twice, or none"
+                )
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias and use_dora can't be combined: leave one out")
         if self.layers is not None:
             layer_numbers(self.layers)
         return self

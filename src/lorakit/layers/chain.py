@@ -44,10 +44,10 @@ class Chain(Update):
         for link in self._updates():
             yield from link.merged(layer, exact=exact)
 
-    @property
-    def unmergeable(self) -> str | None:
+    def why_unmergeable(self, layer: nn.Module) -> str | None:
         """Why one of them can't be merged; None: all can."""
-        return next((why for link in self._updates() if (why := link.unmergeable)), None)
+        reasons = (link.why_unmergeable(layer) for link in self._updates())
+        return next((why for why in reasons if why), None)
 
     def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the tensors of each update."""

@@ -84,9 +84,8 @@ class Update(nn.Module, Operation):
         """The names and shapes of its parameters, for `print(model)`."""
         return ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters())
 
-    @property
-    def unmergeable(self) -> str | None:
-        """Why no weights of the base can hold this update; None where they can."""
+    def why_unmergeable(self, layer: nn.Module) -> str | None:
+        """Why no weights of the layer can hold this update; None where they can."""
         return None
 
     @abstractmethod

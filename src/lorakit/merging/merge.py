@@ -24,7 +24,7 @@ from lorakit.layers.route import Frame
 from lorakit.merging.probe import default_probe, outputs_on
 from lorakit.merging.report import MergedWeight, MergeReport
 from lorakit.merging.rounding import distance, is_rounding, rounding_errors
-from lorakit.methods.lora.lora import LoRAUpdate
+from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import (
     base_modules,
     base_parameter,
@@ -188,7 +188,7 @@ def _check_mergeable(state: Attachment, name: str) -> None:
     for number, update in state.adapters[name].updates.items():
         layer = state.layers[number]
         reason = (
-            update.unmergeable
+            update.why_unmergeable(layer)
             or _quantized_reason(layer, update)
             or _computed_reason(layer, update)
             or _offloaded_reason(layer)

@@ -14,7 +14,8 @@ from lorakit.errors import TargetError
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Update
 from lorakit.methods.component import Component, Materials, Shape
-from lorakit.methods.lora.lora import ConvNd, LoRAUpdate, is_linear, matrix_shape
+from lorakit.methods.lora.lora import ConvNd, is_linear, matrix_shape
+from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.methods.uncalled import uncalled_component
 from lorakit.models.base import base_modules, device_of
 from lorakit.models.families import family_name, uncalled_weights
@@ -150,8 +151,7 @@ class AddedBiasUpdate(Update):
         """The output + weight·bias."""
         return output + (self.bias * weight).to(output.dtype)
 
-    @property
-    def unmergeable(self) -> str:
+    def why_unmergeable(self, layer: nn.Module) -> str:
         """The reason: a checkpoint of the architecture has no parameter for an added bias."""
         return "the layer has no bias that could hold the added one"
 

@@ -278,8 +278,7 @@ class Bottleneck(Update):
         """The output + weight·bottleneck(base), as a new tensor."""
         return output + (self(base) * weight).to(output.dtype)
 
-    @property
-    def unmergeable(self) -> str | None:
+    def why_unmergeable(self, layer: nn.Module) -> str | None:
         """The reason why no weights of the base can hold a bottleneck."""
         return "a bottleneck has a nonlinearity, which no weight can hold: it stays a layer more"
 

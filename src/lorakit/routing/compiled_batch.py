@@ -18,11 +18,11 @@ from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
 from lorakit.layers.route import Combination
 from lorakit.methods.lora.lora import (
-    LoRAUpdate,
     LowRank,
     is_linear,
     matrix_shape,
 )
+from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.routing.choices import RowChoices, UpdatesByName
 from lorakit.routing.row_groups import read_for_all
 from lorakit.routing.row_updates import bias_shifts, write_sum
@@ -85,10 +85,8 @@ class StaticLoRA(Operation):
             write_sum(a[index], b[index], each)
         rows = torch.tensor(choices.index_of_row, device=device) + 1
         self._a, self._b = a[rows], b[rows]
-        bias = layer.bias
-        self._shift = (
-            None if bias is None else _shifts(cast(Tensor, bias), updates, choices, dtype)[rows]
-        )
+        has_shift = layer.bias is not None or any(each.has_shift for each in updates.values())
+        self._shift = _shifts(layer, updates, choices, dtype)[rows] if has_shift else None
         for tensor in (self._a, self._b):
             mark_dynamic(tensor, 1)
 
@@ -121,11 +119,14 @@ def _terms(
 
 @torch.no_grad()
 def _shifts(
-    bias: Tensor, updates: Mapping[str, LoRAUpdate], choices: RowChoices, dtype: torch.dtype
+    layer: nn.Module,
+    updates: Mapping[str, LoRAUpdate],
+    choices: RowChoices,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The difference of trained biases from the base's own, for the base and each combination."""
-    own = [
-        [(updates[n].bias, w) for n, w in combination if n in updates]
+    """What is added to the layer's bias, for the base and each combination."""
+    terms = [
+        [(updates[name], weight) for name, weight in combination if name in updates]
         for combination in choices.combinations
     ]
-    return bias_shifts(bias, [[(b, w) for b, w in of if b is not None] for of in own], dtype)
+    return bias_shifts(layer, terms, dtype)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorakit.methods.lora.lora import LowRank, positions
+from lorakit.methods.lora.lora import LowRank, matrix_shape, positions
+from lorakit.methods.lora.update import LoRAUpdate
+from lorakit.models.base import device_of
 from lorakit.upstream.private_names import write_count
 
 
@@ -64,14 +66,22 @@ def add_to_rows(output: Tensor, shifts: Tensor) -> Tensor:
 
 
 def bias_shifts(
-    base: Tensor, terms: Sequence[Sequence[tuple[Tensor, float]]], dtype: torch.dtype
+    layer: nn.Module,
+    terms: Sequence[Sequence[tuple[LoRAUpdate, float]]],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The difference of trained biases from the base's own, (1 + combinations, d_out): first zero.
+    """What updates add to a layer's bias, (1 + combinations, d_out): first zero, for the base.
 
     Args:
-        base: the layer's own bias.
-        terms: for each combination, biases and their weights.
-        dtype: the least precision of the result.
+        layer: the adapted layer.
+        terms: for each combination, the updates and their weights.
+        dtype: the precision of the result.
     """
-    nothing = torch.zeros_like(base, dtype=dtype)
-    return torch.stack([nothing, *(sum(((b - base) * w for b, w in t), nothing) for t in terms)])
+    nothing = torch.zeros(matrix_shape(layer)[0], dtype=dtype, device=device_of(layer))
+    return torch.stack([nothing, *(nothing + bias_shift(layer, own) for own in terms)])
+
+
+def bias_shift(layer: nn.Module, terms: Iterable[tuple[LoRAUpdate, float]]) -> Tensor | float:
+    """The weighted sum of what updates add to a layer's bias, (d_out,); 0: nothing."""
+    shifts = ((update.shift(layer), weight) for update, weight in terms)
+    return sum((shift * weight for shift, weight in shifts if shift is not None), start=0.0)

@@ -21,10 +21,11 @@ from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
 from lorakit.layers.route import Frame
-from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, matrix_shape
+from lorakit.methods.lora.lora import LowRank, is_linear, matrix_shape
+from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import device_of
 from lorakit.routing.choices import RowChoices
-from lorakit.routing.row_updates import KeptProjection, add_to_rows, write_sum
+from lorakit.routing.row_updates import KeptProjection, add_to_rows, bias_shift, write_sum
 from lorakit.routing.stacked_lora import is_sum, mixed_operations
 
 Terms = Sequence[tuple[Mapping[int, Update], float]]
@@ -39,7 +40,7 @@ class _Content:
     """The content of a slot: its terms, sorted by layer."""
 
     parts: dict[int, LowRanks] = field(default_factory=dict)
-    biases: dict[int, list[tuple[Tensor, float]]] = field(default_factory=dict)
+    biases: dict[int, list[tuple[LoRAUpdate, float]]] = field(default_factory=dict)
     others: list[tuple[dict[int, Update], float]] = field(default_factory=list)
     """The updates that are no sum of B·A·x and a bias, by adapter."""
 
@@ -256,11 +257,11 @@ def check_slots(state: Attachment, updates: Mapping[str, Update]) -> None:
 
 def _add_sums(content: _Content, number: int, own: Sequence[tuple[LoRAUpdate, float]]) -> None:
     parts = [(part, w) for update, w in own for part in update.parts.values() if w]
-    biases = [(update.bias, w) for update, w in own if update.bias is not None and w]
+    biases = [(update, w) for update, w in own if update.has_shift and w]
     if parts:
         content.parts[number] = parts
     if biases:
-        content.biases[number] = [(cast(Tensor, bias), w) for bias, w in biases]
+        content.biases[number] = biases
 
 
 class _InputSlots:
@@ -329,18 +330,19 @@ class _InputSlots:
             self._write_shift(slot, number, content.biases.get(number))
 
     def _write_shift(
-        self, slot: int, number: int, biases: Sequence[tuple[Tensor, float]] | None
+        self, slot: int, number: int, biases: Sequence[tuple[LoRAUpdate, float]] | None
     ) -> None:
         if biases is None:
             if number in self._shift:
                 self._shift[number][slot] = 0
             return
-        own = cast(Tensor, self._layers[number].bias)
+        layer = self._layers[number]
         if number not in self._shift:
-            self._shift[number] = torch.zeros(self._slots.count, len(own), **self._make)
+            self._shift[number] = torch.zeros(
+                self._slots.count, matrix_shape(layer)[0], **self._make
+            )
             self._slots._frames.clear()
-        shift = sum((bias - own) * weight for bias, weight in biases)
-        self._shift[number][slot] = cast(Tensor, shift)
+        self._shift[number][slot] = bias_shift(layer, biases)
 
     def operations(self, start: int, stop: int) -> dict[int, Operation]:
         """The operations of these layers on rows that use slots from one to before another."""

@@ -19,7 +19,8 @@ from lorakit.kernels.grouping import Grouping, group_rows
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
-from lorakit.methods.lora.lora import LoRAUpdate, LowRank, is_linear, positions
+from lorakit.methods.lora.lora import LowRank, is_linear, positions
+from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.routing.choices import RowChoices, Terms, UpdatesByName
 from lorakit.routing.row_groups import ByRowGroup, read_for_all
 from lorakit.routing.row_updates import KeptProjection, add_to_rows, bias_shifts
@@ -264,21 +265,22 @@ def _scales(terms: Sequence[tuple[LowRank, float]], rank: int) -> list[float]:
 
 @dataclass(frozen=True)
 class BiasShift:
-    """The difference of trained biases from the base's own, row by row."""
+    """What trained biases, and those of B, add to the base's own, row by row."""
 
     term_of_row: Tensor
     """For each row an index into `terms`, counted from 1; 0: the base."""
-    terms: tuple[tuple[tuple[nn.Parameter, float], ...], ...]
+    terms: tuple[tuple[tuple[LoRAUpdate, float], ...], ...]
 
     def add(self, layer: nn.Module, output: Tensor) -> Tensor:
         """The output, (rows·k, …, d_out), with each row's shift added."""
-        shifts = bias_shifts(cast(Tensor, layer.bias), self.terms, self.terms[0][0][0].dtype)
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        shifts = bias_shifts(layer, self.terms, dtype)
         return add_to_rows(output, shifts[self.term_of_row])
 
 
 def _bias(terms: LowRankTerms, choices: RowChoices, device: torch.device) -> BiasShift | None:
     found = {
-        index: tuple((u.bias, w) for u, w in own if u.bias is not None)
+        index: tuple((update, weight) for update, weight in own if update.has_shift)
         for index, own in terms.items()
     }
     found = {index: biases for index, biases in found.items() if biases}

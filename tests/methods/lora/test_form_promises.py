@@ -16,6 +16,7 @@ from tiny_models import build, example_inputs
 FORMS: dict[str, dict[str, Any]] = {
     "freeze-a": {"freeze_a": True},
     "dora": {"use_dora": True, "bias": "lora"},
+    "lora-bias": {"lora_bias": True},
     "pissa": {"init": "pissa"},
     "all": {"use_dora": True, "init": "pissa", "freeze_a": True, "use_rslora": True},
 }

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Update
-from lorakit.methods.lora.lora import LoRAUpdate, LowRank, positions
+from lorakit.methods.lora.lora import LowRank, positions
+from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import base_parameter
 from lorakit.models.experts import ExpertMatrices, expert_matrices
 from lorakit.upstream.private_names import own_modules, own_parameters

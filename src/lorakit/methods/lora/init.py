@@ -39,6 +39,8 @@ def fresh_tensors(
         # No gradient reaches it, and the answer for a padding token stays the base's.
         a[:, padding] = 0
     made = {"lora_a": a.reshape(shape_a), "lora_b": b.reshape(shape_b)}
+    if config.lora_bias:
+        made["lora_bias"] = torch.zeros(shape_b[0])
     if config.use_dora:
         # As forward passes compute them, so that at the start both are equal in every bit.
         matrix = matrix_of(layer, site)

@@ -1,11 +1,11 @@
-"""LoRA: h = W₀x + scale·B·A·x with A and B trained (Hu et al. 2021, section 4.1)."""
+"""LoRA: h = W₀x + scale·B·A·x, A and B of one layer or slice (Hu et al. 2021, section 4.1)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from lorakit.adapter.site import LayerKind, RowRanges, Site
 from lorakit.config.methods import LoRAConfig
 from lorakit.kernels import fused, plain
 from lorakit.kernels.dropout import Dropout
-from lorakit.layers.operation import Update
 from lorakit.methods.lora.dora import RowNorms, rescaled
 from lorakit.models.base import base_parameter
 from lorakit.models.experts import ExpertMatrices, expert_matrices
@@ -25,7 +24,6 @@ from lorakit.models.quantized_weight import float_weight, is_quantized
 from lorakit.upstream.private_names import (
     NonDynamicallyQuantizableLinear,
     convolution_of,
-    own_modules,
     own_parameters,
 )
 
@@ -100,6 +98,11 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | Conv1D)
 
 
+def takes_bias(layer: nn.Module) -> bool:
+    """Whether a bias of B can be added to what a layer computes."""
+    return isinstance(layer, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
 def is_adaptable(layer: nn.Module) -> bool:
     """Whether LoRA knows what this layer computes from its weight."""
     return why_not_adaptable(layer) is None
@@ -126,12 +129,12 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
     return f"it computes something else than a plain {kind.__name__}"
 
 
-ENDS = ("lora_a", "lora_b", "lora_magnitude", "frozen_a", "frozen_b")
+ENDS = ("lora_a", "lora_b", "lora_bias", "lora_magnitude", "frozen_a", "frozen_b")
 """The last parts of the names of a site's tensors in a model; the first two are always there."""
 
 
 class LowRank(nn.Module):
-    """A and B of one site, with frozen factors (PiSSA) and the magnitudes of its rows (DoRA)."""
+    """A and B of one site; B's bias, frozen factors (PiSSA), the rows' magnitudes (DoRA)."""
 
     site: Site
     dropout: float
@@ -139,6 +142,7 @@ class LowRank(nn.Module):
     norms: RowNorms
     lora_a: nn.Parameter
     lora_b: nn.Parameter
+    lora_bias: nn.Parameter | None
     lora_magnitude: nn.Parameter | None
     frozen_a: nn.Parameter | None
     frozen_b: nn.Parameter | None
@@ -172,9 +176,9 @@ class LowRank(nn.Module):
     def let_train(self) -> None:
         """Let the tensors that the settings train take gradients."""
         self.lora_a.requires_grad_(not self.freezes_a)
-        self.lora_b.requires_grad_()
-        if self.lora_magnitude is not None:
-            self.lora_magnitude.requires_grad_()
+        for trained in (self.lora_b, self.lora_bias, self.lora_magnitude):
+            if trained is not None:
+                trained.requires_grad_()
 
     def rescaled(self, layer: nn.Module, output: Tensor) -> Tensor:
         """W·x + bias, where the rows of W have the trained magnitudes."""
@@ -217,6 +221,15 @@ class LowRank(nn.Module):
             return plain.linear_update(x, a, b, scale)
         return plain.linear_update(x, a, b, scale, dropout=Dropout.drawn(dropout))
 
+    def bias_of_layer(self) -> Tensor:
+        """scale·b, (d_out of the layer,): zero beside the rows of a slice."""
+        assert self.lora_bias is not None
+        own = self.lora_bias * self.site.scale
+        if self.site.rows is None:
+            return own
+        rows = positions(self.site.rows, own.device)
+        return own.new_zeros(cast(int, self.site.layer_rows)).index_copy(0, rows, own)
+
     def factors(self, weight: float) -> fused.Factors:
         """The update of a linear layer's output in one forward pass."""
         use = fused.FactorUse(
@@ -253,149 +266,6 @@ class LowRank(nn.Module):
 
 def _frozen(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
-
-
-class LoRAUpdate(Update):
-    """All that one adapter does to one layer: updates of it or of its slices, and its bias."""
-
-    bias: nn.Parameter | None
-
-    def __init__(self, parts: Mapping[str, LowRank], bias: Tensor | None = None) -> None:
-        super().__init__()
-        own_modules(self).update(parts)
-        self.bias = None if bias is None else _frozen(bias)
-
-    @property
-    def parts(self) -> Mapping[str, LowRank]:
-        """The updates by role, or by "whole" for the layer: the children of this module."""
-        return cast(Mapping[str, LowRank], own_modules(self))
-
-    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The output + scale·B·A·x, with DoRA's magnitudes and the trained bias."""
-        return self._changed(layer, inputs[0], output, 1.0)
-
-    def added(
-        self,
-        layer: nn.Module,
-        inputs: tuple[Any, ...],
-        output: Tensor,
-        *,
-        weight: float,
-        base: Tensor,
-    ) -> Tensor:
-        """The output + weight·scale·B·A·x, and weight times the change of the bias."""
-        if self.is_additive:
-            return self._changed(layer, inputs[0], output, weight)
-        return super().added(layer, inputs, output, weight=weight, base=base)
-
-    def _changed(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
-        """The output with the update; magnitudes are applied before the bias is changed."""
-        output = self._with_delta(layer, x, output, weight)
-        for part in self.low_ranks():
-            if part.lora_magnitude is not None:
-                output = part.rescaled(layer, output)
-        if self.bias is not None:
-            shift = (self.bias - cast(Tensor, layer.bias)).to(output.dtype) * weight
-            if isinstance(layer, ConvNd):
-                shift = shift.reshape(-1, *[1] * len(layer.kernel_size))
-            output = output + shift
-        return output
-
-    def _with_delta(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
-        """The output + weight·scale·B·A·x."""
-        if self.parts and is_linear(layer) and fused.available(x, training=self.training):
-            factors = self.factors(weight)
-            everywhere = fused.Span(0, x.shape[:-1].numel(), tuple(range(len(factors))))
-            return fused.add_updates(output, x, factors, [everywhere])
-        for part in self.low_ranks():
-            update = part(layer, x)
-            update = update if weight == 1 else update * weight
-            output = _add(output, update.to(output.dtype), part.site.rows)
-        return output
-
-    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
-        """The weight plus ΔW, or the trained bias, in the precision of the base's."""
-        if inside:
-            return weight
-        if name == "bias":
-            return weight if self.bias is None else self.bias.to(weight.dtype)
-        return self._weight(weight, torch.promote_types(weight.dtype, torch.float32)).to(weight)
-
-    def _weight(self, weight: Tensor, exact: torch.dtype) -> Tensor:
-        """The weight of a layer plus ΔW, in another precision; A and B may take gradients."""
-        if not self.parts:
-            return weight
-        embeds_or_turned = any(p.site.kind in ("embedding", "transposed") for p in self.low_ranks())
-        matrix = weight.to(exact)
-        matrix = matrix.T if embeds_or_turned else matrix
-        for part in self.low_ranks():
-            matrix = part.added_to(matrix)
-        return matrix.T if embeds_or_turned else matrix
-
-    def join(self, other: LoRAUpdate) -> None:
-        """Take over what another update of the same adapter does to the layer."""
-        own_modules(self).update(other.parts)
-        if other.bias is not None:
-            self.bias = other.bias
-
-    @property
-    def summary(self) -> str:
-        """The rank and scale of each of its updates, for `print(model)`."""
-        texts = [
-            f"{f'{part.site.role} ' if part.site.rows else ''}rank {part.site.rank}, "
-            f"scale {part.site.scale:g}"
-            for part in self.low_ranks()
-        ]
-        return ", ".join([*texts, *([] if self.bias is None else ["bias"])])
-
-    @property
-    def is_additive(self) -> bool:
-        """Whether the update only adds B·A·x and a bias to what the layer computes."""
-        return all(part.lora_magnitude is None for part in self.low_ranks())
-
-    def let_train(self) -> None:
-        """Let the tensors that the settings train, and the bias, take gradients."""
-        for part in self.low_ranks():
-            part.let_train()
-        if self.bias is not None:
-            self.bias.requires_grad_()
-
-    def low_ranks(self) -> Iterator[LowRank]:
-        """Yield A and B of the layer, or of each of its slices."""
-        return iter(self.parts.values())
-
-    def factors(self, weight: float) -> list[fused.Factors]:
-        """The updates of a linear layer's output in one forward pass."""
-        return [part.factors(weight) for part in self.low_ranks()]
-
-    def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weight plus ΔW, and the trained bias."""
-        if self.parts:
-            weight = float_weight(layer).detach().to(exact, copy=True)
-            matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight
-            for part in self.low_ranks():
-                part.add_to(matrix)
-            yield "weight", weight
-        if self.bias is not None:
-            yield "bias", self.bias.detach().to(exact)
-
-    def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what each site has, and the bias."""
-        for part in self.low_ranks():
-            for end, parameter in part.named_parameters():
-                yield f"{part.site.name}.{end}", parameter
-        if self.bias is not None:
-            yield f"{path}.bias", self.bias
-
-
-def _add(output: Tensor, update: Tensor, rows: RowRanges | None) -> Tensor:
-    """The output with an update added, at some of its last dimension's entries only."""
-    if rows is None:
-        return output + update if torch.is_grad_enabled() else output.add_(update)
-    if len(rows) == 1:
-        output[..., rows[0][0] : rows[0][1]] += update
-        return output
-    return output.index_add(-1, positions(rows, output.device), update)
 
 
 def _entries(rows: RowRanges | None, device: torch.device) -> slice | Tensor | None:

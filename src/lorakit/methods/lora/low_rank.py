@@ -1,4 +1,4 @@
-"""A low-rank update as a component: A and B of one site, with DoRA's magnitudes."""
+"""A low-rank update as a component: A and B of one site, B's bias, and DoRA's magnitudes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.lora.eva import SingularVectors
 from lorakit.methods.lora.experts import ExpertsUpdate, part_key
 from lorakit.methods.lora.init import fresh_tensors
-from lorakit.methods.lora.lora import LoRAUpdate, LowRank, parameter_shapes
+from lorakit.methods.lora.lora import LowRank, parameter_shapes
 from lorakit.methods.lora.pissa import split_frozen_factors
+from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import device_of
 
 
@@ -46,11 +47,11 @@ class LowRankComponent(Component):
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
-        """The shapes of A, of B, and with DoRA of the magnitudes (rows of the site,)."""
-        name = self.site.name
+        """The shapes of A, of B, and of its bias or DoRA's magnitudes (rows of the site,)."""
+        name, rows = self.site.name, self.shape_b[:1]
         shapes = {f"{name}.lora_a": self.shape_a, f"{name}.lora_b": self.shape_b}
-        magnitude = {f"{name}.lora_magnitude": self.shape_b[:1]}
-        return shapes | magnitude if self.config.use_dora else shapes
+        vectors = {"lora_bias": self.config.lora_bias, "lora_magnitude": self.config.use_dora}
+        return shapes | {f"{name}.{end}": rows for end, is_there in vectors.items() if is_there}
 
     @property
     def matrices(self) -> int:
@@ -70,7 +71,7 @@ class LowRankComponent(Component):
         d_out, d_in = self.matrix_shape
         of_rank = d_out if self.config.freeze_a else d_out + d_in
         trained = (self.site.rank - self.site.frozen) * of_rank * self.matrices
-        return trained + (d_out if self.config.use_dora else 0)
+        return trained + (d_out if self.config.use_dora or self.config.lora_bias else 0)
 
     @property
     def row(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from lorakit.methods.lora.lora import (
     kind_of,
     kind_of_experts,
     matrix_shape,
+    takes_bias,
     why_not_adaptable,
 )
 from lorakit.methods.lora.low_rank import low_rank_component
@@ -71,7 +72,7 @@ def _check_adaptable(model: nn.Module, kept: Sequence[Target]) -> None:
 
 
 def _check_form(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) -> None:
-    """Refuse layers that are no matmul, for the forms of LoRA that need one.
+    """Refuse layers that are no matmul, for the forms of LoRA that need one; B's bias needs less.
 
     Raises:
         TargetError: there are such.
@@ -84,9 +85,28 @@ def _check_form(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) ->
         for path, layer in others.items()
         if form and not is_linear(layer)
     ]
+    if config.lora_bias:
+        _check_biased(others)
     if problems:
         raise TargetError.listing(
             f"{form} is for linear layers alone; exclude the others", problems
+        )
+
+
+def _check_biased(others: Mapping[str, nn.Module]) -> None:
+    """Refuse layers to whose outputs no bias of B is added.
+
+    Raises:
+        TargetError: there are such.
+    """
+    problems = [
+        f"{path} is a {own_class(layer).__name__}"
+        for path, layer in others.items()
+        if not takes_bias(layer)
+    ]
+    if problems:
+        raise TargetError.listing(
+            "lora_bias is for linear layers and convolutions; exclude the others", problems
         )
 
 

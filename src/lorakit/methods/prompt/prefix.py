@@ -180,13 +180,12 @@ class TokenVectors(Update):
         tokens = _positions_in(layer)
         return output if tokens is None else tokens.put(self.prompt, output)
 
-    @property
-    def unmergeable(self) -> str | None:
+    def why_unmergeable(self, layer: nn.Module) -> str | None:
         """The reason why no weights can hold it."""
         return "it adds tokens to each row, which weights can't, so its latency stays"
 
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield nothing: see `unmergeable`."""
+        """Yield nothing: see `why_unmergeable`."""
         yield from ()
 
     def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:

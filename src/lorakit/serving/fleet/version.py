@@ -66,8 +66,10 @@ def vllm_obstacles(adapter: Adapter) -> list[str]:
     found = []
     if adapter.lora is not None and adapter.lora.use_dora:
         found.append("it is DoRA")
-    if adapter.lora is not None and adapter.lora.bias != "none":
+    if adapter.lora is not None and (adapter.lora.bias != "none" or adapter.lora.lora_bias):
         found.append("it has trained biases")
+    if adapter.lora is not None and adapter.lora.trainable_token_indices:
+        found.append("it has trained rows of tokens")
     if adapter.copied_modules:
         found.append(f"it has modules of its own ({', '.join(adapter.copied_modules)})")
     task = adapter.card.get("task")
