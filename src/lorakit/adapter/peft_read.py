@@ -283,7 +283,8 @@ def _lora_config(
 def _target_words(config: PeftConfig, sites: list[Site]) -> tuple[str, ...]:
     """The targets that select in lorakit what PEFT's words select."""
     words = config.target_modules
-    if config.target_parameters:
+    # With tying, layers are adapted that no word names.
+    if config.target_parameters or config.ensure_weight_tying:
         return tuple(site.path for site in sites)
     # layers_pattern has no counterpart in lorakit, so the layers are named one by one.
     if not words or (config.layers_pattern and config.layers_to_transform is not None):
@@ -313,19 +314,25 @@ def _layers(config: PeftConfig) -> str | None:
 
 def _plain_targets(config: PeftConfig) -> tuple[str, ...]:
     """PEFT's list of module names, where no other setting narrows it; else nothing."""
-    narrowed = config.exclude_modules or config.layers_to_transform is not None
+    narrowed = (
+        config.ensure_weight_tying
+        or config.exclude_modules
+        or config.layers_to_transform is not None
+    )
     words = config.target_modules
     return () if narrowed or not isinstance(words, list) else tuple(sorted(words))
 
 
 def _unproven(config: PeftConfig) -> tuple[str, ...]:
     name = config.base_model_name_or_path
+    ties = "that tied layers stay equal (ensure_weight_tying): each has tensors of its own here"
     called = f"{name!r} by {CONFIG_FILE}" if name else "not named"
     return (
         f"the base ({called}): PEFT's files can't tell it from another model of the same shapes",
         "the weights: PEFT's files have no hash, so a change before this reading went unnoticed",
         f"the scales: they are what {CONFIG_FILE} gave at this reading",
         "the list of layers: a layer that was dropped is noticed only where the targets name it",
+        *([ties] if config.ensure_weight_tying else []),
     )
 
 

@@ -20,7 +20,7 @@ def site_of(
     missing = [end for end in "ab" if end not in update]
     if missing:
         return None, {}, [f"{PREFIX}{path}  has no lora_{missing[0].upper()} in the file"]
-    if config.use_dora and (problem := _magnitude_problem(kind, update)):
+    if config.use_dora and (problem := _magnitude_problem(update)):
         return None, {}, [f"{PREFIX}{path}  {problem}"]
     if config.lora_bias and (problem := _bias_problem(update)):
         return None, {}, [f"{PREFIX}{path}  {problem}"]
@@ -89,11 +89,10 @@ def _bias_problem(update: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _magnitude_problem(kind: LayerKind, update: Mapping[str, Tensor]) -> str | None:
+def _magnitude_problem(update: Mapping[str, Tensor]) -> str | None:
     """The problem of a layer's update under use_dora, or None."""
-    if kind == "embedding" or update["a"].dim() > 2:
-        what = "an embedding" if kind == "embedding" else "a convolution"
-        return f"is {what}, for which lorakit has no DoRA"
+    if update["a"].dim() > 2:
+        return "is a convolution, for which lorakit has no DoRA"
     if "magnitude" not in update:
         return "has no lora_magnitude_vector in the file, and use_dora is true"
     if update["magnitude"].shape != update["b"].shape[:1]:

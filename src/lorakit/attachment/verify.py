@@ -19,12 +19,12 @@ from lorakit.methods.bitfit import TrainedBias, adds_bias, trained_bias
 from lorakit.methods.component import Component, Shape
 from lorakit.methods.lora.lora import (
     ENDS,
-    is_linear,
     kind_of,
     kind_of_experts,
     matrices_of,
     matrix_shape,
     takes_bias,
+    takes_magnitudes,
     why_not_adaptable,
 )
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
@@ -175,7 +175,7 @@ def _site_problem(layer: nn.Module | None, site: Site, config: LoRAConfig) -> st
         return f"{site.path}  is a {own_class(layer).__name__}, which LoRA can't adapt: {reason}"
     if site.rows is not None and site.rows[-1][1] > matrix_shape(layer)[0]:
         return f"{site.name}  has rows beyond the layer's {matrix_shape(layer)[0]}"
-    if config.use_dora and not is_linear(layer):
+    if config.use_dora and not takes_magnitudes(layer):
         return f"{site.path}  is a {type(layer).__name__}, which DoRA can't adapt"
     if config.lora_bias and not takes_bias(layer):
         return f"{site.path}  is a {own_class(layer).__name__}, to which no bias of B can be added"

@@ -105,6 +105,11 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | Conv1D)
 
 
+def takes_magnitudes(layer: nn.Module) -> bool:
+    """Whether the rows of what a layer computes with can have magnitudes (DoRA)."""
+    return is_linear(layer) or isinstance(layer, nn.Embedding)
+
+
 def takes_bias(layer: nn.Module) -> bool:
     """Whether a bias of B can be added to what a layer computes."""
     return isinstance(layer, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d)
@@ -198,7 +203,7 @@ class LowRank(nn.Module):
                 ),
             )
         factor = self.lora_magnitude / norms
-        return rescaled(output, factor, cast("Tensor | None", layer.bias), entries)
+        return rescaled(output, factor, getattr(layer, "bias", None), entries)
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The update of the layer's output, (…, rows of the site)."""

@@ -18,6 +18,7 @@ from lorakit.methods.lora.lora import (
     kind_of_experts,
     matrix_shape,
     takes_bias,
+    takes_magnitudes,
     why_not_adaptable,
 )
 from lorakit.methods.lora.low_rank import low_rank_component
@@ -81,17 +82,17 @@ def _check_form(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) ->
     form = "use_dora" if config.use_dora else "init eva" if config.init == "eva" else None
     form = "init pissa" if config.init == "pissa" and any(t.experts for t in kept) else form
     others = {target.path: model.get_submodule(target.module_path) for target in kept}
+    takes = takes_magnitudes if form == "use_dora" else is_linear
     problems = [
-        f"{path} is a {type(layer).__name__}"
+        f"{path} is a {own_class(layer).__name__}"
         for path, layer in others.items()
-        if form and not is_linear(layer)
+        if form and not takes(layer)
     ]
     if config.lora_bias:
         _check_biased(others)
     if problems:
-        raise TargetError.listing(
-            f"{form} is for linear layers alone; exclude the others", problems
-        )
+        those = "linear layers and embeddings" if form == "use_dora" else "linear layers alone"
+        raise TargetError.listing(f"{form} is for {those}; exclude the others", problems)
 
 
 def _check_biased(others: Mapping[str, nn.Module]) -> None:
