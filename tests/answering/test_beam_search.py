@@ -18,7 +18,7 @@ from transformers import (
 
 import lorakit as lk
 import tiny_models
-from covering import sampled
+from covering import covering, sampled
 from lorakit.answering.beam_search import BeamSearch, _ban_repeats, beam_search
 from lorakit.config.methods import LoRAConfig, PrefixConfig
 from lorakit.data.batches import generation_batch
@@ -89,8 +89,10 @@ def written_out(
 PROMPTS = ([3, 2], [5, 1, 4, 2, 2], [2], [4, 4, 4])
 
 
-@pytest.mark.parametrize("ngram", [0, 2, 3])
-@pytest.mark.parametrize(("beams", "penalty"), [(2, 0.9), (5, 0.8), (4, 2.0), (3, -1.0)])
+@covering(
+    ("ngram", "beams", "penalty"),
+    [(ngram, *each) for ngram in (0, 2, 3) for each in ((2, 0.9), (5, 0.8), (4, 2.0), (3, -1.0))],
+)
 def test_a_batch_finds_what_the_search_written_out_finds(
     model: GPT2LMHeadModel, beams: int, penalty: float, ngram: int
 ) -> None:

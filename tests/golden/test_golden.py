@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 import lorakit as lk
+from covering import sampled
 from golden import bases
 from lorakit.cli.main import main
 from lorakit.config.marks import settings_where
@@ -89,7 +90,7 @@ def test_an_adapter_gives_the_same_logits(name):
     assert_same_logits(bases.logits(model), f"{name.partition('-')[0]}.base")
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@sampled("name", ADAPTERS)
 def test_an_adapter_is_written_again_as_the_same_files(name, tmp_path):
     before, after = HERE / "adapters" / name, tmp_path / "again"
     model, adapter = build(name), lk.Adapter.load(before)
@@ -138,7 +139,7 @@ def run(request, tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("run", RUNS, indirect=True)
+@sampled("run", RUNS, share=4, indirect=True)
 def test_an_interrupted_run_resumes_to_the_same_end(run):
     assert main(["train", "settings.yaml", "--resume"]) == 0
     compare_all_ends(Path("out"), exact=repeats_bits())

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from covering import covering
 from lorakit.kernels import fused, plain
 from lorakit.kernels.choice import use
 from lorakit.kernels.dropout import Dropout
@@ -96,10 +97,17 @@ DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", [(7,), (2, 4), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("dropout", [None, Dropout(0.3, 5)], ids=["all", "dropout"])
-@pytest.mark.parametrize("entries", ENTRIES.values(), ids=ENTRIES)
-@pytest.mark.parametrize(("of_base", "of_adapter"), DTYPES, ids=str)
+@covering(
+    ("of_base", "of_adapter", "entries", "dropout", "shape"),
+    [
+        (*dtypes, *others)
+        for dtypes in DTYPES
+        for others in itertools.product(
+            ENTRIES.values(), [None, Dropout(0.3, 5)], [(7,), (2, 4), (2, 2, 2)]
+        )
+    ],
+    each=5,
+)
 def test_outputs_and_gradients_equal_plain_torch(of_base, of_adapter, entries, dropout, shape):
     draw = torch.Generator().manual_seed(0)
     output, x = inputs(draw, shape, of_base)

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import lorakit as lk
+from covering import sampled
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.errors import AdapterFileError, MergeError, TargetError
 from lorakit.models.roles import task_heads
@@ -24,7 +25,7 @@ def is_bias(name):
     return name.rpartition(".")[2].endswith("bias")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@sampled("family", FAMILIES)
 def test_it_trains_every_bias_or_says_that_there_is_none(family):
     model = build(family)
     heads = tuple(f"{head}." for head in task_heads(model))

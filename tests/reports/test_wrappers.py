@@ -1,10 +1,13 @@
 """Wrappers around a model: verbs and names are those of the model inside."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 import lorakit as lk
+from covering import covering
 from lorakit.attachment.state import active_name, adapter_names
 from lorakit.errors import AttachError
 from references import base_hash, outputs, randomise
@@ -45,8 +48,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("target", ["q", "q_proj"])
+@covering(("wrapper", "target"), itertools.product(WRAPPERS, ["q", "q_proj"]))
 def test_every_verb_works_through_a_wrapper_with_the_models_own_names(wrapper, target, tmp_path):
     plain = build("llama")
     before = base_hash(plain)

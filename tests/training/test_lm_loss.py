@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lorakit as lk
-from covering import covering
+from covering import covering, sampled
 from lorakit.kernels.choice import use
 from lorakit.kernels.cross_entropy import CHUNK_BYTES
 from lorakit.kernels.packed_sequences import FEW_SIZES
@@ -87,14 +87,14 @@ def hand_over(model):
     return seen, targets + -targets % FEW_SIZES
 
 
-@pytest.mark.parametrize("family", LANGUAGE)
+@sampled("family", LANGUAGE)
 def test_every_family_has_the_loss_of_plain_torch(family):
     model = build(family).double()
     attach_random(model, targets=("attention",), rank=2)
     check(model, *batch(model))
 
 
-@pytest.mark.parametrize("family", LANGUAGE)
+@sampled("family", LANGUAGE)
 def test_the_head_sees_only_what_predicts_a_label(family):
     model = build(family)
     seen, targets = hand_over(model)

@@ -8,10 +8,7 @@ from pathlib import Path
 from lorakit.adapter.file_sizes import header_of
 from lorakit.errors import AdapterFileError
 
-KNOWN_FILES = {
-    "pytorch_lora_weights.safetensors": "a LoRA of diffusers",
-    "adapters.safetensors": "a LoRA of mlx-lm",
-}
+KNOWN_FILES = {"pytorch_lora_weights.safetensors": "a LoRA of diffusers"}
 """What is in a file of this name."""
 
 _ENDS = {

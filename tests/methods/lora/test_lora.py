@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
+from covering import covering
 from lorakit.kernels.choice import use
 from references import base_hash, randomise
 
@@ -98,9 +99,7 @@ def test_embedding_equals_the_sum_of_weights():
     check(nn.Embedding(11, 6, padding_idx=0), torch.tensor([[0, 3, 10], [3, 3, 1]]))
 
 
-@pytest.mark.parametrize(
-    ("kind", "groups", "kernel", "stride", "padding", "dilation", "mode"), CONVS
-)
+@covering(("kind", "groups", "kernel", "stride", "padding", "dilation", "mode"), CONVS, each=4)
 def test_convolutions_equal_the_sum_of_weights(
     kind, groups, kernel, stride, padding, dilation, mode
 ):

@@ -1,13 +1,14 @@
 """The joint pass: each adapter gets the loss and the gradients that it would get alone."""
 
+import itertools
 import math
 from typing import Any
 
-import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 import lorakit as lk
+from covering import covering
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.config.methods import LoRAConfig
 from lorakit.data.batches import training_batch
@@ -98,9 +99,9 @@ OF_THE_HEAD = {
 }
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("adapted", OF_THE_HEAD)
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@covering(
+    ("dtype", "adapted", "family"), itertools.product(TOLERANCE, OF_THE_HEAD, ["llama", "gemma2"])
+)
 def test_gradients_of_language_models_equal_those_alone(dtype, adapted, family):
     # Gemma 2 caps its logits behind the head.
     model = build(family, attn_implementation="eager")
@@ -118,8 +119,7 @@ def test_gradients_of_language_models_equal_those_alone(dtype, adapted, family):
     check_gradients(model, batches, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+@covering(("family", "dtype"), itertools.product(["bert", "roberta", "gpt2"], TOLERANCE))
 def test_gradients_of_classifiers_with_own_heads_equal_those_alone(family, dtype):
     head = "ForSequenceClassification"
     off: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
