@@ -163,6 +163,7 @@ def test_convert_makes_an_adapter_from_a_checkpoint(tiny_llama, tmp_path, run, c
     [
         (["--rank", "2"], "rank: of combine or from_checkpoint, which is not given"),
         (["--from-checkpoint", "--model", "x"], "from_checkpoint needs rank or energy"),
+        (["--to", "gguf"], "out b: a file that ends in .gguf goes with `to gguf`"),
         (["--density", "0.2", "--seed", "3"], "density, seed: of combine or from_checkpoint"),
         (
             ["--from-checkpoint", "--combine", "b", "--model", "x", "--rank", "1"],

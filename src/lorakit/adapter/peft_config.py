@@ -18,7 +18,6 @@ CONFIG_FILE = "adapter_config.json"
 UNSUPPORTED = {
     "alora_invocation_tokens": "aLoRA switches the update on in the middle of the text",
     "arrow_config": "Arrow mixes several adapters by the input",
-    "ensure_weight_tying": "the updates of tied layers share their tensors",
     "kasa_config": "KaSA changes the base's weights and puts a diagonal between B and A",
     "layer_replication": "the base's layers are repeated",
     "megatron_config": "the base is a Megatron model",
@@ -73,11 +72,23 @@ class PeftConfig(BaseModel):
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
     use_rslora: bool = False
+    ensure_weight_tying: bool = False
     use_dora: bool = False
     lora_bias: bool = False
     modules_to_save: list[ModuleWord] | None = None
     trainable_token_indices: list[TokenId] | dict[str, list[TokenId]] | None = None
     init_lora_weights: bool | str = True
+
+    @property
+    def adds_twice(self) -> bool:
+        """Whether its PEFT added the update of nn.MultiheadAttention's output projection twice.
+
+        Every version up to 0.21 does; of what wrote no version, none is newer.
+        """
+        found = re.match(
+            r"(\d+)\.(\d+)", str((self.model_extra or {}).get("peft_version") or "0.0")
+        )
+        return found is None or (int(found[1]), int(found[2])) <= (0, 21)
 
     def rank_of(self, path: str) -> int:
         """The rank of the update of a layer."""

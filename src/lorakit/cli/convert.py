@@ -5,30 +5,44 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.folder_write import save_peft
-from lorakit.adapter.output_place import check_place
+from lorakit.adapter.llama_cpp import check_library, save_gguf
+from lorakit.adapter.output_place import check_new, check_place
 from lorakit.analysis.combining import combine
 from lorakit.analysis.from_full import from_checkpoint
 from lorakit.attachment.attach import attach, extract
 from lorakit.attachment.state import require_attachment
 from lorakit.cli.verbs import Result
 from lorakit.config.verbs import ConvertConfig
-from lorakit.models.load import labels_of, load_model, own_task, task_of
+from lorakit.errors import AdapterFileError
+from lorakit.models.load import config_of, labels_of, load_model, own_task, task_of
 
 
 def run(settings: ConvertConfig) -> Result:
     """Make and write the adapter; the result lists what its files could not prove."""
-    check_place(settings.out, "an adapter is a folder")
+    if settings.to == "gguf":
+        check_library()
+        check_new(settings.out)
+    else:
+        check_place(settings.out, "an adapter is a folder")
     adapter = _from_checkpoint(settings) if settings.from_checkpoint else _from_adapters(settings)
-    if settings.to == "peft":
+    if settings.to == "gguf":
+        save_gguf(adapter, settings.out, _base_config(adapter, settings))
+    elif settings.to == "peft":
         save_peft(adapter, settings.out)
     else:
         adapter.save(settings.out)
     summary = f"{len(adapter.sites)} updates, {adapter.parameters:,} parameters in {settings.out}"
     made = _made(adapter, settings)
     notes = [f"not verified: {note}" for note in adapter.unverified]
+    if settings.to == "gguf":
+        notes.append(f"for llama.cpp: -m BASE.gguf --lora {settings.out}")
+        if adapter.card.get("chat_template"):
+            notes.append("its chat template is not in the file: give it by --chat-template-file")
     return Result(
         text="\n".join([summary, *_told(made), *notes]),
         data={
@@ -67,6 +81,16 @@ def _from_adapters(settings: ConvertConfig) -> Adapter:
     # Whoever names the base answers for it; that it was not proven stays in `unverified`.
     found = require_attachment(model).base.identity
     return replace(extract(model), base=adapter.base or found)
+
+
+def _base_config(adapter: Adapter, settings: ConvertConfig) -> PreTrainedConfig:
+    """The config of the base that is named, else of that which the adapter names."""
+    name = settings.model or adapter.base_name
+    if not name:
+        raise AdapterFileError(
+            "the adapter does not say which base it was trained on: name it with `model`"
+        )
+    return config_of(name)
 
 
 def _from_checkpoint(settings: ConvertConfig) -> Adapter:

@@ -149,7 +149,7 @@ class ConvertConfig(Settings):
     file. With from_checkpoint: the fine-tuned model."""
 
     out: Path
-    """New folder for the result."""
+    """New folder for the result; to gguf: a new file that ends in .gguf."""
 
     combine: Names = ()
     """Other adapters, to write the weighted sum of the source and these as one."""
@@ -184,12 +184,14 @@ class ConvertConfig(Settings):
     allow_other_base: bool = False
     """Combine adapters of different bases, if their layers have the same shapes."""
 
-    to: Literal["lorakit", "peft"] = "lorakit"
-    """lorakit: PEFT's two files and lorakit.json. peft: PEFT's two files alone."""
+    to: Literal["lorakit", "peft", "gguf"] = "lorakit"
+    """lorakit: PEFT's two files and lorakit.json. peft: PEFT's two files alone. gguf: one file for
+    llama.cpp, from LoRA on Llama, Mistral, SmolLM3, Qwen2, Qwen3, Gemma, Phi-3 and GPT-2."""
 
     model: str | None = None
-    """Base model to check the adapter against, and to record. None: files are checked alone. With
-    from_checkpoint it must be given."""
+    """Base model to check the adapter against, and to record. None: files are checked alone; to
+    gguf, the config of the base that the adapter names is read. With from_checkpoint it must be
+    given."""
 
     lora: LoRAConfig | None = None
     """Rank, alpha and targets, which a loralib file does not hold."""
@@ -216,6 +218,8 @@ class ConvertConfig(Settings):
         needs |= dict.fromkeys(("method", "density", "seed"), self.combines)
         needs["rank"] = self.combines or self.from_checkpoint
         idle = [n for n, used in needs.items() if n in self.model_fields_set and not used]
+        if (self.out.suffix == ".gguf") != (self.to == "gguf"):
+            problems.append(f"out {self.out}: a file that ends in .gguf goes with `to gguf`")
         if idle:
             problems.append(f"{', '.join(idle)}: of combine or from_checkpoint, which is not given")
         if problems:
@@ -375,8 +379,9 @@ class ServeConfig(Settings):
     """Longest prompt and answer together, in tokens. None: the model's context."""
 
     prefill_tokens: PositiveInt = 256
-    """Tokens of prompts that are read between two tokens of the answers: more read prompts
-    faster, and let answers pause longer."""
+    """Tokens of prompts that are read at most between two tokens of the answers, several prompts in
+    one pass: more read waiting prompts faster, and let answers pause longer. While others are
+    answered, one prompt alone gets no more of them than take about as long as two tokens."""
 
     prefix_bytes: Annotated[int, Field(ge=0)] = 256_000_000
     """Memory of keys and values of prompts that were read: one that begins alike and asks the same

@@ -153,7 +153,7 @@ def own_task(name: str | os.PathLike[str]) -> str:
     Raises:
         ModelError: the model cannot be found, or its config not be read.
     """
-    config = _config(os.fspath(name))
+    config = config_of(name)
     return _task(next(iter(config.architectures or ()), ""), config)
 
 
@@ -163,7 +163,7 @@ def encodes(name: str | os.PathLike[str]) -> bool:
     Raises:
         ModelError: the model cannot be found, or its config not be read.
     """
-    config = _config(os.fspath(name))
+    config = config_of(name)
     architecture = next(iter(config.architectures or ()), "")
     if _task(architecture, config) != "generation":
         return True
@@ -178,10 +178,16 @@ def own_classes(name: str | os.PathLike[str]) -> tuple[str, ...] | None:
     Raises:
         ModelError: the model cannot be found, or its config not be read.
     """
-    return _labels(_config(os.fspath(name))) if own_task(name) == "classification" else None
+    return _labels(config_of(name)) if own_task(name) == "classification" else None
 
 
-def _config(asked: str) -> transformers.PreTrainedConfig:
+def config_of(name: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
+    """The config of a base, by its packaged name, folder or hub id; no weights are loaded.
+
+    Raises:
+        ModelError: the model cannot be found, or its config not be read.
+    """
+    asked = os.fspath(name)
     with _quiet():
         source = _source(asked)
         with _explained(asked, source, "any task"):

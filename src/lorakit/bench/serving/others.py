@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.llama_cpp import save_gguf
 from lorakit.bench.serving.asking import Client, CompletionRequest, Reply
-from lorakit.bench.serving.lora_gguf import write_lora_gguf
 from lorakit.bench.serving.process import free_port, started
 from lorakit.config.bench import ServeBenchConfig
 from lorakit.errors import LorakitError
@@ -124,7 +125,8 @@ def _llama_cpp(
     }
     words = [part for name, value in how.items() for part in (f"--{name}", str(value))]
     for adapter in adapters:
-        file = write_lora_gguf(adapter, model.config, folder / f"{adapter.name}.gguf")
+        file = folder / f"{adapter.name}.gguf"
+        save_gguf(Adapter.load(adapter), file, model.config)
         words += ["--lora", str(file)]
 
     def ask(client: Client, request: CompletionRequest) -> Reply:
