@@ -13,13 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lorakit.adapter.atomic_write import read_file, read_files
 from lorakit.adapter.content import AdapterContent
-from lorakit.adapter.file_sizes import size_problems
+from lorakit.adapter.file_sizes import header_of, size_problems
+from lorakit.adapter.image_tools import read_for
 from lorakit.adapter.json_files import read_object
 from lorakit.adapter.loralib import read_loralib
 from lorakit.adapter.mlx import MLX_FILE, read_mlx
-from lorakit.adapter.other_tools import check_not_safetensors, named_files
+from lorakit.adapter.other_tools import DIFFUSERS_FILE, check_not_safetensors, named_files
 from lorakit.adapter.own_template import TEMPLATE_FILE, TOKENIZER_FILE, own_template
 from lorakit.adapter.peft_config import CONFIG_FILE, read_config, unknown_values
 from lorakit.adapter.peft_read import read_peft
@@ -44,17 +47,21 @@ def load_path(
     *,
     config: LoRAConfig | None = None,
     kernel_sizes: Mapping[str, int] | None = None,
+    base: nn.Module | None = None,
 ) -> AdapterContent:
-    """The adapter in a folder of lorakit or PEFT, or in a loralib .pt file.
+    """The adapter in a folder of lorakit, PEFT or mlx-lm, or in a file of another tool.
 
     Args:
         path: the folder, or the file.
         config: rank, alpha and targets, which a loralib file does not hold and a folder does.
         kernel_sizes: the convolutions in a loralib file, see `read_loralib`.
+        base: the model that a file of kohya's or diffusers' is for, see `read_for`.
 
     Raises:
         AdapterFileError: every problem of the files in one message.
     """
+    if base is not None:
+        return _load_for(path, base)
     if path.is_file():
         return _load_file(path, config, kernel_sizes)
     if not path.is_dir():
@@ -184,6 +191,21 @@ def _what_is_missing(files: Mapping[str, bytes], has_weights: bool, folder: Path
     elif CONFIG_FILE in missing and inner:
         text += f"; its sub-folders are adapters: {', '.join(path.name for path in inner)}"
     return text
+
+
+def _load_for(path: Path, base: nn.Module) -> AdapterContent:
+    """The adapter in a file of kohya's or diffusers', or in a folder that has diffusers'.
+
+    Raises:
+        AdapterFileError: it is neither, or every problem of the file.
+    """
+    file = path / DIFFUSERS_FILE if path.is_dir() else path
+    if not file.is_file() or header_of(file) is None:
+        raise AdapterFileError(
+            f"{path} is no readable safetensors file of kohya's sd-scripts or of diffusers: base "
+            "goes with such a file alone"
+        )
+    return read_for(file, base)
 
 
 def _load_file(
