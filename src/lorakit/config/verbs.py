@@ -378,7 +378,7 @@ class ServeConfig(Settings):
     max_length: PositiveInt | None = None
     """Longest prompt and answer together, in tokens. None: the model's context."""
 
-    prefill_tokens: PositiveInt = 256
+    prefill_tokens: PositiveInt = 512
     """Tokens of prompts that are read at most between two tokens of the answers, several prompts in
     one pass: more read waiting prompts faster, and let answers pause longer. While others are
     answered, one prompt alone gets no more of them than take about as long as two tokens."""

@@ -182,18 +182,20 @@ class Engine(Worker):
 
     def _begin(self, row: Row, prompt: Prompt, logits: Tensor) -> None:
         """Begin the answer to a prompt, whose last token has these logits."""
-        request = row.request
-        self.prefixes.keep(request.use, request.prompt, states_of(prompt.cache))
+        request, states = row.request, states_of(prompt.cache)
         first = Delta(
             prompt_tokens=None if prompt.tokens is None else tuple(prompt.tokens),
             cached_tokens=prompt.cached,
         )
+        # What the next step needs comes after the first token, which somebody waits for.
         if request.max_tokens == 0:
             self._end(row, replace(first, finish="length"))
-            return
-        self.keys_and_values.admit(row.slot, prompt.cache)
-        row.prompt = None
-        self._take(row, row.sampler.choose(logits), first)
+        else:
+            self._take(row, row.sampler.choose(logits), first)
+        self.prefixes.keep(request.use, request.prompt, states)
+        if row.slot in self._rows:
+            self.keys_and_values.admit(row.slot, prompt.cache)
+            row.prompt = None
 
     def _decode(self) -> None:
         """One token more for each answer."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -151,7 +152,8 @@ class PromptReader:
         ordered = sorted(group, key=lambda prompt: prompt.slot)
         parts = [min(prompt.left, share) for prompt in ordered]
         begun = time.perf_counter()
-        with self._slots.used_by([prompt.slot for prompt in ordered]):
+        # Without the counting of writes, which a pass of few tokens notices.
+        with self._slots.used_by([prompt.slot for prompt in ordered]), torch.inference_mode():
             if len(ordered) == 1:
                 found = [self._alone(ordered[0], parts[0])]
             else:
