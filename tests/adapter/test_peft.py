@@ -122,6 +122,7 @@ FROM_PEFT: tuple[tuple[str, Settings], ...] = (
     ("llama", {"target_modules": "all-linear", "use_dora": True, "rank_pattern": {"q_proj": 3}}),
     ("gpt2", {"target_modules": ["c_attn"], "use_dora": True, "use_rslora": True}),
     ("bert", {"target_modules": ["query"], "use_dora": True, "bias": "all"}),
+    ("gpt2", {"target_modules": ["c_attn", "wte"], "use_dora": True}),
     ("convolutions", {"target_modules": ["image", "point", "time"], "init_lora_weights": False}),
     ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "bias": "all", "use_rslora": True}),
     ("convolutions", {"target_modules": ["image", "time"], "lora_bias": True}),
@@ -178,7 +179,7 @@ TO_PEFT: tuple[tuple[str, lk.LoRAConfig], ...] = (
     ("gpt_neox", lk.LoRAConfig(rank=4, targets="q,v")),
     ("phi3", lk.LoRAConfig(rank=4, targets="k,gate")),
     ("bert", lk.LoRAConfig(rank=4, targets="q,v", bias="all")),
-    ("llama", lk.LoRAConfig(rank=4, alpha=7, targets="q,down,head", use_dora=True)),
+    ("llama", lk.LoRAConfig(rank=4, alpha=7, targets="q,down,head,embed", use_dora=True)),
     ("gpt2", lk.LoRAConfig(rank=4, targets="c_attn,down", use_dora=True, bias="lora")),
     ("bert", lk.LoRAConfig(rank=3, targets="q,v", use_dora=True, use_rslora=True)),
     ("llama", lk.LoRAConfig(rank=4, targets="q,v", init="pissa", rank_pattern={"v": 3})),
@@ -263,6 +264,31 @@ def test_a_grouped_convolution_of_ours_is_read_back_without_its_record(tmp_path:
     assert Adapter.load(folder).content_hash() == adapter.content_hash()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["updates", "copies"],
+)
+def test_layers_that_peft_ties_are_each_read(settings: Settings, tmp_path: Path) -> None:
+    base = build("llama", tie_word_embeddings=True)
+    config = peft.LoraConfig(ensure_weight_tying=True, **settings)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    shake(trained(theirs.parameters()))
+    theirs.eval().save_pretrained(str(tmp_path / "peft"))
+    expected = output(theirs, "llama")
+    ours = copy.deepcopy(base)
+    lk.attach(ours, tmp_path / "peft")
+    torch.testing.assert_close(output(ours, "llama"), expected, rtol=0, atol=1e-5)
+    adapter = lk.extract(ours)
+    assert "that tied layers stay equal (ensure_weight_tying)" in "".join(adapter.unverified)
+    again = adapter.save(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), again).eval()
+    torch.testing.assert_close(output(back, "llama"), expected, rtol=0, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of PEFT's with a head and a bias."""
@@ -327,7 +353,7 @@ SPOILED: tuple[tuple[Callable[[dict[str, Tensor]], object], Settings, str], ...]
             }
         ),
         {"use_dora": True},
-        "table  is an embedding, for which lorakit has no DoRA",
+        "table  has no lora_magnitude_vector in the file",
     ),
     (
         _put(**{f"{P}body.base_layer.2.lora_A.weight": torch.ones(4, 8)}),

@@ -167,16 +167,12 @@ def test_a_pickle_of_kohya_is_named(tmp_path: Path) -> None:
         lk.Adapter.load(tmp_path / "a.pt", config=lk.LoRAConfig(rank=2))
 
 
-@pytest.mark.parametrize(
-    ("file", "words"),
-    [("pytorch_lora_weights.safetensors", "diffusers"), ("adapters.safetensors", "mlx-lm")],
-)
-def test_a_folder_of_another_tool_is_named(file: str, words: str, tmp_path: Path) -> None:
-    save_file(PLAIN, tmp_path / file)
-    with pytest.raises(AdapterFileError, match=words):
+def test_a_folder_of_another_tool_is_named(tmp_path: Path) -> None:
+    save_file(PLAIN, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(AdapterFileError, match="diffusers"):
         lk.Adapter.load(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora"}))
-    with pytest.raises(AdapterFileError, match=words):
+    with pytest.raises(AdapterFileError, match="diffusers"):
         lk.Adapter.load(tmp_path)
 
 

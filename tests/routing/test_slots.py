@@ -61,6 +61,11 @@ def test_some_of_the_slots_are_a_batch_too():
     with slots.used(1, 2):
         found = outputs(model, {k: v[:1] for k, v in inputs.items()})
     torch.testing.assert_close(found, alone, **CLOSE)
+    for order, choices in (([3, 0], ["other", "small"]), ([1, 3], ["wide", "other"])):
+        with lk.route(model, choices):
+            expected = outputs(model, inputs)
+        with slots.used_by(order):
+            torch.testing.assert_close(outputs(model, inputs), expected, **CLOSE)
 
 
 def test_dora_and_heads_have_no_buffers_and_answer_all_the_same():

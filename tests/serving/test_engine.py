@@ -205,7 +205,7 @@ def test_an_error_of_the_model_fails_its_batch_and_not_the_engine(tokenizer):
     engine = engine_of(bank)
 
     def fail(module, args, kwargs):
-        if kwargs["input_ids"].shape[1] == 1 and 63 in kwargs["input_ids"]:
+        if 63 in kwargs["input_ids"]:
             raise RuntimeError("out of memory")
 
     broken = asked(bank, tokenizer, "small", [63], max_tokens=4)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapter.card import TrainedUse
@@ -86,25 +87,29 @@ class Adapter(AdapterContent):
         revision: str | None = None,
         config: LoRAConfig | None = None,
         kernel_sizes: Mapping[str, int] | None = None,
+        base: nn.Module | None = None,
     ) -> Adapter:
-        """Read an adapter folder of lorakit or PEFT, by its path or hub id, or a loralib .pt file.
+        """Read an adapter folder of lorakit, PEFT or mlx-lm, by its path or hub id, or a file.
 
         Of a repository of the hub, only an adapter's JSON and safetensors files and its chat
         template are fetched, into the hub's cache on this machine.
 
         Args:
-            source: the folder, the .pt file, or OWNER/NAME or OWNER/NAME@REVISION on the hub,
+            source: the folder, loralib's .pt file, the safetensors file of kohya's sd-scripts or of
+                diffusers, or OWNER/NAME or OWNER/NAME@REVISION on the hub,
                 where there is no such path.
             revision: a branch, tag or commit of the hub's repository.
             config: rank, alpha and targets, for a loralib file, which does not hold them.
             kernel_sizes: the convolutions in a loralib file, by path or the end of it, and the size
                 of their square kernels; the file does not tell them from other layers.
+            base: the model that a file of kohya's or diffusers' is for, such as the U-Net: it may
+                be for several, and layers are found by the model's own names.
 
         Raises:
             AdapterFileError: every problem of the files in one message; or there are none.
         """
         path = local_path(source, revision)
-        return _with_files(load_path(path, config=config, kernel_sizes=kernel_sizes))
+        return _with_files(load_path(path, config=config, kernel_sizes=kernel_sizes, base=base))
 
     def load_base(
         self,

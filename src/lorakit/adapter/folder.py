@@ -1,4 +1,4 @@
-"""Reading an adapter from its files, with every check: folders of lorakit and PEFT, loralib's .pt.
+"""Reading an adapter from its files, checked: folders of lorakit, PEFT and mlx-lm, loralib's .pt.
 
 What is in a file is read where its format is: record.py, peft_config.py, tensor_files.py. The
 adapter is then made by recorded.py if the folder has lorakit's record, else by peft_read.py.
@@ -11,23 +11,34 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from lorakit.adapter.atomic_write import read_file, read_files
 from lorakit.adapter.content import AdapterContent
-from lorakit.adapter.file_sizes import size_problems
+from lorakit.adapter.file_sizes import header_of, size_problems
+from lorakit.adapter.image_tools import read_for
 from lorakit.adapter.json_files import read_object
 from lorakit.adapter.loralib import read_loralib
-from lorakit.adapter.other_tools import check_not_safetensors, named_files
+from lorakit.adapter.mlx import MLX_FILE, read_mlx
+from lorakit.adapter.other_tools import DIFFUSERS_FILE, check_not_safetensors, named_files
 from lorakit.adapter.own_template import TEMPLATE_FILE, TOKENIZER_FILE, own_template
 from lorakit.adapter.peft_config import CONFIG_FILE, read_config, unknown_values
 from lorakit.adapter.peft_read import read_peft
 from lorakit.adapter.record import RECORD_FILE, AdapterRecord, read_record
 from lorakit.adapter.recorded import check_content, recorded_adapter
-from lorakit.adapter.tensor_files import PICKLE_FILE, WEIGHTS_FILE, read_tensors
+from lorakit.adapter.tensor_files import (
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    read_safetensors,
+    read_tensors,
+    value_problems,
+)
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError, did_you_mean
 
-READ = (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, TEMPLATE_FILE, TOKENIZER_FILE)
+READ = (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, MLX_FILE, TEMPLATE_FILE, TOKENIZER_FILE)
 """The files of a folder that are read: JSON, safetensors, and a template for Jinja's sandbox."""
 
 
@@ -36,17 +47,21 @@ def load_path(
     *,
     config: LoRAConfig | None = None,
     kernel_sizes: Mapping[str, int] | None = None,
+    base: nn.Module | None = None,
 ) -> AdapterContent:
-    """The adapter in a folder of lorakit or PEFT, or in a loralib .pt file.
+    """The adapter in a folder of lorakit, PEFT or mlx-lm, or in a file of another tool.
 
     Args:
         path: the folder, or the file.
         config: rank, alpha and targets, which a loralib file does not hold and a folder does.
         kernel_sizes: the convolutions in a loralib file, see `read_loralib`.
+        base: the model that a file of kohya's or diffusers' is for, see `read_for`.
 
     Raises:
         AdapterFileError: every problem of the files in one message.
     """
+    if base is not None:
+        return _load_for(path, base)
     if path.is_file():
         return _load_file(path, config, kernel_sizes)
     if not path.is_dir():
@@ -110,11 +125,13 @@ def content_from(
     Raises:
         AdapterFileError: every problem of the files in one message.
     """
-    has_weights = WEIGHTS_FILE in files or PICKLE_FILE in files
+    has_weights = not {WEIGHTS_FILE, PICKLE_FILE, MLX_FILE}.isdisjoint(files)
     if CONFIG_FILE not in files or not has_weights:
         raise AdapterFileError(_what_is_missing(files, has_weights, folder))
     problems: list[str] = []
     raw = read_object(files[CONFIG_FILE], CONFIG_FILE, problems)
+    if WEIGHTS_FILE not in files and PICKLE_FILE not in files:
+        return _of_mlx(raw, files, problems, folder), None
     record = read_record(files[RECORD_FILE], problems) if RECORD_FILE in files else None
     tensors = read_tensors(files, problems)
     config = None
@@ -140,6 +157,28 @@ def content_from(
     return adapter, record
 
 
+def _of_mlx(
+    raw: dict[str, Any] | None, files: Mapping[str, bytes], problems: list[str], folder: Path
+) -> AdapterContent:
+    """The adapter in mlx-lm's files.
+
+    Raises:
+        AdapterFileError: every problem of the files in one message.
+    """
+    adapter = None
+    try:
+        tensors = read_safetensors(files[MLX_FILE], MLX_FILE)
+    except AdapterFileError as error:
+        problems.append(str(error))
+    else:
+        problems += value_problems(tensors)
+        if raw is not None and not problems:
+            adapter, problems = read_mlx(raw, tensors)
+    if adapter is None:
+        raise AdapterFileError.listing(f"{folder} (of mlx-lm) cannot be used", problems)
+    return adapter
+
+
 def _what_is_missing(files: Mapping[str, bytes], has_weights: bool, folder: Path) -> str:
     """The message for a folder without an adapter's files, with the sub-folders that have them."""
     missing = [] if CONFIG_FILE in files else [CONFIG_FILE]
@@ -154,10 +193,25 @@ def _what_is_missing(files: Mapping[str, bytes], has_weights: bool, folder: Path
     return text
 
 
+def _load_for(path: Path, base: nn.Module) -> AdapterContent:
+    """The adapter in a file of kohya's or diffusers', or in a folder that has diffusers'.
+
+    Raises:
+        AdapterFileError: it is neither, or every problem of the file.
+    """
+    file = path / DIFFUSERS_FILE if path.is_dir() else path
+    if not file.is_file() or header_of(file) is None:
+        raise AdapterFileError(
+            f"{path} is no readable safetensors file of kohya's sd-scripts or of diffusers: base "
+            "goes with such a file alone"
+        )
+    return read_for(file, base)
+
+
 def _load_file(
     path: Path, config: LoRAConfig | None, kernel_sizes: Mapping[str, int] | None
 ) -> AdapterContent:
-    if path.name in (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, PICKLE_FILE):
+    if path.name in (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, PICKLE_FILE, MLX_FILE):
         raise AdapterFileError(f"{path} is one file of an adapter: give its folder, {path.parent}")
     check_not_safetensors(path)
     if config is None:

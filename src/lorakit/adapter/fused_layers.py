@@ -52,7 +52,7 @@ class WholeLayer:
     def is_plain(self) -> bool:
         """Whether PEFT's A and B are those of the only site."""
         only = self.sites[0]
-        if only.is_of_experts:
+        if only.is_of_experts or only.kind == "out_proj":
             return False
         return len(self.sites) == self.groups == 1 and only.rows is None and self.width == only.rank
 
@@ -91,7 +91,7 @@ def obstacles(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> Iterator[str]
     """The reasons why a layer's sites have no exact whole-layer update; none if they have one."""
     for site in layer.sites:
         b = tensors[f"{site.name}.lora_b"]
-        ratio = _ratio(site, layer)
+        ratio = site.scale / layer.scale
         if site.rows is not None and site.layer_rows is None:
             yield f"{site.name}: the number of rows of the whole layer is not known"
         if math.frexp(ratio)[0] != 0.5 or ratio * layer.scale != site.scale:
@@ -103,7 +103,11 @@ def obstacles(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> Iterator[str]
 
 
 def _ratio(site: Site, layer: WholeLayer) -> float:
-    return site.scale / layer.scale
+    """The factor on a site's B in the file.
+
+    PEFT up to 0.21 adds the update of an nn.MultiheadAttention's output projection twice.
+    """
+    return site.scale / layer.scale / (2 if site.kind == "out_proj" else 1)
 
 
 def stack(layer: WholeLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from lorakit.adapter.folder import READ
+from lorakit.adapter.mlx import MLX_FILE
 from lorakit.adapter.peft_config import CONFIG_FILE
 from lorakit.adapter.tensor_files import WEIGHTS_FILE
 from lorakit.errors import AdapterFileError, OutputError
@@ -101,7 +102,8 @@ def _fetched(name: str, revision: str | None) -> Path:
     except Exception as error:
         raise _not_fetched(which, error, way) from error
     folder = Path(found)
-    if (folder / CONFIG_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
+    held = any((folder / name).is_file() for name in (WEIGHTS_FILE, MLX_FILE))
+    if (folder / CONFIG_FILE).is_file() and not held:
         raise AdapterFileError(
             f"{name} has no {WEIGHTS_FILE} on the hub, and of tensors nothing but safetensors is "
             "fetched: save it in that format with the tool that made it"

@@ -8,11 +8,7 @@ from pathlib import Path
 from lorakit.adapter.file_sizes import header_of
 from lorakit.errors import AdapterFileError
 
-KNOWN_FILES = {
-    "pytorch_lora_weights.safetensors": "a LoRA of diffusers",
-    "adapters.safetensors": "a LoRA of mlx-lm",
-}
-"""What is in a file of this name."""
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 _ENDS = {
     "kohya's sd-scripts": (".lora_down.weight", ".lora_up.weight", ".hada_w1_a", ".lokr_w1"),
@@ -55,12 +51,14 @@ def check_not_safetensors(path: Path) -> None:
     tool = tool_of(names)
     whose = f"of {tool}" if tool else f"with tensors such as {', '.join(map(repr, names[:2]))}"
     raise AdapterFileError(
-        f"{path} is a safetensors file {whose}, which lorakit does not read: it reads folders of "
-        "lorakit and PEFT, and loralib's .pt files"
+        f"{path} is a safetensors file {whose}: lorakit reads folders of lorakit, PEFT and mlx-lm, "
+        "loralib's .pt files, and with base=MODEL, the model that they are for, files of kohya's "
+        "sd-scripts and of diffusers"
     )
 
 
 def named_files(folder: Path) -> str:
     """The end of a message: which other tool's files a folder has; else ""."""
-    found = [f"{name} is {what}" for name, what in KNOWN_FILES.items() if (folder / name).is_file()]
-    return f"; {' and '.join(found)}, which lorakit does not read" if found else ""
+    if not (folder / DIFFUSERS_FILE).is_file():
+        return ""
+    return f"; {DIFFUSERS_FILE} is a LoRA of diffusers, which is read with base=MODEL"

@@ -44,8 +44,14 @@ def keys_of(layer: WholeLayer, path: str) -> tuple[str, str]:
 def paths_in_file(layers: Iterable[WholeLayer]) -> dict[str, str]:
     """The path in the file of each layer: its own, but for parameters of experts."""
     layers = tuple(layers)
-    experts = names_in_file(each.path for each in layers if each.sites[0].is_of_experts)
-    return {each.path: experts.get(each.path, each.path) for each in layers}
+    names = names_in_file(each.path for each in layers if each.sites[0].is_of_experts)
+    # PEFT wraps nn.MultiheadAttention, and its output projection within.
+    places = {"in_proj": "{}", "out_proj": "{}.base_layer.out_proj"}
+    for each in layers:
+        first = each.sites[0]
+        if first.kind in places:
+            names[each.path] = places[first.kind].format(first.named_by)
+    return {each.path: names.get(each.path, each.path) for each in layers}
 
 
 def site_names(layers: Iterable[WholeLayer]) -> list[str]:
@@ -70,18 +76,14 @@ def bias_key(layer: WholeLayer) -> str:
 
 def base_keys(names: Iterable[str], layers: Iterable[WholeLayer]) -> dict[str, str]:
     """The name in the file of each tensor that replaces a parameter of the base."""
-    adapted = {layer.path for layer in layers}
+    adapted = paths_in_file(layers)
     owners = {name: name.rpartition(".") for name in names}
-    return {
+    keys = {}
+    for name, (owner, _, leaf) in owners.items():
         # PEFT wraps an adapted layer, so that its own parameters move down by one name.
-        name: f"{PREFIX}{owner}.base_layer.{leaf}" if owner in adapted else f"{PREFIX}{name}"
-        for name, (owner, _, leaf) in owners.items()
-        if leaf != "token_rows"
-    } | {
-        name: f"{PREFIX}{owner}.{TOKEN_ROWS}"
-        for name, (owner, _, leaf) in owners.items()
-        if leaf == "token_rows"
-    }
+        path = f"{adapted[owner]}.base_layer" if owner in adapted else owner
+        keys[name] = f"{PREFIX}{path}.{TOKEN_ROWS if leaf == 'token_rows' else leaf}"
+    return keys
 
 
 def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,6 +151,7 @@ def reasons_against(adapter: AdapterContent) -> list[str]:
         for site in adapter.sites
         if _settings(adapter).use_dora and site.rows is not None
     ]
+    reasons += _lone_projections(layers)
     parameters = [layer.path for layer in layers if layer.sites[0].is_of_experts]
     reasons += [
         f"{path}: PEFT tells a module's parameters apart by their order, which is not known here"
@@ -162,20 +165,29 @@ def reasons_against(adapter: AdapterContent) -> list[str]:
     ]
 
 
+def _lone_projections(layers: Iterable[WholeLayer]) -> Iterator[str]:
+    """Yield a line for each nn.MultiheadAttention of which PEFT would adapt more, or otherwise."""
+    of_each: dict[str, list[WholeLayer]] = {}
+    for layer in layers:
+        if layer.sites[0].kind in ("in_proj", "out_proj"):
+            of_each.setdefault(layer.sites[0].named_by, []).append(layer)
+    for path, own in of_each.items():
+        if len(own) != 2 or len({(layer.rank, layer.scale) for layer in own}) > 1:
+            yield f"{path}: PEFT adapts in_proj and out_proj together, with one rank and one scale"
+
+
 def _reads(config: PeftConfig, layer: WholeLayer) -> bool:
+    path = layer.sites[0].named_by
     try:
-        return (config.rank_of(layer.path), config.scale_of(layer.path)) == (
-            layer.rank,
-            layer.scale,
-        )
+        return (config.rank_of(path), config.scale_of(path)) == (layer.rank, layer.scale)
     except re.error:
         return False
 
 
 def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[str, Any]:
     """The content of adapter_config.json: the fields that PEFT knows since 0.14, in order."""
-    ranks = {layer.path: layer.rank for layer in layers}
-    alphas = {layer.path: _short(layer.alpha) for layer in layers}
+    ranks = {layer.sites[0].named_by: layer.rank for layer in layers}
+    alphas = {layer.sites[0].named_by: _short(layer.alpha) for layer in layers}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     task = adapter.card.get("task_type")
     needs_head = task in TASKS_WITH_HEAD and not adapter.copied_modules
@@ -222,10 +234,11 @@ def disagreements(
 ) -> Iterator[str]:
     """A line for each field of PEFT's configuration that differs from what lorakit.json implies."""
     for layer in layers:
-        found = config.scale_of(layer.path)
-        if config.rank_of(layer.path) != layer.rank:
+        path = layer.sites[0].named_by
+        found = config.scale_of(path)
+        if config.rank_of(path) != layer.rank:
             yield (
-                f"{CONFIG_FILE}  gives {layer.path} rank {config.rank_of(layer.path)}, "
+                f"{CONFIG_FILE}  gives {layer.path} rank {config.rank_of(path)}, "
                 f"but it was saved with {layer.rank}"
             )
         elif found != layer.scale:

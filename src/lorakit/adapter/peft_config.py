@@ -18,7 +18,6 @@ CONFIG_FILE = "adapter_config.json"
 UNSUPPORTED = {
     "alora_invocation_tokens": "aLoRA switches the update on in the middle of the text",
     "arrow_config": "Arrow mixes several adapters by the input",
-    "ensure_weight_tying": "the updates of tied layers share their tensors",
     "kasa_config": "KaSA changes the base's weights and puts a diagonal between B and A",
     "layer_replication": "the base's layers are repeated",
     "megatron_config": "the base is a Megatron model",
@@ -73,11 +72,23 @@ class PeftConfig(BaseModel):
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
     use_rslora: bool = False
+    ensure_weight_tying: bool = False
     use_dora: bool = False
     lora_bias: bool = False
     modules_to_save: list[ModuleWord] | None = None
     trainable_token_indices: list[TokenId] | dict[str, list[TokenId]] | None = None
     init_lora_weights: bool | str = True
+
+    @property
+    def adds_twice(self) -> bool:
+        """Whether its PEFT added the update of nn.MultiheadAttention's output projection twice.
+
+        Every version up to 0.21 does; of what wrote no version, none is newer.
+        """
+        found = re.match(
+            r"(\d+)\.(\d+)", str((self.model_extra or {}).get("peft_version") or "0.0")
+        )
+        return found is None or (int(found[1]), int(found[2])) <= (0, 21)
 
     def rank_of(self, path: str) -> int:
         """The rank of the update of a layer."""
@@ -129,10 +140,7 @@ def _unsupported(config: PeftConfig) -> list[str]:
         if extra.get(key)
     ]
     if config.init_lora_weights not in NEUTRAL_INITS:
-        lines.append(
-            f"{CONFIG_FILE}  init_lora_weights: {config.init_lora_weights!r} changes the base's "
-            "weights; save it from PEFT with path_initial_model_for_weight_conversion"
-        )
+        lines.append(f"{CONFIG_FILE}  init_lora_weights: {_of_changed_base(config)}")
     lines += [
         f"{CONFIG_FILE}  {key}: unknown to lorakit, and it may change the output; "
         "remove it if you know that it does not"
@@ -140,6 +148,21 @@ def _unsupported(config: PeftConfig) -> list[str]:
         if value is True or isinstance(value, list | dict)
     ]
     return lines + list(_bad_patterns(config))
+
+
+def _of_changed_base(config: PeftConfig) -> str:
+    """Why A and B are of another base than the one that was loaded, and how to mend that."""
+    init = str(config.init_lora_weights)
+    if init == "loftq":
+        return (
+            "'loftq' changes the base's weights to what quantising leaves of them: attach it to a "
+            "checkpoint of that base, with init_lora_weights true, or merge it there with PEFT"
+        )
+    return (
+        f"{init!r} changes the base's weights; save it from PEFT with "
+        "path_initial_model_for_weight_conversion, the folder of the adapter as it was before "
+        "training: A and B of twice the rank then belong to the base as it is"
+    )
 
 
 def unknown_values(config: PeftConfig) -> list[str]:

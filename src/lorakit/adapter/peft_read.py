@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter.content import AdapterContent
-from lorakit.adapter.expert_layers import WRAPPED, parameter_of, parted
-from lorakit.adapter.fused_layers import WholeLayer, unstack
+from lorakit.adapter.expert_layers import WRAPPED, parameter_of
 from lorakit.adapter.peft import PREFIX, TOKEN_ROWS, hint
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
+from lorakit.adapter.peft_multihead import kind_of, multiheads_in, own_name
+from lorakit.adapter.peft_sites import site_of, site_of_experts
 from lorakit.adapter.peft_tokens import absent_tokens, tokens_of
 from lorakit.adapter.site import LayerKind, Site
 from lorakit.config.methods import LoRAConfig
@@ -47,6 +48,8 @@ class _Sorted:
     """"a" and "b" of each adapted layer, by its path; "bias" of B and DoRA's "magnitude", too."""
     embeddings: set[str] = field(default_factory=set)
     """Paths of the adapted layers that are embeddings."""
+    multiheads: frozenset[str] = frozenset()
+    """Paths of the adapted nn.MultiheadAttention."""
     parameters: set[str] = field(default_factory=set)
     """Paths of the adapted parameters of experts."""
     replaced: dict[str, Tensor] = field(default_factory=dict)
@@ -80,8 +83,9 @@ def read_peft(
     sites: list[Site] = []
     named: dict[str, Tensor] = dict(found.replaced)
     for path in sorted(found.updates, key=_natural):
-        kind: LayerKind = "embedding" if path in found.embeddings else "linear"
-        make = _site_of_experts if path in found.parameters else _site
+        kind: LayerKind = kind_of(path, found.multiheads)
+        kind = "embedding" if path in found.embeddings else kind
+        make = site_of_experts if path in found.parameters else site_of
         try:
             site, parts, wrong = make(config, path, kind, found.updates[path])
         except re.error as error:
@@ -107,7 +111,12 @@ def read_peft(
         copied_modules=tuple(sorted(found.copied)),
         target_modules=_plain_targets(config),
         card={key: value for key, value in facts.items() if value},
-        unverified=(*_unproven(config), *found.notes, *_frozen_note(found.frozen)),
+        unverified=(
+            *_unproven(config),
+            *found.notes,
+            *_doubled_note(config, sites),
+            *_frozen_note(found.frozen),
+        ),
     )
     return adapter, []
 
@@ -115,9 +124,11 @@ def read_peft(
 def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
     found = _Sorted()
     others: dict[str, Tensor] = {}
+    # A base that was compiled before it was adapted.
+    names = {k: k.removeprefix(PREFIX).replace(f"{COMPILED_WRAPPER}.", "") for k in tensors}
+    found.multiheads = multiheads_in(names.values())
     for key, tensor in sorted(tensors.items()):
-        # A base that was compiled before it was adapted.
-        name = key.removeprefix(PREFIX).replace(f"{COMPILED_WRAPPER}.", "")
+        name = own_name(names[key], found.multiheads)
         match = LORA_KEY.fullmatch(name)
         parameter = _parameter(config, match["path"], tensor) if match else None
         is_inside = match is not None and WRAPPED in match["path"].split(".")
@@ -240,94 +251,6 @@ def _absent_copies(config: PeftConfig, found: _Sorted) -> Iterator[str]:
             yield f"{CONFIG_FILE}  modules_to_save names {word!r}, but the file has nothing of it"
 
 
-def _site(
-    config: PeftConfig, path: str, kind: LayerKind, update: Mapping[str, Tensor]
-) -> tuple[Site | None, dict[str, Tensor], list[str]]:
-    """A layer's site and its tensors, or None and the problems."""
-    missing = [end for end in "ab" if end not in update]
-    if missing:
-        return None, {}, [f"{PREFIX}{path}  has no lora_{missing[0].upper()} in the file"]
-    if config.use_dora and (problem := _magnitude_problem(kind, update)):
-        return None, {}, [f"{PREFIX}{path}  {problem}"]
-    if config.lora_bias and (problem := _bias_problem(update)):
-        return None, {}, [f"{PREFIX}{path}  {problem}"]
-    a, b = update["a"], update["b"]
-    rank = config.rank_of(path)
-    if a.dim() < 2 or a.dim() != b.dim() or 0 in (*a.shape, *b.shape):
-        return None, {}, [f"{PREFIX}{path}  A {tuple(a.shape)} and B {tuple(b.shape)} don't pair"]
-    if a.shape[0] != rank:
-        text = f"A has rank {a.shape[0]}, but {CONFIG_FILE} says {rank}"
-        return None, {}, [f"{PREFIX}{path}  {text}: was it trained with rank {a.shape[0]}?"]
-    is_conv = a.dim() > 2
-    is_transposed = config.fan_in_fan_out and kind == "linear"
-    groups = rank // b.shape[1] if is_conv else 1
-    if b.shape[1] * groups != rank or a.shape[1] % groups or b.shape[2:].numel() != 1:
-        text = f"B {tuple(b.shape)} does not go with rank {rank}"
-        return None, {}, [f"{PREFIX}{path}  {text}"]
-    share = groups**0.5 if config.use_rslora else groups
-    site = Site(
-        path=path,
-        rank=rank // groups,
-        alpha=config.alpha_of(path) / share,
-        scale=config.scale_of(path),
-        groups=groups,
-        kind="conv" if is_conv else "transposed" if is_transposed else kind,
-    )
-    whole = WholeLayer(sites=(site,), width=site.rank, alpha=site.alpha, scale=site.scale)
-    parts = unstack(whole, a, b)
-    if parts is None:
-        text = (
-            f"A mixes the convolution's {groups} groups, which no change of its weight can do: "
-            "train without it (PEFT's exclude_modules)"
-        )
-        return None, {}, [f"{PREFIX}{path}  {text}"]
-    for end in ("bias", "magnitude"):
-        if end in update:
-            parts[f"{site.name}.lora_{end}"] = update[end]
-    return site, parts, []
-
-
-def _site_of_experts(
-    config: PeftConfig, path: str, kind: LayerKind, update: Mapping[str, Tensor]
-) -> tuple[Site | None, dict[str, Tensor], list[str]]:
-    """The site and the tensors of a parameter of experts, or None and the problems."""
-    a, b = update.get("a"), update.get("b")
-    if a is None or b is None or a.dim() != 2 or b.dim() != 2 or 0 in (*a.shape, *b.shape):
-        shapes = ", ".join(f"{e.upper()} {tuple(t.shape)}" for e, t in sorted(update.items()))
-        return None, {}, [f"{PREFIX}{path}  A and B do not pair: {shapes}"]
-    rank = config.rank_of(path)
-    if a.shape[0] != b.shape[1] or a.shape[0] % rank:
-        text = f"A {tuple(a.shape)} and B {tuple(b.shape)} do not go with rank {rank}"
-        return None, {}, [f"{PREFIX}{path}  {text} of each expert"]
-    alpha, scale = config.alpha_of(path), config.scale_of(path)
-    site = Site(path=path, rank=rank, alpha=alpha, scale=scale, kind="experts")
-    parts = dict(zip("ab", parted(a, b, a.shape[0] // rank), strict=True))
-    return site, {f"{site.name}.lora_{end}": tensor for end, tensor in parts.items()}, []
-
-
-def _bias_problem(update: Mapping[str, Tensor]) -> str | None:
-    """The problem of a layer's update under lora_bias, or None."""
-    if "bias" not in update:
-        return "has no lora_B.bias in the file, and lora_bias is true"
-    if update["bias"].shape != update["b"].shape[:1]:
-        shape, rows = tuple(update["bias"].shape), update["b"].shape[0]
-        return f"has a lora_B.bias {shape} for {rows} rows"
-    return None
-
-
-def _magnitude_problem(kind: LayerKind, update: Mapping[str, Tensor]) -> str | None:
-    """The problem of a layer's update under use_dora, or None."""
-    if kind == "embedding" or update["a"].dim() > 2:
-        what = "an embedding" if kind == "embedding" else "a convolution"
-        return f"is {what}, for which lorakit has no DoRA"
-    if "magnitude" not in update:
-        return "has no lora_magnitude_vector in the file, and use_dora is true"
-    if update["magnitude"].shape != update["b"].shape[:1]:
-        shape, rows = tuple(update["magnitude"].shape), update["b"].shape[0]
-        return f"has a lora_magnitude_vector {shape} for {rows} rows"
-    return None
-
-
 def _natural(path: str) -> list[tuple[int, str]]:
     """The sort key that puts block 10 behind block 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
@@ -360,7 +283,8 @@ def _lora_config(
 def _target_words(config: PeftConfig, sites: list[Site]) -> tuple[str, ...]:
     """The targets that select in lorakit what PEFT's words select."""
     words = config.target_modules
-    if config.target_parameters:
+    # With tying, layers are adapted that no word names.
+    if config.target_parameters or config.ensure_weight_tying:
         return tuple(site.path for site in sites)
     # layers_pattern has no counterpart in lorakit, so the layers are named one by one.
     if not words or (config.layers_pattern and config.layers_to_transform is not None):
@@ -390,20 +314,34 @@ def _layers(config: PeftConfig) -> str | None:
 
 def _plain_targets(config: PeftConfig) -> tuple[str, ...]:
     """PEFT's list of module names, where no other setting narrows it; else nothing."""
-    narrowed = config.exclude_modules or config.layers_to_transform is not None
+    narrowed = (
+        config.ensure_weight_tying
+        or config.exclude_modules
+        or config.layers_to_transform is not None
+    )
     words = config.target_modules
     return () if narrowed or not isinstance(words, list) else tuple(sorted(words))
 
 
 def _unproven(config: PeftConfig) -> tuple[str, ...]:
     name = config.base_model_name_or_path
+    ties = "that tied layers stay equal (ensure_weight_tying): each has tensors of its own here"
     called = f"{name!r} by {CONFIG_FILE}" if name else "not named"
     return (
         f"the base ({called}): PEFT's files can't tell it from another model of the same shapes",
         "the weights: PEFT's files have no hash, so a change before this reading went unnoticed",
         f"the scales: they are what {CONFIG_FILE} gave at this reading",
         "the list of layers: a layer that was dropped is noticed only where the targets name it",
+        *([ties] if config.ensure_weight_tying else []),
     )
+
+
+def _doubled_note(config: PeftConfig, sites: list[Site]) -> tuple[str, ...]:
+    paths = [site.path for site in sites if site.kind == "out_proj"]
+    if not paths:
+        return ()
+    how = "twice, as PEFT up to 0.21 adds them" if config.adds_twice else "once"
+    return (f"how often the updates of {', '.join(paths)} count: they are read {how}",)
 
 
 def _frozen_note(names: list[str]) -> tuple[str, ...]:

@@ -8,9 +8,18 @@ from typing import Literal
 
 RowRanges = tuple[tuple[int, int], ...]
 """Half-open ranges (start, stop) of a fused layer's output rows."""
-LayerKind = Literal["linear", "transposed", "embedding", "conv", "experts", "experts-transposed"]
+LayerKind = Literal[
+    "linear",
+    "transposed",
+    "embedding",
+    "conv",
+    "experts",
+    "experts-transposed",
+    "in_proj",
+    "out_proj",
+]
 """How a layer holds its matrix; transposed: (d_in, d_out), as transformers' Conv1D does; experts: a
-parameter with one matrix for each expert."""
+parameter with one matrix for each expert; in_proj and out_proj: those of nn.MultiheadAttention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +27,7 @@ class Site:
     """One low-rank update: its layer or slice, its rank, and its scale."""
 
     path: str
-    """Dotted path of the module in the base model; of experts, that of the parameter."""
+    """Dotted path of the module in the base model; of experts and in_proj, of the parameter."""
     rank: int
     """Inner width r, including the ranks that do not train."""
     alpha: float
@@ -49,14 +58,34 @@ class Site:
         return self.kind in ("experts", "experts-transposed")
 
     @property
+    def is_of_parameter(self) -> bool:
+        """Whether its path is that of a parameter, and not of a module."""
+        return self.is_of_experts or self.kind == "in_proj"
+
+    @property
     def module_path(self) -> str:
         """The dotted path of the module that is adapted."""
-        return self.path.rpartition(".")[0] if self.is_of_experts else self.path
+        return self.path.rpartition(".")[0] if self.is_of_parameter else self.path
 
     @property
     def parameter(self) -> str:
         """The name of the module's parameter that is changed."""
-        return self.path.rpartition(".")[2] if self.is_of_experts else "weight"
+        return self.path.rpartition(".")[2] if self.is_of_parameter else "weight"
+
+    @property
+    def named_by(self) -> str:
+        """The path by which PEFT's settings name it."""
+        return named_by(self.path, self.kind)
+
+
+def named_by(path: str, kind: LayerKind) -> str:
+    """The path by which PEFT's settings name a layer: of nn.MultiheadAttention, that of the whole.
+
+    Args:
+        path: of the layer or parameter.
+        kind: how it holds its matrix.
+    """
+    return path.rpartition(".")[0] if kind in ("in_proj", "out_proj") else path
 
 
 def scale_of(rank: int, alpha: float, *, use_rslora: bool) -> float:

@@ -70,7 +70,7 @@ class BaseWeights:
         """Every weight that the adapter changes; each is read when its turn comes."""
         tensors = self._adapter.tensors
         for site in self._adapter.sites:
-            weight = matrix_of(self._layers[site.path], site)
+            weight = matrix_of(self._layers[site.module_path], site)
             low_rank = low_rank_delta(self._adapter, site)
             rows = tensors.get(f"{site.name}.lora_magnitude")
             delta = low_rank if rows is None else _with_magnitudes(weight, low_rank, rows)
@@ -92,15 +92,15 @@ class BaseWeights:
                 yield path, tensor
 
     def _problems(self, site: Site) -> Iterator[str]:
-        layer, shape = self._layers.get(site.path), shape_of(self._adapter, site)
+        layer, shape = self._layers.get(site.module_path), shape_of(self._adapter, site)
         if layer is None:
             yield f"{site.path}  is not a module of this model"
             return
-        weight = own_parameters(layer).get("weight")
+        weight = own_parameters(layer).get(site.parameter)
         if is_offloaded(layer) or (weight is not None and weight.is_meta):
             yield f"{site.path}  its weight is not in memory: load the base on the CPU or a GPU"
             return
-        rows, columns = matrix_shape(layer)
+        rows, columns = matrix_shape(layer, site.parameter)
         if site.rows is not None:
             rows = sum(stop - start for start, stop in site.rows)
         if (rows, columns) != shape:

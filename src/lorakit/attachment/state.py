@@ -23,7 +23,12 @@ from lorakit.layers.checkpointing import keep_routes, stacks_of_blocks
 from lorakit.layers.operation import Update
 from lorakit.layers.route import Frame, Route
 from lorakit.models.base import base_modules, base_parameters, unwrapped
-from lorakit.models.families import layers_for_all_rows, layers_in_pieces, uncalled_weights
+from lorakit.models.families import (
+    layers_for_all_rows,
+    layers_in_pieces,
+    uncalled_weights,
+    weights_read_inside,
+)
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
 from lorakit.models.paths import is_within
@@ -60,7 +65,7 @@ class Base:
             identity=identity_of(model),
             requires_grad={path: p.requires_grad for path, p in base_parameters(model)},
             inputs=shared_inputs(model),
-            uncalled=uncalled_weights(model),
+            uncalled=weights_read_inside(model) | uncalled_weights(model),
             for_all_rows=layers_for_all_rows(model),
             in_pieces=layers_in_pieces(model),
             lists=frozenset(p for p, m in base_modules(model) if isinstance(m, nn.ModuleList)),

@@ -19,12 +19,12 @@ from lorakit.methods.bitfit import TrainedBias, adds_bias, trained_bias
 from lorakit.methods.component import Component, Shape
 from lorakit.methods.lora.lora import (
     ENDS,
-    is_linear,
     kind_of,
     kind_of_experts,
     matrices_of,
     matrix_shape,
     takes_bias,
+    takes_magnitudes,
     why_not_adaptable,
 )
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
@@ -34,6 +34,7 @@ from lorakit.models.base import base_modules
 from lorakit.models.experts import expert_matrices
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.linear_probe import own_class
+from lorakit.models.multihead import is_multihead
 from lorakit.models.paths import is_within
 from lorakit.models.quantized import quantized_within
 from lorakit.upstream.private_names import own_parameters
@@ -167,12 +168,14 @@ def _site_problem(layer: nn.Module | None, site: Site, config: LoRAConfig) -> st
         return f"{site.path}  is not a module of this model"
     if site.is_of_experts:
         return _experts_problem(layer, site, config)
+    if site.is_of_parameter:
+        return None if is_multihead(layer) else f"{site.path}  is no parameter of this model"
     reason = why_not_adaptable(layer)
     if reason is not None:
         return f"{site.path}  is a {own_class(layer).__name__}, which LoRA can't adapt: {reason}"
     if site.rows is not None and site.rows[-1][1] > matrix_shape(layer)[0]:
         return f"{site.name}  has rows beyond the layer's {matrix_shape(layer)[0]}"
-    if config.use_dora and not is_linear(layer):
+    if config.use_dora and not takes_magnitudes(layer):
         return f"{site.path}  is a {type(layer).__name__}, which DoRA can't adapt"
     if config.lora_bias and not takes_bias(layer):
         return f"{site.path}  is a {own_class(layer).__name__}, to which no bias of B can be added"
@@ -198,6 +201,8 @@ def _on_layer(site: Site, layer: nn.Module) -> Site:
     if site.is_of_experts:
         matrices = matrices_of(layer, site)
         kind, d_out = kind_of_experts(matrices), matrices.d_out
+    elif site.is_of_parameter:
+        return site
     else:
         kind, d_out = kind_of(layer), matrix_shape(layer)[0]
     rows = None if site.rows is None else d_out

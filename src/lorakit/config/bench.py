@@ -177,8 +177,8 @@ class ServeBenchConfig(BenchConfig):
     new_tokens: PositiveInt = 32
     """Tokens of each answer."""
 
-    prefill_tokens: PositiveInt = 256
-    """Tokens of prompts that the server reads between two tokens of the answers."""
+    prefill_tokens: PositiveInt = 512
+    """Tokens of prompts that the server reads at most between two tokens of the answers."""
 
     first_tokens: PositiveInt = 50
     """Answers of one token, whose time is measured on the idle server."""

@@ -72,7 +72,8 @@ class LoRAConfig(MethodConfig):
     """Scale by α/√r in place of α/r (Kalajdzievski 2023)."""
 
     use_dora: bool = False
-    """Train the length of each row of W₀ + scale·B·A as well (DoRA, Liu 2024): linear layers."""
+    """Train the length of each row of W₀ + scale·B·A as well (DoRA, Liu 2024): linear
+    layers, and embeddings, whose rows are those of the transposed weight."""
 
     trainable_token_indices: dict[str, list[TokenId]] | list[TokenId] = {}
     """Tokens whose rows of the embedding are trained as they are, such as new ones: their ids, or

@@ -378,9 +378,10 @@ class ServeConfig(Settings):
     max_length: PositiveInt | None = None
     """Longest prompt and answer together, in tokens. None: the model's context."""
 
-    prefill_tokens: PositiveInt = 256
-    """Tokens of prompts that are read between two tokens of the answers: more read prompts
-    faster, and let answers pause longer."""
+    prefill_tokens: PositiveInt = 512
+    """Tokens of prompts that are read at most between two tokens of the answers, several prompts in
+    one pass: more read waiting prompts faster, and let answers pause longer. While others are
+    answered, one prompt alone gets no more of them than take about as long as two tokens."""
 
     prefix_bytes: Annotated[int, Field(ge=0)] = 256_000_000
     """Memory of keys and values of prompts that were read: one that begins alike and asks the same

@@ -8,6 +8,7 @@ from torch import nn
 
 from lorakit.models.base import base_modules
 from lorakit.models.experts import expert_matrices, gets_all_tokens
+from lorakit.models.multihead import IN_PROJ, is_multihead
 from lorakit.models.paths import ends_with
 from lorakit.models.reads import only_read, read_weights
 from lorakit.upstream.private_names import own_parameters
@@ -322,6 +323,11 @@ def uncalled_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def weights_read_inside(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The parameters that their own module reads and LoRA can adapt, by the module's path."""
+    return {path: (IN_PROJ,) for path, module in base_modules(model) if is_multihead(module)}
+
+
 def layers_in_pieces(model: nn.Module) -> frozenset[str]:
     """The paths of the layers whose input has several entries for each row (`PIECES`)."""
     ends = PIECES.get(getattr(getattr(model, "config", None), "model_type", ""), ())
@@ -342,7 +348,7 @@ def layers_for_all_rows(model: nn.Module) -> dict[str, str]:
             reasons[path] = "have an input all rows share"
         elif expert_matrices(module) and not gets_all_tokens(module):
             reasons[path] = "are given tokens by expert, which do not say whose they are"
-        elif path in reads:
+        elif path in reads or is_multihead(module):
             reasons[path] = "have a weight that the model reads by itself, once for all rows"
         elif path in of_images:
             reasons[path] = "are given images, videos or sounds, which are no rows of the batch"

@@ -15,6 +15,7 @@ from lorakit.models.base import base_modules
 from lorakit.models.experts import ExpertMatrices, expert_matrices
 from lorakit.models.families import UNKNOWN_FAMILY, RowSplit, family_name, family_of
 from lorakit.models.linear_probe import returns_tensor
+from lorakit.models.multihead import IN_PROJ, OUT_PROJ, is_multihead
 from lorakit.models.paths import block_number, ends_with, is_within, matches
 
 EXPERT_ROLES = ("experts.gate", "experts.up", "experts.down")
@@ -29,8 +30,8 @@ GROUPS = {
 """Words that stand for whichever of several roles the model has."""
 
 ALL_LINEAR = "all-linear"
-"""Every Linear and Conv1D but the output head and the task heads, as in PEFT, and routers that are
-Linears which return more than one tensor."""
+"""Every Linear and Conv1D but the output head and the task heads, as in PEFT, routers that are
+Linears which return more than one tensor, and those of nn.MultiheadAttention."""
 
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LISTED_NAMES = 20
@@ -43,18 +44,31 @@ class Target:
     """A layer of the base, or a slice of a fused one, that can be adapted."""
 
     path: str
-    """Dotted path of the module in the base model; of experts, that of the parameter."""
+    """Dotted path of the module in the base model; of experts and in_proj, of the parameter."""
     role: str | None
     """One of `ROLES`, or None where the family's table does not name the layer."""
     rows: tuple[tuple[int, int], ...] | None
     """Half-open ranges of the fused layer's output rows; None for a whole layer."""
     experts: ExpertMatrices | None = None
     """The parameter, where it is one with a matrix for each expert."""
+    multihead: str | None = None
+    """The path of the nn.MultiheadAttention that reads it, which names it too."""
+
+    @property
+    def is_in_proj(self) -> bool:
+        """Whether it is the parameter with q, k and v of an nn.MultiheadAttention."""
+        return self.multihead is not None and self.path.rpartition(".")[2] == IN_PROJ
 
     @property
     def module_path(self) -> str:
         """Dotted path of the module that is adapted."""
-        return self.path if self.experts is None else self.path.rpartition(".")[0]
+        is_parameter = self.experts is not None or self.is_in_proj
+        return self.path.rpartition(".")[0] if is_parameter else self.path
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths by which patterns and ends of paths name it."""
+        return (self.path,) if self.multihead is None else (self.path, self.multihead)
 
     @property
     def name(self) -> str:
@@ -72,9 +86,13 @@ def targets_of(model: nn.Module) -> tuple[Target, ...]:
     heads = task_heads(model)
     ends = _embedding_roles(model)
     found: list[Target] = []
+    multiheads: set[str] = set()
     for path, module in base_modules(model):
         found.extend(_experts(path, module))
-        if not isinstance(module, _ADAPTABLE):
+        if isinstance(module, nn.MultiheadAttention):
+            found.extend(_multihead(path, module))
+            multiheads.add(path)
+        if path.rpartition(".")[0] in multiheads or not isinstance(module, _ADAPTABLE):
             continue
         inside_head = is_within(path, heads)
         role = None if inside_head else ends.get(path) or _longest_end(family.roles, path)
@@ -83,6 +101,13 @@ def targets_of(model: nn.Module) -> tuple[Target, ...]:
         if split is not None:
             found.extend(_slices(model, path, split))
     return tuple(found)
+
+
+def _multihead(path: str, module: nn.Module) -> Iterator[Target]:
+    """The targets of an nn.MultiheadAttention; its roles are those of no family."""
+    for leaf in (IN_PROJ, OUT_PROJ) if is_multihead(module) else (OUT_PROJ,):
+        full = f"{path}.{leaf}" if path else leaf
+        yield Target(path=full, role=None, rows=None, multihead=path)
 
 
 def _experts(path: str, module: nn.Module) -> Iterator[Target]:
@@ -299,16 +324,14 @@ def _named_by(word: str, model: nn.Module, targets: tuple[Target, ...]) -> tuple
         return by_role
     if word == ALL_LINEAR:
         linear = _linear_paths(model)
-        return tuple(target for target in targets if target.path in linear)
+        return tuple(t for t in targets if t.path in linear and t.multihead is None)
     if word.startswith("re:"):
         pattern = word.removeprefix("re:")
         re.compile(pattern)
-        return tuple(target for target in targets if matches(pattern, target.path))
+        return tuple(t for t in targets if any(matches(pattern, path) for path in t.paths))
     if "*" in word or "?" in word:
-        return tuple(target for target in targets if fnmatch.fnmatchcase(target.path, word))
-    return tuple(
-        target for target in targets if ends_with(target.path, word) or ends_with(target.name, word)
-    )
+        return tuple(t for t in targets if any(fnmatch.fnmatchcase(p, word) for p in t.paths))
+    return tuple(t for t in targets if any(ends_with(p, word) for p in (*t.paths, t.name)))
 
 
 def _linear_paths(model: nn.Module) -> set[str]:

@@ -121,12 +121,13 @@ class Slots:
 
     def standing(self, start: int, stop: int) -> Frame:
         """A fresh frame of what the buffers of some slots hold, for another thread."""
-        return Frame(self._standing(start, stop) or None, rows=stop - start, key=object())
+        operations = self._standing(range(start, stop))
+        return Frame(operations or None, rows=stop - start, key=object())
 
-    def _standing(self, start: int, stop: int) -> dict[int, Operation]:
+    def _standing(self, slots: Sequence[int]) -> dict[int, Operation]:
         operations: dict[int, Operation] = {}
         for buffers in self._inputs.values():
-            operations |= buffers.operations(start, stop)
+            operations |= buffers.operations(slots)
         return operations
 
     def reserve(self, terms: Terms) -> None:
@@ -145,22 +146,33 @@ class Slots:
         """
         content = self._content(terms)
         if content.others:
-            self._other_operations({0: content.others}, 0, 1)
+            self._other_operations({0: content.others}, range(1))
 
     def used(self, start: int, stop: int) -> Any:
         """Have the model's rows use these slots, in the running thread, inside a `with` block."""
-        return self._state.route.own.pushed(self._frame(start, stop))
+        return self.used_by(range(start, stop))
 
-    def _frame(self, start: int, stop: int) -> Frame:
-        frame = self._frames.get((start, stop))
-        if frame is None:
-            operations = self._standing(start, stop)
-            for number, other in self._other_operations(self._others, start, stop).items():
-                own = operations.get(number)
-                operations[number] = other if own is None else _InTurn(own, other)
-            frame = Frame(operations or None, rows=stop - start, key=object())
-            self._frames[start, stop] = frame
-        return frame
+    def used_by(self, slots: Sequence[int]) -> Any:
+        """Have each row use one of some slots, in any order, as `used` does.
+
+        Slots that do not follow each other are copied for this one block.
+        """
+        return self._state.route.own.pushed(self._frame(slots))
+
+    def _frame(self, slots: Sequence[int]) -> Frame:
+        between = slots[0], slots[0] + len(slots)
+        if not _follow_each_other(slots):
+            return self._made(slots)
+        if between not in self._frames:
+            self._frames[between] = self._made(slots)
+        return self._frames[between]
+
+    def _made(self, slots: Sequence[int]) -> Frame:
+        operations = self._standing(slots)
+        for number, other in self._other_operations(self._others, slots).items():
+            own = operations.get(number)
+            operations[number] = other if own is None else _InTurn(own, other)
+        return Frame(operations or None, rows=len(slots), key=object())
 
     def _content(self, terms: Terms) -> _Content:
         """The content of a slot with some terms.
@@ -216,13 +228,12 @@ class Slots:
     def _other_operations(
         self,
         others: Mapping[int, list[tuple[dict[int, Update], float]]],
-        start: int,
-        stop: int,
+        slots: Sequence[int],
     ) -> dict[int, Operation]:
         """The operations of those updates of some slots that have no buffers."""
         updates: dict[str, Mapping[int, Update]] = {}
         choices: list[dict[str, float] | None] = []
-        for slot in range(start, stop):
+        for slot in slots:
             named = {_name(own): (own, weight) for own, weight in others.get(slot, [])}
             updates |= {name: own for name, (own, _) in named.items()}
             choices.append({name: weight for name, (_, weight) in named.items()} or None)
@@ -230,6 +241,10 @@ class Slots:
             return {}
         rows = RowChoices.of(choices, updates)
         return mixed_operations(dict(self._state.layers), updates, rows, self.device)
+
+
+def _follow_each_other(slots: Sequence[int]) -> bool:
+    return list(slots) == list(range(slots[0], slots[0] + len(slots)))
 
 
 def _name(updates: Mapping[int, Update]) -> str:
@@ -344,16 +359,20 @@ class _InputSlots:
             self._slots._frames.clear()
         self._shift[number][slot] = bias_shift(layer, biases)
 
-    def operations(self, start: int, stop: int) -> dict[int, Operation]:
-        """The operations of these layers on rows that use slots from one to before another."""
-        grouping = group_rows(range(stop - start), device=self._slots.device, dtype=self._a.dtype)
-        shared = _SharedInput(self._a[start:stop], grouping, len(self.ranks))
+    def operations(self, slots: Sequence[int]) -> dict[int, Operation]:
+        """The operations of these layers on rows that use some slots."""
+        at: Any = list(slots)
+        if _follow_each_other(slots):
+            # What is in the buffers is used there, also what is written later.
+            at = slice(slots[0], slots[0] + len(slots))
+        grouping = group_rows(range(len(slots)), device=self._slots.device, dtype=self._a.dtype)
+        shared = _SharedInput(self._a[at], grouping, len(self.ranks))
         return {
             number: _SlotUpdate(
                 shared,
                 self._columns[number],
-                self._b[number][start:stop],
-                self._shift[number][start:stop] if number in self._shift else None,
+                self._b[number][at],
+                self._shift[number][at] if number in self._shift else None,
             )
             for number in self.ranks
         }

@@ -1,4 +1,4 @@
-"""A model's forward pass as the engine uses it: a prompt in pieces, and steps of many rows."""
+"""A model's forward pass as the engine uses it: prompts in pieces, and steps of many rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lorakit.errors import ModelError
-from lorakit.serving.kv_slots import KeyValueSlots
+from lorakit.serving.kv_slots import KeyValueSlots, states_of
 
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How far a logit of a step may be from that of the whole forward pass, over the largest logit."""
@@ -34,6 +34,8 @@ class Decoder:
                 f"a {type(model).__name__} can't be served: it is no decoder that keeps the keys "
                 "and values of its tokens"
             )
+        self.reads_together = True
+        """Whether prompts read together get the logits of each alone; `prove` finds out."""
 
     @property
     def vocabulary(self) -> int:
@@ -56,17 +58,49 @@ class Decoder:
         past = cache.get_seq_length()
         device = self.model.device
         positions = torch.arange(past, past + len(ids), device=device)[None]
-        more: dict[str, Any] = {}
-        if not every and "logits_to_keep" in self._takes:
-            more["logits_to_keep"] = 1
         output = self._call(
             torch.tensor([list(ids)], device=device),
             cache,
             torch.ones(1, past + len(ids), dtype=torch.long, device=device),
             positions,
-            **more,
+            every=every,
         )
         return output[0] if every else output[0, -1:]
+
+    def read_together(
+        self, texts: Sequence[Sequence[int]], caches: Sequence[DynamicCache]
+    ) -> tuple[Tensor, list[DynamicCache]]:
+        """Read the next tokens of several rows, each to the end of its text.
+
+        The rows are a left-padded batch. All of them read as many tokens as the one that has the
+        most new ones: another reads its latest tokens once more, or padding where it has no more.
+        So no padding comes between a row's tokens, and windows and distances are its own.
+
+        Args:
+            texts: the tokens of each row from its beginning on.
+            caches: what was read of each before; they stay as they are.
+
+        Returns:
+            The logits after each text, (rows, vocabulary), and caches that have read all of it.
+        """
+        new = max(
+            len(text) - cache.get_seq_length() for text, cache in zip(texts, caches, strict=True)
+        )
+        pasts = [max(0, len(text) - new) for text in texts]
+        past, device = max(pasts), self.model.device
+        batch = _left_padded(caches, pasts)
+        # Where each row begins.
+        starts = torch.tensor([[past + new - len(text)] for text in texts], device=device)
+        columns = torch.arange(past + new, device=device)
+        padded = [[0] * (new - len(text)) + list(text[-new:]) for text in texts]
+        output = self._call(
+            torch.tensor(padded, device=device),
+            batch,
+            (columns >= starts).long(),
+            (columns[past:] - starts).clamp(min=0),
+            every=False,
+        )
+        return output[:, -1], _apart(batch, [len(text) for text in texts])
 
     def step(
         self, tokens: Sequence[int], slots: KeyValueSlots, *, window: int | None = None
@@ -81,11 +115,15 @@ class Decoder:
         cache, mask, positions = slots.begin(len(tokens), window)
         device = self.model.device
         ids = torch.tensor(tokens, device=device)[:, None]
-        return self._call(ids, cache, mask, torch.tensor(positions, device=device)[:, None])[:, -1]
+        own = torch.tensor(positions, device=device)[:, None]
+        return self._call(ids, cache, mask, own, every=True)[:, -1]
 
     def _call(
-        self, ids: Tensor, cache: Cache, mask: Tensor, positions: Tensor, **more: Any
+        self, ids: Tensor, cache: Cache, mask: Tensor, positions: Tensor, *, every: bool
     ) -> Tensor:
+        more: dict[str, Any] = {}
+        if not every and "logits_to_keep" in self._takes:
+            more["logits_to_keep"] = 1
         if "position_ids" in self._takes:
             more["position_ids"] = positions
         output = self.model(
@@ -104,6 +142,14 @@ class Decoder:
         """
         last = self.vocabulary - 1
         rows = [[min(token, last) for token in ids] for ids in ([5, 9], [3, 8, 4, 7, 6])]
+        expected = [
+            self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits[0, -1]
+            for ids in rows
+        ]
+        self._prove_steps(rows, expected)
+        self.reads_together = self._is_equal_together(rows, expected)
+
+    def _prove_steps(self, rows: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> None:
         slots = KeyValueSlots(3)
         try:
             for slot, ids in zip((2, 0), rows, strict=True):
@@ -116,17 +162,54 @@ class Decoder:
             raise
         except Exception as error:
             raise self._refusal(f"a step fails: {error}") from error
-        for slot, ids in zip((2, 0), rows, strict=True):
-            expected = self.model(input_ids=torch.tensor([ids], device=found.device)).logits[0, -1]
-            problem = difference(found[slot], expected)
+        for slot, own in zip((2, 0), expected, strict=True):
+            problem = difference(found[slot], own)
             if problem:
                 raise self._refusal(problem)
+
+    def _is_equal_together(self, rows: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> bool:
+        """Whether rows that are read together, one of them in two parts, get their own logits."""
+        try:
+            caches = [DynamicCache() for _ in rows]
+            self.read(rows[1][:2], caches[1])
+            found, _ = self.read_together(rows, caches)
+        except Exception:
+            return False
+        return not any(map(difference, found, expected))
 
     def _refusal(self, reason: str) -> ModelError:
         return ModelError(
             f"a {type(self.model).__name__} can't be served: in a batch over slots it does not "
             f"compute what it computes alone ({reason})"
         )
+
+
+def _left_padded(caches: Sequence[DynamicCache], lengths: Sequence[int]) -> DynamicCache:
+    """The first tokens of rows' own caches, so many of each, as the cache of a batch."""
+    batch, longest = DynamicCache(), max(lengths)
+    if not longest:
+        return batch
+    of_rows = [states_of(cache) for cache in caches]
+    like = next(states for states in of_rows if states)
+    for layer, pair in enumerate(like):
+        made = [x.new_zeros(len(caches), x.shape[1], longest, x.shape[3]) for x in pair]
+        for row, (states, length) in enumerate(zip(of_rows, lengths, strict=True)):
+            if length:
+                for whole, own in zip(made, states[layer], strict=True):
+                    whole[row, :, longest - length :] = own[0, :, :length]
+        batch.update(*made, layer)
+    return batch
+
+
+def _apart(batch: DynamicCache, lengths: Sequence[int]) -> list[DynamicCache]:
+    """A cache of its own for each row of a left-padded batch, of so many tokens."""
+    caches = [DynamicCache() for _ in lengths]
+    for layer, pair in enumerate(states_of(batch)):
+        for row, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
+            # A view would keep the other rows' memory as long as this one's is needed.
+            own = [x[row : row + 1, :, x.shape[2] - length :].clone() for x in pair]
+            cache.update(*own, layer)
+    return caches
 
 
 def difference(found: Tensor, expected: Tensor) -> str | None:

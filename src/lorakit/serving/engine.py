@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lorakit.attachment.state import attachment_for
 from lorakit.layers.route import Frame
@@ -17,8 +18,10 @@ from lorakit.serving.decoder import Decoder
 from lorakit.serving.grammars import GrammarError
 from lorakit.serving.held_slots import HeldSlots
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
+from lorakit.serving.pace import Pace
+from lorakit.serving.prompt_reading import Prompt, PromptReader
 from lorakit.serving.requests import Delta, Finish, Request
-from lorakit.serving.sampling import Sampler, Token, reported
+from lorakit.serving.sampling import Sampler, Token
 from lorakit.serving.steps import steps_of
 from lorakit.serving.text import GrowingText
 from lorakit.serving.worker import Limits, Worker, deliver
@@ -32,20 +35,14 @@ class Row:
     slot: int
     sampler: Sampler
     text: GrowingText
-    cache: DynamicCache | None = field(default_factory=DynamicCache)
-    """What was read of the prompt; None once it is in the slot."""
-    read: int = 0
-    """The tokens of the prompt that were read."""
-    cached: int = 0
-    """Those of them that were read before, for another request."""
+    prompt: Prompt | None
+    """The prompt, until it is in the slot."""
     ids: list[int] = field(default_factory=list)
     """The tokens of the answer."""
     last: int = 0
     """The latest token, which the next step reads."""
     count: int = 0
     """The tokens of the answer."""
-    prompt_tokens: list[Token | None] | None = None
-    """The prompt's tokens with log-probabilities, where they are asked for."""
 
 
 class Engine(Worker):
@@ -85,6 +82,10 @@ class Engine(Worker):
         self.keys_and_values = KeyValueSlots(count, windows=compiles)
         self.steps = steps_of(
             self.decoder, self.slots, self.keys_and_values, compiles=compiles, note=note
+        )
+        self.pace = Pace()
+        self.reader = PromptReader(
+            self.decoder, self.slots, self.prefixes, self.pace, self.limits.prefill_tokens
         )
         self._rows: dict[int, Row] = {}
 
@@ -163,64 +164,49 @@ class Engine(Worker):
                 include_stop=request.include_stop,
                 skip_special=request.skip_special,
             )
-            row = Row(
-                request, slot, Sampler(request.sampling, request.prompt, request.grammar), text
-            )
-            if request.prompt_logprobs is not None:
-                row.prompt_tokens = [None]
-            self._rows[slot] = row
+            sampler = Sampler(request.sampling, request.prompt, request.grammar)
+            self._rows[slot] = Row(request, slot, sampler, text, Prompt(request, slot))
 
     def _read_prompts(self) -> None:
-        """Read as much of the prompts as one step may, the oldest first."""
-        room = self.limits.prefill_tokens
-        reading = [row for row in self._rows.values() if row.cache is not None]
-        for row in sorted(reading, key=lambda row: row.request.number):
-            if room <= 0:
-                return
+        """Read as much of the prompts as one step may, and begin the answers of those read."""
+        prompts = [row.prompt for row in self._rows.values() if row.prompt is not None]
+        beside = len(prompts) < len(self._rows)
+        for prompt, found in self.reader.read(prompts, beside=beside):
+            row = self._rows[prompt.slot]
             try:
-                room -= self._read_prompt(row, room)
+                if isinstance(found, Exception):
+                    raise found
+                self._begin(row, prompt, found)
             except Exception as error:
                 self._end(row, Delta(finish="error", error=error))
 
-    def _read_prompt(self, row: Row, room: int) -> int:
-        """Read at most so many tokens of a prompt; after its last, the answer begins."""
-        request, cache = row.request, row.cache
-        assert cache is not None
-        if row.read == 0 and row.prompt_tokens is None:
-            # Only now, since a request that came together with this one may have read it.
-            row.read, cache = self.prefixes.start(request.use, request.prompt)
-            row.cached, row.cache = row.read, cache
-        ids = list(request.prompt[row.read : row.read + room])
-        with self.slots.used(row.slot, row.slot + 1):
-            logits = self.decoder.read(ids, cache, every=row.prompt_tokens is not None)
-        row.read += len(ids)
-        if row.prompt_tokens is not None:
-            following = request.prompt[row.read - len(ids) + 1 : row.read + 1]
-            row.prompt_tokens += [
-                reported(own, token, request.prompt_logprobs)
-                for own, token in zip(logits, following, strict=False)
-            ]
-        if row.read < len(request.prompt):
-            return len(ids)
-        self.prefixes.keep(request.use, request.prompt, states_of(cache))
+    def _begin(self, row: Row, prompt: Prompt, logits: Tensor) -> None:
+        """Begin the answer to a prompt, whose last token has these logits."""
+        request, states = row.request, states_of(prompt.cache)
+        first = Delta(
+            prompt_tokens=None if prompt.tokens is None else tuple(prompt.tokens),
+            cached_tokens=prompt.cached,
+        )
+        # What the next step needs comes after the first token, which somebody waits for.
         if request.max_tokens == 0:
-            tokens = None if row.prompt_tokens is None else tuple(row.prompt_tokens)
-            self._end(row, Delta(prompt_tokens=tokens, finish="length"))
-            return len(ids)
-        self.keys_and_values.admit(row.slot, cache)
-        row.cache = None
-        self._take(row, row.sampler.choose(logits[-1]))
-        return len(ids)
+            self._end(row, replace(first, finish="length"))
+        else:
+            self._take(row, row.sampler.choose(logits), first)
+        self.prefixes.keep(request.use, request.prompt, states)
+        if row.slot in self._rows:
+            self.keys_and_values.admit(row.slot, prompt.cache)
+            row.prompt = None
 
     def _decode(self) -> None:
         """One token more for each answer."""
-        rows = [row for row in self._rows.values() if row.cache is None]
+        rows = [row for row in self._rows.values() if row.prompt is None]
         if not rows:
             return
         count = 1 + max(row.slot for row in rows)
         tokens = [0] * count
         for row in rows:
             tokens[row.slot] = row.last
+        begun = time.perf_counter()
         try:
             logits = self.steps.step(tokens, [row.slot for row in rows])
             self.keys_and_values.end()
@@ -229,14 +215,21 @@ class Engine(Worker):
             for row in rows:
                 self._end(row, Delta(finish="error", error=error))
             return
+        self.pace.stepped(count, time.perf_counter() - begun)
         for row, token in zip(rows, chosen, strict=True):
             if isinstance(token, GrammarError):
                 self._end(row, Delta(finish="error", error=token))
             else:
-                self._take(row, token)
+                self._take(row, token, Delta())
 
-    def _take(self, row: Row, token: Token) -> None:
-        """Go on with a token: tell the request, and end its answer where it ends."""
+    def _take(self, row: Row, token: Token, told: Delta) -> None:
+        """Go on with a token: tell the request, and end its answer where it ends.
+
+        Args:
+            row: the request in its slot.
+            token: its next one.
+            told: what else the request is told.
+        """
         request = row.request
         row.last, row.count = token.id, row.count + 1
         row.ids.append(token.id)
@@ -255,12 +248,14 @@ class Engine(Worker):
                 finish = "stop"
             elif row.count >= request.max_tokens:
                 finish = "length"
-        delta = Delta(text, (token,), (offset,), finish=finish, stopped_by=stopped_by)
-        if row.count == 1:
-            delta = replace(delta, cached_tokens=row.cached)
-        if row.prompt_tokens is not None:
-            delta = replace(delta, prompt_tokens=tuple(row.prompt_tokens))
-            row.prompt_tokens = None
+        delta = replace(
+            told,
+            text=text,
+            tokens=(token,),
+            offsets=(offset,),
+            finish=finish,
+            stopped_by=stopped_by,
+        )
         if finish is not None:
             self._keep_read(row)
             self._end(row, replace(delta, text=text + row.text.end()))
@@ -269,7 +264,7 @@ class Engine(Worker):
 
     def _keep_read(self, row: Row) -> None:
         """Keep what was read of a conversation: its next turn goes on from there."""
-        if self.prefixes.has_room and row.cache is None and row.count > 1:
+        if self.prefixes.has_room and row.prompt is None and row.count > 1:
             read = [*row.request.prompt, *row.ids[:-1]]
             self.prefixes.keep(row.request.use, read, self.keys_and_values.copied(row.slot))
 

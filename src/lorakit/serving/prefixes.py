@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import DynamicCache
 
-from lorakit.serving.requests import Use
+from lorakit.serving.requests import Request, Use
 
 SHORTEST = 8
 """Tokens of a beginning that is worth to go on from: fewer are read as fast as they are copied."""
@@ -58,17 +58,37 @@ class Prefixes:
             The number of its tokens, and a cache that has read them.
         """
         self.asked_tokens += len(prompt)
-        wanted, cache = tuple(prompt[:-1]), DynamicCache()
-        lengths = {at: _common(at[1], wanted) for at in self._kept if at[0] == use.key}
-        best = max(lengths, key=lambda at: lengths[at], default=None)
-        if best is None or lengths[best] < SHORTEST:
+        cache = DynamicCache()
+        best, count = self._longest(use, prompt)
+        if best is None:
             return 0, cache
-        count = lengths[best]
         self._kept.move_to_end(best)
         self.found_tokens += count
         for layer, (keys, values) in enumerate(self._kept[best]):
             cache.update(keys[:, :, :count], values[:, :, :count], layer)
         return count, cache
+
+    def count(self, use: Use, prompt: Sequence[int]) -> int:
+        """The tokens of the longest beginning that was read with these weights."""
+        return self._longest(use, prompt)[1]
+
+    def common(self, request: Request, earlier: Request) -> int:
+        """The tokens of a request's prompt that need not be read once an earlier one is kept."""
+        use = request.use
+        if not (self.has_room and use.is_known and use.key == earlier.use.key):
+            return 0
+        count = _common(tuple(request.prompt[:-1]), tuple(earlier.prompt))
+        return count if count >= SHORTEST else 0
+
+    def _longest(
+        self, use: Use, prompt: Sequence[int]
+    ) -> tuple[tuple[str, tuple[int, ...]] | None, int]:
+        wanted = tuple(prompt[:-1])
+        lengths = {at: _common(at[1], wanted) for at in self._kept if at[0] == use.key}
+        best = max(lengths, key=lambda at: lengths[at], default=None)
+        if best is None or lengths[best] < SHORTEST:
+            return None, 0
+        return best, lengths[best]
 
     def keep(self, use: Use, tokens: Sequence[int], states: States) -> None:
         """Keep what was read; the states must not be written to from now on."""

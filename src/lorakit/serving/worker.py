@@ -26,8 +26,8 @@ class Limits:
     """The most requests that are answered at once."""
     max_length: int | None = None
     """The most tokens of prompt and answer; None: the model's context."""
-    prefill_tokens: int = 256
-    """The most tokens of prompts that are read between two steps of the answers."""
+    prefill_tokens: int = 512
+    """The most tokens of prompts that are read between two steps of the answers, with padding."""
     prefix_bytes: int = 256_000_000
     """The most memory of keys and values that are kept, for prompts that begin alike."""
     waiting_requests: int = 256

@@ -54,7 +54,7 @@ def with_lengths(model: nn.Module) -> nn.Module:
         own[name].data = tensors[name]
     for site in adapter.sites:
         layer: Any = plain.get_submodule(site.path)
-        turned = type(layer) is Conv1D
+        turned = isinstance(layer, Conv1D | nn.Embedding)
         weight = layer.weight.detach().T if turned else layer.weight.detach()
         changed = weight_of(weight, adapter, site, tensors)
         layer.weight = nn.Parameter(changed.T if turned else changed)
@@ -70,7 +70,8 @@ TINY: dict[str, dict[str, Any]] = {
     "llama": {"targets": ("all-linear",)},
     "gpt2": {"targets": ("q", "v", "down"), "bias": "lora", "use_rslora": True},
     "gpt_neox": {"targets": ("k", "v"), "rank_pattern": {"v": 2}},
-    "bert": {"targets": ("q", "o")},
+    "bert": {"targets": ("q", "o", "word_embeddings")},
+    "gemma": {"targets": ("embed", "down")},
 }
 
 
@@ -200,13 +201,23 @@ def test_a_row_of_zeros_stays_finite():
     assert torch.isfinite(model(torch.randn(3, 7))).all()
 
 
-@pytest.mark.parametrize("targets", [("embed", "q"), ("table",)], ids=str)
-def test_layers_that_are_no_product_are_refused(targets):
-    model = build("llama") if "q" in targets else nn.Sequential()
-    if "table" in targets:
-        model.table = nn.Conv1d(3, 3, 1)
-    with pytest.raises(TargetError, match=r"use_dora is for linear layers alone; .*\n.* is a "):
-        lk.attach(model, lk.LoRAConfig(targets=targets, use_dora=True))
+def test_convolutions_are_refused():
+    model = nn.Sequential()
+    model.table = nn.Conv1d(3, 3, 1)
+    with pytest.raises(
+        TargetError, match=r"use_dora is for linear layers and embeddings; .*\n.* is a "
+    ):
+        lk.attach(model, lk.LoRAConfig(targets="table", use_dora=True))
+
+
+def test_rows_of_a_batch_have_embeddings_of_their_own_lengths():
+    model = build("llama")
+    attach_random(model, "one", use_dora=True, targets=("embed", "q"))
+    attach_random(model, "two", seed=1, targets=("embed",))
+    inputs, names = example_inputs(model, rows=3), ["one", None, {"one": 0.5, "two": 1.0}]
+    expected = torch.stack(alone(model, inputs, names))
+    with lk.route(model, names):
+        torch.testing.assert_close(outputs(model, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -1,11 +1,11 @@
 """TER, the edits of words and the shifts of phrases that turn an output into a reference.
 
-The paper's code takes pyter's, WebNLG's and DART's scorers tercom's; both find shifts greedily, so
-the search decides the score. Here they are pyter's, and tercom's as sacrebleu has it, with edits
-counted faster. What cannot change the result is left out: references that cannot be the nearest,
-searches where no shift can save an edit, since none changes which words there are, and shifts that
-cannot save as many as the best one so far. A shift of L words over G others takes 2·min(L, G)
-edits at most, so that it saves no more.
+The paper's code takes pyter's, WebNLG's and DART's scorers tercom's (7.25); both find shifts
+greedily, so the search decides the score. Here they are those searches, with edits counted faster;
+sacrebleu's differs from tercom's in where phrases go, and in which it tries. What cannot change the
+result is left out: references that cannot be the nearest, searches where no shift can save an edit,
+since none changes which words there are, and shifts that cannot save as many as the best one so
+far. A shift of L words over G others takes 2·min(L, G) edits at most, so that it saves no more.
 """
 
 from __future__ import annotations
@@ -14,16 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 
-from lorakit.errors import MissingExtraError
+from lorakit.data.metrics.tercom_beam import BEAM, beam_edits
 
 Words = list[str]
-_IN_BAND = 46
-"""Edits, and words by which the lengths differ, together, up to which no path of the fewest edits
-leaves the band that tercom's search keeps to, 25 words above the diagonal and 24 below it. Such a
-path leaves the diagonal by half of them at most, and the diagonal is rounded down to a word."""
-_LONGEST, _FARTHEST, _MOST = 10, 50, 1000
-"""tercom's longest phrase, the farthest place in the reference where it looks for one, and the
-shifts that it tries in a search; sacrebleu's limits."""
+_LONGEST, _FARTHEST = 10, 50
+"""tercom's longest phrase, and the farthest that it takes one."""
 
 
 def least_ter(output: Words, references: Sequence[Words]) -> float:
@@ -39,31 +34,16 @@ def least_ter(output: Words, references: Sequence[Words]) -> float:
     return _least(bounds, lambda number: _by_pyter(pairs[number]) / lengths[number])
 
 
-def tercom_edits() -> Callable[[str, Sequence[str]], float]:
-    """A function that gives the edits that the nearest reference of a line takes, as tercom does.
+def tercom_edits(output: Words, references: Sequence[Words]) -> float:
+    """The edits that the nearest of an output's references takes, by tercom's search.
 
-    Raises:
-        MissingExtraError: sacrebleu is not installed.
+    Args:
+        output: its words, lower-cased as tercom does it.
+        references: the words of each reference.
     """
-    try:
-        from sacrebleu.metrics.ter import TER
-    except ImportError:
-        raise MissingExtraError("TER", "metrics") from None
-    ter = TER()
-
-    def edits(line: str, references: Sequence[str]) -> float:
-        output, *known = (text.lower().split() for text in (line, *references))
-        pairs = [_Pair(output, words) for words in known]
-
-        def of(number: int) -> float:
-            pair = pairs[number]
-            if pair.edits + abs(len(output) - len(pair.reference)) <= _IN_BAND:
-                return float(_by_tercom(pair))
-            return float(ter.sentence_score(line, [references[number]]).num_edits)
-
-        return _least([float(pair.least) for pair in pairs], of)
-
-    return edits
+    pairs = [_Pair(output, known) for known in references]
+    bounds = [float(pair.least) for pair in pairs]
+    return _least(bounds, lambda number: float(_by_tercom(pairs[number])))
 
 
 def _least(bounds: Sequence[float], cost: Callable[[int], float]) -> float:
@@ -154,71 +134,145 @@ def _same(words: Words, start: int, others: Words, other_start: int) -> int:
 
 
 def _by_tercom(pair: _Pair) -> int:
-    """Edits and shifts by tercom's search, where no path of the fewest edits leaves its band."""
-    output, edits, shifts, tried = pair.output, pair.edits, 0, 0
+    """Edits and shifts by tercom's search.
+
+    Of the shifts that save the most it takes the longest phrase, and of these the first. No path
+    of few edits leaves its beam.
+    """
+    if pair.edits > BEAM:
+        return _by_tercom_in_its_beam(pair)
+    output, edits, shifts = pair.output, pair.edits, 0
     while edits > pair.fewest:
         columns = pair.distance.columns(output)
-        best: tuple[int, int, int, int] = (0, 0, 0, 0)
-        words = output
-        for start, length, target in _tercom_moves(pair, output, columns):
-            tried += 1
-            if tried == _MOST:
-                # What the search has found does not count then.
-                return shifts + edits
-            # Of equal savings the longest phrase counts, then the earliest, then its first target.
-            place = target if target <= start + length else target - length
-            saved = min(_most_saved((start, length, place)), edits - pair.fewest)
-            if (saved, length, -start, -target) <= best or not saved:
+        best, words = (0, 0), output
+        for move in _tercom_moves(pair, output, _alignment(output, pair.reference, columns)):
+            start, length, place = move
+            saved = min(_most_saved(move), edits - pair.fewest)
+            if (saved, length) <= best or not saved:
                 continue
-            moved = _moved(output, (start, length, place))
+            moved = _moved(output, move)
             saved = edits - pair.distance.going_on(columns, min(start, place), moved)
-            if saved > 0 and (saved, length, -start, -target) > best:
-                best, words = (saved, length, -start, -target), moved
+            if saved > 0 and (saved, length) > best:
+                best, words = (saved, length), moved
         if not best[0]:
             break
         output, edits, shifts = words, edits - best[0], shifts + 1
     return shifts + edits
 
 
-def _tercom_moves(pair: _Pair, output: Words, columns: Sequence[_Column]) -> Iterator[_Move]:
-    """The shifts that tercom tries: each phrase's start, length and target.
+def _by_tercom_in_its_beam(pair: _Pair) -> int:
+    """Edits and shifts by tercom's search, where its beam may end paths.
 
-    Both the phrase and the place in the reference that it is the same as must have an error in the
-    alignment, and the phrase must not be aligned with that place. Its targets are the words of the
-    output that are aligned with the words of that place, and with the word before them.
+    There a shift can save more than twice its words. So what tercom leaves out is left out here:
+    phrases that are too short to save more than is saved already.
     """
-    aligned, wrong, wrong_there = _alignment(output, pair.reference, columns)
-    for start, word in enumerate(output):
-        for place in pair.places.get(word, ()):
-            if abs(place - start) > _FARTHEST:
+    output, reference, shifts = pair.output, pair.reference, 0
+    edits, path = beam_edits(output, reference)
+    while edits > pair.fewest:
+        moves = list(_tercom_moves(pair, output, _aligned_by(path, len(output), len(reference))))
+        moves.sort(key=lambda move: -move[1])
+        best, words, kept = 0, output, path
+        for move in moves:
+            if best > 2 * move[1]:
+                break
+            moved = _moved(output, move)
+            if edits - pair.distance.columns(moved)[-1][2] <= best:
                 continue
-            longest = min(_same(output, start, pair.reference, place), _LONGEST)
-            for length in range(1, longest + 1):
-                here = (1 << length) - 1
-                if not (wrong >> start & here and wrong_there >> place & here):
-                    continue
-                if start <= aligned[place] < start + length:
-                    continue
-                before = aligned[place - 1] if place else -1
-                targets = [at + 1 for at in (before, *aligned[place : place + length])]
-                # Words of the reference that nothing stands for are aligned with the same word.
-                for target in dict.fromkeys(targets):
-                    yield start, length, target
+            found, found_path = beam_edits(moved, reference)
+            if edits - found > best:
+                best, words, kept = edits - found, moved, found_path
+        if not best:
+            break
+        output, path, edits, shifts = words, kept, edits - best, shifts + 1
+    return shifts + edits
 
 
-def _alignment(
-    output: Words, reference: Words, columns: Sequence[_Column]
-) -> tuple[list[int], int, int]:
-    """Of each word of the reference the last word of the output up to it, and what is wrong.
+_Alignment = tuple[list[int], int, int]
+"""The number of a word of the output for each word of the reference, the last one up to it, -1
+before the first; and as bits the words of the output and those of the reference that are no
+match."""
+
+
+def _tercom_moves(pair: _Pair, output: Words, alignment: _Alignment) -> Iterator[_Move]:
+    """The shifts that tercom tries.
+
+    A phrase and the place in the reference where it is too must both have an error in the
+    alignment, and the phrase must not be aligned with that place. A phrase is made longer while
+    there is such a place.
+    """
+    aligned, wrong, wrong_there = alignment
+    for start, word in enumerate(output):
+        places = pair.places.get(word, ())
+        same = {place: _same(output, start, pair.reference, place) for place in places}
+        if not any(
+            aligned[place] != start and -_FARTHEST - 1 <= aligned[place] - start <= _FARTHEST
+            for place in places
+        ):
+            continue
+        for length in range(1, _LONGEST + 1):
+            here = [place for place in places if same[place] >= length]
+            errors = (1 << length) - 1
+            if here and not wrong >> start & errors:
+                continue
+            free = [
+                place
+                for place in here
+                if not start <= aligned[place] < start + length
+                and abs(aligned[place] - start) <= _FARTHEST
+            ]
+            if not free:
+                break
+            for place in free:
+                if wrong_there >> place & errors:
+                    for after in _targets(aligned, start, length, place):
+                        yield start, length, _place(start, length, after)
+
+
+def _targets(aligned: Sequence[int], start: int, length: int, place: int) -> Iterator[int]:
+    """The words of the output behind which tercom puts a phrase; -1 is before the first.
+
+    Args:
+        aligned: of each word of the reference the word of the output.
+        start: the phrase's first word.
+        length: its words.
+        place: where it is in the reference.
+    """
+    for at in range(place - 1, place + length):
+        if at < 0:
+            yield -1
+        elif aligned[at] != start and (at == place or aligned[at] != aligned[place]):
+            yield aligned[at]
+
+
+def _place(start: int, length: int, after: int) -> int:
+    """The place, in the words that are left, of a phrase that is put behind a word."""
+    if after < start:
+        return after + 1
+    # Behind a word of its own it goes as many words on as that is from its first.
+    return after if after < start + length else after + 1 - length
+
+
+def _aligned_by(path: str, output_words: int, reference_words: int) -> _Alignment:
+    """The alignment of a path's steps."""
+    aligned = [-1] * reference_words
+    wrong, wrong_there = (1 << output_words) - 1, (1 << reference_words) - 1
+    row = column = 0
+    for step in path:
+        row, column = row + (step != "d"), column + (step != "i")
+        if step != "i":
+            aligned[column - 1] = row - 1
+        if step == "=":
+            wrong, wrong_there = wrong ^ 1 << row - 1, wrong_there ^ 1 << column - 1
+    return aligned, wrong, wrong_there
+
+
+def _alignment(output: Words, reference: Words, columns: Sequence[_Column]) -> _Alignment:
+    """The alignment of the path that tercom takes of those with the fewest edits.
 
     Args:
         output: its words.
         reference: its words.
         columns: of the output's words.
-
-    Returns:
-        The number of a word of the output for each word of the reference, -1 before the first; and
-        as bits the words of the output and those of the reference that are no match.
     """
 
     def edits(row: int, column: int) -> int:

@@ -135,8 +135,10 @@ def _bleu(
 
 def _tercom(lines: Texts, references: list[Texts]) -> Callable[[Iterable[int]], float]:
     """The edits to the nearest reference over the mean length of the references, both summed."""
-    edits_of = tercom_edits()
-    edits = [edits_of(*pair) for pair in zip(lines, references, strict=True)]
+    edits = [
+        tercom_edits(line.lower().split(), [text.lower().split() for text in known])
+        for line, known in zip(lines, references, strict=True)
+    ]
     lengths = [sum(len(text.split()) for text in known) / len(known) for known in references]
 
     def of_part(part: Iterable[int]) -> float:

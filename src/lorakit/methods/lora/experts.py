@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Update
 from lorakit.methods.lora.lora import LowRank, positions
+from lorakit.methods.lora.read_parameter import ReadParameterUpdate
 from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import base_parameter
 from lorakit.models.experts import ExpertMatrices, expert_matrices
@@ -75,7 +76,8 @@ class ExpertsUpdate(Update):
 
 def low_ranks_of(update: Update) -> list[LowRank]:
     """A and B of each site of an update; none where it is of another method."""
-    return list(update.low_ranks()) if isinstance(update, LoRAUpdate | ExpertsUpdate) else []
+    kinds = LoRAUpdate | ExpertsUpdate | ReadParameterUpdate
+    return list(update.low_ranks()) if isinstance(update, kinds) else []
 
 
 def part_key(part: LowRank) -> str:

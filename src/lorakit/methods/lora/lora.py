@@ -42,14 +42,17 @@ def parameter_shapes(layer: nn.Module, site: Site) -> tuple[tuple[int, ...], tup
         ones = (1,) * len(layer.kernel_size)
         inner = (layer.in_channels // layer.groups, *layer.kernel_size)
         return (site.rank, *inner), (layer.out_channels, site.rank, *ones)
-    d_out, d_in = matrix_shape(layer)
+    d_out, d_in = matrix_shape(layer, site.parameter)
     if site.rows is not None:
         d_out = sum(stop - start for start, stop in site.rows)
     return (site.rank, d_in), (d_out, site.rank)
 
 
-def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a layer's weight seen as a matrix."""
+def matrix_shape(layer: nn.Module, parameter: str = "weight") -> tuple[int, int]:
+    """(d_out, d_in) of a layer's weight seen as a matrix, or of another parameter of its own."""
+    if parameter != "weight":
+        d_out, d_in = base_parameter(layer, parameter).shape
+        return d_out, d_in
     if is_quantized(layer):
         return cast(int, layer.out_features), cast(int, layer.in_features)
     first, *others = cast(Tensor, layer.weight).shape
@@ -72,6 +75,8 @@ def matrix_of(layer: nn.Module, site: Site) -> Tensor:
         stack = base_parameter(layer, site.parameter).detach()
         stack = stack.mT if site.kind == "experts-transposed" else stack
         return stack if site.rows is None else stack[:, positions(site.rows, stack.device)]
+    if site.is_of_parameter:
+        return base_parameter(layer, site.parameter).detach()
     weight = float_weight(layer).detach()
     matrix = weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight.flatten(1)
     if site.rows is None:
@@ -85,6 +90,8 @@ def kind_of(layer: nn.Module) -> LayerKind:
         return "embedding"
     if isinstance(layer, ConvNd):
         return "conv"
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return "out_proj"
     return "transposed" if isinstance(layer, Conv1D) else "linear"
 
 
@@ -96,6 +103,11 @@ def kind_of_experts(matrices: ExpertMatrices) -> LayerKind:
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is a matmul with its weight."""
     return isinstance(layer, nn.Linear | Conv1D)
+
+
+def takes_magnitudes(layer: nn.Module) -> bool:
+    """Whether the rows of what a layer computes with can have magnitudes (DoRA)."""
+    return is_linear(layer) or isinstance(layer, nn.Embedding)
 
 
 def takes_bias(layer: nn.Module) -> bool:
@@ -115,8 +127,6 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
     own = own_class(layer)
     if kind is None:
         return "it is no matmul, convolution or embedding"
-    if own is NonDynamicallyQuantizableLinear:
-        return "MultiheadAttention reads its weight and never calls it"
     if getattr(layer, "max_norm", None) is not None:
         return "its max_norm rescales rows of the weight whenever they are looked up"
     if own.forward is kind.forward or is_quantized(layer):
@@ -193,7 +203,7 @@ class LowRank(nn.Module):
                 ),
             )
         factor = self.lora_magnitude / norms
-        return rescaled(output, factor, cast("Tensor | None", layer.bias), entries)
+        return rescaled(output, factor, getattr(layer, "bias", None), entries)
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The update of the layer's output, (…, rows of the site)."""

@@ -18,6 +18,7 @@ from lorakit.methods.lora.experts import ExpertsUpdate, part_key
 from lorakit.methods.lora.init import fresh_tensors
 from lorakit.methods.lora.lora import LowRank, parameter_shapes
 from lorakit.methods.lora.pissa import split_frozen_factors
+from lorakit.methods.lora.read_parameter import ReadParameterUpdate
 from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import device_of
 
@@ -80,7 +81,7 @@ class LowRankComponent(Component):
         size = f"{self.matrices} × {size}" if site.is_of_experts else size
         return site.name, self.role or "", size, str(site.rank), f"{site.scale:g}"
 
-    def update(self, materials: Materials) -> LoRAUpdate | ExpertsUpdate:
+    def update(self, materials: Materials) -> LoRAUpdate | ExpertsUpdate | ReadParameterUpdate:
         """The update of the layer; a fresh A is drawn from torch's global generator."""
         layer = materials.modules[self.path]
         device = device_of(layer)
@@ -95,6 +96,8 @@ class LowRankComponent(Component):
         part = LowRank(self.site, self.config, weights)
         if self.site.is_of_experts:
             return ExpertsUpdate({part_key(part): part})
+        if self.site.is_of_parameter:
+            return ReadParameterUpdate({self.site.parameter: part})
         return LoRAUpdate({self.site.role or "whole": part})
 
     def _fresh(self, layer: nn.Module, device: torch.device) -> dict[str, Tensor]:

@@ -18,10 +18,12 @@ from lorakit.methods.lora.lora import (
     kind_of_experts,
     matrix_shape,
     takes_bias,
+    takes_magnitudes,
     why_not_adaptable,
 )
 from lorakit.methods.lora.low_rank import low_rank_component
 from lorakit.models.linear_probe import own_class
+from lorakit.models.multihead import IN_PROJ
 from lorakit.models.reads import only_read
 from lorakit.models.roles import Target, select_targets, targets_by_word
 
@@ -43,7 +45,7 @@ def components(model: nn.Module, config: LoRAConfig) -> tuple[Component, ...]:
     _check_ranks(model, {target: ranks.get(target, config.rank) for target in kept}, config)
     sites = [(target, _site(model, target, config, ranks, alphas)) for target in kept]
     adapted = (
-        {target.path for target in kept if target.experts is None}
+        {target.path for target in kept if target.path == target.module_path}
         if config.bias == "lora"
         else None
     )
@@ -63,7 +65,7 @@ def _check_adaptable(model: nn.Module, kept: Sequence[Target]) -> None:
     problems = [
         f"{target.path} is a {own_class(layer).__name__}: {reason}"
         for target in kept
-        if target.experts is None
+        if target.path == target.module_path
         for layer in [model.get_submodule(target.path)]
         if (reason := why_not_adaptable(layer)) is not None
     ]
@@ -80,17 +82,17 @@ def _check_form(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) ->
     form = "use_dora" if config.use_dora else "init eva" if config.init == "eva" else None
     form = "init pissa" if config.init == "pissa" and any(t.experts for t in kept) else form
     others = {target.path: model.get_submodule(target.module_path) for target in kept}
+    takes = takes_magnitudes if form == "use_dora" else is_linear
     problems = [
-        f"{path} is a {type(layer).__name__}"
+        f"{path} is a {own_class(layer).__name__}"
         for path, layer in others.items()
-        if form and not is_linear(layer)
+        if form and not takes(layer)
     ]
     if config.lora_bias:
         _check_biased(others)
     if problems:
-        raise TargetError.listing(
-            f"{form} is for linear layers alone; exclude the others", problems
-        )
+        those = "linear layers and embeddings" if form == "use_dora" else "linear layers alone"
+        raise TargetError.listing(f"{form} is for {those}; exclude the others", problems)
 
 
 def _check_biased(others: Mapping[str, nn.Module]) -> None:
@@ -120,7 +122,7 @@ def _check_dropout(model: nn.Module, kept: Sequence[Target], config: LoRAConfig)
     problems = [
         target.name
         for target in kept
-        if target.path in read or (config.dropout and target.experts is not None)
+        if target.path in read or (config.dropout and target.path != target.module_path)
     ]
     if problems:
         raise TargetError.listing(
@@ -202,9 +204,12 @@ def _matrix_shape(model: nn.Module, target: Target) -> tuple[int, int]:
     """(d_out, d_in) of a target's whole matrix, or of each expert's."""
     each = target.experts
     if each is None:
-        return matrix_shape(model.get_submodule(target.path))
+        layer = model.get_submodule(target.module_path)
+        return matrix_shape(layer, IN_PROJ if target.is_in_proj else "weight")
     return each.d_out, each.d_in
 
 
 def _kind(layer: nn.Module, target: Target) -> LayerKind:
-    return kind_of(layer) if target.experts is None else kind_of_experts(target.experts)
+    if target.experts is not None:
+        return kind_of_experts(target.experts)
+    return "in_proj" if target.is_in_proj else kind_of(layer)

@@ -132,7 +132,9 @@ class OwnEngine:
                 grammar=self._grammar(body, chosen),
                 client=rights_of(http).client,
             )
-            texts = [p if isinstance(p, str) else text_of(chosen.tokenizer, p) for p in prompts]
+            # Nobody waits for the texts of tokens that are not given back.
+            given = prompts if body.echo else []
+            texts = [p if isinstance(p, str) else text_of(chosen.tokenizer, p) for p in given]
             return chosen, requests, texts
 
         with self._engine.queue.reserved(len(prompts) * body.n):
