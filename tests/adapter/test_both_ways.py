@@ -5,12 +5,14 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
 import lorakit as lk
 from covering import sampled
+from lorakit.errors import AdapterFileError
 from references import randomise
 from tiny_models import STACKS
 
@@ -232,3 +234,25 @@ def test_an_adapter_made_here_is_the_same_in_peft(name: str, tmp_path: Path) -> 
     folder = lk.extract(ours).save(tmp_path / "a")
     theirs = peft.PeftModel.from_pretrained(build(name), str(folder)).eval()
     assert torch.equal(output(theirs, name), wanted)
+
+
+def test_an_adapter_with_llava_s_older_names_is_attached(tmp_path: Path) -> None:
+    theirs = in_peft("Llava")
+    expected = output(theirs, "Llava")
+    theirs.save_pretrained(str(tmp_path / "a"))
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load(file.read_bytes())
+    older = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("base_model.model.model.")
+        name = name.replace("language_model.", "language_model.model.", 1)
+        older[f"base_model.model.{name}"] = tensor
+    assert "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_A.weight" in older
+    file.write_bytes(safetensors.torch.save(older))
+    ours = build("Llava")
+    lk.attach(ours, tmp_path / "a")
+    torch.testing.assert_close(output(ours, "Llava"), expected, rtol=0, atol=1e-5)
+    back = peft.PeftModel.from_pretrained(build("Llava"), lk.extract(ours).save(tmp_path / "b"))
+    torch.testing.assert_close(output(back.eval(), "Llava"), expected, rtol=0, atol=1e-5)
+    with pytest.raises(AdapterFileError, match="is not a module of this model"):
+        lk.attach(build("ViT"), tmp_path / "a")

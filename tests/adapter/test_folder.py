@@ -256,6 +256,10 @@ def test_an_edited_config_is_noticed(saved: Path, change: dict[str, Any], text: 
         ({"layer_replication": [[0, 2]]}, "layer_replication: the base's layers are repeated"),
         ({"megatron_config": {"a": 1}}, "megatron_config: the base is a Megatron model"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changes the base's weights"),
+        (
+            {"init_lora_weights": "loftq"},
+            "init_lora_weights: 'loftq' changes the base's",
+        ),
         ({"use_new_thing": True}, "use_new_thing: unknown to lorakit, and it may change"),
         ({"new_config": {"a": 1}}, "new_config: unknown to lorakit, and it may change"),
     ],

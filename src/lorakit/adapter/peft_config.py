@@ -140,10 +140,7 @@ def _unsupported(config: PeftConfig) -> list[str]:
         if extra.get(key)
     ]
     if config.init_lora_weights not in NEUTRAL_INITS:
-        lines.append(
-            f"{CONFIG_FILE}  init_lora_weights: {config.init_lora_weights!r} changes the base's "
-            "weights; save it from PEFT with path_initial_model_for_weight_conversion"
-        )
+        lines.append(f"{CONFIG_FILE}  init_lora_weights: {_of_changed_base(config)}")
     lines += [
         f"{CONFIG_FILE}  {key}: unknown to lorakit, and it may change the output; "
         "remove it if you know that it does not"
@@ -151,6 +148,21 @@ def _unsupported(config: PeftConfig) -> list[str]:
         if value is True or isinstance(value, list | dict)
     ]
     return lines + list(_bad_patterns(config))
+
+
+def _of_changed_base(config: PeftConfig) -> str:
+    """Why A and B are of another base than the one that was loaded, and how to mend that."""
+    init = str(config.init_lora_weights)
+    if init == "loftq":
+        return (
+            "'loftq' changes the base's weights to what quantising leaves of them: attach it to a "
+            "checkpoint of that base, with init_lora_weights true, or merge it there with PEFT"
+        )
+    return (
+        f"{init!r} changes the base's weights; save it from PEFT with "
+        "path_initial_model_for_weight_conversion, the folder of the adapter as it was before "
+        "training: A and B of twice the rank then belong to the base as it is"
+    )
 
 
 def unknown_values(config: PeftConfig) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, AdapterSource
+from lorakit.attachment.older_names import with_names_of
 from lorakit.attachment.original_weights import restore_module
 from lorakit.attachment.plan import Plan, fresh_plan, with_singular_vectors
 from lorakit.attachment.state import (
@@ -132,6 +133,7 @@ def plan(
     model, what = unwrapped(model), _what(what)
     if isinstance(what, Adapter):
         base, identity = modules_of(model), identity_of(model)
+        what = with_names_of(base, what)
         return saved_plan(base, what, identity, allow_other_base=allow_other_base)
     return fresh_plan(model, what)
 
@@ -232,6 +234,7 @@ def fit_and_build(
         AdapterFileError: it does not fit; every problem is listed.
     """
     base = modules_of(model)
+    adapter = with_names_of(base, adapter)
     found = saved_plan(
         base,
         adapter,
