@@ -113,7 +113,7 @@ class Client:
         found = [
             line.rsplit(" ", 1) for line in lines if line.startswith((f"{name}{{", f"{name} "))
         ]
-        return sum(float(value) for _, value in found)
+        return sum((float(value) for _, value in found), 0.0)
 
     def _asked(self, method: str, path: str, body: bytes | None) -> Reply:
         begun = time.perf_counter()
