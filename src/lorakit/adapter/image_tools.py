@@ -187,7 +187,8 @@ def _sites(
     found: _Found, config: PeftConfig | None, problems: list[str]
 ) -> tuple[list[Site], dict[str, Tensor]]:
     """The sites of a model's layers, and their tensors."""
-    sites, named = [], {}
+    sites: list[Site] = []
+    named: dict[str, Tensor] = {}
     for path, own in sorted(found.layers.items(), key=lambda item: _natural(item[0])):
         a, b = own.get("a"), own.get("b")
         if a is None or b is None or a.shape[0] != b.shape[1] or b[0, 0].numel() != 1:
