@@ -64,7 +64,9 @@ def rooms() -> list[str]:
 
 
 def _is_room(path: Path) -> bool:
-    return (path.suffix == ".py" and path.stem != "__init__") or (path / "__init__.py").is_file()
+    if path.suffix == ".py":
+        return path.stem not in ("__init__", "__main__")
+    return (path / "__init__.py").is_file()
 
 
 def page_block() -> str:

@@ -31,7 +31,8 @@ def package_graph() -> Graph:
 
 def room_of(module: str) -> str:
     """The folder or the file right under src/lorakit that a module belongs to."""
-    return module.removeprefix("lorakit").removeprefix(".").partition(".")[0]
+    room = module.removeprefix("lorakit").removeprefix(".").partition(".")[0]
+    return room.removesuffix("__main__")
 
 
 def between_rooms(graph: Graph) -> Graph:

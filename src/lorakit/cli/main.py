@@ -106,7 +106,7 @@ def _run(line: _Line) -> int:
         if as_json:
             _print(_error_json(error))
         raise
-    if text:
+    if text and not _is_beside_another():
         _print(text)
     elif sys.stdout is not None:
         sys.stdout.flush()
@@ -166,13 +166,29 @@ def _verb_and_rest(words: list[str]) -> tuple[str, list[str]]:
 
 def _fail(error: BaseException, switches: set[str]) -> int:
     """Print the message of an error, and return the exit code."""
+    code = 130 if isinstance(error, KeyboardInterrupt) else 2
+    if _are_many():
+        from lorakit.training.processes import is_first_to_tell
+
+        if not is_first_to_tell():
+            return code
     if "--debug" in switches:
         traceback.print_exception(error)
     stopped = isinstance(error, KeyboardInterrupt)
     print(_message(error) if stopped else f"error: {_message(error)}", file=sys.stderr)
     if "--json" in switches:
         _print(_error_json(error))
-    return 130 if stopped else 2
+    return code
+
+
+def _are_many() -> bool:
+    """Whether a launcher such as torchrun has started several processes."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def _is_beside_another() -> bool:
+    """Whether another process than this one prints the result."""
+    return _are_many() and os.environ.get("RANK", "0") != "0"
 
 
 def _message(error: BaseException) -> str:

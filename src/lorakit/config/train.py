@@ -222,7 +222,7 @@ class TrainConfig(Settings):
     """Passes over the training rows, where `steps` is not given."""
 
     batch_size: Varies[PositiveInt] = 8
-    """Rows per forward pass."""
+    """Rows per forward pass, of all processes that train together."""
 
     accumulate: Varies[PositiveInt] = 1
     """Forward passes per optimizer step."""

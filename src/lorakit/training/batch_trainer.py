@@ -13,6 +13,7 @@ from lorakit.data.length_sampler import ByLength
 from lorakit.models.attention import attention_within
 from lorakit.training.lm_loss import item_weight, text_losses
 from lorakit.training.loss import Loss
+from lorakit.training.processes import BORROWED, count, seed_step, sum_gradients, total
 
 
 class BatchTrainer(Trainer):
@@ -23,6 +24,7 @@ class BatchTrainer(Trainer):
         super().__init__(**kwargs)
         self.by_length = by_length
         self._tokens, self._padding = 0, 0
+        self._passes, self._borrowed, self._whole_loss = 0, False, torch.zeros(())
 
     @property
     def adapted(self) -> nn.Module:
@@ -37,7 +39,12 @@ class BatchTrainer(Trainer):
         return ByLength(lengths, batch_size=self.args.train_batch_size, seed=self.args.seed)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
-        """The items that a step's loss is averaged over: target tokens, or rows with a label each.
+        """The items, of all processes, that a step's loss is averaged over."""
+        own = self._own_items([each for each in batch_samples if BORROWED not in each], device)
+        return own if count() == 1 else total(torch.tensor(int(own or 0)))
+
+    def _own_items(self, batch_samples: list[Any], device: Any) -> Any:
+        """The target tokens, or rows with a label each, of this process's batches, if any.
 
         transformers counts the labels that are not IGNORED, and a number to predict may be that.
         """
@@ -54,11 +61,25 @@ class BatchTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The loss of one batch, and add its gradients to `.grad`."""
-        self.count(inputs)
+        """The loss of one batch, and add its gradients to `.grad`.
+
+        Of several processes the losses are summed, and the gradients after a step's last batch.
+        """
+        self._borrowed = inputs.pop(BORROWED, False)
+        if not self._borrowed:
+            self.count(inputs)
+        if count() > 1:
+            seed_step(self.args.seed, self.state.global_step, self._passes)
+            self._passes += 1
         # The backward pass is inside too: gradient checkpointing runs layers again there.
         with attention_within(self.adapted, inputs.pop(PACKED, None)):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if count() == 1:
+            return loss
+        if self.accelerator.sync_gradients:
+            self._passes = 0
+            sum_gradients(each for each in self.adapted.parameters() if each.requires_grad)
+        return self._whole_loss
 
     def count(self, inputs: dict[str, Any]) -> None:
         """Add a batch to the counts of tokens and of padding tokens."""
@@ -69,8 +90,9 @@ class BatchTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log figures; to a loss, add the tokens since the last log and the share of padding."""
-        if "loss" in logs and self._tokens:
-            logs |= {"tokens": self._tokens, "padding": round(self._padding / self._tokens, 4)}
+        tokens, padding = total(torch.tensor([self._tokens, self._padding])).tolist()
+        if "loss" in logs and tokens:
+            logs |= {"tokens": tokens, "padding": round(padding / tokens, 4)}
             self._tokens, self._padding = 0, 0
         super().log(logs, *args, **kwargs)
 
@@ -85,8 +107,7 @@ class BatchTrainer(Trainer):
         how = self.compute_loss_func
         if not isinstance(how, Loss) or how.task != "generation":
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            self.check_loss(found[0] if isinstance(found, tuple) else found)
-            return found
+            return found if isinstance(found, tuple) else self._checked(found)
         assert not return_outputs, "only Trainer's own evaluation asks for outputs"
         labels = inputs["labels"]
         loss, _ = text_losses(
@@ -97,10 +118,14 @@ class BatchTrainer(Trainer):
             label_smoothing=how.label_smoothing,
             z_loss=how.z_loss,
         )
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # The items are those of all processes, and their gradients are averaged.
-            loss = loss * self.accelerator.num_processes
-        self.check_loss(loss)
+        return self._checked(loss)
+
+    def _checked(self, loss: Tensor) -> Tensor:
+        """The loss of this process's rows, if that of all processes is to be trained on."""
+        if self._borrowed:
+            loss = loss * 0
+        self._whole_loss = total(loss.detach())
+        self.check_loss(self._whole_loss)
         return loss
 
     def check_loss(self, loss: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorakit.errors import TrainingError
+from lorakit.training.processes import any_says
 
 
 class UntrainedParts(TrainerCallback):
@@ -84,7 +85,8 @@ class Interruption(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Request a checkpoint and the end of the run, if a signal came."""
+        """Request a checkpoint and the end of the run, if a signal came to any process."""
+        self.happened = any_says(self.happened)
         if self.happened:
             control.should_save = True
             control.should_training_stop = True

@@ -13,6 +13,7 @@ from lorakit.data.encode import Example
 from lorakit.data.metrics.basic import accuracy, matthews, pearson
 from lorakit.training.lm_loss import is_target, text_losses
 from lorakit.training.loss import Loss, perplexity
+from lorakit.training.processes import count, gathered, number
 from lorakit.training.progress import steps
 
 BEST_BY = {"generation": "loss", "classification": "accuracy", "regression": "pearson"}
@@ -42,37 +43,47 @@ def scored(
     best_by: str | None = None,
     progress: bool = False,
 ) -> Scored:
-    """The mean loss per target token or row, the scores of the task, and what was predicted."""
+    """The mean loss per target token or row, the scores of the task, and what was predicted.
+
+    Processes that train together have a share of the rows each, and all have the result.
+    """
     model.eval()
     device = next(model.parameters()).device
-    summed, count = 0.0, 0
+    summed, counted = 0.0, 0
+    rows: list[int] = []
     predicted: list[Tensor] = []
     expected: list[Tensor] = []
     # Rows of similar length share a batch, so that little of it is padding.
     order = sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids))
+    order = order[number() :: count()]
     for start in steps(len(order), batch_size, title="evaluating", show=progress):
-        batch = collate([examples[row] for row in order[start : start + batch_size]])
+        chosen = order[start : start + batch_size]
+        batch = collate([examples[row] for row in chosen])
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         labels = batch.pop("labels")
         if loss.task == "generation":
             _, losses = text_losses(
                 model, batch, labels, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
             )
-            summed, count = summed + float(losses.sum()), count + int(is_target(labels).sum())
+            summed, counted = summed + float(losses.sum()), counted + int(is_target(labels).sum())
             continue
         logits = model(**batch).logits
-        summed, count = summed + float(loss.summed(logits, labels)), count + len(labels)
+        summed, counted = summed + float(loss.summed(logits, labels)), counted + len(labels)
+        rows += chosen
         predicted.append(logits.float().cpu())
         expected.append(labels.cpu())
-    mean = summed / max(count, 1)
+    parts = gathered((summed, counted, rows, predicted, expected))
+    mean = sum(part[0] for part in parts) / max(sum(part[1] for part in parts), 1)
     if loss.task == "generation":
         return Scored(scores={"loss": mean, "perplexity": perplexity(mean)}, predicted=[])
     # In the order of the rows.
-    back = torch.tensor(order).argsort()
-    found = _of_labels(loss.task, mean, torch.cat(predicted)[back], torch.cat(expected)[back])
+    back = torch.tensor([row for part in parts for row in part[2]]).argsort()
+    outputs, wanted = (torch.cat([b for part in parts for b in part[at]])[back] for at in (3, 4))
+    found = _of_labels(loss.task, mean, outputs, wanted)
     if best_by == "matthews":
-        classes = torch.cat(expected)[back].tolist()
-        found.scores["matthews"] = matthews([int(each) for each in found.predicted], classes)
+        found.scores["matthews"] = matthews(
+            [int(each) for each in found.predicted], wanted.tolist()
+        )
     return found
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +17,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.attach import extract
-from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.errors import ConfigError, OutputError, TrainingError
 from lorakit.kernels.choice import use
-from lorakit.models.quantized import card_of_base
 from lorakit.routing.route import route
+from lorakit.training.card import training_card
 from lorakit.training.checkpoints import step_of
 from lorakit.training.checks import Interruption, UntrainedParts
 from lorakit.training.evaluation import scored
@@ -35,6 +31,15 @@ from lorakit.training.loss import Loss
 from lorakit.training.memory.compiled_blocks import compiled_blocks
 from lorakit.training.memory.memory_setting import training_memory
 from lorakit.training.prepare import Prepared, prepare
+from lorakit.training.processes import (
+    ShareOfBatch,
+    as_in_first,
+    check_same,
+    check_settings,
+    is_first,
+    together,
+    wait_for_all,
+)
 from lorakit.training.rates import learning_rates
 from lorakit.training.record import JsonLines, LogWithScores, ProgressBar, tensorboard
 from lorakit.training.resume import (
@@ -125,7 +130,8 @@ def train(
     The folder holds the best adapter by validation (the last one, without validation rows), the
     last one in `last/`, resumable checkpoints, `log.jsonl` and, where TensorBoard is installed, its
     record. Identical settings give identical adapter files on one machine; a run that is resumed
-    gives the same bytes as one that was never interrupted.
+    gives the same bytes as one that was never interrupted. Under torchrun the processes train one
+    adapter together (docs/scale.md), and the first of them writes it.
 
     Args:
         config: the settings.
@@ -149,17 +155,24 @@ def train(
     check_config(config)
     if config.sweep is not None:
         raise ConfigError("sweep asks for several adapters: call lk.sweep(config)")
-    with locked(config.out), borrowed(config, model, tokenizer) as base:
+    with together(), _locked(config.out), borrowed(config, model, tokenizer) as base:
         config = settled(config, base)
-        checkpoint = find_checkpoint(config)
+        checkpoint = as_in_first(lambda: find_checkpoint(config))
         if checkpoint:
             config = settings_to_resume(config, checkpoint)
+        check_settings(config)
         prepared = prepare(config, base)
+        check_same({"the hash of the training rows": prepared.training.content_hash})
         run = Run.of(config, prepared, checkpoint)
-        if table:
+        if table and is_first():
             print(prepared.describe(config.table), file=sys.stderr)
         with while_training(prepared.model, config) as interruption:
-            return execute(run, interruption, bar=ProgressBar(show=progress))
+            return execute(run, interruption, bar=ProgressBar(show=progress and is_first()))
+
+
+def _locked(folder: Path) -> AbstractContextManager[None]:
+    """A run's folder, locked by the process that writes it."""
+    return locked(folder) if is_first() else nullcontext()
 
 
 def check_config(config: object) -> None:
@@ -243,6 +256,8 @@ def execute(
 
 def _open_folder(run: Run) -> None:
     """Make the folder, and remove an earlier run's files, which this one would be mixed with."""
+    if not is_first():
+        return
     if run.checkpoint is None:
         for left in ("checkpoints", "last", "tensorboard"):
             shutil.rmtree(run.config.out / left, ignore_errors=True)
@@ -280,14 +295,15 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
         args=make_arguments(config, prepared.steps, learning_rate=max(rates.values())),
         train_dataset=prepared.training,
         eval_dataset=validation,
-        data_collator=Collator(prepared.tokenizer, prepared.packing),
+        data_collator=ShareOfBatch(Collator(prepared.tokenizer, prepared.packing)),
         compute_loss_func=loss,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogWithScores())
     trainer.add_callback(OwnIntervals())
-    trainer.add_callback(JsonLines(config.out / LOG))
-    trainer.add_callback(tensorboard(config.out / "tensorboard"))
+    if is_first():
+        trainer.add_callback(JsonLines(config.out / LOG))
+        trainer.add_callback(tensorboard(config.out / "tensorboard"))
     if not config.allow_untrained:
         trainer.add_callback(UntrainedParts(trainer.trained, check_after=config.check_after))
     if validation:
@@ -305,58 +321,19 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
 
 
 def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:
+    if not is_first():
+        return
     state = trainer.state
-    card = training_card(run, state.global_step, state.log_history)
+    card = training_card(
+        run.config, run.prepared, run.changes, step=state.global_step, history=state.log_history
+    )
     adapter = extract(run.prepared.model, run.prepared.name)
     replace(adapter, card=card).save(folder, overwrite=True)
 
 
-def training_card(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The training card of an adapter; identical runs have identical ones: no dates, no times."""
-    config, prepared = run.config, run.prepared
-    on_card = set(settings_where(TrainConfig, lambda mark: mark.on_card))
-    scores = [e for e in history if any(key.startswith("eval_") for key in e)]
-    quantized = card_of_base(prepared.model)
-    libraries = ("lorakit", "torch", "transformers", *(["bitsandbytes"] if quantized else []))
-    return {
-        "task": prepared.task,
-        "task_type": "CAUSAL_LM" if prepared.task == "generation" else "SEQ_CLS",
-        "rows_kind": prepared.kind,
-        "labels": None if prepared.labels is None else list(prepared.labels),
-        "end_tokens": list(prepared.training.ends),
-        "data": config.data.model_dump(mode="json"),
-        "rows": {
-            "training": len(prepared.training.examples),
-            "validation": len(prepared.validation.examples) if prepared.validation else 0,
-        },
-        "settings": config.model_dump(mode="json", include=on_card),
-        **quantized,
-        **_rates_of_rule(run),
-        **({"changes": [dict(change) for change in run.changes]} if run.changes else {}),
-        "step": step,
-        "scores": {
-            name.removeprefix("eval_"): value
-            for name, value in (scores[-1] if scores else {}).items()
-            if name.startswith("eval_") and math.isfinite(value)
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in libraries},
-        },
-    }
-
-
-def _rates_of_rule(run: Run) -> dict[str, Any]:
-    """The card's entry of the peak learning rates, where the settings have none."""
-    if run.config.learning_rate is not None:
-        return {}
-    rates = run.prepared.rates
-    return {"learning_rates": {method: rate.value for method, rate in rates.items()}}
-
-
 def _stopped(error: TrainingError, trainer: AdapterTrainer, run: Run) -> TrainingError:
     """Save the last good adapter of a run that a check stopped, and say in the error where."""
-    if not trainer.last_good:
+    if not (trainer.last_good and is_first()):
         return error
     trainer.restore_last_good()
     last = run.config.out / "last"
@@ -371,6 +348,7 @@ def _finish(run: Run, trainer: AdapterTrainer, seconds: float) -> TrainResult:
     best_step = trainer.state.best_global_step
     if run.prepared.validation is None:
         _save(run, trainer, out)
+    wait_for_all()
     scores = {
         key.removeprefix("eval_"): value
         for entry in history

@@ -28,6 +28,7 @@ from lorakit.errors import OutputError, TrainingError
 from lorakit.methods.lora.pissa import split_frozen_factors
 from lorakit.training.batch_trainer import BatchTrainer
 from lorakit.training.checkpoints import list_checkpoints, step_of
+from lorakit.training.processes import copy_from_first, is_first
 from lorakit.training.rates import split_by_rate
 
 Scorer = Callable[[nn.Module], dict[str, float]]
@@ -66,6 +67,7 @@ class AdapterTrainer(BatchTrainer):
         self.weights = dict(adapter_parameters(self.adapted, adapter_name))
         self.trained = {name: p for name, p in self.weights.items() if p.requires_grad}
         self.last_good: dict[str, Tensor] = {}
+        copy_from_first(self.weights.values())
 
     def train_from(self, checkpoint: Path | None) -> float:
         """Train to the end, from a checkpoint if there is one, and return the seconds it took."""
@@ -140,6 +142,8 @@ class AdapterTrainer(BatchTrainer):
         return str(self.checkpoints / ".unfinished")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not is_first():
+            return
         staging = Path(self._get_output_dir(trial))
         shutil.rmtree(staging, ignore_errors=True)
         try:

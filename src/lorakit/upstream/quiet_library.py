@@ -33,5 +33,20 @@ def without_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
+@contextmanager
+def without_advice_on_processes() -> Iterator[None]:
+    """Suppress transformers' advice on launching, for whoever joins the processes by himself."""
+    logger = logging.getLogger("transformers.training_args")
+    logger.addFilter(_is_no_advice)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "process group is initialized" not in record.getMessage()
+
+
 def _is_of_use(record: logging.LogRecord) -> bool:
     return "kernels-community" not in record.getMessage()

@@ -19,6 +19,7 @@ from lorakit.training.checkpoints import list_checkpoints
 from lorakit.training.checks import Interruption
 from lorakit.training.loaded_base import LoadedBase, borrowed, settled
 from lorakit.training.prepare import Prepared, for_each, prepare_all
+from lorakit.training.processes import check_alone
 from lorakit.training.record import SharedBar
 from lorakit.training.resume import settings_to_resume
 from lorakit.training.run import Run, TrainResult, check_config, execute, while_training
@@ -77,6 +78,7 @@ def sweep(
         >>> {name: run.parameters for name, run in result.finished.items()}
         {'rank=1': 57600, 'rank=2': 115200}
     """
+    check_alone("a sweep")
     check_config(config)
     with locked(config.out), borrowed(config, model, tokenizer) as base:
         config = settled(config, base)

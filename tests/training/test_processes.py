@@ -1,0 +1,162 @@
+"""Two processes that train one adapter: as one does, written once, and stopped with one message."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import lorakit as lk
+from lorakit.errors import ConfigError
+from lorakit.training.processes import check_alone, together
+
+# What the processes have imported, they have from the one that they are forked from.
+MANY = """
+import json, os, signal, sys, time
+from pathlib import Path
+from torch.distributed import TCPStore
+from lorakit.cli.main import main
+port, folder, kill, *words = json.loads(sys.argv[1])
+# As torchrun does, it holds the store by which they find each other.
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+children = []
+for number, own in enumerate(words):
+    child = os.fork()
+    if child == 0:
+        os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(len(words)))
+        for stream in (1, 2):
+            os.dup2(os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        code = main(own)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    children.append(child)
+if kill:
+    log = Path(words[0][words[0].index("--out") + 1], "log.jsonl")
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+    os.kill(children[kill[0]], kill[1])
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+print(json.dumps([codes, Path(folder, "said").read_text()]))
+"""
+
+
+@pytest.fixture
+def words(tiny_llama, prompt_rows, tmp_path):
+    """A maker of the words of a run: 64 rows in 11 batches, of which the last has 4."""
+
+    def make(out, *more):
+        data = ["--data.train", prompt_rows, "--data.validation", prompt_rows]
+        run = ["--model", tiny_llama, "--out", tmp_path / out, "--dtype", "float32", *data]
+        sizes = ["--batch-size", 6, "--steps", 14, "--save-every", 7, "--learning-rate", 1e-2]
+        return ["train", *map(str, [*run, *sizes, *more])]
+
+    return make
+
+
+@pytest.fixture
+def many(forks, tmp_path):
+    """A function that runs command lines in processes that are to train together."""
+
+    def run(*lines, kill=()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        (tmp_path / "said").unlink(missing_ok=True)
+        return json.loads(forks.run(MANY, json.dumps([port, str(tmp_path), kill, *lines])))
+
+    return run
+
+
+def logged(folder, shown=("loss", "eval_loss", "grad_norm")):
+    """The losses and scores of a run, by step."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [{key: line[key] for key in shown if key in line} for line in lines]
+
+
+def assert_close(one, other):
+    assert [line.keys() for line in one] == [line.keys() for line in other]
+    for ours, theirs in zip(one, other, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("more", [(), ("--packing", "off", "--accumulate", "2")])
+def test_losses_and_adapter_are_those_of_one_process(more, words, many, tmp_path):
+    assert many(words("one", *more))[0] == [0]
+    codes, said = many(*2 * [words("two", *more)])
+    assert codes == [0, 0]
+    assert said.count("adapter in ") == said.count("learning rate:") == 1
+    assert_close(logged(tmp_path / "two"), logged(tmp_path / "one"))
+    one, two = (lk.Adapter.load(tmp_path / name) for name in ("one", "two"))
+    assert two.card["settings"] == one.card["settings"]
+    for name, tensor in one.tensors.items():
+        assert (two.tensors[name] - tensor).abs().max() < 1e-4, name
+
+
+@pytest.mark.thorough
+def test_a_run_goes_on_with_another_number_of_processes(words, many, tmp_path):
+    many(words("one"))
+    many(*2 * [words("two")])
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-14")
+    assert many(words("two", "--resume"))[0] == [0]
+    # The first loss after resuming is the mean since then.
+    shown = ("eval_loss", "grad_norm")
+    assert_close(logged(tmp_path / "two", shown), logged(tmp_path / "one", shown))
+
+
+@pytest.mark.thorough
+def test_what_cannot_train_together_is_refused_once(words, many, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("")
+    cases = {
+        "batch_size 6 is the rows of all processes, and 4 cannot": 4 * [words("four")],
+        "seed is 1 in process 1, and 0 in process 0": [words("a", "--seed", n) for n in (0, 1)],
+        "run exists and is not empty": 2 * [words("run")],
+        "a sweep runs in one process": 2 * [words("b", "--sweep", "{lora.rank: [1, 2]}")],
+    }
+    for message, lines in cases.items():
+        codes, said = many(*lines)
+        assert (codes, said.count("error:")) == (len(lines) * [2], 1)
+        assert message in said
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["run", "said"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_killed_process_ends_all_with_one_message(number, words, many, tmp_path):
+    codes, said = many(*2 * [words("run", "--steps", 5000)], kill=[number, 9])
+    assert sorted(codes) == [-9, 2]
+    assert said.count("error:") == 1
+    assert "one of the 2 processes that train together has ended" in said
+
+
+@pytest.mark.thorough
+def test_a_signal_to_one_process_stops_all_after_a_checkpoint(words, many, tmp_path):
+    codes, said = many(*2 * [words("run", "--steps", 5000)], kill=[1, 15])
+    assert codes == [130, 130]
+    assert said.count("give --resume to go on") == 1
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.thorough
+def test_torchrun_starts_it(words, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    line = [*launcher, "--nproc-per-node", "2", "-m", "lorakit", *words("run", "--steps", 3)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("adapter in ") == 1
+    lk.Adapter.load(tmp_path / "run")
+
+
+def test_engines_that_divide_the_model_and_lone_work_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="a sweep runs in one process: start it without torchr"):
+        check_alone("a sweep")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    message = "FSDP was asked for, and lorakit holds the whole model"
+    with pytest.raises(ConfigError, match=message), together():
+        pass
