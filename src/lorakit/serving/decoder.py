@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -116,7 +117,9 @@ class Decoder:
         device = self.model.device
         ids = torch.tensor(tokens, device=device)[:, None]
         own = torch.tensor(positions, device=device)[:, None]
-        return self._call(ids, cache, mask, own, every=True)[:, -1]
+        # Faster, but what is traced to be compiled must be no tensors of inference mode.
+        with torch.inference_mode() if window is None else nullcontext():
+            return self._call(ids, cache, mask, own, every=True)[:, -1]
 
     def _call(
         self, ids: Tensor, cache: Cache, mask: Tensor, positions: Tensor, *, every: bool
