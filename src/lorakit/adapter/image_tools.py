@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.file_sizes import header_of, size_problems
 from lorakit.adapter.peft_config import PeftConfig, read_config
-from lorakit.adapter.site import Site
+from lorakit.adapter.site import LayerKind, Site
 from lorakit.adapter.tensor_files import read_safetensors, value_problems
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError
@@ -187,7 +187,8 @@ def _sites(
     found: _Found, config: PeftConfig | None, problems: list[str]
 ) -> tuple[list[Site], dict[str, Tensor]]:
     """The sites of a model's layers, and their tensors."""
-    sites, named = [], {}
+    sites: list[Site] = []
+    named: dict[str, Tensor] = {}
     for path, own in sorted(found.layers.items(), key=lambda item: _natural(item[0])):
         a, b = own.get("a"), own.get("b")
         if a is None or b is None or a.shape[0] != b.shape[1] or b[0, 0].numel() != 1:
@@ -201,7 +202,7 @@ def _sites(
         if alpha <= 0:
             problems.append(f"{path}  has alpha {alpha:g}")
             continue
-        kind = "conv" if a.dim() > 2 else "linear"
+        kind: LayerKind = "conv" if a.dim() > 2 else "linear"
         sites.append(Site(path=path, rank=rank, alpha=alpha, scale=alpha / rank, kind=kind))
         named |= {f"{path}.lora_a": a.contiguous(), f"{path}.lora_b": b.contiguous()}
     return sites, named

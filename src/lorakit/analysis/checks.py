@@ -46,7 +46,7 @@ def _left_out(adapter: Adapter, with_base: bool) -> Iterator[str]:
     if _has_experts(adapter):
         yield EXPERTS
     if adapter.lora is not None and adapter.lora.trainable_token_indices:
-        yield f"rows of tokens in {', '.join(adapter.lora.trainable_token_indices)}: whole vectors"
+        yield f"rows of tokens in {', '.join(adapter.lora.tokens_by_module)}: whole vectors"
     if adapter.copied_modules and adapter.sites and not with_base:
         yield f"saved in full: {', '.join(adapter.copied_modules)}: their change needs the base"
 

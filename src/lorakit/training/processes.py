@@ -333,7 +333,7 @@ def _is_first_in_store() -> bool:
         # Where nobody answers, the store would print its stack.
         with socket.create_connection(place, timeout=TELL_S):
             pass
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             *place,
             is_master=False,
             wait_for_workers=False,
