@@ -126,10 +126,12 @@ def test_a_share_takes_as_long_as_a_step_and_three_quarters():
     assert pace.share(256) == 256
     pace.stepped(12, 0.2)
     assert pace.share(256) == 256
+    pace.read(512, 0.4, prompts=8)
     # 0.18 s and 2.5 ms a token: a step of 12 is 0.21 s, and 0.37 s are 75 tokens.
     for tokens in (256, 64, 32, 128):
         pace.stepped(12, 0.21)
         pace.read(tokens, 0.18 + 0.0025 * tokens)
+    pace.read(512, 0.4, prompts=8)
     assert pace.share(256) == 72
     assert pace.share(40) == 40
     slow = Pace()

@@ -41,13 +41,22 @@ class Pace:
 
     def __init__(self) -> None:
         self._steps, self._reads = _Passes(), _Passes()
+        self._knows_one = False
+        """Whether a pass of one prompt was counted."""
 
     def stepped(self, rows: int, seconds: float) -> None:
         """Count a decode step."""
         self._steps.count(rows, seconds)
 
-    def read(self, tokens: int, seconds: float) -> None:
-        """Count a pass that read prompts, of so many tokens with padding."""
+    def read(self, tokens: int, seconds: float, *, prompts: int = 1) -> None:
+        """Count a pass that read so many prompts, of so many tokens with padding.
+
+        Those of several cost less for each token, and count only as long as there is no other.
+        """
+        if prompts > 1 and self._knows_one:
+            return
+        if prompts == 1 and not self._knows_one:
+            self._reads, self._knows_one = _Passes(), True
         self._reads.count(tokens, seconds)
 
     def share(self, most: int) -> int:

@@ -160,7 +160,8 @@ class PromptReader:
                 found = self._together(ordered, parts)
         # A GPU has not computed what nobody asks for.
         float(found[-1][0])
-        self._pace.read(len(parts) * max(parts), time.perf_counter() - begun)
+        taken = time.perf_counter() - begun
+        self._pace.read(len(parts) * max(parts), taken, prompts=len(parts))
         for prompt, part in zip(ordered, parts, strict=True):
             prompt.read += part
         logits = dict(zip(ordered, found, strict=True))
