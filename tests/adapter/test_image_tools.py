@@ -54,7 +54,7 @@ def made(base, file, style, *, alpha=None, metadata=None):
     prefix, dot, down, up = STYLES[style]
     plain, generator = copy.deepcopy(base), torch.Generator().manual_seed(2)
     scale = 1.0 if alpha is None else alpha / 2
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in PATHS:
         weight = plain.get_submodule(path).weight.data
         a = torch.randn(2, *weight.shape[1:], generator=generator)

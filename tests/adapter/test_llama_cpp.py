@@ -47,7 +47,7 @@ def update(tensors, alpha, name):
 
 def deltas(adapter):
     """ΔW of every whole layer, by its path."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for site in adapter.sites:
         a, b = (adapter.tensors[f"{site.name}.lora_{end}"].double() for end in "ab")
         rows = site.rows or ((0, b.shape[0]),)

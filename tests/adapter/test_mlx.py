@@ -31,7 +31,7 @@ def made(base, folder, *, dora=False, **config):
     scale = settings["lora_parameters"]["scale"]
     if alpha := settings["lora_parameters"].get("alpha"):
         scale *= alpha / 3
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in PATHS:
         weight = plain.get_submodule(path).weight.data
         a = torch.randn(weight.shape[1], 3, generator=generator) * 0.1

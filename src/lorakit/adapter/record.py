@@ -22,6 +22,9 @@ from lorakit.models.identity import BaseIdentity
 RECORD_FILE = "lorakit.json"
 VERSION = 2
 RowsText = Annotated[str, Field(pattern=r"^\d+:\d+(,\d+:\d+)*$")]
+NEWER = ("lora_bias", "trainable_token_indices")
+"""Settings that folders of this version did not have from its beginning. They are written where
+they are used, so that an adapter without them stays the same bytes, which older lorakits read."""
 TensorText = Annotated[str, Field(pattern=r"^(float32|bfloat16|float16|float64)( \d+(x\d+)*)?$")]
 
 
@@ -38,7 +41,11 @@ class MethodRecord(BaseModel):
     def of(cls, config: MethodConfig) -> MethodRecord:
         """The record of a method's settings."""
         _, implied = METHODS[config.method]
-        return cls(method=config.method, own=config.model_dump(mode="json", exclude=set(implied)))
+        fields = type(config).model_fields
+        newer = [name for name in NEWER if name in fields]
+        unused = {name for name in newer if getattr(config, name) == fields[name].default}
+        own = config.model_dump(mode="json", exclude={*implied, *unused})
+        return cls(method=config.method, own=own)
 
     def settings(self) -> MethodConfig:
         """The settings.

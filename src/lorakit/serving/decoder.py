@@ -195,12 +195,12 @@ def _left_padded(caches: Sequence[DynamicCache], lengths: Sequence[int]) -> Dyna
     of_rows = [states_of(cache) for cache in caches]
     like = next(states for states in of_rows if states)
     for layer, pair in enumerate(like):
-        made = [x.new_zeros(len(caches), x.shape[1], longest, x.shape[3]) for x in pair]
+        keys, values = (x.new_zeros(len(caches), x.shape[1], longest, x.shape[3]) for x in pair)
         for row, (states, length) in enumerate(zip(of_rows, lengths, strict=True)):
             if length:
-                for whole, own in zip(made, states[layer], strict=True):
+                for whole, own in zip((keys, values), states[layer], strict=True):
                     whole[row, :, longest - length :] = own[0, :, :length]
-        batch.update(*made, layer)
+        batch.update(keys, values, layer)
     return batch
 
 
@@ -210,8 +210,8 @@ def _apart(batch: DynamicCache, lengths: Sequence[int]) -> list[DynamicCache]:
     for layer, pair in enumerate(states_of(batch)):
         for row, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
             # A view would keep the other rows' memory as long as this one's is needed.
-            own = [x[row : row + 1, :, x.shape[2] - length :].clone() for x in pair]
-            cache.update(*own, layer)
+            keys, values = (x[row : row + 1, :, x.shape[2] - length :].clone() for x in pair)
+            cache.update(keys, values, layer)
     return caches
 
 

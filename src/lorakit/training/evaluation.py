@@ -72,13 +72,15 @@ def scored(
         rows += chosen
         predicted.append(logits.float().cpu())
         expected.append(labels.cpu())
-    parts = gathered((summed, counted, rows, predicted, expected))
-    mean = sum(part[0] for part in parts) / max(sum(part[1] for part in parts), 1)
+    sums = gathered((summed, counted))
+    mean = sum(each for each, _ in sums) / max(sum(each for _, each in sums), 1)
     if loss.task == "generation":
         return Scored(scores={"loss": mean, "perplexity": perplexity(mean)}, predicted=[])
     # In the order of the rows.
-    back = torch.tensor([row for part in parts for row in part[2]]).argsort()
-    outputs, wanted = (torch.cat([b for part in parts for b in part[at]])[back] for at in (3, 4))
+    parts = gathered((rows, predicted, expected))
+    back = torch.tensor([row for own, _, _ in parts for row in own]).argsort()
+    outputs = torch.cat([each for _, own, _ in parts for each in own])[back]
+    wanted = torch.cat([each for _, _, own in parts for each in own])[back]
     found = _of_labels(loss.task, mean, outputs, wanted)
     if best_by == "matthews":
         found.scores["matthews"] = matthews(
