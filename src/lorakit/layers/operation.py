@@ -99,3 +99,23 @@ class Update(nn.Module, Operation):
         Args:
             path: of the layer.
         """
+
+
+class ReadUpdate(Update):
+    """An update of what a layer's own code reads, by `read`: a call of the layer stays as it is."""
+
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """The output as it is: it was made with what `read` returns."""
+        return output
+
+    def added(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Any,
+        *,
+        weight: float,
+        base: Any,
+    ) -> Any:
+        """The output as it is."""
+        return output

@@ -5,40 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.operation import Update
+from lorakit.layers.operation import ReadUpdate
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.models.base import base_parameter
 from lorakit.upstream.private_names import own_parameters
 
 
-class UncalledWeights(Update):
+class UncalledWeights(ReadUpdate):
     """The adapter's own values of such weights; a call of the layer is left as it is."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name, value in values.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
-
-    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        """The output as it is: it was made with what `read` returns."""
-        return output
-
-    def added(
-        self,
-        layer: nn.Module,
-        inputs: tuple[Any, ...],
-        output: Any,
-        *,
-        weight: float,
-        base: Any,
-    ) -> Any:
-        """The output as it is."""
-        return output
 
     def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """The adapter's own value, in the precision of the base's."""

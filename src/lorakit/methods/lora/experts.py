@@ -7,7 +7,7 @@ B·A·x could be added. So it computes with the changed weights, as a copy of it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +15,17 @@ from torch import Tensor, nn
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Update
 from lorakit.methods.lora.lora import LowRank, positions
-from lorakit.methods.lora.read_parameter import ReadParameterUpdate
+from lorakit.methods.lora.parameter_update import ParameterUpdate
 from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import base_parameter
 from lorakit.models.experts import ExpertMatrices, expert_matrices
 from lorakit.upstream.private_names import own_modules, own_parameters
 
 
-class ExpertsUpdate(Update):
+class ExpertsUpdate(ParameterUpdate):
     """All that one adapter does to one module of experts."""
 
     replaces_output = True
-
-    def __init__(self, parts: Mapping[str, LowRank]) -> None:
-        super().__init__()
-        own_modules(self).update(parts)
-
-    @property
-    def parts(self) -> Mapping[str, LowRank]:
-        """A and B of each parameter or slice: the children of this module."""
-        return cast(Mapping[str, LowRank], own_modules(self))
-
-    def low_ranks(self) -> Iterator[LowRank]:
-        """Yield A and B of each parameter, or of each of its slices."""
-        return iter(self.parts.values())
 
     def join(self, other: ExpertsUpdate) -> None:
         """Take over what another update of the same adapter does to the module."""
@@ -48,36 +35,17 @@ class ExpertsUpdate(Update):
         """The module's output with W + scale·B·A in the place of each W."""
         return with_weights(layer, changed_weights(layer, [(self, 1.0)]), inputs)
 
-    def let_train(self) -> None:
-        """Let the tensors that the settings train take gradients."""
-        for part in self.low_ranks():
-            part.let_train()
-
-    @property
-    def summary(self) -> str:
-        """The rank and scale of each of its updates, for `print(model)`."""
-        return ", ".join(
-            f"{part.site.role or part.site.parameter} rank {part.site.rank}, "
-            f"scale {part.site.scale:g}"
-            for part in self.low_ranks()
-        )
-
     def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter plus ΔW."""
         with torch.no_grad():
             yield from changed_weights(layer, [(self, 1.0)], exact=exact).items()
 
-    def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield A and B of each site."""
-        for part in self.low_ranks():
-            for end, parameter in part.named_parameters():
-                yield f"{part.site.name}.{end}", parameter
-
 
 def low_ranks_of(update: Update) -> list[LowRank]:
     """A and B of each site of an update; none where it is of another method."""
-    kinds = LoRAUpdate | ExpertsUpdate | ReadParameterUpdate
-    return list(update.low_ranks()) if isinstance(update, kinds) else []
+    if isinstance(update, LoRAUpdate | ParameterUpdate):
+        return list(update.low_ranks())
+    return []
 
 
 def part_key(part: LowRank) -> str:
