@@ -152,6 +152,14 @@ class KeyValueSlots:
         """Let a slot be used again; nothing is written."""
         self.lengths[slot] = 0
 
+    def move(self, slot: int, to: int) -> None:
+        """Have a free slot hold what another one does, which is free then."""
+        columns = slice(self._end - self.lengths[slot], self._end)
+        for layer in self._layers:
+            for buffer in _buffers(layer):
+                buffer[to, :, columns] = buffer[slot, :, columns]
+        self.lengths[to], self.lengths[slot] = self.lengths[slot], 0
+
     def make_room(self, window: int) -> None:
         """Have so many columns end with that of the next step."""
         if not window - 1 <= self._end < self.columns:
