@@ -32,7 +32,7 @@ WORTH = 0.5
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Rows that follow each other, and the columns that they read."""
 
     start: int
@@ -40,10 +40,10 @@ class Group:
     columns: int
 
 
-_groups: ContextVar[Sequence[Group]] = ContextVar("groups", default=())
+_groups: ContextVar[Sequence[RowGroup]] = ContextVar("groups", default=())
 
 
-def groups_of(lengths: Sequence[int]) -> list[Group]:
+def groups_of(lengths: Sequence[int]) -> list[RowGroup]:
     """The groups of a step's rows; none where they save too little.
 
     Args:
@@ -56,7 +56,7 @@ def groups_of(lengths: Sequence[int]) -> list[Group]:
     groups, start = [], 0
     for columns, rows in groupby(windows):
         stop = start + len(list(rows))
-        groups.append(Group(start, stop, columns))
+        groups.append(RowGroup(start, stop, columns))
         start = stop
     return groups
 
@@ -73,7 +73,7 @@ def use_row_windows(model: PreTrainedModel, *, wanted: bool = True) -> None:
 
 
 @contextmanager
-def grouped(groups: Sequence[Group]) -> Iterator[None]:
+def grouped(groups: Sequence[RowGroup]) -> Iterator[None]:
     """Have the running thread's forward passes, of one token a row, read by groups."""
     token = _groups.set(groups)
     try:
