@@ -8,7 +8,7 @@ from lorakit.serving import kv_slots, row_windows
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.engine import Engine
 from lorakit.serving.kv_slots import KeyValueSlots
-from lorakit.serving.row_windows import RowGroup, groups_of
+from lorakit.serving.row_windows import ColumnGroup, groups_of
 from lorakit.serving.worker import Limits
 from serving.engines import asked, banked, engine_of, greedy_alone, word_tokenizer
 from tiny_models import build
@@ -38,9 +38,9 @@ def stepped(model, rows, groups=None):
 
 def test_groups_are_rows_that_follow_each_other_and_need_as_much():
     assert groups_of([20, 30, 1000, 90]) == [
-        RowGroup(0, 2, 128),
-        RowGroup(2, 3, 1001),
-        RowGroup(3, 4, 128),
+        ColumnGroup(0, 2, 128),
+        ColumnGroup(2, 3, 1001),
+        ColumnGroup(3, 4, 128),
     ]
     assert groups_of([0, 700, 800, 900]) == []
     assert groups_of([20, 30]) == []
@@ -59,7 +59,7 @@ def test_a_step_by_groups_has_the_logits_of_each_row_alone(family, short_windows
         return whole(module, query, key, *args, **kwargs)
 
     monkeypatch.setattr(row_windows, "sdpa_attention_forward", watched)
-    groups = [RowGroup(0, 2, 4), RowGroup(2, 3, 12), RowGroup(3, 4, 4)]
+    groups = [ColumnGroup(0, 2, 4), ColumnGroup(2, 3, 12), ColumnGroup(3, 4, 4)]
     found, alone = stepped(build(family), UNLIKE, groups)
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
     assert {(2, 4), (1, 12), (1, 4)} <= set(seen)

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lorakit.errors import ModelError
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
-from lorakit.serving.row_windows import RowGroup, grouped, groups_of, use_row_windows
+from lorakit.serving.row_windows import ColumnGroup, grouped, groups_of, use_row_windows
 
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How far a logit of a step may be from that of the whole forward pass, over the largest logit."""
@@ -110,7 +110,7 @@ class Decoder:
         slots: KeyValueSlots,
         *,
         window: int | None = None,
-        groups: Sequence[RowGroup] | None = None,
+        groups: Sequence[ColumnGroup] | None = None,
     ) -> Tensor:
         """The logits after one token more of each of the first slots, (rows, vocabulary).
 
@@ -178,7 +178,7 @@ class Decoder:
     def _prove_groups(self, rows: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> None:
         """Have rows of unlike lengths read their own columns, if the logits are then the same."""
         use_row_windows(self.model)
-        groups = [RowGroup(0, 2, len(rows[1])), RowGroup(2, 3, len(rows[0]))]
+        groups = [ColumnGroup(0, 2, len(rows[1])), ColumnGroup(2, 3, len(rows[0]))]
         try:
             found = self._stepped(rows, groups)
         except Exception:
@@ -188,7 +188,7 @@ class Decoder:
             use_row_windows(self.model, wanted=False)
 
     def _stepped(
-        self, rows: Sequence[Sequence[int]], groups: Sequence[RowGroup] | None = None
+        self, rows: Sequence[Sequence[int]], groups: Sequence[ColumnGroup] | None = None
     ) -> list[Tensor]:
         """The logits of two rows, their last tokens in a step of slots 2 and 0."""
         slots = KeyValueSlots(3)

@@ -32,7 +32,7 @@ WORTH = 0.5
 
 
 @dataclass(frozen=True)
-class RowGroup:
+class ColumnGroup:
     """Rows that follow each other, and the columns that they read."""
 
     start: int
@@ -40,10 +40,10 @@ class RowGroup:
     columns: int
 
 
-_groups: ContextVar[Sequence[RowGroup]] = ContextVar("groups", default=())
+_groups: ContextVar[Sequence[ColumnGroup]] = ContextVar("groups", default=())
 
 
-def groups_of(lengths: Sequence[int]) -> list[RowGroup]:
+def groups_of(lengths: Sequence[int]) -> list[ColumnGroup]:
     """The groups of a step's rows; none where they save too little.
 
     Args:
@@ -56,7 +56,7 @@ def groups_of(lengths: Sequence[int]) -> list[RowGroup]:
     groups, start = [], 0
     for columns, rows in groupby(windows):
         stop = start + len(list(rows))
-        groups.append(RowGroup(start, stop, columns))
+        groups.append(ColumnGroup(start, stop, columns))
         start = stop
     return groups
 
@@ -73,7 +73,7 @@ def use_row_windows(model: PreTrainedModel, *, wanted: bool = True) -> None:
 
 
 @contextmanager
-def grouped(groups: Sequence[RowGroup]) -> Iterator[None]:
+def grouped(groups: Sequence[ColumnGroup]) -> Iterator[None]:
     """Have the running thread's forward passes, of one token a row, read by groups."""
     token = _groups.set(groups)
     try:
