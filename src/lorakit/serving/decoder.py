@@ -129,7 +129,20 @@ class Decoder:
         # Faster, but what is traced to be compiled must be no tensors of inference mode.
         inference = torch.inference_mode() if window is None else nullcontext()
         with inference, grouped(groups):
-            return self._call(ids, cache, mask, own, every=True)[:, -1]
+            return self.in_place(ids, cache, mask, own)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layers see a window of the latest tokens alone."""
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if kinds:
+            return bool(kinds - {"full_attention"})
+        return getattr(config, "sliding_window", None) is not None
+
+    def in_place(self, ids: Tensor, cache: Cache, mask: Tensor, positions: Tensor) -> Tensor:
+        """The logits of a step whose tensors are given, (rows, vocabulary)."""
+        return self._call(ids, cache, mask, positions, every=True)[:, -1]
 
     def _call(
         self, ids: Tensor, cache: Cache, mask: Tensor, positions: Tensor, *, every: bool

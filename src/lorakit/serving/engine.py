@@ -22,7 +22,7 @@ from lorakit.serving.pace import Pace
 from lorakit.serving.prompt_reading import Prompt, PromptReader
 from lorakit.serving.requests import Delta, Finish, Request
 from lorakit.serving.sampling import Sampler, Token
-from lorakit.serving.steps import steps_of
+from lorakit.serving.step_kinds import steps_of
 from lorakit.serving.text import GrowingText
 from lorakit.serving.worker import Limits, Worker, deliver
 
