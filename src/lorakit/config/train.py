@@ -158,7 +158,7 @@ class TrainConfig(Settings):
             "What is held in memory, and what computes.",
             (
                 *("dtype", "quantize", "double_quantization", "packing", "memory", "offload"),
-                *("kernels", "compile"),
+                *("kernels", "compile", "shard"),
             ),
         ),
         Topic(
@@ -296,6 +296,10 @@ class TrainConfig(Settings):
     compile: Shared[bool] = False
     """Train the model's blocks through torch.compile. One is compiled for all, which takes half a
     minute on a CPU (docs/log.md says when that pays)."""
+
+    shard: Handles[Literal["base"] | None] = None
+    """What processes that train together divide (FSDP2). base: the frozen base, of which each holds
+    a share and gathers a block at a time; what is trained is whole in each. None: nothing."""
 
     check_after: Handles[Annotated[int, Field(ge=3)]] = 5
     """Steps after which every adapted layer must have moved."""
