@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lorakit.bench.families.recipes import FAMILIES, REAL, Base, base_of
+from lorakit.bench.families.recipes import FAMILIES, REAL, TriedBase, base_of
 from lorakit.bench.families.uses import USES
 from lorakit.bench.result import Findings, Goal
 from lorakit.config.bench import ModelsConfig
@@ -26,7 +26,7 @@ class _Reasons:
     numbers: dict[str, int] = field(default_factory=dict)
     failures: int = 0
 
-    def cell(self, base: Base, use: str) -> str:
+    def cell(self, base: TriedBase, use: str) -> str:
         """The cell of a use: whether it works, else the number of the reason."""
         try:
             USES[use](base)
@@ -96,7 +96,7 @@ def _goals(
     yield Goal.never("cells that fail", failures)
 
 
-def _told(error: Exception, base: Base) -> str:
+def _told(error: Exception, base: TriedBase) -> str:
     """An error's first two lines as a reason that other families may have too."""
     text = "; ".join(line.strip() for line in str(error).splitlines()[:2])
     return text.replace(base.model.config.model_type, "the family").rstrip(".")

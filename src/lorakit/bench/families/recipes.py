@@ -146,7 +146,7 @@ REAL: Mapping[str, Kind] = {"smollm2": "decoder", "minilm": "classifier"}
 
 
 @dataclass(kw_only=True)
-class Base:
+class TriedBase:
     """A base model of one family, and what it takes."""
 
     name: str
@@ -176,7 +176,7 @@ class Base:
         return batch
 
 
-def base_of(name: str) -> Base:
+def base_of(name: str) -> TriedBase:
     """A base by the name of its family, or of a packaged model; in eval mode.
 
     Raises:
@@ -187,9 +187,9 @@ def base_of(name: str) -> Base:
         labels = {"labels": CLASSES, "task": "classification"} if kind == "classifier" else {}
         torch.manual_seed(0)
         model, tokenizer = load_model(name, **labels)
-        return Base(name=name, kind=kind, model=model, tokenizer=tokenizer)
+        return TriedBase(name=name, kind=kind, model=model, tokenizer=tokenizer)
     kind = _KINDS[name]
-    return Base(name=name, kind=kind, model=_tiny(name, kind), tokenizer=_tokenizer())
+    return TriedBase(name=name, kind=kind, model=_tiny(name, kind), tokenizer=_tokenizer())
 
 
 _AUTO: Mapping[Kind, Any] = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.answering.generate import generate
 from lorakit.attachment.attach import adapter_parameters, attach, detach, extract
-from lorakit.bench.families.recipes import CLASSES, WORDS, Base
+from lorakit.bench.families.recipes import CLASSES, WORDS, TriedBase
 from lorakit.bench.peers import require_peft
 from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
@@ -42,7 +42,7 @@ class Differs(AssertionError):
     """A number that is not what it must be."""
 
 
-def attached(base: Base) -> None:
+def attached(base: TriedBase) -> None:
     """A fresh adapter changes nothing, a trained one does, and detached the base has its bits."""
     model, inputs = _copy(base), base.inputs(2)
     before, bits = _logits(model, inputs), weights_hash(model)
@@ -55,7 +55,7 @@ def attached(base: Base) -> None:
     _check(torch.equal(_logits(model, inputs), before), "detached, the base answers otherwise")
 
 
-def trained(base: Base) -> None:
+def trained(base: TriedBase) -> None:
     """`lorakit train` lowers the loss, and leaves the base as it was."""
     bits = weights_hash(base.model)
     losses = base.losses = _losses(base)
@@ -63,7 +63,7 @@ def trained(base: Base) -> None:
     _check(weights_hash(base.model) == bits, "training changes the base")
 
 
-def merged(base: Base) -> None:
+def merged(base: TriedBase) -> None:
     """Merged weights answer as the adapter does; unmerged they have the base's bits."""
     model, inputs = _copy(base), base.inputs(2)
     bits = weights_hash(model)
@@ -76,7 +76,7 @@ def merged(base: Base) -> None:
     _check(weights_hash(model) == bits, "unmerged, the base has other bits")
 
 
-def routed(base: Base) -> None:
+def routed(base: TriedBase) -> None:
     """Each row of a batch has the answer of its own adapter, or of the base."""
     model, inputs = _copy(base), base.inputs(3)
     _attach_random(model)
@@ -88,7 +88,7 @@ def routed(base: Base) -> None:
     _equal(mixed, torch.stack([adapted[0], plain[1], adapted[2]]), "a routed row")
 
 
-def generated(base: Base) -> None:
+def generated(base: TriedBase) -> None:
     """Prompts of several lengths in one batch are answered as alone, by their adapters."""
     if base.task != "generation":
         raise ConfigError("a classifier gives labels, and writes no text")
@@ -105,7 +105,7 @@ def generated(base: Base) -> None:
     _check(together == alone, f"together {together}, alone {alone}")
 
 
-def exchanged(base: Base) -> None:
+def exchanged(base: TriedBase) -> None:
     """An adapter of lorakit answers the same in PEFT, and one of PEFT the same in lorakit."""
     peft, inputs = require_peft(), base.inputs(2)
     with tempfile.TemporaryDirectory() as folder, quiet_library():
@@ -124,7 +124,7 @@ def exchanged(base: Base) -> None:
         _equal(_logits(ours, inputs), _logits(theirs, inputs), "PEFT's adapter in lorakit")
 
 
-def packed(base: Base) -> None:
+def packed(base: TriedBase) -> None:
     """Training without padding between rows, or within each row alone, has the same losses."""
     packing = choose_packing(base.model, task=base.task, packing="auto")
     if not (packing.joined or packing.segmented):
@@ -132,12 +132,12 @@ def packed(base: Base) -> None:
     _same_losses(base, {"packing": "auto"})
 
 
-def checkpointed(base: Base) -> None:
+def checkpointed(base: TriedBase) -> None:
     """Training that computes activations again has the same losses."""
     _same_losses(base, {"memory": "low"})
 
 
-def in_four_bits(base: Base) -> None:
+def in_four_bits(base: TriedBase) -> None:
     """On 4-bit weights a fresh adapter changes nothing, and gradients reach every update."""
     model, inputs = _copy(base), base.inputs(2)
     quantize(model, Quantization.of("4bit", "float32"))
@@ -152,7 +152,7 @@ def in_four_bits(base: Base) -> None:
     _check(torch.equal(_logits(model, inputs), before), "detached, the base answers otherwise")
 
 
-USES: Mapping[str, Callable[[Base], None]] = {
+USES: Mapping[str, Callable[[TriedBase], None]] = {
     "attach": attached,
     "train": trained,
     "merge": merged,
@@ -166,7 +166,7 @@ USES: Mapping[str, Callable[[Base], None]] = {
 """Each use by the head of its column."""
 
 
-def _copy(base: Base) -> Any:
+def _copy(base: TriedBase) -> Any:
     return copy.deepcopy(base.model)
 
 
@@ -200,14 +200,14 @@ def _equal(found: Tensor, wanted: Tensor, what: str) -> None:
         raise Differs(f"{what} differs by {float((found - wanted).abs().max()):.1e}")
 
 
-def _same_losses(base: Base, settings: dict[str, Any]) -> None:
+def _same_losses(base: TriedBase, settings: dict[str, Any]) -> None:
     found, wanted = _losses(base, settings), base.losses or _losses(base)
     pairs = zip(found, wanted, strict=True)
     worst = max(abs(ours - plain) / abs(plain) for ours, plain in pairs)
     _check(worst < CLOSE["rtol"], f"losses {found}, and {wanted} without")
 
 
-def _losses(base: Base, settings: dict[str, Any] | None = None) -> list[float]:
+def _losses(base: TriedBase, settings: dict[str, Any] | None = None) -> list[float]:
     """The loss of each step of a short run, whose batches have all rows."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
@@ -236,7 +236,7 @@ def _texts() -> list[str]:
     return [" ".join(draw.choices(WORDS, k=3 + number)) for number in range(ROWS)]
 
 
-def _rows(base: Base) -> list[dict[str, str]]:
+def _rows(base: TriedBase) -> list[dict[str, str]]:
     if base.task == "classification":
         return [
             {"text": text, "label": CLASSES[number % len(CLASSES)]}
