@@ -82,20 +82,13 @@ _DECODERS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
             *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"),
-            *("phi3", "granite", "cohere", "cohere2", "olmo", "olmo2", "stablelm", "starcoder2"),
-            *("glm", "glm4", "nemotron", "helium", "ernie4_5", "exaone4"),
+            *("phi3", "granite", "cohere2", "olmo2", "stablelm", "starcoder2", "glm4", "nemotron"),
         ),
         _GROUPED,
     ),
     "phi": {},
     "gpt2": _GPT,
     "gpt_bigcode": _GPT,
-    "gpt_neo": {
-        "num_layers": 2,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 1]],
-        "window_size": 8,
-    },
     "gpt_neox": {},
     "gptj": {**_GPT, "rotary_dim": 4},
     "codegen": {**_GPT, "rotary_dim": 4},
@@ -103,7 +96,6 @@ _DECODERS: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "falcon": {"ffn_hidden_size": 48},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
-    "persimmon": {},
     "lfm2": {**_GROUPED, "layer_types": ["conv", "full_attention"]},
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), _EXPERTS),
     "deepseek_v3": _LATENT,
@@ -113,7 +105,6 @@ _CLASSIFIERS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {},
     "xlm-roberta": {},
-    "camembert": {},
     "mpnet": {},
     "modernbert": {},
     "electra": {"embedding_size": 16},
@@ -124,8 +115,7 @@ _CLASSIFIERS: dict[str, dict[str, Any]] = {
 }
 _ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "t5": {**_T5, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"},
-    "mt5": {**_T5, "decoder_start_token_id": 0},
-    **dict.fromkeys(("bart", "mbart", "pegasus", "marian", "m2m_100"), _STACKS),
+    **dict.fromkeys(("bart", "pegasus"), _STACKS),
 }
 _OF_IMAGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("vit", "dinov2", "beit"), _IMAGES),
