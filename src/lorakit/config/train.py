@@ -315,8 +315,9 @@ class TrainConfig(Settings):
     start."""
 
     fresh_head: Shared[bool] = False
-    """Leave the task's head of `init_from` out and start a fresh one, for another task than its
-    own. `method` and its settings must be those that it was trained with."""
+    """Leave the task's head of the base, or of `init_from`, out and start a fresh one, for other
+    classes than its own. `method` and its settings must be those that `init_from` was trained
+    with."""
 
     sweep: Invocation[dict[str, Any] | list[Any] | None] = None
     """Train several adapters on one base in one batch, each as if alone, in folders of their own in

@@ -185,7 +185,14 @@ def _model_of(
     how = None
     if config.quantize is not None:
         how = Quantization.of(config.quantize, config.dtype, double=config.double_quantization)
-    return load_model(config.model, dtype=config.dtype, task=task, labels=labels, quantize=how)
+    return load_model(
+        config.model,
+        dtype=config.dtype,
+        task=task,
+        labels=labels,
+        quantize=how,
+        fresh_head=config.fresh_head,
+    )
 
 
 def _packing(model: PreTrainedModel, task: str, config: TrainConfig) -> Packing:
@@ -237,6 +244,8 @@ def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, .
     """
     if config.task not in ("auto", "classification"):
         return None
+    if config.fresh_head:
+        return config.data.labels
     if base is None:
         own = own_classes(config.model)
         return head_classes(config.data.labels, own, whose=config.model)
