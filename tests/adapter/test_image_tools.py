@@ -117,7 +117,7 @@ def test_another_model_and_another_file_are_refused(tmp_path):
     made(model_of(), file, "kohya")
     with pytest.raises(AdapterFileError, match="of no prefix have the names and shapes"):
         lk.Adapter.load(file, base=nn.Linear(3, 3))
-    with pytest.raises(AdapterFileError, match="base goes with such a file alone"):
+    with pytest.raises(AdapterFileError, match="is no adapter folder"):
         lk.Adapter.load(tmp_path, base=model_of())
     with pytest.raises(AdapterFileError, match="with base=MODEL"):
         lk.Adapter.load(file)
