@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakit.bench.result import OURS
 
-PAGES = (Path("docs/benchmarks.md"), Path("docs/methods.md"))
+PAGES = (Path("docs/benchmarks.md"), Path("docs/methods.md"), Path("docs/estimate.md"))
 """The pages of this repository, from its root."""
 RESULTS = Path("benchmarks/results")
 """The folder of the results."""

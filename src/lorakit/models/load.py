@@ -69,14 +69,14 @@ def load_model(
     if quantize is not None:
         check_library()
     asked = os.fspath(name)
-    model, tokenizer, info = _read(asked, task, dtype=dtype, **_head_settings(task, labels))
+    model, tokenizer, info = _read(asked, task, dtype=dtype, **head_settings(task, labels))
     _check_complete(model, info, asked, task)
     fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
     model._lorakit_fresh = [path for path, _ in model.named_modules() if path in fresh]
     if asked not in PACKAGES and _gguf_file(Path(asked).expanduser()) is not None:
         # The file goes on; its conversion is only on this machine.
         model._lorakit_file = asked
-    _give_padding_token(tokenizer, asked)
+    give_padding_token(tokenizer, asked)
     _check_vocabulary(model, tokenizer, asked)
     if task != "generation":
         # A decoder scores the last token that is not padding, which it looks up by this id.
@@ -106,9 +106,9 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
         auto_class = transformers.AutoModelForCausalLM
     # Without a word about remote code transformers would ask at the terminal.
     safe: dict[str, Any] = {"trust_remote_code": False}
-    with _quiet():
-        source = _source(asked)
-        with _explained(asked, source, task):
+    with quiet():
+        source = source_of(asked)
+        with explained(asked, source, task):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
             # Mismatched sizes are reported by us, with the shapes.
             reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -188,9 +188,9 @@ def config_of(name: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
         ModelError: the model cannot be found, or its config not be read.
     """
     asked = os.fspath(name)
-    with _quiet():
-        source = _source(asked)
-        with _explained(asked, source, "any task"):
+    with quiet():
+        source = source_of(asked)
+        with explained(asked, source, "any task"):
             config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(
                 source, trust_remote_code=False
             )
@@ -234,7 +234,7 @@ def _check_arguments(
         raise ModelError.listing("the model cannot be loaded in this way", problems)
 
 
-def _source(name: str) -> str:
+def source_of(name: str) -> str:
     """The folder or hub id that transformers is to load.
 
     Raises:
@@ -291,7 +291,7 @@ def _check_folder(folder: Path) -> None:
     raise ModelError(f"{problem}.")
 
 
-def _head_settings(task: str, labels: Sequence[str] | None) -> dict[str, Any]:
+def head_settings(task: str, labels: Sequence[str] | None) -> dict[str, Any]:
     """The config entries that shape the task's head."""
     if task == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
@@ -350,7 +350,7 @@ def _check_vocabulary(
         )
 
 
-def _give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: str) -> None:
+def give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: str) -> None:
     """Pad with the end-of-text token where the tokenizer has no padding token."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -361,7 +361,7 @@ def _give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: s
 
 
 @contextlib.contextmanager
-def _explained(name: str, source: str, task: str) -> Iterator[None]:
+def explained(name: str, source: str, task: str) -> Iterator[None]:
     """Turn any error that transformers raises about a model into a ModelError."""
     try:
         yield
@@ -378,7 +378,7 @@ def _explained(name: str, source: str, task: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' load report and bars; `_check_complete` raises what it reports."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

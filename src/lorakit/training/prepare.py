@@ -130,7 +130,7 @@ def prepare_all(
     task, labels = _shared(read)
     first = settled(next(iter(configs.values())), base)
     model, tokenizer = _model_of(base, first, task, labels)
-    packing = _packing(model, task, first)
+    packing = packing_of(model, task, first)
     check_memory(model, first)
     plans = for_each(
         configs,
@@ -180,7 +180,8 @@ def _model_of(
     return load_model(config.model, dtype=config.dtype, task=task, labels=labels, quantize=how)
 
 
-def _packing(model: PreTrainedModel, task: str, config: TrainConfig) -> Packing:
+def packing_of(model: PreTrainedModel, task: str, config: TrainConfig) -> Packing:
+    """How the rows of a run become batches."""
     # Joined rows need attention within packed sequences, which plain torch does not have.
     setting = "off" if config.kernels == "plain" else config.packing
     if config.compile and torch.cuda.is_available() and setting == "auto":
