@@ -1,7 +1,7 @@
 """Estimates of memory beside what runs of `lorakit train` take, each in a process of its own.
 
-A process imports everything and trains a tiny model first, so that what it takes more from then on
-is the run's: its base, and the peak while it trains.
+A process has imported everything and trains a tiny model first, so that what it takes more from
+then on is the run: its base, and the peak while it trains.
 """
 
 from __future__ import annotations
@@ -104,9 +104,10 @@ def _is_asked(run: MeasuredRun, settings: EstimateBenchConfig) -> bool:
 
 def _row(run: MeasuredRun, settings: EstimateBenchConfig) -> dict[str, Any]:
     found = estimated(run)
-    with ProcessPoolExecutor(
-        max_workers=1, mp_context=multiprocessing.get_context("spawn")
-    ) as process:
+    # Forked from a process that has done nothing but import.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__, "transformers.trainer"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=server) as process:
         taken = process.submit(taken_by, run, settings.steps, settings.threads).result()
     return {
         "run": run.name,

@@ -83,29 +83,29 @@ def _random(base: str, rows: int, tokens: int, **more: Any) -> MeasuredRun:
 
 
 RUNS = (
-    _smollm2(4, 128),
-    _smollm2(4, 128, **ALL_LINEAR),
-    _smollm2(4, 128, memory="balanced"),
-    _smollm2(8, 128, memory="low"),
-    _smollm2(1, 512),
-    _smollm2(4, 128, packing="off"),
-    _smollm2(1, 128, method="full"),
+    _smollm2(2, 128),
+    _smollm2(2, 128, **ALL_LINEAR),
+    _smollm2(2, 128, memory="balanced"),
+    _smollm2(4, 128, memory="low"),
+    _smollm2(1, 384),
+    _smollm2(2, 128, packing="off"),
+    _smollm2(1, 64, method="full"),
     _smollm2(1, 64, dtype="bfloat16"),
-    _minilm(32, 128),
-    _minilm(16, 256, memory="low"),
-    _minilm(32, 64, method="full"),
-    _minilm(32, 128, method="adapter-h"),
-    _minilm(16, 128, method="bitfit"),
-    _minilm(8, 64, dtype="bfloat16"),
+    _minilm(16, 128),
+    _minilm(8, 256, memory="low"),
+    _minilm(16, 64, method="full"),
+    _minilm(16, 128, method="adapter-h"),
+    _minilm(16, 64, method="bitfit"),
+    _minilm(4, 64, dtype="bfloat16"),
 )
 """Runs of the models on which the estimator was made."""
 OTHERS = (
-    _random("llama 90M", 4, 128),
-    _random("llama 90M", 4, 128, memory="balanced", **ALL_LINEAR),
-    _random("llama 90M", 8, 128, memory="low"),
-    _random("llama 90M", 2, 128, method="full"),
-    _random("llama 90M", 2, 256, method="prefix-layer"),
-    _random("llama 1.1B", 1, 32, dtype="bfloat16"),
+    _random("llama 90M", 2, 128),
+    _random("llama 90M", 2, 128, memory="balanced", **ALL_LINEAR),
+    _random("llama 90M", 4, 128, memory="low"),
+    _random("llama 90M", 1, 128, method="full"),
+    _random("llama 90M", 1, 256, method="prefix-layer"),
+    _random("llama 1.1B", 1, 16, dtype="bfloat16"),
 )
 """Runs of models on which it was not."""
 
