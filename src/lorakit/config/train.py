@@ -43,6 +43,8 @@ Format = Literal["auto", "prompt", "messages", "text", "classification"]
 RowField = Literal[
     "prompt", "completion", "references", "messages", "tools", "text", "text_pair", "label"
 ]
+TRACKERS = ("wandb", "mlflow", "trackio", "tensorboard")
+"""Trackers of runs, by the names of their packages."""
 
 
 def _delimiter(value: Any) -> Any:
@@ -142,7 +144,7 @@ class TrainConfig(Settings):
             "What is trained for how long, scored and saved.",
             (
                 *("task", "steps", "accumulate", "seed", "eval_every", "save_every", "patience"),
-                *("keep_checkpoints", "check_after", "allow_untrained"),
+                *("keep_checkpoints", "check_after", "allow_untrained", "report_to"),
             ),
         ),
         Topic(
@@ -314,6 +316,10 @@ class TrainConfig(Settings):
     """Leave the task's head of `init_from` out and start a fresh one, for another task than its
     own. `method` and its settings must be those that it was trained with."""
 
+    report_to: Invocation[Names] = ()
+    """Trackers that get losses, rates, scores and settings: wandb, mlflow, trackio, tensorboard.
+    Each takes its own environment variables, such as WANDB_MODE=offline (docs/scale.md)."""
+
     sweep: Invocation[dict[str, Any] | list[Any] | None] = None
     """Train several adapters on one base in one batch, each as if alone, in folders of their own in
     `out`. A mapping from settings to lists of values makes all combinations: {lora.rank: [1, 8],
@@ -361,6 +367,15 @@ class TrainConfig(Settings):
         problems = combination_problems(self.method)
         if problems:
             raise ValueError(f"method: {'; '.join(problems)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_trackers(self) -> "TrainConfig":
+        unknown = [name for name in self.report_to if name not in TRACKERS]
+        if unknown:
+            raise ValueError(
+                f"report_to: unknown {', '.join(unknown)}; known: {', '.join(TRACKERS)}"
+            )
         return self
 
     @model_validator(mode="after")

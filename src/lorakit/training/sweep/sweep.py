@@ -34,6 +34,7 @@ from lorakit.training.sweep.report import (
     write_figures,
     write_table_and_plot,
 )
+from lorakit.training.trackers import check_trackers
 
 TrialThread = CoroutineThread[MicroBatch, Tensor, TrainResult]
 
@@ -80,6 +81,7 @@ def sweep(
     """
     check_alone("a sweep")
     check_config(config)
+    check_trackers(config.report_to, together=True)
     with locked(config.out), borrowed(config, model, tokenizer) as base:
         config = settled(config, base)
         return _sweep(config, base, progress=progress, table=table)
