@@ -168,7 +168,7 @@ class TrainConfig(Settings):
             "Runs that go on from others, replace them, or are several.",
             (
                 *("init_from", "fresh_head", "allow_other_base", "resume", "keep_settings"),
-                *("overwrite", "table", "dry_run", "sweep"),
+                *("overwrite", "table", "dry_run", "sweep", "ray", "ray_cpus"),
             ),
         ),
     )
@@ -326,6 +326,13 @@ class TrainConfig(Settings):
     seed: [0, 1]}. A list of mappings has one adapter each: [{lora.rank: 1}, {lora.rank: 8, seed: 1,
     name: second}]."""
 
+    ray: Invocation[str | None] = None
+    """Train the trials of a sweep as tasks of a Ray cluster, each in a process of its own: local
+    (started here), auto, or HOST:PORT. Its machines see the same folders (docs/scale.md)."""
+
+    ray_cpus: Invocation[PositiveInt] = 1
+    """Processors, and threads, of each trial on a cluster; it gets a GPU where there are any."""
+
     resume: Invocation[bool] = False
     """Go on from the last checkpoint in `out`. Rows and settings must be as they were, but for the
     number of steps, evaluation, saving and memory."""
@@ -400,6 +407,8 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        if self.ray is not None and self.sweep is None:
+            raise ValueError("ray trains the trials of a sweep, and there is no sweep")
         if self.offload and self.memory == "fast":
             raise ValueError("offload goes with memory: low or balanced, and memory is fast")
         if self.keep_settings and not self.resume:

@@ -69,12 +69,11 @@ def reporting(trainer: Trainer, config: TrainConfig) -> Iterator[None]:
     TensorBoard is one wherever it is installed: its record is a part of a run's folder.
     """
     settings = {name: value for name, _, value in flat_settings(config)}
-    names = dict.fromkeys(
-        [*config.report_to, *([TENSORBOARD] if _is_installed(TENSORBOARD) else [])]
-    )
+    names = dict.fromkeys(config.report_to)
+    if _is_installed(TENSORBOARD):
+        names[TENSORBOARD] = None
     trackers = [Tracker(name, settings, folder=config.out / name) for name in names]
-    for each in trackers:
-        trainer.add_callback(each)
+    trainer.add_callback(Report(trackers))
     try:
         yield
     finally:
@@ -104,8 +103,44 @@ class RunSettings:
         return json.dumps(self._settings, indent=2)
 
 
-class Tracker(TrainerCallback):
-    """Passes what happens in a run on to a tracker, until that fails once."""
+class Report(TrainerCallback):
+    """Passes what happens in a run on to trackers."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = trackers
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open a record, with the settings."""
+        for each in self._trackers:
+            each.open()
+            each.pass_on("on_train_begin", args, state, control, **kwargs)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add figures: losses, rates, scores."""
+        for each in self._trackers:
+            each.pass_on("on_log", args, state, control, **kwargs)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell of a checkpoint, which a tracker may keep."""
+        for each in self._trackers:
+            each.pass_on("on_save", args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the record."""
+        for each in self._trackers:
+            each.pass_on("on_train_end", args, state, control, **kwargs)
+
+
+class Tracker:
+    """A tracker behind transformers' callback, which gets nothing more once something failed."""
 
     def __init__(self, name: str, settings: Mapping[str, Any], *, folder: Path) -> None:
         """Prepare a record.
@@ -121,31 +156,24 @@ class Tracker(TrainerCallback):
         self._callback: TrainerCallback | None = None
         self._end: Callable[[], object] | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open a record, with the settings."""
+    def open(self) -> None:
+        """Import the tracker, and make its callback."""
         with self._surviving():
-            self._callback = self._open()
-        self._pass_on("on_train_begin", args, state, control, **kwargs)
+            self._callback = self._make_callback()
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def pass_on(
+        self,
+        event: str,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
     ) -> None:
-        """Add figures: losses, rates, scores."""
-        self._pass_on("on_log", args, state, control, **kwargs)
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Tell of a checkpoint, which the tracker may keep."""
-        self._pass_on("on_save", args, state, control, **kwargs)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the record."""
-        self._pass_on("on_train_end", args, state, control, **kwargs)
+        """Tell the tracker of an event, by the name of the callback's method."""
+        if self._callback is not None:
+            with self._surviving():
+                seen = RunSettings(args, self._settings)
+                getattr(self._callback, event)(seen, state, control, **kwargs)
 
     def close(self) -> None:
         """Close what the end of training leaves open, or what an error left."""
@@ -154,7 +182,7 @@ class Tracker(TrainerCallback):
             with self._surviving():
                 end()
 
-    def _open(self) -> TrainerCallback:
+    def _make_callback(self) -> TrainerCallback:
         if self._name == TENSORBOARD:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -165,22 +193,9 @@ class Tracker(TrainerCallback):
             self._end = module.finish
         return ONE_RUN_AT_A_TIME[self._name]()
 
-    def _pass_on(
-        self,
-        event: str,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        if self._callback is not None:
-            with self._surviving():
-                seen = RunSettings(args, self._settings)
-                getattr(self._callback, event)(seen, state, control, **kwargs)
-
     @contextmanager
     def _surviving(self) -> Iterator[None]:
-        """Warn of what fails inside a `with` block, once, and pass nothing on any more."""
+        """Warn of what fails inside a `with` block, and pass nothing on any more."""
         try:
             yield
         except Exception as error:
