@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from lorakit.errors import ConfigError, LorakitError, MissingExtraError
+from lorakit.errors import ConfigError, LorakitError, MissingExtraError, TrainingError
 from lorakit.training.progress import progress_bar
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def connected(address: str) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         quiet["include_dashboard"] = False
     try:
@@ -94,14 +94,22 @@ def run_tasks(
         The name, the result, and the error in its place.
 
     Raises:
+        ConfigError: no machine has so many processors.
         KeyboardInterrupt: this process was interrupted; the tasks were asked to stop and have.
     """
     import ray
 
+    most = max(
+        (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0
+    )
+    if cpus > most:
+        raise ConfigError(
+            f"each task asks for {cpus} processors, and no machine of the cluster has more than "
+            f"{most:.0f}"
+        )
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_work)
-    folder, paths = os.getcwd(), [each for each in sys.path if each]
-    names = {remote.remote(folder, paths, task): name for name, task in tasks.items()}
+    names = {remote.remote(os.getcwd(), task): name for name, task in tasks.items()}
     bar = progress_bar(total=len(tasks), title=title, unit=unit, show=show)
     waiting = list(names)
     try:
@@ -119,10 +127,9 @@ def run_tasks(
         bar.close()
 
 
-def _work(folder: str, paths: list[str], task: Callable[[], T]) -> tuple[T | None, Any]:
+def _work(folder: str, task: Callable[[], T]) -> tuple[T | None, Any]:
     """A task's result or error, in the worker."""
     os.chdir(folder)
-    sys.path += [os.path.join(folder, each) for each in paths if each not in sys.path]
     try:
         return task(), None
     except (LorakitError, KeyboardInterrupt) as error:
@@ -137,5 +144,8 @@ def _outcome(reference: Any) -> tuple[Any, Any]:
         return ray.get(reference)
     except ray.exceptions.TaskCancelledError as error:
         return None, KeyboardInterrupt(str(error))
-    except ray.exceptions.RayError as error:
+    except ray.exceptions.RayTaskError as error:
         return None, error
+    except ray.exceptions.RayError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        return None, TrainingError(f"its process has ended: {reason}")
