@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 import lorakit as lk
+from tiny_models import build
 
 SWEEP = {"lora.rank": [1, 2]}
 
@@ -18,7 +19,7 @@ def test_a_cluster_trains_trials_alone(tmp_path):
         config_of(tmp_path, ray="local")
     sweep = config_of(tmp_path, ray="local", sweep=SWEEP)
     with pytest.raises(lk.errors.ConfigError, match="where `model` of the settings is loaded"):
-        lk.sweep(sweep, model=object(), tokenizer=object())
+        lk.sweep(sweep, model=build("llama"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
