@@ -15,11 +15,11 @@ from lorakit.attachment.original_weights import restore_module
 from lorakit.attachment.plan import Plan, fresh_plan, with_singular_vectors
 from lorakit.attachment.state import (
     Attachment,
-    active_name,
     attachment_for,
     attachment_of,
     check_model,
     check_no_foreign_layers,
+    given_or_active,
     identity_of,
     modules_of,
     require_attachment,
@@ -83,7 +83,7 @@ def attach(
         460800
         >>> plan = lk.attach(model, "out/sql", name="sql")  # a saved one beside it
     """
-    state, what = attachment_of(model), _what(what)
+    state, what = attachment_of(model), _what(what, model)
     train = not isinstance(what, Adapter) if trainable is None else trainable
     _check_replicas(model, train)
     model = unwrapped(model)
@@ -130,7 +130,7 @@ def plan(
         460800
     """
     check_model(model)
-    model, what = unwrapped(model), _what(what)
+    model, what = unwrapped(model), _what(what, model)
     if isinstance(what, Adapter):
         base, identity = modules_of(model), identity_of(model)
         what = with_names_of(base, what)
@@ -138,15 +138,15 @@ def plan(
     return fresh_plan(model, what)
 
 
-def _what(given: object) -> MethodConfig | Sequence[MethodConfig] | Adapter:
-    """The settings or the adapter that were given, the adapter read if it was by its folder.
+def _what(given: object, model: nn.Module) -> MethodConfig | Sequence[MethodConfig] | Adapter:
+    """The settings or the adapter that were given, the adapter read for the model.
 
     Raises:
         AttachError: it is something else.
         AdapterFileError: there is no such adapter, or its files cannot be used.
     """
     if isinstance(given, str | os.PathLike):
-        return Adapter.load(given)
+        return Adapter.load(given, base=model)
     if isinstance(given, Adapter | MethodConfig):
         return given
     if isinstance(given, Sequence) and all(isinstance(each, MethodConfig) for each in given):
@@ -354,11 +354,7 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
         >>> sorted(file.name for file in folder.iterdir())
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'lorakit.json']
     """
-    state = require_attachment(model)
-    name = active_name(model) if name is None else name
-    if name is None:
-        raise AttachError(f"no adapter is active: give a name, one of {', '.join(state.adapters)}")
-    require_name(state, name)
+    state, name = require_attachment(model), given_or_active(model, name)
     check_in_place(model, state, name)
     tensors = {
         n: p.detach().to("cpu", copy=True).contiguous() for n, p in adapter_parameters(model, name)

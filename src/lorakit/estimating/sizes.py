@@ -55,7 +55,7 @@ def of_process(
     made = dict(training)
     # Gradients are summed in pieces: the one that is sent, and their sum.
     made["temporary"] += 2 * min(PIECE_BYTES, value_bytes(plan) * plan.parameters)
-    if getattr(config, "shard", None) is None:
+    if config.shard is None:
         return made, "each process holds the whole base; with shard: base they divide it"
     # A block is gathered while the one before it computes.
     made["weights"] = math.ceil(made["weights"] / config.processes) + 2 * block_bytes
