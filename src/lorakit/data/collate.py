@@ -19,9 +19,10 @@ PACKED = "packed_sequences"
 class Collator:
     """Turns examples into one batch, padded or joined."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: Packing = PLAIN) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, packing: Packing = PLAIN) -> None:
+        """Pad with the tokenizer's token; without one, with token 0."""
         self._packing = packing
-        self._pad_id = pad_token(tokenizer)
+        self._pad_id = 0 if tokenizer is None else pad_token(tokenizer)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The batch, labels included; the packing says in what form."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -32,8 +31,6 @@ from lorakit.training.memory.memory_setting import training_memory
 from lorakit.training.prepare import NAME, packing_of
 
 META = torch.device("meta")
-PADDING = SimpleNamespace(pad_token_id=0, eos_token_id=None)
-"""What a tokenizer says of padding; any token would do."""
 SETTLED = 2
 """Steps that are counted; the last one counts. Checkpointing saves less from the second step on."""
 
@@ -85,7 +82,7 @@ def count_step(
         plan = attach(model, [_without_data(each) for each in config.methods()])
         tokens = virtual_tokens(model, NAME)
         rows = examples if tokens is None else [tokens.into(each) for each in examples]
-        batch = Collator(cast(Any, PADDING), packing)(rows)
+        batch = Collator(None, packing)(rows)
         weights = [p for _, p in adapter_parameters(model, NAME)]
         step = _Step(model, config, weights, task=task, device=device)
         counter = StepCounter(vocabulary=getattr(model.config, "vocab_size", None))
