@@ -8,7 +8,6 @@ import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import lorakit as lk
 from lorakit.adapter.adapter import Adapter
@@ -22,6 +21,7 @@ from lorakit.estimating.training_step import count_step
 from lorakit.models.without_weights import build_without_weights
 from lorakit.training.lm_loss import text_losses
 from lorakit.training.memory.memory_setting import training_memory
+from lorakit.upstream.private_names import TorchDispatchMode
 
 SIZES = {"vocab_size": 512, "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 160}
 ROWS, LENGTH = 4, 48
@@ -73,6 +73,19 @@ def test_memory_modes_hold_less_and_compute_more():
     assert fast.flops <= balanced.flops < low.flops
 
 
+class Matmuls(TorchDispatchMode):
+    """The FLOPs of matmuls, by their sizes alone."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            a, b = args[-2:] if len(args) > 2 else args
+            self.flops += 2 * a.numel() * b.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
 def real_step(config):
     """A training step of the real model, and a step before it that is not looked at."""
     torch.manual_seed(0)
@@ -104,7 +117,7 @@ def test_flops_and_memory_are_those_of_a_real_step(mode):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             step()
         # torch counts no FLOPs of attention as one kernel of a CPU, and of matmuls it does.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        with sdpa_kernel(SDPBackend.MATH), Matmuls() as matmuls:
             step()
     live = peak = 0
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -114,7 +127,7 @@ def test_flops_and_memory_are_those_of_a_real_step(mode):
     moved = ("activations", "logits", "temporary", "gradients")
     ours = sum(counted.peak_bytes.get(kind, 0) for kind in moved)
     assert peak == pytest.approx(ours, rel=0.05)
-    assert flops.get_total_flops() == pytest.approx(counted.flops, rel=0.08)
+    assert matmuls.flops == pytest.approx(counted.flops, rel=0.08)
 
 
 def test_an_adapter_takes_as_much_on_disk_as_was_said(tmp_path):

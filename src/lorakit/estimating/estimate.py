@@ -16,7 +16,7 @@ from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError, ModelError
 from lorakit.estimating.counter import KINDS
 from lorakit.estimating.serving import serving_bytes
-from lorakit.estimating.sizes import adapter_bytes, checkpoint_bytes, of_process
+from lorakit.estimating.sizes import adapter_bytes, moments_bytes, of_process
 from lorakit.estimating.speed import DeviceSpeed, measured_speed
 from lorakit.estimating.training_step import CountedStep, count_step
 from lorakit.estimating.workload import Workload, workload_of
@@ -136,6 +136,7 @@ class Estimator:
             quantize_without_weights(base, how)
         step = count_step(base, config, work.largest(size), task=work.task, device=device)
         detach(base)
+        size_bytes = adapter_bytes(step.plan, base_tensors=sum(1 for _ in base.parameters()))
         training, notes = dict.fromkeys(KINDS, 0) | dict(step.peak_bytes), [work.source]
         if config.processes > 1:
             training, divided = of_process(
@@ -147,8 +148,8 @@ class Estimator:
         return Estimate(
             parameters=parameters,
             trained=step.plan.parameters,
-            adapter_bytes=adapter_bytes(step.plan),
-            checkpoint_bytes=checkpoint_bytes(step.plan),
+            adapter_bytes=size_bytes,
+            checkpoint_bytes=size_bytes + moments_bytes(step.plan),
             training=training,
             training_bytes=sum(training.values()),
             serving=served,

@@ -13,8 +13,9 @@ from lorakit.training.processes import PIECE_BYTES
 
 TENSOR_HEADER_BYTES = 150
 """Of a tensor in a safetensors file: its name, shape and place."""
-RECORD_BYTES = 60_000
-"""Of an adapter's folder beside its tensors: settings, card, identity of the base."""
+RECORD_BYTES, IDENTITY_BYTES = 5_000, 43
+"""Of an adapter's folder beside its tensors: settings and card, and for each tensor of the base what
+its identity has."""
 MOMENTS = 2
 """Values that AdamW keeps of each trained one."""
 
@@ -30,15 +31,15 @@ def tensors_bytes(plan: Plan) -> int:
     return value_bytes(plan) * sum(map(math.prod, plan.shapes.values()))
 
 
-def adapter_bytes(plan: Plan) -> int:
-    """The size of the folder of an adapter."""
-    return tensors_bytes(plan) + len(plan.shapes) * TENSOR_HEADER_BYTES + RECORD_BYTES
+def adapter_bytes(plan: Plan, *, base_tensors: int) -> int:
+    """The size of the folder of an adapter, on a base of so many tensors."""
+    beside = len(plan.shapes) * TENSOR_HEADER_BYTES + base_tensors * IDENTITY_BYTES
+    return tensors_bytes(plan) + beside + RECORD_BYTES
 
 
-def checkpoint_bytes(plan: Plan) -> int:
-    """The size of a checkpoint: the adapter, and the optimizer's moments."""
-    moments = MOMENTS * value_bytes(plan) * plan.parameters
-    return adapter_bytes(plan) + moments + len(plan.shapes) * TENSOR_HEADER_BYTES
+def moments_bytes(plan: Plan) -> int:
+    """The size of the optimizer's moments in a checkpoint."""
+    return MOMENTS * value_bytes(plan) * plan.parameters + len(plan.shapes) * TENSOR_HEADER_BYTES
 
 
 def of_process(

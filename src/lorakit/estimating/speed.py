@@ -27,7 +27,7 @@ class DeviceSpeed:
     operation_s: float = 0.0
     """Seconds of one operation, however small."""
 
-    def seconds_of(self, *, flops: float, moved_bytes: float, operations: float) -> float:
+    def seconds_of(self, *, flops: float, moved_bytes: float, operations: int) -> float:
         """The time of a step."""
         moving = 0.0 if self.bytes is None else moved_bytes / self.bytes
         return flops / self.flops + moving + operations * self.operation_s

@@ -184,7 +184,8 @@ class _Step:
             with attention_within(self.model, packed):
                 loss = self._loss(batch)
                 counter.kind = "temporary"
-                loss.backward()  # type: ignore[no-untyped-call]
+                # Not a method of the tensor, within which attention would not be replaced.
+                torch.autograd.backward(loss)
         for each in self.trained:
             if each.grad is None:
                 each.grad = torch.zeros_like(each)
