@@ -16,6 +16,7 @@ from lorakit.models.packaged import PACKAGES
 CARD_FILE = "README.md"
 PIPELINES = {
     "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text-generation",
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
 }

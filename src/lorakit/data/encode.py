@@ -23,6 +23,11 @@ NO_TARGET = "no target token within the limit"
 NO_ANSWER = "no turn of the assistant that answers something"
 NO_TRAINED_ANSWER = "no turn of the assistant that is to be trained"
 NO_COMPLETION = "no completion"
+ONLY_PROMPTS = (
+    "its two stacks read a prompt and write a completion, and texts and conversations are in one"
+    " piece"
+)
+"""Why other rows than prompts are not for an encoder-decoder."""
 
 
 def encode_rows(
@@ -31,6 +36,7 @@ def encode_rows(
     data: DataConfig,
     *,
     longest: int | None = None,
+    decoder_start: int | None = None,
 ) -> Encoded:
     """The samples of rows, of at most `data.max_length` tokens each.
 
@@ -38,6 +44,9 @@ def encode_rows(
       added to a completion that has it; the last two are the target tokens. If it is too long, the
       prompt is cut from the left. If no token of the prompt would be left, the prompt keeps half of
       the limit and the completion is cut as well.
+    - For an encoder-decoder the prompt is what the encoder reads, and the completion what the
+      decoder writes, each with the special tokens that the tokenizer gives it, and each of at most
+      so many tokens: one that is too long loses its end. There is no separator.
     - Of a conversation, the assistant's turns that are trained are the targets. One that is too
       long loses its end.
     - Of a text, all tokens are targets, and the end token, which is not added to a text that has
@@ -50,11 +59,13 @@ def encode_rows(
         tokenizer: the model's.
         data: how rows become text.
         longest: another limit in tokens, from the model's context length. None: there is none.
+        decoder_start: the token with which the decoder of an encoder-decoder begins. None: the
+            model is none, or has a head for labels.
 
     Raises:
         DataError: no row is left, or rows or tokenizer do not allow it; lists the rows.
     """
-    encoder = _Encoder(rows, tokenizer, data, longest=longest)
+    encoder = _Encoder(rows, tokenizer, data, longest=longest, decoder_start=decoder_start)
     problems = Problems(rows.source)
     drafts = []
     for number, row in enumerate(rows.rows):
@@ -73,7 +84,13 @@ def encode_rows(
     return Encoded(examples=examples, report=report, ends=tuple(sorted(ends)))
 
 
-def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[int]:
+def encode_prompt(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    *,
+    encoder_decoder: bool = False,
+) -> list[int]:
     """The tokens of a row's prompt, exactly as in training, never cut.
 
     The prompt of a conversation is all of it, but for the assistant's last turn if it ends with
@@ -82,6 +99,10 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig
     Raises:
         DataError: the row cannot be answered, or the tokenizer has no chat template.
     """
+    if encoder_decoder:
+        if not isinstance(row, PromptRow):
+            raise DataError(f"An encoder-decoder answers a prompt alone: {ONLY_PROMPTS}.")
+        return list(tokenizer(row.prompt, verbose=False)["input_ids"])
     match row:
         case PromptRow():
             text = row.prompt + data.separator
@@ -107,11 +128,18 @@ class _Encoder:
         data: DataConfig,
         *,
         longest: int | None,
+        decoder_start: int | None,
     ) -> None:
         limits = (data.max_length, tokenizer.model_max_length, longest)
         self.limit = min(limit for limit in limits if limit is not None)
         self._tokenizer = tokenizer
         self._separator = data.separator
+        self._decoder_start = decoder_start if rows.kind in WRITTEN else None
+        if self._decoder_start is not None and rows.kind != "prompt":
+            raise DataError(
+                f"{rows.source} has {rows.kind} rows, and the base is an encoder-decoder:"
+                f" {ONLY_PROMPTS}. Give rows with prompt and completion."
+            )
         self._start = tokenizer.bos_token_id
         self._openings: dict[str, list[int]] = {}
         numbers = {name: number for number, name in enumerate(rows.labels or ())}
@@ -127,6 +155,8 @@ class _Encoder:
 
     def look_ahead(self, rows: Sequence[Row]) -> None:
         """Tokenize the texts of rows at once, for the calls of `draft` that follow."""
+        if self._decoder_start is not None:
+            return
         prompts = [row for row in rows if isinstance(row, PromptRow)]
         texts = [row.text for row in rows if isinstance(row, TextRow)]
         openings = [*(row.prompt + self._separator for row in prompts), *texts]
@@ -145,6 +175,8 @@ class _Encoder:
 
     def draft(self, row: Row) -> Draft:
         match row:
+            case PromptRow() if self._decoder_start is not None:
+                return self._pair(row, self._decoder_start)
             case PromptRow():
                 return self._prompt(row)
             case TextRow():
@@ -172,6 +204,35 @@ class _Encoder:
             example=Example(input_ids=kept + targets, labels=[IGNORED] * len(kept) + targets),
             cut_prompt=len(kept) < len(prompt),
             cut_completion=len(targets) < len(completion),
+            ends=frozenset({self._end}),
+        )
+
+    def _pair(self, row: PromptRow, start: int) -> Draft:
+        """The draft of a prompt for the encoder, and a completion for the decoder.
+
+        The decoder predicts each token of the completion from its start token and those before.
+        """
+        if row.completion is None:
+            return Draft(dropped=NO_COMPLETION)
+        prompt = self._tokenizer(row.prompt, verbose=False)["input_ids"]
+        whole = self._tokenizer(text_target=row.completion, verbose=False)["input_ids"]
+        whole = self._ended(whole)
+        # Its start token takes up a place of the decoder.
+        targets = whole[: self.limit - 1]
+        if not prompt or not targets:
+            return Draft(dropped=NO_TARGET)
+        kept = prompt
+        if len(prompt) > self.limit:
+            cut = self._tokenizer(row.prompt, truncation=True, max_length=self.limit)
+            kept = cut["input_ids"]
+        return Draft(
+            example=Example(
+                input_ids=kept,
+                labels=[IGNORED, *targets],
+                decoder_input_ids=[start, *targets],
+            ),
+            cut_prompt=len(kept) < len(prompt),
+            cut_completion=len(targets) < len(whole),
             ends=frozenset({self._end}),
         )
 

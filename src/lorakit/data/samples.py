@@ -19,6 +19,9 @@ class Example:
     the number to predict."""
     token_type_ids: list[int] | None = None
     """Which text of a pair each token is from, 0 or 1, for models with token types."""
+    decoder_input_ids: list[int] | None = None
+    """What the decoder of an encoder-decoder reads, whose tokens the labels are; None: it has no
+    encoder."""
     predicts_next: bool = True
     """Whether labels per token are of tokens that the ones before predict; else a token has its
     own."""
@@ -39,6 +42,8 @@ class Encoded:
         content = hashlib.sha256()
         for each in self.examples:
             content.update(repr((each.input_ids, each.labels, each.token_type_ids)).encode())
+            if each.decoder_input_ids is not None:
+                content.update(repr(each.decoder_input_ids).encode())
         return content.hexdigest()
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
 from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.roles import input_embedding, task_heads
-from lorakit.models.tasks import TASKS, has_classes, task_of_config
+from lorakit.models.tasks import TASKS, has_classes, model_task, task_of_config
 from lorakit.upstream.private_names import initialize, loaded_from
 from lorakit.upstream.quiet_library import without_bars
 
@@ -47,8 +47,8 @@ def load_model(
         name: A packaged name (smollm2, minilm), else a folder, else a GGUF file or a folder with
             one, else a hub id. Write ./smollm2 for a folder of that name.
         dtype: Precision of the weights: float32, bfloat16 or float16.
-        task: generation (a causal language model), classification, regression (one number),
-            multi-label or token-classification.
+        task: generation (a causal language model, or an encoder-decoder), classification,
+            regression (one number), multi-label or token-classification.
         labels: Names of the classes, in order; None keeps those of the checkpoint.
         quantize: Hold the weights of linear layers in few bits: 4bit (NF4, its scales quantised
             too), 8bit, or exactly as a `Quantization` says. Matmuls are in the precision of their
@@ -100,12 +100,13 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
     Raises:
         ModelError: it cannot be found or read.
     """
-    auto_class: Any = getattr(transformers, TASKS[task].auto_class)
     # Without a word about remote code transformers would ask at the terminal.
     safe: dict[str, Any] = {"trust_remote_code": False}
     with _quiet():
         source = _source(asked)
         with _explained(asked, source, task):
+            config = transformers.AutoConfig.from_pretrained(source, **safe)
+            auto_class: Any = getattr(transformers, model_task(task, config).auto_class)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
             # Mismatched sizes are reported by us, with the shapes.
             reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}

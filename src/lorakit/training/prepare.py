@@ -30,7 +30,7 @@ from lorakit.data.tasks import PREFIX, task_of
 from lorakit.errors import AdapterFileError, ConfigError, LorakitError
 from lorakit.models.load import load_model, own_classes, redraw_fresh_head
 from lorakit.models.quantized import Quantization
-from lorakit.models.shape import context_length, hidden_size
+from lorakit.models.shape import context_length, decoder_start, hidden_size
 from lorakit.models.tasks import has_classes
 from lorakit.training.evaluation import BEST_BY
 from lorakit.training.loaded_base import LoadedBase, settled
@@ -314,7 +314,13 @@ class _Encodings:
         longest = longest_row(self._model, name)
         key = (source, longest, held_out)
         if key not in self._made:
-            self._made[key] = encode_rows(rows, self._tokenizer, config.data, longest=longest)
+            self._made[key] = encode_rows(
+                rows,
+                self._tokenizer,
+                config.data,
+                longest=longest,
+                decoder_start=decoder_start(self._model),
+            )
         return with_tokens(self._made[key], self._model, name)
 
 
@@ -347,8 +353,9 @@ def _eva_batches(
     size = config.batch_size
     chosen = torch.randperm(len(rows), generator=generator)[: config.eva_batches * size].tolist()
     few = replace(rows, rows=tuple(rows.rows[row] for row in chosen))
-    longest, collate = context_length(model), Collator(tokenizer)
-    examples = encode_rows(few, tokenizer, config.data, longest=longest).examples
+    limits: Any = {"longest": context_length(model), "decoder_start": decoder_start(model)}
+    collate = Collator(tokenizer)
+    examples = encode_rows(few, tokenizer, config.data, **limits).examples
     return [collate(examples[at : at + size]) for at in range(0, len(examples), size)]
 
 
