@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import AutoTokenizer
 import lorakit as lk
 from lorakit.errors import DataError, LorakitError, ModelError, TargetError
 from tiny_models import build
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 WORDS = ("red", "green", "big", "small", "cat", "dog")
 
@@ -91,7 +94,7 @@ def test_a_run_learns_and_its_folder_is_the_same_to_everyone(family, bases, rows
     plain, _ = adapter.load_base()
     lk.attach(model, adapter)
     # The loss is that of transformers, whose own shift makes the decoder's input.
-    lines = open(rows).read().splitlines()
+    lines = Path(rows).read_text().splitlines()
     assert loss_of(model, tokenizer, lines) == pytest.approx(result.scores["loss"], abs=1e-5)
     data = lk.DataConfig(validation=rows)
     scores = lk.evaluate(adapter=result.out, data=data, max_new_tokens=3)

@@ -43,10 +43,12 @@ from lorakit.config.seed import Seed
 Format = Literal[
     "auto",
     *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
+    *("question-answering", "embedding"),
 ]
 RowField = Literal[
     *("prompt", "completion", "references", "messages", "tools"),
-    *("text", "text_pair", "label", "labels", "words", "tags"),
+    *("text", "text_pair", "negative", "label", "labels", "words", "tags"),
+    *("question", "context", "answers"),
 ]
 
 
@@ -85,8 +87,9 @@ class DataConfig(Settings):
     format: Format = "auto"
     """What a row is: prompt (prompt, completion, optional references), messages (a chat, optional
     tools), text, classification (text, optional text_pair, label), multi-label (text, optional
-    text_pair, labels) or token-classification (words, tags). auto: inferred from the fields of the
-    rows."""
+    text_pair, labels), token-classification (words, tags), question-answering (question, context,
+    answers) or embedding (text, text_pair, and negative or label). auto: inferred from the fields
+    of the rows."""
 
     fields: dict[RowField, str] = {}
     """Our field name: the file's column, or a template such as "{subject}: {body}". {body?} may be
@@ -102,6 +105,10 @@ class DataConfig(Settings):
 
     max_length: PositiveInt = 512
     """Longest row in tokens; a longer one is cut, counted and reported."""
+
+    stride: PositiveInt = 128
+    """Of a question's context that is longer than a row, neighbouring windows share so many tokens,
+    or half of one where that is less."""
 
     train_rows: PositiveInt | None = None
     """Use only the first so many training rows."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.chat import IGNORED
-from lorakit.data.samples import Example
+from lorakit.data.samples import Example, flattened
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -28,13 +28,17 @@ def training_batch(
 ) -> dict[str, Tensor]:
     """A batch of samples, padded on the right to the longest of them, up to a multiple of tokens.
 
+    Of samples of several texts it has all first ones, then all second ones, and so on; labels are
+    of the first.
+
     Returns:
         input_ids, attention_mask and, if the samples have them, token_type_ids: (batch, length);
         decoder_input_ids of an encoder-decoder, which its labels are as long as;
         labels: for tokens (batch, length), with IGNORED on padding; for classes (batch,) in int64;
         for several of them (batch, classes), and for a regression (batch,), in float32.
     """
-    ids = [example.input_ids for example in examples]
+    texts = flattened(examples)
+    ids = [text.input_ids for text in texts]
     length = math.ceil(max(map(len, ids)) / multiple) * multiple
     batch = {
         "input_ids": _rectangle(ids, length, pad_id),
@@ -46,7 +50,7 @@ def training_batch(
         # Its mask is causal, so that what pads it at the end is seen by nothing that has a label.
         batch["decoder_input_ids"] = _rectangle(decoder, length, pad_id)
     batch["labels"] = _labels(examples, length)
-    types = [example.token_type_ids for example in examples if example.token_type_ids is not None]
+    types = [text.token_type_ids for text in texts if text.token_type_ids is not None]
     if types:
         batch["token_type_ids"] = _rectangle(types, batch["input_ids"].shape[1], 0)
     return batch

@@ -67,12 +67,12 @@ def encode_rows(
     """
     encoder = _Encoder(rows, tokenizer, data, longest=longest, decoder_start=decoder_start)
     problems = Problems(rows.source)
-    drafts = []
+    drafts: list[Draft] = []
     for number, row in enumerate(rows.rows):
         if number % TOGETHER == 0:
             encoder.look_ahead(rows.rows[number : number + TOGETHER])
         try:
-            drafts.append(encoder.draft(row))
+            drafts += encoder.drafts(row)
         except UnusableRowError as error:
             problems.add(f"row {number + 1}", str(error))
     problems.raise_if_any()
@@ -144,7 +144,9 @@ class _Encoder:
         self._openings: dict[str, list[int]] = {}
         numbers = {name: number for number, name in enumerate(rows.labels or ())}
         self._objective = BY_KIND.get(rows.kind)
-        self._encoding = LabelEncoding(tokenizer=tokenizer, limit=self.limit, numbers=numbers)
+        self._encoding = LabelEncoding(
+            tokenizer=tokenizer, limit=self.limit, numbers=numbers, stride=data.stride
+        )
         self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
         special = tokenizer.num_special_tokens_to_add(pair=True)
         if rows.kind not in WRITTEN and self.limit <= special:
@@ -154,7 +156,7 @@ class _Encoder:
             )
 
     def look_ahead(self, rows: Sequence[Row]) -> None:
-        """Tokenize the texts of rows at once, for the calls of `draft` that follow."""
+        """Tokenize the texts of rows at once, for the calls of `drafts` that follow."""
         if self._decoder_start is not None:
             return
         prompts = [row for row in rows if isinstance(row, PromptRow)]
@@ -173,20 +175,21 @@ class _Encoder:
         """The token that ends an answer, cached: tokenizers look it up by its text each time."""
         return end_token(self._tokenizer)
 
-    def draft(self, row: Row) -> Draft:
+    def drafts(self, row: Row) -> list[Draft]:
+        """The samples of a row, of which there is one, but for a long context of a question."""
         match row:
             case PromptRow() if self._decoder_start is not None:
-                return self._pair(row, self._decoder_start)
+                return [self._pair(row, self._decoder_start)]
             case PromptRow():
-                return self._prompt(row)
+                return [self._prompt(row)]
             case TextRow():
                 ids = self._ended(self._openings[row.text])
-                return self._continuous(ids, list(ids))
+                return [self._continuous(ids, list(ids))]
             case MessagesRow():
-                return self._conversation(row)
+                return [self._conversation(row)]
             case _:
                 assert self._objective is not None, "rows of one kind"
-                return self._objective.draft(row, self._encoding)
+                return self._objective.drafts(row, self._encoding)
 
     def _prompt(self, row: PromptRow) -> Draft:
         if row.completion is None:

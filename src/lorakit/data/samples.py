@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple, Protocol
 
 from lorakit.data.report import EncodingReport
+
+
+class TokenSpan(NamedTuple):
+    """The first and the last token of an answer within a sequence."""
+
+    start: int
+    end: int
+
+
+class ByToken(Protocol):
+    """What is known of each token of a sample beside its label."""
+
+    def moved(self, order: Sequence[int]) -> ByToken:
+        """The same of a longer sequence, each of whose positions has a source, or is virtual."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,8 +31,8 @@ class Example:
 
     input_ids: list[int]
     labels: list[int] | tuple[float, ...] | int | float
-    """A label per token (IGNORED: no target), one per class (0 or 1), the number of the class, or
-    the number to predict."""
+    """A label per token (IGNORED: no target), one per class (0 or 1), a `TokenSpan`, the number of
+    the class, or the number to predict."""
     token_type_ids: list[int] | None = None
     """Which text of a pair each token is from, 0 or 1, for models with token types."""
     decoder_input_ids: list[int] | None = None
@@ -25,6 +41,22 @@ class Example:
     predicts_next: bool = True
     """Whether labels per token are of tokens that the ones before predict; else a token has its
     own."""
+    about: ByToken | None = None
+    """What its answer is read with."""
+    others: tuple[Example, ...] = ()
+    """Further texts of the row, as samples of their own, in which it has no labels."""
+
+    def beside(self, others: Iterable[Example]) -> Example:
+        """The sample with further texts."""
+        return replace(self, others=tuple(others))
+
+
+def flattened(examples: Sequence[Example]) -> list[Example]:
+    """All texts of samples: the first ones of all, then the second ones, and so on."""
+    return [
+        *examples,
+        *(text for texts in zip(*(e.others for e in examples), strict=True) for text in texts),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +76,8 @@ class Encoded:
             content.update(repr((each.input_ids, each.labels, each.token_type_ids)).encode())
             if each.decoder_input_ids is not None:
                 content.update(repr(each.decoder_input_ids).encode())
+            if each.others:
+                content.update(repr([text.input_ids for text in each.others]).encode())
         return content.hexdigest()
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def load_model(
             one, else a hub id. Write ./smollm2 for a folder of that name.
         dtype: Precision of the weights: float32, bfloat16 or float16.
         task: generation (a causal language model, or an encoder-decoder), classification,
-            regression (one number), multi-label or token-classification.
+            regression (one number), multi-label, token-classification, question-answering, or
+            embedding (no head).
         labels: Names of the classes, in order; None keeps those of the checkpoint.
         quantize: Hold the weights of linear layers in few bits: 4bit (NF4, its scales quantised
             too), 8bit, or exactly as a `Quantization` says. Matmuls are in the precision of their
@@ -110,6 +112,10 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
             # Mismatched sizes are reported by us, with the shapes.
             reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            if task == "embedding":
+                head |= _without_pooler(config)
+            if task == "embedding" and config.is_encoder_decoder:
+                raise ValueError("it has two stacks, and a text is embedded by one")
             model, info = auto_class.from_pretrained(
                 source, dtype=getattr(torch, dtype), **safe, **reported, **head
             )
@@ -132,7 +138,23 @@ def redraw_fresh_head(model: nn.Module) -> None:
 
 def task_of(model: transformers.PreTrainedModel) -> str:
     """The task that a loaded model does: all but generation have a head of their own."""
+    if type(model) is _bare_class(model.config):
+        return "embedding"
     return task_of_config(type(model).__name__, model.config)
+
+
+def _bare_class(config: transformers.PreTrainedConfig) -> type | None:
+    """transformers' class of a model without any head; None: it has none."""
+    known = type(config) in transformers.MODEL_MAPPING
+    found = transformers.MODEL_MAPPING[type(config)] if known else None
+    return found if isinstance(found, type) else None
+
+
+def _without_pooler(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """The argument that leaves a bare model's pooler out, which embeddings do not read."""
+    made = _bare_class(config)
+    takes = made is not None and "add_pooling_layer" in inspect.signature(made).parameters
+    return {"add_pooling_layer": False} if takes else {}
 
 
 def labels_of(model: transformers.PreTrainedModel) -> tuple[str, ...]:

@@ -62,6 +62,13 @@ TASKS: Mapping[str, ModelTask] = MappingProxyType(
             peft_type="TOKEN_CLS",
             has_classes=True,
         ),
+        "question-answering": ModelTask(
+            auto_class="AutoModelForQuestionAnswering",
+            ending="ForQuestionAnswering",
+            peft_type="QUESTION_ANS",
+            config={"num_labels": 2},
+        ),
+        "embedding": ModelTask(auto_class="AutoModel", peft_type="FEATURE_EXTRACTION"),
     }
 )
 """The tasks by name."""

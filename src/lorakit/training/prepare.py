@@ -162,7 +162,7 @@ def prepare_all(
             training=training,
             validation=validation,
             steps=steps[name],
-            best_by=_best_by(config, task),
+            best_by=_best_by(config, task, read[source_of[name]].validation),
             packing=packing,
             idle=(*idle_settings(config), *_idle_in_loss(config, task)),
         )
@@ -277,11 +277,13 @@ def _shared(read: Mapping[str, _TaskRows]) -> tuple[str, tuple[str, ...] | None]
     return next(iter(found.values()))
 
 
-def _best_by(config: TrainConfig, task: str) -> str:
+def _best_by(config: TrainConfig, task: str, held_out: Rows | None) -> str:
     """The score that decides: of a task of the paper its own, else that of such rows."""
     source = config.data.validation or ""
     own = task_of(source)[0].best_by if source.startswith(PREFIX) else None
-    return own or BEST_BY[task]
+    if own or held_out is None or task not in OBJECTIVES:
+        return own or BEST_BY[task]
+    return OBJECTIVES[task].best_of(held_out.rows)
 
 
 class _Encodings:

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from lorakit.data.objectives.classification import Classification
+from lorakit.data.objectives.embedding import Embedding
 from lorakit.data.objectives.multi_label import MultiLabel
 from lorakit.data.objectives.objective import Objective
+from lorakit.data.objectives.question_answering import QuestionAnswering
 from lorakit.data.objectives.regression import Regression
 from lorakit.data.objectives.token_classification import TokenClassification
 from lorakit.data.row_types import RowType
@@ -13,7 +15,14 @@ from lorakit.data.row_types import RowType
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
         each.task: each
-        for each in (TokenClassification(), Classification(), Regression(), MultiLabel())
+        for each in (
+            Embedding(),
+            QuestionAnswering(),
+            TokenClassification(),
+            Classification(),
+            Regression(),
+            MultiLabel(),
+        )
     }
 )
 """The objective of each task with labels. A task that is not among them is generation."""

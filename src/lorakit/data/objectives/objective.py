@@ -30,6 +30,8 @@ class LabelEncoding:
     """The most tokens of a sample."""
     numbers: Mapping[str, int]
     """The number of each class, by its name."""
+    stride: int
+    """The tokens that neighbouring windows of a text share."""
 
 
 class Objective(ABC):
@@ -77,6 +79,18 @@ class Objective(ABC):
             UnusableRowError: it cannot be encoded.
         """
 
+    def drafts(self, row: Any, encoding: LabelEncoding) -> list[Draft]:
+        """The samples of a row, where it may have several."""
+        return [self.draft(row, encoding)]
+
+    def unlike(self, rows: Sequence[Any]) -> Iterable[tuple[int, str]]:
+        """The number of each row that does not go with the others, and why."""
+        return ()
+
+    def best_of(self, rows: Sequence[Any]) -> str:
+        """The score that decides which adapter is the best on these held-out rows."""
+        return self.best_by
+
     def outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """What a model says of a batch without labels, a row for each of the batch's."""
         found: Tensor = model(**inputs).logits
@@ -94,7 +108,11 @@ class Objective(ABC):
 
     @abstractmethod
     def answers(self, outputs: Tensor, labels: Tensor) -> list[Any]:
-        """What is predicted of each row of a batch."""
+        """What is predicted of each sample of a batch."""
+
+    def combined(self, answers: Sequence[Any], examples: Sequence[Example]) -> list[Any]:
+        """What is predicted of each row, from what is predicted of its samples."""
+        return list(answers)
 
     def check_library(self) -> None:  # noqa: B027 - most scores need none.
         """Make sure that what computes the scores is installed.
@@ -115,7 +133,7 @@ class Objective(ABC):
         """The scores of what was predicted.
 
         Args:
-            answers: what was predicted of each sample.
+            answers: what was predicted of each row.
             examples: the samples, with their labels.
             names: the names of the classes.
             best_by: a score that is asked for beside the usual ones.

@@ -62,7 +62,9 @@ class TokenClassification(Objective):
             for at, word in enumerate(words)
         ]
         if all(label == IGNORED for label in labels):
-            return Draft(dropped="no word within the limit")
+            raise UnusableRowError(
+                f"none of its words has a token among the first {encoding.limit}"
+            )
         example = Example(
             input_ids=found["input_ids"],
             labels=labels,
