@@ -2,20 +2,35 @@
 
 import json
 import math
+import re
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer
 
-from lorakit.config.train import DataConfig
+from lorakit.config.base import TaskName
+from lorakit.config.train import DataConfig, Format
 from lorakit.data.chat import IGNORED
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_rows
 from lorakit.data.metrics.classes import f1_of_sets, scores_of_tags
 from lorakit.data.objectives import OBJECTIVES
+from lorakit.data.row_types import WRITTEN, RowType
 from lorakit.data.rows import read_rows
 from lorakit.errors import DataError
+from lorakit.models.tasks import TASKS
+
+
+def test_each_task_has_rows_a_model_and_a_line_in_the_docs():
+    tasks = set(get_args(TaskName))
+    assert tasks == {"generation", *OBJECTIVES} == set(TASKS)
+    assert set(get_args(RowType)) | {"auto"} == set(get_args(Format))
+    assert {each.kind for each in OBJECTIVES.values()} == set(get_args(RowType)) - set(WRITTEN)
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([a-z-]+)` ", page, flags=re.MULTILINE)) - {"task"} == tasks
 
 
 @pytest.fixture

@@ -187,13 +187,19 @@ def encodes(name: str | os.PathLike[str]) -> bool:
     return masked and not (writes or architecture.endswith(("ForCausalLM", "LMHeadModel")))
 
 
-def own_classes(name: str | os.PathLike[str]) -> tuple[str, ...] | None:
+def own_classes(name: str | os.PathLike[str], task: str | None = None) -> tuple[str, ...] | None:
     """The names of the classes of a base that is a classifier, in the order of its head; or None.
+
+    Args:
+        name: the base.
+        task: a task that needs another kind of head has none of them; None: it is the base's own.
 
     Raises:
         ModelError: the model cannot be found, or its config not be read.
     """
-    return _labels(config_of(name)) if has_classes(own_task(name)) else None
+    own = own_task(name)
+    is_fit = has_classes(own) and TASKS[own].ending == TASKS[task or own].ending
+    return _labels(config_of(name)) if is_fit else None
 
 
 def config_of(name: str | os.PathLike[str]) -> transformers.PreTrainedConfig:

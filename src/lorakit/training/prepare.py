@@ -233,7 +233,7 @@ def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, .
     if config.task != "auto" and not has_classes(config.task):
         return None
     if base is None:
-        own = own_classes(config.model)
+        own = own_classes(config.model, None if config.task == "auto" else config.task)
         return head_classes(config.data.labels, own, whose=config.model)
     return base.classes() if config.data.labels is None else None
 
