@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from lorakit.data.report import EncodingReport
 
@@ -18,9 +19,10 @@ class TokenSpan(NamedTuple):
     end: int
 
 
-class ByToken(Protocol):
+class ByToken(ABC):
     """What is known of each token of a sample beside its label."""
 
+    @abstractmethod
     def moved(self, order: Sequence[int]) -> ByToken:
         """The same of a longer sequence, each of whose positions has a source, or is virtual."""
 

@@ -16,7 +16,7 @@ from lorakit.data.metrics.squad import check_torchmetrics, squad
 from lorakit.data.objectives.objective import LabelEncoding, Names, Objective, Values
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import GoldAnswer, QuestionRow, Row
-from lorakit.data.samples import Draft, Example, TokenSpan
+from lorakit.data.samples import ByToken, Draft, Example, TokenSpan
 from lorakit.errors import DataError
 
 LONGEST_ANSWER = 30
@@ -26,7 +26,7 @@ CANDIDATES = 20
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(ByToken):
     """A part of a context, for which the model has room beside the question."""
 
     row: QuestionRow
