@@ -30,6 +30,7 @@ def bart():
         encoder_ffn_dim=48,
         decoder_ffn_dim=48,
         max_position_embeddings=32,
+        dropout=0.0,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -42,13 +42,31 @@ from lorakit.config.seed import Seed
 
 Format = Literal[
     "auto",
-    *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
-    *("question-answering", "embedding"),
+    "prompt",
+    "messages",
+    "text",
+    "classification",
+    "multi-label",
+    "token-classification",
+    "question-answering",
+    "embedding",
 ]
 RowField = Literal[
-    *("prompt", "completion", "references", "messages", "tools"),
-    *("text", "text_pair", "negative", "label", "labels", "words", "tags"),
-    *("question", "context", "answers"),
+    "prompt",
+    "completion",
+    "references",
+    "messages",
+    "tools",
+    "text",
+    "text_pair",
+    "negative",
+    "label",
+    "labels",
+    "words",
+    "tags",
+    "question",
+    "context",
+    "answers",
 ]
 
 

@@ -7,8 +7,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 CALLS = ("tool_calls", "function_call")
 """The keys of a message that calls a tool."""
 RowType = Literal[
-    *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
-    *("question-answering", "embedding"),
+    "prompt",
+    "messages",
+    "text",
+    "classification",
+    "multi-label",
+    "token-classification",
+    "question-answering",
+    "embedding",
 ]
 
 WRITTEN: tuple[RowType, ...] = ("messages", "prompt", "text")

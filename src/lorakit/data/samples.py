@@ -32,7 +32,7 @@ class Example:
     """One sample: a row as tokens and labels."""
 
     input_ids: list[int]
-    labels: list[int] | tuple[float, ...] | int | float
+    labels: list[int] | tuple[float, ...] | TokenSpan | int | float
     """A label per token (IGNORED: no target), one per class (0 or 1), a `TokenSpan`, the number of
     the class, or the number to predict."""
     token_type_ids: list[int] | None = None
