@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer
 
-from lorakit.config.base import TaskName
-from lorakit.config.train import DataConfig, Format
+from lorakit.config.rows import Format, TaskName
+from lorakit.config.train import DataConfig
 from lorakit.data.chat import IGNORED
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_rows

@@ -12,7 +12,6 @@ from lorakit.config.base import (
     PositiveFloat,
     PositiveInt,
     Settings,
-    TaskName,
     Topic,
 )
 from lorakit.config.marks import (
@@ -38,36 +37,8 @@ from lorakit.config.methods import (
     config_of,
     defaults_of,
 )
+from lorakit.config.rows import Format, RowField, TaskName
 from lorakit.config.seed import Seed
-
-Format = Literal[
-    "auto",
-    "prompt",
-    "messages",
-    "text",
-    "classification",
-    "multi-label",
-    "token-classification",
-    "question-answering",
-    "embedding",
-]
-RowField = Literal[
-    "prompt",
-    "completion",
-    "references",
-    "messages",
-    "tools",
-    "text",
-    "text_pair",
-    "negative",
-    "label",
-    "labels",
-    "words",
-    "tags",
-    "question",
-    "context",
-    "answers",
-]
 
 
 def _delimiter(value: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.config.train import RowField
+from lorakit.config.rows import RowField
 from lorakit.data.problems import UnusableRowError
 from lorakit.errors import did_you_mean
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.config.train import RowField
+from lorakit.config.rows import RowField
 from lorakit.data.fields import FieldMap
 from lorakit.data.row_types import Row, RowType
 from lorakit.data.samples import Draft, Example

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.config.train import RowField
+from lorakit.config.rows import RowField
 from lorakit.data.chat import IGNORED
 from lorakit.data.fields import FieldMap, as_text
 from lorakit.data.labels import class_name
