@@ -8,6 +8,8 @@ import torch
 
 import lorakit as lk
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
 ANIMALS = ("cat", "dog", "bird", "fish")
 WORDS = ("red", "green", "big", "small", *ANIMALS)
 
