@@ -241,7 +241,7 @@ def _check_arguments(
         problems.append(f"dtype {dtype!r} is none of {', '.join(get_args(DType))}")
     if task not in TASKS:
         problems.append(f"task {task!r} is none of {', '.join(TASKS)}")
-    elif labels is not None and not has_classes(task):
+    if labels is not None and not (task in TASKS and has_classes(task)):
         problems.append(f"labels belong to tasks with classes, not to {task}")
     elif labels is not None and (len(set(labels)) < 2 or len(set(labels)) < len(labels)):
         problems.append(f"labels must be two or more different names, found {list(labels)}")
