@@ -167,8 +167,8 @@ def test_a_text_is_drawn_to_its_own_pair_among_those_of_the_batch(written, token
     # With numbers only the order of the cosines counts.
     both = torch.cat([anchors, positives])
     a, b = (20 * (anchors * positives).sum(-1)).tolist()
-    ranked = objective.loss(both, torch.tensor([1.0, 3.0]))
-    assert float(ranked) == pytest.approx(2 * math.log1p(math.exp(a - b)), rel=1e-5)
+    ranked = objective.loss(both, torch.tensor([3.0, 1.0]))
+    assert float(ranked) == pytest.approx(2 * math.log1p(math.exp(b - a)), rel=1e-5)
 
 
 def test_entities_count_as_a_whole_and_other_tags_as_classes():
