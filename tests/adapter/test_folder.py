@@ -257,6 +257,15 @@ def test_an_edited_config_is_noticed(saved: Path, change: dict[str, Any], text: 
         ({"megatron_config": {"a": 1}}, "megatron_config: the base is a Megatron model"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changes the base's weights"),
         (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights: 'pissa_niter_4' changes the base's weights (its start is drawn at "
+            "random, by a seed that no file has); save it from PEFT with",
+        ),
+        (
+            {"init_lora_weights": "corda"},
+            "init_lora_weights: 'corda' changes the base's weights (its start depends on the texts",
+        ),
+        (
             {"init_lora_weights": "loftq"},
             "init_lora_weights: 'loftq' changes the base's",
         ),

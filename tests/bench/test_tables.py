@@ -55,7 +55,7 @@ smollm2 in bfloat16, adapters of rank 8 in float32, 7 rounds; a processor, 2 thr
 lorakit 0.1.0, torch 2.13.0, transformers 5.23.0; commit abc."""
 
 
-@pytest.mark.parametrize("name", ["benchmarks.md", "methods.md"])
+@pytest.mark.parametrize("name", ["benchmarks.md", "methods.md", "models.md"])
 def test_the_page_has_the_tables_of_the_committed_results(name):
     page = (DOCS / name).read_text(encoding="utf-8")
     written = rewritten(page, RESULTS)

@@ -350,7 +350,7 @@ def test_project_file_names_this_entry_point():
 
 
 def test_the_verb_of_two_words_needs_both(capsys):
-    asked = "one of latency, load, methods, mixed, serve, soak, switch, sweep, train"
+    asked = "one of latency, load, methods, mixed, models, serve, soak, switch, sweep, train"
     for words in (["bench"], ["bench", "--repeats", "3"]):
         assert main(words) == 2
         needs = f"error: lorakit bench needs a second word: {asked}\n"
@@ -358,7 +358,7 @@ def test_the_verb_of_two_words_needs_both(capsys):
     assert main(["bench", "swich"]) == 2
     assert capsys.readouterr().err == (
         "error: lorakit bench has no verb 'swich'; it needs one of latency, load, methods, mixed, "
-        "serve, soak, switch, sweep, train; did you mean 'switch'?\n"
+        "models, serve, soak, switch, sweep, train; did you mean 'switch'?\n"
     )
 
 

@@ -82,7 +82,8 @@ def test_what_a_resumed_run_may_change_is_a_short_list():
     scored = {"eval_every", "patience"}
     scored |= {"data.validation", "data.validation_rows", "data.validation_every"}
     checks = {"check_after", "allow_untrained", "allow_other_base"}
-    handled = {"save_every", "keep_checkpoints", "memory", "offload", "model", "data.train"}
+    handled = {"save_every", "keep_checkpoints", "memory", "offload", "shard"}
+    handled |= {"model", "data.train"}
     assert names == {"steps", "epochs"} | scored | checks | handled
 
 

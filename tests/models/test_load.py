@@ -477,3 +477,23 @@ def test_the_packaged_smollm2_knows_the_capital_of_france():
     with torch.no_grad():
         logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+
+
+def test_a_checkpoint_of_other_classes_gets_a_fresh_head_where_asked(tiny_bert, tmp_path):
+    torch.manual_seed(0)
+    three, tokenizer = load_model(tiny_bert, task="classification", labels=("a", "b", "c"))
+    three.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    how = {"task": "classification", "labels": ("no", "yes")}
+    message = told(tmp_path, **how)
+    assert "classifier.weight  (3, 32) in the checkpoint, (2, 32) needed" in message
+    assert message.endswith("fresh_head leaves the checkpoint's head out, and starts another")
+    torch.manual_seed(1)
+    two, _ = load_model(tmp_path, fresh_head=True, **how)
+    assert two.classifier.weight.shape == (2, 32)
+    kept = dict(three.bert.named_parameters())
+    assert all(torch.equal(p, kept[name]) for name, p in two.bert.named_parameters())
+    torch.manual_seed(1)
+    again, _ = load_model(tmp_path, fresh_head=True, task="classification")
+    assert again.classifier.weight.shape == (3, 32)
+    assert not torch.equal(again.classifier.weight, three.classifier.weight)

@@ -266,6 +266,30 @@ def test_an_adapter_of_another_task_is_gone_on_from_with_a_fresh_head(
 
 
 @pytest.mark.thorough
+def test_a_base_with_another_head_gets_a_fresh_one(settings, tiny_bert, label_rows, tmp_path):
+    labels = ("a", "b", "c")
+    torch.manual_seed(0)
+    three, tokenizer = lk.load_model(tiny_bert, task="classification", labels=labels)
+    three.save_pretrained(tmp_path / "three")
+    tokenizer.save_pretrained(tmp_path / "three")
+    how = {
+        "model": str(tmp_path / "three"),
+        "data": DataConfig(train=str(label_rows), validation=str(label_rows)),
+        "steps": 2,
+        "warmup_steps": 0,
+        "eval_every": None,
+    }
+    with pytest.raises(DataError, match="unknown label 'no'; the labels are a, b, c"):
+        train(settings(out=tmp_path / "no", **how))
+    result = train(settings(out=tmp_path / "two", fresh_head=True, **how))
+    tensors = result.adapter.tensors
+    assert {len(tensors[n]) for n in tensors if n.startswith("classifier.")} == {2}
+    # By its name the base has three classes, and the adapter brings a head for two.
+    scored = lk.evaluate(adapter=result.out, data=how["data"], dtype="float32")
+    assert scored["accuracy"] == result.scores["accuracy"]
+
+
+@pytest.mark.thorough
 def test_patience_ends_a_run_that_no_longer_improves(settings, scores):
     scores(3.0, 1.0, 2.0, 1.5)
     assert train(settings(steps=200, eval_every=4, patience=2)).steps == 16

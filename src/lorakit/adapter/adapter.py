@@ -19,7 +19,7 @@ from lorakit.adapter.folder_write import save_folder, write_card
 from lorakit.adapter.hub import local_path, send
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError
-from lorakit.models.load import load_model
+from lorakit.models.load import load_model, own_classes, own_task
 from lorakit.models.quantized import quantization_on
 from lorakit.models.tasks import has_classes
 
@@ -104,7 +104,8 @@ class Adapter(AdapterContent):
             kernel_sizes: the convolutions in a loralib file, by path or the end of it, and the size
                 of their square kernels; the file does not tell them from other layers.
             base: the model that a file of kohya's or diffusers' is for, such as the U-Net: it may
-                be for several, and layers are found by the model's own names.
+                be for several, and layers are found by the model's own names. Or the one that
+                PEFT's PiSSA or OLoRA started from, whose start is computed again.
 
         Raises:
             AdapterFileError: every problem of the files in one message; or there are none.
@@ -145,7 +146,14 @@ class Adapter(AdapterContent):
         labels = (labels or use.labels or None) if has_classes(task) else None
         way = None if quantize == "none" else quantize
         how = quantization_on(self.card) if quantize == "as-trained" else way
-        return load_model(name, dtype=dtype, task=task, labels=labels, quantize=how)
+        return load_model(
+            name,
+            dtype=dtype,
+            task=task,
+            labels=labels,
+            quantize=how,
+            fresh_head=bool(self.copied_modules) and _has_other_head(name, task, labels),
+        )
 
     @staticmethod
     def of(source: str | os.PathLike[str] | Adapter) -> Adapter:
@@ -168,6 +176,14 @@ class Adapter(AdapterContent):
             adapter = _with_files(content)
             yield adapter
         adapter.keep_hash_of(content)
+
+
+def _has_other_head(name: str, task: str, labels: Sequence[str] | None) -> bool:
+    """Whether a base has a head for another number of classes than an adapter's copy of it."""
+    own, classes = own_task(name), own_classes(name) or ()
+    if "generation" in (task, own):
+        return False
+    return task != own or len(labels or classes) != len(classes)
 
 
 def _with_files(content: AdapterContent) -> Adapter:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapter.atomic_write import read_file, read_files
+from lorakit.adapter.changed_base import of_whole_base
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.file_sizes import header_of, size_problems
 from lorakit.adapter.image_tools import read_for
@@ -24,7 +25,12 @@ from lorakit.adapter.loralib import read_loralib
 from lorakit.adapter.mlx import MLX_FILE, read_mlx
 from lorakit.adapter.other_tools import DIFFUSERS_FILE, check_not_safetensors, named_files
 from lorakit.adapter.own_template import TEMPLATE_FILE, TOKENIZER_FILE, own_template
-from lorakit.adapter.peft_config import CONFIG_FILE, read_config, unknown_values
+from lorakit.adapter.peft_config import (
+    CONFIG_FILE,
+    REPEATABLE_INITS,
+    read_config,
+    unknown_values,
+)
 from lorakit.adapter.peft_read import read_peft
 from lorakit.adapter.record import RECORD_FILE, AdapterRecord, read_record
 from lorakit.adapter.recorded import check_content, recorded_adapter
@@ -55,13 +61,14 @@ def load_path(
         path: the folder, or the file.
         config: rank, alpha and targets, which a loralib file does not hold and a folder does.
         kernel_sizes: the convolutions in a loralib file, see `read_loralib`.
-        base: the model that a file of kohya's or diffusers' is for, see `read_for`.
+        base: the model that a file of kohya's or diffusers' is for (`read_for`), or PEFT's PiSSA
+            or OLoRA (`of_whole_base`).
 
     Raises:
         AdapterFileError: every problem of the files in one message.
     """
-    if base is not None:
-        return _load_for(path, base)
+    if base is not None and (file := _of_image_tool(path)) is not None:
+        return read_for(file, base)
     if path.is_file():
         return _load_file(path, config, kernel_sizes)
     if not path.is_dir():
@@ -72,9 +79,16 @@ def load_path(
         raise AdapterFileError(
             f"{path} is a folder, which holds its kernels' shapes: leave kernel_sizes out"
         )
-    adapter, record = _read_folder(path)
+    adapter, record = _read_folder(path, base)
     check_content(adapter, record, path)
     return adapter
+
+
+def changes_base(folder: Path) -> bool:
+    """Whether a folder of PEFT's belongs to a base that its start has changed, as PiSSA does."""
+    file = folder / CONFIG_FILE
+    raw = read_object(file.read_bytes(), CONFIG_FILE, []) if file.is_file() else None
+    return raw is not None and raw.get("init_lora_weights") in REPEATABLE_INITS
 
 
 @contextmanager
@@ -99,7 +113,9 @@ def reading(folder: Path) -> Iterator[AdapterContent]:
             check_content(adapter, record, folder)
 
 
-def _read_folder(folder: Path) -> tuple[AdapterContent, AdapterRecord | None]:
+def _read_folder(
+    folder: Path, base: nn.Module | None = None
+) -> tuple[AdapterContent, AdapterRecord | None]:
     """The adapter of a folder, with the record of what was saved, if there is one."""
     try:
         problems = size_problems(folder, READ)
@@ -110,17 +126,18 @@ def _read_folder(folder: Path) -> tuple[AdapterContent, AdapterRecord | None]:
             files |= read_files(folder, (PICKLE_FILE,))
     except OSError as error:
         raise AdapterFileError(f"{folder} cannot be read: {error}") from error
-    return content_from(files, folder)
+    return content_from(files, folder, base)
 
 
 def content_from(
-    files: Mapping[str, bytes], folder: Path
+    files: Mapping[str, bytes], folder: Path, base: nn.Module | None = None
 ) -> tuple[AdapterContent, AdapterRecord | None]:
     """The adapter that a folder's files hold, and the record among them; no hash is computed.
 
     Args:
         files: content by name, of those of the adapter's files that are there.
         folder: where they are from, or will be, for messages.
+        base: the model that it was trained on, which PEFT's PiSSA and OLoRA need.
 
     Raises:
         AdapterFileError: every problem of the files in one message.
@@ -136,7 +153,7 @@ def content_from(
     tensors = read_tensors(files, problems)
     config = None
     if raw is not None and not ("method" in raw and "peft_type" not in raw):
-        config = read_config(raw, problems)
+        config = read_config(raw, problems, has_base=base is not None)
     elif raw is not None and RECORD_FILE not in files:
         problems.append(f"{RECORD_FILE}  missing; an adapter in lorakit's own form needs it")
     elif raw is not None and record is not None and raw["method"] != record.method:
@@ -146,6 +163,9 @@ def content_from(
     elif not problems:
         assert config is not None
         adapter, problems = read_peft(config, tensors)
+        if adapter is not None and config.init_lora_weights in REPEATABLE_INITS:
+            assert base is not None
+            adapter, problems = of_whole_base(adapter, str(config.init_lora_weights), base)
         template = own_template(files, problems)
         if adapter is not None and template is not None:
             adapter = replace(adapter, card={**adapter.card, "chat_template": template})
@@ -193,19 +213,14 @@ def _what_is_missing(files: Mapping[str, bytes], has_weights: bool, folder: Path
     return text
 
 
-def _load_for(path: Path, base: nn.Module) -> AdapterContent:
-    """The adapter in a file of kohya's or diffusers', or in a folder that has diffusers'.
+def _of_image_tool(path: Path) -> Path | None:
+    """The safetensors file of kohya's or diffusers' that a path is, or is the folder of; else None.
 
-    Raises:
-        AdapterFileError: it is neither, or every problem of the file.
+    Its layers are found by those of a model.
     """
     file = path / DIFFUSERS_FILE if path.is_dir() else path
-    if not file.is_file() or header_of(file) is None:
-        raise AdapterFileError(
-            f"{path} is no readable safetensors file of kohya's sd-scripts or of diffusers: base "
-            "goes with such a file alone"
-        )
-    return read_for(file, base)
+    found = file.is_file() and not (path / CONFIG_FILE).is_file() and header_of(file) is not None
+    return file if found else None
 
 
 def _load_file(

@@ -27,6 +27,14 @@ UNSUPPORTED = {
 }
 # Ways to start training that leave the base as it was; the others move part of it into A and B.
 NEUTRAL_INITS = (True, False, "gaussian", "eva", "mica", "orthogonal")
+# Starts that depend on the base's weights alone, so that they can be computed again from them.
+REPEATABLE_INITS = ("pissa", "olora")
+WHY_NOT_REPEATABLE = {
+    "pissa_niter": "its start is drawn at random, by a seed that no file has",
+    "corda": "its start depends on the texts that it was made with, which no file has",
+    "lora_ga": "its start depends on the gradients that it was made with, which no file has",
+}
+"""Why the start cannot be computed again, by what PEFT's word for it begins with."""
 # Fields of no effect on a trained adapter.
 WITHOUT_EFFECT = {
     "auto_mapping",
@@ -115,23 +123,26 @@ def first_match(pattern: Mapping[str, V], path: str, default: V) -> V:
     return default
 
 
-def read_config(raw: dict[str, Any], problems: list[str]) -> PeftConfig | None:
+def read_config(
+    raw: dict[str, Any], problems: list[str], *, has_base: bool = False
+) -> PeftConfig | None:
     """The configuration in adapter_config.json; None where a field is wrong.
 
     Args:
         raw: the file's object.
         problems: gets a line for each wrong field, and for each thing that lorakit can't do.
+        has_base: the base is there, for a start that depends on its weights.
     """
     try:
         config = PeftConfig.model_validate(raw)
     except ValidationError as error:
         problems += file_problems(CONFIG_FILE, error)
         return None
-    problems += _unsupported(config)
+    problems += _unsupported(config, has_base)
     return config
 
 
-def _unsupported(config: PeftConfig) -> list[str]:
+def _unsupported(config: PeftConfig, has_base: bool) -> list[str]:
     """A line for each thing that the configuration needs and lorakit can't do."""
     extra = config.model_extra or {}
     lines = [
@@ -139,7 +150,8 @@ def _unsupported(config: PeftConfig) -> list[str]:
         for key, reason in UNSUPPORTED.items()
         if extra.get(key)
     ]
-    if config.init_lora_weights not in NEUTRAL_INITS:
+    known = (*NEUTRAL_INITS, *(REPEATABLE_INITS if has_base else ()))
+    if config.init_lora_weights not in known:
         lines.append(f"{CONFIG_FILE}  init_lora_weights: {_of_changed_base(config)}")
     lines += [
         f"{CONFIG_FILE}  {key}: unknown to lorakit, and it may change the output; "
@@ -158,8 +170,15 @@ def _of_changed_base(config: PeftConfig) -> str:
             "'loftq' changes the base's weights to what quantising leaves of them: attach it to a "
             "checkpoint of that base, with init_lora_weights true, or merge it there with PEFT"
         )
+    if init in REPEATABLE_INITS:
+        return (
+            f"{init!r} changes the base's weights, from which its start can be computed again: "
+            "read it with them, as Adapter.load(…, base=MODEL) or lorakit convert --model does"
+        )
+    reasons = (why for start, why in WHY_NOT_REPEATABLE.items() if init.startswith(start))
+    why = "".join(f" ({reason})" for reason in reasons)
     return (
-        f"{init!r} changes the base's weights; save it from PEFT with "
+        f"{init!r} changes the base's weights{why}; save it from PEFT with "
         "path_initial_model_for_weight_conversion, the folder of the adapter as it was before "
         "training: A and B of twice the rank then belong to the base as it is"
     )

@@ -83,7 +83,7 @@ def attach(
         460800
         >>> plan = lk.attach(model, "out/sql", name="sql")  # a saved one beside it
     """
-    state, what = attachment_of(model), _what(what)
+    state, what = attachment_of(model), _what(what, model)
     train = not isinstance(what, Adapter) if trainable is None else trainable
     _check_replicas(model, train)
     model = unwrapped(model)
@@ -130,7 +130,7 @@ def plan(
         460800
     """
     check_model(model)
-    model, what = unwrapped(model), _what(what)
+    model, what = unwrapped(model), _what(what, model)
     if isinstance(what, Adapter):
         base, identity = modules_of(model), identity_of(model)
         what = with_names_of(base, what)
@@ -138,15 +138,15 @@ def plan(
     return fresh_plan(model, what)
 
 
-def _what(given: object) -> MethodConfig | Sequence[MethodConfig] | Adapter:
-    """The settings or the adapter that were given, the adapter read if it was by its folder.
+def _what(given: object, model: nn.Module) -> MethodConfig | Sequence[MethodConfig] | Adapter:
+    """The settings or the adapter that were given, the adapter read for the model.
 
     Raises:
         AttachError: it is something else.
         AdapterFileError: there is no such adapter, or its files cannot be used.
     """
     if isinstance(given, str | os.PathLike):
-        return Adapter.load(given)
+        return Adapter.load(given, base=model)
     if isinstance(given, Adapter | MethodConfig):
         return given
     if isinstance(given, Sequence) and all(isinstance(each, MethodConfig) for each in given):

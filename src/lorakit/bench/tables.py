@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakit.bench.result import OURS
 
-PAGES = (Path("docs/benchmarks.md"), Path("docs/methods.md"))
+PAGES = (Path("docs/benchmarks.md"), Path("docs/methods.md"), Path("docs/models.md"))
 """The pages of this repository, from its root."""
 RESULTS = Path("benchmarks/results")
 """The folder of the results."""
@@ -152,6 +152,8 @@ def _source(result: dict[str, Any]) -> str:
 
 def _how(settings: dict[str, Any]) -> str:
     """The settings, in a few words."""
+    if "families" in settings:
+        return "adapters of rank 2 on all linear layers"
     if "methods" in settings:
         return (
             f"{settings['steps']} steps of {_rows(settings)}, seed {settings['seed']}, "
@@ -196,7 +198,7 @@ def main() -> None:
     """Rewrite the tables of the pages from the folder of the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: %(default)s)")
-    parser.add_argument("pages", type=Path, nargs="*", default=PAGES, help="(default: both)")
+    parser.add_argument("pages", type=Path, nargs="*", default=PAGES, help="(default: all)")
     given = parser.parse_args()
     for page in given.pages:
         text = rewritten(page.read_text(encoding="utf-8"), given.results)

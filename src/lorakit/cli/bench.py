@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.bench.families.measure import measure_models
 from lorakit.bench.latency import measure_latency
 from lorakit.bench.load import measure_load
 from lorakit.bench.methods import measure_methods
@@ -38,6 +39,7 @@ SECOND_WORDS: dict[str, Verb] = {
     "load": Bench("load", measure_load),
     "methods": Bench("methods", measure_methods),
     "mixed": Bench("mixed", measure_mixed),
+    "models": Bench("models", measure_models),
     "serve": Bench("serve", measure_serve),
     "soak": Bench("soak", measure_soak),
     "switch": Bench("switch", measure_switch),

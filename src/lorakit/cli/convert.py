@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.card import TrainedUse
+from lorakit.adapter.folder import changes_base
 from lorakit.adapter.folder_write import save_peft
 from lorakit.adapter.llama_cpp import check_library, save_gguf
 from lorakit.adapter.output_place import check_new, check_place
@@ -61,7 +63,10 @@ def run(settings: ConvertConfig) -> Result:
 def _from_adapters(settings: ConvertConfig) -> Adapter:
     """The adapter of the source, or the sum of it and others, checked against a base if named."""
     adapter = Adapter.load(
-        settings.source, config=settings.lora, kernel_sizes=settings.kernel_sizes
+        settings.source,
+        config=settings.lora,
+        kernel_sizes=settings.kernel_sizes,
+        base=_changed_base(settings),
     )
     if settings.combines:
         adapter = combine(
@@ -82,6 +87,13 @@ def _from_adapters(settings: ConvertConfig) -> Adapter:
     # Whoever names the base answers for it; that it was not proven stays in `unverified`.
     found = require_attachment(model).base.identity
     return replace(extract(model), base=adapter.base or found)
+
+
+def _changed_base(settings: ConvertConfig) -> PreTrainedModel | None:
+    """The named base, where what is read belongs to it as a start of PEFT's has changed it."""
+    if settings.model is None or not changes_base(Path(settings.source)):
+        return None
+    return load_model(settings.model, task=own_task(settings.model))[0]
 
 
 def _base_config(adapter: Adapter, settings: ConvertConfig) -> PreTrainedConfig:

@@ -123,6 +123,10 @@ VERBS = {
         meaning="Time batches of many adapters, beside PEFT and the plain model.",
         settings="config.bench:MixedConfig",
     ),
+    "bench models": Entry(
+        meaning="Try every use of an adapter on every family of models, tiny ones.",
+        settings="config.bench:ModelsConfig",
+    ),
     "bench serve": Entry(
         meaning="Time a server whose clients use many adapters, beside plain generation.",
         settings="config.bench:ServeBenchConfig",

@@ -163,6 +163,20 @@ class MixedConfig(BenchConfig):
     """Numbers of distinct adapters in that batch."""
 
 
+class ModelsConfig(Measured):
+    """The families of models that adapters are tried on."""
+
+    model: Literal["tiny"] = "tiny"
+    """Random models of two blocks, and the packaged ones."""
+
+    dtype: Literal["float32"] = "float32"
+    """Precision of the bases."""
+
+    families: Names = ()
+    """Names of families in transformers' words (llama, gpt2, bert), or of packaged models. Empty:
+    all for which there is a tiny model."""
+
+
 class ServeBenchConfig(BenchConfig):
     """The clients of a server, and what each asks."""
 

@@ -32,7 +32,6 @@ def idle_settings(config: TrainConfig) -> tuple[str, ...]:
         "eva_batches": not starts_by_eva and "nothing starts by init eva",
         "lora.svd_iterations": is_lora and lora.init != "pissa" and f"init is {lora.init}",
         "double_quantization": config.quantize != "4bit" and f"quantize is {config.quantize}",
-        "fresh_head": config.init_from is None and "there is no init_from",
         "allow_other_base": config.init_from is None and "there is no init_from",
     }
     given = {*changed(config), *(f"lora.{name}" for name in changed(lora))}

@@ -161,7 +161,7 @@ class TrainConfig(Settings):
             "What is held in memory, and what computes.",
             (
                 *("dtype", "quantize", "double_quantization", "packing", "memory", "offload"),
-                *("kernels", "compile"),
+                *("kernels", "compile", "shard"),
             ),
         ),
         Topic(
@@ -299,6 +299,10 @@ class TrainConfig(Settings):
     """Train the model's blocks through torch.compile. One is compiled for all, which takes half a
     minute on a CPU (docs/log.md says when that pays)."""
 
+    shard: Handles[Literal["base"] | None] = None
+    """What processes that train together divide (FSDP2). base: the frozen base, of which each holds
+    a share and gathers a block at a time; what is trained is whole in each. None: nothing."""
+
     check_after: Handles[Annotated[int, Field(ge=3)]] = 5
     """Steps after which every adapted layer must have moved."""
 
@@ -313,8 +317,9 @@ class TrainConfig(Settings):
     start."""
 
     fresh_head: Shared[bool] = False
-    """Leave the task's head of `init_from` out and start a fresh one, for another task than its
-    own. `method` and its settings must be those that it was trained with."""
+    """Leave the task's head of the base, or of `init_from`, out and start a fresh one, for other
+    classes than its own. `method` and its settings must be those that `init_from` was trained
+    with."""
 
     sweep: Invocation[dict[str, Any] | list[Any] | None] = None
     """Train several adapters on one base in one batch, each as if alone, in folders of their own in

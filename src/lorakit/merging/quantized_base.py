@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lorakit.merging.probe import default_probe, outputs_on
 from lorakit.merging.report import MergeReport
@@ -39,7 +40,7 @@ class TrainedModel:
             weight = base.get_parameter(f"{path}.weight").detach().double()
             held = float_weight(layer).to(weight)
             # A quantised Conv1D is held as a Linear.
-            turned = getattr(layer, "source_cls", nn.Linear) is not nn.Linear
+            turned = getattr(layer, "source_cls", nn.Linear) is Conv1D
             held = held.T if turned else held
             found[f"{path}.weight"] = ((weight - held).norm() / weight.norm()).item()
         return found

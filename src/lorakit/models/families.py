@@ -304,9 +304,16 @@ _WINDOWS = tuple(
     for layer in layers
 )
 
+_SHARED_EXPERT = (
+    *(f"shared_expert.{layer}" for layer in ("gate_proj", "up_proj", "down_proj")),
+    "shared_expert_gate",
+)
+
 PIECES: Mapping[str, tuple[str, ...]] = {
     # Tokens without a dimension of rows.
     "opt": ("fc1", "fc2", "final_layer_norm", "activation_fn"),
+    "qwen2_moe": _SHARED_EXPERT,
+    "llama4_text": _SHARED_EXPERT,
     # The windows of each image.
     "swin": _WINDOWS,
     "swinv2": _WINDOWS,

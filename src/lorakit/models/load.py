@@ -38,11 +38,13 @@ def load_model(
     task: str = "generation",
     labels: Sequence[str] | None = None,
     quantize: str | Quantization | None = None,
+    fresh_head: bool = False,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """A base model in eval mode, and its tokenizer, which has a padding token.
 
     A classifier's or regressor's head is made afresh, from torch's random state, where the
-    checkpoint has none: call `torch.manual_seed` first to get the same one again.
+    checkpoint has none, or with `fresh_head`: call `torch.manual_seed` first to get the same one
+    again.
 
     Args:
         name: A packaged name (smollm2, minilm), else a folder, else a GGUF file or a folder with
@@ -55,6 +57,7 @@ def load_model(
         quantize: Hold the weights of linear layers in few bits: 4bit (NF4, its scales quantised
             too), 8bit, or exactly as a `Quantization` says. Matmuls are in the precision of their
             inputs, `dtype`. None: hold them in `dtype`.
+        fresh_head: leave out the head that the checkpoint has, which may be for other classes.
 
     Raises:
         ModelError: the model cannot be found, read or used for the task, or not be quantised.
@@ -71,9 +74,14 @@ def load_model(
         check_library()
     asked = os.fspath(name)
     model, tokenizer, info = _read(asked, task, dtype=dtype, **TASKS[task].head_settings(labels))
-    _check_complete(model, info, asked, task)
+    own_heads = task_heads(model) if fresh_head else ()
+    _check_complete(model, info, asked, task, left_out=own_heads)
     fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    fresh |= set(_owners(model, own_heads))
     model._lorakit_fresh = [path for path, _ in model.named_modules() if path in fresh]
+    if fresh_head:
+        _forget_values(model, own_heads)
+        redraw_fresh_head(model)
     if asked not in PACKAGES and _gguf_file(Path(asked).expanduser()) is not None:
         # The file goes on; its conversion is only on this machine.
         model._lorakit_file = asked
@@ -306,10 +314,37 @@ def _check_folder(folder: Path) -> None:
     raise ModelError(f"{problem}.")
 
 
+def _forget_values(model: nn.Module, heads: Sequence[str]) -> None:
+    """Replace the parameters of some heads by others, which transformers does not take for read."""
+    for head in heads:
+        for module in model.get_submodule(head).modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+
+
+def _owners(model: nn.Module, heads: Sequence[str]) -> Iterator[str]:
+    """The paths of the modules in some heads that have parameters of their own."""
+    for head in heads:
+        for name, _ in model.get_submodule(head).named_parameters():
+            yield f"{head}.{name}".rpartition(".")[0]
+
+
 def _check_complete(
-    model: transformers.PreTrainedModel, info: Mapping[str, Any], name: str, task: str
+    model: transformers.PreTrainedModel,
+    info: Mapping[str, Any],
+    name: str,
+    task: str,
+    *,
+    left_out: Sequence[str],
 ) -> None:
     """Refuse a checkpoint without some of the model's weights, other than those of a task's head.
+
+    Args:
+        model: the model.
+        info: what transformers says of the weights that it read.
+        name: of the model.
+        task: what it is for.
+        left_out: heads that are made afresh, whose weights may have other shapes.
 
     Raises:
         ModelError: a tensor is missing from the checkpoint or has another shape there.
@@ -319,10 +354,16 @@ def _check_complete(
     problems = [f"{key}  not in the checkpoint" for key in missing[:_SHOWN_TENSORS]]
     if len(missing) > _SHOWN_TENSORS:
         problems.append(f"… and {len(missing) - _SHOWN_TENSORS} more that are missing")
+    others = tuple(f"{head}." for head in left_out)
+    mismatched = [
+        each for each in sorted(info["mismatched_keys"]) if not each[0].startswith(others)
+    ]
     problems += [
         f"{key}  {tuple(found)} in the checkpoint, {tuple(needed)} needed"
-        for key, found, needed in sorted(info["mismatched_keys"])
+        for key, found, needed in mismatched
     ]
+    if heads and any(key.startswith(heads) for key, *_ in mismatched):
+        problems.append("fresh_head leaves the checkpoint's head out, and starts another")
     if problems:
         raise ModelError.listing(f"{name!r} does not fit {task} with these settings", problems)
 

@@ -18,9 +18,15 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.errors import MissingExtraError, ModelError
 from lorakit.models.base import base_modules
 from lorakit.models.identity import BaseIdentity, identify
-from lorakit.models.quantized_weight import float_weight, is_quantized
+from lorakit.models.linear_probe import why_no_matmul
+from lorakit.models.quantized_weight import float_weight, is_quantized, own_weight
+from lorakit.models.reads import only_read
 from lorakit.models.roles import output_head, task_heads
-from lorakit.upstream.private_names import kept_in_float32, own_parameters
+from lorakit.upstream.private_names import (
+    NonDynamicallyQuantizableLinear,
+    kept_in_float32,
+    own_parameters,
+)
 from lorakit.upstream.quiet_library import quiet_library
 
 CARD_KEY = "quantised"
@@ -69,8 +75,8 @@ def quantize(model: nn.Module, how: Quantization) -> None:
     """Quantise the weights of a model's linear layers, in place; the float weights are dropped.
 
     Each Linear and Conv1D is replaced but for the output head, the heads of a task, layers with a
-    weight that is tied to another or that transformers wants in float32, and subclasses of Linear
-    with arithmetic of their own. Biases stay the same objects.
+    weight that is tied to another, that transformers wants in float32 or that the model reads by
+    itself, and subclasses of Linear with arithmetic of their own. Biases stay the same objects.
 
     Args:
         model: a plain base, on any device.
@@ -147,7 +153,7 @@ def quantization_of(model: nn.Module) -> Quantization | None:
     if first is None:
         return None
     dtype = str(float_weight(first).dtype).removeprefix("torch.")
-    state = getattr(first.weight, "quant_state", None)
+    state = getattr(own_weight(first), "quant_state", None)
     if state is None:
         return Quantization.of("8bit", dtype)
     return replace(Quantization.of("4bit", dtype, double=state.nested), type=state.quant_type)
@@ -183,11 +189,22 @@ def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for _, module in base_modules(model):
         for parameter in own_parameters(module).values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    reads = only_read(model)
     for path, module in base_modules(model):
-        own = type(module) is nn.Linear or isinstance(module, Conv1D)
+        own = _is_matmul(module) and path not in reads
         alone = own and module is not head and holders[id(module.weight)] == 1
         if alone and path and not any(name in f".{path}." for name in inside):
             yield path, module
+
+
+def _is_matmul(module: nn.Module) -> bool:
+    """Whether a layer can be replaced by another that multiplies with the same weight."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        # Of nn.MultiheadAttention, which reads its weight.
+        return False
+    if type(module) is nn.Linear or isinstance(module, Conv1D):
+        return True
+    return isinstance(module, nn.Linear) and why_no_matmul(module) is None
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -213,6 +230,7 @@ def _float_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
         made.nx, weight = weight.shape[1], weight.T.contiguous()
     else:
         made.in_features, made.out_features = quantised.in_features, quantised.out_features
+        made.__class__ = getattr(quantised, "source_cls", nn.Linear)
     made.weight, made.bias = nn.Parameter(weight, requires_grad=False), quantised.bias
     return cast(nn.Module, made.train(layer.training))
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import ModelError
+from lorakit.models.base import base_parameter
 from lorakit.upstream.private_names import reshaped_result
 
 BLOCK = 64
@@ -99,7 +100,7 @@ def quantized_layer(layer: nn.Module, bits: int, double: bool, dtype: str) -> nn
         weight = weight.float()
     made: Any = _four_bits(weight, double) if bits == 4 else _eight_bits(weight)
     made.bias = source.bias
-    made.source_cls = Conv1D if transposed else nn.Linear
+    made.source_cls = Conv1D if transposed else type(layer)
     return cast(nn.Module, made.train(layer.training))
 
 
@@ -145,17 +146,18 @@ def dequantized(layer: nn.Module) -> Tensor:
         ModelError: bitsandbytes has packed the weight for inference.
     """
     held: Any = layer
-    state = getattr(held.weight, "quant_state", None)
+    weight: Any = base_parameter(layer, "weight")
+    state = getattr(weight, "quant_state", None)
     if state is None:
-        scales = held.state.SCB if held.weight.SCB is None else held.weight.SCB
-        rows = held.weight.detach() * (scales / 127).unsqueeze(1)
+        scales = held.state.SCB if weight.SCB is None else weight.SCB
+        rows = weight.detach() * (scales / 127).unsqueeze(1)
         return cast(Tensor, rows.to(getattr(held, "float_dtype", rows.dtype)))
     if getattr(state, "packing_format_for_cpu", False):
         raise ModelError(
             "bitsandbytes has packed the quantised weights for inference, with scales rounded: "
             "load the base anew, by lorakit's load_model(…, quantize=…)"
         )
-    return _four_bits_as_floats(held.weight.detach(), state)
+    return _four_bits_as_floats(weight.detach(), state)
 
 
 def _four_bits_as_floats(packed: Tensor, state: Any) -> Tensor:

@@ -17,7 +17,14 @@ def is_quantized(layer: nn.Module) -> bool:
     if library is None or not isinstance(layer, nn.Linear):
         return False
     kinds = (library.nn.Linear4bit, library.nn.Linear8bitLt)
-    return isinstance(layer, kinds) and not layer.weight.is_floating_point()
+    return isinstance(layer, kinds) and not own_weight(layer).is_floating_point()
+
+
+def own_weight(layer: nn.Module) -> Tensor:
+    """The parameter itself, also where the attribute `weight` adds an adapter's ΔW."""
+    own = own_parameters(layer).get("weight")
+    # What a parametrization makes of other parameters is no parameter of the layer's own.
+    return cast(Tensor, layer.weight) if own is None else own
 
 
 def float_weight(layer: nn.Module) -> Tensor:
@@ -30,9 +37,7 @@ def float_weight(layer: nn.Module) -> Tensor:
         ModelError: bitsandbytes has packed the weight for inference, which loses some of it.
     """
     if not is_quantized(layer):
-        # What a parametrization makes of other parameters is no parameter of the layer's own.
-        own = own_parameters(layer).get("weight")
-        return cast(Tensor, layer.weight) if own is None else own
+        return own_weight(layer)
     # Imported late: it needs bitsandbytes.
     from lorakit.models.quantized_layers import dequantized
 

@@ -36,7 +36,9 @@ from lorakit.training.evaluation import BEST_BY
 from lorakit.training.loaded_base import LoadedBase, settled
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
+from lorakit.training.processes import count
 from lorakit.training.rates import Rate, rates_by_method
+from lorakit.training.sharded_base import check_shard, idle_shard, is_sharded
 from lorakit.training.virtual_tokens import check_infix, longest_row, with_tokens
 
 T = TypeVar("T")
@@ -70,6 +72,8 @@ class Prepared:
     packing: Packing = PLAIN
     idle: tuple[str, ...] = ()
     """Settings that were given and have no effect, with the reasons."""
+    sharded: bool = False
+    """Whether the base is divided over the processes before the first step."""
 
     def describe(self, table: str = "grouped") -> str:
         """The match table, the reports of the rows, and the packing, as text.
@@ -83,6 +87,8 @@ class Prepared:
         if self.validation is not None:
             parts.append(f"validation rows: {self.validation.report}")
         parts.append(f"batches: {self.packing}")
+        if self.sharded:
+            parts.append(f"base: divided over {count()} processes, gathered block by block (FSDP2)")
         if self.idle:
             parts.append(f"without effect: {', '.join(self.idle)}")
         return "\n".join(parts)
@@ -127,6 +133,7 @@ def prepare_all(
     """
     for config in configs.values():
         check_compile(config)
+        check_shard(config, loaded=base is not None)
     source_of = _sources(configs)
     sources = {name: configs[name] for name in source_of.values()}
     read = for_each(sources, lambda config, _: _read(config, _known_classes(config, base)))
@@ -164,7 +171,8 @@ def prepare_all(
             steps=steps[name],
             best_by=_best_by(config, task, read[source_of[name]].validation),
             packing=packing,
-            idle=(*idle_settings(config), *_idle_in_loss(config, task)),
+            idle=(*idle_settings(config), *idle_shard(config), *_idle_in_loss(config, task)),
+            sharded=is_sharded(config),
         )
         for name, (config, (training, validation)) in runs.items()
     }
@@ -180,7 +188,14 @@ def _model_of(
     how = None
     if config.quantize is not None:
         how = Quantization.of(config.quantize, config.dtype, double=config.double_quantization)
-    return load_model(config.model, dtype=config.dtype, task=task, labels=labels, quantize=how)
+    return load_model(
+        config.model,
+        dtype=config.dtype,
+        task=task,
+        labels=labels,
+        quantize=how,
+        fresh_head=config.fresh_head,
+    )
 
 
 def _packing(model: PreTrainedModel, task: str, config: TrainConfig) -> Packing:
@@ -232,6 +247,8 @@ def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, .
     """
     if config.task != "auto" and not has_classes(config.task):
         return None
+    if config.fresh_head:
+        return config.data.labels
     if base is None:
         own = own_classes(config.model, None if config.task == "auto" else config.task)
         return head_classes(config.data.labels, own, whose=config.model)

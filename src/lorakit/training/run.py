@@ -50,6 +50,7 @@ from lorakit.training.resume import (
     settings_to_resume,
 )
 from lorakit.training.run_folder import LOG, find_checkpoint, locked
+from lorakit.training.sharded_base import is_sharded, shard_base
 from lorakit.training.trainer import AdapterTrainer, KeepBest, OwnIntervals, make_arguments
 
 
@@ -206,6 +207,9 @@ def while_training(model: PreTrainedModel, config: TrainConfig) -> Iterator[Inte
         training_memory(model, config),
         compiled_blocks(model) if config.compile else nullcontext(),
     ):
+        # Last: what comes before looks at whole weights.
+        if is_sharded(config):
+            shard_base(model)
         yield interruption
 
 

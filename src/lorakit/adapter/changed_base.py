@@ -1,0 +1,110 @@
+"""PEFT's adapters that belong to a base whose weights their start has changed: PiSSA and OLoRA.
+
+PEFT puts the main part of each weight into A and B and takes it out of the base. What it saves by
+default are A and B as they were trained, for the rest of the base, which it makes anew at loading.
+Here the base stays: with its weights the start A₀, B₀ is computed again, and the adapter is
+[A; A₀] and [B, −B₀], as lorakit's own PiSSA is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter.content import AdapterContent
+from lorakit.adapter.site import Site
+from lorakit.models.base import base_modules, unwrapped
+from lorakit.models.quantized_weight import float_weight
+
+Start = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
+"""From a weight (d_out, d_in), a rank and a scale: A₀ and B₀."""
+
+
+def _pissa(matrix: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The largest singular values, half of each in A₀ and in B₀ (Meng et al. 2024, section 3)."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
+
+
+def _olora(matrix: Tensor, rank: int, _scale: float) -> tuple[Tensor, Tensor]:
+    """The first columns of Q and rows of R (Büyükakyüz 2024), which PEFT does not scale."""
+    q, r = torch.linalg.qr(matrix)
+    return r[:rank], q[:, :rank]
+
+
+STARTS: Mapping[str, Start] = {"pissa": _pissa, "olora": _olora}
+"""Starts that depend on nothing but the weight, by PEFT's words for them (`REPEATABLE_INITS`)."""
+
+
+def of_whole_base(
+    adapter: AdapterContent, start: str, base: nn.Module
+) -> tuple[AdapterContent, list[str]]:
+    """The adapter for the base as it is, and what is wrong.
+
+    The update of each layer has twice the rank, the added half of which does not train.
+
+    Args:
+        adapter: A and B as PEFT saved them.
+        start: one of `STARTS`.
+        base: the model that it was trained on, before PEFT changed its weights.
+    """
+    modules = dict(base_modules(unwrapped(base)))
+    sites, tensors, problems = [], dict(adapter.tensors), []
+    for site in adapter.sites:
+        problem = _obstacle(site, start, modules.get(site.path), tensors)
+        if problem:
+            problems.append(f"{site.path}  {problem}")
+            continue
+        a, b = _start(site, start, modules[site.path])
+        for end, first, axis in (("a", a, 0), ("b", -b, 1)):
+            name = f"{site.name}.lora_{end}"
+            own = tensors[name]
+            tensors[name] = torch.cat([own, first.to(own.device, own.dtype)], dim=axis)
+        rank = 2 * site.rank
+        sites.append(
+            replace(site, rank=rank, alpha=site.alpha * _factor(adapter, site), frozen=site.rank)
+        )
+    note = f"that {start} started from the weights of this base, which is what B₀·A₀ was made of"
+    found = replace(
+        adapter, sites=tuple(sites), tensors=tensors, unverified=(*adapter.unverified, note)
+    )
+    return found, problems
+
+
+def _factor(adapter: AdapterContent, site: Site) -> float:
+    """By what α grows so that twice the rank has the same scale."""
+    rslora = adapter.lora is not None and adapter.lora.use_rslora
+    return 2**0.5 if rslora else 2.0
+
+
+def _obstacle(
+    site: Site, start: str, module: nn.Module | None, tensors: Mapping[str, Tensor]
+) -> str | None:
+    """Why the start of an update cannot be computed; None: it can."""
+    if module is None:
+        return "is not a module of this base"
+    kinds = ("linear", "transposed") if start == "pissa" else ("linear",)
+    if site.kind not in kinds:
+        return f"is {site.kind}, for which PEFT has no {start}"
+    sizes = tensors[f"{site.name}.lora_b"].shape[0], tensors[f"{site.name}.lora_a"].shape[1]
+    found = tuple(_matrix(site, module).shape)
+    if found != sizes:
+        return f"is of {sizes[0]}×{sizes[1]} in the file, and {found[0]}×{found[1]} in this base"
+    return None
+
+
+@torch.no_grad()
+def _start(site: Site, start: str, module: nn.Module) -> tuple[Tensor, Tensor]:
+    return STARTS[start](_matrix(site, module).float(), site.rank, site.scale)
+
+
+def _matrix(site: Site, module: nn.Module) -> Tensor:
+    """The weight of a layer as (d_out, d_in)."""
+    layer: Any = module
+    weight = float_weight(layer).detach()
+    return weight.T if site.kind == "transposed" else weight

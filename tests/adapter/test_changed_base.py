@@ -1,0 +1,82 @@
+"""PEFT's PiSSA and OLoRA as it saves them by default: read with the base that they started from."""
+
+import copy
+
+import peft
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.adapter.changed_base import STARTS
+from lorakit.adapter.peft_config import REPEATABLE_INITS
+from lorakit.cli.main import main
+from lorakit.errors import AdapterFileError
+from references import outputs
+from tiny_models import build, example_inputs
+
+# PEFT asks transformers by a name that 5.23 has replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+FORMS = [
+    ("llama", "pissa", {"lora_alpha": 6, "rank_pattern": {"down_proj": 2}}),
+    ("llama", "olora", {"use_rslora": True}),
+    ("gpt2", "pissa", {"use_dora": True}),
+]
+
+
+def in_peft(family, start, settings, folder):
+    """The outputs of a model of PEFT's with a trained adapter, saved without its base."""
+    base, inputs = build(family), example_inputs(build(family))
+    words = ["c_attn"] if family == "gpt2" else ["q_proj", "down_proj"]
+    config = peft.LoraConfig(
+        r=3,
+        target_modules=words,
+        init_lora_weights=start,
+        fan_in_fan_out=family == "gpt2",
+        **settings,
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=draws)
+    theirs.save_pretrained(str(folder))
+    return base, inputs, outputs(theirs, inputs)
+
+
+@pytest.mark.parametrize(("family", "start", "settings"), FORMS, ids=str)
+def test_the_outputs_are_those_of_peft(family, start, settings, tmp_path):
+    base, inputs, expected = in_peft(family, start, settings, tmp_path / "peft")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "peft")).eval()
+    torch.testing.assert_close(outputs(again, inputs), expected, rtol=0, atol=1e-5)
+    plain = outputs(base, inputs)
+    lk.attach(base, tmp_path / "peft")
+    torch.testing.assert_close(outputs(base, inputs), expected, rtol=0, atol=1e-5)
+    adapter = lk.extract(base)
+    assert {site.frozen * 2 - site.rank for site in adapter.sites} == {0}
+    assert f"that {start} started from the weights of this base" in "".join(adapter.unverified)
+    # What is saved belongs to the base as it is, for PEFT too.
+    folder = adapter.save(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(build(family), str(folder)).eval()
+    torch.testing.assert_close(outputs(theirs, inputs), expected, rtol=0, atol=1e-5)
+    lk.detach(base)
+    assert torch.equal(outputs(base, inputs), plain)
+
+
+def test_without_the_base_the_way_is_told(tmp_path):
+    base, _, _ = in_peft("llama", "olora", {}, tmp_path / "peft")
+    with pytest.raises(AdapterFileError, match=r"'olora' .* computed again: read it with them, as"):
+        lk.Adapter.load(tmp_path / "peft")
+    with pytest.raises(AdapterFileError, match="is of 32×32 in the file, and 16×16 in this base"):
+        lk.attach(build("llama", hidden_size=16), tmp_path / "peft")
+    assert set(STARTS) == set(REPEATABLE_INITS)
+    assert not hasattr(base, "_lorakit")
+
+
+def test_convert_reads_it_with_the_base(tiny_llama, tmp_path, capsys):
+    base, inputs, expected = in_peft("llama", "pissa", {}, tmp_path / "peft")
+    given = ["convert", str(tmp_path / "peft"), str(tmp_path / "out"), "--model", str(tiny_llama)]
+    assert main(given) == 0, capsys.readouterr().err
+    lk.attach(base, tmp_path / "out")
+    torch.testing.assert_close(outputs(base, inputs), expected, rtol=0, atol=1e-5)

@@ -1,0 +1,58 @@
+"""The table of models: what is tried on a family, what is refused, and what fails."""
+
+import pytest
+import torch
+
+from lorakit.bench.families import measure
+from lorakit.bench.families.measure import CHECKED, measure_models
+from lorakit.bench.families.recipes import FAMILIES, REAL, base_of
+from lorakit.bench.families.uses import Differs, attached, merged, routed
+from lorakit.config.bench import ModelsConfig
+from lorakit.errors import ConfigError
+
+
+def test_there_are_enough_families_and_none_twice():
+    assert len(set(FAMILIES)) == len(FAMILIES) >= measure.FEWEST_FAMILIES
+    assert not set(FAMILIES) & set(REAL)
+
+
+def test_an_unknown_family_is_named_before_anything_is_tried():
+    with pytest.raises(ConfigError, match=r"names lama, for which .*did you mean 'llama'"):
+        measure_models(ModelsConfig(families=("lama",)))
+
+
+@pytest.mark.thorough
+def test_a_classifier_writes_no_text_and_the_rest_works():
+    findings = measure_models(ModelsConfig(families=("bert",)))
+    (row,) = findings.tables["models"]
+    assert {use for use, cell in row.items() if cell == "no (1)"} == {"generate"}
+    assert {cell for use, cell in row.items() if use in measure.USES} == {CHECKED, "no (1)"}
+    assert "writes no text" in findings.tables["reasons"][0]["reason"]
+
+
+def test_a_mistake_is_a_cell_that_fails(monkeypatch):
+    def wrong(base):
+        raise Differs("0 is not 1")
+
+    monkeypatch.setattr(measure, "USES", {"attach": wrong})
+    findings = measure_models(ModelsConfig(families=("llama",)))
+    assert findings.tables["reasons"] == [
+        {"number": 1, "reason": "fails: llama: Differs: 0 is not 1"}
+    ]
+
+
+@pytest.mark.parametrize("use", [attached, merged, routed])
+def test_a_spoilt_layer_is_noticed(use, monkeypatch):
+    base = base_of("llama")
+    use(base)
+    # The update is added to what is not there: every use must see it.
+    layer = type(base.model.model.layers[0].mlp.down_proj)
+    plain = layer.forward
+    draws = torch.Generator().manual_seed(0)
+
+    def noisy(self, x):
+        return plain(self, x) + torch.randn((), generator=draws)
+
+    monkeypatch.setattr(layer, "forward", noisy)
+    with pytest.raises(Differs):
+        use(base)
