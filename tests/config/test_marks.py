@@ -30,6 +30,7 @@ LIKE_THEIR_SECTION = {
     },
 }
 OF_ONE_CALL = {"out", "sweep", "resume", "keep_settings", "overwrite", "dry_run", "table"}
+OF_ONE_CALL |= {"report_to", "ray", "ray_cpus"}
 
 
 def test_every_setting_of_a_run_has_one_mark():
