@@ -13,7 +13,7 @@ import lorakit as lk
 from lorakit.adapter.adapter import Adapter
 from lorakit.cli.main import main
 from lorakit.config.estimate import EstimateConfig
-from lorakit.data.encode import Example
+from lorakit.data.samples import Example
 from lorakit.estimating.counter import StepCounter
 from lorakit.estimating.estimate import Estimator, estimate
 from lorakit.estimating.fit import fitting

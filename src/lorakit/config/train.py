@@ -37,12 +37,9 @@ from lorakit.config.methods import (
     config_of,
     defaults_of,
 )
+from lorakit.config.rows import Format, RowField, TaskName
 from lorakit.config.seed import Seed
 
-Format = Literal["auto", "prompt", "messages", "text", "classification"]
-RowField = Literal[
-    "prompt", "completion", "references", "messages", "tools", "text", "text_pair", "label"
-]
 TRACKERS = ("wandb", "mlflow", "trackio", "tensorboard")
 """Trackers of runs, by the names of their packages."""
 
@@ -81,8 +78,10 @@ class DataConfig(Settings):
 
     format: Format = "auto"
     """What a row is: prompt (prompt, completion, optional references), messages (a chat, optional
-    tools), text, or classification (text, optional text_pair, label). auto: inferred from the
-    fields of the rows."""
+    tools), text, classification (text, optional text_pair, label), multi-label (text, optional
+    text_pair, labels), token-classification (words, tags), question-answering (question, context,
+    answers) or embedding (text, text_pair, and negative or label). auto: inferred from the fields
+    of the rows."""
 
     fields: dict[RowField, str] = {}
     """Our field name: the file's column, or a template such as "{subject}: {body}". {body?} may be
@@ -99,6 +98,10 @@ class DataConfig(Settings):
     max_length: PositiveInt = 512
     """Longest row in tokens; a longer one is cut, counted and reported."""
 
+    stride: PositiveInt = 128
+    """Of a question's context that is longer than a row, neighbouring windows share so many tokens,
+    or half of one where that is less."""
+
     train_rows: PositiveInt | None = None
     """Use only the first so many training rows."""
 
@@ -109,7 +112,8 @@ class DataConfig(Settings):
     """Of the validation rows use only each so many-th: 10 takes a tenth, from all over the file."""
 
     labels: Annotated[Names, Field(min_length=2)] | None = None
-    """Names of the classes, in order. None: the distinct labels of the training rows, sorted."""
+    """Names of the classes or tags, in order. None: the distinct ones of the training rows,
+    sorted."""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -201,10 +205,9 @@ class TrainConfig(Settings):
     data: Recorded[DataConfig] = DataConfig()
     """What it is trained on."""
 
-    task: Annotated[
-        Literal["auto", "generation", "classification", "regression"], Mark(on_card=False)
-    ] = "auto"
-    """What the model does. auto: classification where rows have labels, else generation."""
+    task: Annotated[Literal["auto"] | TaskName, Mark(on_card=False)] = "auto"
+    """What the model does. auto: what rows of this type are for, generation or a task with labels;
+    regression must be asked for."""
 
     dtype: Shared[Literal["auto"] | DType] = "auto"
     """Precision of the frozen base in training. auto: bfloat16 where the processor multiplies it

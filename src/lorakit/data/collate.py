@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.batches import joined_batch, pad_token, training_batch
-from lorakit.data.encode import Example
 from lorakit.data.packing import PLAIN, Packing
+from lorakit.data.samples import Example, flattened
 from lorakit.kernels.packed_sequences import PackedSequences
 
 PACKED = "packed_sequences"
@@ -26,7 +26,7 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The batch, labels included; the packing says in what form."""
-        lengths = tuple(len(example.input_ids) for example in examples)
+        lengths = tuple(len(text.input_ids) for text in flattened(examples))
         if self._packing.joined:
             joined = joined_batch(examples, pad_id=self._pad_id, multiple=self._packing.multiple)
             packed = PackedSequences((lengths,), joined["input_ids"].shape[1])

@@ -123,6 +123,8 @@ class Estimator:
         config = _settled(config, device)
         work = self._work(config)
         base = _base(config, work) if model is None else model
+        if base.config.is_encoder_decoder:
+            raise ConfigError(f"a {type(base).__name__} has two stacks, which are not estimated")
         parameters = base.num_parameters()
         longest = context_length(base)
         size = config.batch_size // config.processes

@@ -14,8 +14,7 @@ from lorakit.training.processes import PIECE_BYTES
 TENSOR_HEADER_BYTES = 150
 """Of a tensor in a safetensors file: its name, shape and place."""
 RECORD_BYTES, IDENTITY_BYTES = 5_000, 43
-"""Of an adapter's folder beside its tensors: settings and card, and for each tensor of the base what
-its identity has."""
+"""Of an adapter's folder beside its tensors: settings and card; and for each tensor of the base."""
 MOMENTS = 2
 """Values that AdamW keeps of each trained one."""
 

@@ -17,7 +17,7 @@ from lorakit.attachment.state import virtual_tokens
 from lorakit.config.methods import LoRAConfig, MethodConfig
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import PACKED, Collator
-from lorakit.data.encode import Example
+from lorakit.data.samples import Example
 from lorakit.estimating.counter import FusedAttention, StepCounter
 from lorakit.kernels.choice import use
 from lorakit.kernels.stand_in import DeviceKind, standing_for
@@ -197,9 +197,9 @@ class _Step:
     def _loss(self, batch: Mapping[str, Any]) -> Tensor:
         labels, config = batch["labels"], self.config
         inputs = self._inputs(batch)
-        if self.task != "generation":
-            how = Loss(self.task, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
-            return how(self.model(**inputs), labels.to(META))
+        how = Loss(self.task, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
+        if how.objective is not None:
+            return how(how.objective.outputs(self.model, inputs), labels.to(META), len(labels))
         loss, _ = text_losses(
             self.model,
             inputs,

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.config.estimate import EstimateConfig
-from lorakit.data.encode import Example, encode_rows
+from lorakit.data.encode import encode_rows
 from lorakit.data.rows import read_rows
+from lorakit.data.samples import Example
+from lorakit.errors import ConfigError
 from lorakit.models.load import own_classes
+from lorakit.models.tasks import has_classes
 from lorakit.models.without_weights import load_tokenizer
 
 CLASSES = ("0", "1")
@@ -42,6 +45,7 @@ def workload_of(config: EstimateConfig) -> Workload:
     """The rows of a run: those that the settings name, or ones of `row_tokens` each.
 
     Raises:
+        ConfigError: rows of the task cannot be made up.
         DataError: rows are named, and cannot be used.
         ModelError: the tokenizer cannot be read.
     """
@@ -49,7 +53,10 @@ def workload_of(config: EstimateConfig) -> Workload:
         return _of_rows(config)
     task = "generation" if config.task == "auto" else config.task
     length = config.row_tokens or config.data.max_length
-    label: Any = {"generation": [1] * length, "classification": 1, "regression": 0.5}[task]
+    by_task: dict[str, Any] = {"generation": [1] * length, "classification": 1, "regression": 0.5}
+    if task not in by_task:
+        raise ConfigError(f"task: {task} is estimated from rows: give data.train")
+    label = by_task[task]
     named = None if config.data.labels is None else tuple(config.data.labels)
     given = "" if config.row_tokens else " (data.max_length, as no rows are named)"
     return Workload(
@@ -65,8 +72,8 @@ def _of_rows(config: EstimateConfig) -> Workload:
     assert data.train is not None
     asked = None if config.task == "auto" else config.task
     labels = None if data.labels is None else tuple(data.labels)
-    if labels is None and asked in (None, "classification"):
-        labels = own_classes(config.model)
+    if labels is None and (asked is None or has_classes(asked)):
+        labels = own_classes(config.model, asked)
     rows = read_rows(data.train, data, limit=data.train_rows, labels=labels, task=asked)
     examples = encode_rows(rows, load_tokenizer(config.model), data).examples
     ordered = sorted(examples, key=lambda each: -len(each.input_ids))

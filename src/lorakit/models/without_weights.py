@@ -15,10 +15,10 @@ from lorakit.models.load import (
     config_of,
     explained,
     give_padding_token,
-    head_settings,
     quiet,
     source_of,
 )
+from lorakit.models.tasks import TASKS, model_task
 
 
 def load_without_weights(
@@ -40,7 +40,7 @@ def load_without_weights(
         ModelError: there is no such config, or transformers cannot build a model from it.
     """
     config = config_of(name)
-    for setting, value in head_settings(task, labels).items():
+    for setting, value in TASKS[task].head_settings(labels).items():
         setattr(config, setting, value)
     return build_without_weights(config, dtype=dtype, task=task, name=os.fspath(name))
 
@@ -53,9 +53,7 @@ def build_without_weights(
     Raises:
         ModelError: transformers cannot build it.
     """
-    kind: Any = transformers.AutoModelForSequenceClassification
-    if task == "generation":
-        kind = transformers.AutoModelForCausalLM
+    kind: Any = getattr(transformers, model_task(task, config).auto_class)
     if task != "generation" and config.pad_token_id is None:
         config.pad_token_id = 0
     shown = name or type(config).__name__

@@ -13,7 +13,7 @@ from typing import Literal
 from transformers import GPT2Config
 
 from lorakit.config.train import TrainConfig
-from lorakit.data.encode import Example
+from lorakit.data.samples import Example
 from lorakit.estimating.training_step import count_step
 from lorakit.models.without_weights import build_without_weights
 
