@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lorakit.config.train import DataConfig
 from lorakit.data.chat import IGNORED
-from lorakit.data.encode import Encoded, encode_prompt, encode_rows
+from lorakit.data.encode import encode_prompt, encode_rows
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Rows
 from lorakit.data.rows import read_rows
+from lorakit.data.samples import Encoded
 from lorakit.errors import DataError
 from tiny_tokenizers import build_tokenizer
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings, TaskName
 from lorakit.config.train import DataConfig
 
 WIDTH, HEAD_WIDTH = 1024, 64
@@ -112,8 +112,8 @@ class MethodsConfig(Measured):
     data: DataConfig = DataConfig()
     """Rows to train on, and in `data.validation` those to score afterwards; both must be given."""
 
-    task: Literal["auto", "generation", "classification", "regression"] = "auto"
-    """What the model does. auto: classification where rows have labels, else generation."""
+    task: Literal["auto"] | TaskName = "auto"
+    """What the model does. auto: what rows of this type are for."""
 
     steps: PositiveInt = 300
     """Optimizer steps of each run."""

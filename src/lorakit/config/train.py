@@ -12,6 +12,7 @@ from lorakit.config.base import (
     PositiveFloat,
     PositiveInt,
     Settings,
+    TaskName,
     Topic,
 )
 from lorakit.config.marks import (
@@ -39,9 +40,13 @@ from lorakit.config.methods import (
 )
 from lorakit.config.seed import Seed
 
-Format = Literal["auto", "prompt", "messages", "text", "classification"]
+Format = Literal[
+    "auto",
+    *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
+]
 RowField = Literal[
-    "prompt", "completion", "references", "messages", "tools", "text", "text_pair", "label"
+    *("prompt", "completion", "references", "messages", "tools"),
+    *("text", "text_pair", "label", "labels", "words", "tags"),
 ]
 
 
@@ -79,8 +84,9 @@ class DataConfig(Settings):
 
     format: Format = "auto"
     """What a row is: prompt (prompt, completion, optional references), messages (a chat, optional
-    tools), text, or classification (text, optional text_pair, label). auto: inferred from the
-    fields of the rows."""
+    tools), text, classification (text, optional text_pair, label), multi-label (text, optional
+    text_pair, labels) or token-classification (words, tags). auto: inferred from the fields of the
+    rows."""
 
     fields: dict[RowField, str] = {}
     """Our field name: the file's column, or a template such as "{subject}: {body}". {body?} may be
@@ -107,7 +113,8 @@ class DataConfig(Settings):
     """Of the validation rows use only each so many-th: 10 takes a tenth, from all over the file."""
 
     labels: Annotated[Names, Field(min_length=2)] | None = None
-    """Names of the classes, in order. None: the distinct labels of the training rows, sorted."""
+    """Names of the classes or tags, in order. None: the distinct ones of the training rows,
+    sorted."""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -199,10 +206,9 @@ class TrainConfig(Settings):
     data: Recorded[DataConfig] = DataConfig()
     """What it is trained on."""
 
-    task: Annotated[
-        Literal["auto", "generation", "classification", "regression"], Mark(on_card=False)
-    ] = "auto"
-    """What the model does. auto: classification where rows have labels, else generation."""
+    task: Annotated[Literal["auto"] | TaskName, Mark(on_card=False)] = "auto"
+    """What the model does. auto: what rows of this type are for, generation or a task with labels;
+    regression must be asked for."""
 
     dtype: Shared[Literal["auto"] | DType] = "auto"
     """Precision of the frozen base in training. auto: bfloat16 where the processor multiplies it

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.chat import IGNORED
-from lorakit.data.encode import Example
+from lorakit.data.samples import Example
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -30,8 +30,8 @@ def training_batch(
 
     Returns:
         input_ids, attention_mask and, if the samples have them, token_type_ids: (batch, length);
-        labels: for target tokens (batch, length), with IGNORED on padding; for classes (batch,) in
-        int64; for a regression (batch,) in float32.
+        labels: for tokens (batch, length), with IGNORED on padding; for classes (batch,) in int64;
+        for several of them (batch, classes), and for a regression (batch,), in float32.
     """
     ids = [example.input_ids for example in examples]
     length = math.ceil(max(map(len, ids)) / multiple) * multiple

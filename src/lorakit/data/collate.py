@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.batches import joined_batch, pad_token, training_batch
-from lorakit.data.encode import Example
 from lorakit.data.packing import PLAIN, Packing
+from lorakit.data.samples import Example
 from lorakit.kernels.packed_sequences import PackedSequences
 
 PACKED = "packed_sequences"

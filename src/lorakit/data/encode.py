@@ -1,18 +1,20 @@
 """Rows to samples: tokens and labels, with a count of what was cut or left out."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.config.train import DataConfig
 from lorakit.data.chat import IGNORED, ChatTemplate, end_token
+from lorakit.data.objectives import BY_KIND
+from lorakit.data.objectives.objective import Encoding
 from lorakit.data.problems import Problems, UnusableRowError
 from lorakit.data.report import EncodingReport
-from lorakit.data.row_types import ClassificationRow, MessagesRow, PromptRow, Row, Rows, TextRow
+from lorakit.data.row_types import WRITTEN, MessagesRow, PromptRow, Row, Rows, TextRow
+from lorakit.data.samples import Draft, Encoded, Example
 from lorakit.errors import DataError
 
 TOGETHER = 10_000
@@ -21,55 +23,6 @@ NO_TARGET = "no target token within the limit"
 NO_ANSWER = "no turn of the assistant that answers something"
 NO_TRAINED_ANSWER = "no turn of the assistant that is to be trained"
 NO_COMPLETION = "no completion"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """One sample: a row as tokens and labels."""
-
-    input_ids: list[int]
-    labels: list[int] | int | float
-    """A label per token (IGNORED: no target), the number of the class, or the number to predict."""
-    token_type_ids: list[int] | None = None
-    """Which text of a pair each token is from, 0 or 1, for models with token types."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """Samples in the order of their rows: a data set of torch's map style."""
-
-    examples: tuple[Example, ...]
-    report: EncodingReport
-    ends: tuple[int, ...] = ()
-    """The tokens that ended the targets, in ascending order."""
-
-    @cached_property
-    def content_hash(self) -> str:
-        """SHA-256 of the samples in their order: tokens, labels, and which text tokens are from."""
-        content = hashlib.sha256()
-        for each in self.examples:
-            content.update(repr((each.input_ids, each.labels, each.token_type_ids)).encode())
-        return content.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Draft:
-    """The sample of a row, or the reason why there is none, and what was cut from it."""
-
-    example: Example | None = None
-    dropped: str = ""
-    cut_prompt: bool = False
-    cut_completion: bool = False
-    ends: frozenset[int] = frozenset()
-    """The tokens that end its targets."""
-    unwritten: frozenset[str] = frozenset()
-    """Keys of messages that the chat template does not write."""
 
 
 def encode_rows(
@@ -89,8 +42,8 @@ def encode_rows(
       long loses its end.
     - Of a text, all tokens are targets, and the end token, which is not added to a text that has
       it. One that is too long loses its end.
-    - A text or pair to classify has the number of its class, or the number to predict. If it is too
-      long, the longer of the two is cut.
+    - What a row with labels becomes is its objective's affair. Of a text or pair that is too long,
+      the longer of the two is cut; words that are too many lose their end.
 
     Args:
         rows: the rows, as `read_rows` gives them.
@@ -140,7 +93,7 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig
                 return ChatTemplate(tokenizer).prompt(row)
             except UnusableRowError as error:
                 raise DataError(f"A conversation cannot be answered: {error}.") from error
-        case ClassificationRow():
+        case _:
             raise DataError("A row to classify has no prompt: it is answered with a label.")
 
 
@@ -161,10 +114,12 @@ class _Encoder:
         self._separator = data.separator
         self._start = tokenizer.bos_token_id
         self._openings: dict[str, list[int]] = {}
-        self._numbers = {name: number for number, name in enumerate(rows.labels or ())}
+        numbers = {name: number for number, name in enumerate(rows.labels or ())}
+        self._objective = BY_KIND.get(rows.kind)
+        self._encoding = Encoding(tokenizer=tokenizer, limit=self.limit, numbers=numbers)
         self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
         special = tokenizer.num_special_tokens_to_add(pair=True)
-        if rows.kind == "classification" and self.limit <= special:
+        if rows.kind not in WRITTEN and self.limit <= special:
             raise DataError(
                 f"data.max_length {self.limit} leaves no room for text beside the {special} tokens"
                 " that frame it."
@@ -188,7 +143,7 @@ class _Encoder:
         """The token that ends an answer, cached: tokenizers look it up by its text each time."""
         return end_token(self._tokenizer)
 
-    def draft(self, row: Row) -> _Draft:
+    def draft(self, row: Row) -> Draft:
         match row:
             case PromptRow():
                 return self._prompt(row)
@@ -197,12 +152,13 @@ class _Encoder:
                 return self._continuous(ids, list(ids))
             case MessagesRow():
                 return self._conversation(row)
-            case ClassificationRow():
-                return self._classification(row)
+            case _:
+                assert self._objective is not None, "rows of one kind"
+                return self._objective.draft(row, self._encoding)
 
-    def _prompt(self, row: PromptRow) -> _Draft:
+    def _prompt(self, row: PromptRow) -> Draft:
         if row.completion is None:
-            return _Draft(dropped=NO_COMPLETION)
+            return Draft(dropped=NO_COMPLETION)
         prompt = self._openings[row.prompt + self._separator]
         completion = self._ended(self._completions[row.completion])
         # At least one token of the prompt stays: the first target token must follow a token.
@@ -211,8 +167,8 @@ class _Encoder:
         kept = last_tokens(prompt, room, start=self._start)
         targets = completion[: self.limit - len(kept)]
         if not kept or not targets:
-            return _Draft(dropped=NO_TARGET)
-        return _Draft(
+            return Draft(dropped=NO_TARGET)
+        return Draft(
             example=Example(input_ids=kept + targets, labels=[IGNORED] * len(kept) + targets),
             cut_prompt=len(kept) < len(prompt),
             cut_completion=len(targets) < len(completion),
@@ -223,37 +179,26 @@ class _Encoder:
         """Tokens with the end token, which a text that ends with it has already."""
         return ids if ids[-1:] == [self._end] else [*ids, self._end]
 
-    def _conversation(self, row: MessagesRow) -> _Draft:
+    def _conversation(self, row: MessagesRow) -> Draft:
         assert self._chat is not None, "rows of one kind"
         found = self._chat.example(row)
         if found is None:
             spared = any(m.role == "assistant" and not m.trained for m in row.messages[1:])
-            return _Draft(dropped=NO_TRAINED_ANSWER if spared else NO_ANSWER)
+            return Draft(dropped=NO_TRAINED_ANSWER if spared else NO_ANSWER)
         draft = self._continuous(found.ids, found.labels)
         return replace(draft, ends=found.ends, unwritten=found.unwritten)
 
-    def _continuous(self, ids: list[int], labels: list[int]) -> _Draft:
+    def _continuous(self, ids: list[int], labels: list[int]) -> Draft:
         """The draft of a text or conversation, whose end is cut."""
         kept = labels[: self.limit]
         # The first token is given, not predicted.
         if all(label == IGNORED for label in kept[1:]):
-            return _Draft(dropped=NO_TARGET)
-        return _Draft(
+            return Draft(dropped=NO_TARGET)
+        return Draft(
             example=Example(input_ids=ids[: self.limit], labels=kept),
             cut_completion=len(kept) < len(labels),
             ends=frozenset({ids[-1]}),
         )
-
-    def _classification(self, row: ClassificationRow) -> _Draft:
-        label = self._numbers[row.label] if isinstance(row.label, str) else row.label
-        texts = (row.text, row.text_pair)
-        whole = self._tokenizer(*texts, verbose=False)
-        cut = len(whole["input_ids"]) > self.limit
-        kept = self._tokenizer(*texts, truncation=True, max_length=self.limit) if cut else whole
-        example = Example(
-            input_ids=kept["input_ids"], labels=label, token_type_ids=kept.get("token_type_ids")
-        )
-        return _Draft(example=example, cut_prompt=cut)
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
@@ -301,7 +246,7 @@ def last_tokens(ids: list[int], room: int, *, start: int | None) -> list[int]:
     return ids[len(ids) - room :]
 
 
-def _report(rows: Rows, drafts: Sequence[_Draft], *, limit: int) -> EncodingReport:
+def _report(rows: Rows, drafts: Sequence[Draft], *, limit: int) -> EncodingReport:
     lengths = [len(draft.example.input_ids) for draft in drafts if draft.example]
     return EncodingReport(
         source=rows.source,
@@ -318,7 +263,7 @@ def _report(rows: Rows, drafts: Sequence[_Draft], *, limit: int) -> EncodingRepo
     )
 
 
-def _unwritten_note(drafts: Sequence[_Draft]) -> tuple[str, ...]:
+def _unwritten_note(drafts: Sequence[Draft]) -> tuple[str, ...]:
     counts = Counter(key for draft in drafts for key in sorted(draft.unwritten))
     if not counts:
         return ()

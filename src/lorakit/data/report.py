@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from lorakit.data.row_types import RowType
 
-_INPUT = {"classification": "text", "prompt": "prompt"}
+_INPUT = {"prompt": "prompt"}
 _OUTPUT = {"messages": "conversation", "text": "text", "prompt": "completion"}
 
 
@@ -22,7 +22,7 @@ class EncodingReport:
     dropped: Mapping[str, int] = field(default_factory=dict)
     """How many rows were left out, by reason."""
     truncated_prompts: int = 0
-    """Kept rows whose prompt, or text to classify, was cut."""
+    """Kept rows whose prompt, or text with labels, was cut."""
     truncated_completions: int = 0
     """Kept rows that lost target tokens: of a completion, a conversation or a text."""
     longest: int = 0
@@ -47,7 +47,7 @@ class EncodingReport:
         """A line for each reason why rows were dropped, and for each part of rows that was cut."""
         lines = [f"dropped {_counted(count, 'row')}: {why}" for why, count in self.dropped.items()]
         if self.truncated_prompts:
-            lines.append(f"cut {_counted(self.truncated_prompts, _INPUT[self.kind])}")
+            lines.append(f"cut {_counted(self.truncated_prompts, _INPUT.get(self.kind, 'text'))}")
         if self.truncated_completions:
             lines.append(f"cut {_counted(self.truncated_completions, _OUTPUT[self.kind])}")
         return lines

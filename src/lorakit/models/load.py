@@ -23,11 +23,9 @@ from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
 from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.roles import input_embedding, task_heads
+from lorakit.models.tasks import TASKS, has_classes, task_of_config
 from lorakit.upstream.private_names import initialize, loaded_from
 from lorakit.upstream.quiet_library import without_bars
-
-TASKS = ("generation", "classification", "regression")
-"""The tasks that a base model can be loaded for."""
 
 _SHOWN_TENSORS = 5
 
@@ -51,7 +49,8 @@ def load_model(
         name: A packaged name (smollm2, minilm), else a folder, else a GGUF file or a folder with
             one, else a hub id. Write ./smollm2 for a folder of that name.
         dtype: Precision of the weights: float32, bfloat16 or float16.
-        task: generation (a causal language model), classification or regression (one number).
+        task: generation (a causal language model), classification, regression (one number),
+            multi-label or token-classification.
         labels: Names of the classes, in order; None keeps those of the checkpoint.
         quantize: Hold the weights of linear layers in few bits: 4bit (NF4, its scales quantised
             too), 8bit, or exactly as a `Quantization` says. Matmuls are in the precision of their
@@ -72,7 +71,7 @@ def load_model(
     if quantize is not None:
         check_library()
     asked = os.fspath(name)
-    model, tokenizer, info = _read(asked, task, dtype=dtype, **_head_settings(task, labels))
+    model, tokenizer, info = _read(asked, task, dtype=dtype, **TASKS[task].head_settings(labels))
     own_heads = task_heads(model) if fresh_head else ()
     _check_complete(model, info, asked, task, left_out=own_heads)
     fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
@@ -108,9 +107,7 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
     Raises:
         ModelError: it cannot be found or read.
     """
-    auto_class: Any = transformers.AutoModelForSequenceClassification
-    if task == "generation":
-        auto_class = transformers.AutoModelForCausalLM
+    auto_class: Any = getattr(transformers, TASKS[task].auto_class)
     # Without a word about remote code transformers would ask at the terminal.
     safe: dict[str, Any] = {"trust_remote_code": False}
     with _quiet():
@@ -140,13 +137,8 @@ def redraw_fresh_head(model: nn.Module) -> None:
 
 
 def task_of(model: transformers.PreTrainedModel) -> str:
-    """The task that a loaded model does: classification and regression have a head of their own."""
-    return _task(type(model).__name__, model.config)
-
-
-def is_multi_label(model: transformers.PreTrainedModel) -> bool:
-    """Whether a classifier's classes do not exclude each other."""
-    return bool(model.config.problem_type == "multi_label_classification")
+    """The task that a loaded model does: all but generation have a head of their own."""
+    return task_of_config(type(model).__name__, model.config)
 
 
 def labels_of(model: transformers.PreTrainedModel) -> tuple[str, ...]:
@@ -161,7 +153,7 @@ def own_task(name: str | os.PathLike[str]) -> str:
         ModelError: the model cannot be found, or its config not be read.
     """
     config = config_of(name)
-    return _task(next(iter(config.architectures or ()), ""), config)
+    return task_of_config(next(iter(config.architectures or ()), ""), config)
 
 
 def encodes(name: str | os.PathLike[str]) -> bool:
@@ -172,7 +164,7 @@ def encodes(name: str | os.PathLike[str]) -> bool:
     """
     config = config_of(name)
     architecture = next(iter(config.architectures or ()), "")
-    if _task(architecture, config) != "generation":
+    if task_of_config(architecture, config) != "generation":
         return True
     writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
     masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
@@ -185,7 +177,7 @@ def own_classes(name: str | os.PathLike[str]) -> tuple[str, ...] | None:
     Raises:
         ModelError: the model cannot be found, or its config not be read.
     """
-    return _labels(config_of(name)) if own_task(name) == "classification" else None
+    return _labels(config_of(name)) if has_classes(own_task(name)) else None
 
 
 def config_of(name: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
@@ -202,12 +194,6 @@ def config_of(name: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
                 source, trust_remote_code=False
             )
     return config
-
-
-def _task(architecture: str, config: transformers.PreTrainedConfig) -> str:
-    if not architecture.endswith("ForSequenceClassification"):
-        return "generation"
-    return "regression" if config.num_labels == 1 else "classification"
 
 
 def _labels(config: transformers.PreTrainedConfig) -> tuple[str, ...]:
@@ -233,8 +219,8 @@ def _check_arguments(
         problems.append(f"dtype {dtype!r} is none of {', '.join(get_args(DType))}")
     if task not in TASKS:
         problems.append(f"task {task!r} is none of {', '.join(TASKS)}")
-    if labels is not None and task != "classification":
-        problems.append(f"labels belong to classification, not to {task}")
+    elif labels is not None and not has_classes(task):
+        problems.append(f"labels belong to tasks with classes, not to {task}")
     elif labels is not None and (len(set(labels)) < 2 or len(set(labels)) < len(labels)):
         problems.append(f"labels must be two or more different names, found {list(labels)}")
     if problems:
@@ -296,20 +282,6 @@ def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         problem += ", but an adapter: load the base that it names, then attach the adapter"
     raise ModelError(f"{problem}.")
-
-
-def _head_settings(task: str, labels: Sequence[str] | None) -> dict[str, Any]:
-    """The config entries that shape the task's head."""
-    if task == "regression":
-        return {"num_labels": 1, "problem_type": "regression"}
-    if labels is None:
-        return {}
-    return {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-        "problem_type": "single_label_classification",
-    }
 
 
 def _owners(model: nn.Module, heads: Sequence[str]) -> Iterator[str]:

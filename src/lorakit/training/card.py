@@ -11,6 +11,7 @@ from typing import Any
 from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
 from lorakit.models.quantized import card_of_base
+from lorakit.models.tasks import TASKS
 from lorakit.training.prepare import Prepared
 from lorakit.training.resume import ChangedSetting
 
@@ -33,7 +34,7 @@ def training_card(
     libraries = ("lorakit", "torch", "transformers", *(["bitsandbytes"] if quantized else []))
     return {
         "task": prepared.task,
-        "task_type": "CAUSAL_LM" if prepared.task == "generation" else "SEQ_CLS",
+        "task_type": TASKS[prepared.task].peft_type,
         "rows_kind": prepared.kind,
         "labels": None if prepared.labels is None else list(prepared.labels),
         "end_tokens": list(prepared.training.ends),

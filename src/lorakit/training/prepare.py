@@ -19,16 +19,19 @@ from lorakit.config.idle import idle_settings
 from lorakit.config.seed import generator_seed
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
-from lorakit.data.encode import Encoded, encode_rows
+from lorakit.data.encode import encode_rows
 from lorakit.data.labels import head_classes
+from lorakit.data.objectives import OBJECTIVES
 from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
+from lorakit.data.samples import Encoded
 from lorakit.data.tasks import PREFIX, task_of
 from lorakit.errors import AdapterFileError, ConfigError, LorakitError
 from lorakit.models.load import load_model, own_classes, redraw_fresh_head
 from lorakit.models.quantized import Quantization
 from lorakit.models.shape import context_length, hidden_size
+from lorakit.models.tasks import has_classes
 from lorakit.training.evaluation import BEST_BY
 from lorakit.training.loaded_base import LoadedBase, settled
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
@@ -51,7 +54,7 @@ class Prepared:
     """The name of the adapter inside the model."""
     task: str
     kind: str
-    """The row type: prompt, messages, text or classification."""
+    """The row type, as the setting `data.format`."""
     labels: tuple[str, ...] | None
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -161,7 +164,7 @@ def prepare_all(
             steps=steps[name],
             best_by=_best_by(config, task),
             packing=packing,
-            idle=idle_settings(config),
+            idle=(*idle_settings(config), *_idle_in_loss(config, task)),
         )
         for name, (config, (training, validation)) in runs.items()
     }
@@ -234,7 +237,7 @@ def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, .
     Raises:
         ConfigError: the settings have others.
     """
-    if config.task not in ("auto", "classification"):
+    if config.task != "auto" and not has_classes(config.task):
         return None
     if config.fresh_head:
         return config.data.labels
@@ -262,6 +265,8 @@ def _read(config: TrainConfig, labels: tuple[str, ...] | None) -> _TaskRows:
             labels=rows.labels,
             task=task,
         )
+        if task in OBJECTIVES:
+            OBJECTIVES[task].check_library()
     return _TaskRows(task=task, training=rows, validation=held_out)
 
 
@@ -320,6 +325,14 @@ class _Encodings:
         if key not in self._made:
             self._made[key] = encode_rows(rows, self._tokenizer, config.data, longest=longest)
         return with_tokens(self._made[key], self._model, name)
+
+
+def _idle_in_loss(config: TrainConfig, task: str) -> tuple[str, ...]:
+    """The settings of cross-entropy that were given, where the task's loss is another."""
+    if task not in OBJECTIVES or OBJECTIVES[task].smooths:
+        return ()
+    given = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
+    return tuple(f"{name} (the task is {task})" for name, value in given.items() if value)
 
 
 def _steps(config: TrainConfig, rows: int) -> int:

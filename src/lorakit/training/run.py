@@ -281,6 +281,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
                 loss=plain_loss,
                 collate=collate,
                 batch_size=4 * config.batch_size,
+                names=prepared.labels,
                 best_by=prepared.best_by,
             ).scores
 

@@ -7,8 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.attachment.state import virtual_tokens
 from lorakit.config.train import DataConfig
-from lorakit.data.encode import Encoded, encode_rows
+from lorakit.data.encode import encode_rows
 from lorakit.data.row_types import Rows
+from lorakit.data.samples import Encoded
 from lorakit.errors import ConfigError
 from lorakit.models.shape import context_length
 

@@ -13,7 +13,7 @@ from lorakit.attachment.attach import adapter_parameters
 from lorakit.config.methods import LoRAConfig
 from lorakit.data.batches import training_batch
 from lorakit.data.collate import Collator
-from lorakit.data.encode import Example
+from lorakit.data.samples import Example
 from lorakit.training.loss import Loss
 from lorakit.training.sweep.joint_step import MicroBatch, joint_losses
 from tiny_models import build

@@ -65,7 +65,7 @@ def joint_losses(
     inputs = _joined(batches, pad_id=pad_id)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     names = [batch.name for batch in batches for _ in range(batch.rows)]
-    losses = _losses_of_texts if batches[0].loss.task == "generation" else _losses
+    losses = _losses_of_texts if batches[0].loss.objective is None else _losses
     # The backward pass is inside too: gradient checkpointing runs layers again there.
     choice = names if len(batches) > 1 else batches[0].name
     with route(model, choice), attention_within(model, _packed_sequences(batches)):
@@ -128,11 +128,13 @@ def _of_rows(values: Sequence[float], batches: Sequence[MicroBatch]) -> float | 
 def _losses(
     model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same for classification and regression, where each row has one label."""
-    logits = model(**inputs).logits
+    """The same for rows with labels."""
+    objective = batches[0].loss.objective
+    assert objective is not None
+    outputs = objective.outputs(model, inputs)
     losses = [
-        batch.loss({"logits": own}, batch.inputs["labels"].to(logits.device), batch.items)
-        for batch, own in zip(batches, logits.split([b.rows for b in batches]), strict=True)
+        batch.loss(own, batch.inputs["labels"].to(outputs.device), batch.items)
+        for batch, own in zip(batches, outputs.split([b.rows for b in batches]), strict=True)
     ]
     return torch.stack(losses).sum(), [loss.detach() for loss in losses]
 

@@ -1,0 +1,62 @@
+"""Samples: a row as tokens and labels, and the report of how rows became samples."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+from lorakit.data.report import EncodingReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One sample: a row as tokens and labels."""
+
+    input_ids: list[int]
+    labels: list[int] | tuple[float, ...] | int | float
+    """A label per token (IGNORED: no target), one per class (0 or 1), the number of the class, or
+    the number to predict."""
+    token_type_ids: list[int] | None = None
+    """Which text of a pair each token is from, 0 or 1, for models with token types."""
+    predicts_next: bool = True
+    """Whether labels per token are of tokens that the ones before predict; else a token has its
+    own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Samples in the order of their rows: a data set of torch's map style."""
+
+    examples: tuple[Example, ...]
+    report: EncodingReport
+    ends: tuple[int, ...] = ()
+    """The tokens that ended the targets, in ascending order."""
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the samples in their order: tokens, labels, and which text tokens are from."""
+        content = hashlib.sha256()
+        for each in self.examples:
+            content.update(repr((each.input_ids, each.labels, each.token_type_ids)).encode())
+        return content.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """The sample of a row, or the reason why there is none, and what was cut from it."""
+
+    example: Example | None = None
+    dropped: str = ""
+    cut_prompt: bool = False
+    cut_completion: bool = False
+    ends: frozenset[int] = frozenset()
+    """The tokens that end its targets."""
+    unwritten: frozenset[str] = frozenset()
+    """Keys of messages that the chat template does not write."""
