@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import ModelError
-from lorakit.models.quantized_weight import own_weight
+from lorakit.models.base import base_parameter
 from lorakit.upstream.private_names import reshaped_result
 
 BLOCK = 64
@@ -146,7 +146,7 @@ def dequantized(layer: nn.Module) -> Tensor:
         ModelError: bitsandbytes has packed the weight for inference.
     """
     held: Any = layer
-    weight: Any = own_weight(layer)
+    weight: Any = base_parameter(layer, "weight")
     state = getattr(weight, "quant_state", None)
     if state is None:
         scales = held.state.SCB if weight.SCB is None else weight.SCB
