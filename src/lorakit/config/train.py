@@ -43,10 +43,11 @@ from lorakit.config.seed import Seed
 Format = Literal[
     "auto",
     *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
+    "preference",
 ]
 RowField = Literal[
     *("prompt", "completion", "references", "messages", "tools"),
-    *("text", "text_pair", "label", "labels", "words", "tags"),
+    *("text", "text_pair", "label", "labels", "words", "tags", "chosen", "rejected"),
 ]
 
 
@@ -123,6 +124,23 @@ class DataConfig(Settings):
         if self.train == self.validation == "-":
             raise ValueError("train and validation can't both be standard input")
         return self
+
+
+class PreferenceSettings(Settings):
+    """How `task: preference` compares the chosen answer with the rejected one."""
+
+    form: Literal["dpo", "ipo", "cpo", "simpo"] = "dpo"
+    """The loss. dpo and ipo compare with the base, the model without the adapter; cpo and simpo
+    need no reference, and half the time."""
+
+    beta: PositiveFloat = 0.1
+    """Factor on the difference of log-probabilities. For simpo its paper has 2 to 2.5."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.5
+    """Of simpo: how much likelier the chosen answer is to be, times beta."""
+
+    nll: Annotated[float, Field(ge=0)] = 1.0
+    """Of cpo: weight of the usual loss of the chosen answer."""
 
 
 class TrainConfig(Settings):
@@ -203,12 +221,15 @@ class TrainConfig(Settings):
     bottleneck: Recorded[BottleneckSettings] = BottleneckSettings()
     """The bottlenecks of adapter-h, adapter-l, adapter-p and adapter-d."""
 
+    preference: Annotated[PreferenceSettings, Mark(on_card=False)] = PreferenceSettings()
+    """How the task preference compares a chosen answer with a rejected one."""
+
     data: Recorded[DataConfig] = DataConfig()
     """What it is trained on."""
 
-    task: Annotated[Literal["auto"] | TaskName, Mark(on_card=False)] = "auto"
+    task: Annotated[Literal["auto", "preference"] | TaskName, Mark(on_card=False)] = "auto"
     """What the model does. auto: what rows of this type are for, generation or a task with labels;
-    regression must be asked for."""
+    regression must be asked for. preference: it learns to write what was chosen of two answers."""
 
     dtype: Shared[Literal["auto"] | DType] = "auto"
     """Precision of the frozen base in training. auto: bfloat16 where the processor multiplies it

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.data.batches import joined_batch, pad_token, training_batch
+from lorakit.data.batches import joined_batch, pad_token, preference_batch, training_batch
 from lorakit.data.packing import PLAIN, Packing
 from lorakit.data.samples import Example
 from lorakit.kernels.packed_sequences import PackedSequences
@@ -25,6 +25,8 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The batch, labels included; the packing says in what form."""
+        if examples[0].rejected is not None:
+            return preference_batch(examples, pad_id=self._pad_id, multiple=self._packing.multiple)
         lengths = tuple(len(example.input_ids) for example in examples)
         if self._packing.joined:
             joined = joined_batch(examples, pad_id=self._pad_id, multiple=self._packing.multiple)

@@ -13,7 +13,15 @@ from lorakit.data.objectives import BY_KIND
 from lorakit.data.objectives.objective import Encoding
 from lorakit.data.problems import Problems, UnusableRowError
 from lorakit.data.report import EncodingReport
-from lorakit.data.row_types import WRITTEN, MessagesRow, PromptRow, Row, Rows, TextRow
+from lorakit.data.row_types import (
+    WRITTEN,
+    MessagesRow,
+    PreferenceRow,
+    PromptRow,
+    Row,
+    Rows,
+    TextRow,
+)
 from lorakit.data.samples import Draft, Encoded, Example
 from lorakit.errors import DataError
 
@@ -116,7 +124,9 @@ class _Encoder:
         self._openings: dict[str, list[int]] = {}
         numbers = {name: number for number, name in enumerate(rows.labels or ())}
         self._objective = BY_KIND.get(rows.kind)
-        self._encoding = Encoding(tokenizer=tokenizer, limit=self.limit, numbers=numbers)
+        self._encoding = Encoding(
+            tokenizer=tokenizer, limit=self.limit, numbers=numbers, prompt=self._prompt
+        )
         self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
         special = tokenizer.num_special_tokens_to_add(pair=True)
         if rows.kind not in WRITTEN and self.limit <= special:
@@ -128,6 +138,7 @@ class _Encoder:
     def look_ahead(self, rows: Sequence[Row]) -> None:
         """Tokenize the texts of rows at once, for the calls of `draft` that follow."""
         prompts = [row for row in rows if isinstance(row, PromptRow)]
+        prompts += [each for row in rows if isinstance(row, PreferenceRow) for each in row.prompts]
         texts = [row.text for row in rows if isinstance(row, TextRow)]
         openings = [*(row.prompt + self._separator for row in prompts), *texts]
         # Later rows may have the same prompt (E2E: 9 answers to one). Texts that are cut may be

@@ -5,8 +5,13 @@ from dataclasses import dataclass, field
 
 from lorakit.data.row_types import RowType
 
-_INPUT = {"prompt": "prompt"}
-_OUTPUT = {"messages": "conversation", "text": "text", "prompt": "completion"}
+_INPUT = {"prompt": "prompt", "preference": "prompt"}
+_OUTPUT = {
+    "messages": "conversation",
+    "text": "text",
+    "prompt": "completion",
+    "preference": "pair of answers",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeAlias
 CALLS = ("tool_calls", "function_call")
 """The keys of a message that calls a tool."""
 RowType = Literal[
-    "prompt", "messages", "text", "classification", "multi-label", "token-classification"
+    *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
+    "preference",
 ]
 
 WRITTEN: tuple[RowType, ...] = ("messages", "prompt", "text")
@@ -114,7 +115,34 @@ class TaggedRow:
         return list(self.tags)
 
 
-LabelledRow: TypeAlias = ClassificationRow | MultiLabelRow | TaggedRow
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferenceRow:
+    """A prompt, and two answers of which one is preferred."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+    @property
+    def prompts(self) -> tuple[PromptRow, PromptRow]:
+        """The prompt with the chosen answer, and with the rejected one."""
+        chosen, rejected = (
+            PromptRow(prompt=self.prompt, completion=each) for each in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it says, for a file of answers."""
+        return {"prompt": self.prompt, "rejected": self.rejected}
+
+    @property
+    def reference(self) -> str:
+        """The preferred answer, for a file of answers."""
+        return self.chosen
+
+
+LabelledRow: TypeAlias = ClassificationRow | MultiLabelRow | TaggedRow | PreferenceRow
 """A row with labels, of which an objective knows what they mean."""
 Row: TypeAlias = PromptRow | MessagesRow | TextRow | LabelledRow
 

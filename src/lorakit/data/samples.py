@@ -19,6 +19,8 @@ class Example:
     the number to predict."""
     token_type_ids: list[int] | None = None
     """Which text of a pair each token is from, 0 or 1, for models with token types."""
+    rejected: Example | None = None
+    """The same prompt with the rejected answer, where this one has the chosen."""
     predicts_next: bool = True
     """Whether labels per token are of tokens that the ones before predict; else a token has its
     own."""
@@ -39,6 +41,8 @@ class Encoded:
         content = hashlib.sha256()
         for each in self.examples:
             content.update(repr((each.input_ids, each.labels, each.token_type_ids)).encode())
+            if each.rejected is not None:
+                content.update(repr((each.rejected.input_ids, each.rejected.labels)).encode())
         return content.hexdigest()
 
     def __len__(self) -> int:

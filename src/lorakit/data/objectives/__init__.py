@@ -6,6 +6,7 @@ from types import MappingProxyType
 from lorakit.data.objectives.classification import Classification
 from lorakit.data.objectives.multi_label import MultiLabel
 from lorakit.data.objectives.objective import Objective
+from lorakit.data.objectives.preference import Preference
 from lorakit.data.objectives.regression import Regression
 from lorakit.data.objectives.token_classification import TokenClassification
 from lorakit.data.row_types import RowType
@@ -13,7 +14,13 @@ from lorakit.data.row_types import RowType
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
         each.task: each
-        for each in (TokenClassification(), Classification(), Regression(), MultiLabel())
+        for each in (
+            TokenClassification(),
+            Classification(),
+            Regression(),
+            MultiLabel(),
+            Preference(),
+        )
     }
 )
 """The objective of each task with labels. A task that is not among them is generation."""
@@ -22,3 +29,8 @@ BY_KIND: Mapping[RowType, Objective] = MappingProxyType(
     {each.kind: each for each in reversed(OBJECTIVES.values())}
 )
 """The objective that rows of a type have, where no task is asked for."""
+
+
+def model_task(task: str) -> str:
+    """The task that a base is loaded for, and that an adapter does which was trained for a task."""
+    return (task in OBJECTIVES and OBJECTIVES[task].model_task) or task
