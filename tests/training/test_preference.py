@@ -1,4 +1,4 @@
-"""Training on preferences: the chosen answer becomes the likelier one, and TRL has the same loss."""
+"""Training on preferences: the chosen answer becomes the likelier one, with the loss of TRL."""
 
 import json
 
