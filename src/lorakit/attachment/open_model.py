@@ -69,7 +69,7 @@ class Opened:
         return cls(
             model=model,
             tokenizer=with_template(tokenizer, use.chat_template),
-            base_template=tokenizer.chat_template,
+            base_template=getattr(tokenizer, "chat_template", None),
             adapter=adapter,
             task=task,
             labels=labels,

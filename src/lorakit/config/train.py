@@ -43,11 +43,12 @@ from lorakit.config.seed import Seed
 Format = Literal[
     "auto",
     *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
-    "preference",
+    *("preference", "image"),
 ]
 RowField = Literal[
     *("prompt", "completion", "references", "messages", "tools"),
     *("text", "text_pair", "label", "labels", "words", "tags", "chosen", "rejected"),
+    "image",
 ]
 
 

@@ -116,11 +116,13 @@ class _Encoder:
         *,
         longest: int | None,
     ) -> None:
-        limits = (data.max_length, tokenizer.model_max_length, longest)
+        # The processor of a base for images is none of texts.
+        own: int | None = getattr(tokenizer, "model_max_length", None)
+        limits = (data.max_length, own, longest)
         self.limit = min(limit for limit in limits if limit is not None)
         self._tokenizer = tokenizer
         self._separator = data.separator
-        self._start = tokenizer.bos_token_id
+        self._start = getattr(tokenizer, "bos_token_id", None)
         self._openings: dict[str, list[int]] = {}
         numbers = {name: number for number, name in enumerate(rows.labels or ())}
         self._objective = BY_KIND.get(rows.kind)
@@ -128,8 +130,9 @@ class _Encoder:
             tokenizer=tokenizer, limit=self.limit, numbers=numbers, prompt=self._prompt
         )
         self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
-        special = tokenizer.num_special_tokens_to_add(pair=True)
-        if rows.kind not in WRITTEN and self.limit <= special:
+        framed = rows.kind not in (*WRITTEN, "image")
+        special = tokenizer.num_special_tokens_to_add(pair=True) if framed else 0
+        if framed and self.limit <= special:
             raise DataError(
                 f"data.max_length {self.limit} leaves no room for text beside the {special} tokens"
                 " that frame it."

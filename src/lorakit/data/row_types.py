@@ -8,7 +8,7 @@ CALLS = ("tool_calls", "function_call")
 """The keys of a message that calls a tool."""
 RowType = Literal[
     *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
-    "preference",
+    *("preference", "image"),
 ]
 
 WRITTEN: tuple[RowType, ...] = ("messages", "prompt", "text")
@@ -116,6 +116,24 @@ class TaggedRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRow:
+    """The file of an image, and the name of its class."""
+
+    image: str
+    label: str
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it is, for a file of answers."""
+        return {"image": self.image}
+
+    @property
+    def reference(self) -> str:
+        """The right answer, for a file of answers."""
+        return self.label
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PreferenceRow:
     """A prompt, and two answers of which one is preferred."""
 
@@ -142,7 +160,7 @@ class PreferenceRow:
         return self.chosen
 
 
-LabelledRow: TypeAlias = ClassificationRow | MultiLabelRow | TaggedRow | PreferenceRow
+LabelledRow: TypeAlias = ClassificationRow | MultiLabelRow | TaggedRow | PreferenceRow | ImageRow
 """A row with labels, of which an objective knows what they mean."""
 Row: TypeAlias = PromptRow | MessagesRow | TextRow | LabelledRow
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from lorakit.data.report import EncodingReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ImageFile:
+    """The file of an image, which is read again for each batch."""
+
+    path: Path
+    digest: str
+    """SHA-256 of its content when it was first read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One sample: a row as tokens and labels."""
+    """One sample: a row as tokens, or an image, and labels."""
 
     input_ids: list[int]
     labels: list[int] | tuple[float, ...] | int | float
@@ -19,6 +29,8 @@ class Example:
     the number to predict."""
     token_type_ids: list[int] | None = None
     """Which text of a pair each token is from, 0 or 1, for models with token types."""
+    image: ImageFile | None = None
+    """The image that it has in the place of tokens."""
     rejected: Example | None = None
     """The same prompt with the rejected answer, where this one has the chosen."""
     predicts_next: bool = True
@@ -41,6 +53,8 @@ class Encoded:
         content = hashlib.sha256()
         for each in self.examples:
             content.update(repr((each.input_ids, each.labels, each.token_type_ids)).encode())
+            if each.image is not None:
+                content.update(each.image.digest.encode())
             if each.rejected is not None:
                 content.update(repr((each.rejected.input_ids, each.rejected.labels)).encode())
         return content.hexdigest()

@@ -36,7 +36,7 @@ def training_card(
     libraries = ("lorakit", "torch", "transformers", *(["bitsandbytes"] if quantized else []))
     return {
         "task": model_task(prepared.task),
-        "task_type": TASKS[model_task(prepared.task)].peft_type,
+        "task_type": TASKS[model_task(prepared.task)].peft_type or None,
         "rows_kind": prepared.kind,
         "labels": None if prepared.labels is None else list(prepared.labels),
         "end_tokens": list(prepared.training.ends),

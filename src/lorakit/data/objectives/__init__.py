@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from lorakit.data.objectives.classification import Classification
+from lorakit.data.objectives.image_classification import ImageClassification
 from lorakit.data.objectives.multi_label import MultiLabel
 from lorakit.data.objectives.objective import Objective
 from lorakit.data.objectives.preference import Preference
@@ -20,6 +21,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             Regression(),
             MultiLabel(),
             Preference(),
+            ImageClassification(),
         )
     }
 )
