@@ -1,4 +1,4 @@
-"""Image classification from a folder of images: trained, scored again, and mistakes told at once."""
+"""Image classification from a folder of images: trained, scored again, mistakes told at once."""
 
 import json
 
