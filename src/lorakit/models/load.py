@@ -83,6 +83,7 @@ def load_model(
     fresh |= set(_owners(model, own_heads))
     model._lorakit_fresh = [path for path, _ in model.named_modules() if path in fresh]
     if fresh_head:
+        _forget_values(model, own_heads)
         redraw_fresh_head(model)
     if asked not in PACKAGES and _gguf_file(Path(asked).expanduser()) is not None:
         # The file goes on; its conversion is only on this machine.
@@ -291,6 +292,14 @@ def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         problem += ", but an adapter: load the base that it names, then attach the adapter"
     raise ModelError(f"{problem}.")
+
+
+def _forget_values(model: nn.Module, heads: Sequence[str]) -> None:
+    """Replace the parameters of some heads by others, which transformers does not take for read."""
+    for head in heads:
+        for module in model.get_submodule(head).modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
 
 
 def _owners(model: nn.Module, heads: Sequence[str]) -> Iterator[str]:
