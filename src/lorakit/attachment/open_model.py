@@ -224,7 +224,8 @@ def check_loaded(model: object, tokenizer: object, config: Settings) -> None:
         raise ModelError(f"a model is given by name or as a loaded model, {hint}; found a {found}")
     if tokenizer is None:
         raise ModelError(f"a loaded model needs its tokenizer: give tokenizer too, {hint}")
-    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+    kinds = (transformers.PreTrainedTokenizerBase, transformers.ImageProcessingMixin)
+    if not isinstance(tokenizer, kinds):
         found = type(tokenizer).__name__
         raise ModelError(f"tokenizer is that of the model, {hint}; found a {found}")
     given = [name for name in LOADING if name in config.model_fields_set]

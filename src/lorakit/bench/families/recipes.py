@@ -143,13 +143,15 @@ class TriedBase:
     kind: Kind
     model: PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    """For images, their processor."""
     losses: list[float] = field(default_factory=list)
     """Those of a run with padded rows that keeps all activations, once there was one."""
 
     @property
     def task(self) -> str:
         """What `lorakit train` calls what it does."""
-        return "generation" if self.kind in ("decoder", "encoder-decoder") else "classification"
+        words = {"classifier": "classification", "images": "image-classification"}
+        return words.get(self.kind, "generation")
 
     def inputs(self, rows: int) -> dict[str, Tensor]:
         """A batch of rows of equal lengths, the same each time."""
@@ -179,7 +181,9 @@ def base_of(name: str) -> TriedBase:
         model, tokenizer = load_model(name, **labels)
         return TriedBase(name=name, kind=kind, model=model, tokenizer=tokenizer)
     kind = _KINDS[name]
-    return TriedBase(name=name, kind=kind, model=_tiny(name, kind), tokenizer=_tokenizer())
+    model = _tiny(name, kind)
+    processor = _tokenizer() if kind != "images" else _image_processor(model.config.image_size)
+    return TriedBase(name=name, kind=kind, model=model, tokenizer=processor)
 
 
 _AUTO: Mapping[Kind, Any] = {
@@ -215,6 +219,13 @@ def _dropouts(config: Any) -> Iterator[str]:
         is_dropout = "drop" in name or name.endswith("_pdrop")
         if is_dropout and isinstance(value, float):
             yield name
+
+
+def _image_processor(size: int) -> Any:
+    # Imported late: it needs Pillow.
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": size, "width": size})
 
 
 def _tokenizer() -> PreTrainedTokenizerBase:

@@ -126,6 +126,8 @@ def exchanged(base: TriedBase) -> None:
 
 def packed(base: TriedBase) -> None:
     """Training without padding between rows, or within each row alone, has the same losses."""
+    if base.kind == "images":
+        raise ConfigError("images have one size, so that none is padded")
     packing = choose_packing(base.model, task=base.task, packing="auto")
     if not (packing.joined or packing.segmented):
         raise ConfigError(packing.reason)
@@ -211,7 +213,8 @@ def _losses(base: TriedBase, settings: dict[str, Any] | None = None) -> list[flo
     """The loss of each step of a short run, whose batches have all rows."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
-        rows.write_text("\n".join(json.dumps(row) for row in _rows(base)), encoding="utf-8")
+        lines = "\n".join(json.dumps(row) for row in _rows(base, Path(folder)))
+        rows.write_text(lines, encoding="utf-8")
         given = {"packing": "off", **(settings or {})}
         config = TrainConfig(
             out=Path(folder, "out"),
@@ -236,7 +239,18 @@ def _texts() -> list[str]:
     return [" ".join(draw.choices(WORDS, k=3 + number)) for number in range(ROWS)]
 
 
-def _rows(base: TriedBase) -> list[dict[str, str]]:
+def _rows(base: TriedBase, folder: Path) -> list[dict[str, str]]:
+    """The rows to train on; images are written into a folder."""
+    if base.kind == "images":
+        from PIL import Image
+
+        files = [folder / f"{number}.png" for number in range(ROWS)]
+        for number, file in enumerate(files):
+            Image.new("RGB", (12, 12), (40 * number, 90, 255 - 40 * number)).save(file)
+        return [
+            {"image": str(file), "label": CLASSES[number % len(CLASSES)]}
+            for number, file in enumerate(files)
+        ]
     if base.task == "classification":
         return [
             {"text": text, "label": CLASSES[number % len(CLASSES)]}
