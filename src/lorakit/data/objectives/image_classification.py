@@ -37,7 +37,7 @@ class ImageClassification(Classification):
             raise UnusableRowError(f"there is no file {file}")
         return ImageRow(image=str(file), label=class_name(label, known=known))
 
-    def draft(self, row: ImageRow, encoding: Encoding) -> Draft:
+    def draft(self, row: Any, encoding: Encoding) -> Draft:
         file = Path(row.image)
         opened_image(file).close()
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
