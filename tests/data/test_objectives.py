@@ -3,14 +3,19 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
-from conftest import _tokenizer
 from lorakit.config.train import DataConfig
 from lorakit.data.chat import IGNORED
 from lorakit.data.encode import encode_rows
 from lorakit.data.metrics.classes import f1_of_sets, scores_of_tags
 from lorakit.data.rows import read_rows
 from lorakit.errors import DataError
+
+
+@pytest.fixture
+def tokenizer(tiny_bert):
+    return AutoTokenizer.from_pretrained(tiny_bert)
 
 
 @pytest.fixture
@@ -23,15 +28,15 @@ def written(tmp_path):
     return write
 
 
-def test_the_first_token_of_a_word_has_its_tag_and_the_others_none(written):
+def test_the_first_token_of_a_word_has_its_tag_and_the_others_none(written, tokenizer):
     # "catdog" is unknown to the tokenizer as a whole: "cat\ndog" is three tokens of one word.
     file = written({"words": ["red", "cat\ndog", "big"], "tags": ["O", "B-X", "O"]})
     rows = read_rows(file, DataConfig())
     assert (rows.task, rows.labels) == ("token-classification", ("B-X", "O"))
-    (example,) = encode_rows(rows, _tokenizer(), DataConfig()).examples
+    (example,) = encode_rows(rows, tokenizer, DataConfig()).examples
     assert [one for one in example.labels if one != IGNORED] == [1, 0, 1]
     assert len(example.labels) == len(example.input_ids) == 5
-    short = encode_rows(rows, _tokenizer(), DataConfig(max_length=2))
+    short = encode_rows(rows, tokenizer, DataConfig(max_length=2))
     assert short.report.truncated_prompts == 1
     assert short.examples[0].labels == [1, 0]
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import lorakit as lk
-from conftest import _tokenizer
 from lorakit.config.train import DataConfig, PreferenceSettings
 from lorakit.data.batches import preference_batch
 from lorakit.data.chat import IGNORED
@@ -25,16 +25,23 @@ ROWS = [
 ]
 
 
-def encoded(folder, rows=ROWS, **data):
+@pytest.fixture
+def encoded(tiny_llama, tmp_path):
+    """A function that encodes rows."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    return lambda rows=ROWS: _encoded(tokenizer, tmp_path, rows)
+
+
+def _encoded(tokenizer, folder, rows):
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = read_rows(str(file), DataConfig())
     assert read.task == "preference"
-    return encode_rows(read, _tokenizer(), DataConfig(**data))
+    return encode_rows(read, tokenizer, DataConfig())
 
 
-def test_a_row_is_two_samples_of_one_prompt(tmp_path):
-    found = encoded(tmp_path)
+def test_a_row_is_two_samples_of_one_prompt(encoded):
+    found = encoded()
     first = found.examples[0]
     prompt = [label == IGNORED for label in first.labels].index(False)
     assert first.input_ids[:prompt] == first.rejected.input_ids[:prompt]
@@ -44,10 +51,10 @@ def test_a_row_is_two_samples_of_one_prompt(tmp_path):
     assert batch[TARGETS].sum(1).tolist() == [2, 4, 4, 2]
 
 
-def test_rows_that_compare_nothing_are_named(tmp_path):
+def test_rows_that_compare_nothing_are_named(encoded):
     rows = [{**ROWS[0], "rejected": "big"}, {**ROWS[1], "chosen": None}]
     with pytest.raises(DataError) as caught:
-        encoded(tmp_path, rows)
+        encoded(rows)
     assert "line 1: chosen and rejected are the same" in str(caught.value)
     assert "line 2" in str(caught.value)
 
@@ -70,10 +77,10 @@ FORMULAS = {
 
 @pytest.mark.parametrize("form", FORMULAS)
 @torch.no_grad()
-def test_a_loss_is_its_formula(form, tmp_path):
+def test_a_loss_is_its_formula(form, encoded):
     model = build("llama")
     attach_random(model, rank=2, targets=("q", "down"))
-    examples = encoded(tmp_path).examples
+    examples = encoded().examples
     batch = preference_batch(examples, pad_id=0)
     labels = batch.pop("labels")
     loss = Loss("preference", preference=PreferenceSettings(form=form, beta=0.3, nll=0.7))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import lorakit as lk
-from conftest import WORDS
 
 ANIMALS = ("cat", "dog", "bird", "fish")
+WORDS = ("red", "green", "big", "small", *ANIMALS)
 
 
 def tagged(words):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.config.train import DataConfig
 from lorakit.data.chat import IGNORED, ChatTemplate, end_token
 from lorakit.data.objectives import BY_KIND
-from lorakit.data.objectives.objective import Encoding
+from lorakit.data.objectives.objective import LabelEncoding
 from lorakit.data.problems import Problems, UnusableRowError
 from lorakit.data.report import EncodingReport
 from lorakit.data.row_types import (
@@ -126,7 +126,7 @@ class _Encoder:
         self._openings: dict[str, list[int]] = {}
         numbers = {name: number for number, name in enumerate(rows.labels or ())}
         self._objective = BY_KIND.get(rows.kind)
-        self._encoding = Encoding(
+        self._encoding = LabelEncoding(
             tokenizer=tokenizer, limit=self.limit, numbers=numbers, prompt=self._prompt
         )
         self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None

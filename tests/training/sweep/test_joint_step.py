@@ -49,11 +49,11 @@ def alone(model, batch):
     model.zero_grad()
     inputs = {k: v for k, v in batch.inputs.items() if k != "labels"}
     with lk.route(model, batch.name):
-        outputs = model(**inputs)
-        if batch.loss.task == "generation":
-            loss = loss_of_texts(outputs.logits, batch)
+        logits = model(**inputs).logits
+        if batch.loss.objective is None:
+            loss = loss_of_texts(logits, batch)
         else:
-            loss = batch.loss(outputs, batch.inputs["labels"], num_items_in_batch=batch.items)
+            loss = batch.loss(logits, batch.inputs["labels"], num_items_in_batch=batch.items)
         loss.backward()
     return loss.detach(), gradients(model, batch.name)
 

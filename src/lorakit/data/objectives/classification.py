@@ -11,7 +11,7 @@ from torch import Tensor
 from lorakit.data.fields import FieldMap, as_text
 from lorakit.data.labels import class_name
 from lorakit.data.metrics.basic import accuracy, matthews
-from lorakit.data.objectives.objective import Encoding, Names, Objective, Values
+from lorakit.data.objectives.objective import LabelEncoding, Names, Objective, Values
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import ClassificationRow, Row
 from lorakit.data.samples import Draft, Example
@@ -44,7 +44,7 @@ class Classification(Objective):
     def names(self, row: ClassificationRow) -> Iterable[str]:
         return (str(row.label),)
 
-    def draft(self, row: ClassificationRow, encoding: Encoding) -> Draft:
+    def draft(self, row: ClassificationRow, encoding: LabelEncoding) -> Draft:
         label = encoding.numbers[row.label] if isinstance(row.label, str) else row.label
         return text_draft(row.text, row.text_pair, label, encoding)
 
@@ -86,7 +86,7 @@ def texts_of(fields: FieldMap, values: Values) -> tuple[str, str | None]:
     return fields.text("text", values), None if pair is None else as_text("text_pair", pair)
 
 
-def text_draft(text: str, pair: str | None, labels: Any, encoding: Encoding) -> Draft:
+def text_draft(text: str, pair: str | None, labels: Any, encoding: LabelEncoding) -> Draft:
     """The sample of a text or a pair; if it is too long, the longer of the two is cut."""
     tokenizer, texts = encoding.tokenizer, (text, pair)
     whole = tokenizer(*texts, verbose=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorakit.data.fields import FieldMap
 from lorakit.data.labels import class_name
 from lorakit.data.objectives.classification import Classification
-from lorakit.data.objectives.objective import Encoding, Names, Values
+from lorakit.data.objectives.objective import LabelEncoding, Names, Values
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import ImageRow, Row
 from lorakit.data.samples import Draft, Example, ImageFile
@@ -37,7 +37,7 @@ class ImageClassification(Classification):
             raise UnusableRowError(f"there is no file {file}")
         return ImageRow(image=str(file), label=class_name(label, known=known))
 
-    def draft(self, row: Any, encoding: Encoding) -> Draft:
+    def draft(self, row: Any, encoding: LabelEncoding) -> Draft:
         file = Path(row.image)
         opened_image(file).close()
         digest = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -12,7 +12,7 @@ from lorakit.data.fields import FieldMap
 from lorakit.data.labels import class_name
 from lorakit.data.metrics.classes import check_sklearn, f1_of_sets
 from lorakit.data.objectives.classification import text_draft, texts_of
-from lorakit.data.objectives.objective import Encoding, Names, Objective, Values
+from lorakit.data.objectives.objective import LabelEncoding, Names, Objective, Values
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import MultiLabelRow, Row
 from lorakit.data.samples import Draft, Example
@@ -53,7 +53,7 @@ class MultiLabel(Objective):
     def names(self, row: MultiLabelRow) -> Iterable[str]:
         return row.labels
 
-    def draft(self, row: MultiLabelRow, encoding: Encoding) -> Draft:
+    def draft(self, row: MultiLabelRow, encoding: LabelEncoding) -> Draft:
         chosen = tuple(float(name in row.labels) for name in encoding.numbers)
         return text_draft(row.text, row.text_pair, chosen, encoding)
 

@@ -22,7 +22,7 @@ Names: TypeAlias = tuple[str, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoding:
+class LabelEncoding:
     """What rows with labels are encoded with."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ class Objective(ABC):
         return ()
 
     @abstractmethod
-    def draft(self, row: Any, encoding: Encoding) -> Draft:
+    def draft(self, row: Any, encoding: LabelEncoding) -> Draft:
         """The sample of a row.
 
         Raises:

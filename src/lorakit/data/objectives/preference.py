@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.config.train import PreferenceSettings
 from lorakit.data.fields import FieldMap
-from lorakit.data.objectives.objective import Encoding, Names, Objective, Values
+from lorakit.data.objectives.objective import LabelEncoding, Names, Objective, Values
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import PreferenceRow, Row
 from lorakit.data.samples import Draft, Example
@@ -63,7 +63,7 @@ class Preference(Objective):
             raise UnusableRowError("chosen and rejected are the same, so neither is preferred")
         return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected)
 
-    def draft(self, row: PreferenceRow, encoding: Encoding) -> Draft:
+    def draft(self, row: PreferenceRow, encoding: LabelEncoding) -> Draft:
         chosen, rejected = (encoding.prompt(each) for each in row.prompts)
         if chosen.example is None or rejected.example is None:
             return chosen if chosen.example is None else rejected

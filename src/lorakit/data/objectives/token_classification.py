@@ -15,7 +15,7 @@ from lorakit.data.chat import IGNORED
 from lorakit.data.fields import FieldMap, as_text
 from lorakit.data.labels import class_name
 from lorakit.data.metrics.classes import check_seqeval, scores_of_tags
-from lorakit.data.objectives.objective import Encoding, Names, Objective, Values
+from lorakit.data.objectives.objective import LabelEncoding, Names, Objective, Values
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import Row, TaggedRow
 from lorakit.data.samples import Draft, Example
@@ -46,7 +46,7 @@ class TokenClassification(Objective):
     def names(self, row: TaggedRow) -> Iterable[str]:
         return row.tags
 
-    def draft(self, row: TaggedRow, encoding: Encoding) -> Draft:
+    def draft(self, row: TaggedRow, encoding: LabelEncoding) -> Draft:
         tokenizer: Any = encoding.tokenizer
         if not tokenizer.is_fast:
             raise DataError(
