@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from lorakit.models.load import load_model
 
-Kind = Literal["decoder", "classifier", "encoder-decoder", "images"]
-"""What a model takes and gives: texts continued, texts or images classified, texts answered."""
+Kind = Literal["decoder", "classifier", "images"]
+"""What a model does: continue texts, classify texts, or classify images."""
 
 WORDS = tuple(f"w{number}" for number in range(60))
 """The vocabulary beside the special tokens."""
@@ -50,18 +50,6 @@ _EXPERTS = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
-_STACKS = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": None,
-}
-_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 _IMAGES = {"image_size": 8, "patch_size": 4}
 _LATENT = {
     **_EXPERTS,
@@ -113,10 +101,6 @@ _CLASSIFIERS: dict[str, dict[str, Any]] = {
     "deberta-v2": _RELATIVE,
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
 }
-_ENCODER_DECODERS: dict[str, dict[str, Any]] = {
-    "t5": {**_T5, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"},
-    **dict.fromkeys(("bart", "pegasus"), _STACKS),
-}
 _OF_IMAGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("vit", "dinov2", "beit"), _IMAGES),
     "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32},
@@ -124,7 +108,6 @@ _OF_IMAGES: dict[str, dict[str, Any]] = {
 _BY_KIND: Mapping[Kind, dict[str, dict[str, Any]]] = {
     "decoder": _DECODERS,
     "classifier": _CLASSIFIERS,
-    "encoder-decoder": _ENCODER_DECODERS,
     "images": _OF_IMAGES,
 }
 _KINDS: dict[str, Kind] = {name: kind for kind, names in _BY_KIND.items() for name in names}
@@ -162,10 +145,7 @@ class TriedBase:
             return {"pixel_values": torch.randn(shape, generator=generator)}
         shape = (rows, LENGTH)
         ids = torch.randint(len(_SPECIAL), _SIZES["vocab_size"], shape, generator=generator)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if self.kind == "encoder-decoder":
-            batch["decoder_input_ids"] = ids[:, :4]
-        return batch
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def base_of(name: str) -> TriedBase:
@@ -189,7 +169,6 @@ def base_of(name: str) -> TriedBase:
 _AUTO: Mapping[Kind, Any] = {
     "decoder": transformers.AutoModelForCausalLM,
     "classifier": transformers.AutoModelForSequenceClassification,
-    "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
     "images": transformers.AutoModelForImageClassification,
 }
 
