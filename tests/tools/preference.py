@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorakit as lk
@@ -50,8 +51,8 @@ def ours(model: Any, tokenizer: Any, form: str, folder: Path) -> float:
         return float(loss(loss.objective.outputs(model, batch), labels))
 
 
-def theirs(model: Any, tokenizer: Any, form: str, folder: Path) -> float:
-    """The loss that TRL's trainer has of the same rows."""
+def theirs(model: Any, tokenizer: Any, form: str, folder: Path, saved: Path) -> float:
+    """The loss that TRL's trainer has of the same rows, with an adapter that is fresh to it."""
     if form in ("dpo", "ipo"):
         from trl import DPOConfig as Config
         from trl import DPOTrainer as Trainer
@@ -66,7 +67,10 @@ def theirs(model: Any, tokenizer: Any, form: str, folder: Path) -> float:
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
+        peft_config=LoraConfig.from_pretrained(str(saved)),
     )
+    # To start from would make the adapter itself the reference.
+    set_peft_model_state_dict(trainer.model, load_file(saved / "adapter_model.safetensors"))
     (batch,) = trainer.get_train_dataloader()
     trainer.model.eval()
     with torch.no_grad():
@@ -76,6 +80,8 @@ def theirs(model: Any, tokenizer: Any, form: str, folder: Path) -> float:
 def compare(source: Path, folder: Path) -> dict[str, tuple[float, float]]:
     """The losses of each form: lorakit's, and TRL's."""
     tokenizer = AutoTokenizer.from_pretrained(source)
+    # CPO's trainer would begin each prompt with it, as this tokenizer does not.
+    tokenizer.bos_token = None
     mine = AutoModelForCausalLM.from_pretrained(source)
     torch.manual_seed(0)
     lk.attach(mine, lk.LoRAConfig(rank=4, alpha=8, targets="all-linear"))
@@ -86,9 +92,10 @@ def compare(source: Path, folder: Path) -> dict[str, tuple[float, float]]:
     found = {}
     for form in FORMS:
         base = AutoModelForCausalLM.from_pretrained(source)
-        peft = PeftModel.from_pretrained(base, str(saved), is_trainable=True)
-        pair = (ours(mine.eval(), tokenizer, form, folder), theirs(peft, tokenizer, form, folder))
-        found[form] = pair
+        found[form] = (
+            ours(mine.eval(), tokenizer, form, folder),
+            theirs(base, tokenizer, form, folder, saved),
+        )
     return found
 
 

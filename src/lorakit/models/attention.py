@@ -129,8 +129,8 @@ def _attend(
     ]
     if attention_mask is not None:
         problems.append("it has a mask of its own")
-    if s_aux is not None and s_aux.requires_grad:
-        problems.append("its sinks are trained")
+    if s_aux is not None and s_aux.requires_grad and torch.is_grad_enabled():
+        problems.append("its sinks are trained: set packing: off")
     if sliding_window is not None and not causal:
         problems.append("it has a window to both sides")
     is_compiling = torch.compiler.is_compiling()
