@@ -111,8 +111,8 @@ def exchanged(base: TriedBase) -> None:
     """An adapter of lorakit answers the same in PEFT, and one of PEFT the same in lorakit."""
     if base.name in TAKEN_FOR_EXPERTS:
         raise ConfigError(
-            "PEFT takes gate_proj, up_proj and down_proj, wherever they are, for those of the experts"
-            " in checkpoints of transformers 4"
+            "PEFT takes gate_proj, up_proj and down_proj, wherever they are, for those that experts"
+            " had in transformers 4"
         )
     peft, inputs = require_peft(), base.inputs(2)
     with tempfile.TemporaryDirectory() as folder, quiet_library():
