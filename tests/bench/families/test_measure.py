@@ -37,7 +37,7 @@ def test_a_mistake_is_a_cell_that_fails(monkeypatch):
     monkeypatch.setattr(measure, "USES", {"attach": wrong})
     findings = measure_models(ModelsConfig(families=("llama",)))
     assert findings.tables["reasons"] == [
-        {"number": 1, "reason": "fails: the family: Differs: 0 is not 1"}
+        {"number": 1, "reason": "fails: llama: Differs: 0 is not 1"}
     ]
 
 
