@@ -43,7 +43,7 @@ from lorakit.config.seed import Seed
 Format = Literal[
     "auto",
     *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
-    *("preference", "image"),
+    *("preference", "image-classification"),
 ]
 RowField = Literal[
     *("prompt", "completion", "references", "messages", "tools"),

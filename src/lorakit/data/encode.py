@@ -130,7 +130,7 @@ class _Encoder:
             tokenizer=tokenizer, limit=self.limit, numbers=numbers, prompt=self._prompt
         )
         self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
-        framed = rows.kind not in (*WRITTEN, "image")
+        framed = rows.kind not in (*WRITTEN, "image-classification")
         special = tokenizer.num_special_tokens_to_add(pair=True) if framed else 0
         if framed and self.limit <= special:
             raise DataError(

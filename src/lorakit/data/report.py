@@ -42,7 +42,7 @@ class EncodingReport:
     def __str__(self) -> str:
         """The report as a few plain lines."""
         read = f"{self.source}: {self.rows:,} {self.kind} rows read, {self.kept:,} kept"
-        if self.kind == "image":
+        if self.kind == "image-classification":
             return "\n  ".join([read, *self.losses(), *self.notes])
         first = (
             f"{read}; tokens per row {self.mean:.1f} on average, {self.longest:,} at most"

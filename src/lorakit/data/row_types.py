@@ -8,7 +8,7 @@ CALLS = ("tool_calls", "function_call")
 """The keys of a message that calls a tool."""
 RowType = Literal[
     *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
-    *("preference", "image"),
+    *("preference", "image-classification"),
 ]
 
 WRITTEN: tuple[RowType, ...] = ("messages", "prompt", "text")

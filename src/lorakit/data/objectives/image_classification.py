@@ -23,7 +23,7 @@ class ImageClassification(Classification):
     """Rows of an image's file and the name of its class; the loss is cross-entropy."""
 
     task = "image-classification"
-    kind = "image"
+    kind = "image-classification"
     needed = ("image", "label")
     optional = ()
     unjoined = "has images of one size"
