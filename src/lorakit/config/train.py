@@ -78,8 +78,9 @@ class DataConfig(Settings):
     """Rows to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, also as .gz, .bz2
     or .xz), several with commas between, a pattern such as data/*.jsonl, - for standard input,
     builtin:NAME (places, sql), hub:OWNER/NAME or hub:OWNER/NAME/SUBSET; :SPLIT after a name
-    chooses a split. Or a task of the paper, `task:NAME[:SPLIT][@FOLDER]` (e2e, webnlg, dart,
-    wikisql, samsum, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte), from the hub or a folder."""
+    chooses a split. A folder that has a folder of images for each class. Or a task of the paper,
+    `task:NAME[:SPLIT][@FOLDER]` (e2e, webnlg, dart, wikisql, samsum, cola, sst2, mrpc, stsb, qqp,
+    mnli, qnli, rte), from the hub or a folder."""
 
     validation: RowSource[str | None] = None
     """Rows to score during training; None: no evaluation."""
@@ -87,8 +88,8 @@ class DataConfig(Settings):
     format: Format = "auto"
     """What a row is: prompt (prompt, completion, optional references), messages (a chat, optional
     tools), text, classification (text, optional text_pair, label), multi-label (text, optional
-    text_pair, labels) or token-classification (words, tags). auto: inferred from the fields of the
-    rows."""
+    text_pair, labels), token-classification (words, tags), preference (prompt, chosen, rejected) or
+    image-classification (image, label). auto: inferred from the fields of the rows."""
 
     fields: dict[RowField, str] = {}
     """Our field name: the file's column, or a template such as "{subject}: {body}". {body?} may be
