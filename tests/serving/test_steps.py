@@ -12,11 +12,12 @@ from transformers import DynamicCache
 from lorakit.bank import AdapterBank
 from lorakit.config.verbs import ServeConfig
 from lorakit.serving.compiled_blocks import blocks_of
+from lorakit.serving.compiled_steps import CompiledSteps
 from lorakit.serving.compiler_process import compiled_apart
 from lorakit.serving.engine import Engine
 from lorakit.serving.kv_slots import KeyValueSlots, window_for
 from lorakit.serving.serve import prepared
-from lorakit.serving.steps import CompiledSteps, Steps
+from lorakit.serving.steps import Steps
 from lorakit.serving.worker import Limits
 from serving.engines import adapters, asked, banked, greedy_alone, word_tokenizer
 from tiny_models import build

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lorakit.errors import ModelError
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
+from lorakit.serving.row_windows import ColumnGroup, grouped, groups_of, use_row_windows
 
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How far a logit of a step may be from that of the whole forward pass, over the largest logit."""
@@ -104,22 +105,44 @@ class Decoder:
         return output[:, -1], _apart(batch, [len(text) for text in texts])
 
     def step(
-        self, tokens: Sequence[int], slots: KeyValueSlots, *, window: int | None = None
+        self,
+        tokens: Sequence[int],
+        slots: KeyValueSlots,
+        *,
+        window: int | None = None,
+        groups: Sequence[ColumnGroup] | None = None,
     ) -> Tensor:
         """The logits after one token more of each of the first slots, (rows, vocabulary).
 
         Args:
             tokens: of those slots.
             slots: their keys and values.
-            window: the columns that they see, see `KeyValueSlots.begin`.
+            window: the columns that all see, see `KeyValueSlots.begin`.
+            groups: of rows that see others; None: those that pay, without a window.
         """
+        if groups is None:
+            groups = groups_of(slots.lengths[: len(tokens)]) if window is None else ()
         cache, mask, positions = slots.begin(len(tokens), window)
         device = self.model.device
         ids = torch.tensor(tokens, device=device)[:, None]
         own = torch.tensor(positions, device=device)[:, None]
         # Faster, but what is traced to be compiled must be no tensors of inference mode.
-        with torch.inference_mode() if window is None else nullcontext():
-            return self._call(ids, cache, mask, own, every=True)[:, -1]
+        inference = torch.inference_mode() if window is None else nullcontext()
+        with inference, grouped(groups):
+            return self.in_place(ids, cache, mask, own)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layers see a window of the latest tokens alone."""
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if kinds:
+            return bool(kinds - {"full_attention"})
+        return getattr(config, "sliding_window", None) is not None
+
+    def in_place(self, ids: Tensor, cache: Cache, mask: Tensor, positions: Tensor) -> Tensor:
+        """The logits of a step whose tensors are given, (rows, vocabulary)."""
+        return self._call(ids, cache, mask, positions, every=True)[:, -1]
 
     def _call(
         self, ids: Tensor, cache: Cache, mask: Tensor, positions: Tensor, *, every: bool
@@ -150,25 +173,45 @@ class Decoder:
             for ids in rows
         ]
         self._prove_steps(rows, expected)
+        self._prove_groups(rows, expected)
         self.reads_together = self._is_equal_together(rows, expected)
 
     def _prove_steps(self, rows: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> None:
-        slots = KeyValueSlots(3)
         try:
-            for slot, ids in zip((2, 0), rows, strict=True):
-                cache = DynamicCache()
-                for token in ids[:-1]:
-                    self.read([token], cache)
-                slots.admit(slot, cache)
-            found = self.step([rows[1][-1], 0, rows[0][-1]], slots)
+            found = self._stepped(rows)
         except ModelError:
             raise
         except Exception as error:
             raise self._refusal(f"a step fails: {error}") from error
-        for slot, own in zip((2, 0), expected, strict=True):
-            problem = difference(found[slot], own)
+        for row, own in zip(found, expected, strict=True):
+            problem = difference(row, own)
             if problem:
                 raise self._refusal(problem)
+
+    def _prove_groups(self, rows: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> None:
+        """Have rows of unlike lengths read their own columns, if the logits are then the same."""
+        use_row_windows(self.model)
+        groups = [ColumnGroup(0, 2, len(rows[1])), ColumnGroup(2, 3, len(rows[0]))]
+        try:
+            found = self._stepped(rows, groups)
+        except Exception:
+            use_row_windows(self.model, wanted=False)
+            return
+        if any(map(difference, found, expected)):
+            use_row_windows(self.model, wanted=False)
+
+    def _stepped(
+        self, rows: Sequence[Sequence[int]], groups: Sequence[ColumnGroup] | None = None
+    ) -> list[Tensor]:
+        """The logits of two rows, their last tokens in a step of slots 2 and 0."""
+        slots = KeyValueSlots(3)
+        for slot, ids in zip((2, 0), rows, strict=True):
+            cache = DynamicCache()
+            for token in ids[:-1]:
+                self.read([token], cache)
+            slots.admit(slot, cache)
+        found = self.step([rows[1][-1], 0, rows[0][-1]], slots, groups=groups)
+        return [found[2], found[0]]
 
     def _is_equal_together(self, rows: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> bool:
         """Whether rows that are read together, one of them in two parts, get their own logits."""

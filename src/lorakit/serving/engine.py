@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,9 +22,12 @@ from lorakit.serving.pace import Pace
 from lorakit.serving.prompt_reading import Prompt, PromptReader
 from lorakit.serving.requests import Delta, Finish, Request
 from lorakit.serving.sampling import Sampler, Token
-from lorakit.serving.steps import steps_of
+from lorakit.serving.step_kinds import steps_of
 from lorakit.serving.text import GrowingText
 from lorakit.serving.worker import Limits, Worker, deliver
+
+FULL = 0.75
+"""The least share of a step's rows that are in use, or rows are moved."""
 
 
 @dataclass(eq=False)
@@ -197,11 +200,31 @@ class Engine(Worker):
             self.keys_and_values.admit(row.slot, prompt.cache)
             row.prompt = None
 
+    def _close_gaps(self, rows: Sequence[Row]) -> None:
+        """Have answers use the lowest slots, where a step would compute many that are free."""
+        used = 1 + max(row.slot for row in rows)
+        if len(rows) >= FULL * used:
+            return
+        free = [slot for slot in range(used) if slot not in self._rows]
+        for row in sorted(rows, key=lambda row: row.slot, reverse=True):
+            if not free or free[0] > row.slot:
+                return
+            try:
+                self.slots.hold(free[0], row.request.use)
+            except Exception:
+                # It goes on where it is.
+                return
+            slot = free.pop(0)
+            self.keys_and_values.move(row.slot, slot)
+            self._rows[slot] = self._rows.pop(row.slot)
+            row.slot = slot
+
     def _decode(self) -> None:
         """One token more for each answer."""
         rows = [row for row in self._rows.values() if row.prompt is None]
         if not rows:
             return
+        self._close_gaps(rows)
         count = 1 + max(row.slot for row in rows)
         tokens = [0] * count
         for row in rows:

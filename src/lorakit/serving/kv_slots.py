@@ -44,6 +44,8 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
         self.rows, self.start, self.end = 0, 0, 0
         """The first slots that are in the step, and the columns before its own that they see."""
+        self.column: Tensor | None = None
+        """The step's own column, where the rows see all columns; `start` and `end` count not."""
         self.is_compileable = False
         """Whether masks are always made, also where no column is hidden."""
 
@@ -55,13 +57,16 @@ class SlotLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Write the step's column, and give all that the rows see."""
         for buffer, states in zip(_buffers(self), (key_states, value_states), strict=True):
-            buffer[: self.rows, :, self.end : self.end + 1] = states
+            if self.column is not None:
+                buffer[: self.rows].index_copy_(2, self.column, states)
+            else:
+                buffer[: self.rows, :, self.end : self.end + 1] = states
         return self.seen()
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """The keys and values that the step's rows see, its own column as the last."""
         keys, values = _buffers(self)
-        columns = slice(self.start, self.end + 1)
+        columns = slice(None) if self.column is not None else slice(self.start, self.end + 1)
         return keys[: self.rows, :, columns], values[: self.rows, :, columns]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -69,7 +74,9 @@ class SlotLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """The columns before the step's own."""
+        """The columns before the step's own, or before the last one where it is any of them."""
+        if self.column is not None:
+            return _buffers(self)[0].shape[2] - 1
         return self.end - self.start
 
     def get_max_length(self) -> int:
@@ -152,6 +159,14 @@ class KeyValueSlots:
         """Let a slot be used again; nothing is written."""
         self.lengths[slot] = 0
 
+    def move(self, slot: int, to: int) -> None:
+        """Have a free slot hold what another one does, which is free then."""
+        columns = slice(self._end - self.lengths[slot], self._end)
+        for layer in self._layers:
+            for buffer in _buffers(layer):
+                buffer[to, :, columns] = buffer[slot, :, columns]
+        self.lengths[to], self.lengths[slot] = self.lengths[slot], 0
+
     def make_room(self, window: int) -> None:
         """Have so many columns end with that of the next step."""
         if not window - 1 <= self._end < self.columns:
@@ -173,15 +188,38 @@ class KeyValueSlots:
         self.make_room(seen)
         for layer in self._layers:
             layer.rows, layer.start, layer.end = rows, self._end + 1 - seen, self._end
+            layer.column = None
             layer.is_compileable = window is not None
         positions = self.lengths[:rows]
         device = _buffers(self._layers[0])[0].device
         own = torch.tensor(positions, device=device)[:, None]
         # A free slot sees its own token alone: no row is without any.
         mask = (torch.arange(seen, device=device)[None] >= seen - 1 - own).long()
+        return self._whole(), mask, positions
+
+    def begin_in_place(self, rows: int, column: Tensor) -> tuple[Cache, Tensor, list[int]]:
+        """Prepare a step that sees all columns of the buffers: no tensor is another one's part.
+
+        Args:
+            rows: how many.
+            column: (1,), which gets the step's own.
+
+        Returns:
+            What `begin` does, the mask with all columns.
+        """
+        self.make_room(1 + max(self.lengths))
+        column.fill_(self._end)
+        for layer in self._layers:
+            layer.rows, layer.column, layer.is_compileable = rows, column, True
+        positions = self.lengths[:rows]
+        own = torch.tensor(positions, device=column.device)[:, None]
+        at = torch.arange(self.columns, device=column.device)[None]
+        return self._whole(), ((at <= column) & (at >= column - own)).long(), positions
+
+    def _whole(self) -> WatchedCache:
         if self._cache is None:
             self._cache = WatchedCache(self._layers)
-        return self._cache, mask, positions
+        return self._cache
 
     def end(self) -> None:
         """Count the column that a step has written."""

@@ -1,43 +1,21 @@
-"""Decode steps of all slots: eager ones, and compiled ones where there is code for their shapes."""
+"""Decode steps of all slots: eager ones, and what other kinds of them have in common."""
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
 
-import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
-from lorakit.attachment.state import attachment_for
-from lorakit.errors import ModelError
-from lorakit.layers.route import Frame
-from lorakit.serving.compiled_blocks import (
-    BlockCompiler,
-    BlockSteps,
-    Compile,
-    CompiledBlock,
-    Recorded,
-)
-from lorakit.serving.compiler_process import compiled_apart
-from lorakit.serving.decoder import Decoder, difference
+from lorakit.serving.decoder import Decoder
 from lorakit.serving.held_slots import HeldSlots
-from lorakit.serving.kv_slots import KeyValueSlots, window_for
-
-TURN_S = 5e-5
-"""How long the compiler keeps the interpreter from a thread that wants it; Python's own 5 ms would
-be added to each of a step's thousand operations."""
+from lorakit.serving.kv_slots import KeyValueSlots
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes of a step's tensors: one compiled code is for one of these."""
+    """The sizes of a step's tensors: code, or a CUDA graph, is for one of these."""
 
     rows: int
     """A power of two, or all slots."""
@@ -52,6 +30,10 @@ class Shapes:
         return f"{self.rows} rows of {self.window} tokens"
 
 
+OTHERS = "an adapter that is no sum of B·A·x"
+"""Why steps with some rows are eager: their operations depend on which rows have them."""
+
+
 class Steps:
     """Computes decode steps, eagerly.
 
@@ -64,7 +46,7 @@ class Steps:
     def __init__(self, decoder: Decoder, slots: HeldSlots, keys_and_values: KeyValueSlots) -> None:
         self._decoder, self._slots, self._states = decoder, slots, keys_and_values
         self.counts: Counter[str] = Counter()
-        """Steps so far: compiled, or the reason why they were eager."""
+        """Steps so far: compiled or recorded, or the reason why they were eager."""
 
     def step(self, tokens: Sequence[int], used: Sequence[int]) -> Tensor:
         """The logits (rows, vocabulary) after one token more of each of the first slots.
@@ -73,7 +55,11 @@ class Steps:
             tokens: of those slots.
             used: the slots whose logits are wanted.
         """
-        self.counts["off"] += 1
+        return self._counted("off", tokens)
+
+    def _counted(self, reason: str, tokens: Sequence[int]) -> Tensor:
+        """An eager step, for a reason."""
+        self.counts[reason] += 1
         return self._eager(tokens)
 
     def _eager(self, tokens: Sequence[int]) -> Tensor:
@@ -86,208 +72,6 @@ class Steps:
     def close(self) -> None:
         """End what goes on beside the steps."""
 
-
-class CompiledSteps(Steps):
-    """Computes decode steps in compiled code, and eagerly until there is some for their shapes.
-
-    The code is made in a thread of its own, one kind of step after the other, and used once a step
-    of it has the logits of an eager one. Whatever goes wrong ends in an eager step.
-
-    Args:
-        decoder: calls the model.
-        slots: A and B of the rows.
-        keys_and_values: of the rows.
-        note: is told what could not be compiled.
-        compile_one: makes a graph into code.
-        stop: has it end at once.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        slots: HeldSlots,
-        keys_and_values: KeyValueSlots,
-        *,
-        note: Callable[[str], None],
-        compile_one: Compile,
-        stop: threading.Event,
-    ) -> None:
-        super().__init__(decoder, slots, keys_and_values)
-        self._note, self._compile, self._stop = note, compile_one, stop
-        self._blocks = BlockSteps(decoder.model)
-        self._twin = Decoder(cast(PreTrainedModel, self._blocks.model))
-        self._code: dict[Shapes, Mapping[str, CompiledBlock]] = {}
-        """What is proven."""
-        self._unproven: dict[Shapes, Mapping[str, CompiledBlock]] = {}
-        self._refused: dict[Shapes, str] = {}
-        self._building: tuple[Shapes, threading.Thread] | None = None
-        self._built: Mapping[str, CompiledBlock] | Exception | None = None
-
-    def step(self, tokens: Sequence[int], used: Sequence[int]) -> Tensor:
-        """The logits (rows, vocabulary) after one token more of each of the first slots."""
-        if self._slots.has_others(used):
-            # Their operations depend on which rows have them.
-            return self._counted("an adapter that is no sum of B·A·x", tokens)
-        shapes = self._shapes(len(tokens))
-        try:
-            if shapes in self._refused:
-                return self._counted(self._refused[shapes], tokens)
-            if shapes in self._code:
-                logits = self._run(self._code[shapes], shapes, tokens)
-                self.counts["compiled"] += 1
-                return logits
-            return self._toward(shapes, tokens, used)
-        except Exception as error:
-            self._refuse(shapes, error)
-            return self._counted(self._refused[shapes], tokens)
-
-    def _counted(self, reason: str, tokens: Sequence[int]) -> Tensor:
-        self.counts[reason] += 1
-        return self._eager(tokens)
-
-    def _shapes(self, rows: int) -> Shapes:
-        """The shapes of a step of the first slots, for which there is room afterwards."""
-        window = window_for(max(self._states.lengths))
-        self._states.make_room(window)
-        rows = min(1 << (rows - 1).bit_length(), self._slots.count)
-        return Shapes(rows, window, self._states.columns, self._slots.layout)
-
-    def _run(
-        self, code: Mapping[str, CompiledBlock], shapes: Shapes, tokens: Sequence[int]
-    ) -> Tensor:
-        return self._blocks.run(code, partial(self._windowed, shapes, tokens))
-
-    def _windowed(self, shapes: Shapes, tokens: Sequence[int]) -> Tensor:
-        """A step of the twin, which calls blocks as it is told to."""
-        more = [0] * (shapes.rows - len(tokens))
-        with self._slots.used(0, shapes.rows):
-            return self._twin.step([*tokens, *more], self._states, window=shapes.window)
-
-    def _toward(self, shapes: Shapes, tokens: Sequence[int], used: Sequence[int]) -> Tensor:
-        """An eager step, by which the code for its shapes comes nearer."""
-        self._collect()
-        if shapes in self._unproven:
-            return self._proven(shapes, tokens, used)
-        if self._building is not None:
-            return self._counted("compiling", tokens)
-        self._forget_other_layouts(shapes)
-        self.counts["compiling"] += 1
-        logits, calls = self._blocks.recorded(partial(self._windowed, shapes, tokens))
-        self._start(shapes, calls)
-        return logits
-
-    def _collect(self) -> None:
-        """Take what the compiler has made."""
-        if self._building is None or self._building[1].is_alive():
-            return
-        (shapes, _), self._building = self._building, None
-        if isinstance(self._built, Exception):
-            self._refuse(shapes, self._built)
-        elif self._built is not None:
-            self._unproven[shapes] = self._built
-        self._built = None
-
-    def _forget_other_layouts(self, shapes: Shapes) -> None:
-        """Drop code whose A and B are no longer those of the slots."""
-        for kept in (self._code, self._unproven, self._refused):
-            for other in [each for each in kept if each.layout != shapes.layout]:
-                del kept[other]
-
-    def _start(self, shapes: Shapes, calls: Mapping[str, Recorded]) -> None:
-        frame = self._slots.standing(0, shapes.rows)
-        self._built = None
-        thread = threading.Thread(
-            target=self._build, args=(frame, calls), name="lorakit-compiler", daemon=True
-        )
-        self._building = shapes, thread
-        thread.start()
-
-    def _build(self, frame: Frame, calls: Mapping[str, Recorded]) -> None:
-        """Compile the blocks of a step: what the thread does."""
-        route = attachment_for(self._decoder.model).route
-        compiler = BlockCompiler(route, frame, self._compile)
-        code: dict[str, CompiledBlock] = {}
-        try:
-            with short_turns():
-                for path, recorded in calls.items():
-                    if self._stop.is_set():
-                        return
-                    code[path] = compiler.compiled(recorded)
-            self._built = code
-        except Exception as error:
-            self._built = error
-
-    def _proven(self, shapes: Shapes, tokens: Sequence[int], used: Sequence[int]) -> Tensor:
-        """A step both ways; the code is used from now on if they are equal to rounding.
-
-        Raises:
-            ModelError: they are not.
-        """
-        code = self._unproven.pop(shapes)
-        found = self._run(code, shapes, tokens)
-        # The same column is written once more.
-        expected = self._counted("compiling", tokens)
-        problem = difference(found[list(used)], expected[list(used)])
-        if problem:
-            raise ModelError(problem)
-        self._code[shapes] = code
-        return expected
-
-    def _refuse(self, shapes: Shapes, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        self._code.pop(shapes, None)
-        self._refused[shapes] = reason
-        self._note(f"decode steps of {shapes} are not compiled: {reason}")
-
-    @torch.no_grad()
-    def warm_up(self) -> None:
-        """Wait for the code of steps over rows that are short, however many."""
-        cache = DynamicCache()
-        with self._slots.used(0, 1):
-            self._decoder.read([0], cache)
-        self._states.admit(0, cache)
-        rows = 1
-        while rows < 2 * self._slots.count:
-            used = range(min(rows, self._slots.count))
-            self.step([0] * len(used), used)
-            if self._building is not None:
-                self._building[1].join()
-            self.step([0] * len(used), used)
-            rows *= 2
-        self._states.free(0)
-
-    def close(self) -> None:
-        """Have the compiler end."""
-        self._stop.set()
-
-
-def steps_of(
-    decoder: Decoder,
-    slots: HeldSlots,
-    keys_and_values: KeyValueSlots,
-    *,
-    compiles: bool,
-    note: Callable[[str], None],
-) -> Steps:
-    """The steps of an engine; eager ones where the model has nothing to compile."""
-    if compiles:
-        try:
-            stop = threading.Event()
-            compile_one = partial(compiled_apart, stop=stop)
-            return CompiledSteps(
-                decoder, slots, keys_and_values, note=note, compile_one=compile_one, stop=stop
-            )
-        except ModelError as error:
-            note(f"decode steps are not compiled: {error}")
-    return Steps(decoder, slots, keys_and_values)
-
-
-@contextmanager
-def short_turns() -> Iterator[None]:
-    """Let other threads have the interpreter soon, inside a block."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, TURN_S))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+    def _padded(self, rows: int) -> int:
+        """The rows of a step that is computed for so many: a power of two, or all slots."""
+        return min(1 << (rows - 1).bit_length(), self._slots.count)

@@ -24,7 +24,7 @@ SHORTEST = 8
 """The fewest tokens of answers of unlike lengths."""
 FIRST_TOKENS = "vllm:time_to_first_token_seconds_count"
 """The metric that counts answers which have begun."""
-WAVES = 2
+WAVES = 3
 """Requests of unlike lengths for each slot."""
 
 
@@ -81,7 +81,8 @@ def longest_pause(
     answering = client.metric(FIRST_TOKENS) + len(running)
     with ThreadPoolExecutor(len(running)) as pool:
         streams = [pool.submit(stream, each) for each in running]
-        # Until all of them have a token: they pause for each other's prompts, too.
+        # Until all of them have a token: they pause for each other's prompts, too. A gap may have
+        # begun with such a pause, so it counts from the long prompt on.
         while client.metric(FIRST_TOKENS) < answering:
             time.sleep(0.01)
         begun = time.perf_counter()
@@ -89,7 +90,7 @@ def longest_pause(
         ended = time.perf_counter()
         pairs = [pair for each in streams for pair in pairwise(each.result())]
     usual = statistics.median(b - a for a, b in pairs)
-    meanwhile = [b - a for a, b in pairs if a < ended and b > begun]
+    meanwhile = [b - max(a, begun) for a, b in pairs if a < ended and b > begun]
     return Goal(
         what=f"longest pause of {len(running)} streams for a prompt of {prompt_tokens}, in steps",
         got=max(meanwhile, default=usual) / usual,
@@ -103,7 +104,7 @@ class Rates:
     """Tokens per second of answers of unlike lengths."""
 
     capacity: float
-    """When all are asked at once."""
+    """While others wait for each slot that is free."""
     arriving: float
     """When they arrive at random, so many that they ask for a share BUSY of that."""
     static: float
@@ -115,30 +116,34 @@ def unlike_lengths(
 ) -> Rates:
     """The rates of answers of 8 tokens to the most, by the server and by static batches."""
     generator = torch.Generator().manual_seed(1)
-    count = WAVES * settings.clients
+    slots = settings.clients
+    count = WAVES * slots
     drawn = torch.randint(SHORTEST, settings.longest + 1, (count,), generator=generator).tolist()
     requests = [
         replace(asked[number % len(asked)], new_tokens=length)
         for number, length in enumerate(drawn)
     ]
-    begun = time.perf_counter()
-    client.complete_all(requests, len(requests))
-    took = time.perf_counter() - begun
-    gaps = torch.empty(count).exponential_(BUSY * count / took, generator=generator).tolist()
+    told = _token_times(client, requests, [0.0] * count)
+    firsts = sorted(times[0] for times in told)
+    capacity = _rate(requests, told, firsts[slots - 1], firsts[-1])
+    each_s = sum(drawn) / count / (BUSY * capacity)
+    gaps = torch.empty(count).exponential_(1 / each_s, generator=generator).tolist()
+    arrivals = list(accumulate(gaps))
+    told = _token_times(client, requests, arrivals)
+    arriving = _rate(requests, told, arrivals[count // 4], arrivals[-1])
     ids = torch.tensor([each.prompt for each in asked])
     begun = time.perf_counter()
     for first in range(0, count, len(asked)):
         generated(plain, ids, max(drawn[first : first + len(asked)]))
     static = time.perf_counter() - begun
-    return Rates(sum(drawn) / took, _arriving(client, requests, gaps), sum(drawn) / static)
+    return Rates(capacity, arriving, sum(drawn) / static)
 
 
-def _arriving(
-    client: Client, requests: Sequence[CompletionRequest], gaps: Sequence[float]
-) -> float:
-    """The tokens of a second while requests arrive, from a quarter of them on to the last."""
+def _token_times(
+    client: Client, requests: Sequence[CompletionRequest], arrivals: Sequence[float]
+) -> list[list[float]]:
+    """When each request's events came, in seconds, if they are asked at some times."""
     begun = time.perf_counter()
-    arrivals = list(accumulate(gaps))
 
     def stream(request: CompletionRequest, arrival: float) -> list[float]:
         time.sleep(max(0.0, begun + arrival - time.perf_counter()))
@@ -146,8 +151,16 @@ def _arriving(
         return [late + each for each in client.token_times(request)]
 
     with ThreadPoolExecutor(len(requests)) as pool:
-        told = list(pool.map(stream, requests, arrivals))
-    start, end = arrivals[len(arrivals) // 4], arrivals[-1]
+        return list(pool.map(stream, requests, arrivals))
+
+
+def _rate(
+    requests: Sequence[CompletionRequest],
+    told: Sequence[Sequence[float]],
+    start: float,
+    end: float,
+) -> float:
+    """The tokens of a second between two times."""
     # The last event of a stream has no token, and some tokens have no text, so no event.
     tokens = sum(
         request.new_tokens * sum(start <= time < end for time in times) / len(times)
