@@ -118,7 +118,7 @@ REAL: Mapping[str, Kind] = {"smollm2": "decoder", "minilm": "classifier"}
 """The packaged models."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TriedBase:
     """A base model of one family, and what it takes."""
 
@@ -127,8 +127,6 @@ class TriedBase:
     model: PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     """For images, their processor."""
-    losses: list[float] = field(default_factory=list)
-    """Those of a run with padded rows that keeps all activations, once there was one."""
 
     @property
     def task(self) -> str:
