@@ -25,9 +25,8 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.collate import PACKED, Collator
 from lorakit.data.encode import encode_rows
-from lorakit.data.packing import choose_packing
+from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.data.rows import read_rows
-from lorakit.data.samples import Example
 from lorakit.errors import ConfigError
 from lorakit.merging.merge import merge, unmerge
 from lorakit.models.attention import attention_within
@@ -150,10 +149,10 @@ def packed(base: TriedBase) -> None:
     packing = choose_packing(base.model, task=base.task, packing="auto")
     if not (packing.joined or packing.segmented):
         raise ConfigError(packing.reason)
-    model, examples = _copy(base), _examples(base)
+    model = _copy(base)
     _attach_random(model)
-    plain = _gradients(base, model, Collator(base.tokenizer)(examples))
-    found = _gradients(base, model, Collator(base.tokenizer, packing)(examples))
+    plain = _gradients(base, model, _batch(base))
+    found = _gradients(base, model, _batch(base, packing))
     _same(found, plain)
 
 
@@ -161,11 +160,11 @@ def checkpointed(base: TriedBase) -> None:
     """With activations that are computed again, gradients are the same."""
     if not has_blocks(base.model):
         raise ConfigError("transformers checkpoints no blocks of it")
-    model, examples = _copy(base), _examples(base)
+    model, batch = _copy(base), _batch(base)
     _attach_random(model)
-    plain = _gradients(base, model, Collator(base.tokenizer)(examples))
+    plain = _gradients(base, model, batch)
     with recomputing(model, narrow_matmuls) as blocks:
-        found = _gradients(base, model, Collator(base.tokenizer)(examples))
+        found = _gradients(base, model, batch)
     _check(len(blocks) > 0, "no block is checkpointed")
     _same(found, plain)
 
@@ -256,13 +255,13 @@ def _gradients(base: TriedBase, model: Any, batch: dict[str, Any]) -> list[Tenso
     return [each.grad for each in parameters if each.grad is not None]
 
 
-def _examples(base: TriedBase) -> tuple[Example, ...]:
-    """The samples of the rows to train on."""
+def _batch(base: TriedBase, packing: Packing = PLAIN) -> dict[str, Any]:
+    """The rows to train on as one batch."""
     with tempfile.TemporaryDirectory() as folder:
         data = DataConfig(train=str(_written(base, Path(folder))), max_length=32)
-        rows = read_rows(data.train or "", data, labels=data.labels, task=base.task)
-        examples = encode_rows(rows, base.tokenizer, data).examples
-    return examples
+        rows = read_rows(data.train or "", data, task=base.task)
+        samples = encode_rows(rows, base.tokenizer, data).examples
+        return Collator(base.tokenizer, packing)(samples)
 
 
 def _losses(base: TriedBase) -> list[float]:
