@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ class ImageClassification(Classification):
         if not file.is_file():
             raise UnusableRowError(f"there is no file {file}")
         return ImageRow(image=str(file), label=class_name(label, known=known))
+
+    def names(self, row: Any) -> Iterable[str]:
+        return (row.label,)
 
     def draft(self, row: Any, encoding: LabelEncoding) -> Draft:
         file = Path(row.image)
