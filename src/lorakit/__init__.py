@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lorakit.routing.route import switch as switch
     from lorakit.serving.serve import serve as serve
     from lorakit.training.run import train as train
+    from lorakit.training.save_adapter import SaveAdapter as SaveAdapter
     from lorakit.training.sweep.sweep import sweep as sweep
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ _HOMES = {
     "routing.route": ("route", "switch"),
     "serving.serve": ("serve",),
     "training.run": ("train",),
+    "training.save_adapter": ("SaveAdapter",),
     "training.sweep.sweep": ("sweep",),
 }
 """The module of each public name; the imports above tell type checkers the same."""

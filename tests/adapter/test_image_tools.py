@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lorakit as lk
+from lorakit.adapter.unet_names import stability_names
 from lorakit.errors import AdapterFileError
 
 
@@ -120,3 +121,72 @@ def test_another_model_and_another_file_are_refused(tmp_path):
         lk.Adapter.load(tmp_path, base=model_of())
     with pytest.raises(AdapterFileError, match="with base=MODEL"):
         lk.Adapter.load(file)
+
+
+# Facts of SDXL's U-Net: three groups of two residual blocks, the first without attention.
+STABILITY = {
+    "conv_in": "input_blocks.0.0",
+    "down_blocks.0.resnets.1.conv1": "input_blocks.2.0.in_layers.2",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+    "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
+    "down_blocks.1.attentions.1.proj_in": "input_blocks.5.1.proj_in",
+    "down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k": (
+        "input_blocks.8.1.transformer_blocks.9.attn2.to_k"
+    ),
+    "mid_block.resnets.1.conv2": "middle_block.2.out_layers.3",
+    "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj": (
+        "middle_block.1.transformer_blocks.0.ff.net.0.proj"
+    ),
+    "up_blocks.0.attentions.2.proj_out": "output_blocks.2.1.proj_out",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+    "up_blocks.1.resnets.0.time_emb_proj": "output_blocks.3.0.emb_layers.1",
+    "up_blocks.2.resnets.2.conv1": "output_blocks.8.0.in_layers.2",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_out": "out.2",
+}
+
+
+def test_stabilitys_names_are_those_of_sdxl():
+    assert dict(stability_names([*STABILITY, "conv_norm_out"])) == STABILITY
+    assert not dict(stability_names(["conv_in", "conv_out"])), "no U-Net of diffusers"
+
+
+class Cross(nn.Module):
+    """Names of a group of SDXL, and what is computed by two of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.resnets = nn.ModuleList([nn.ModuleDict({"conv1": nn.Conv2d(6, 6, 1)})])
+        self.attentions = nn.ModuleList([nn.ModuleDict({"proj_in": nn.Linear(6, 6)})])
+
+    def forward(self, x):
+        x = self.resnets[0]["conv1"](x)
+        return self.attentions[0]["proj_in"](x.flatten(2).mT)
+
+
+class SDXL(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, 6, 3, padding=1)
+        self.down_blocks = nn.ModuleList([Cross()])
+
+    def forward(self, x):
+        return self.down_blocks[0](self.conv_in(x))
+
+
+def test_kohyas_file_with_stabilitys_names_answers_the_same(tmp_path):
+    base, generator = SDXL().eval(), torch.Generator().manual_seed(2)
+    plain, tensors = copy.deepcopy(base), {}
+    names = {
+        "down_blocks.0.resnets.0.conv1": "lora_unet_input_blocks_1_0_in_layers_2",
+        "down_blocks.0.attentions.0.proj_in": "lora_unet_input_blocks_1_1_proj_in",
+    }
+    for path, name in names.items():
+        weight = plain.get_submodule(path).weight.data
+        a = torch.randn(2, *weight.shape[1:], generator=generator)
+        b = torch.randn(len(weight), 2, *[1] * (weight.dim() - 2), generator=generator)
+        tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+        weight += (b.flatten(1) @ a.flatten(1)).view_as(weight)
+    save_file(tensors, tmp_path / "xl.safetensors")
+    lk.attach(base, lk.Adapter.load(tmp_path / "xl.safetensors", base=base))
+    torch.testing.assert_close(base(X), plain(X), rtol=1e-4, atol=1e-4)

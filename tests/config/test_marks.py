@@ -27,6 +27,7 @@ LIKE_THEIR_SECTION = {
     "data": {"format", "fields", "delimiter", "separator", "max_length", "train_rows", "labels"},
 }
 OF_ONE_CALL = {"out", "sweep", "resume", "keep_settings", "overwrite", "dry_run", "table"}
+OF_ONE_CALL |= {"report_to", "ray", "ray_cpus"}
 
 
 def test_every_setting_of_a_run_has_one_mark():
@@ -79,7 +80,8 @@ def test_what_a_resumed_run_may_change_is_a_short_list():
     scored = {"eval_every", "patience"}
     scored |= {"data.validation", "data.validation_rows", "data.validation_every"}
     checks = {"check_after", "allow_untrained", "allow_other_base"}
-    handled = {"save_every", "keep_checkpoints", "memory", "offload", "model", "data.train"}
+    handled = {"save_every", "keep_checkpoints", "memory", "offload", "shard"}
+    handled |= {"model", "data.train"}
     assert names == {"steps", "epochs"} | scored | checks | handled
 
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import lorakit as lk
 from lorakit.errors import ConfigError
 from lorakit.training.processes import check_alone, together
+from lorakit.training.sharded_base import idle_shard
 
 # What the processes have imported, they have from the one that they are forked from.
 MANY = """
@@ -18,11 +20,19 @@ import json, os, signal, sys, time
 from pathlib import Path
 from torch.distributed import TCPStore
 from lorakit.cli.main import main
+from lorakit.models.base import base_parameters
+from lorakit.training import run
 port, folder, kill, *words = json.loads(sys.argv[1])
 # As torchrun does, it holds the store by which they find each other.
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
 store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+start = run.execute
+def execute(prepared_run, *args, **kwargs):
+    weights = base_parameters(prepared_run.prepared.model)
+    print("weights:", *{type(each).__name__ for _, each in weights}, flush=True)
+    return start(prepared_run, *args, **kwargs)
+run.execute = execute
 children = []
 for number, own in enumerate(words):
     child = os.fork()
@@ -98,6 +108,33 @@ def test_losses_and_adapter_are_those_of_one_process(more, words, many, tmp_path
 
 
 @pytest.mark.thorough
+def test_a_divided_base_trains_the_adapter_of_one_process(words, many, tmp_path, tiny_llama):
+    # Of 49 rows one process scores a batch more than the other.
+    rows = ("--data.validation-rows", 49)
+    assert many(words("one", *rows))[0] == [0]
+    codes, said = many(*2 * [words("two", *rows, "--shard", "base")])
+    assert (codes, said.count("weights: DTensor\n")) == ([0, 0], 2)
+    assert said.count("base: divided over 2 processes, gathered block by block (FSDP2)") == 1
+    assert_close(logged(tmp_path / "two"), logged(tmp_path / "one"))
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-14")
+    codes, said = many(*3 * [words("two", *rows, "--shard", "base", "--resume")])
+    assert (codes, said.count("weights: DTensor\n")) == (3 * [0], 3)
+    # The first loss after resuming is the mean since then.
+    shown = ("eval_loss", "grad_norm")
+    assert_close(logged(tmp_path / "two", shown), logged(tmp_path / "one", shown))
+    one, two = (lk.Adapter.load(tmp_path / name) for name in ("one", "two"))
+    assert two.tensors.keys() == one.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert (two.tensors[name] - tensor).abs().max() < 1e-4, name
+    model, _ = lk.load_model(tiny_llama, dtype="float32")
+    lk.attach(model, two)
+    ids = torch.arange(3, 11)[None]
+    answer = model(ids).logits
+    lk.merge(model)
+    assert torch.allclose(model(ids).logits, answer, atol=1e-5)
+
+
+@pytest.mark.thorough
 def test_a_run_goes_on_with_another_number_of_processes(words, many, tmp_path):
     many(words("one"))
     many(*2 * [words("two")])
@@ -117,6 +154,8 @@ def test_what_cannot_train_together_is_refused_once(words, many, tmp_path):
         "seed is 1 in process 1, and 0 in process 0": [words("a", "--seed", n) for n in (0, 1)],
         "run exists and is not empty": 2 * [words("run")],
         "a sweep runs in one process": 2 * [words("b", "--sweep", "{lora.rank: [1, 2]}")],
+        "shard: base cannot be used with these settings (1 problem)": 2
+        * [words("c", "--shard", "base", "--quantize", "4bit")],
     }
     for message, lines in cases.items():
         codes, said = many(*lines)
@@ -126,9 +165,9 @@ def test_what_cannot_train_together_is_refused_once(words, many, tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_killed_process_ends_all_with_one_message(number, words, many, tmp_path):
-    codes, said = many(*2 * [words("run", "--steps", 5000)], kill=[number, 9])
+@pytest.mark.parametrize(("number", "more"), [(0, ()), (1, ()), (1, ("--shard", "base"))])
+def test_a_killed_process_ends_all_with_one_message(number, more, words, many, tmp_path):
+    codes, said = many(*2 * [words("run", "--steps", 5000, *more)], kill=[number, 9])
     assert sorted(codes) == [-9, 2]
     assert said.count("error:") == 1
     assert "one of the 2 processes that train together has ended" in said
@@ -157,6 +196,12 @@ def test_engines_that_divide_the_model_and_lone_work_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="a sweep runs in one process: start it without torchr"):
         check_alone("a sweep")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    message = "FSDP was asked for, and lorakit holds the whole model"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    message = "FSDP and DeepSpeed .*, and lorakit divides a model by shard: base"
     with pytest.raises(ConfigError, match=message), together():
         pass
+
+
+def test_one_process_has_the_whole_base():
+    config = lk.TrainConfig(out="run", shard="base")
+    assert idle_shard(config) == ("shard (there is one process)",)

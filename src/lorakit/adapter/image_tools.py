@@ -21,6 +21,7 @@ from lorakit.adapter.file_sizes import header_of, size_problems
 from lorakit.adapter.peft_config import PeftConfig, read_config
 from lorakit.adapter.site import LayerKind, Site
 from lorakit.adapter.tensor_files import read_safetensors, value_problems
+from lorakit.adapter.unet_names import stability_names
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError
 from lorakit.models.base import base_modules
@@ -153,11 +154,15 @@ def _matched(prefix: str, by_name: Mapping[str, dict[str, Tensor]], base: nn.Mod
 
 def _names_of(base: nn.Module, *, flat: bool) -> Iterator[tuple[str, tuple[str, nn.Module]]]:
     """The names that a file may have for each layer of a model, with its path and itself."""
-    for path, module in base_modules(base):
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            # A text encoder may be held with or without the module around it.
-            for name in (path, f"text_model.{path}"):
-                yield (name.replace(".", "_") if flat else name), (path, module)
+    layers = {
+        path: module
+        for path, module in base_modules(base)
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
+    # A text encoder may be held with or without the module around it.
+    names = [pair for path in layers for pair in ((path, path), (path, f"text_model.{path}"))]
+    for path, name in (*names, *stability_names(layers)):
+        yield (name.replace(".", "_") if flat else name), (path, layers[path])
 
 
 def _fits(module: nn.Module, own: Mapping[str, Tensor]) -> bool:

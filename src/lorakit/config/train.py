@@ -50,6 +50,8 @@ RowField = Literal[
     *("text", "text_pair", "label", "labels", "words", "tags", "chosen", "rejected"),
     "image",
 ]
+TRACKERS = ("wandb", "mlflow", "trackio", "tensorboard")
+"""Trackers of runs, by the names of their packages."""
 
 
 def _delimiter(value: Any) -> Any:
@@ -169,7 +171,7 @@ class TrainConfig(Settings):
             "What is trained for how long, scored and saved.",
             (
                 *("task", "steps", "accumulate", "seed", "eval_every", "save_every", "patience"),
-                *("keep_checkpoints", "check_after", "allow_untrained"),
+                *("keep_checkpoints", "check_after", "allow_untrained", "report_to"),
             ),
         ),
         Topic(
@@ -185,7 +187,7 @@ class TrainConfig(Settings):
             "What is held in memory, and what computes.",
             (
                 *("dtype", "quantize", "double_quantization", "packing", "memory", "offload"),
-                *("kernels", "compile"),
+                *("kernels", "compile", "shard"),
             ),
         ),
         Topic(
@@ -193,7 +195,7 @@ class TrainConfig(Settings):
             "Runs that go on from others, replace them, or are several.",
             (
                 *("init_from", "fresh_head", "allow_other_base", "resume", "keep_settings"),
-                *("overwrite", "table", "dry_run", "sweep"),
+                *("overwrite", "table", "dry_run", "sweep", "ray", "ray_cpus"),
             ),
         ),
     )
@@ -326,6 +328,10 @@ class TrainConfig(Settings):
     """Train the model's blocks through torch.compile. One is compiled for all, which takes half a
     minute on a CPU (docs/log.md says when that pays)."""
 
+    shard: Handles[Literal["base"] | None] = None
+    """What processes that train together divide (FSDP2). base: the frozen base, of which each holds
+    a share and gathers a block at a time; what is trained is whole in each. None: nothing."""
+
     check_after: Handles[Annotated[int, Field(ge=3)]] = 5
     """Steps after which every adapted layer must have moved."""
 
@@ -344,11 +350,22 @@ class TrainConfig(Settings):
     classes than its own. `method` and its settings must be those that `init_from` was trained
     with."""
 
+    report_to: Invocation[Names] = ()
+    """Trackers that get losses, rates, scores and settings: wandb, mlflow, trackio, tensorboard.
+    Each takes its own environment variables, such as WANDB_MODE=offline (docs/scale.md)."""
+
     sweep: Invocation[dict[str, Any] | list[Any] | None] = None
     """Train several adapters on one base in one batch, each as if alone, in folders of their own in
     `out`. A mapping from settings to lists of values makes all combinations: {lora.rank: [1, 8],
     seed: [0, 1]}. A list of mappings has one adapter each: [{lora.rank: 1}, {lora.rank: 8, seed: 1,
     name: second}]."""
+
+    ray: Invocation[str | None] = None
+    """Train the trials of a sweep as tasks of a Ray cluster, each in a process of its own: local
+    (started here), auto, or HOST:PORT. Its machines see the same folders (docs/scale.md)."""
+
+    ray_cpus: Invocation[PositiveInt] = 1
+    """Processors, and threads, of each trial on a cluster; it gets a GPU where there are any."""
 
     resume: Invocation[bool] = False
     """Go on from the last checkpoint in `out`. Rows and settings must be as they were, but for the
@@ -394,6 +411,15 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_trackers(self) -> "TrainConfig":
+        unknown = [name for name in self.report_to if name not in TRACKERS]
+        if unknown:
+            raise ValueError(
+                f"report_to: unknown {', '.join(unknown)}; known: {', '.join(TRACKERS)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_of_lora(self) -> "TrainConfig":
         if self.lora_plus_ratio != 1 and "lora" not in self.method:
             methods = ", ".join(self.method)
@@ -415,6 +441,8 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        if self.ray is not None and self.sweep is None:
+            raise ValueError("ray trains the trials of a sweep, and there is no sweep")
         if self.offload and self.memory == "fast":
             raise ValueError("offload goes with memory: low or balanced, and memory is fast")
         if self.keep_settings and not self.resume:

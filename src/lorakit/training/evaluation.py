@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from lorakit.data.objectives import OBJECTIVES
 from lorakit.data.samples import Example
 from lorakit.training.lm_loss import is_target, text_losses
 from lorakit.training.loss import Loss, perplexity
-from lorakit.training.processes import count, gathered, number
+from lorakit.training.processes import count, gathered, share
 from lorakit.training.progress import steps
 
 BEST_BY = {"generation": "loss", **{task: each.best_by for task, each in OBJECTIVES.items()}}
@@ -56,19 +57,24 @@ def scored(
     found: dict[int, Any] = {}
     # Rows of similar length share a batch, so that little of it is padding.
     order = sorted(range(len(examples)), key=lambda row: len(examples[row].input_ids))
-    order = order[number() :: count()]
-    for start in steps(len(order), batch_size, title="evaluating", show=progress):
-        chosen = order[start : start + batch_size]
-        batch = collate([examples[row] for row in chosen])
+    own, most = share(order), math.ceil(len(order) / count())
+    # All processes call the model equally often: they may have to gather its weights for a call.
+    for start in steps(most, batch_size, title="evaluating", show=progress):
+        chosen = own[start : start + batch_size]
+        batch = collate([examples[row] for row in chosen or order[:1]])
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         labels = batch.pop("labels")
         if objective is None:
             _, losses = text_losses(
                 model, batch, labels, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
             )
-            summed, counted = summed + float(losses.sum()), counted + int(is_target(labels).sum())
+            if chosen:
+                summed += float(losses.sum())
+                counted += int(is_target(labels).sum())
             continue
         outputs = objective.outputs(model, batch)
+        if not chosen:
+            continue
         summed = summed + float(loss.summed(outputs, labels))
         counted = counted + objective.count(labels)
         found |= zip(chosen, objective.answers(outputs, labels), strict=True)

@@ -36,7 +36,9 @@ from lorakit.training.evaluation import BEST_BY
 from lorakit.training.loaded_base import LoadedBase, settled
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
+from lorakit.training.processes import count
 from lorakit.training.rates import Rate, rates_by_method
+from lorakit.training.sharded_base import check_shard, idle_shard, is_sharded
 from lorakit.training.virtual_tokens import check_infix, longest_row, with_tokens
 
 T = TypeVar("T")
@@ -70,6 +72,8 @@ class Prepared:
     packing: Packing = PLAIN
     idle: tuple[str, ...] = ()
     """Settings that were given and have no effect, with the reasons."""
+    sharded: bool = False
+    """Whether the base is divided over the processes before the first step."""
 
     def describe(self, table: str = "grouped") -> str:
         """The match table, the reports of the rows, and the packing, as text.
@@ -83,6 +87,8 @@ class Prepared:
         if self.validation is not None:
             parts.append(f"validation rows: {self.validation.report}")
         parts.append(f"batches: {self.packing}")
+        if self.sharded:
+            parts.append(f"base: divided over {count()} processes, gathered block by block (FSDP2)")
         if self.idle:
             parts.append(f"without effect: {', '.join(self.idle)}")
         return "\n".join(parts)
@@ -127,6 +133,7 @@ def prepare_all(
     """
     for config in configs.values():
         check_compile(config)
+        check_shard(config, loaded=base is not None)
     source_of = _sources(configs)
     sources = {name: configs[name] for name in source_of.values()}
     read = for_each(sources, lambda config, _: _read(config, _known_classes(config, base)))
@@ -166,7 +173,12 @@ def prepare_all(
             steps=steps[name],
             best_by=_best_by(config, task),
             packing=packing,
-            idle=(*idle_settings(config), *_idle_in_loss(config, task)),
+            idle=(
+                *idle_settings(config),
+                *idle_shard(config),
+                *_idle_in_loss(config, task),
+            ),
+            sharded=is_sharded(config),
         )
         for name, (config, (training, validation)) in runs.items()
     }

@@ -113,8 +113,8 @@ def _check_launcher() -> None:
     ]
     if asked:
         raise ConfigError(
-            f"{' and '.join(asked)} was asked for, and lorakit holds the whole model in every "
-            "process: start it by torchrun, or by accelerate launch --multi_gpu"
+            f"{' and '.join(asked)} was asked for, and lorakit divides a model by shard: base, a "
+            "setting of its own: start it by torchrun, or by accelerate launch --multi_gpu"
         )
 
 
@@ -303,10 +303,34 @@ def _explained() -> Iterator[None]:
         yield
     # gloo and NCCL raise their own kinds of it when a connection is closed.
     except RuntimeError as error:
-        raise TrainingError(
-            f"one of the {count()} processes that train together has ended, so this one stops "
-            "too: --resume goes on from the last checkpoint"
-        ) from error
+        raise _other_has_ended() from error
+
+
+@contextmanager
+def explained_in_model() -> Iterator[None]:
+    """Say plainly that another process has ended, where a model gathers its weights from all.
+
+    Raises:
+        TrainingError: it has.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if count() == 1 or not _is_of_connection(error):
+            raise
+        raise _other_has_ended() from error
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Whether an error came from between the processes; gloo has no kind of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _other_has_ended() -> TrainingError:
+    return TrainingError(
+        f"one of the {count()} processes that train together has ended, so this one stops "
+        "too: --resume goes on from the last checkpoint"
+    )
 
 
 _TOLD: list[bool] = []

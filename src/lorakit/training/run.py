@@ -41,7 +41,7 @@ from lorakit.training.processes import (
     wait_for_all,
 )
 from lorakit.training.rates import learning_rates
-from lorakit.training.record import JsonLines, LogWithScores, ProgressBar, tensorboard
+from lorakit.training.record import JsonLines, LogWithScores, ProgressBar
 from lorakit.training.resume import (
     ChangedSetting,
     RunRecord,
@@ -50,6 +50,8 @@ from lorakit.training.resume import (
     settings_to_resume,
 )
 from lorakit.training.run_folder import LOG, find_checkpoint, locked
+from lorakit.training.sharded_base import is_sharded, shard_base
+from lorakit.training.trackers import check_trackers, reporting
 from lorakit.training.trainer import AdapterTrainer, KeepBest, OwnIntervals, make_arguments
 
 
@@ -155,6 +157,7 @@ def train(
     check_config(config)
     if config.sweep is not None:
         raise ConfigError("sweep asks for several adapters: call lk.sweep(config)")
+    check_trackers(config.report_to)
     with together(), _locked(config.out), borrowed(config, model, tokenizer) as base:
         config = settled(config, base)
         checkpoint = as_in_first(lambda: find_checkpoint(config))
@@ -206,6 +209,9 @@ def while_training(model: PreTrainedModel, config: TrainConfig) -> Iterator[Inte
         training_memory(model, config),
         compiled_blocks(model) if config.compile else nullcontext(),
     ):
+        # Last: what comes before looks at whole weights.
+        if is_sharded(config):
+            shard_base(model)
         yield interruption
 
 
@@ -238,7 +244,8 @@ def execute(
         if run.checkpoint and run.steps_done >= steps:
             trainer.restore(run.checkpoint)
         else:
-            seconds = trainer.train_from(run.checkpoint)
+            with reporting(trainer, run.config) if is_first() else nullcontext():
+                seconds = trainer.train_from(run.checkpoint)
     except TrainingError as error:
         raise _stopped(error, trainer, run) from None
     except OSError as error:
@@ -309,7 +316,6 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     trainer.add_callback(OwnIntervals())
     if is_first():
         trainer.add_callback(JsonLines(config.out / LOG))
-        trainer.add_callback(tensorboard(config.out / "tensorboard"))
     if not config.allow_untrained:
         trainer.add_callback(UntrainedParts(trainer.trained, check_after=config.check_after))
     if validation:

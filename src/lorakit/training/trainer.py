@@ -28,7 +28,7 @@ from lorakit.errors import OutputError, TrainingError
 from lorakit.methods.lora.pissa import split_frozen_factors
 from lorakit.training.batch_trainer import BatchTrainer
 from lorakit.training.checkpoints import list_checkpoints, step_of
-from lorakit.training.processes import copy_from_first, is_first
+from lorakit.training.processes import copy_from_first, explained_in_model, is_first
 from lorakit.training.rates import split_by_rate
 
 Scorer = Callable[[nn.Module], dict[str, float]]
@@ -71,7 +71,8 @@ class AdapterTrainer(BatchTrainer):
 
     def train_from(self, checkpoint: Path | None) -> float:
         """Train to the end, from a checkpoint if there is one, and return the seconds it took."""
-        outcome = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with explained_in_model():
+            outcome = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return outcome.metrics["train_runtime"]
 
     def restore(self, checkpoint: Path) -> None:
@@ -234,6 +235,7 @@ def make_arguments(
     every = config.eval_every
     return TrainingArguments(
         output_dir=str(config.out),
+        run_name=config.out.absolute().name,
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
