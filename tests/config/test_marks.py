@@ -24,7 +24,10 @@ LIKE_THEIR_SECTION = {
         *("size", "activation", "layer_norm", "train_norms", "layers", "dropped", "dropout", "at"),
         *("modules_to_save", "dtype"),
     },
-    "data": {"format", "fields", "delimiter", "separator", "max_length", "train_rows", "labels"},
+    "data": {
+        *("format", "fields", "delimiter", "separator", "max_length", "stride", "train_rows"),
+        "labels",
+    },
 }
 OF_ONE_CALL = {"out", "sweep", "resume", "keep_settings", "overwrite", "dry_run", "table"}
 OF_ONE_CALL |= {"report_to", "ray", "ray_cpus"}

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lorakit.config.base import TaskName, problem_lines
+from lorakit.config.base import problem_lines
+from lorakit.config.rows import TaskName
 from lorakit.config.train import DataConfig
 from lorakit.errors import AdapterFileError
 

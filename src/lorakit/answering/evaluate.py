@@ -158,7 +158,8 @@ class _Run:
         if not asked:
             return scores
         tokenizer, data = self._opened.tokenizer, self._opened.data
-        prompts = [encode_prompt(row, tokenizer, data) for row in asked]
+        two = self._opened.model.config.is_encoder_decoder
+        prompts = [encode_prompt(row, tokenizer, data, encoder_decoder=two) for row in asked]
         answers = answer(
             self._opened.model,
             tokenizer,

@@ -117,7 +117,7 @@ def open_model(
     use = TrainedUse.on(card)
     task = task or use.task or own_task(base)
     merged = _data(use, data)
-    labels = _classes(base, use, merged) if has_classes(task) else None
+    labels = _classes(base, use, merged, task) if has_classes(task) else None
     if adapter is not None:
         loaded, tokenizer = adapter.load_base(
             base, dtype=dtype, task=task, labels=labels, quantize=quantize
@@ -241,11 +241,11 @@ def _active(model: transformers.PreTrainedModel) -> Adapter | None:
     return None if state is None or name is None else state.adapters[name].record
 
 
-def _classes(base: str, use: TrainedUse, data: DataConfig) -> tuple[str, ...] | None:
+def _classes(base: str, use: TrainedUse, data: DataConfig, task: str) -> tuple[str, ...] | None:
     """The names of the classes in the order of the head: an adapter's, or else the base's own."""
     if use.labels:
         return head_classes(data.labels, use.labels, whose="the adapter")
-    return head_classes(data.labels, own_classes(base), whose=base)
+    return head_classes(data.labels, own_classes(base, task), whose=base)
 
 
 def _check_head(

@@ -5,17 +5,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from lorakit.config.base import (
-    AdapterPlace,
-    DType,
-    HeldIn,
-    Names,
-    PositiveInt,
-    Settings,
-    TaskName,
-)
+from lorakit.config.base import AdapterPlace, DType, HeldIn, Names, PositiveInt, Settings
 from lorakit.config.idle import changed
 from lorakit.config.marks import Escapes
+from lorakit.config.rows import TaskName
 from lorakit.config.seed import Seed
 from lorakit.config.train import DataConfig
 

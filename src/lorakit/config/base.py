@@ -19,10 +19,6 @@ from lorakit.config.fields import Key, meant, types_of, types_within
 from lorakit.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
-TaskName = Literal[
-    *("generation", "classification", "regression", "multi-label", "token-classification"),
-    "image-classification",
-]
 HeldIn = Literal["as-trained", "none", "4bit", "8bit"]
 """The precision of a base's weights in memory: that in which an adapter was trained, the base's
 `dtype`, or few bits."""

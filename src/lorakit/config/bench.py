@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings, TaskName
+from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.config.rows import TaskName
 from lorakit.config.train import DataConfig
 
 WIDTH, HEAD_WIDTH = 1024, 64

@@ -12,7 +12,6 @@ from lorakit.config.base import (
     PositiveFloat,
     PositiveInt,
     Settings,
-    TaskName,
     Topic,
 )
 from lorakit.config.marks import (
@@ -38,18 +37,9 @@ from lorakit.config.methods import (
     config_of,
     defaults_of,
 )
+from lorakit.config.rows import Format, RowField, TaskName
 from lorakit.config.seed import Seed
 
-Format = Literal[
-    "auto",
-    *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
-    *("preference", "image-classification"),
-]
-RowField = Literal[
-    *("prompt", "completion", "references", "messages", "tools"),
-    *("text", "text_pair", "label", "labels", "words", "tags", "chosen", "rejected"),
-    "image",
-]
 TRACKERS = ("wandb", "mlflow", "trackio", "tensorboard")
 """Trackers of runs, by the names of their packages."""
 
@@ -90,8 +80,9 @@ class DataConfig(Settings):
     format: Format = "auto"
     """What a row is: prompt (prompt, completion, optional references), messages (a chat, optional
     tools), text, classification (text, optional text_pair, label), multi-label (text, optional
-    text_pair, labels), token-classification (words, tags), preference (prompt, chosen, rejected) or
-    image-classification (image, label). auto: inferred from the fields of the rows."""
+    text_pair, labels), token-classification (words, tags), question-answering (question, context,
+    answers), embedding (text, text_pair, and negative or label), preference (prompt, chosen,
+    rejected) or image-classification (image, label). auto: inferred from the fields of the rows."""
 
     fields: dict[RowField, str] = {}
     """Our field name: the file's column, or a template such as "{subject}: {body}". {body?} may be
@@ -107,6 +98,10 @@ class DataConfig(Settings):
 
     max_length: PositiveInt = 512
     """Longest row in tokens; a longer one is cut, counted and reported."""
+
+    stride: PositiveInt = 128
+    """Of a question's context that is longer than a row, neighbouring windows share so many tokens,
+    or half of one where that is less."""
 
     train_rows: PositiveInt | None = None
     """Use only the first so many training rows."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from lorakit.config.train import DataConfig, RowField
+from lorakit.config.rows import RowField
+from lorakit.config.train import DataConfig
 from lorakit.data.fields import FieldMap
 from lorakit.data.file_formats import RawRow
 from lorakit.data.objectives import BY_KIND, OBJECTIVES

@@ -31,6 +31,11 @@ NO_TARGET = "no target token within the limit"
 NO_ANSWER = "no turn of the assistant that answers something"
 NO_TRAINED_ANSWER = "no turn of the assistant that is to be trained"
 NO_COMPLETION = "no completion"
+ONLY_PROMPTS = (
+    "its two stacks read a prompt and write a completion, and texts and conversations are in one"
+    " piece"
+)
+"""Why other rows than prompts are not for an encoder-decoder."""
 
 
 def encode_rows(
@@ -39,6 +44,7 @@ def encode_rows(
     data: DataConfig,
     *,
     longest: int | None = None,
+    decoder_start: int | None = None,
 ) -> Encoded:
     """The samples of rows, of at most `data.max_length` tokens each.
 
@@ -46,6 +52,9 @@ def encode_rows(
       added to a completion that has it; the last two are the target tokens. If it is too long, the
       prompt is cut from the left. If no token of the prompt would be left, the prompt keeps half of
       the limit and the completion is cut as well.
+    - For an encoder-decoder the prompt is what the encoder reads, and the completion what the
+      decoder writes, each with the special tokens that the tokenizer gives it, and each of at most
+      so many tokens: one that is too long loses its end. There is no separator.
     - Of a conversation, the assistant's turns that are trained are the targets. One that is too
       long loses its end.
     - Of a text, all tokens are targets, and the end token, which is not added to a text that has
@@ -58,18 +67,20 @@ def encode_rows(
         tokenizer: the model's.
         data: how rows become text.
         longest: another limit in tokens, from the model's context length. None: there is none.
+        decoder_start: the token with which the decoder of an encoder-decoder begins. None: the
+            model is none, or has a head for labels.
 
     Raises:
         DataError: no row is left, or rows or tokenizer do not allow it; lists the rows.
     """
-    encoder = _Encoder(rows, tokenizer, data, longest=longest)
+    encoder = _Encoder(rows, tokenizer, data, longest=longest, decoder_start=decoder_start)
     problems = Problems(rows.source)
-    drafts = []
+    drafts: list[Draft] = []
     for number, row in enumerate(rows.rows):
         if number % TOGETHER == 0:
             encoder.look_ahead(rows.rows[number : number + TOGETHER])
         try:
-            drafts.append(encoder.draft(row))
+            drafts += encoder.drafts(row)
         except UnusableRowError as error:
             problems.add(f"row {number + 1}", str(error))
     problems.raise_if_any()
@@ -81,7 +92,13 @@ def encode_rows(
     return Encoded(examples=examples, report=report, ends=tuple(sorted(ends)))
 
 
-def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[int]:
+def encode_prompt(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    *,
+    encoder_decoder: bool = False,
+) -> list[int]:
     """The tokens of a row's prompt, exactly as in training, never cut.
 
     The prompt of a conversation is all of it, but for the assistant's last turn if it ends with
@@ -90,6 +107,10 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig
     Raises:
         DataError: the row cannot be answered, or the tokenizer has no chat template.
     """
+    if encoder_decoder:
+        if not isinstance(row, PromptRow):
+            raise DataError(f"An encoder-decoder answers a prompt alone: {ONLY_PROMPTS}.")
+        return list(tokenizer(row.prompt, verbose=False)["input_ids"])
     match row:
         case PromptRow():
             text = row.prompt + data.separator
@@ -115,6 +136,7 @@ class _Encoder:
         data: DataConfig,
         *,
         longest: int | None,
+        decoder_start: int | None,
     ) -> None:
         # The processor of a base for images is none of texts.
         own: int | None = getattr(tokenizer, "model_max_length", None)
@@ -123,11 +145,21 @@ class _Encoder:
         self._tokenizer = tokenizer
         self._separator = data.separator
         self._start = getattr(tokenizer, "bos_token_id", None)
+        self._decoder_start = decoder_start if rows.kind in WRITTEN else None
+        if self._decoder_start is not None and rows.kind != "prompt":
+            raise DataError(
+                f"{rows.source} has {rows.kind} rows, and the base is an encoder-decoder:"
+                f" {ONLY_PROMPTS}. Give rows with prompt and completion."
+            )
         self._openings: dict[str, list[int]] = {}
         numbers = {name: number for number, name in enumerate(rows.labels or ())}
         self._objective = BY_KIND.get(rows.kind)
         self._encoding = LabelEncoding(
-            tokenizer=tokenizer, limit=self.limit, numbers=numbers, prompt=self._prompt
+            tokenizer=tokenizer,
+            limit=self.limit,
+            numbers=numbers,
+            stride=data.stride,
+            prompt=self._prompt,
         )
         self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
         framed = rows.kind not in (*WRITTEN, "image-classification")
@@ -139,7 +171,9 @@ class _Encoder:
             )
 
     def look_ahead(self, rows: Sequence[Row]) -> None:
-        """Tokenize the texts of rows at once, for the calls of `draft` that follow."""
+        """Tokenize the texts of rows at once, for the calls of `drafts` that follow."""
+        if self._decoder_start is not None:
+            return
         prompts = [row for row in rows if isinstance(row, PromptRow)]
         prompts += [each for row in rows if isinstance(row, PreferenceRow) for each in row.prompts]
         texts = [row.text for row in rows if isinstance(row, TextRow)]
@@ -157,18 +191,21 @@ class _Encoder:
         """The token that ends an answer, cached: tokenizers look it up by its text each time."""
         return end_token(self._tokenizer)
 
-    def draft(self, row: Row) -> Draft:
+    def drafts(self, row: Row) -> list[Draft]:
+        """The samples of a row, of which there is one, but for a long context of a question."""
         match row:
+            case PromptRow() if self._decoder_start is not None:
+                return [self._pair(row, self._decoder_start)]
             case PromptRow():
-                return self._prompt(row)
+                return [self._prompt(row)]
             case TextRow():
                 ids = self._ended(self._openings[row.text])
-                return self._continuous(ids, list(ids))
+                return [self._continuous(ids, list(ids))]
             case MessagesRow():
-                return self._conversation(row)
+                return [self._conversation(row)]
             case _:
                 assert self._objective is not None, "rows of one kind"
-                return self._objective.draft(row, self._encoding)
+                return self._objective.drafts(row, self._encoding)
 
     def _prompt(self, row: PromptRow) -> Draft:
         if row.completion is None:
@@ -186,6 +223,35 @@ class _Encoder:
             example=Example(input_ids=kept + targets, labels=[IGNORED] * len(kept) + targets),
             cut_prompt=len(kept) < len(prompt),
             cut_completion=len(targets) < len(completion),
+            ends=frozenset({self._end}),
+        )
+
+    def _pair(self, row: PromptRow, start: int) -> Draft:
+        """The draft of a prompt for the encoder, and a completion for the decoder.
+
+        The decoder predicts each token of the completion from its start token and those before.
+        """
+        if row.completion is None:
+            return Draft(dropped=NO_COMPLETION)
+        prompt = self._tokenizer(row.prompt, verbose=False)["input_ids"]
+        whole = self._tokenizer(text_target=row.completion, verbose=False)["input_ids"]
+        whole = self._ended(whole)
+        # Its start token takes up a place of the decoder.
+        targets = whole[: self.limit - 1]
+        if not prompt or not targets:
+            return Draft(dropped=NO_TARGET)
+        kept = prompt
+        if len(prompt) > self.limit:
+            cut = self._tokenizer(row.prompt, truncation=True, max_length=self.limit)
+            kept = cut["input_ids"]
+        return Draft(
+            example=Example(
+                input_ids=kept,
+                labels=[IGNORED, *targets],
+                decoder_input_ids=[start, *targets],
+            ),
+            cut_prompt=len(kept) < len(prompt),
+            cut_completion=len(targets) < len(whole),
             ends=frozenset({self._end}),
         )
 

@@ -77,6 +77,8 @@ def choose_packing(model: PreTrainedModel, *, task: str, packing: str) -> Packin
         return Packing(joined=True, segmented=True, multiple=FEW_SIZES)
     if packing == "on":
         raise ConfigError(f"packing is on, but {reason}: leave it at auto, or turn it off")
+    if model.config.is_encoder_decoder:
+        return Packing(by_length=True, reason=reason)
     segmented = takes_attention_functions(model) and not _difference(model, joined=False)
     return Packing(segmented=segmented, by_length=True, reason=reason)
 
@@ -86,6 +88,8 @@ def _obstacle(model: PreTrainedModel, task: str) -> str:
     family = model.config.model_type
     if task in OBJECTIVES:
         return f"{task} {OBJECTIVES[task].unjoined}"
+    if model.config.is_encoder_decoder:
+        return f"{family} has an encoder and a decoder, whose rows are two sequences each"
     if not takes_attention_functions(model):
         return f"{family} has attention of its own, which cannot keep rows apart"
     if "position_ids" not in inspect.signature(model.forward).parameters:

@@ -2,13 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 CALLS = ("tool_calls", "function_call")
 """The keys of a message that calls a tool."""
 RowType = Literal[
-    *("prompt", "messages", "text", "classification", "multi-label", "token-classification"),
-    *("preference", "image-classification"),
+    "prompt",
+    "messages",
+    "text",
+    "classification",
+    "multi-label",
+    "token-classification",
+    "question-answering",
+    "embedding",
+    "preference",
+    "image-classification",
 ]
 
 WRITTEN: tuple[RowType, ...] = ("messages", "prompt", "text")
@@ -115,6 +123,55 @@ class TaggedRow:
         return list(self.tags)
 
 
+class GoldAnswer(NamedTuple):
+    """A part of a context that answers a question."""
+
+    text: str
+    start: int
+    """Its first character in the context."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionRow:
+    """A question, and its answers in a text."""
+
+    question: str
+    context: str
+    answers: tuple[GoldAnswer, ...]
+    """One or more; the first is trained on."""
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it says, for a file of answers."""
+        return {"question": self.question, "context": self.context}
+
+    @property
+    def reference(self) -> list[str]:
+        """The right answers, for a file of answers."""
+        return [answer.text for answer in self.answers]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairRow:
+    """Two texts that belong together, or a number that says how much they do."""
+
+    text: str
+    text_pair: str
+    negative: str | None = None
+    """A text that does not belong to the first."""
+    label: float | None = None
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it says, for a file of answers."""
+        return _texts(self.text, self.text_pair)
+
+    @property
+    def reference(self) -> float | None:
+        """The right answer, for a file of answers."""
+        return self.label
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRow:
     """The file of an image, and the name of its class."""
@@ -160,7 +217,9 @@ class PreferenceRow:
         return self.chosen
 
 
-LabelledRow: TypeAlias = ClassificationRow | MultiLabelRow | TaggedRow | PreferenceRow | ImageRow
+LabelledRow: TypeAlias = (
+    ClassificationRow | MultiLabelRow | TaggedRow | QuestionRow | PairRow | PreferenceRow | ImageRow
+)
 """A row with labels, of which an objective knows what they mean."""
 Row: TypeAlias = PromptRow | MessagesRow | TextRow | LabelledRow
 

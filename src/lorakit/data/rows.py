@@ -12,6 +12,7 @@ from lorakit.data.labels import class_order
 from lorakit.data.nested import rows_within, with_nested
 from lorakit.data.objectives import BY_KIND, OBJECTIVES
 from lorakit.data.objectives.objective import Objective
+from lorakit.data.problems import Problems
 from lorakit.data.row_types import WRITTEN, PromptRow, Rows, RowType, TextRow
 from lorakit.data.sources import read_raw_rows
 from lorakit.data.tasks import PREFIX as TASK_PREFIX
@@ -207,6 +208,10 @@ def _labelled_rows(
     table: ColumnTable, objective: Objective, *, known: tuple[str, ...] | None
 ) -> Rows:
     rows = table.rows(lambda values: objective.row(table.fields, values, known))
+    problems = Problems(table.source)
+    for number, why in objective.unlike(rows):
+        problems.add(table.raw[number].where, why)
+    problems.raise_if_any()
     labels = known if objective.has_classes else None
     if objective.has_classes and labels is None:
         names = [name for row in rows for name in objective.names(row)]

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from lorakit.data.report import EncodingReport
+
+
+class TokenSpan(NamedTuple):
+    """The first and the last token of an answer within a sequence."""
+
+    start: int
+    end: int
+
+
+class ByToken(ABC):
+    """What is known of each token of a sample beside its label."""
+
+    @abstractmethod
+    def moved(self, order: Sequence[int]) -> ByToken:
+        """The same of a longer sequence, each of whose positions has a source, or is virtual."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,18 +42,37 @@ class Example:
     """One sample: a row as tokens, or an image, and labels."""
 
     input_ids: list[int]
-    labels: list[int] | tuple[float, ...] | int | float
-    """A label per token (IGNORED: no target), one per class (0 or 1), the number of the class, or
-    the number to predict."""
+    labels: list[int] | tuple[float, ...] | TokenSpan | int | float
+    """A label per token (IGNORED: no target), one per class (0 or 1), a `TokenSpan`, the number of
+    the class, or the number to predict."""
     token_type_ids: list[int] | None = None
     """Which text of a pair each token is from, 0 or 1, for models with token types."""
     image: ImageFile | None = None
     """The image that it has in the place of tokens."""
     rejected: Example | None = None
     """The same prompt with the rejected answer, where this one has the chosen."""
+    decoder_input_ids: list[int] | None = None
+    """What the decoder of an encoder-decoder reads, whose tokens the labels are; None: it has no
+    encoder."""
     predicts_next: bool = True
     """Whether labels per token are of tokens that the ones before predict; else a token has its
     own."""
+    about: ByToken | None = None
+    """What its answer is read with."""
+    others: tuple[Example, ...] = ()
+    """Further texts of the row, as samples of their own, in which it has no labels."""
+
+    def beside(self, others: Iterable[Example]) -> Example:
+        """The sample with further texts."""
+        return replace(self, others=tuple(others))
+
+
+def flattened(examples: Sequence[Example]) -> list[Example]:
+    """All texts of samples: the first ones of all, then the second ones, and so on."""
+    return [
+        *examples,
+        *(text for texts in zip(*(e.others for e in examples), strict=True) for text in texts),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +94,10 @@ class Encoded:
                 content.update(each.image.digest.encode())
             if each.rejected is not None:
                 content.update(repr((each.rejected.input_ids, each.rejected.labels)).encode())
+            if each.decoder_input_ids is not None:
+                content.update(repr(each.decoder_input_ids).encode())
+            if each.others:
+                content.update(repr([text.input_ids for text in each.others]).encode())
         return content.hexdigest()
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lorakit.data.chat import IGNORED
-from lorakit.data.samples import Encoded, Example
+from lorakit.data.samples import Encoded, Example, TokenSpan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,8 @@ class VirtualTokens:
         if isinstance(labels, list):
             given = [IGNORED, *labels[1:]] if predicts else labels
             labels = [IGNORED if at < 0 else given[at] for at in order]
+        if isinstance(labels, TokenSpan):
+            labels = TokenSpan(order.index(labels.start), order.index(labels.end))
         if types is not None:
             types = [types[at] for at in neighbours(order)]
         return replace(
@@ -63,6 +65,8 @@ class VirtualTokens:
             input_ids=[self.first + ~at if at < 0 else ids[at] for at in order],
             labels=labels,
             token_type_ids=types,
+            about=None if example.about is None else example.about.moved(order),
+            others=tuple(map(self.into, example.others)),
         )
 
     def into_all(self, encoded: Encoded) -> Encoded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
 from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.roles import input_embedding, task_heads
-from lorakit.models.tasks import TASKS, has_classes, task_of_config
+from lorakit.models.tasks import TASKS, has_classes, model_task, task_of_config
 from lorakit.upstream.private_names import initialize, loaded_from
 from lorakit.upstream.quiet_library import without_bars
 
@@ -52,8 +53,9 @@ def load_model(
         name: A packaged name (smollm2, minilm), else a folder, else a GGUF file or a folder with
             one, else a hub id. Write ./smollm2 for a folder of that name.
         dtype: Precision of the weights: float32, bfloat16 or float16.
-        task: generation (a causal language model), classification, regression (one number),
-            multi-label or token-classification.
+        task: generation (a causal language model, or an encoder-decoder), classification,
+            regression (one number), multi-label, token-classification, question-answering, or
+            embedding (no head).
         labels: Names of the classes, in order; None keeps those of the checkpoint.
         quantize: Hold the weights of linear layers in few bits: 4bit (NF4, its scales quantised
             too), 8bit, or exactly as a `Quantization` says. Matmuls are in the precision of their
@@ -115,17 +117,22 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
     Raises:
         ModelError: it cannot be found or read.
     """
-    auto_class: Any = getattr(transformers, TASKS[task].auto_class)
     # Without a word about remote code transformers would ask at the terminal.
     safe: dict[str, Any] = {"trust_remote_code": False}
     with _quiet():
         source = _source(asked)
         with _explained(asked, source, task):
+            config = transformers.AutoConfig.from_pretrained(source, **safe)
+            auto_class: Any = getattr(transformers, model_task(task, config).auto_class)
             reads_images = TASKS[task].reads_images
             name = "AutoImageProcessor" if reads_images else "AutoTokenizer"
             tokenizer = getattr(transformers, name).from_pretrained(source, **safe)
             # Mismatched sizes are reported by us, with the shapes.
             reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            if task == "embedding":
+                head |= _without_pooler(config)
+            if task == "embedding" and config.is_encoder_decoder:
+                raise ValueError("it has two stacks, and a text is embedded by one")
             model, info = auto_class.from_pretrained(
                 source, dtype=getattr(torch, dtype), **safe, **reported, **head
             )
@@ -148,7 +155,23 @@ def redraw_fresh_head(model: nn.Module) -> None:
 
 def task_of(model: transformers.PreTrainedModel) -> str:
     """The task that a loaded model does: all but generation have a head of their own."""
+    if type(model) is _bare_class(model.config):
+        return "embedding"
     return task_of_config(type(model).__name__, model.config)
+
+
+def _bare_class(config: transformers.PreTrainedConfig) -> type | None:
+    """transformers' class of a model without any head; None: it has none."""
+    known = type(config) in transformers.MODEL_MAPPING
+    found = transformers.MODEL_MAPPING[type(config)] if known else None
+    return found if isinstance(found, type) else None
+
+
+def _without_pooler(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """The argument that leaves a bare model's pooler out, which embeddings do not read."""
+    made = _bare_class(config)
+    takes = made is not None and "add_pooling_layer" in inspect.signature(made).parameters
+    return {"add_pooling_layer": False} if takes else {}
 
 
 def labels_of(model: transformers.PreTrainedModel) -> tuple[str, ...]:
@@ -181,13 +204,19 @@ def encodes(name: str | os.PathLike[str]) -> bool:
     return masked and not (writes or architecture.endswith(("ForCausalLM", "LMHeadModel")))
 
 
-def own_classes(name: str | os.PathLike[str]) -> tuple[str, ...] | None:
+def own_classes(name: str | os.PathLike[str], task: str | None = None) -> tuple[str, ...] | None:
     """The names of the classes of a base that is a classifier, in the order of its head; or None.
+
+    Args:
+        name: the base.
+        task: a task that needs another kind of head has none of them; None: it is the base's own.
 
     Raises:
         ModelError: the model cannot be found, or its config not be read.
     """
-    return _labels(config_of(name)) if has_classes(own_task(name)) else None
+    own = own_task(name)
+    is_fit = has_classes(own) and TASKS[own].ending == TASKS[task or own].ending
+    return _labels(config_of(name)) if is_fit else None
 
 
 def config_of(name: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
@@ -229,7 +258,7 @@ def _check_arguments(
         problems.append(f"dtype {dtype!r} is none of {', '.join(get_args(DType))}")
     if task not in TASKS:
         problems.append(f"task {task!r} is none of {', '.join(TASKS)}")
-    elif labels is not None and not has_classes(task):
+    if labels is not None and not (task in TASKS and has_classes(task)):
         problems.append(f"labels belong to tasks with classes, not to {task}")
     elif labels is not None and (len(set(labels)) < 2 or len(set(labels)) < len(labels)):
         problems.append(f"labels must be two or more different names, found {list(labels)}")

@@ -64,6 +64,13 @@ TASKS: Mapping[str, ModelTask] = MappingProxyType(
             peft_type="TOKEN_CLS",
             has_classes=True,
         ),
+        "question-answering": ModelTask(
+            auto_class="AutoModelForQuestionAnswering",
+            ending="ForQuestionAnswering",
+            peft_type="QUESTION_ANS",
+            config={"num_labels": 2},
+        ),
+        "embedding": ModelTask(auto_class="AutoModel", peft_type="FEATURE_EXTRACTION"),
         "image-classification": ModelTask(
             auto_class="AutoModelForImageClassification",
             ending="ForImageClassification",
@@ -75,6 +82,15 @@ TASKS: Mapping[str, ModelTask] = MappingProxyType(
     }
 )
 """The tasks by name."""
+
+_ENCODER_DECODER = ModelTask(auto_class="AutoModelForSeq2SeqLM", peft_type="SEQ_2_SEQ_LM")
+"""Generation by a model that reads a prompt with one stack and writes the answer with another."""
+
+
+def model_task(task: str, config: transformers.PreTrainedConfig) -> ModelTask:
+    """What a base with a config is for a task."""
+    is_generation = task == "generation" and getattr(config, "is_encoder_decoder", False)
+    return _ENCODER_DECODER if is_generation else TASKS[task]
 
 
 def task_of_config(architecture: str, config: transformers.PreTrainedConfig) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
-from lorakit.data.objectives import model_task
+from lorakit.data.objectives import task_of_base
 from lorakit.models.quantized import card_of_base
-from lorakit.models.tasks import TASKS
+from lorakit.models.tasks import model_task
 from lorakit.training.prepare import Prepared
 from lorakit.training.resume import ChangedSetting
 
@@ -32,11 +32,11 @@ def training_card(
     on_card = set(settings_where(TrainConfig, lambda mark: mark.on_card))
     scores = [e for e in history if any(key.startswith("eval_") for key in e)]
     quantized = card_of_base(prepared.model)
-    compares = prepared.task == "preference"
+    compares, task = prepared.task == "preference", task_of_base(prepared.task)
     libraries = ("lorakit", "torch", "transformers", *(["bitsandbytes"] if quantized else []))
     return {
-        "task": model_task(prepared.task),
-        "task_type": TASKS[model_task(prepared.task)].peft_type or None,
+        "task": task,
+        "task_type": model_task(task, prepared.model.config).peft_type or None,
         "rows_kind": prepared.kind,
         "labels": None if prepared.labels is None else list(prepared.labels),
         "end_tokens": list(prepared.training.ends),

@@ -83,6 +83,6 @@ def scored(
     if objective is None:
         return Scored(scores={"loss": mean, "perplexity": perplexity(mean)}, predicted=[])
     by_row = {row: answer for own in gathered(found) for row, answer in own.items()}
-    predicted = [by_row[row] for row in range(len(examples))]
+    predicted = objective.combined([by_row[row] for row in range(len(examples))], examples)
     scores = objective.scores(predicted, examples, names=names, best_by=best_by)
     return Scored(scores={"loss": mean, **scores}, predicted=predicted)

@@ -21,7 +21,7 @@ from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_rows
 from lorakit.data.labels import head_classes
-from lorakit.data.objectives import OBJECTIVES, model_task
+from lorakit.data.objectives import OBJECTIVES, task_of_base
 from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
@@ -30,7 +30,7 @@ from lorakit.data.tasks import PREFIX, task_of
 from lorakit.errors import AdapterFileError, ConfigError, LorakitError
 from lorakit.models.load import load_model, own_classes, redraw_fresh_head
 from lorakit.models.quantized import Quantization
-from lorakit.models.shape import context_length, hidden_size
+from lorakit.models.shape import context_length, decoder_start, hidden_size
 from lorakit.models.tasks import has_classes
 from lorakit.training.evaluation import BEST_BY
 from lorakit.training.loaded_base import LoadedBase, settled
@@ -142,6 +142,11 @@ def prepare_all(
         _check_preference(configs)
     first = settled(next(iter(configs.values())), base)
     model, tokenizer = _model_of(base, first, task, labels)
+    if task == "preference" and model.config.is_encoder_decoder:
+        raise ConfigError(
+            "the task preference is for models that read prompt and answer in one piece, and the "
+            "base is an encoder-decoder"
+        )
     packing = _packing(model, task, first)
     check_memory(model, first)
     plans = for_each(
@@ -171,13 +176,9 @@ def prepare_all(
             training=training,
             validation=validation,
             steps=steps[name],
-            best_by=_best_by(config, task),
+            best_by=_best_by(config, task, read[source_of[name]].validation),
             packing=packing,
-            idle=(
-                *idle_settings(config),
-                *idle_shard(config),
-                *_idle_in_loss(config, task),
-            ),
+            idle=(*idle_settings(config), *idle_shard(config), *_idle_in_loss(config, task)),
             sharded=is_sharded(config),
         )
         for name, (config, (training, validation)) in runs.items()
@@ -188,7 +189,7 @@ def _model_of(
     base: LoadedBase | None, config: TrainConfig, task: str, labels: tuple[str, ...] | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base that is loaded already, or else the one that the settings name."""
-    task = model_task(task)
+    task = task_of_base(task)
     if base is not None:
         base.check_task(task, labels)
         return base.model, base.tokenizer
@@ -252,12 +253,12 @@ def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, .
     Raises:
         ConfigError: the settings have others.
     """
-    if config.task != "auto" and not has_classes(model_task(config.task)):
+    if config.task != "auto" and not has_classes(task_of_base(config.task)):
         return None
     if config.fresh_head:
         return config.data.labels
     if base is None:
-        own = own_classes(config.model)
+        own = own_classes(config.model, None if config.task == "auto" else config.task)
         return head_classes(config.data.labels, own, whose=config.model)
     return base.classes() if config.data.labels is None else None
 
@@ -317,11 +318,13 @@ def _check_preference(configs: Mapping[str, TrainConfig]) -> None:
         raise ConfigError.listing("the task preference cannot be trained in this way", problems)
 
 
-def _best_by(config: TrainConfig, task: str) -> str:
+def _best_by(config: TrainConfig, task: str, held_out: Rows | None) -> str:
     """The score that decides: of a task of the paper its own, else that of such rows."""
     source = config.data.validation or ""
     own = task_of(source)[0].best_by if source.startswith(PREFIX) else None
-    return own or BEST_BY[task]
+    if own or held_out is None or task not in OBJECTIVES:
+        return own or BEST_BY[task]
+    return OBJECTIVES[task].best_of(held_out.rows)
 
 
 class _Encodings:
@@ -354,7 +357,13 @@ class _Encodings:
         longest = longest_row(self._model, name)
         key = (source, longest, held_out)
         if key not in self._made:
-            self._made[key] = encode_rows(rows, self._tokenizer, config.data, longest=longest)
+            self._made[key] = encode_rows(
+                rows,
+                self._tokenizer,
+                config.data,
+                longest=longest,
+                decoder_start=decoder_start(self._model),
+            )
         return with_tokens(self._made[key], self._model, name)
 
 
@@ -387,8 +396,9 @@ def _eva_batches(
     size = config.batch_size
     chosen = torch.randperm(len(rows), generator=generator)[: config.eva_batches * size].tolist()
     few = replace(rows, rows=tuple(rows.rows[row] for row in chosen))
-    longest, collate = context_length(model), Collator(tokenizer)
-    examples = encode_rows(few, tokenizer, config.data, longest=longest).examples
+    limits: Any = {"longest": context_length(model), "decoder_start": decoder_start(model)}
+    collate = Collator(tokenizer)
+    examples = encode_rows(few, tokenizer, config.data, **limits).examples
     return [collate(examples[at : at + size]) for at in range(0, len(examples), size)]
 
 

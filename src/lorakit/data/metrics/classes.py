@@ -1,4 +1,4 @@
-"""Scores of tags and of sets of classes, as seqeval and scikit-learn compute them."""
+"""Scores of tags, of sets of classes and of ranks, by seqeval, scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -75,6 +75,34 @@ def f1_of_sets(predicted: Sequence[Any], expected: Sequence[Any]) -> dict[str, f
     }
     rows = [tuple(each) for each in predicted]
     return scores | {"accuracy": accuracy(rows, [tuple(each) for each in right])}
+
+
+def check_scipy() -> None:
+    """Make sure that what correlates ranks is installed.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    _scipy()
+
+
+def spearman(predicted: Sequence[float], expected: Sequence[float]) -> float:
+    """Spearman's correlation of ranks, from -1 to 1; 0 where one side is constant.
+
+    Raises:
+        MissingExtraError: scipy is not installed.
+    """
+    if len(set(predicted)) < 2 or len(set(expected)) < 2:
+        return 0.0
+    return float(_scipy().spearmanr(predicted, expected).statistic)
+
+
+def _scipy() -> ModuleType:
+    try:
+        import scipy.stats
+    except ImportError:
+        raise MissingExtraError("correlation of ranks", "metrics") from None
+    return scipy.stats
 
 
 def _seqeval() -> ModuleType:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.config.train import RowField
+from lorakit.config.rows import RowField
 from lorakit.data.fields import FieldMap
 from lorakit.data.row_types import PromptRow, Row, RowType
 from lorakit.data.samples import Draft, Example
@@ -30,6 +30,8 @@ class LabelEncoding:
     """The most tokens of a sample."""
     numbers: Mapping[str, int]
     """The number of each class, by its name."""
+    stride: int
+    """The tokens that neighbouring windows of a text share."""
     prompt: Callable[[PromptRow], Draft]
     """The sample of a prompt and an answer, as rows of these two become it."""
 
@@ -39,7 +41,7 @@ class Objective(ABC):
 
     task: ClassVar[str]
     """The value of the setting `task`."""
-    model_task: ClassVar[str] = ""
+    of_base: ClassVar[str] = ""
     """The task that the base is loaded for, and that the adapter then does; "": the same."""
     kind: ClassVar[RowType]
     """The type of its rows."""
@@ -81,6 +83,18 @@ class Objective(ABC):
             UnusableRowError: it cannot be encoded.
         """
 
+    def drafts(self, row: Any, encoding: LabelEncoding) -> list[Draft]:
+        """The samples of a row, where it may have several."""
+        return [self.draft(row, encoding)]
+
+    def unlike(self, rows: Sequence[Any]) -> Iterable[tuple[int, str]]:
+        """The number of each row that does not go with the others, and why."""
+        return ()
+
+    def best_of(self, rows: Sequence[Any]) -> str:
+        """The score that decides which adapter is the best on these held-out rows."""
+        return self.best_by
+
     def outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """What a model says of a batch without labels, a row for each of the batch's."""
         found: Tensor = model(**inputs).logits
@@ -98,7 +112,11 @@ class Objective(ABC):
 
     @abstractmethod
     def answers(self, outputs: Tensor, labels: Tensor) -> list[Any]:
-        """What is predicted of each row of a batch."""
+        """What is predicted of each sample of a batch."""
+
+    def combined(self, answers: Sequence[Any], examples: Sequence[Example]) -> list[Any]:
+        """What is predicted of each row, from what is predicted of its samples."""
+        return list(answers)
 
     def check_library(self) -> None:  # noqa: B027 - most scores need none.
         """Make sure that what computes the scores is installed.
@@ -119,7 +137,7 @@ class Objective(ABC):
         """The scores of what was predicted.
 
         Args:
-            answers: what was predicted of each sample.
+            answers: what was predicted of each row.
             examples: the samples, with their labels.
             names: the names of the classes.
             best_by: a score that is asked for beside the usual ones.

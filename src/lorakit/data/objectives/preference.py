@@ -49,7 +49,7 @@ class Preference(Objective):
     """A block in which a model is the reference."""
 
     task = "preference"
-    model_task = "generation"
+    of_base = "generation"
     kind = "preference"
     needed = ("prompt", "chosen", "rejected")
     best_by = "accuracy"

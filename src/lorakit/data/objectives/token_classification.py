@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.config.train import RowField
+from lorakit.config.rows import RowField
 from lorakit.data.chat import IGNORED
 from lorakit.data.fields import FieldMap, as_text
 from lorakit.data.labels import class_name
@@ -62,7 +62,9 @@ class TokenClassification(Objective):
             for at, word in enumerate(words)
         ]
         if all(label == IGNORED for label in labels):
-            return Draft(dropped="no word within the limit")
+            raise UnusableRowError(
+                f"none of its words has a token among the first {encoding.limit}"
+            )
         example = Example(
             input_ids=found["input_ids"],
             labels=labels,

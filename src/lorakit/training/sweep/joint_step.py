@@ -76,19 +76,20 @@ def joint_losses(
 
 def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
     """The inputs of all rows, padded on the right to the longest, without labels."""
-    length = max(batch.length for batch in batches)
     special = {"labels", PACKED}
     joined = {}
     for key in dict.fromkeys(
         key for batch in batches for key in batch.inputs if key not in special
     ):
-        fill = pad_id if key == "input_ids" else 0
+        fill = pad_id if key.endswith("input_ids") else 0
         parts = [
             # Rows without token types are of type 0.
             batch.inputs.get(key, torch.zeros_like(batch.inputs["input_ids"]))
             for batch in batches
         ]
-        joined[key] = torch.cat([F.pad(p, (0, length - p.shape[1]), value=fill) for p in parts])
+        # The decoder of an encoder-decoder reads rows of another length.
+        longest = max(p.shape[1] for p in parts)
+        joined[key] = torch.cat([F.pad(p, (0, longest - p.shape[1]), value=fill) for p in parts])
     return joined
 
 
@@ -102,7 +103,7 @@ def _losses_of_texts(
     model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum of the losses, and the loss of each batch."""
-    length = inputs["input_ids"].shape[1]
+    length = max(batch.inputs["labels"].shape[1] for batch in batches)
     labels = [F.pad(b.inputs["labels"], (0, length - b.length), value=IGNORED) for b in batches]
     weights = [item_weight(own, batch.items) for own, batch in zip(labels, batches, strict=True)]
     total, losses = text_losses(
