@@ -48,7 +48,7 @@ def measure_models(settings: ModelsConfig) -> Findings:
         ConfigError: there is no such family.
         MissingExtraError: PEFT or bitsandbytes is not installed.
     """
-    names = settings.families or (*FAMILIES, *REAL)
+    names = settings.families or FAMILIES
     unknown = [name for name in names if name not in (*FAMILIES, *REAL)]
     if unknown:
         known = (*FAMILIES, *REAL)
