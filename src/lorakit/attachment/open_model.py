@@ -69,7 +69,7 @@ class Opened:
         return cls(
             model=model,
             tokenizer=with_template(tokenizer, use.chat_template),
-            base_template=getattr(tokenizer, "chat_template", None),
+            base_template=tokenizer.chat_template,
             adapter=adapter,
             task=task,
             labels=labels,
@@ -224,8 +224,7 @@ def check_loaded(model: object, tokenizer: object, config: Settings) -> None:
         raise ModelError(f"a model is given by name or as a loaded model, {hint}; found a {found}")
     if tokenizer is None:
         raise ModelError(f"a loaded model needs its tokenizer: give tokenizer too, {hint}")
-    kinds = (transformers.PreTrainedTokenizerBase, transformers.ImageProcessingMixin)
-    if not isinstance(tokenizer, kinds):
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         found = type(tokenizer).__name__
         raise ModelError(f"tokenizer is that of the model, {hint}; found a {found}")
     given = [name for name in LOADING if name in config.model_fields_set]

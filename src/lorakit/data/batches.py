@@ -18,9 +18,8 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
     Any token would do: the attention mask hides it, and its label is IGNORED.
     """
-    for name in ("pad_token_id", "eos_token_id"):
-        # The processor of a base for images has no tokens.
-        if isinstance(token := getattr(tokenizer, name, None), int):
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
             return token
     return 0
 

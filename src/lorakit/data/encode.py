@@ -138,13 +138,11 @@ class _Encoder:
         longest: int | None,
         decoder_start: int | None,
     ) -> None:
-        # The processor of a base for images is none of texts.
-        own: int | None = getattr(tokenizer, "model_max_length", None)
-        limits = (data.max_length, own, longest)
+        limits = (data.max_length, tokenizer.model_max_length, longest)
         self.limit = min(limit for limit in limits if limit is not None)
         self._tokenizer = tokenizer
         self._separator = data.separator
-        self._start = getattr(tokenizer, "bos_token_id", None)
+        self._start = tokenizer.bos_token_id
         self._decoder_start = decoder_start if rows.kind in WRITTEN else None
         if self._decoder_start is not None and rows.kind != "prompt":
             raise DataError(

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from lorakit.config.base import DType
 from lorakit.errors import MissingExtraError, ModelError, did_you_mean
 from lorakit.models.gguf_file import SUFFIX, converted, file_within
+from lorakit.models.image_processor import ImageProcessor
 from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
 from lorakit.models.quantized import quantize as quantize_model
@@ -124,9 +125,12 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
         with _explained(asked, source, task):
             config = transformers.AutoConfig.from_pretrained(source, **safe)
             auto_class: Any = getattr(transformers, model_task(task, config).auto_class)
-            reads_images = TASKS[task].reads_images
-            name = "AutoImageProcessor" if reads_images else "AutoTokenizer"
-            tokenizer = getattr(transformers, name).from_pretrained(source, **safe)
+            tokenizer: Any
+            if TASKS[task].reads_images:
+                own = transformers.AutoImageProcessor.from_pretrained(source, **safe)
+                tokenizer = ImageProcessor(own)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
             # Mismatched sizes are reported by us, with the shapes.
             reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
             if task == "embedding":

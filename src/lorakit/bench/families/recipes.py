@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lorakit.models.image_processor import ImageProcessor
 from lorakit.models.load import load_model
 
 Kind = Literal["decoder", "classifier", "images"]
@@ -198,11 +199,11 @@ def _dropouts(config: Any) -> Iterator[str]:
             yield name
 
 
-def _image_processor(size: int) -> Any:
+def _image_processor(size: int) -> PreTrainedTokenizerBase:
     # Imported late: it needs Pillow.
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    return ViTImageProcessorPil(size={"height": size, "width": size})
+    return ImageProcessor(ViTImageProcessorPil(size={"height": size, "width": size}))
 
 
 def _tokenizer() -> PreTrainedTokenizerBase:
