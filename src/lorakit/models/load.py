@@ -123,14 +123,14 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
     with _quiet():
         source = _source(asked)
         with _explained(asked, source, task):
-            config = transformers.AutoConfig.from_pretrained(source, **safe)
-            auto_class: Any = getattr(transformers, model_task(task, config).auto_class)
             tokenizer: Any
             if TASKS[task].reads_images:
                 own = transformers.AutoImageProcessor.from_pretrained(source, **safe)
                 tokenizer = ImageProcessor(own)
             else:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
+            config = transformers.AutoConfig.from_pretrained(source, **safe)
+            auto_class: Any = getattr(transformers, model_task(task, config).auto_class)
             # Mismatched sizes are reported by us, with the shapes.
             reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
             if task == "embedding":
