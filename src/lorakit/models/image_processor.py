@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,10 +14,13 @@ class ImageProcessor(PreTrainedTokenizerBase):
     """
 
     def __init__(self, processor: Any) -> None:
-        super().__init__()
+        cast(Any, super()).__init__()
         self.processor = processor
         """transformers' processor, which resizes and normalises images."""
 
-    def __call__(self, images: Any, **how: Any) -> Any:
-        """What the model takes: `pixel_values`."""
+    def made_ready(self, images: Any, **how: Any) -> Any:
+        """What the model takes of images: `pixel_values`."""
         return self.processor(images, **how)
+
+    # A tokenizer is called with texts.
+    __call__: Any = made_ready

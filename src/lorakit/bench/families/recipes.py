@@ -155,9 +155,9 @@ def base_of(name: str) -> TriedBase:
     """
     if name in REAL:
         kind = REAL[name]
-        labels = {"labels": CLASSES, "task": "classification"} if kind == "classifier" else {}
+        how: dict[str, Any] = {"labels": CLASSES, "task": "classification"}
         torch.manual_seed(0)
-        model, tokenizer = load_model(name, **labels)
+        model, tokenizer = load_model(name, **(how if kind == "classifier" else {}))
         return TriedBase(name=name, kind=kind, model=model, tokenizer=tokenizer)
     kind = _KINDS[name]
     model = _tiny(name, kind)
@@ -208,9 +208,10 @@ def _image_processor(size: int) -> PreTrainedTokenizerBase:
 
 def _tokenizer() -> PreTrainedTokenizerBase:
     vocabulary = {word: number for number, word in enumerate((*_SPECIAL, *WORDS))}
-    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokens: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast
+    made: PreTrainedTokenizerBase = make(
         tokenizer_object=tokens,
         pad_token="<pad>",
         bos_token="<s>",
@@ -218,3 +219,4 @@ def _tokenizer() -> PreTrainedTokenizerBase:
         unk_token="<unk>",
         model_max_length=64,
     )
+    return made

@@ -96,7 +96,8 @@ def routed(base: TriedBase) -> None:
     adapted = _logits(model, inputs)
     with route(model, None):
         plain = _logits(model, inputs)
-    with route(model, ["default", None, {"default": 1.0}]):
+    choices: list[Any] = ["default", None, {"default": 1.0}]
+    with route(model, choices):
         mixed = _logits(model, inputs)
     _equal(mixed, torch.stack([adapted[0], plain[1], adapted[2]]), "a routed row")
 
@@ -111,7 +112,7 @@ def generated(base: TriedBase) -> None:
     names = ["default", None, "default"]
     with route(model, names):
         together = generate(prompts, **asked)
-    alone = []
+    alone: list[str] = []
     for name, prompt in zip(names, prompts, strict=True):
         with route(model, name):
             alone += generate(prompt, **asked)
@@ -228,7 +229,7 @@ def _check(right: bool, problem: str) -> None:
 
 
 def _equal(found: Tensor, wanted: Tensor, what: str) -> None:
-    if not torch.allclose(found, wanted, **CLOSE):
+    if not torch.allclose(found, wanted, rtol=CLOSE["rtol"], atol=CLOSE["atol"]):
         raise Differs(f"{what} differs by {float((found - wanted).abs().max()):.1e}")
 
 
