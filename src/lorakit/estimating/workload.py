@@ -15,6 +15,8 @@ from lorakit.models.load import own_classes
 from lorakit.models.tasks import has_classes
 from lorakit.models.without_weights import load_tokenizer
 
+TASKS = ("generation", "classification", "regression", "multi-label", "token-classification")
+"""The tasks whose runs are estimated."""
 CLASSES = ("0", "1")
 """The classes of a fresh head where no rows say which."""
 
@@ -50,7 +52,10 @@ def workload_of(config: EstimateConfig) -> Workload:
         ModelError: the tokenizer cannot be read.
     """
     if config.row_tokens is None and config.data.train is not None:
-        return _of_rows(config)
+        found = _of_rows(config)
+        if found.task not in TASKS:
+            raise ConfigError(f"task {found.task} is not estimated; {', '.join(TASKS)} are")
+        return found
     task = "generation" if config.task == "auto" else config.task
     length = config.row_tokens or config.data.max_length
     by_task: dict[str, Any] = {"generation": [1] * length, "classification": 1, "regression": 0.5}
