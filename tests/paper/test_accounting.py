@@ -7,6 +7,7 @@ from lorakit.paper.cell import cells
 from lorakit.paper.shapes import GPT3, all_parameters
 
 
+@pytest.mark.thorough
 def test_the_memory_of_gpt3_falls_from_1_2_tb_to_350_gb():
     parameters, trained = all_parameters(GPT3), cells()["table6.qv-4"].published[0].counted
     full = held_bytes(parameters=parameters, trained=parameters, beside=False)
@@ -20,6 +21,7 @@ def test_the_memory_of_gpt3_falls_from_1_2_tb_to_350_gb():
     assert VALUE_BYTES * trained / 2**20 == pytest.approx(36, abs=0.1)
 
 
+@pytest.mark.thorough
 def test_a_quarter_of_the_time_is_that_of_the_weights_gradients():
     # Forward, and again in the backward pass, gradients of inputs; full: of weights too.
     assert step_flops("lora", "low") / step_flops("full", "low") == pytest.approx(0.75, abs=0.01)

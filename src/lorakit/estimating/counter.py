@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from lorakit.kernels.stand_in import kind_of_device
@@ -71,7 +73,8 @@ class StepCounter(TorchDispatchMode):
     ) -> Any:
         options = kwargs or {}
         result = func(*args, **options)
-        made = [each for each in tree_leaves(result) if isinstance(each, Tensor) and each.is_meta]
+        leaves = (result,) if isinstance(result, Tensor) else tree_leaves(result)
+        made = [each for each in leaves if isinstance(each, Tensor) and each.is_meta]
         fresh = [each for each in made if storage_number(each) not in self._known]
         for tensor in fresh:
             self._add(tensor, self._kind_of(tensor))
@@ -83,7 +86,7 @@ class StepCounter(TorchDispatchMode):
     ) -> None:
         flops = _flops(func, args, options, result)
         self.flops += flops
-        if flops or not (fresh or any(a.is_write for a in _aliases(func))):
+        if flops or not (fresh or _writes(func)):
             return
         self.operations += 1
         tensors = [each for each in tree_leaves((args, result)) if isinstance(each, Tensor)]
@@ -104,14 +107,19 @@ class StepCounter(TorchDispatchMode):
             self.peak_bytes, self.at_peak = self._total, dict(self.live)
 
     def _forget(self, number: int) -> None:
-        kind, size = self._known.pop(number, ("", 0))
-        self._references.pop(number, None)
+        if number not in self._known:
+            return
+        kind, size = self._known.pop(number)
+        self._references.pop(number)
         self.live[kind] -= size
         self._total -= size
 
 
-def _aliases(func: Any) -> list[Any]:
-    return [each.alias_info for each in arguments_of(func) if each.alias_info is not None]
+@cache
+def _writes(func: Any) -> bool:
+    """Whether an operation writes into one of its arguments."""
+    aliases = (each.alias_info for each in arguments_of(func))
+    return any(each is not None and each.is_write for each in aliases)
 
 
 def _flops(func: Any, args: tuple[Any, ...], options: Mapping[str, Any], result: Any) -> int:
@@ -124,28 +132,31 @@ def _flops(func: Any, args: tuple[Any, ...], options: Mapping[str, Any], result:
     return 0 if formula is None else int(formula(*args, **options, out_val=result))
 
 
-class FusedAttention(TorchFunctionMode):
-    """Lets torch's attention be one kernel on the meta device, as it is on the device meant.
+@contextmanager
+def fused_attention(*, causal: bool | None = None) -> Iterator[None]:
+    """Let torch's attention be one kernel on the meta device inside a block, as on the one meant.
 
-    By itself it would there be matmuls, which keep the probabilities.
+    By itself it would there be matmuls, which keep the probabilities. Other devices' is untouched.
+
+    Args:
+        causal: what masks come down to where no row is padded; None: they are given.
     """
+    own = F.scaled_dot_product_attention
 
-    def __init__(self, *, causal: bool | None = None) -> None:
-        """Count attention; `causal` says what masks come down to where no row is padded."""
-        super().__init__()
-        self._causal = causal
+    def attend(q: Tensor, *args: Any, **options: Any) -> Tensor:
+        if not q.is_meta or not _is_fused(q, **options):
+            return own(q, *args, **options)
+        if causal is not None:
+            options = {**options, "attn_mask": None, "is_causal": causal}
+            args = args[:2]
+        return _attention(q, *args, **options)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        options = kwargs or {}
-        attention = torch.nn.functional.scaled_dot_product_attention
-        if func is not attention or not args[0].is_meta or not _is_fused(args[0], **options):
-            return func(*args, **options)
-        if self._causal is not None:
-            options = {**options, "attn_mask": None, "is_causal": self._causal}
-            args = args[:3]
-        return _attention(*args, **options)
+    # Not by a mode of torch, which is off in the recomputations of a backward pass.
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
 
 
 def _is_fused(q: Tensor, *, dropout_p: float = 0.0, **_: Any) -> bool:

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lorakit.attachment.plan import Plan
 from lorakit.config.estimate import ServedSettings
 from lorakit.errors import ConfigError
-from lorakit.estimating.counter import FusedAttention, StepCounter
+from lorakit.estimating.counter import StepCounter, fused_attention
 from lorakit.estimating.sizes import tensors_bytes
 from lorakit.kernels.stand_in import DeviceKind, standing_for
 from lorakit.methods.lora.low_rank import LowRankComponent
@@ -65,7 +65,7 @@ def _read_once(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
     positions = torch.arange(tokens, device="meta")[None]
     mask = torch.empty(1, 1, tokens, tokens, dtype=torch.bool, device="meta")
     try:
-        with torch.no_grad(), counter, FusedAttention(causal=True):
+        with torch.no_grad(), counter, fused_attention(causal=True):
             model(
                 input_ids=ids,
                 position_ids=positions,

@@ -18,7 +18,7 @@ from lorakit.config.methods import LoRAConfig, MethodConfig
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import PACKED, Collator
 from lorakit.data.samples import Example
-from lorakit.estimating.counter import FusedAttention, StepCounter
+from lorakit.estimating.counter import StepCounter, fused_attention
 from lorakit.kernels.choice import use
 from lorakit.kernels.stand_in import DeviceKind, standing_for
 from lorakit.models.attention import attention_within
@@ -32,7 +32,7 @@ from lorakit.training.prepare import NAME, packing_of
 
 META = torch.device("meta")
 SETTLED = 2
-"""Steps that are counted; the last one counts. Checkpointing saves less from the second step on."""
+"""Steps of which the last counts, with checkpointing, which saves less from the second on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +91,11 @@ def count_step(
         model.train()
         # transformers makes no masks where no row is padded.
         is_even = len({len(each.input_ids) for each in examples}) == 1
-        attention = FusedAttention(causal=is_causal(model) if is_even else None)
+        attention = fused_attention(causal=is_causal(model) if is_even else None)
         prompt = nullcontext() if tokens is None else _as_if_in_rows(model)
         with use(config.kernels), training_memory(model, config), prompt, counter, attention:
             step.prepare(counter)
-            for _ in range(SETTLED):
+            for _ in range(1 if config.memory == "fast" else SETTLED):
                 counter.begin()
                 step.run(counter, batch)
     return CountedStep(
@@ -184,8 +184,7 @@ class _Step:
             with attention_within(self.model, packed):
                 loss = self._loss(batch)
                 counter.kind = "temporary"
-                # Not a method of the tensor, within which attention would not be replaced.
-                torch.autograd.backward(loss)
+                loss.backward()  # type: ignore[no-untyped-call]
         for each in self.trained:
             if each.grad is None:
                 each.grad = torch.zeros_like(each)

@@ -13,9 +13,8 @@ from pydantic import Field
 
 from lorakit.config.base import Settings
 from lorakit.errors import DataError
-from lorakit.paper.accounting import held_bytes, step_flops
 from lorakit.paper.cell import cells
-from lorakit.paper.shapes import GPT3, all_parameters
+from lorakit.paper.shapes import all_parameters
 from lorakit.paper.summary import AVERAGE, Line, summary
 
 
@@ -170,49 +169,6 @@ class Counted(Settings):
         yield Found(f"{text} (by counting)", ratio >= self.at_least)
 
 
-class MemoryOfGPT3(Settings):
-    """What LoRA holds in training over what full fine-tuning does, by the paper's accounting."""
-
-    kind: Literal["memory of gpt3"]
-    cell: str
-    """LoRA's; its first published row is counted."""
-    at_most: float
-    """The largest ratio with which the claim holds."""
-
-    def found(self, sources: Sources) -> Iterator[Found]:
-        """One comparison."""
-        row, parameters = cells()[self.cell].published[0], all_parameters(GPT3)
-        assert row.counted is not None
-        lora = held_bytes(parameters=parameters, trained=row.counted, beside=True).together
-        full = held_bytes(parameters=parameters, trained=parameters, beside=False)
-        ratio = lora / full.without_gradients
-        sizes = [lora, full.without_gradients, full.together]
-        of_lora, least, most = (f"{size / 1e9:,.0f}" for size in sizes)
-        text = (
-            f"{row.row} on {GPT3} in float16 with Adam: {of_lora} GB, and of full fine-tuning "
-            f"{least} GB, or {most} with all gradients at once: {ratio:.3f} times, at most "
-            f"{self.at_most:g}"
-        )
-        yield Found(f"{text} (by counting)", ratio <= self.at_most)
-
-
-class StepOfGPT3(Settings):
-    """FLOPs of a step of full fine-tuning over LoRA's, of a model as wide as GPT-3."""
-
-    kind: Literal["step of gpt3"]
-    at_least: float
-    """The least ratio with which the claim holds."""
-
-    def found(self, sources: Sources) -> Iterator[Found]:
-        """One comparison, where blocks are computed again in the backward pass."""
-        ratio = step_flops("full", "low") / step_flops("lora", "low")
-        text = (
-            f"FLOPs of full fine-tuning over LoRA's, blocks of {GPT3}, computed again in the "
-            f"backward pass: {ratio:.2f} times, at least {self.at_least:g} (by counting)"
-        )
-        yield Found(text, ratio >= self.at_least)
-
-
 class ShownByTest(Settings):
     """What a test of the repository shows at each run."""
 
@@ -227,7 +183,7 @@ class ShownByTest(Settings):
         yield Found(f"{self.what} ({self.test})", True)
 
 
-Evidence = Versus | Peak | BenchFigure | Counted | MemoryOfGPT3 | StepOfGPT3 | ShownByTest
+Evidence = Versus | Peak | BenchFigure | Counted | ShownByTest
 
 
 class Headline(Settings):
