@@ -38,8 +38,8 @@ from transformers.trainer_callback import PrinterCallback
 import lorakit as lk
 from lorakit.bench.memory import forget_peak, most_bytes
 from lorakit.data.batches import training_batch
-from lorakit.data.encode import Encoded, Example
 from lorakit.data.packing import choose_packing
+from lorakit.data.samples import Encoded, Example
 from lorakit.training.prepare import NAME, Prepared
 from lorakit.training.run import Run, execute, while_training
 from lorakit.training.trainer import make_arguments
