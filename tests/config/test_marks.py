@@ -90,5 +90,11 @@ def test_what_a_resumed_run_may_change_is_a_short_list():
 
 def test_what_the_card_and_a_resumed_sweep_leave_out_is_as_agreed():
     off_card = settings_where(TrainConfig, lambda mark: not mark.on_card)
-    assert set(off_card) == OF_ONE_CALL | METHODS | {"method", "data", "model", "task"}
+    assert set(off_card) == OF_ONE_CALL | METHODS | {
+        "method",
+        "data",
+        "model",
+        "task",
+        "preference",
+    }
     assert set(settings_where(TrainConfig, lambda mark: not mark.compared)) == OF_ONE_CALL

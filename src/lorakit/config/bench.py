@@ -167,14 +167,14 @@ class ModelsConfig(Measured):
     """The families of models that adapters are tried on."""
 
     model: Literal["tiny"] = "tiny"
-    """Random models of two blocks, and the packaged ones."""
+    """Random models of two blocks; a packaged model is itself."""
 
     dtype: Literal["float32"] = "float32"
     """Precision of the bases."""
 
     families: Names = ()
     """Names of families in transformers' words (llama, gpt2, bert), or of packaged models. Empty:
-    all for which there is a tiny model."""
+    all for which there is a tiny model, and no packaged one."""
 
 
 class ServeBenchConfig(BenchConfig):

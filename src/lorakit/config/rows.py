@@ -10,6 +10,7 @@ TaskName = Literal[
     "token-classification",
     "question-answering",
     "embedding",
+    "image-classification",
 ]
 Format = Literal[
     "auto",
@@ -21,6 +22,8 @@ Format = Literal[
     "token-classification",
     "question-answering",
     "embedding",
+    "preference",
+    "image-classification",
 ]
 RowField = Literal[
     "prompt",
@@ -38,4 +41,7 @@ RowField = Literal[
     "question",
     "context",
     "answers",
+    "chosen",
+    "rejected",
+    "image",
 ]

@@ -70,8 +70,9 @@ class DataConfig(Settings):
     """Rows to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, also as .gz, .bz2
     or .xz), several with commas between, a pattern such as data/*.jsonl, - for standard input,
     builtin:NAME (places, sql), hub:OWNER/NAME or hub:OWNER/NAME/SUBSET; :SPLIT after a name
-    chooses a split. Or a task of the paper, `task:NAME[:SPLIT][@FOLDER]` (e2e, webnlg, dart,
-    wikisql, samsum, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte), from the hub or a folder."""
+    chooses a split. A folder that has a folder of images for each class. Or a task of the paper,
+    `task:NAME[:SPLIT][@FOLDER]` (e2e, webnlg, dart, wikisql, samsum, cola, sst2, mrpc, stsb, qqp,
+    mnli, qnli, rte), from the hub or a folder."""
 
     validation: RowSource[str | None] = None
     """Rows to score during training; None: no evaluation."""
@@ -80,8 +81,8 @@ class DataConfig(Settings):
     """What a row is: prompt (prompt, completion, optional references), messages (a chat, optional
     tools), text, classification (text, optional text_pair, label), multi-label (text, optional
     text_pair, labels), token-classification (words, tags), question-answering (question, context,
-    answers) or embedding (text, text_pair, and negative or label). auto: inferred from the fields
-    of the rows."""
+    answers), embedding (text, text_pair, and negative or label), preference (prompt, chosen,
+    rejected) or image-classification (image, label). auto: inferred from the fields of the rows."""
 
     fields: dict[RowField, str] = {}
     """Our field name: the file's column, or a template such as "{subject}: {body}". {body?} may be
@@ -122,6 +123,23 @@ class DataConfig(Settings):
         if self.train == self.validation == "-":
             raise ValueError("train and validation can't both be standard input")
         return self
+
+
+class PreferenceSettings(Settings):
+    """How `task: preference` compares the chosen answer with the rejected one."""
+
+    form: Literal["dpo", "ipo", "cpo", "simpo"] = "dpo"
+    """The loss. dpo and ipo compare with the base, the model without the adapter; cpo and simpo
+    need no reference, and half the time."""
+
+    beta: PositiveFloat = 0.1
+    """Factor on the difference of log-probabilities. For simpo its paper has 2 to 2.5."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.5
+    """Of simpo: how much likelier the chosen answer is to be, times beta."""
+
+    nll: Annotated[float, Field(ge=0)] = 1.0
+    """Of cpo: weight of the usual loss of the chosen answer."""
 
 
 class TrainConfig(Settings):
@@ -202,12 +220,15 @@ class TrainConfig(Settings):
     bottleneck: Recorded[BottleneckSettings] = BottleneckSettings()
     """The bottlenecks of adapter-h, adapter-l, adapter-p and adapter-d."""
 
+    preference: Annotated[PreferenceSettings, Mark(on_card=False)] = PreferenceSettings()
+    """How the task preference compares a chosen answer with a rejected one."""
+
     data: Recorded[DataConfig] = DataConfig()
     """What it is trained on."""
 
-    task: Annotated[Literal["auto"] | TaskName, Mark(on_card=False)] = "auto"
+    task: Annotated[Literal["auto", "preference"] | TaskName, Mark(on_card=False)] = "auto"
     """What the model does. auto: what rows of this type are for, generation or a task with labels;
-    regression must be asked for."""
+    regression must be asked for. preference: it learns to write what was chosen of two answers."""
 
     dtype: Shared[Literal["auto"] | DType] = "auto"
     """Precision of the frozen base in training. auto: bfloat16 where the processor multiplies it

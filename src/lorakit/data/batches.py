@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.chat import IGNORED
+from lorakit.data.objectives.preference import TARGETS
 from lorakit.data.samples import Example, flattened
 
 
@@ -54,6 +55,22 @@ def training_batch(
     if types:
         batch["token_type_ids"] = _rectangle(types, batch["input_ids"].shape[1], 0)
     return batch
+
+
+def preference_batch(
+    examples: Sequence[Example], *, pad_id: int, multiple: int = 1
+) -> dict[str, Tensor]:
+    """A batch of prompts with their chosen answers, then with their rejected ones, padded likewise.
+
+    Returns:
+        input_ids, attention_mask, and where answers are, `TARGETS`: (2·batch, length); labels: a 0
+        for each prompt, which say nothing.
+    """
+    pairs = [*examples, *(each.rejected for each in examples if each.rejected is not None)]
+    assert len(pairs) == 2 * len(examples), "each has both answers"
+    batch = training_batch(pairs, pad_id=pad_id, multiple=multiple)
+    targets = (batch["labels"] != IGNORED).long()
+    return batch | {TARGETS: targets, "labels": torch.zeros(len(examples))}
 
 
 def joined_batch(

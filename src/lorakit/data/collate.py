@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.data.batches import joined_batch, pad_token, training_batch
+from lorakit.data.batches import joined_batch, pad_token, preference_batch, training_batch
+from lorakit.data.objectives.image_classification import image_batch
 from lorakit.data.packing import PLAIN, Packing
 from lorakit.data.samples import Example, flattened
 from lorakit.kernels.packed_sequences import PackedSequences
@@ -21,10 +22,15 @@ class Collator:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: Packing = PLAIN) -> None:
         self._packing = packing
+        self._tokenizer = tokenizer
         self._pad_id = pad_token(tokenizer)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The batch, labels included; the packing says in what form."""
+        if examples[0].image is not None:
+            return image_batch(examples, self._tokenizer)
+        if examples[0].rejected is not None:
+            return preference_batch(examples, pad_id=self._pad_id, multiple=self._packing.multiple)
         lengths = tuple(len(text.input_ids) for text in flattened(examples))
         if self._packing.joined:
             joined = joined_batch(examples, pad_id=self._pad_id, multiple=self._packing.multiple)

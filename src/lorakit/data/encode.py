@@ -13,7 +13,15 @@ from lorakit.data.objectives import BY_KIND
 from lorakit.data.objectives.objective import LabelEncoding
 from lorakit.data.problems import Problems, UnusableRowError
 from lorakit.data.report import EncodingReport
-from lorakit.data.row_types import WRITTEN, MessagesRow, PromptRow, Row, Rows, TextRow
+from lorakit.data.row_types import (
+    WRITTEN,
+    MessagesRow,
+    PreferenceRow,
+    PromptRow,
+    Row,
+    Rows,
+    TextRow,
+)
 from lorakit.data.samples import Draft, Encoded, Example
 from lorakit.errors import DataError
 
@@ -134,22 +142,27 @@ class _Encoder:
         self.limit = min(limit for limit in limits if limit is not None)
         self._tokenizer = tokenizer
         self._separator = data.separator
+        self._start = tokenizer.bos_token_id
         self._decoder_start = decoder_start if rows.kind in WRITTEN else None
         if self._decoder_start is not None and rows.kind != "prompt":
             raise DataError(
                 f"{rows.source} has {rows.kind} rows, and the base is an encoder-decoder:"
                 f" {ONLY_PROMPTS}. Give rows with prompt and completion."
             )
-        self._start = tokenizer.bos_token_id
         self._openings: dict[str, list[int]] = {}
         numbers = {name: number for number, name in enumerate(rows.labels or ())}
         self._objective = BY_KIND.get(rows.kind)
         self._encoding = LabelEncoding(
-            tokenizer=tokenizer, limit=self.limit, numbers=numbers, stride=data.stride
+            tokenizer=tokenizer,
+            limit=self.limit,
+            numbers=numbers,
+            stride=data.stride,
+            prompt=self._prompt,
         )
         self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
-        special = tokenizer.num_special_tokens_to_add(pair=True)
-        if rows.kind not in WRITTEN and self.limit <= special:
+        framed = rows.kind not in (*WRITTEN, "image-classification")
+        special = tokenizer.num_special_tokens_to_add(pair=True) if framed else 0
+        if framed and self.limit <= special:
             raise DataError(
                 f"data.max_length {self.limit} leaves no room for text beside the {special} tokens"
                 " that frame it."
@@ -160,6 +173,7 @@ class _Encoder:
         if self._decoder_start is not None:
             return
         prompts = [row for row in rows if isinstance(row, PromptRow)]
+        prompts += [each for row in rows if isinstance(row, PreferenceRow) for each in row.prompts]
         texts = [row.text for row in rows if isinstance(row, TextRow)]
         openings = [*(row.prompt + self._separator for row in prompts), *texts]
         # Later rows may have the same prompt (E2E: 9 answers to one). Texts that are cut may be

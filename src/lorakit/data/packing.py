@@ -68,7 +68,7 @@ def choose_packing(model: PreTrainedModel, *, task: str, packing: str) -> Packin
     Raises:
         ConfigError: packing is on, and the model cannot do it.
     """
-    if packing == "off":
+    if packing == "off" or task == "image-classification":
         return PLAIN
     reason = _obstacle(model, task)
     if not reason:

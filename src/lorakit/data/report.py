@@ -5,8 +5,13 @@ from dataclasses import dataclass, field
 
 from lorakit.data.row_types import RowType
 
-_INPUT = {"prompt": "prompt"}
-_OUTPUT = {"messages": "conversation", "text": "text", "prompt": "completion"}
+_INPUT = {"prompt": "prompt", "preference": "prompt"}
+_OUTPUT = {
+    "messages": "conversation",
+    "text": "text",
+    "prompt": "completion",
+    "preference": "pair of answers",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +41,11 @@ class EncodingReport:
 
     def __str__(self) -> str:
         """The report as a few plain lines."""
+        read = f"{self.source}: {self.rows:,} {self.kind} rows read, {self.kept:,} kept"
+        if self.kind == "image-classification":
+            return "\n  ".join([read, *self.losses(), *self.notes])
         first = (
-            f"{self.source}: {self.rows:,} {self.kind} rows read, {self.kept:,} kept;"
-            f" tokens per row {self.mean:.1f} on average, {self.longest:,} at most"
+            f"{read}; tokens per row {self.mean:.1f} on average, {self.longest:,} at most"
             f" (limit {self.max_length:,})"
         )
         return "\n  ".join([first, *self.losses(), *self.notes])

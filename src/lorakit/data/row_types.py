@@ -15,6 +15,8 @@ RowType = Literal[
     "token-classification",
     "question-answering",
     "embedding",
+    "preference",
+    "image-classification",
 ]
 
 WRITTEN: tuple[RowType, ...] = ("messages", "prompt", "text")
@@ -170,7 +172,54 @@ class PairRow:
         return self.label
 
 
-LabelledRow: TypeAlias = ClassificationRow | MultiLabelRow | TaggedRow | QuestionRow | PairRow
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRow:
+    """The file of an image, and the name of its class."""
+
+    image: str
+    label: str
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it is, for a file of answers."""
+        return {"image": self.image}
+
+    @property
+    def reference(self) -> str:
+        """The right answer, for a file of answers."""
+        return self.label
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferenceRow:
+    """A prompt, and two answers of which one is preferred."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+    @property
+    def prompts(self) -> tuple[PromptRow, PromptRow]:
+        """The prompt with the chosen answer, and with the rejected one."""
+        chosen, rejected = (
+            PromptRow(prompt=self.prompt, completion=each) for each in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it says, for a file of answers."""
+        return {"prompt": self.prompt, "rejected": self.rejected}
+
+    @property
+    def reference(self) -> str:
+        """The preferred answer, for a file of answers."""
+        return self.chosen
+
+
+LabelledRow: TypeAlias = (
+    ClassificationRow | MultiLabelRow | TaggedRow | QuestionRow | PairRow | PreferenceRow | ImageRow
+)
 """A row with labels, of which an objective knows what they mean."""
 Row: TypeAlias = PromptRow | MessagesRow | TextRow | LabelledRow
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 from lorakit.data.report import EncodingReport
@@ -28,8 +29,17 @@ class ByToken(ABC):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ImageFile:
+    """The file of an image, which is read again for each batch."""
+
+    path: Path
+    digest: str
+    """SHA-256 of its content when it was first read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One sample: a row as tokens and labels."""
+    """One sample: a row as tokens, or an image, and labels."""
 
     input_ids: list[int]
     labels: list[int] | tuple[float, ...] | TokenSpan | int | float
@@ -37,6 +47,10 @@ class Example:
     the class, or the number to predict."""
     token_type_ids: list[int] | None = None
     """Which text of a pair each token is from, 0 or 1, for models with token types."""
+    image: ImageFile | None = None
+    """The image that it has in the place of tokens."""
+    rejected: Example | None = None
+    """The same prompt with the rejected answer, where this one has the chosen."""
     decoder_input_ids: list[int] | None = None
     """What the decoder of an encoder-decoder reads, whose tokens the labels are; None: it has no
     encoder."""
@@ -76,6 +90,10 @@ class Encoded:
         content = hashlib.sha256()
         for each in self.examples:
             content.update(repr((each.input_ids, each.labels, each.token_type_ids)).encode())
+            if each.image is not None:
+                content.update(each.image.digest.encode())
+            if each.rejected is not None:
+                content.update(repr((each.rejected.input_ids, each.rejected.labels)).encode())
             if each.decoder_input_ids is not None:
                 content.update(repr(each.decoder_input_ids).encode())
             if each.others:

@@ -37,6 +37,9 @@ class AttentionRule:
     """With `causal`: it sees at most so many tokens, itself included."""
     softcap: float | None = None
     """Scores s become softcap·tanh(s / softcap) (Gemma 2)."""
+    sinks: Float[Tensor, " heads"] | None = None
+    """A score of each query head for a key that is not there (gpt-oss): what it gets of the
+    probabilities goes to no value. Not trained."""
     dropout: float = 0.0
     """Probability that an attention weight is set to 0; the others are divided by 1 - dropout."""
 
@@ -54,7 +57,8 @@ def packed_attention(
     softmax is computed in float32, or in float64 for inputs of that precision.
     """
     most = LONGEST_IN_HALF_PRECISION if q.dtype.itemsize == 2 else LONGEST
-    if rule.softcap is None and (q.is_cuda or packed.longest > most):
+    plain = rule.softcap is None and rule.sinks is None
+    if plain and (q.is_cuda or packed.longest > most):
         return fused_attention(q, k, v, packed, rule)
     seed = int(torch.randint(2**62, ())) if rule.dropout else 0
     return MatmulAttention.apply(q, k, v, packed, rule, seed)
@@ -67,7 +71,7 @@ def fused_attention(
     packed: PackedSequences,
     rule: AttentionRule,
 ) -> Float[Tensor, "rows width heads d_v"]:
-    """The same by torch's scaled_dot_product_attention, which has no soft cap."""
+    """The same by torch's scaled_dot_product_attention, which has no soft cap and no sinks."""
     heads, kv_heads = q.shape[1], k.shape[1]
     tables = [_table(q), *(_table(x.repeat_interleave(heads // kv_heads, 1)) for x in (k, v))]
     out = _output_table(tables[0], tables[2].shape[-1], packed)
@@ -191,7 +195,13 @@ class _GroupMatmuls:
         if self.mask is not None:
             scores.view(self.scores).add_(self.mask)
         # In half precision, too, the kernel sums in float32.
-        return torch.softmax(scores, -1), tanh
+        if self.rule.sinks is None:
+            return torch.softmax(scores, -1), tanh
+        heads, _, share, queries, _ = self.scores
+        sinks = self.rule.sinks.to(scores.dtype).view(heads, 1, share, 1, 1)
+        column = sinks.expand(*self.scores[:-1], 1).reshape(len(scores), share * queries, 1)
+        # Without the last column, the gradient is that of a softmax whose last value counts zero.
+        return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1].contiguous(), tanh
 
     def gradients(
         self, output_gradient: Tensor, generator: torch.Generator

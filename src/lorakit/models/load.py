@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +19,9 @@ from torch import nn
 from transformers.utils import logging
 
 from lorakit.config.base import DType
-from lorakit.errors import ModelError, did_you_mean
+from lorakit.errors import MissingExtraError, ModelError, did_you_mean
 from lorakit.models.gguf_file import SUFFIX, converted, file_within
+from lorakit.models.image_processor import ImageProcessor
 from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
 from lorakit.models.quantized import quantize as quantize_model
@@ -42,6 +44,8 @@ def load_model(
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """A base model in eval mode, and its tokenizer, which has a padding token.
 
+    One for images comes with its image processor in the place of a tokenizer.
+
     A classifier's or regressor's head is made afresh, from torch's random state, where the
     checkpoint has none, or with `fresh_head`: call `torch.manual_seed` first to get the same one
     again.
@@ -61,8 +65,8 @@ def load_model(
 
     Raises:
         ModelError: the model cannot be found, read or used for the task, or not be quantised.
-        MissingExtraError: smollm2 or a GGUF file is to be unpacked without the `gguf` extra, or a
-            model to be quantised without the `quantized` extra.
+        MissingExtraError: smollm2 or a GGUF file is to be unpacked without the `gguf` extra, a
+            model to be quantised without `quantized`, or images to be read without `images`.
 
     Examples:
         >>> model, tokenizer = lk.load_model("smollm2", dtype="bfloat16")
@@ -72,6 +76,8 @@ def load_model(
     _check_arguments(dtype, task, labels, quantize)
     if quantize is not None:
         check_library()
+    if TASKS[task].reads_images and importlib.util.find_spec("PIL") is None:
+        raise MissingExtraError("reading images", "images")
     asked = os.fspath(name)
     model, tokenizer, info = _read(asked, task, dtype=dtype, **TASKS[task].head_settings(labels))
     own_heads = task_heads(model) if fresh_head else ()
@@ -85,9 +91,11 @@ def load_model(
     if asked not in PACKAGES and _gguf_file(Path(asked).expanduser()) is not None:
         # The file goes on; its conversion is only on this machine.
         model._lorakit_file = asked
-    _give_padding_token(tokenizer, asked)
-    _check_vocabulary(model, tokenizer, asked)
-    if task != "generation":
+    reads_images = TASKS[task].reads_images
+    if not reads_images:
+        _give_padding_token(tokenizer, asked)
+        _check_vocabulary(model, tokenizer, asked)
+    if task != "generation" and not reads_images:
         # A decoder scores the last token that is not padding, which it looks up by this id.
         model.config.pad_token_id = tokenizer.pad_token_id
     convert_quantized(model)
@@ -115,7 +123,12 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
     with _quiet():
         source = _source(asked)
         with _explained(asked, source, task):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
+            tokenizer: Any
+            if TASKS[task].reads_images:
+                own = transformers.AutoImageProcessor.from_pretrained(source, **safe)
+                tokenizer = ImageProcessor(own)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
             config = transformers.AutoConfig.from_pretrained(source, **safe)
             auto_class: Any = getattr(transformers, model_task(task, config).auto_class)
             # Mismatched sizes are reported by us, with the shapes.

@@ -20,6 +20,8 @@ class ModelTask:
     """The end of the names of the classes of such models; "": of any others."""
     peft_type: str
     """PEFT's `task_type`."""
+    reads_images: bool = False
+    """Whether it takes images, which a processor makes ready, in the place of tokens."""
     has_classes: bool = False
     """Whether its head has an output for each class, which have names."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -69,6 +71,14 @@ TASKS: Mapping[str, ModelTask] = MappingProxyType(
             config={"num_labels": 2},
         ),
         "embedding": ModelTask(auto_class="AutoModel", peft_type="FEATURE_EXTRACTION"),
+        "image-classification": ModelTask(
+            auto_class="AutoModelForImageClassification",
+            ending="ForImageClassification",
+            # PEFT has no word for it.
+            peft_type="",
+            reads_images=True,
+            has_classes=True,
+        ),
     }
 )
 """The tasks by name."""

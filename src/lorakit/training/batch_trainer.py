@@ -83,6 +83,8 @@ class BatchTrainer(Trainer):
 
     def count(self, inputs: dict[str, Any]) -> None:
         """Add a batch to the counts of tokens and of padding tokens."""
+        if "input_ids" not in inputs:
+            return
         packed, tokens = inputs.get(PACKED), inputs["input_ids"].numel()
         real = int(inputs["attention_mask"].sum()) if packed is None else packed.tokens
         self._tokens += tokens

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from contextlib import AbstractContextManager
 
+import torch
+from torch import Tensor, nn
+
+from lorakit.config.train import PreferenceSettings
 from lorakit.data.objectives import OBJECTIVES
 from lorakit.data.objectives.objective import Objective
+from lorakit.data.objectives.preference import Preference
+from lorakit.routing.route import route
 
 
 class Loss:
@@ -15,8 +20,18 @@ class Loss:
     For texts it only holds the settings: `lorakit.training.lm_loss` computes their loss.
     """
 
-    def __init__(self, task: str, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+    def __init__(
+        self,
+        task: str,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        preference: PreferenceSettings | None = None,
+    ) -> None:
         self.objective: Objective | None = OBJECTIVES.get(task)
+        if isinstance(self.objective, Preference):
+            settings = preference or PreferenceSettings()
+            self.objective = Preference(settings=settings, without_adapter=_base)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
 
@@ -34,6 +49,11 @@ class Loss:
         return self.objective.loss(
             outputs, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss
         )
+
+
+def _base(model: nn.Module) -> AbstractContextManager[None]:
+    """A block in which a model answers as its base."""
+    return route(model, None)
 
 
 def perplexity(loss: float) -> float:

@@ -21,7 +21,7 @@ from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_rows
 from lorakit.data.labels import head_classes
-from lorakit.data.objectives import OBJECTIVES
+from lorakit.data.objectives import OBJECTIVES, task_of_base
 from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
@@ -138,8 +138,15 @@ def prepare_all(
     sources = {name: configs[name] for name in source_of.values()}
     read = for_each(sources, lambda config, _: _read(config, _known_classes(config, base)))
     task, labels = _shared(read)
+    if task == "preference":
+        _check_preference(configs)
     first = settled(next(iter(configs.values())), base)
     model, tokenizer = _model_of(base, first, task, labels)
+    if task == "preference" and model.config.is_encoder_decoder:
+        raise ConfigError(
+            "the task preference is for models that read prompt and answer in one piece, and the "
+            "base is an encoder-decoder"
+        )
     packing = _packing(model, task, first)
     check_memory(model, first)
     plans = for_each(
@@ -182,6 +189,7 @@ def _model_of(
     base: LoadedBase | None, config: TrainConfig, task: str, labels: tuple[str, ...] | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base that is loaded already, or else the one that the settings name."""
+    task = task_of_base(task)
     if base is not None:
         base.check_task(task, labels)
         return base.model, base.tokenizer
@@ -245,7 +253,7 @@ def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, .
     Raises:
         ConfigError: the settings have others.
     """
-    if config.task != "auto" and not has_classes(config.task):
+    if config.task != "auto" and not has_classes(task_of_base(config.task)):
         return None
     if config.fresh_head:
         return config.data.labels
@@ -292,6 +300,22 @@ def _shared(read: Mapping[str, _TaskRows]) -> tuple[str, tuple[str, ...] | None]
         ]
         raise ConfigError.listing("trials share one task with the same classes", lines)
     return next(iter(found.values()))
+
+
+def _check_preference(configs: Mapping[str, TrainConfig]) -> None:
+    """Make sure that answers can be compared with these settings.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    problems = []
+    if len(configs) > 1:
+        problems.append("sweep: each trial would need passes of its own through the base")
+    methods = {method for config in configs.values() for method in config.method}
+    if any(method.startswith("prefix-") for method in methods):
+        problems.append("method: virtual tokens are put into rows of one answer each")
+    if problems:
+        raise ConfigError.listing("the task preference cannot be trained in this way", problems)
 
 
 def _best_by(config: TrainConfig, task: str, held_out: Rows | None) -> str:

@@ -273,8 +273,13 @@ def _open_folder(run: Run) -> None:
 
 def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTrainer:
     config, prepared = run.config, run.prepared
-    loss = Loss(prepared.task, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
-    plain_loss = Loss(prepared.task)
+    loss = Loss(
+        prepared.task,
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+        preference=config.preference,
+    )
+    plain_loss = Loss(prepared.task, preference=config.preference)
     collate = Collator(prepared.tokenizer)
     validation = prepared.validation
     rates = learning_rates(config, prepared.plan, prepared.rates)

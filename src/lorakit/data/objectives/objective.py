@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.config.rows import RowField
 from lorakit.data.fields import FieldMap
-from lorakit.data.row_types import Row, RowType
+from lorakit.data.row_types import PromptRow, Row, RowType
 from lorakit.data.samples import Draft, Example
 
 Values: TypeAlias = Mapping[str, Any]
@@ -32,6 +32,8 @@ class LabelEncoding:
     """The number of each class, by its name."""
     stride: int
     """The tokens that neighbouring windows of a text share."""
+    prompt: Callable[[PromptRow], Draft]
+    """The sample of a prompt and an answer, as rows of these two become it."""
 
 
 class Objective(ABC):
@@ -39,6 +41,8 @@ class Objective(ABC):
 
     task: ClassVar[str]
     """The value of the setting `task`."""
+    of_base: ClassVar[str] = ""
+    """The task that the base is loaded for, and that the adapter then does; "": the same."""
     kind: ClassVar[RowType]
     """The type of its rows."""
     needed: ClassVar[tuple[RowField, ...]]
