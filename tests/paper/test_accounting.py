@@ -22,9 +22,8 @@ def test_the_memory_of_gpt3_falls_from_1_2_tb_to_350_gb():
 
 
 @pytest.mark.thorough
-def test_a_quarter_of_the_time_is_that_of_the_weights_gradients():
-    # Forward, and again in the backward pass, gradients of inputs; full: of weights too.
-    assert step_flops("lora", "low") / step_flops("full", "low") == pytest.approx(0.75, abs=0.01)
-    assert step_flops("lora", "fast") / step_flops("full", "fast") == pytest.approx(
-        2 / 3, abs=0.015
-    )
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_flops_allow_the_speed_up_of_the_paper(memory):
+    # 43.1 and 32.5 tokens a second: LoRA needs no gradients of weights.
+    ratio = step_flops("lora", memory) / step_flops("full", memory)
+    assert 0.5 < ratio < 32.5 / 43.1
