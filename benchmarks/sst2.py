@@ -19,8 +19,9 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 
 import lorakit as lk
 from lorakit.data.collate import Collator
-from lorakit.data.encode import Encoded, encode_rows
+from lorakit.data.encode import encode_rows
 from lorakit.data.rows import read_rows
+from lorakit.data.samples import Encoded
 from lorakit.training.evaluation import scored
 from lorakit.training.loss import Loss
 from lorakit.training.run import train

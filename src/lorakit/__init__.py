@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorakit.config.train import TrainConfig as TrainConfig
     from lorakit.data.metrics.score import score as score
     from lorakit.errors import LorakitError as LorakitError
+    from lorakit.estimating.estimate import estimate as estimate
     from lorakit.merging.merge import merge as merge
     from lorakit.merging.merge import unmerge as unmerge
     from lorakit.merging.merged import merged as merged
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from lorakit.routing.route import switch as switch
     from lorakit.serving.serve import serve as serve
     from lorakit.training.run import train as train
+    from lorakit.training.save_adapter import SaveAdapter as SaveAdapter
     from lorakit.training.sweep.sweep import sweep as sweep
 
 __version__ = "0.1.0"
@@ -65,6 +67,7 @@ _HOMES = {
     "config.train": ("DataConfig", "TrainConfig"),
     "data.metrics.score": ("score",),
     "errors": ("LorakitError", "errors"),
+    "estimating.estimate": ("estimate",),
     "merging.merge": ("merge", "unmerge"),
     "merging.merged": ("merged",),
     "merging.report": ("MergeReport",),
@@ -72,6 +75,7 @@ _HOMES = {
     "routing.route": ("route", "switch"),
     "serving.serve": ("serve",),
     "training.run": ("train",),
+    "training.save_adapter": ("SaveAdapter",),
     "training.sweep.sweep": ("sweep",),
 }
 """The module of each public name; the imports above tell type checkers the same."""

@@ -24,9 +24,13 @@ LIKE_THEIR_SECTION = {
         *("size", "activation", "layer_norm", "train_norms", "layers", "dropped", "dropout", "at"),
         *("modules_to_save", "dtype"),
     },
-    "data": {"format", "fields", "delimiter", "separator", "max_length", "train_rows", "labels"},
+    "data": {
+        *("format", "fields", "delimiter", "separator", "max_length", "stride", "train_rows"),
+        "labels",
+    },
 }
 OF_ONE_CALL = {"out", "sweep", "resume", "keep_settings", "overwrite", "dry_run", "table"}
+OF_ONE_CALL |= {"report_to", "ray", "ray_cpus"}
 
 
 def test_every_setting_of_a_run_has_one_mark():
@@ -86,5 +90,11 @@ def test_what_a_resumed_run_may_change_is_a_short_list():
 
 def test_what_the_card_and_a_resumed_sweep_leave_out_is_as_agreed():
     off_card = settings_where(TrainConfig, lambda mark: not mark.on_card)
-    assert set(off_card) == OF_ONE_CALL | METHODS | {"method", "data", "model", "task"}
+    assert set(off_card) == OF_ONE_CALL | METHODS | {
+        "method",
+        "data",
+        "model",
+        "task",
+        "preference",
+    }
     assert set(settings_where(TrainConfig, lambda mark: not mark.compared)) == OF_ONE_CALL

@@ -3,7 +3,7 @@ import torch
 
 from lorakit.data.batches import generation_batch, pad_token, training_batch
 from lorakit.data.chat import IGNORED
-from lorakit.data.encode import Example
+from lorakit.data.samples import Example
 from tiny_tokenizers import build_tokenizer
 
 

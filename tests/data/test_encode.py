@@ -8,7 +8,7 @@ from transformers import (
 
 from lorakit.config.train import DataConfig
 from lorakit.data.chat import IGNORED
-from lorakit.data.encode import Encoded, Example, encode_prompt, encode_rows
+from lorakit.data.encode import encode_prompt, encode_rows
 from lorakit.data.row_types import (
     ClassificationRow,
     Message,
@@ -19,6 +19,7 @@ from lorakit.data.row_types import (
     RowType,
     TextRow,
 )
+from lorakit.data.samples import Encoded, Example
 from lorakit.errors import DataError
 from lorakit.models.packaged import packaged_folder
 from tiny_tokenizers import build_tokenizer

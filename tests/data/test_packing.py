@@ -19,8 +19,8 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.batches import training_batch
 from lorakit.data.collate import PACKED, Collator
-from lorakit.data.encode import Example
 from lorakit.data.packing import PLAIN, Packing, choose_packing
+from lorakit.data.samples import Example
 from lorakit.errors import ConfigError
 from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.attention import attention_within

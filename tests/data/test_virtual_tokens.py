@@ -3,7 +3,7 @@
 import pytest
 
 from lorakit.data.chat import IGNORED
-from lorakit.data.encode import Example
+from lorakit.data.samples import Example
 from lorakit.data.virtual_tokens import VirtualTokens
 
 NONE = IGNORED

@@ -25,6 +25,9 @@ RULES = {
     "window": AttentionRule(scale=0.4, window=3),
     "softcap": AttentionRule(scale=2.0, softcap=0.7),
     "window and softcap": AttentionRule(scale=2.0, softcap=0.7, window=2),
+    "sinks and window": AttentionRule(
+        scale=0.4, sinks=torch.linspace(-1, 2, 6, dtype=torch.float64), window=3
+    ),
 }
 ROWS = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=3)
 
@@ -60,7 +63,10 @@ def naive(q, k, v, packed, rule):
             back = torch.arange(scores.shape[-1])[:, None] - torch.arange(scores.shape[-1])
             hidden = (back < 0) | (back >= (rule.window or 99))
             scores = scores.masked_fill(hidden & torch.tensor(rule.causal), -torch.inf)
-            out[row, own] = (scores.softmax(-1) @ v[row, :, own]).transpose(0, 1)
+            if rule.sinks is not None:
+                column = rule.sinks[:, None, None].expand(-1, len(back), 1)
+                scores = torch.cat([scores, column], -1)
+            out[row, own] = (scores.softmax(-1)[..., : len(back)] @ v[row, :, own]).transpose(0, 1)
     return out
 
 
@@ -114,7 +120,7 @@ def test_gradients_are_exact_with_dropout_too(rule):
     with_dropout = dataclasses.replace(RULES[rule], dropout=0.4)
     assert torch.autograd.gradcheck(
         lambda q, k, v: MatmulAttention.apply(q, k, v, packed, with_dropout, 5),
-        inputs(packed, heads=(2, 1)),
+        inputs(packed, heads=(6, 2)),
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.errors import ConfigError, RouteError
+from lorakit.errors import ConfigError, MissingExtraError, RouteError
 from lorakit.kernels import grouping as module
 from lorakit.kernels.grouping import group_rows
 
@@ -80,7 +80,7 @@ def test_a_gpu_without_triton_gets_plain_torch(monkeypatch):
     monkeypatch.setattr(module, "_on_gpu", lambda device: True)
     monkeypatch.setattr(module, "_has_triton", lambda: False)
     assert group_rows([0]).kernels == "plain"
-    with pytest.raises(ConfigError, match="needs Triton: pip install triton"):
+    with pytest.raises(MissingExtraError, match=r"'triton' .*: pip install 'lorakit\[gpu\]'"):
         group_rows([0], kernels="triton")
 
 

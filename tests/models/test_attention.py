@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.data.packing import choose_packing
 from lorakit.errors import ModelError
 from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.attention import attention_within, takes_attention_functions
+from mixtures import mixture
 from references import attach_random, checkpoint_blocks
 from tiny_models import build
 
@@ -29,6 +31,12 @@ def logits(model, batch):
 
 
 DECODERS = ("llama", "gpt2", "opt", "gpt_neox", "phi", "phi3", "mistral", "gemma2", "qwen2")
+
+
+def test_sinks_are_part_of_the_attention_within_a_sequence():
+    model = mixture("gpt_oss")
+    packing = choose_packing(model, task="generation", packing="on")
+    assert packing.joined
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -110,7 +118,7 @@ def test_a_cache_or_another_shape_is_refused_and_generation_works_afterwards():
 @pytest.mark.parametrize(
     ("keywords", "problem"),
     [
-        ({"s_aux": torch.ones(4)}, "s_aux is asked for"),
+        ({"s_aux": torch.ones(4, requires_grad=True)}, "its sinks are trained"),
         ({"attention_mask": torch.zeros(1, 1, 13, 13)}, "a mask of its own"),
     ],
 )

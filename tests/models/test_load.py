@@ -17,6 +17,7 @@ from transformers.utils import logging
 from lorakit.errors import MissingExtraError, ModelError
 from lorakit.models import gguf_file, packaged
 from lorakit.models.load import load_model, model_name, redraw_fresh_head
+from lorakit.models.tasks import TASKS
 from tiny_gguf import write_gguf
 from tiny_models import VOCABULARY, build
 
@@ -189,8 +190,8 @@ def test_all_wrong_settings_are_told_at_once(llama_folder):
     assert told(llama_folder, dtype="fp16", task="translation", labels=("a", "b")).splitlines() == [
         "the model cannot be loaded in this way (3 problems):",
         "  dtype 'fp16' is none of float32, bfloat16, float16",
-        "  task 'translation' is none of generation, classification, regression",
-        "  labels belong to classification, not to translation",
+        f"  task 'translation' is none of {', '.join(TASKS)}",
+        "  labels belong to tasks with classes, not to translation",
     ]
 
 

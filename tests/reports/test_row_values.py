@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lorakit.config.train import DataConfig
 from lorakit.data.chat import IGNORED
-from lorakit.data.encode import Encoded, encode_prompt, encode_rows
+from lorakit.data.encode import encode_prompt, encode_rows
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Rows
 from lorakit.data.rows import read_rows
+from lorakit.data.samples import Encoded
 from lorakit.errors import DataError
 from tiny_tokenizers import build_tokenizer
 
@@ -235,8 +236,8 @@ def test_columns_that_are_not_read_are_named(read: Any) -> None:
         ("1e-3", "label 1e-3 is a fraction"),
         (float("inf"), "label is inf"),
         ("NaN", "label NaN stands for a missing one"),
-        ([0, 1], "label is a list of 2: a row has one class"),
-        (["x"], "label is a list of 1: a row has one class"),
+        ([0, 1], "label is a list of 2, and a row has one class"),
+        (["x"], "label is a list of 1, and a row has one class"),
     ],
 )
 def test_a_label_that_is_no_class_is_refused(read: Any, label: object, message: str) -> None:

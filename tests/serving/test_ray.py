@@ -1,11 +1,9 @@
 """`examples/ray_serve.py`: two replicas, each request at one that has its adapter."""
 
-import importlib.util
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,15 +15,11 @@ pytest.importorskip("fastapi")
 import httpx2 as httpx
 
 from serving.servers import DEFAULTS, Server
+from tools.environments import OF_RAY, python_of
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 180
-pytestmark = [
-    pytest.mark.thorough,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None, reason="needs Ray: pip install '.[ray]'"
-    ),
-]
+pytestmark = pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +30,13 @@ def client(words, folder, tmp_path_factory):
         if taken.connect_ex(("127.0.0.1", 8000)) == 0:
             pytest.skip("port 8000 is taken")
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "RAY_USAGE_STATS_ENABLED": "0"}
-    # Ray gives its workers what other processes leave; on a busy machine that is nothing.
-    environment |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"}
-    example = [sys.executable, str(ROOT / "examples" / "ray_serve.py"), str(words), str(folder)]
+    environment |= OF_RAY
+    example = [
+        str(python_of("ray")),
+        str(ROOT / "examples" / "ray_serve.py"),
+        str(words),
+        str(folder),
+    ]
     told = tmp_path_factory.mktemp("ray") / "log"
     with told.open("w") as log:
         process = subprocess.Popen(

@@ -21,6 +21,7 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError
 from lorakit.models.load import load_model, own_classes, own_task
 from lorakit.models.quantized import quantization_on
+from lorakit.models.tasks import has_classes
 
 
 class Adapter(AdapterContent):
@@ -142,7 +143,7 @@ class Adapter(AdapterContent):
             )
         use = TrainedUse.on(self.card)
         task = task or use.task or "generation"
-        labels = (labels or use.labels or None) if task == "classification" else None
+        labels = (labels or use.labels or None) if has_classes(task) else None
         way = None if quantize == "none" else quantize
         how = quantization_on(self.card) if quantize == "as-trained" else way
         return load_model(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorakit.config.base import problem_lines
+from lorakit.config.rows import TaskName
 from lorakit.config.train import DataConfig
 from lorakit.errors import AdapterFileError
 
@@ -24,13 +25,13 @@ class TrainedUse(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    task: Literal["generation", "classification", "regression"] | None = None
+    task: TaskName | None = None
     labels: tuple[str, ...] | None = None
     """Names of the classes, in the order of the head."""
     data: DataConfig = DataConfig()
     """How rows became samples."""
     rows_kind: str | None = None
-    """What a row was: prompt, messages, text or classification; None: the card does not say."""
+    """What a row was, as the setting `data.format`; None: the card does not say."""
     end_tokens: tuple[int, ...] = ()
     """The tokens that ended the targets."""
     chat_template: str | None = None

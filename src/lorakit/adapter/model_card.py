@@ -14,7 +14,14 @@ from lorakit.adapter.hub import is_hub_id
 from lorakit.models.packaged import PACKAGES
 
 CARD_FILE = "README.md"
-PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
 """The hub's word for what an adapter does, by PEFT's."""
 MARK = "\n<!-- written by lorakit, "
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -19,7 +19,8 @@ UNSUPPORTED = {
     "alora_invocation_tokens": "aLoRA switches the update on in the middle of the text",
     "arrow_config": "Arrow mixes several adapters by the input",
     "kasa_config": "KaSA changes the base's weights and puts a diagonal between B and A",
-    "layer_replication": "the base's layers are repeated",
+    "layer_replication": "the base's layers are repeated (merge_and_unload of PEFT gives a model "
+    "that has them all)",
     "megatron_config": "the base is a Megatron model",
     "monteclora_config": "A and B are sampled at random",
     "use_bdlora": "A and B are block-diagonal",

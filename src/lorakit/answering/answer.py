@@ -83,6 +83,8 @@ def fitted(
             rooms=[max_new_tokens] * len(prompts),
             remarks=(),
         )
+    if getattr(model.config, "is_encoder_decoder", False):
+        return _fitted_to_stacks(prompts, contexts, max_new_tokens=max_new_tokens)
     start = tokenizer.bos_token_id
     made = []
     for prompt, context in zip(prompts, contexts, strict=True):
@@ -103,6 +105,27 @@ def fitted(
             f" {max_new_tokens:,} {size}"
         )
     return Fitted(prompts=made, rooms=rooms, remarks=tuple(remarks))
+
+
+def _fitted_to_stacks(
+    prompts: Sequence[Sequence[int]], contexts: Sequence[int], *, max_new_tokens: int
+) -> Fitted:
+    """Prompts for an encoder, and the room of answers in a decoder of the same context.
+
+    As in training, a prompt that is too long loses its end, but for its last token.
+    """
+    pairs = list(zip(prompts, contexts, strict=True))
+    made = [[*prompt[: room - 1], *prompt[-1:]] for prompt, room in pairs]
+    made = [
+        own if len(prompt) > room else list(prompt)
+        for own, (prompt, room) in zip(made, pairs, strict=True)
+    ]
+    cut = sum(len(own) < len(prompt) for own, prompt in zip(made, prompts, strict=True))
+    size = f"in the model's context of {min(contexts):,} tokens"
+    remarks = (f"{cut:,} of {len(made):,} prompts have no room {size} and were cut",) if cut else ()
+    # The decoder's start token takes up a place.
+    rooms = [min(max_new_tokens, room - 1) for room in contexts]
+    return Fitted(prompts=made, rooms=rooms, remarks=remarks)
 
 
 def _contexts(model: nn.Module, rows: int) -> list[int] | None:
@@ -136,6 +159,7 @@ def generation_settings(
 
 _NEUTRAL: dict[str, Any] = {
     "num_beams": 1,
+    "min_length": 0,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "typical_p": 1.0,
@@ -167,7 +191,7 @@ def answer(
     answer ends where those of this adapter do.
 
     Args:
-        model: a causal language model, with or without an adapter.
+        model: a language model, with or without an adapter.
         tokenizer: its tokenizer.
         prompts: token ids.
         max_new_tokens: longest answer, in tokens; it is less where the model's context ends.
@@ -192,7 +216,11 @@ def answer(
     batches = list(_batches(fit, max(1, batch_size // beams)))
     for number in steps(len(batches), 1, title="answering", show=progress):
         rows = batches[number]
-        batch = generation_batch([fit.prompts[row] for row in rows], pad_id=pad_token(tokenizer))
+        batch = generation_batch(
+            [fit.prompts[row] for row in rows],
+            pad_id=pad_token(tokenizer),
+            on_right=model.config.is_encoder_decoder,
+        )
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         own, room = [ends[row] for row in rows], fit.rooms[rows[0]]
         with part_of_route(model, rows, of=len(prompts)):
@@ -224,7 +252,15 @@ def _generated(
         **batch, generation_config=settings, stopping_criteria=StoppingCriteriaList(criteria)
     )
     assert isinstance(written, Tensor)
-    return cast(list[list[int]], written[:, batch["input_ids"].shape[1] :].tolist())
+    return cast(list[list[int]], written[:, answer_start(model, batch["input_ids"]) :].tolist())
+
+
+def answer_start(model: PreTrainedModel, prompts: Tensor) -> int:
+    """The position at which answers begin in what `generate` returns.
+
+    It is after the prompts (rows × positions), or after the start token of a decoder.
+    """
+    return 1 if model.config.is_encoder_decoder else prompts.shape[1]
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Collection[int]) -> str:

@@ -117,6 +117,11 @@ class _Reader:
     def __init__(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
         self._model = model
         self._takes = inspect.signature(model.forward).parameters
+        if model.config.is_encoder_decoder:
+            raise ModelError(
+                f"{model.config.model_type} is an encoder-decoder, and this beam search is the"
+                " paper's, of decoders: num_beams 1 answers without one"
+            )
         if "past_key_values" not in self._takes:
             raise ModelError(
                 f"a {type(model).__name__} keeps no keys and values, which a beam search needs:"

@@ -22,7 +22,8 @@ from lorakit.config.answering import BEAM_SETTINGS, EvaluateConfig
 from lorakit.config.idle import changed
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_prompt
-from lorakit.data.row_types import ClassificationRow, Row, Rows, references_of
+from lorakit.data.objectives import OBJECTIVES
+from lorakit.data.row_types import LabelledRow, Row, Rows, references_of
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError
 from lorakit.training.evaluation import Scored, scored
@@ -65,8 +66,8 @@ def evaluate(
 
     Returns:
         `loss` (nats) and `perplexity`, `exact_match` (0 to 1) and `bleu` (0 to 100) of texts; of
-        classes `loss` and `accuracy`, of numbers `loss` and `pearson`. Of rows of a task of the
-        paper (data.validation: task:NAME) `loss`, `perplexity` of texts, and what `lk.score` has.
+        rows with labels `loss` and the scores of their task. Of rows of a task of the paper
+        (data.validation: task:NAME) `loss`, `perplexity` of texts, and what `lk.score` has.
 
     Raises:
         LorakitError: a setting is wrong, or the model, the adapter or the rows cannot be used.
@@ -102,6 +103,8 @@ def evaluation(
     with opened_model(
         config, adapter, model, tokenizer, task=config.task, data=config.data
     ) as opened:
+        if opened.task in OBJECTIVES:
+            OBJECTIVES[opened.task].check_library()
         run = _Run(config, scorers, opened, _rows(opened), progress=progress)
         scores = run.scores_of_texts() if opened.task == "generation" else run.scores_of_labels()
     return Evaluation(
@@ -155,7 +158,8 @@ class _Run:
         if not asked:
             return scores
         tokenizer, data = self._opened.tokenizer, self._opened.data
-        prompts = [encode_prompt(row, tokenizer, data) for row in asked]
+        two = self._opened.model.config.is_encoder_decoder
+        prompts = [encode_prompt(row, tokenizer, data, encoder_decoder=two) for row in asked]
         answers = answer(
             self._opened.model,
             tokenizer,
@@ -174,8 +178,9 @@ class _Run:
         """The loss, and the scores of the predicted classes or numbers."""
         self._refuse_idle(_SEARCH)
         found, labels, rows = self._losses(), self._opened.labels, self.rows.rows
-        outputs = [labels[int(value)] if labels else value for value in found.predicted]
-        self._write(rows, [_texts(row) for row in rows], outputs)
+        objective = OBJECTIVES[self._opened.task]
+        outputs = [objective.shown(answer, labels) for answer in found.predicted]
+        self._write(rows, [row.texts for row in rows if isinstance(row, LabelledRow)], outputs)
         if not self._scorers.has_official:
             return found.scores
         official = self._scorers.official(rows, outputs)
@@ -238,6 +243,7 @@ class _Run:
             loss=Loss(opened.task),
             collate=Collator(opened.tokenizer),
             batch_size=self._config.batch_size,
+            names=opened.labels,
             progress=self._progress,
         )
 
@@ -263,10 +269,3 @@ class _Run:
 
 _SEARCH = ("num_beams", *BEAM_SETTINGS, "stop")
 """Settings of how answers are searched."""
-
-
-def _texts(row: Row) -> dict[str, Any]:
-    """The texts of a row with a label."""
-    assert isinstance(row, ClassificationRow)
-    pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
-    return {"text": row.text, **pair}

@@ -13,6 +13,7 @@ from lorakit.adapter.card import TrainedUse
 from lorakit.answering.answer import (
     Note,
     answer,
+    answer_start,
     fitted,
     generation_settings,
     sampling_of,
@@ -120,7 +121,9 @@ def stream(config: GenerateConfig, opened: Opened, prompt: str, *, note: Note = 
         ),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
-    return text_of(opened.tokenizer, written[0, tokens.shape[1] :].tolist(), ends)
+    return text_of(
+        opened.tokenizer, written[0, answer_start(opened.model, tokens) :].tolist(), ends
+    )
 
 
 def _encoded(config: GenerateConfig, opened: Opened, prompts: Sequence[str]) -> list[list[int]]:
@@ -133,7 +136,8 @@ def _encoded(config: GenerateConfig, opened: Opened, prompts: Sequence[str]) -> 
         what = "adapter" if opened.adapter else "model"
         raise ConfigError(f"this {what} does {opened.task}: it has labels, and writes no text")
     rows = _rows(prompts, config, opened)
-    return [encode_prompt(row, opened.tokenizer, opened.data) for row in rows]
+    two = opened.model.config.is_encoder_decoder
+    return [encode_prompt(row, opened.tokenizer, opened.data, encoder_decoder=two) for row in rows]
 
 
 def _rows(prompts: Iterable[str], config: GenerateConfig, opened: Opened) -> Iterator[Row]:

@@ -15,11 +15,11 @@ from lorakit.attachment.original_weights import restore_module
 from lorakit.attachment.plan import Plan, fresh_plan, with_singular_vectors
 from lorakit.attachment.state import (
     Attachment,
-    active_name,
     attachment_for,
     attachment_of,
     check_model,
     check_no_foreign_layers,
+    given_or_active,
     identity_of,
     modules_of,
     require_attachment,
@@ -354,11 +354,7 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
         >>> sorted(file.name for file in folder.iterdir())
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'lorakit.json']
     """
-    state = require_attachment(model)
-    name = active_name(model) if name is None else name
-    if name is None:
-        raise AttachError(f"no adapter is active: give a name, one of {', '.join(state.adapters)}")
-    require_name(state, name)
+    state, name = require_attachment(model), given_or_active(model, name)
     check_in_place(model, state, name)
     tensors = {
         n: p.detach().to("cpu", copy=True).contiguous() for n, p in adapter_parameters(model, name)

@@ -23,12 +23,16 @@ class GuardedMethod:
         self._name = name
         self._look = look
         self._before = vars(model).get(name)
+        self.instead: Callable[..., None] | None = None
+        """What is called in the method's place, with the model first; None: the method."""
         vars(model)[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The method's result."""
         model = self._model()
         assert model is not None
+        if self.instead is not None:
+            return self.instead(model, *args, **kwargs)
         self._look(model)
         if self._before is not None:
             return self._before(*args, **kwargs)

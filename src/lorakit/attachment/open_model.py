@@ -29,6 +29,7 @@ from lorakit.models.load import (
     own_task,
     task_of,
 )
+from lorakit.models.tasks import has_classes
 
 ModelSource = str | os.PathLike[str] | transformers.PreTrainedModel
 """Whatever stands for a base: its packaged name, folder or hub id, or the loaded model."""
@@ -46,7 +47,7 @@ class Opened:
     adapter: Adapter | None
     """The adapter attached to the model; None: the model is the base."""
     task: str
-    """generation, classification or regression."""
+    """What the model does, as the setting of that name."""
     labels: tuple[str, ...] | None
     """Names of the classes, for a classifier."""
     data: DataConfig
@@ -116,7 +117,7 @@ def open_model(
     use = TrainedUse.on(card)
     task = task or use.task or own_task(base)
     merged = _data(use, data)
-    labels = _classes(base, use, merged) if task == "classification" else None
+    labels = _classes(base, use, merged, task) if has_classes(task) else None
     if adapter is not None:
         loaded, tokenizer = adapter.load_base(
             base, dtype=dtype, task=task, labels=labels, quantize=quantize
@@ -191,7 +192,7 @@ def _borrowed(
     if asked != own:
         raise ConfigError(f"the task is {asked}, and the loaded model does {own}")
     read, labels = _data(use, data), None
-    if own == "classification":
+    if has_classes(own):
         labels = head_classes(read.labels, labels_of(model), whose="the loaded model")
     training = model.training
     with (
@@ -239,11 +240,11 @@ def _active(model: transformers.PreTrainedModel) -> Adapter | None:
     return None if state is None or name is None else state.adapters[name].record
 
 
-def _classes(base: str, use: TrainedUse, data: DataConfig) -> tuple[str, ...] | None:
+def _classes(base: str, use: TrainedUse, data: DataConfig, task: str) -> tuple[str, ...] | None:
     """The names of the classes in the order of the head: an adapter's, or else the base's own."""
     if use.labels:
         return head_classes(data.labels, use.labels, whose="the adapter")
-    return head_classes(data.labels, own_classes(base), whose=base)
+    return head_classes(data.labels, own_classes(base, task), whose=base)
 
 
 def _check_head(

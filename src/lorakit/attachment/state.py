@@ -281,6 +281,20 @@ def require_name(state: Attachment, name: str) -> None:
         )
 
 
+def given_or_active(model: nn.Module, name: str | None) -> str:
+    """The name of an attached adapter: the one that is given, or that of the one in use.
+
+    Raises:
+        AttachError: it is not attached, or none is in use.
+    """
+    state = require_attachment(model)
+    name = active_name(model) if name is None else name
+    if name is None:
+        raise AttachError(f"no adapter is active: give a name, one of {', '.join(state.adapters)}")
+    require_name(state, name)
+    return name
+
+
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the attached adapters, in the order in which they came."""
     state = attachment_of(model)

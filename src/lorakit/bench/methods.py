@@ -240,6 +240,7 @@ def _scores(
         loss=Loss(task),
         collate=Collator(tokenizer),
         batch_size=4 * settings.batch_size,
+        names=rows.labels,
     ).scores
     scores = {"held-out loss": found.pop("loss")}
     if task != "generation":

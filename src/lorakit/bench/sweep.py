@@ -20,8 +20,9 @@ from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig
 from lorakit.data.batches import pad_token
 from lorakit.data.collate import Collator
-from lorakit.data.encode import Example, encode_rows
+from lorakit.data.encode import encode_rows
 from lorakit.data.rows import read_rows
+from lorakit.data.samples import Example
 from lorakit.errors import DataError
 from lorakit.models.load import load_model
 from lorakit.training.lm_loss import item_weight, text_losses

@@ -25,8 +25,9 @@ from lorakit.bench.train_rounds import (
 )
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.collate import Collator
-from lorakit.data.encode import Example, encode_rows
+from lorakit.data.encode import encode_rows
 from lorakit.data.rows import read_rows
+from lorakit.data.samples import Example
 from lorakit.routing.route import route
 from lorakit.training.evaluation import scored
 from lorakit.training.loss import Loss

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from lorakit.bench.memory import forget_peak, most_bytes, used_bytes
-from lorakit.data.encode import Example
 from lorakit.data.length_sampler import ByLength
+from lorakit.data.samples import Example
 from lorakit.training.batch_trainer import BatchTrainer
 from lorakit.training.trainer import AdapterTrainer
 

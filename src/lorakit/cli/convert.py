@@ -21,7 +21,8 @@ from lorakit.attachment.state import require_attachment
 from lorakit.cli.verbs import Result
 from lorakit.config.verbs import ConvertConfig
 from lorakit.errors import AdapterFileError
-from lorakit.models.load import config_of, labels_of, load_model, own_task, task_of
+from lorakit.models.load import config_of, labels_of, load_model, own_task
+from lorakit.models.tasks import has_classes
 
 
 def run(settings: ConvertConfig) -> Result:
@@ -110,7 +111,7 @@ def _from_checkpoint(settings: ConvertConfig) -> Adapter:
     assert settings.model is not None
     task = own_task(settings.source)
     tuned, _ = load_model(settings.source, task=task)
-    labels = labels_of(tuned) if task_of(tuned) == "classification" else None
+    labels = labels_of(tuned) if has_classes(task) else None
     base, _ = load_model(settings.model, task=task, labels=labels)
     return from_checkpoint(
         base, tuned, rank=settings.rank, energy=settings.energy, targets=settings.targets

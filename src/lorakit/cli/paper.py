@@ -89,6 +89,8 @@ def _run_studies(settings: PaperRunConfig, named: Sequence[str]) -> Result:
     others = [word for word in settings.cells if word not in named]
     if others:
         raise ConfigError(f"{', '.join(named)} and {', '.join(others)} are run one by one")
+    if settings.ray is not None:
+        raise ConfigError(f"{', '.join(named)}: only cells of tables are run on a cluster")
     files = run_studies(settings, progress=True)
     states = states_of_studies(named, settings)
     text = "\n".join([*_lines_of_studies(states), *(f"written to {file}" for file in files)])

@@ -1,13 +1,14 @@
 """Settings of what a trained model is asked: answers to prompts, and scores on held-out rows."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field, FiniteFloat, model_validator
 
 from lorakit.config.base import AdapterPlace, DType, HeldIn, Names, PositiveInt, Settings
 from lorakit.config.idle import changed
 from lorakit.config.marks import Escapes
+from lorakit.config.rows import TaskName
 from lorakit.config.seed import Seed
 from lorakit.config.train import DataConfig
 
@@ -99,13 +100,13 @@ class EvaluateConfig(Settings):
     data: DataConfig = DataConfig()
     """Rows: `data.validation` names them; what else is unset is as it was in training."""
 
-    task: Literal["generation", "classification", "regression"] | None = None
+    task: TaskName | None = None
     """What the model does. None: what the adapter was trained for, else what the base is."""
 
     metrics: Names | None = None
     """For generation: loss (with perplexity), exact_match, bleu; task: all scores of the official
     scorer of a task of the paper. None: loss and task, or loss, exact_match and, where its library
-    is installed, bleu. Classes and numbers have loss and their scores."""
+    is installed, bleu. Rows with labels have loss and the scores of their task."""
 
     variant: str | None = None
     """Of the task's scorer: python (as the paper's code; the default) or perl for e2e; official

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.config.rows import TaskName
 from lorakit.config.train import DataConfig
 
 WIDTH, HEAD_WIDTH = 1024, 64
@@ -88,6 +89,16 @@ class LatencyConfig(Measured):
         return self
 
 
+class EstimateBenchConfig(Measured):
+    """The runs whose estimates are compared with what they take; each has a base of its own."""
+
+    steps: PositiveInt = 2
+    """Optimizer steps of each run; from the second on memory is the same."""
+
+    only: Names = ()
+    """Runs that have one of these words in their names. Empty: all."""
+
+
 class LoadConfig(BenchConfig):
     """The numbers of adapters that are already loaded."""
 
@@ -112,8 +123,8 @@ class MethodsConfig(Measured):
     data: DataConfig = DataConfig()
     """Rows to train on, and in `data.validation` those to score afterwards; both must be given."""
 
-    task: Literal["auto", "generation", "classification", "regression"] = "auto"
-    """What the model does. auto: classification where rows have labels, else generation."""
+    task: Literal["auto"] | TaskName = "auto"
+    """What the model does. auto: what rows of this type are for."""
 
     steps: PositiveInt = 300
     """Optimizer steps of each run."""
@@ -166,14 +177,14 @@ class ModelsConfig(Measured):
     """The families of models that adapters are tried on."""
 
     model: Literal["tiny"] = "tiny"
-    """Random models of two blocks, and the packaged ones."""
+    """Random models of two blocks; a packaged model is itself."""
 
     dtype: Literal["float32"] = "float32"
     """Precision of the bases."""
 
     families: Names = ()
     """Names of families in transformers' words (llama, gpt2, bert), or of packaged models. Empty:
-    all for which there is a tiny model."""
+    all for which there is a tiny model, and no packaged one."""
 
 
 class ServeBenchConfig(BenchConfig):

@@ -37,12 +37,11 @@ from lorakit.config.methods import (
     config_of,
     defaults_of,
 )
+from lorakit.config.rows import Format, RowField, TaskName
 from lorakit.config.seed import Seed
 
-Format = Literal["auto", "prompt", "messages", "text", "classification"]
-RowField = Literal[
-    "prompt", "completion", "references", "messages", "tools", "text", "text_pair", "label"
-]
+TRACKERS = ("wandb", "mlflow", "trackio", "tensorboard")
+"""Trackers of runs, by the names of their packages."""
 
 
 def _delimiter(value: Any) -> Any:
@@ -71,16 +70,19 @@ class DataConfig(Settings):
     """Rows to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, also as .gz, .bz2
     or .xz), several with commas between, a pattern such as data/*.jsonl, - for standard input,
     builtin:NAME (places, sql), hub:OWNER/NAME or hub:OWNER/NAME/SUBSET; :SPLIT after a name
-    chooses a split. Or a task of the paper, `task:NAME[:SPLIT][@FOLDER]` (e2e, webnlg, dart,
-    wikisql, samsum, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte), from the hub or a folder."""
+    chooses a split. A folder that has a folder of images for each class. Or a task of the paper,
+    `task:NAME[:SPLIT][@FOLDER]` (e2e, webnlg, dart, wikisql, samsum, cola, sst2, mrpc, stsb, qqp,
+    mnli, qnli, rte), from the hub or a folder."""
 
     validation: RowSource[str | None] = None
     """Rows to score during training; None: no evaluation."""
 
     format: Format = "auto"
     """What a row is: prompt (prompt, completion, optional references), messages (a chat, optional
-    tools), text, or classification (text, optional text_pair, label). auto: inferred from the
-    fields of the rows."""
+    tools), text, classification (text, optional text_pair, label), multi-label (text, optional
+    text_pair, labels), token-classification (words, tags), question-answering (question, context,
+    answers), embedding (text, text_pair, and negative or label), preference (prompt, chosen,
+    rejected) or image-classification (image, label). auto: inferred from the fields of the rows."""
 
     fields: dict[RowField, str] = {}
     """Our field name: the file's column, or a template such as "{subject}: {body}". {body?} may be
@@ -97,6 +99,10 @@ class DataConfig(Settings):
     max_length: PositiveInt = 512
     """Longest row in tokens; a longer one is cut, counted and reported."""
 
+    stride: PositiveInt = 128
+    """Of a question's context that is longer than a row, neighbouring windows share so many tokens,
+    or half of one where that is less."""
+
     train_rows: PositiveInt | None = None
     """Use only the first so many training rows."""
 
@@ -107,7 +113,8 @@ class DataConfig(Settings):
     """Of the validation rows use only each so many-th: 10 takes a tenth, from all over the file."""
 
     labels: Annotated[Names, Field(min_length=2)] | None = None
-    """Names of the classes, in order. None: the distinct labels of the training rows, sorted."""
+    """Names of the classes or tags, in order. None: the distinct ones of the training rows,
+    sorted."""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -116,6 +123,23 @@ class DataConfig(Settings):
         if self.train == self.validation == "-":
             raise ValueError("train and validation can't both be standard input")
         return self
+
+
+class PreferenceSettings(Settings):
+    """How `task: preference` compares the chosen answer with the rejected one."""
+
+    form: Literal["dpo", "ipo", "cpo", "simpo"] = "dpo"
+    """The loss. dpo and ipo compare with the base, the model without the adapter; cpo and simpo
+    need no reference, and half the time."""
+
+    beta: PositiveFloat = 0.1
+    """Factor on the difference of log-probabilities. For simpo its paper has 2 to 2.5."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.5
+    """Of simpo: how much likelier the chosen answer is to be, times beta."""
+
+    nll: Annotated[float, Field(ge=0)] = 1.0
+    """Of cpo: weight of the usual loss of the chosen answer."""
 
 
 class TrainConfig(Settings):
@@ -142,7 +166,7 @@ class TrainConfig(Settings):
             "What is trained for how long, scored and saved.",
             (
                 *("task", "steps", "accumulate", "seed", "eval_every", "save_every", "patience"),
-                *("keep_checkpoints", "check_after", "allow_untrained"),
+                *("keep_checkpoints", "check_after", "allow_untrained", "report_to"),
             ),
         ),
         Topic(
@@ -166,7 +190,7 @@ class TrainConfig(Settings):
             "Runs that go on from others, replace them, or are several.",
             (
                 *("init_from", "fresh_head", "allow_other_base", "resume", "keep_settings"),
-                *("overwrite", "table", "dry_run", "sweep"),
+                *("overwrite", "table", "dry_run", "sweep", "ray", "ray_cpus"),
             ),
         ),
     )
@@ -196,13 +220,15 @@ class TrainConfig(Settings):
     bottleneck: Recorded[BottleneckSettings] = BottleneckSettings()
     """The bottlenecks of adapter-h, adapter-l, adapter-p and adapter-d."""
 
+    preference: Annotated[PreferenceSettings, Mark(on_card=False)] = PreferenceSettings()
+    """How the task preference compares a chosen answer with a rejected one."""
+
     data: Recorded[DataConfig] = DataConfig()
     """What it is trained on."""
 
-    task: Annotated[
-        Literal["auto", "generation", "classification", "regression"], Mark(on_card=False)
-    ] = "auto"
-    """What the model does. auto: classification where rows have labels, else generation."""
+    task: Annotated[Literal["auto", "preference"] | TaskName, Mark(on_card=False)] = "auto"
+    """What the model does. auto: what rows of this type are for, generation or a task with labels;
+    regression must be asked for. preference: it learns to write what was chosen of two answers."""
 
     dtype: Shared[Literal["auto"] | DType] = "auto"
     """Precision of the frozen base in training. auto: bfloat16 where the processor multiplies it
@@ -319,11 +345,22 @@ class TrainConfig(Settings):
     classes than its own. `method` and its settings must be those that `init_from` was trained
     with."""
 
+    report_to: Invocation[Names] = ()
+    """Trackers that get losses, rates, scores and settings: wandb, mlflow, trackio, tensorboard.
+    Each takes its own environment variables, such as WANDB_MODE=offline (docs/scale.md)."""
+
     sweep: Invocation[dict[str, Any] | list[Any] | None] = None
     """Train several adapters on one base in one batch, each as if alone, in folders of their own in
     `out`. A mapping from settings to lists of values makes all combinations: {lora.rank: [1, 8],
     seed: [0, 1]}. A list of mappings has one adapter each: [{lora.rank: 1}, {lora.rank: 8, seed: 1,
     name: second}]."""
+
+    ray: Invocation[str | None] = None
+    """Train the trials of a sweep as tasks of a Ray cluster, each in a process of its own: local
+    (started here), auto, or HOST:PORT. Its machines see the same folders (docs/scale.md)."""
+
+    ray_cpus: Invocation[PositiveInt] = 1
+    """Processors, and threads, of each trial on a cluster; it gets a GPU where there are any."""
 
     resume: Invocation[bool] = False
     """Go on from the last checkpoint in `out`. Rows and settings must be as they were, but for the
@@ -369,6 +406,15 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_trackers(self) -> "TrainConfig":
+        unknown = [name for name in self.report_to if name not in TRACKERS]
+        if unknown:
+            raise ValueError(
+                f"report_to: unknown {', '.join(unknown)}; known: {', '.join(TRACKERS)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_of_lora(self) -> "TrainConfig":
         if self.lora_plus_ratio != 1 and "lora" not in self.method:
             methods = ", ".join(self.method)
@@ -390,6 +436,8 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        if self.ray is not None and self.sweep is None:
+            raise ValueError("ray trains the trials of a sweep, and there is no sweep")
         if self.offload and self.memory == "fast":
             raise ValueError("offload goes with memory: low or balanced, and memory is fast")
         if self.keep_settings and not self.resume:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from lorakit.config.train import DataConfig, RowField
+from lorakit.config.rows import RowField
+from lorakit.config.train import DataConfig
 from lorakit.data.fields import FieldMap
 from lorakit.data.file_formats import RawRow
+from lorakit.data.objectives import BY_KIND, OBJECTIVES
 from lorakit.data.problems import Problems, UnusableRowError
 from lorakit.data.row_types import RowType
 from lorakit.errors import DataError
@@ -20,7 +22,7 @@ Values: TypeAlias = dict[str, Any]
 _NEEDED: dict[RowType, tuple[RowField, ...]] = {
     "messages": ("messages",),
     "prompt": ("prompt", "completion"),
-    "classification": ("text", "label"),
+    **{kind: each.needed for kind, each in BY_KIND.items()},
     "text": ("text",),
 }
 """The fields that each type of row needs; `auto` is the first type whose fields are all there."""
@@ -28,7 +30,7 @@ _NEEDED: dict[RowType, tuple[RowField, ...]] = {
 _OPTIONAL: dict[RowType, tuple[RowField, ...]] = {
     "messages": ("tools",),
     "prompt": ("references",),
-    "classification": ("text_pair",),
+    **{kind: each.optional for kind, each in BY_KIND.items()},
     "text": (),
 }
 """The fields that rows of a type may have besides."""
@@ -84,18 +86,21 @@ class ColumnTable:
         problems.raise_if_any()
         return tuple(rows)
 
-    def kind(self, data: DataConfig, *, answered: bool) -> RowType:
+    def kind(self, data: DataConfig, *, task: str | None = None, answered: bool) -> RowType:
         """The type of the rows: the configured format, or the first that the columns can give.
 
         Args:
             data: the format, and the columns that the user named.
+            task: what the rows are for; the type that it needs is tried first.
             answered: prompt rows need a completion or references.
 
         Raises:
             DataError: a needed or named column is not there; says which are.
         """
         columns = self.columns
-        kinds = tuple(_NEEDED) if data.format == "auto" else (data.format,)
+        first = (OBJECTIVES[task].kind,) if task in OBJECTIVES else ()
+        every = tuple(dict.fromkeys((*first, *_NEEDED)))
+        kinds = every if data.format == "auto" else (data.format,)
         lacking = {kind: self._lacking(kind, columns, answered=answered) for kind in kinds}
         fitting = [kind for kind in kinds if not lacking[kind]]
         problems = self._mistaken(data, columns)

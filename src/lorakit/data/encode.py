@@ -1,18 +1,28 @@
 """Rows to samples: tokens and labels, with a count of what was cut or left out."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.config.train import DataConfig
 from lorakit.data.chat import IGNORED, ChatTemplate, end_token
+from lorakit.data.objectives import BY_KIND
+from lorakit.data.objectives.objective import LabelEncoding
 from lorakit.data.problems import Problems, UnusableRowError
 from lorakit.data.report import EncodingReport
-from lorakit.data.row_types import ClassificationRow, MessagesRow, PromptRow, Row, Rows, TextRow
+from lorakit.data.row_types import (
+    WRITTEN,
+    MessagesRow,
+    PreferenceRow,
+    PromptRow,
+    Row,
+    Rows,
+    TextRow,
+)
+from lorakit.data.samples import Draft, Encoded, Example
 from lorakit.errors import DataError
 
 TOGETHER = 10_000
@@ -21,55 +31,11 @@ NO_TARGET = "no target token within the limit"
 NO_ANSWER = "no turn of the assistant that answers something"
 NO_TRAINED_ANSWER = "no turn of the assistant that is to be trained"
 NO_COMPLETION = "no completion"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """One sample: a row as tokens and labels."""
-
-    input_ids: list[int]
-    labels: list[int] | int | float
-    """A label per token (IGNORED: no target), the number of the class, or the number to predict."""
-    token_type_ids: list[int] | None = None
-    """Which text of a pair each token is from, 0 or 1, for models with token types."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """Samples in the order of their rows: a data set of torch's map style."""
-
-    examples: tuple[Example, ...]
-    report: EncodingReport
-    ends: tuple[int, ...] = ()
-    """The tokens that ended the targets, in ascending order."""
-
-    @cached_property
-    def content_hash(self) -> str:
-        """SHA-256 of the samples in their order: tokens, labels, and which text tokens are from."""
-        content = hashlib.sha256()
-        for each in self.examples:
-            content.update(repr((each.input_ids, each.labels, each.token_type_ids)).encode())
-        return content.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Draft:
-    """The sample of a row, or the reason why there is none, and what was cut from it."""
-
-    example: Example | None = None
-    dropped: str = ""
-    cut_prompt: bool = False
-    cut_completion: bool = False
-    ends: frozenset[int] = frozenset()
-    """The tokens that end its targets."""
-    unwritten: frozenset[str] = frozenset()
-    """Keys of messages that the chat template does not write."""
+ONLY_PROMPTS = (
+    "its two stacks read a prompt and write a completion, and texts and conversations are in one"
+    " piece"
+)
+"""Why other rows than prompts are not for an encoder-decoder."""
 
 
 def encode_rows(
@@ -78,6 +44,7 @@ def encode_rows(
     data: DataConfig,
     *,
     longest: int | None = None,
+    decoder_start: int | None = None,
 ) -> Encoded:
     """The samples of rows, of at most `data.max_length` tokens each.
 
@@ -85,30 +52,35 @@ def encode_rows(
       added to a completion that has it; the last two are the target tokens. If it is too long, the
       prompt is cut from the left. If no token of the prompt would be left, the prompt keeps half of
       the limit and the completion is cut as well.
+    - For an encoder-decoder the prompt is what the encoder reads, and the completion what the
+      decoder writes, each with the special tokens that the tokenizer gives it, and each of at most
+      so many tokens: one that is too long loses its end. There is no separator.
     - Of a conversation, the assistant's turns that are trained are the targets. One that is too
       long loses its end.
     - Of a text, all tokens are targets, and the end token, which is not added to a text that has
       it. One that is too long loses its end.
-    - A text or pair to classify has the number of its class, or the number to predict. If it is too
-      long, the longer of the two is cut.
+    - What a row with labels becomes is its objective's affair. Of a text or pair that is too long,
+      the longer of the two is cut; words that are too many lose their end.
 
     Args:
         rows: the rows, as `read_rows` gives them.
         tokenizer: the model's.
         data: how rows become text.
         longest: another limit in tokens, from the model's context length. None: there is none.
+        decoder_start: the token with which the decoder of an encoder-decoder begins. None: the
+            model is none, or has a head for labels.
 
     Raises:
         DataError: no row is left, or rows or tokenizer do not allow it; lists the rows.
     """
-    encoder = _Encoder(rows, tokenizer, data, longest=longest)
+    encoder = _Encoder(rows, tokenizer, data, longest=longest, decoder_start=decoder_start)
     problems = Problems(rows.source)
-    drafts = []
+    drafts: list[Draft] = []
     for number, row in enumerate(rows.rows):
         if number % TOGETHER == 0:
             encoder.look_ahead(rows.rows[number : number + TOGETHER])
         try:
-            drafts.append(encoder.draft(row))
+            drafts += encoder.drafts(row)
         except UnusableRowError as error:
             problems.add(f"row {number + 1}", str(error))
     problems.raise_if_any()
@@ -120,7 +92,13 @@ def encode_rows(
     return Encoded(examples=examples, report=report, ends=tuple(sorted(ends)))
 
 
-def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[int]:
+def encode_prompt(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    *,
+    encoder_decoder: bool = False,
+) -> list[int]:
     """The tokens of a row's prompt, exactly as in training, never cut.
 
     The prompt of a conversation is all of it, but for the assistant's last turn if it ends with
@@ -129,6 +107,10 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig
     Raises:
         DataError: the row cannot be answered, or the tokenizer has no chat template.
     """
+    if encoder_decoder:
+        if not isinstance(row, PromptRow):
+            raise DataError(f"An encoder-decoder answers a prompt alone: {ONLY_PROMPTS}.")
+        return list(tokenizer(row.prompt, verbose=False)["input_ids"])
     match row:
         case PromptRow():
             text = row.prompt + data.separator
@@ -140,7 +122,7 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, data: DataConfig
                 return ChatTemplate(tokenizer).prompt(row)
             except UnusableRowError as error:
                 raise DataError(f"A conversation cannot be answered: {error}.") from error
-        case ClassificationRow():
+        case _:
             raise DataError("A row to classify has no prompt: it is answered with a label.")
 
 
@@ -154,25 +136,44 @@ class _Encoder:
         data: DataConfig,
         *,
         longest: int | None,
+        decoder_start: int | None,
     ) -> None:
         limits = (data.max_length, tokenizer.model_max_length, longest)
         self.limit = min(limit for limit in limits if limit is not None)
         self._tokenizer = tokenizer
         self._separator = data.separator
         self._start = tokenizer.bos_token_id
+        self._decoder_start = decoder_start if rows.kind in WRITTEN else None
+        if self._decoder_start is not None and rows.kind != "prompt":
+            raise DataError(
+                f"{rows.source} has {rows.kind} rows, and the base is an encoder-decoder:"
+                f" {ONLY_PROMPTS}. Give rows with prompt and completion."
+            )
         self._openings: dict[str, list[int]] = {}
-        self._numbers = {name: number for number, name in enumerate(rows.labels or ())}
+        numbers = {name: number for number, name in enumerate(rows.labels or ())}
+        self._objective = BY_KIND.get(rows.kind)
+        self._encoding = LabelEncoding(
+            tokenizer=tokenizer,
+            limit=self.limit,
+            numbers=numbers,
+            stride=data.stride,
+            prompt=self._prompt,
+        )
         self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
-        special = tokenizer.num_special_tokens_to_add(pair=True)
-        if rows.kind == "classification" and self.limit <= special:
+        framed = rows.kind not in (*WRITTEN, "image-classification")
+        special = tokenizer.num_special_tokens_to_add(pair=True) if framed else 0
+        if framed and self.limit <= special:
             raise DataError(
                 f"data.max_length {self.limit} leaves no room for text beside the {special} tokens"
                 " that frame it."
             )
 
     def look_ahead(self, rows: Sequence[Row]) -> None:
-        """Tokenize the texts of rows at once, for the calls of `draft` that follow."""
+        """Tokenize the texts of rows at once, for the calls of `drafts` that follow."""
+        if self._decoder_start is not None:
+            return
         prompts = [row for row in rows if isinstance(row, PromptRow)]
+        prompts += [each for row in rows if isinstance(row, PreferenceRow) for each in row.prompts]
         texts = [row.text for row in rows if isinstance(row, TextRow)]
         openings = [*(row.prompt + self._separator for row in prompts), *texts]
         # Later rows may have the same prompt (E2E: 9 answers to one). Texts that are cut may be
@@ -188,21 +189,25 @@ class _Encoder:
         """The token that ends an answer, cached: tokenizers look it up by its text each time."""
         return end_token(self._tokenizer)
 
-    def draft(self, row: Row) -> _Draft:
+    def drafts(self, row: Row) -> list[Draft]:
+        """The samples of a row, of which there is one, but for a long context of a question."""
         match row:
+            case PromptRow() if self._decoder_start is not None:
+                return [self._pair(row, self._decoder_start)]
             case PromptRow():
-                return self._prompt(row)
+                return [self._prompt(row)]
             case TextRow():
                 ids = self._ended(self._openings[row.text])
-                return self._continuous(ids, list(ids))
+                return [self._continuous(ids, list(ids))]
             case MessagesRow():
-                return self._conversation(row)
-            case ClassificationRow():
-                return self._classification(row)
+                return [self._conversation(row)]
+            case _:
+                assert self._objective is not None, "rows of one kind"
+                return self._objective.drafts(row, self._encoding)
 
-    def _prompt(self, row: PromptRow) -> _Draft:
+    def _prompt(self, row: PromptRow) -> Draft:
         if row.completion is None:
-            return _Draft(dropped=NO_COMPLETION)
+            return Draft(dropped=NO_COMPLETION)
         prompt = self._openings[row.prompt + self._separator]
         completion = self._ended(self._completions[row.completion])
         # At least one token of the prompt stays: the first target token must follow a token.
@@ -211,11 +216,40 @@ class _Encoder:
         kept = last_tokens(prompt, room, start=self._start)
         targets = completion[: self.limit - len(kept)]
         if not kept or not targets:
-            return _Draft(dropped=NO_TARGET)
-        return _Draft(
+            return Draft(dropped=NO_TARGET)
+        return Draft(
             example=Example(input_ids=kept + targets, labels=[IGNORED] * len(kept) + targets),
             cut_prompt=len(kept) < len(prompt),
             cut_completion=len(targets) < len(completion),
+            ends=frozenset({self._end}),
+        )
+
+    def _pair(self, row: PromptRow, start: int) -> Draft:
+        """The draft of a prompt for the encoder, and a completion for the decoder.
+
+        The decoder predicts each token of the completion from its start token and those before.
+        """
+        if row.completion is None:
+            return Draft(dropped=NO_COMPLETION)
+        prompt = self._tokenizer(row.prompt, verbose=False)["input_ids"]
+        whole = self._tokenizer(text_target=row.completion, verbose=False)["input_ids"]
+        whole = self._ended(whole)
+        # Its start token takes up a place of the decoder.
+        targets = whole[: self.limit - 1]
+        if not prompt or not targets:
+            return Draft(dropped=NO_TARGET)
+        kept = prompt
+        if len(prompt) > self.limit:
+            cut = self._tokenizer(row.prompt, truncation=True, max_length=self.limit)
+            kept = cut["input_ids"]
+        return Draft(
+            example=Example(
+                input_ids=kept,
+                labels=[IGNORED, *targets],
+                decoder_input_ids=[start, *targets],
+            ),
+            cut_prompt=len(kept) < len(prompt),
+            cut_completion=len(targets) < len(whole),
             ends=frozenset({self._end}),
         )
 
@@ -223,37 +257,26 @@ class _Encoder:
         """Tokens with the end token, which a text that ends with it has already."""
         return ids if ids[-1:] == [self._end] else [*ids, self._end]
 
-    def _conversation(self, row: MessagesRow) -> _Draft:
+    def _conversation(self, row: MessagesRow) -> Draft:
         assert self._chat is not None, "rows of one kind"
         found = self._chat.example(row)
         if found is None:
             spared = any(m.role == "assistant" and not m.trained for m in row.messages[1:])
-            return _Draft(dropped=NO_TRAINED_ANSWER if spared else NO_ANSWER)
+            return Draft(dropped=NO_TRAINED_ANSWER if spared else NO_ANSWER)
         draft = self._continuous(found.ids, found.labels)
         return replace(draft, ends=found.ends, unwritten=found.unwritten)
 
-    def _continuous(self, ids: list[int], labels: list[int]) -> _Draft:
+    def _continuous(self, ids: list[int], labels: list[int]) -> Draft:
         """The draft of a text or conversation, whose end is cut."""
         kept = labels[: self.limit]
         # The first token is given, not predicted.
         if all(label == IGNORED for label in kept[1:]):
-            return _Draft(dropped=NO_TARGET)
-        return _Draft(
+            return Draft(dropped=NO_TARGET)
+        return Draft(
             example=Example(input_ids=ids[: self.limit], labels=kept),
             cut_completion=len(kept) < len(labels),
             ends=frozenset({ids[-1]}),
         )
-
-    def _classification(self, row: ClassificationRow) -> _Draft:
-        label = self._numbers[row.label] if isinstance(row.label, str) else row.label
-        texts = (row.text, row.text_pair)
-        whole = self._tokenizer(*texts, verbose=False)
-        cut = len(whole["input_ids"]) > self.limit
-        kept = self._tokenizer(*texts, truncation=True, max_length=self.limit) if cut else whole
-        example = Example(
-            input_ids=kept["input_ids"], labels=label, token_type_ids=kept.get("token_type_ids")
-        )
-        return _Draft(example=example, cut_prompt=cut)
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
@@ -301,7 +324,7 @@ def last_tokens(ids: list[int], room: int, *, start: int | None) -> list[int]:
     return ids[len(ids) - room :]
 
 
-def _report(rows: Rows, drafts: Sequence[_Draft], *, limit: int) -> EncodingReport:
+def _report(rows: Rows, drafts: Sequence[Draft], *, limit: int) -> EncodingReport:
     lengths = [len(draft.example.input_ids) for draft in drafts if draft.example]
     return EncodingReport(
         source=rows.source,
@@ -318,7 +341,7 @@ def _report(rows: Rows, drafts: Sequence[_Draft], *, limit: int) -> EncodingRepo
     )
 
 
-def _unwritten_note(drafts: Sequence[_Draft]) -> tuple[str, ...]:
+def _unwritten_note(drafts: Sequence[Draft]) -> tuple[str, ...]:
     counts = Counter(key for draft in drafts for key in sorted(draft.unwritten))
     if not counts:
         return ()

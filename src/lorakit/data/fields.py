@@ -8,11 +8,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.config.train import RowField
+from lorakit.config.rows import RowField
 from lorakit.data.problems import UnusableRowError
 from lorakit.errors import did_you_mean
 
 _PLACEHOLDER = re.compile(r"(\s*)\{([^{}]+)\}")
+
+USUAL: Mapping[RowField, str] = {
+    "text": "anchor",
+    "text_pair": "positive",
+    "words": "tokens",
+    "tags": "ner_tags",
+}
+"""The columns that fields have in the usual data sets of pairs of texts, and of entities."""
 
 
 class FieldMap:
@@ -33,8 +41,8 @@ class FieldMap:
     def of(cls, fields: Mapping[RowField, str], columns: Collection[str]) -> FieldMap:
         """The map for these columns, also where they have another usual layout.
 
-        ShareGPT's `conversations` are messages, and Alpaca's columns are prompt and completion,
-        where neither the settings nor the columns name these fields.
+        ShareGPT's `conversations` are messages, Alpaca's columns are prompt and completion, and
+        `USUAL` has more, where neither the settings nor the columns name these fields.
         """
         named = {*fields, *columns}
         found: dict[RowField, str] = {}
@@ -48,6 +56,10 @@ class FieldMap:
             found["completion"] = "output"
             read = "instruction and input" if has_input else "instruction"
             notes["prompt"] = f"the prompt is {read}, the completion is output"
+        for name, column in USUAL.items():
+            if name not in named and column in columns:
+                found[name] = column
+                notes[name] = f"{column} is read as {name}"
         return cls({**found, **fields}, notes)
 
     def __contains__(self, name: RowField) -> bool:

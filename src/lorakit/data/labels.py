@@ -56,8 +56,8 @@ def class_name(value: Any, *, known: tuple[str, ...] | None) -> str:
     """
     if isinstance(value, list | tuple):
         raise UnusableRowError(
-            f"label is a list of {len(value)}: a row has one class (several at once, multi-label,"
-            " cannot be trained)"
+            f"label is a list of {len(value)}, and a row has one class: for several at once set"
+            " task: multi-label, with the field labels"
         )
     name = str(value) if isinstance(value, bool) else as_text("label", value).strip()
     if known is not None:

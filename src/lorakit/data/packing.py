@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.data.batches import joined_batch, training_batch
-from lorakit.data.encode import Example
+from lorakit.data.objectives import OBJECTIVES
+from lorakit.data.samples import Example
 from lorakit.errors import ConfigError
 from lorakit.kernels.packed_sequences import FEW_SIZES, PackedSequences
 from lorakit.models.attention import attention_within, takes_attention_functions
@@ -61,13 +62,13 @@ def choose_packing(model: PreTrainedModel, *, task: str, packing: str) -> Packin
 
     Args:
         model: the base, without adapters in use.
-        task: generation, classification or regression.
+        task: what the model does.
         packing: the setting of that name.
 
     Raises:
         ConfigError: packing is on, and the model cannot do it.
     """
-    if packing == "off":
+    if packing == "off" or task == "image-classification":
         return PLAIN
     reason = _obstacle(model, task)
     if not reason:
@@ -76,6 +77,8 @@ def choose_packing(model: PreTrainedModel, *, task: str, packing: str) -> Packin
         return Packing(joined=True, segmented=True, multiple=FEW_SIZES)
     if packing == "on":
         raise ConfigError(f"packing is on, but {reason}: leave it at auto, or turn it off")
+    if model.config.is_encoder_decoder:
+        return Packing(by_length=True, reason=reason)
     segmented = takes_attention_functions(model) and not _difference(model, joined=False)
     return Packing(segmented=segmented, by_length=True, reason=reason)
 
@@ -83,8 +86,10 @@ def choose_packing(model: PreTrainedModel, *, task: str, packing: str) -> Packin
 def _obstacle(model: PreTrainedModel, task: str) -> str:
     """The reason why rows cannot be joined, as far as that is known without a probe; else ""."""
     family = model.config.model_type
-    if task != "generation":
-        return f"{task} reads one token of each row"
+    if task in OBJECTIVES:
+        return f"{task} {OBJECTIVES[task].unjoined}"
+    if model.config.is_encoder_decoder:
+        return f"{family} has an encoder and a decoder, whose rows are two sequences each"
     if not takes_attention_functions(model):
         return f"{family} has attention of its own, which cannot keep rows apart"
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -94,7 +99,12 @@ def _obstacle(model: PreTrainedModel, task: str) -> str:
 
 @torch.no_grad()
 def _difference(model: PreTrainedModel, *, joined: bool) -> str:
-    """The difference that packed sequences, joined or padded, make to the logits; or ""."""
+    """The difference that packed sequences, joined or padded, make to the logits; or "".
+
+    Without weights there are no logits; then none is expected.
+    """
+    if model.device.type == "meta":
+        return ""
     examples = _examples(model)
     padded = training_batch(examples, pad_id=0)
     width = padded["input_ids"].shape[1]

@@ -5,8 +5,13 @@ from dataclasses import dataclass, field
 
 from lorakit.data.row_types import RowType
 
-_INPUT = {"classification": "text", "prompt": "prompt"}
-_OUTPUT = {"messages": "conversation", "text": "text", "prompt": "completion"}
+_INPUT = {"prompt": "prompt", "preference": "prompt"}
+_OUTPUT = {
+    "messages": "conversation",
+    "text": "text",
+    "prompt": "completion",
+    "preference": "pair of answers",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +27,7 @@ class EncodingReport:
     dropped: Mapping[str, int] = field(default_factory=dict)
     """How many rows were left out, by reason."""
     truncated_prompts: int = 0
-    """Kept rows whose prompt, or text to classify, was cut."""
+    """Kept rows whose prompt, or text with labels, was cut."""
     truncated_completions: int = 0
     """Kept rows that lost target tokens: of a completion, a conversation or a text."""
     longest: int = 0
@@ -36,9 +41,11 @@ class EncodingReport:
 
     def __str__(self) -> str:
         """The report as a few plain lines."""
+        read = f"{self.source}: {self.rows:,} {self.kind} rows read, {self.kept:,} kept"
+        if self.kind == "image-classification":
+            return "\n  ".join([read, *self.losses(), *self.notes])
         first = (
-            f"{self.source}: {self.rows:,} {self.kind} rows read, {self.kept:,} kept;"
-            f" tokens per row {self.mean:.1f} on average, {self.longest:,} at most"
+            f"{read}; tokens per row {self.mean:.1f} on average, {self.longest:,} at most"
             f" (limit {self.max_length:,})"
         )
         return "\n  ".join([first, *self.losses(), *self.notes])
@@ -47,7 +54,7 @@ class EncodingReport:
         """A line for each reason why rows were dropped, and for each part of rows that was cut."""
         lines = [f"dropped {_counted(count, 'row')}: {why}" for why, count in self.dropped.items()]
         if self.truncated_prompts:
-            lines.append(f"cut {_counted(self.truncated_prompts, _INPUT[self.kind])}")
+            lines.append(f"cut {_counted(self.truncated_prompts, _INPUT.get(self.kind, 'text'))}")
         if self.truncated_completions:
             lines.append(f"cut {_counted(self.truncated_completions, _OUTPUT[self.kind])}")
         return lines

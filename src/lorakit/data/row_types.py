@@ -1,12 +1,26 @@
-"""The types of a row of data: a prompt, a conversation, a text, or a text with a label."""
+"""The types of a row of data: a prompt, a conversation, a text, or a text with labels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 CALLS = ("tool_calls", "function_call")
 """The keys of a message that calls a tool."""
-RowType = Literal["prompt", "messages", "text", "classification"]
+RowType = Literal[
+    "prompt",
+    "messages",
+    "text",
+    "classification",
+    "multi-label",
+    "token-classification",
+    "question-answering",
+    "embedding",
+    "preference",
+    "image-classification",
+]
+
+WRITTEN: tuple[RowType, ...] = ("messages", "prompt", "text")
+"""The types of rows from which a model learns to write texts; others have labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +74,154 @@ class ClassificationRow:
     label: str | float
     """The name of a class, or the number to predict in a regression."""
 
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it says, for a file of answers."""
+        return _texts(self.text, self.text_pair)
 
-Row: TypeAlias = PromptRow | MessagesRow | TextRow | ClassificationRow
+    @property
+    def reference(self) -> str | float:
+        """The right answer, for a file of answers."""
+        return self.label
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MultiLabelRow:
+    """A text, or a pair of texts, and all of its classes."""
+
+    text: str
+    text_pair: str | None = None
+    labels: tuple[str, ...]
+    """The names of the classes, in any order; none: it is of no class."""
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it says, for a file of answers."""
+        return _texts(self.text, self.text_pair)
+
+    @property
+    def reference(self) -> list[str]:
+        """The right answer, for a file of answers."""
+        return list(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaggedRow:
+    """Words, each with the tag that is its class."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it says, for a file of answers."""
+        return {"words": list(self.words)}
+
+    @property
+    def reference(self) -> list[str]:
+        """The right answer, for a file of answers."""
+        return list(self.tags)
+
+
+class GoldAnswer(NamedTuple):
+    """A part of a context that answers a question."""
+
+    text: str
+    start: int
+    """Its first character in the context."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionRow:
+    """A question, and its answers in a text."""
+
+    question: str
+    context: str
+    answers: tuple[GoldAnswer, ...]
+    """One or more; the first is trained on."""
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it says, for a file of answers."""
+        return {"question": self.question, "context": self.context}
+
+    @property
+    def reference(self) -> list[str]:
+        """The right answers, for a file of answers."""
+        return [answer.text for answer in self.answers]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairRow:
+    """Two texts that belong together, or a number that says how much they do."""
+
+    text: str
+    text_pair: str
+    negative: str | None = None
+    """A text that does not belong to the first."""
+    label: float | None = None
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it says, for a file of answers."""
+        return _texts(self.text, self.text_pair)
+
+    @property
+    def reference(self) -> float | None:
+        """The right answer, for a file of answers."""
+        return self.label
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRow:
+    """The file of an image, and the name of its class."""
+
+    image: str
+    label: str
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it is, for a file of answers."""
+        return {"image": self.image}
+
+    @property
+    def reference(self) -> str:
+        """The right answer, for a file of answers."""
+        return self.label
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferenceRow:
+    """A prompt, and two answers of which one is preferred."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+    @property
+    def prompts(self) -> tuple[PromptRow, PromptRow]:
+        """The prompt with the chosen answer, and with the rejected one."""
+        chosen, rejected = (
+            PromptRow(prompt=self.prompt, completion=each) for each in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What it says, for a file of answers."""
+        return {"prompt": self.prompt, "rejected": self.rejected}
+
+    @property
+    def reference(self) -> str:
+        """The preferred answer, for a file of answers."""
+        return self.chosen
+
+
+LabelledRow: TypeAlias = (
+    ClassificationRow | MultiLabelRow | TaggedRow | QuestionRow | PairRow | PreferenceRow | ImageRow
+)
+"""A row with labels, of which an objective knows what they mean."""
+Row: TypeAlias = PromptRow | MessagesRow | TextRow | LabelledRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +240,14 @@ class Rows:
     @property
     def task(self) -> str:
         """The task that rows of this type are for, if they are not for a regression."""
-        return "classification" if self.kind == "classification" else "generation"
+        return "generation" if self.kind in WRITTEN else self.kind
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+def _texts(text: str, pair: str | None) -> dict[str, Any]:
+    return {"text": text, **({} if pair is None else {"text_pair": pair})}
 
 
 def calls_tool(message: Message) -> bool:

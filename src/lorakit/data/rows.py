@@ -1,6 +1,5 @@
 """Rows of a source, read and checked as a whole before anything is trained on them."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,11 +7,13 @@ from lorakit.config.train import DataConfig
 from lorakit.data.builtin import builtin_task
 from lorakit.data.columns import ColumnTable, Values
 from lorakit.data.conversations import has_message_lists, messages_row, two_part_row
-from lorakit.data.fields import FieldMap, as_number, as_text
-from lorakit.data.labels import class_name, class_order
+from lorakit.data.fields import FieldMap, as_text
+from lorakit.data.labels import class_order
 from lorakit.data.nested import rows_within, with_nested
-from lorakit.data.problems import UnusableRowError
-from lorakit.data.row_types import ClassificationRow, PromptRow, Rows, RowType, TextRow
+from lorakit.data.objectives import BY_KIND, OBJECTIVES
+from lorakit.data.objectives.objective import Objective
+from lorakit.data.problems import Problems
+from lorakit.data.row_types import WRITTEN, PromptRow, Rows, RowType, TextRow
 from lorakit.data.sources import read_raw_rows
 from lorakit.data.tasks import PREFIX as TASK_PREFIX
 from lorakit.data.tasks import task_of
@@ -42,8 +43,7 @@ def read_rows(
         split: the split to read where the source has several and names none.
         labels: the classes of the training rows, for validation rows. None: those of `data`, or
             the distinct labels found.
-        task: what the rows are for: generation, classification (into classes) or regression (to
-            numbers). None: what their type is for.
+        task: what the rows are for, as the setting of that name. None: what their type is for.
         answered: prompt rows need a completion; False for prompts that are for generation alone.
 
     Raises:
@@ -73,7 +73,7 @@ def _all_rows(
     raw = read_raw_rows(source, limit=limit, split=split, delimiter=data.delimiter)
     table = ColumnTable.of(source, with_nested(raw.rows, data.fields), data)
     try:
-        kind = table.kind(data, answered=answered)
+        kind = table.kind(data, task=task, answered=answered)
     except DataError as error:
         raise DataError(f"{error}{rows_within(raw.rows)}") from None
     _check_task(source, kind, task)
@@ -126,17 +126,12 @@ def _typed_rows(
             return Rows(kind="messages", rows=turns, source=source, notes=notes)
         case "prompt":
             return _prompt_rows(table, answered=answered)
-        case "classification" if task == "regression":
-            numbers = table.rows(
-                lambda values: _labelled_row(table.fields, values, read_label=as_number)
-            )
-            notes = table.remarks("classification")
-            return Rows(kind="classification", rows=numbers, source=source, notes=notes)
-        case "classification":
-            return _classification_rows(table, known=labels)
         case "text":
             texts = table.rows(lambda values: TextRow(text=table.fields.text("text", values)))
             return Rows(kind="text", rows=texts, source=source, notes=table.remarks("text"))
+        case _:
+            objective = BY_KIND[kind] if task is None else OBJECTIVES[task]
+            return _labelled_rows(table, objective, known=labels)
 
 
 def _check_task(source: str, kind: RowType, task: str | None) -> None:
@@ -145,13 +140,15 @@ def _check_task(source: str, kind: RowType, task: str | None) -> None:
     Raises:
         DataError: they are for another.
     """
-    if task is None or (kind == "classification") == (task != "generation"):
+    if task is None:
+        return
+    if kind in WRITTEN if task == "generation" else kind == OBJECTIVES[task].kind:
         return
     if task == "generation":
         needed = "rows with prompt and completion, messages or text"
         hint = "data.format: text learns the texts alone, without their labels"
     else:
-        needed = "rows with text and label"
+        needed = f"rows with {' and '.join(OBJECTIVES[task].needed)}"
         hint = "data.format and data.fields say which columns these are"
     raise DataError(
         f"{source} has {kind} rows, and the task is {task}, which needs {needed}: {hint}"
@@ -207,25 +204,17 @@ def _answer_notes(table: ColumnTable, *, empty: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _classification_rows(table: ColumnTable, *, known: tuple[str, ...] | None) -> Rows:
-    def named(label: Any) -> str:
-        return class_name(label, known=known)
-
-    rows = table.rows(lambda values: _labelled_row(table.fields, values, read_label=named))
-    labels = known or class_order([str(row.label) for row in rows], source=table.source)
-    notes = table.remarks("classification")
-    return Rows(kind="classification", rows=rows, source=table.source, labels=labels, notes=notes)
-
-
-def _labelled_row(
-    fields: FieldMap, values: Values, *, read_label: Callable[[Any], str | float]
-) -> ClassificationRow:
-    label = fields.value("label", values)
-    if label is None or label == "":
-        raise UnusableRowError("the label is missing")
-    pair = fields.value("text_pair", values)
-    return ClassificationRow(
-        text=fields.text("text", values),
-        text_pair=None if pair is None else as_text("text_pair", pair),
-        label=read_label(label),
-    )
+def _labelled_rows(
+    table: ColumnTable, objective: Objective, *, known: tuple[str, ...] | None
+) -> Rows:
+    rows = table.rows(lambda values: objective.row(table.fields, values, known))
+    problems = Problems(table.source)
+    for number, why in objective.unlike(rows):
+        problems.add(table.raw[number].where, why)
+    problems.raise_if_any()
+    labels = known if objective.has_classes else None
+    if objective.has_classes and labels is None:
+        names = [name for row in rows for name in objective.names(row)]
+        labels = class_order(names, source=table.source)
+    kind = objective.kind
+    return Rows(kind=kind, rows=rows, source=table.source, labels=labels, notes=table.remarks(kind))

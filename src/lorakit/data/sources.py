@@ -2,12 +2,13 @@
 
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 from lorakit.data.file_formats import RawRow, Reading
 from lorakit.data.files import data_files
+from lorakit.data.image_folders import image_rows, is_image_folder
 from lorakit.data.problems import Problems
 from lorakit.errors import DataError, MissingExtraError
 
@@ -28,7 +29,7 @@ def read_raw_rows(
     """The first raw rows of files or of a hub data set; all where limit is None.
 
     Args:
-        source: what `data_files` reads, or hub:OWNER/NAME[/SUBSET][:SPLIT].
+        source: what `data_files` reads, a folder of images, or hub:OWNER/NAME[/SUBSET][:SPLIT].
         limit: how many to read; what follows is not checked.
         split: the split of a hub data set whose source names none.
         delimiter: what separates the columns of CSV files. None: found in their first lines.
@@ -39,8 +40,11 @@ def read_raw_rows(
     """
     reading = Reading(problems=Problems(source), notes=[], delimiter=delimiter)
     try:
+        found: Iterable[RawRow]
         if source.startswith(HUB):
             found = _hub(source, split=split)
+        elif is_image_folder(source):
+            found = image_rows(source)
         else:
             files = data_files(source)
             found = (row for file in files for row in reading.rows(file))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lorakit.data.chat import IGNORED
-from lorakit.data.encode import Encoded, Example
+from lorakit.data.samples import Encoded, Example, TokenSpan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +44,20 @@ class VirtualTokens:
     def into(self, example: Example) -> Example:
         """A sample with the virtual tokens; they are no targets.
 
-        The prompt ends before the first target token; in classification it is the whole sequence. A
-        first token that is a target cannot be predicted without virtual tokens. It is no target
-        here either, so that losses with and without them are of the same tokens.
+        The prompt ends before the first target token, if that is predicted by those before it; else
+        it is the whole sequence. A first token that is a target cannot be predicted without virtual
+        tokens. It is no target here either, so that losses with and without them are of the same
+        tokens.
         """
         ids, labels, types = example.input_ids, example.labels, example.token_type_ids
-        prompt = prompt_length(labels) if isinstance(labels, list) else len(ids)
+        predicts = isinstance(labels, list) and example.predicts_next
+        prompt = prompt_length(labels) if isinstance(labels, list) and predicts else len(ids)
         order = self.order(len(ids), prompt)
         if isinstance(labels, list):
-            given = [IGNORED, *labels[1:]]
+            given = [IGNORED, *labels[1:]] if predicts else labels
             labels = [IGNORED if at < 0 else given[at] for at in order]
+        if isinstance(labels, TokenSpan):
+            labels = TokenSpan(order.index(labels.start), order.index(labels.end))
         if types is not None:
             types = [types[at] for at in neighbours(order)]
         return replace(
@@ -61,6 +65,8 @@ class VirtualTokens:
             input_ids=[self.first + ~at if at < 0 else ids[at] for at in order],
             labels=labels,
             token_type_ids=types,
+            about=None if example.about is None else example.about.moved(order),
+            others=tuple(map(self.into, example.others)),
         )
 
     def into_all(self, encoded: Encoded) -> Encoded:

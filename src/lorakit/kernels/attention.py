@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.kernels.packed_sequences import PackedSequences, Vectors
+from lorakit.kernels.stand_in import kind_of_device, seeded
 from lorakit.upstream.private_names import softmax_gradient
 
 LONGEST_IN_HALF_PRECISION, LONGEST = 512, 128
@@ -37,6 +38,9 @@ class AttentionRule:
     """With `causal`: it sees at most so many tokens, itself included."""
     softcap: float | None = None
     """Scores s become softcap·tanh(s / softcap) (Gemma 2)."""
+    sinks: Float[Tensor, " heads"] | None = None
+    """A score of each query head for a key that is not there (gpt-oss): what it gets of the
+    probabilities goes to no value. Not trained."""
     dropout: float = 0.0
     """Probability that an attention weight is set to 0; the others are divided by 1 - dropout."""
 
@@ -54,7 +58,8 @@ def packed_attention(
     softmax is computed in float32, or in float64 for inputs of that precision.
     """
     most = LONGEST_IN_HALF_PRECISION if q.dtype.itemsize == 2 else LONGEST
-    if rule.softcap is None and (q.is_cuda or packed.longest > most):
+    plain = rule.softcap is None and rule.sinks is None
+    if plain and (kind_of_device(q) == "cuda" or packed.longest > most):
         return fused_attention(q, k, v, packed, rule)
     seed = int(torch.randint(2**62, ())) if rule.dropout else 0
     return MatmulAttention.apply(q, k, v, packed, rule, seed)
@@ -67,7 +72,7 @@ def fused_attention(
     packed: PackedSequences,
     rule: AttentionRule,
 ) -> Float[Tensor, "rows width heads d_v"]:
-    """The same by torch's scaled_dot_product_attention, which has no soft cap."""
+    """The same by torch's scaled_dot_product_attention, which has no soft cap and no sinks."""
     heads, kv_heads = q.shape[1], k.shape[1]
     tables = [_table(q), *(_table(x.repeat_interleave(heads // kv_heads, 1)) for x in (k, v))]
     out = _output_table(tables[0], tables[2].shape[-1], packed)
@@ -129,7 +134,7 @@ def matmul_attention(
     """Attention within each packed sequence by batched matmuls; the seed determines the dropout."""
     tables = [_table(x) for x in (q, k, v)]
     out = _output_table(tables[0], v.shape[-1], packed)
-    generator = torch.Generator(q.device).manual_seed(seed)
+    generator = seeded(q.device, seed)
     for step in _group_matmuls(tables, (q.shape[1], k.shape[1]), packed, rule):
         probabilities, _ = step.probabilities()
         if rule.dropout:
@@ -155,7 +160,7 @@ def matmul_gradients(
     tables = [_table(x) for x in (q, k, v)]
     output_gradient = gradient.reshape(-1, v.shape[-1])
     found = [_output_table(table, table.shape[-1], packed) for table in tables]
-    generator = torch.Generator(q.device).manual_seed(seed)
+    generator = seeded(q.device, seed)
     for step in _group_matmuls(tables, (q.shape[1], k.shape[1]), packed, rule):
         of_q, of_k, of_v = step.gradients(step.queries.gather_or_zero(output_gradient), generator)
         step.queries.scatter(of_q, found[0])
@@ -191,10 +196,16 @@ class _GroupMatmuls:
         if self.mask is not None:
             scores.view(self.scores).add_(self.mask)
         # In half precision, too, the kernel sums in float32.
-        return torch.softmax(scores, -1), tanh
+        if self.rule.sinks is None:
+            return torch.softmax(scores, -1), tanh
+        heads, _, share, queries, _ = self.scores
+        sinks = self.rule.sinks.to(scores.dtype).view(heads, 1, share, 1, 1)
+        column = sinks.expand(*self.scores[:-1], 1).reshape(len(scores), share * queries, 1)
+        # Without the last column, the gradient is that of a softmax whose last value counts zero.
+        return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1].contiguous(), tanh
 
     def gradients(
-        self, output_gradient: Tensor, generator: torch.Generator
+        self, output_gradient: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of q, k and v, given the gradient of the output."""
         probabilities, tanh = self.probabilities()
@@ -222,7 +233,7 @@ def _output_table(table: Tensor, width: int, packed: PackedSequences) -> Tensor:
     return table.new_empty(shape) if covered else table.new_zeros(shape)
 
 
-def _dropout_factors(like: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+def _dropout_factors(like: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
     """The factors of dropout; a generator in the same state gives the same ones."""
     return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 

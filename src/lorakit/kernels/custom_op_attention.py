@@ -20,7 +20,10 @@ from lorakit.kernels.packed_sequences import PackedSequences
 in_force: dict[int, PackedSequences] = {}
 """The packed sequences of the current batch by key; all batches of a model have the same key."""
 
-_HOW = "Tensor? seed, int key, float scale, bool causal, int? window, float? softcap, float dropout"
+_HOW = (
+    "Tensor? seed, Tensor? sinks, int key, float scale, bool causal, int? window, float? softcap,"
+    " float dropout"
+)
 
 
 def custom_op_attention(
@@ -45,7 +48,7 @@ def custom_op_attention(
     # A tensor, since an int would have to be known before the compiled code runs.
     seed = torch.randint(2**62, ()) if rule.dropout else None
     how = (rule.scale, rule.causal, rule.window, rule.softcap, rule.dropout)
-    found: Tensor = torch.ops.lorakit.packed_attention(q, k, v, seed, key, *how)
+    found: Tensor = torch.ops.lorakit.packed_attention(q, k, v, seed, rule.sinks, key, *how)
     return found
 
 
@@ -76,11 +79,13 @@ def _gradients(
     return matmul_gradients(gradient, q, k, v, *_read(*how))
 
 
-def _read(seed: Tensor | None, key: int, *rule: Any) -> tuple[PackedSequences, AttentionRule, int]:
+def _read(
+    seed: Tensor | None, sinks: Tensor | None, key: int, *rule: Any
+) -> tuple[PackedSequences, AttentionRule, int]:
     """The packed sequences, the rule and the seed, from the operator's arguments."""
     scale, causal, window, softcap, dropout = rule
     made = AttentionRule(
-        scale=scale, causal=causal, window=window, softcap=softcap, dropout=dropout
+        scale=scale, causal=causal, window=window, softcap=softcap, sinks=sinks, dropout=dropout
     )
     return in_force[key], made, 0 if seed is None else int(seed)
 
@@ -97,14 +102,14 @@ def _shapes(gradient: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, seed, *how = inputs
-    ctx.save_for_backward(q, k, v, seed)
+    q, k, v, seed, sinks, *how = inputs
+    ctx.save_for_backward(q, k, v, seed, sinks)
     ctx.how = how
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     found = torch.ops.lorakit.packed_attention_gradients(gradient, *ctx.saved_tensors, *ctx.how)
-    return (*(x.transpose(1, 2) for x in found), None, *(None for _ in ctx.how))
+    return (*(x.transpose(1, 2) for x in found), None, None, *(None for _ in ctx.how))
 
 
 _attend.register_autograd(_backward, setup_context=_keep)

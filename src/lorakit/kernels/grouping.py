@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lorakit.errors import ConfigError, RouteError
+from lorakit.errors import ConfigError, MissingExtraError, RouteError
 from lorakit.kernels import choice
 
 Kernels = Literal["auto", "plain", "triton"]
@@ -82,7 +82,8 @@ def group_rows(
             most 32 bits, unless `choice.use` says plain; else plain torch.
 
     Raises:
-        ConfigError: Triton was asked for by name where it cannot work.
+        MissingExtraError: Triton was asked for by name, and is not installed.
+        ConfigError: it was asked for by name where it cannot work.
     """
     assert index_of_row, "a batch has at least one row"
     assert min(index_of_row) >= -1
@@ -145,13 +146,14 @@ def choose_kernels(
     """The kernels that compute on this device in this precision; see `group_rows`.
 
     Raises:
-        ConfigError: Triton was asked for by name where it cannot work.
+        MissingExtraError: Triton was asked for by name, and is not installed.
+        ConfigError: it was asked for by name where it cannot work.
     """
     if kernels != "triton":
         usable = kernels == "auto" and choice.fast() and _on_gpu(device) and dtype in _TRITON_DTYPES
         return "triton" if usable and _has_triton() else "plain"
     if not _has_triton():
-        raise ConfigError("kernels='triton' needs Triton: pip install triton, or use 'auto'")
+        raise MissingExtraError("kernels='triton' (not 'auto')", "gpu")
     if dtype not in _TRITON_DTYPES:
         raise ConfigError(
             f"kernels='triton' has no {dtype}: use float32, bfloat16, float16 or 'auto'"

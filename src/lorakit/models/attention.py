@@ -30,8 +30,8 @@ from lorakit.upstream.private_names import (
 NAME = "lorakit_segments"
 """Name of the function in transformers' registry."""
 
-UNSUPPORTED_KEYWORDS = ("s_aux", "position_bias", "head_mask")
-"""Keywords of attention functions that this one does not support: sinks, biases, head masks."""
+UNSUPPORTED_KEYWORDS = ("position_bias", "head_mask")
+"""Keywords of attention functions that this one does not support: biases and head masks."""
 
 
 def takes_attention_functions(model: nn.Module) -> bool:
@@ -102,6 +102,7 @@ def _attend(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers' layers call.
@@ -120,6 +121,7 @@ def _attend(
         causal=causal,
         window=sliding_window,
         softcap=softcap,
+        sinks=None if s_aux is None else s_aux.detach(),
         dropout=dropout,
     )
     problems = [
@@ -127,6 +129,8 @@ def _attend(
     ]
     if attention_mask is not None:
         problems.append("it has a mask of its own")
+    if s_aux is not None and s_aux.requires_grad and torch.is_grad_enabled():
+        problems.append("its sinks are trained: set packing: off")
     if sliding_window is not None and not causal:
         problems.append("it has a window to both sides")
     is_compiling = torch.compiler.is_compiling()

@@ -139,6 +139,17 @@ _OPT = Family(
     }
 )
 
+# Its encoder's output is read by one more attention of each of the decoder's blocks.
+_BART = Family(
+    roles={
+        **_OPT.roles,
+        "encoder_attn.q_proj": "q",
+        "encoder_attn.k_proj": "k",
+        "encoder_attn.v_proj": "v",
+        "encoder_attn.out_proj": "o",
+    }
+)
+
 _BLOOM_ROLES = {
     "self_attention.dense": "o",
     "mlp.dense_h_to_4h": "up",
@@ -263,7 +274,8 @@ FAMILIES: Mapping[str, Family] = {
         ),
     ),
     "distilbert": _DISTILBERT,
-    "t5": _T5,
+    **dict.fromkeys(("t5", "mt5", "umt5", "longt5"), _T5),
+    **dict.fromkeys(("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"), _BART),
     "vit": _VIT,
 }
 """transformers' `config.model_type`: the architecture's layer names."""

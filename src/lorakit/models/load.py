@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,17 +19,16 @@ from torch import nn
 from transformers.utils import logging
 
 from lorakit.config.base import DType
-from lorakit.errors import ModelError, did_you_mean
+from lorakit.errors import MissingExtraError, ModelError, did_you_mean
 from lorakit.models.gguf_file import SUFFIX, converted, file_within
+from lorakit.models.image_processor import ImageProcessor
 from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
 from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.roles import input_embedding, task_heads
+from lorakit.models.tasks import TASKS, has_classes, model_task, task_of_config
 from lorakit.upstream.private_names import initialize, loaded_from
 from lorakit.upstream.quiet_library import without_bars
-
-TASKS = ("generation", "classification", "regression")
-"""The tasks that a base model can be loaded for."""
 
 _SHOWN_TENSORS = 5
 
@@ -43,6 +44,8 @@ def load_model(
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """A base model in eval mode, and its tokenizer, which has a padding token.
 
+    One for images comes with its image processor in the place of a tokenizer.
+
     A classifier's or regressor's head is made afresh, from torch's random state, where the
     checkpoint has none, or with `fresh_head`: call `torch.manual_seed` first to get the same one
     again.
@@ -51,7 +54,9 @@ def load_model(
         name: A packaged name (smollm2, minilm), else a folder, else a GGUF file or a folder with
             one, else a hub id. Write ./smollm2 for a folder of that name.
         dtype: Precision of the weights: float32, bfloat16 or float16.
-        task: generation (a causal language model), classification or regression (one number).
+        task: generation (a causal language model, or an encoder-decoder), classification,
+            regression (one number), multi-label, token-classification, question-answering, or
+            embedding (no head).
         labels: Names of the classes, in order; None keeps those of the checkpoint.
         quantize: Hold the weights of linear layers in few bits: 4bit (NF4, its scales quantised
             too), 8bit, or exactly as a `Quantization` says. Matmuls are in the precision of their
@@ -60,8 +65,8 @@ def load_model(
 
     Raises:
         ModelError: the model cannot be found, read or used for the task, or not be quantised.
-        MissingExtraError: smollm2 or a GGUF file is to be unpacked without the `gguf` extra, or a
-            model to be quantised without the `quantized` extra.
+        MissingExtraError: smollm2 or a GGUF file is to be unpacked without the `gguf` extra, a
+            model to be quantised without `quantized`, or images to be read without `images`.
 
     Examples:
         >>> model, tokenizer = lk.load_model("smollm2", dtype="bfloat16")
@@ -71,8 +76,10 @@ def load_model(
     _check_arguments(dtype, task, labels, quantize)
     if quantize is not None:
         check_library()
+    if TASKS[task].reads_images and importlib.util.find_spec("PIL") is None:
+        raise MissingExtraError("reading images", "images")
     asked = os.fspath(name)
-    model, tokenizer, info = _read(asked, task, dtype=dtype, **_head_settings(task, labels))
+    model, tokenizer, info = _read(asked, task, dtype=dtype, **TASKS[task].head_settings(labels))
     own_heads = task_heads(model) if fresh_head else ()
     _check_complete(model, info, asked, task, left_out=own_heads)
     fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
@@ -84,9 +91,11 @@ def load_model(
     if asked not in PACKAGES and _gguf_file(Path(asked).expanduser()) is not None:
         # The file goes on; its conversion is only on this machine.
         model._lorakit_file = asked
-    _give_padding_token(tokenizer, asked)
-    _check_vocabulary(model, tokenizer, asked)
-    if task != "generation":
+    reads_images = TASKS[task].reads_images
+    if not reads_images:
+        give_padding_token(tokenizer, asked)
+        _check_vocabulary(model, tokenizer, asked)
+    if task != "generation" and not reads_images:
         # A decoder scores the last token that is not padding, which it looks up by this id.
         model.config.pad_token_id = tokenizer.pad_token_id
     convert_quantized(model)
@@ -109,17 +118,25 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
     Raises:
         ModelError: it cannot be found or read.
     """
-    auto_class: Any = transformers.AutoModelForSequenceClassification
-    if task == "generation":
-        auto_class = transformers.AutoModelForCausalLM
     # Without a word about remote code transformers would ask at the terminal.
     safe: dict[str, Any] = {"trust_remote_code": False}
-    with _quiet():
-        source = _source(asked)
-        with _explained(asked, source, task):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
+    with quiet():
+        source = source_of(asked)
+        with explained(asked, source, task):
+            tokenizer: Any
+            if TASKS[task].reads_images:
+                own = transformers.AutoImageProcessor.from_pretrained(source, **safe)
+                tokenizer = ImageProcessor(own)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
+            config = transformers.AutoConfig.from_pretrained(source, **safe)
+            auto_class: Any = getattr(transformers, model_task(task, config).auto_class)
             # Mismatched sizes are reported by us, with the shapes.
             reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            if task == "embedding":
+                head |= _without_pooler(config)
+            if task == "embedding" and config.is_encoder_decoder:
+                raise ValueError("it has two stacks, and a text is embedded by one")
             model, info = auto_class.from_pretrained(
                 source, dtype=getattr(torch, dtype), **safe, **reported, **head
             )
@@ -141,13 +158,24 @@ def redraw_fresh_head(model: nn.Module) -> None:
 
 
 def task_of(model: transformers.PreTrainedModel) -> str:
-    """The task that a loaded model does: classification and regression have a head of their own."""
-    return _task(type(model).__name__, model.config)
+    """The task that a loaded model does: all but generation have a head of their own."""
+    if type(model) is _bare_class(model.config):
+        return "embedding"
+    return task_of_config(type(model).__name__, model.config)
 
 
-def is_multi_label(model: transformers.PreTrainedModel) -> bool:
-    """Whether a classifier's classes do not exclude each other."""
-    return bool(model.config.problem_type == "multi_label_classification")
+def _bare_class(config: transformers.PreTrainedConfig) -> type | None:
+    """transformers' class of a model without any head; None: it has none."""
+    known = type(config) in transformers.MODEL_MAPPING
+    found = transformers.MODEL_MAPPING[type(config)] if known else None
+    return found if isinstance(found, type) else None
+
+
+def _without_pooler(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """The argument that leaves a bare model's pooler out, which embeddings do not read."""
+    made = _bare_class(config)
+    takes = made is not None and "add_pooling_layer" in inspect.signature(made).parameters
+    return {"add_pooling_layer": False} if takes else {}
 
 
 def labels_of(model: transformers.PreTrainedModel) -> tuple[str, ...]:
@@ -162,7 +190,7 @@ def own_task(name: str | os.PathLike[str]) -> str:
         ModelError: the model cannot be found, or its config not be read.
     """
     config = config_of(name)
-    return _task(next(iter(config.architectures or ()), ""), config)
+    return task_of_config(next(iter(config.architectures or ()), ""), config)
 
 
 def encodes(name: str | os.PathLike[str]) -> bool:
@@ -173,20 +201,26 @@ def encodes(name: str | os.PathLike[str]) -> bool:
     """
     config = config_of(name)
     architecture = next(iter(config.architectures or ()), "")
-    if _task(architecture, config) != "generation":
+    if task_of_config(architecture, config) != "generation":
         return True
     writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
     masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     return masked and not (writes or architecture.endswith(("ForCausalLM", "LMHeadModel")))
 
 
-def own_classes(name: str | os.PathLike[str]) -> tuple[str, ...] | None:
+def own_classes(name: str | os.PathLike[str], task: str | None = None) -> tuple[str, ...] | None:
     """The names of the classes of a base that is a classifier, in the order of its head; or None.
+
+    Args:
+        name: the base.
+        task: a task that needs another kind of head has none of them; None: it is the base's own.
 
     Raises:
         ModelError: the model cannot be found, or its config not be read.
     """
-    return _labels(config_of(name)) if own_task(name) == "classification" else None
+    own = own_task(name)
+    is_fit = has_classes(own) and TASKS[own].ending == TASKS[task or own].ending
+    return _labels(config_of(name)) if is_fit else None
 
 
 def config_of(name: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
@@ -196,19 +230,13 @@ def config_of(name: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
         ModelError: the model cannot be found, or its config not be read.
     """
     asked = os.fspath(name)
-    with _quiet():
-        source = _source(asked)
-        with _explained(asked, source, "any task"):
+    with quiet():
+        source = source_of(asked)
+        with explained(asked, source, "any task"):
             config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(
                 source, trust_remote_code=False
             )
     return config
-
-
-def _task(architecture: str, config: transformers.PreTrainedConfig) -> str:
-    if not architecture.endswith("ForSequenceClassification"):
-        return "generation"
-    return "regression" if config.num_labels == 1 else "classification"
 
 
 def _labels(config: transformers.PreTrainedConfig) -> tuple[str, ...]:
@@ -234,15 +262,15 @@ def _check_arguments(
         problems.append(f"dtype {dtype!r} is none of {', '.join(get_args(DType))}")
     if task not in TASKS:
         problems.append(f"task {task!r} is none of {', '.join(TASKS)}")
-    if labels is not None and task != "classification":
-        problems.append(f"labels belong to classification, not to {task}")
+    if labels is not None and not (task in TASKS and has_classes(task)):
+        problems.append(f"labels belong to tasks with classes, not to {task}")
     elif labels is not None and (len(set(labels)) < 2 or len(set(labels)) < len(labels)):
         problems.append(f"labels must be two or more different names, found {list(labels)}")
     if problems:
         raise ModelError.listing("the model cannot be loaded in this way", problems)
 
 
-def _source(name: str) -> str:
+def source_of(name: str) -> str:
     """The folder or hub id that transformers is to load.
 
     Raises:
@@ -297,20 +325,6 @@ def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         problem += ", but an adapter: load the base that it names, then attach the adapter"
     raise ModelError(f"{problem}.")
-
-
-def _head_settings(task: str, labels: Sequence[str] | None) -> dict[str, Any]:
-    """The config entries that shape the task's head."""
-    if task == "regression":
-        return {"num_labels": 1, "problem_type": "regression"}
-    if labels is None:
-        return {}
-    return {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-        "problem_type": "single_label_classification",
-    }
 
 
 def _forget_values(model: nn.Module, heads: Sequence[str]) -> None:
@@ -391,7 +405,7 @@ def _check_vocabulary(
         )
 
 
-def _give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: str) -> None:
+def give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: str) -> None:
     """Pad with the end-of-text token where the tokenizer has no padding token."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -402,7 +416,7 @@ def _give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: s
 
 
 @contextlib.contextmanager
-def _explained(name: str, source: str, task: str) -> Iterator[None]:
+def explained(name: str, source: str, task: str) -> Iterator[None]:
     """Turn any error that transformers raises about a model into a ModelError."""
     try:
         yield
@@ -419,7 +433,7 @@ def _explained(name: str, source: str, task: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' load report and bars; `_check_complete` raises what it reports."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

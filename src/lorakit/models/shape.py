@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.errors import ModelError
 from lorakit.models.base import base_modules
+from lorakit.models.families import family_name
 
 SILENT = ("bloom",)
 """Causal families whose attention modules have no `is_causal` attribute."""
@@ -48,6 +50,26 @@ def is_causal(model: nn.Module) -> bool:
     if getattr(getattr(model, "config", None), "model_type", "") in SILENT:
         return True
     return any(getattr(module, "is_causal", False) for module in model.modules())
+
+
+def decoder_start(model: nn.Module) -> int | None:
+    """The token that the decoder of an encoder-decoder begins with; None: it is no such model.
+
+    Raises:
+        ModelError: it does not say which.
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    generation = getattr(model, "generation_config", None)
+    for own in (config, generation):
+        start = getattr(own, "decoder_start_token_id", None)
+        if isinstance(start, int):
+            return start
+    raise ModelError(
+        f"the config of {family_name(model)} has no decoder_start_token_id, with which its answers"
+        " begin: set it in the base's config.json"
+    )
 
 
 def hidden_size(model: nn.Module) -> int | None:

@@ -15,9 +15,10 @@ from lorakit.bench.result import threads
 from lorakit.config.train import TrainConfig
 from lorakit.errors import TrainingError
 from lorakit.paper.check import Data, check, notes
-from lorakit.paper.estimate import seconds_of
+from lorakit.paper.durations import seconds_of
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.joint import groups, train_together
+from lorakit.paper.on_cluster import run_on_cluster
 from lorakit.paper.record import answers_of, entry_of_job, entry_of_run
 from lorakit.paper.results import (
     State,
@@ -30,6 +31,7 @@ from lorakit.paper.results import (
 )
 from lorakit.paper.settings import CellChoice, PaperRunConfig
 from lorakit.training.checkpoints import list_checkpoints
+from lorakit.training.cluster import check_cluster
 from lorakit.training.run import TrainResult, train
 
 FINISHED = ("done", "failed")
@@ -55,6 +57,8 @@ def run_cells(settings: PaperRunConfig, *, progress: bool) -> Done:
         LorakitError: something is missing or wrong; nothing was run.
         KeyboardInterrupt: it was interrupted; the same command goes on.
     """
+    if settings.ray is not None and not settings.dry_run:
+        check_cluster(settings.ray)
     problems: list[str] = []
     jobs = jobs_of(settings, problems=problems)
     data = check(settings, jobs, problems)
@@ -62,8 +66,13 @@ def run_cells(settings: PaperRunConfig, *, progress: bool) -> Done:
     for note in remarks:
         print(note, file=sys.stderr)
     if not settings.dry_run:
-        with threads(settings.threads):
-            _Runner(settings, data, environment(), progress).run(jobs)
+        runner = _Runner(settings, data, environment(), progress)
+        if settings.ray is not None:
+            left = [job for job in jobs if runner.is_left(job)]
+            run_on_cluster(left, settings, run_cells, progress=progress)
+        else:
+            with threads(settings.threads):
+                runner.run(jobs)
     states = {job: state_of(job, settings.results, data=data.hashes(job)) for job in jobs}
     left = [job for job, state in states.items() if state.kind not in FINISHED or settings.redo]
     seconds = {job: seconds_of(job, data) for job in left if settings.dry_run}
@@ -83,21 +92,22 @@ class _Runner:
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run those that have no current result."""
-        left = [job for job in jobs if self._is_left(job)]
+        left = [job for job in jobs if self.is_left(job)]
         done = 0
         for together in groups(left, self.settings.joint):
             done += len(together)
             names = ", ".join(job.name for job in together)
             print(f"[{done}/{len(left)}] {names}", file=sys.stderr, flush=True)
             # What another cell shares, or another task starts from, may have been run by now.
-            now = [job for job in together if self.settings.redo or self._is_left(job)]
+            now = [job for job in together if self.settings.redo or self.is_left(job)]
             still = [job for job in now if not self._is_taken_over(job)]
             if len(still) == 1:
                 self._run_alone(still[0])
             elif still:
                 self._run_together(still)
 
-    def _is_left(self, job: Job) -> bool:
+    def is_left(self, job: Job) -> bool:
+        """Whether a job has no current result, or is run again all the same."""
         state = state_of(job, self.settings.results, data=self.data.hashes(job))
         return self.settings.redo or state.kind not in FINISHED
 

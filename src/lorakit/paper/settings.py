@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lorakit.config.base import Names, PositiveInt, Settings
 from lorakit.config.seed import Seed
@@ -90,11 +90,21 @@ class PaperRunConfig(CellChoice):
     """Train up to so many LoRA runs of one model and task in one batch, each as if alone: faster
     where a base takes longer than its adapters."""
 
+    ray: str | None = None
+    """Run as tasks of a Ray cluster, each with `threads` processors (1, if None): local (started
+    here), auto, or HOST:PORT. Its machines see the same folders."""
+
     redo: bool = False
     """Run also what has a current result, which is then replaced."""
 
     dry_run: bool = False
     """Check everything, print what would be run, and stop."""
+
+    @model_validator(mode="after")
+    def _check_alone(self) -> "PaperRunConfig":
+        if self.ray is not None and self.joint > 1:
+            raise ValueError("ray gives each run a process, and joint joins several in one")
+        return self
 
 
 class PaperVerifyConfig(CellChoice):

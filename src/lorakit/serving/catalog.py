@@ -26,7 +26,7 @@ from lorakit.serving.places import Places
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Use
 
-ENCODING = ("classification", "regression")
+ENCODING = ("classification", "multi-label", "regression")
 """The tasks of an encoder's adapters."""
 
 
@@ -37,7 +37,7 @@ class Head:
     labels: tuple[str, ...] | None
     """The names of the classes; None: they have none."""
     task: str
-    """classification, or regression: one number, which is no probability."""
+    """One of `ENCODING`; of regression it is one number, which is no probability."""
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,10 @@ class BatchTrainer(Trainer):
 
         transformers counts the labels that are not IGNORED, and a number to predict may be that.
         """
-        how = self.compute_loss_func
-        if not isinstance(how, Loss) or how.task == "generation":
+        objective = getattr(self.compute_loss_func, "objective", None)
+        if objective is None:
             return super()._get_num_items_in_batch(batch_samples, device)
-        by_row = [torch.zeros(len(each["labels"])) for each in batch_samples]
+        by_row = [torch.zeros(objective.count(each["labels"])) for each in batch_samples]
         counted = [{"labels": each, "shift_labels": each} for each in by_row]
         return super()._get_num_items_in_batch(counted, device)
 
@@ -83,6 +83,8 @@ class BatchTrainer(Trainer):
 
     def count(self, inputs: dict[str, Any]) -> None:
         """Add a batch to the counts of tokens and of padding tokens."""
+        if "input_ids" not in inputs:
+            return
         packed, tokens = inputs.get(PACKED), inputs["input_ids"].numel()
         real = int(inputs["attention_mask"].sum()) if packed is None else packed.tokens
         self._tokens += tokens
@@ -105,14 +107,18 @@ class BatchTrainer(Trainer):
     ) -> Any:
         """The loss of a batch; of texts, without the logits that no label needs."""
         how = self.compute_loss_func
-        if not isinstance(how, Loss) or how.task != "generation":
+        if not isinstance(how, Loss):
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return found if isinstance(found, tuple) else self._checked(found)
         assert not return_outputs, "only Trainer's own evaluation asks for outputs"
         labels = inputs["labels"]
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        if how.objective is not None:
+            outputs = how.objective.outputs(model, given)
+            return self._checked(how(outputs, labels, num_items_in_batch))
         loss, _ = text_losses(
             model,
-            {name: value for name, value in inputs.items() if name != "labels"},
+            given,
             labels,
             weights=item_weight(labels, num_items_in_batch),
             label_smoothing=how.label_smoothing,

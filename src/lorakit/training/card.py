@@ -10,7 +10,9 @@ from typing import Any
 
 from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
+from lorakit.data.objectives import task_of_base
 from lorakit.models.quantized import card_of_base
+from lorakit.models.tasks import model_task
 from lorakit.training.prepare import Prepared
 from lorakit.training.resume import ChangedSetting
 
@@ -30,10 +32,11 @@ def training_card(
     on_card = set(settings_where(TrainConfig, lambda mark: mark.on_card))
     scores = [e for e in history if any(key.startswith("eval_") for key in e)]
     quantized = card_of_base(prepared.model)
+    compares, task = prepared.task == "preference", task_of_base(prepared.task)
     libraries = ("lorakit", "torch", "transformers", *(["bitsandbytes"] if quantized else []))
     return {
-        "task": prepared.task,
-        "task_type": "CAUSAL_LM" if prepared.task == "generation" else "SEQ_CLS",
+        "task": task,
+        "task_type": model_task(task, prepared.model.config).peft_type or None,
         "rows_kind": prepared.kind,
         "labels": None if prepared.labels is None else list(prepared.labels),
         "end_tokens": list(prepared.training.ends),
@@ -43,6 +46,7 @@ def training_card(
             "validation": len(prepared.validation.examples) if prepared.validation else 0,
         },
         "settings": config.model_dump(mode="json", include=on_card),
+        **({"preference": config.preference.model_dump(mode="json")} if compares else {}),
         **quantized,
         **_rates_of_rule(config, prepared),
         **({"changes": [dict(change) for change in changes]} if changes else {}),

@@ -21,6 +21,7 @@ from lorakit.errors import ConfigError
 from lorakit.layers.route import Frame
 from lorakit.models.base import base_parameters
 from lorakit.models.load import fresh_heads, labels_of, model_name, task_of
+from lorakit.models.tasks import has_classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class LoadedBase:
 
     def classes(self) -> tuple[str, ...] | None:
         """The names of its classes, in the order of its head; None: any will do."""
-        if task_of(self.model) != "classification":
+        if not has_classes(task_of(self.model)):
             return None
         names = labels_of(self.model)
         return None if fresh_heads(self.model) and are_unnamed(names) else names
@@ -55,7 +56,7 @@ class LoadedBase:
                 f"the rows are for {task}, and the loaded model does {own}: "
                 f"lk.load_model(…, task={task!r}) loads it for them"
             )
-        names = labels_of(self.model) if task == "classification" else None
+        names = labels_of(self.model) if has_classes(task) else None
         if labels != names and not (
             are_unnamed(names or ()) and len(names or ()) == len(labels or ())
         ):

@@ -1,45 +1,59 @@
-"""The loss of a task: cross-entropy of tokens or classes, or a squared error."""
+"""The loss of a task: that of its objective, or of texts."""
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from lorakit.config.train import PreferenceSettings
+from lorakit.data.objectives import OBJECTIVES
+from lorakit.data.objectives.objective import Objective
+from lorakit.data.objectives.preference import Preference
+from lorakit.routing.route import route
 
 
 class Loss:
-    """The loss of a task, in the form of transformers' `compute_loss_func`.
+    """The loss of a task, with its settings.
 
     For texts it only holds the settings: `lorakit.training.lm_loss` computes their loss.
     """
 
-    def __init__(self, task: str, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
-        self.task = task
+    def __init__(
+        self,
+        task: str,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        preference: PreferenceSettings | None = None,
+    ) -> None:
+        self.objective: Objective | None = OBJECTIVES.get(task)
+        if isinstance(self.objective, Preference):
+            settings = preference or PreferenceSettings()
+            self.objective = Preference(settings=settings, without_adapter=_base)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
 
     def __call__(
-        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+        self, outputs: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The summed loss over `num_items_in_batch`, or over the items of this batch."""
-        logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        count = len(labels) if num_items_in_batch is None else num_items_in_batch
-        return self.summed(logits, labels) / count
+        assert self.objective is not None, "the loss of texts is computed by training/lm_loss.py"
+        count = self.objective.count(labels) if num_items_in_batch is None else num_items_in_batch
+        return self.summed(outputs, labels) / count
 
-    def summed(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the losses of rows that each have a class, or a number, as their label."""
-        assert self.task != "generation", "the loss of texts is computed by training/lm_loss.py"
-        if self.task == "regression":
-            return F.mse_loss(logits.float().squeeze(-1), labels.float(), reduction="sum")
-        wide = logits.float()
-        summed = F.cross_entropy(
-            wide, labels, reduction="sum", label_smoothing=self.label_smoothing
+    def summed(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The sum of the losses of a batch of rows with labels."""
+        assert self.objective is not None, "the loss of texts is computed by training/lm_loss.py"
+        return self.objective.loss(
+            outputs, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss
         )
-        if self.z_loss:
-            summed = summed + self.z_loss * wide.logsumexp(-1).square().sum()
-        return summed
+
+
+def _base(model: nn.Module) -> AbstractContextManager[None]:
+    """A block in which a model answers as its base."""
+    return route(model, None)
 
 
 def perplexity(loss: float) -> float:

@@ -19,16 +19,19 @@ from lorakit.config.idle import idle_settings
 from lorakit.config.seed import generator_seed
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
-from lorakit.data.encode import Encoded, encode_rows
+from lorakit.data.encode import encode_rows
 from lorakit.data.labels import head_classes
+from lorakit.data.objectives import OBJECTIVES, task_of_base
 from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
+from lorakit.data.samples import Encoded
 from lorakit.data.tasks import PREFIX, task_of
 from lorakit.errors import AdapterFileError, ConfigError, LorakitError
 from lorakit.models.load import load_model, own_classes, redraw_fresh_head
 from lorakit.models.quantized import Quantization
-from lorakit.models.shape import context_length, hidden_size
+from lorakit.models.shape import context_length, decoder_start, hidden_size
+from lorakit.models.tasks import has_classes
 from lorakit.training.evaluation import BEST_BY
 from lorakit.training.loaded_base import LoadedBase, settled
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
@@ -53,7 +56,7 @@ class Prepared:
     """The name of the adapter inside the model."""
     task: str
     kind: str
-    """The row type: prompt, messages, text or classification."""
+    """The row type, as the setting `data.format`."""
     labels: tuple[str, ...] | None
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -135,9 +138,16 @@ def prepare_all(
     sources = {name: configs[name] for name in source_of.values()}
     read = for_each(sources, lambda config, _: _read(config, _known_classes(config, base)))
     task, labels = _shared(read)
+    if task == "preference":
+        _check_preference(configs)
     first = settled(next(iter(configs.values())), base)
     model, tokenizer = _model_of(base, first, task, labels)
-    packing = _packing(model, task, first)
+    if task == "preference" and model.config.is_encoder_decoder:
+        raise ConfigError(
+            "the task preference is for models that read prompt and answer in one piece, and the "
+            "base is an encoder-decoder"
+        )
+    packing = packing_of(model, task, first)
     check_memory(model, first)
     plans = for_each(
         configs,
@@ -166,9 +176,9 @@ def prepare_all(
             training=training,
             validation=validation,
             steps=steps[name],
-            best_by=_best_by(config, task),
+            best_by=_best_by(config, task, read[source_of[name]].validation),
             packing=packing,
-            idle=(*idle_settings(config), *idle_shard(config)),
+            idle=(*idle_settings(config), *idle_shard(config), *_idle_in_loss(config, task)),
             sharded=is_sharded(config),
         )
         for name, (config, (training, validation)) in runs.items()
@@ -179,6 +189,7 @@ def _model_of(
     base: LoadedBase | None, config: TrainConfig, task: str, labels: tuple[str, ...] | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base that is loaded already, or else the one that the settings name."""
+    task = task_of_base(task)
     if base is not None:
         base.check_task(task, labels)
         return base.model, base.tokenizer
@@ -195,7 +206,8 @@ def _model_of(
     )
 
 
-def _packing(model: PreTrainedModel, task: str, config: TrainConfig) -> Packing:
+def packing_of(model: PreTrainedModel, task: str, config: TrainConfig) -> Packing:
+    """How the rows of a run become batches."""
     # Joined rows need attention within packed sequences, which plain torch does not have.
     setting = "off" if config.kernels == "plain" else config.packing
     if config.compile and torch.cuda.is_available() and setting == "auto":
@@ -242,12 +254,12 @@ def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, .
     Raises:
         ConfigError: the settings have others.
     """
-    if config.task not in ("auto", "classification"):
+    if config.task != "auto" and not has_classes(task_of_base(config.task)):
         return None
     if config.fresh_head:
         return config.data.labels
     if base is None:
-        own = own_classes(config.model)
+        own = own_classes(config.model, None if config.task == "auto" else config.task)
         return head_classes(config.data.labels, own, whose=config.model)
     return base.classes() if config.data.labels is None else None
 
@@ -270,6 +282,8 @@ def _read(config: TrainConfig, labels: tuple[str, ...] | None) -> _TaskRows:
             labels=rows.labels,
             task=task,
         )
+        if task in OBJECTIVES:
+            OBJECTIVES[task].check_library()
     return _TaskRows(task=task, training=rows, validation=held_out)
 
 
@@ -289,11 +303,29 @@ def _shared(read: Mapping[str, _TaskRows]) -> tuple[str, tuple[str, ...] | None]
     return next(iter(found.values()))
 
 
-def _best_by(config: TrainConfig, task: str) -> str:
+def _check_preference(configs: Mapping[str, TrainConfig]) -> None:
+    """Make sure that answers can be compared with these settings.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    problems = []
+    if len(configs) > 1:
+        problems.append("sweep: each trial would need passes of its own through the base")
+    methods = {method for config in configs.values() for method in config.method}
+    if any(method.startswith("prefix-") for method in methods):
+        problems.append("method: virtual tokens are put into rows of one answer each")
+    if problems:
+        raise ConfigError.listing("the task preference cannot be trained in this way", problems)
+
+
+def _best_by(config: TrainConfig, task: str, held_out: Rows | None) -> str:
     """The score that decides: of a task of the paper its own, else that of such rows."""
     source = config.data.validation or ""
     own = task_of(source)[0].best_by if source.startswith(PREFIX) else None
-    return own or BEST_BY[task]
+    if own or held_out is None or task not in OBJECTIVES:
+        return own or BEST_BY[task]
+    return OBJECTIVES[task].best_of(held_out.rows)
 
 
 class _Encodings:
@@ -326,8 +358,22 @@ class _Encodings:
         longest = longest_row(self._model, name)
         key = (source, longest, held_out)
         if key not in self._made:
-            self._made[key] = encode_rows(rows, self._tokenizer, config.data, longest=longest)
+            self._made[key] = encode_rows(
+                rows,
+                self._tokenizer,
+                config.data,
+                longest=longest,
+                decoder_start=decoder_start(self._model),
+            )
         return with_tokens(self._made[key], self._model, name)
+
+
+def _idle_in_loss(config: TrainConfig, task: str) -> tuple[str, ...]:
+    """The settings of cross-entropy that were given, where the task's loss is another."""
+    if task not in OBJECTIVES or OBJECTIVES[task].smooths:
+        return ()
+    given = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
+    return tuple(f"{name} (the task is {task})" for name, value in given.items() if value)
 
 
 def _steps(config: TrainConfig, rows: int) -> int:
@@ -351,8 +397,9 @@ def _eva_batches(
     size = config.batch_size
     chosen = torch.randperm(len(rows), generator=generator)[: config.eva_batches * size].tolist()
     few = replace(rows, rows=tuple(rows.rows[row] for row in chosen))
-    longest, collate = context_length(model), Collator(tokenizer)
-    examples = encode_rows(few, tokenizer, config.data, longest=longest).examples
+    limits: Any = {"longest": context_length(model), "decoder_start": decoder_start(model)}
+    collate = Collator(tokenizer)
+    examples = encode_rows(few, tokenizer, config.data, **limits).examples
     return [collate(examples[at : at + size]) for at in range(0, len(examples), size)]
 
 

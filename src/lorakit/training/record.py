@@ -1,4 +1,4 @@
-"""The record of a run while it trains: JSON lines, TensorBoard, and progress on stderr."""
+"""The record of a run while it trains: JSON lines, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
 
 from lorakit.training.progress import PlainProgress, progress_bar
 
@@ -56,15 +55,6 @@ class LogWithScores(TrainerCallback):
 
 def _line(figures: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in figures.items() if k not in DROPPED}) + "\n"
-
-
-def tensorboard(folder: Path) -> TrainerCallback:
-    """A callback that writes TensorBoard's record; it does nothing where that is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return TrainerCallback()
-    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
 
 class ProgressBar(TrainerCallback):

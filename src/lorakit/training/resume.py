@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakit.config.marks import flat_settings
 from lorakit.config.train import TrainConfig
-from lorakit.data.encode import Encoded
+from lorakit.data.samples import Encoded
 from lorakit.errors import TrainingError
 from lorakit.training.checkpoints import step_of
 from lorakit.training.prepare import Prepared

@@ -41,7 +41,7 @@ from lorakit.training.processes import (
     wait_for_all,
 )
 from lorakit.training.rates import learning_rates
-from lorakit.training.record import JsonLines, LogWithScores, ProgressBar, tensorboard
+from lorakit.training.record import JsonLines, LogWithScores, ProgressBar
 from lorakit.training.resume import (
     ChangedSetting,
     RunRecord,
@@ -51,6 +51,7 @@ from lorakit.training.resume import (
 )
 from lorakit.training.run_folder import LOG, find_checkpoint, locked
 from lorakit.training.sharded_base import is_sharded, shard_base
+from lorakit.training.trackers import check_trackers, reporting
 from lorakit.training.trainer import AdapterTrainer, KeepBest, OwnIntervals, make_arguments
 
 
@@ -156,6 +157,7 @@ def train(
     check_config(config)
     if config.sweep is not None:
         raise ConfigError("sweep asks for several adapters: call lk.sweep(config)")
+    check_trackers(config.report_to)
     with together(), _locked(config.out), borrowed(config, model, tokenizer) as base:
         config = settled(config, base)
         checkpoint = as_in_first(lambda: find_checkpoint(config))
@@ -242,7 +244,8 @@ def execute(
         if run.checkpoint and run.steps_done >= steps:
             trainer.restore(run.checkpoint)
         else:
-            seconds = trainer.train_from(run.checkpoint)
+            with reporting(trainer, run.config) if is_first() else nullcontext():
+                seconds = trainer.train_from(run.checkpoint)
     except TrainingError as error:
         raise _stopped(error, trainer, run) from None
     except OSError as error:
@@ -270,8 +273,13 @@ def _open_folder(run: Run) -> None:
 
 def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTrainer:
     config, prepared = run.config, run.prepared
-    loss = Loss(prepared.task, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
-    plain_loss = Loss(prepared.task)
+    loss = Loss(
+        prepared.task,
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+        preference=config.preference,
+    )
+    plain_loss = Loss(prepared.task, preference=config.preference)
     collate = Collator(prepared.tokenizer)
     validation = prepared.validation
     rates = learning_rates(config, prepared.plan, prepared.rates)
@@ -285,6 +293,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
                 loss=plain_loss,
                 collate=collate,
                 batch_size=4 * config.batch_size,
+                names=prepared.labels,
                 best_by=prepared.best_by,
             ).scores
 
@@ -307,7 +316,6 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     trainer.add_callback(OwnIntervals())
     if is_first():
         trainer.add_callback(JsonLines(config.out / LOG))
-        trainer.add_callback(tensorboard(config.out / "tensorboard"))
     if not config.allow_untrained:
         trainer.add_callback(UntrainedParts(trainer.trained, check_after=config.check_after))
     if validation:

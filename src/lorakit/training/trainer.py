@@ -235,6 +235,7 @@ def make_arguments(
     every = config.eval_every
     return TrainingArguments(
         output_dir=str(config.out),
+        run_name=config.out.absolute().name,
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,

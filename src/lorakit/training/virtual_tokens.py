@@ -7,10 +7,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.attachment.state import virtual_tokens
 from lorakit.config.train import DataConfig
-from lorakit.data.encode import Encoded, encode_rows
+from lorakit.data.encode import encode_rows
 from lorakit.data.row_types import Rows
+from lorakit.data.samples import Encoded
 from lorakit.errors import ConfigError
-from lorakit.models.shape import context_length
+from lorakit.models.shape import context_length, decoder_start
 
 
 def longest_row(model: nn.Module, name: str | None) -> int | None:
@@ -51,5 +52,11 @@ def encode_for(
     Raises:
         DataError: no row is left, or rows or tokenizer do not allow it.
     """
-    encoded = encode_rows(rows, tokenizer, data, longest=longest_row(model, name))
+    encoded = encode_rows(
+        rows,
+        tokenizer,
+        data,
+        longest=longest_row(model, name),
+        decoder_start=decoder_start(model),
+    )
     return with_tokens(encoded, model, name)

@@ -6,7 +6,15 @@ import torch
 from lorakit.bench.families import measure
 from lorakit.bench.families.measure import CHECKED, measure_models
 from lorakit.bench.families.recipes import FAMILIES, REAL, base_of
-from lorakit.bench.families.uses import Differs, attached, merged, routed
+from lorakit.bench.families.uses import (
+    Differs,
+    attached,
+    checkpointed,
+    in_four_bits,
+    merged,
+    packed,
+    routed,
+)
 from lorakit.config.bench import ModelsConfig
 from lorakit.errors import ConfigError
 
@@ -56,3 +64,8 @@ def test_a_spoilt_layer_is_noticed(use, monkeypatch):
     monkeypatch.setattr(layer, "forward", noisy)
     with pytest.raises(Differs):
         use(base)
+
+
+@pytest.mark.parametrize("use", [packed, checkpointed, in_four_bits])
+def test_what_is_compared_with_itself_is_the_same(use):
+    use(base_of("llama"))

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.batches import training_batch
-from lorakit.data.encode import Example
+from lorakit.data.samples import Example
 from lorakit.errors import ConfigError, TrainingError
 from lorakit.layers.route import Frame, Route
 from lorakit.training.memory.compiled_blocks import LENGTHS, _CompiledBlock

@@ -13,7 +13,7 @@ from lorakit.attachment.attach import adapter_parameters
 from lorakit.config.methods import LoRAConfig
 from lorakit.data.batches import training_batch
 from lorakit.data.collate import Collator
-from lorakit.data.encode import Example
+from lorakit.data.samples import Example
 from lorakit.training.loss import Loss
 from lorakit.training.sweep.joint_step import MicroBatch, joint_losses
 from tiny_models import build
@@ -49,11 +49,11 @@ def alone(model, batch):
     model.zero_grad()
     inputs = {k: v for k, v in batch.inputs.items() if k != "labels"}
     with lk.route(model, batch.name):
-        outputs = model(**inputs)
-        if batch.loss.task == "generation":
-            loss = loss_of_texts(outputs.logits, batch)
+        logits = model(**inputs).logits
+        if batch.loss.objective is None:
+            loss = loss_of_texts(logits, batch)
         else:
-            loss = batch.loss(outputs, batch.inputs["labels"], num_items_in_batch=batch.items)
+            loss = batch.loss(logits, batch.inputs["labels"], num_items_in_batch=batch.items)
         loss.backward()
     return loss.detach(), gradients(model, batch.name)
 

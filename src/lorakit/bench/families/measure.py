@@ -48,7 +48,7 @@ def measure_models(settings: ModelsConfig) -> Findings:
         ConfigError: there is no such family.
         MissingExtraError: PEFT or bitsandbytes is not installed.
     """
-    names = settings.families or (*FAMILIES, *REAL)
+    names = settings.families or FAMILIES
     unknown = [name for name in names if name not in (*FAMILIES, *REAL)]
     if unknown:
         known = (*FAMILIES, *REAL)
@@ -56,7 +56,8 @@ def measure_models(settings: ModelsConfig) -> Findings:
             f"families names {', '.join(unknown)}, for which there is no tiny model"
             f"{did_you_mean(unknown[0], known) or '.'} There are {', '.join(known)}"
         )
-    reasons, rows, slowest = _Reasons(), [], ("", 0.0)
+    reasons, slowest = _Reasons(), ("", 0.0)
+    rows: list[dict[str, str]] = []
     for name in names:
         started = time.monotonic()
         base = base_of(name)

@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lorakit.models.image_processor import ImageProcessor
 from lorakit.models.load import load_model
 
-Kind = Literal["decoder", "classifier", "encoder-decoder", "images"]
-"""What a model takes and gives: texts continued, texts or images classified, texts answered."""
+Kind = Literal["decoder", "classifier", "images"]
+"""What a model does: continue texts, classify texts, or classify images."""
 
 WORDS = tuple(f"w{number}" for number in range(60))
 """The vocabulary beside the special tokens."""
@@ -50,18 +51,6 @@ _EXPERTS = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
-_STACKS = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": None,
-}
-_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 _IMAGES = {"image_size": 8, "patch_size": 4}
 _LATENT = {
     **_EXPERTS,
@@ -113,10 +102,6 @@ _CLASSIFIERS: dict[str, dict[str, Any]] = {
     "deberta-v2": _RELATIVE,
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
 }
-_ENCODER_DECODERS: dict[str, dict[str, Any]] = {
-    "t5": {**_T5, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"},
-    **dict.fromkeys(("bart", "pegasus"), _STACKS),
-}
 _OF_IMAGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("vit", "dinov2", "beit"), _IMAGES),
     "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32},
@@ -124,7 +109,6 @@ _OF_IMAGES: dict[str, dict[str, Any]] = {
 _BY_KIND: Mapping[Kind, dict[str, dict[str, Any]]] = {
     "decoder": _DECODERS,
     "classifier": _CLASSIFIERS,
-    "encoder-decoder": _ENCODER_DECODERS,
     "images": _OF_IMAGES,
 }
 _KINDS: dict[str, Kind] = {name: kind for kind, names in _BY_KIND.items() for name in names}
@@ -135,7 +119,7 @@ REAL: Mapping[str, Kind] = {"smollm2": "decoder", "minilm": "classifier"}
 """The packaged models."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TriedBase:
     """A base model of one family, and what it takes."""
 
@@ -143,13 +127,13 @@ class TriedBase:
     kind: Kind
     model: PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    losses: list[float] = field(default_factory=list)
-    """Those of a run with padded rows that keeps all activations, once there was one."""
+    """For images, their processor."""
 
     @property
     def task(self) -> str:
         """What `lorakit train` calls what it does."""
-        return "generation" if self.kind in ("decoder", "encoder-decoder") else "classification"
+        words = {"classifier": "classification", "images": "image-classification"}
+        return words.get(self.kind, "generation")
 
     def inputs(self, rows: int) -> dict[str, Tensor]:
         """A batch of rows of equal lengths, the same each time."""
@@ -160,10 +144,7 @@ class TriedBase:
             return {"pixel_values": torch.randn(shape, generator=generator)}
         shape = (rows, LENGTH)
         ids = torch.randint(len(_SPECIAL), _SIZES["vocab_size"], shape, generator=generator)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if self.kind == "encoder-decoder":
-            batch["decoder_input_ids"] = ids[:, :4]
-        return batch
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def base_of(name: str) -> TriedBase:
@@ -174,18 +155,19 @@ def base_of(name: str) -> TriedBase:
     """
     if name in REAL:
         kind = REAL[name]
-        labels = {"labels": CLASSES, "task": "classification"} if kind == "classifier" else {}
+        how: dict[str, Any] = {"labels": CLASSES, "task": "classification"}
         torch.manual_seed(0)
-        model, tokenizer = load_model(name, **labels)
+        model, tokenizer = load_model(name, **(how if kind == "classifier" else {}))
         return TriedBase(name=name, kind=kind, model=model, tokenizer=tokenizer)
     kind = _KINDS[name]
-    return TriedBase(name=name, kind=kind, model=_tiny(name, kind), tokenizer=_tokenizer())
+    model = _tiny(name, kind)
+    processor = _tokenizer() if kind != "images" else _image_processor(model.config.image_size)
+    return TriedBase(name=name, kind=kind, model=model, tokenizer=processor)
 
 
 _AUTO: Mapping[Kind, Any] = {
     "decoder": transformers.AutoModelForCausalLM,
     "classifier": transformers.AutoModelForSequenceClassification,
-    "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
     "images": transformers.AutoModelForImageClassification,
 }
 
@@ -217,11 +199,19 @@ def _dropouts(config: Any) -> Iterator[str]:
             yield name
 
 
+def _image_processor(size: int) -> PreTrainedTokenizerBase:
+    # Imported late: it needs Pillow.
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    return ImageProcessor(ViTImageProcessorPil(size={"height": size, "width": size}))
+
+
 def _tokenizer() -> PreTrainedTokenizerBase:
     vocabulary = {word: number for number, word in enumerate((*_SPECIAL, *WORDS))}
-    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokens: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast
+    made: PreTrainedTokenizerBase = make(
         tokenizer_object=tokens,
         pad_token="<pad>",
         bos_token="<s>",
@@ -229,3 +219,4 @@ def _tokenizer() -> PreTrainedTokenizerBase:
         unk_token="<unk>",
         model_max_length=64,
     )
+    return made

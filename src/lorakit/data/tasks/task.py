@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.file_formats import RawRow
-from lorakit.data.row_types import ClassificationRow, PromptRow, Row, Rows, RowType, references_of
+from lorakit.data.row_types import LabelledRow, PromptRow, Row, Rows, RowType, references_of
 from lorakit.data.sources import HUB, read_raw_rows
 from lorakit.errors import DataError
 
@@ -148,8 +148,8 @@ def _by_prompt(rows: Iterable[Row]) -> list[Row]:
 
 
 def reference_of(row: Row) -> Any:
-    """The texts that answers to a row are compared with, or its label."""
-    return row.label if isinstance(row, ClassificationRow) else list(references_of(row))
+    """The texts that answers to a row are compared with, or its label or labels."""
+    return row.reference if isinstance(row, LabelledRow) else list(references_of(row))
 
 
 def with_references(prompt: str, references: Iterable[Any]) -> PromptRow:

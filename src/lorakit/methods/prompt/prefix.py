@@ -77,7 +77,8 @@ def input_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
     name = family_name(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TargetError(
-            f"{name} has an encoder and a decoder, and virtual tokens are for models of one stack"
+            f"{name} has an encoder and a decoder: transformers' generate calls the encoder by"
+            " itself, past the model's own call, which is where virtual tokens are put into rows"
         )
     getter = getattr(model, "get_input_embeddings", None)
     embedding = getter() if getter is not None else None

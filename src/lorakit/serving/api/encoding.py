@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
-from lorakit.models.load import is_multi_label
 from lorakit.serving.api.answering import finished
 from lorakit.serving.api.asking import Answering, check_ids
 from lorakit.serving.api.bodies import (
@@ -74,11 +73,7 @@ class Encoding:
         """The classes of texts, and their probabilities."""
         chosen, rows, asked = await self._rows(body, http, "classes")
         head = _head_of(chosen)
-        multi_label = is_multi_label(self._engine.model) and not chosen.use.adapters
-        data = [
-            {"index": index} | _classified(row, head, multi_label=multi_label)
-            for index, row in enumerate(rows)
-        ]
+        data = [{"index": index} | _classified(row, head) for index, row in enumerate(rows)]
         return JSONResponse(_head(chosen, "classify", asked) | {"data": data})
 
     async def _rows(
@@ -199,13 +194,13 @@ def _head_of(chosen: Chosen) -> Head:
     return head
 
 
-def _classified(logits: Tensor, head: Head, *, multi_label: bool) -> dict[str, Any]:
+def _classified(logits: Tensor, head: Head) -> dict[str, Any]:
     """What a head says of one input."""
     if head.task == "regression":
         return {"label": None, "value": float(logits[0]), "probs": [], "num_classes": 1}
     # Beside rows with more classes, the rest is minus infinity.
     own = logits[: len(head.labels)] if head.labels else logits[logits > float("-inf")]
-    probabilities = own.sigmoid() if multi_label else own.softmax(-1)
+    probabilities = own.sigmoid() if head.task == "multi-label" else own.softmax(-1)
     labels = head.labels or [f"LABEL_{number}" for number in range(len(own))]
     return {
         "label": labels[int(own.argmax())],

@@ -124,7 +124,7 @@ def _config(
     config: TrainConfig, settings: Mapping[str, Any], problems: list[str]
 ) -> TrainConfig | None:
     """A trial's settings with the sweep's folder; None, and added problems, if they are wrong."""
-    values = {**config.model_dump(), "sweep": None}
+    values = {**config.model_dump(), "sweep": None, "ray": None}
     for key, value in settings.items():
         section, dot, name = key.rpartition(".")
         if key != "name":

@@ -65,7 +65,7 @@ def joint_losses(
     inputs = _joined(batches, pad_id=pad_id)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     names = [batch.name for batch in batches for _ in range(batch.rows)]
-    losses = _losses_of_texts if batches[0].loss.task == "generation" else _losses
+    losses = _losses_of_texts if batches[0].loss.objective is None else _losses
     # The backward pass is inside too: gradient checkpointing runs layers again there.
     choice = names if len(batches) > 1 else batches[0].name
     with route(model, choice), attention_within(model, _packed_sequences(batches)):
@@ -76,19 +76,20 @@ def joint_losses(
 
 def _joined(batches: Sequence[MicroBatch], *, pad_id: int) -> dict[str, Tensor]:
     """The inputs of all rows, padded on the right to the longest, without labels."""
-    length = max(batch.length for batch in batches)
     special = {"labels", PACKED}
     joined = {}
     for key in dict.fromkeys(
         key for batch in batches for key in batch.inputs if key not in special
     ):
-        fill = pad_id if key == "input_ids" else 0
+        fill = pad_id if key.endswith("input_ids") else 0
         parts = [
             # Rows without token types are of type 0.
             batch.inputs.get(key, torch.zeros_like(batch.inputs["input_ids"]))
             for batch in batches
         ]
-        joined[key] = torch.cat([F.pad(p, (0, length - p.shape[1]), value=fill) for p in parts])
+        # The decoder of an encoder-decoder reads rows of another length.
+        longest = max(p.shape[1] for p in parts)
+        joined[key] = torch.cat([F.pad(p, (0, longest - p.shape[1]), value=fill) for p in parts])
     return joined
 
 
@@ -102,7 +103,7 @@ def _losses_of_texts(
     model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum of the losses, and the loss of each batch."""
-    length = inputs["input_ids"].shape[1]
+    length = max(batch.inputs["labels"].shape[1] for batch in batches)
     labels = [F.pad(b.inputs["labels"], (0, length - b.length), value=IGNORED) for b in batches]
     weights = [item_weight(own, batch.items) for own, batch in zip(labels, batches, strict=True)]
     total, losses = text_losses(
@@ -128,11 +129,13 @@ def _of_rows(values: Sequence[float], batches: Sequence[MicroBatch]) -> float | 
 def _losses(
     model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same for classification and regression, where each row has one label."""
-    logits = model(**inputs).logits
+    """The same for rows with labels."""
+    objective = batches[0].loss.objective
+    assert objective is not None
+    outputs = objective.outputs(model, inputs)
     losses = [
-        batch.loss({"logits": own}, batch.inputs["labels"].to(logits.device), batch.items)
-        for batch, own in zip(batches, logits.split([b.rows for b in batches]), strict=True)
+        batch.loss(own, batch.inputs["labels"].to(outputs.device), batch.items)
+        for batch, own in zip(batches, outputs.split([b.rows for b in batches]), strict=True)
     ]
     return torch.stack(losses).sum(), [loss.detach() for loss in losses]
 

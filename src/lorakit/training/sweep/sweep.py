@@ -8,21 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.config.train import TrainConfig
 from lorakit.data.batches import pad_token
-from lorakit.errors import LorakitError, TrainingError
+from lorakit.errors import ConfigError, LorakitError, TrainingError
 from lorakit.training.checkpoints import list_checkpoints
 from lorakit.training.checks import Interruption
+from lorakit.training.cluster import check_cluster, connected, run_tasks
 from lorakit.training.loaded_base import LoadedBase, borrowed, settled
 from lorakit.training.prepare import Prepared, for_each, prepare_all
 from lorakit.training.processes import check_alone
 from lorakit.training.record import SharedBar
 from lorakit.training.resume import settings_to_resume
-from lorakit.training.run import Run, TrainResult, check_config, execute, while_training
+from lorakit.training.run import Run, TrainResult, check_config, execute, train, while_training
 from lorakit.training.run_folder import check_free, locked
 from lorakit.training.sweep.coroutine_thread import CoroutineThread
 from lorakit.training.sweep.grid import Trial, trials_of
@@ -34,8 +36,11 @@ from lorakit.training.sweep.report import (
     write_figures,
     write_table_and_plot,
 )
+from lorakit.training.trackers import check_trackers
 
 TrialThread = CoroutineThread[MicroBatch, Tensor, TrainResult]
+Record = Callable[[str, TrainResult | None, BaseException | None], None]
+"""What is done with a trial's result, or its error, when it ends."""
 
 
 def sweep(
@@ -80,6 +85,11 @@ def sweep(
     """
     check_alone("a sweep")
     check_config(config)
+    check_trackers(config.report_to, together=config.ray is None)
+    if config.ray is not None:
+        if model is not None:
+            raise ConfigError("ray trains elsewhere, where `model` of the settings is loaded")
+        check_cluster(config.ray)
     with locked(config.out), borrowed(config, model, tokenizer) as base:
         config = settled(config, base)
         return _sweep(config, base, progress=progress, table=table)
@@ -97,11 +107,14 @@ def _sweep(
     started = time.perf_counter()
     results = {trial.name: TrialResult(trial, finished.get(trial.name)) for trial in trials}
 
-    def record(name: str, ended: TrialThread) -> None:
-        results[name] = TrialResult(results[name].trial, ended.result, ended.error)
+    def record(name: str, trained: TrainResult | None, error: BaseException | None) -> None:
+        results[name] = TrialResult(results[name].trial, trained, error)
         write_figures(_result(config, results, started))
 
-    if runs:
+    if runs and config.ray is not None:
+        del runs
+        _train_on_cluster(left, config, record, progress=progress)
+    elif runs:
         _train(runs, record, progress=progress)
     result = _result(config, results, started)
     write_figures(result)
@@ -190,9 +203,40 @@ def _runs(trials: Mapping[str, Trial], base: LoadedBase | None) -> list[Run]:
     return list(for_each(trials, run).values())
 
 
-def _train(
-    runs: Sequence[Run], record: Callable[[str, TrialThread], None], *, progress: bool
+def _train_on_cluster(
+    trials: Mapping[str, Trial], config: TrainConfig, record: Record, *, progress: bool
 ) -> None:
+    """Train each trial as a task of a cluster, alone, and call `record` for each that has ended.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; each run that had begun has saved a checkpoint.
+    """
+    assert config.ray is not None
+    tasks = {name: partial(train, _alone(trial)) for name, trial in trials.items()}
+    how: dict[str, Any] = {
+        "title": f"training {len(tasks)} adapters",
+        "unit": "trial",
+        "show": progress,
+    }
+    try:
+        with connected(config.ray):
+            for name, trained, error in run_tasks(tasks, cpus=config.ray_cpus, **how):
+                record(name, trained, error)
+                if isinstance(error, KeyboardInterrupt):
+                    raise error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted, and each trial that had begun has a checkpoint: give --resume to go on"
+        ) from None
+
+
+def _alone(trial: Trial) -> TrainConfig:
+    """The settings by which a trial is a run of its own, in the sweep's folder."""
+    resumes = _checkpoint(trial) is not None
+    return trial.config.model_copy(update={"resume": resumes, "overwrite": not resumes})
+
+
+def _train(runs: Sequence[Run], record: Record, *, progress: bool) -> None:
     """Train all runs to their ends, and call `record` for each that has ended.
 
     Raises:
@@ -236,14 +280,14 @@ def _trial(
 def _take_turns(
     threads: Mapping[str, TrialThread],
     runs: Sequence[Run],
-    record: Callable[[str, TrialThread], None],
+    record: Record,
 ) -> None:
     """Let each trial run until it submits a batch, do a joint step with all batches, and repeat."""
 
     def advance(name: str, loss: Tensor | None = None) -> MicroBatch | None:
         batch = threads[name].advance(loss)
         if batch is None:
-            record(name, threads[name])
+            record(name, threads[name].result, threads[name].error)
         return batch
 
     waiting = [batch for name in threads if (batch := advance(name)) is not None]

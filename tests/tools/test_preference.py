@@ -1,0 +1,19 @@
+"""The losses of preferences are those of TRL's trainers, with the same A and B in PEFT."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.test_trainers import run
+
+pytestmark = pytest.mark.thorough
+
+
+def test_losses_are_those_of_trl(tiny_llama, tmp_path):
+    program = Path(__file__).parent / "preference.py"
+    told = run("trl", program, tiny_llama, tmp_path, cwd=tmp_path)
+    found = json.loads(told.splitlines()[-1])
+    assert sorted(found) == ["cpo", "dpo", "ipo", "simpo"]
+    for form, (ours, theirs) in found.items():
+        assert ours == pytest.approx(theirs, abs=1e-5), form

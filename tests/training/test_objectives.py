@@ -1,0 +1,100 @@
+"""Tasks with labels, from settings to a file that PEFT loads with the same outputs."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import lorakit as lk
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+ANIMALS = ("cat", "dog", "bird", "fish")
+WORDS = ("red", "green", "big", "small", *ANIMALS)
+
+
+def tagged(words):
+    return {"words": words, "tags": ["B-ANIMAL" if each in ANIMALS else "O" for each in words]}
+
+
+def of_classes(words):
+    return {"text": " ".join(words), "labels": [one for one in ("cat", "dog") if one in words]}
+
+
+def question(words):
+    context = " ".join([*words, "cat"])
+    return {"question": "big cat", "context": context, "answers": ["cat"]}
+
+
+def pair(words):
+    other = words[::-1] if words[0] in ANIMALS else ["red"]
+    label = float(words[0] in ANIMALS)
+    return {"text": " ".join(words), "text_pair": " ".join(other), "label": label}
+
+
+ROWS = {
+    "token-classification": tagged,
+    "multi-label": of_classes,
+    "question-answering": question,
+    "embedding": pair,
+}
+LABELS = {
+    "token-classification": "tags",
+    "multi-label": "labels",
+    "question-answering": "answers",
+    "embedding": "label",
+}
+SCORES = {
+    "token-classification": ["loss", "accuracy", "precision", "recall", "f1"],
+    "multi-label": ["loss", "f1_micro", "f1_macro", "accuracy"],
+    "question-answering": ["loss", "exact_match", "f1"],
+    "embedding": ["loss", "spearman", "pearson"],
+}
+
+
+def trained(task, model, folder, *, steps):
+    draw = random.Random(0)
+    rows = [ROWS[task](draw.choices(WORDS, k=draw.randint(2, 5))) for _ in range(32)]
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = lk.DataConfig(train=str(file), validation=str(file))
+    lora = lk.LoRAConfig(rank=4, targets=("q", "v"))
+    how = {"steps": steps, "warmup_steps": 0, "learning_rate": 2e-2, "dtype": "float32"}
+    how |= {"task": task, "model": str(model), "out": folder / "out", "data": data, "lora": lora}
+    return lk.train(lk.TrainConfig(**how))
+
+
+LONGER = ("multi-label", "embedding")
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param(t, marks=pytest.mark.thorough if t in LONGER else ()) for t in ROWS]
+)
+def test_a_task_is_learnt_saved_and_scored_again(task, tiny_bert, tmp_path):
+    result = trained(task, tiny_bert, tmp_path, steps=12)
+    assert result.last_loss < result.first_loss
+    outputs = tmp_path / "outputs.jsonl"
+    data = lk.DataConfig(validation=str(tmp_path / "rows.jsonl"))
+    # In batches as those of the run: others have other negatives.
+    again = lk.evaluate(adapter=result.out, data=data, outputs=outputs, batch_size=32)
+    assert list(again) == SCORES[task]
+    assert again == pytest.approx(result.scores, abs=1e-5)
+    first = json.loads(outputs.read_text().splitlines()[0])
+    row = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
+    assert first["references"] == row[LABELS[task]]
+    assert_same_in_peft(result.out)
+
+
+def assert_same_in_peft(folder):
+    """PEFT's own load of the folder gives the same logits."""
+    from peft import PeftModel
+
+    adapter = lk.Adapter.load(folder)
+    (model, _), (plain, _) = adapter.load_base(), adapter.load_base()
+    lk.attach(model, adapter)
+    ids = torch.tensor([[5, 11, 6, 12]])
+    with torch.no_grad():
+        ours = model(input_ids=ids)[0]
+        theirs = PeftModel.from_pretrained(plain, folder)(input_ids=ids)[0]
+    torch.testing.assert_close(ours, theirs)
