@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.test_trainers import run
+from tools.environments import run
 
 pytestmark = pytest.mark.thorough
 

@@ -98,7 +98,7 @@ class ColumnTable:
             DataError: a needed or named column is not there; says which are.
         """
         columns = self.columns
-        first = (OBJECTIVES[task].kind,) if task in OBJECTIVES else ()
+        first = () if task is None or task not in OBJECTIVES else (OBJECTIVES[task].kind,)
         every = tuple(dict.fromkeys((*first, *_NEEDED)))
         kinds = every if data.format == "auto" else (data.format,)
         lacking = {kind: self._lacking(kind, columns, answered=answered) for kind in kinds}

@@ -7,7 +7,7 @@ needs for what they start; a recorded one is one launch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ class _RecordedStep:
     ) -> None:
         self._decoder, self._slots, self._states = decoder, slots, states
         self._rows, self._record = rows, record
-        make = {"dtype": torch.long, "device": decoder.model.device}
+        make: dict[str, Any] = {"dtype": torch.long, "device": decoder.model.device}
         self._ids, self._positions = torch.zeros(rows, 1, **make), torch.zeros(rows, 1, **make)
         self._mask = torch.zeros(rows, states.columns, **make)
         self._column = torch.zeros(1, **make)

@@ -257,7 +257,7 @@ def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, .
     if config.task != "auto" and not has_classes(task_of_base(config.task)):
         return None
     if config.fresh_head:
-        return config.data.labels
+        return None if config.data.labels is None else tuple(config.data.labels)
     if base is None:
         own = own_classes(config.model, None if config.task == "auto" else config.task)
         return head_classes(config.data.labels, own, whose=config.model)

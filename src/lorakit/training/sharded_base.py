@@ -77,7 +77,9 @@ def shard_base(model: PreTrainedModel) -> None:
             "transformers can checkpoint: leave it out"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = DeviceMesh.from_group(dist.group.WORLD, device)
+    every = dist.group.WORLD
+    assert every is not None, "processes are a group by now"
+    mesh = DeviceMesh.from_group(every, device)
     # A single number has no rows to divide.
     divided = {each for _, each in base_parameters(model) if each.dim()}
     whole = set(model.parameters()) - divided

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import (
+from transformers.integrations.integration_utils import (
     MLflowCallback,
     TensorBoardCallback,
     TrackioCallback,

@@ -140,8 +140,9 @@ class TriedBase:
         generator = torch.Generator().manual_seed(0)
         config = self.model.config
         if self.kind == "images":
-            shape = (rows, config.num_channels, config.image_size, config.image_size)
-            return {"pixel_values": torch.randn(shape, generator=generator)}
+            size = config.image_size
+            pixels = torch.randn(rows, config.num_channels, size, size, generator=generator)
+            return {"pixel_values": pixels}
         shape = (rows, LENGTH)
         ids = torch.randint(len(_SPECIAL), _SIZES["vocab_size"], shape, generator=generator)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.config.rows import RowField
 from lorakit.data.fields import FieldMap, as_text
 from lorakit.data.labels import class_name
 from lorakit.data.metrics.basic import accuracy, matthews
 from lorakit.data.objectives.objective import LabelEncoding, Names, Objective, Values
 from lorakit.data.problems import UnusableRowError
-from lorakit.data.row_types import ClassificationRow, Row
+from lorakit.data.row_types import ClassificationRow, Row, RowType
 from lorakit.data.samples import Draft, Example
 
 
@@ -21,9 +22,9 @@ class Classification(Objective):
     """Rows of a text, or a pair, and the name of its class; the loss is cross-entropy."""
 
     task = "classification"
-    kind = "classification"
-    needed = ("text", "label")
-    optional = ("text_pair",)
+    kind: ClassVar[RowType] = "classification"
+    needed: ClassVar[tuple[RowField, ...]] = ("text", "label")
+    optional: ClassVar[tuple[RowField, ...]] = ("text_pair",)
     best_by = "accuracy"
 
     def label(self, value: Any, known: Names) -> str | float:
