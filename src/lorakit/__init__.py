@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorakit.config.train import TrainConfig as TrainConfig
     from lorakit.data.metrics.score import score as score
     from lorakit.errors import LorakitError as LorakitError
+    from lorakit.estimating.estimate import estimate as estimate
     from lorakit.merging.merge import merge as merge
     from lorakit.merging.merge import unmerge as unmerge
     from lorakit.merging.merged import merged as merged
@@ -66,6 +67,7 @@ _HOMES = {
     "config.train": ("DataConfig", "TrainConfig"),
     "data.metrics.score": ("score",),
     "errors": ("LorakitError", "errors"),
+    "estimating.estimate": ("estimate",),
     "merging.merge": ("merge", "unmerge"),
     "merging.merged": ("merged",),
     "merging.report": ("MergeReport",),

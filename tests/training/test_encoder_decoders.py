@@ -82,7 +82,7 @@ def loss_of(model, tokenizer, rows):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.thorough)])
 def test_a_run_learns_and_its_folder_is_the_same_to_everyone(family, bases, rows, tmp_path):
     from peft import PeftModel
 

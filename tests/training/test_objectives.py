@@ -65,7 +65,12 @@ def trained(task, model, folder, *, steps):
     return lk.train(lk.TrainConfig(**how))
 
 
-@pytest.mark.parametrize("task", ROWS)
+LONGER = ("multi-label", "embedding")
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param(t, marks=pytest.mark.thorough if t in LONGER else ()) for t in ROWS]
+)
 def test_a_task_is_learnt_saved_and_scored_again(task, tiny_bert, tmp_path):
     result = trained(task, tiny_bert, tmp_path, steps=12)
     assert result.last_loss < result.first_loss

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from transformers import TrainerCallback
@@ -14,7 +14,7 @@ from lorakit.training import trackers
 class StandIn(TrainerCallback):
     """A tracker that keeps what it gets."""
 
-    got: ClassVar[list] = []
+    got: ClassVar[list[Any]] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         assert json.loads(args.to_json_string()) == args.to_dict()
@@ -30,7 +30,7 @@ class StandIn(TrainerCallback):
 class Broken(TrainerCallback):
     """A tracker that fails at its first figures."""
 
-    tried: ClassVar[list] = []
+    tried: ClassVar[list[Any]] = []
 
     def on_log(self, args, state, control, **kwargs):
         self.tried.append(state.global_step)

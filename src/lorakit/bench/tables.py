@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakit.bench.result import OURS
 
-PAGES = (Path("docs/benchmarks.md"), Path("docs/methods.md"), Path("docs/models.md"))
+PAGES = tuple(Path(f"docs/{name}.md") for name in ("benchmarks", "methods", "models", "estimate"))
 """The pages of this repository, from its root."""
 RESULTS = Path("benchmarks/results")
 """The folder of the results."""

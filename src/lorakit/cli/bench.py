@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.bench.estimate import measure_estimates
 from lorakit.bench.families.measure import measure_models
 from lorakit.bench.latency import measure_latency
 from lorakit.bench.load import measure_load
@@ -35,6 +36,7 @@ class Bench:
 
 
 SECOND_WORDS: dict[str, Verb] = {
+    "estimate": Bench("estimate", measure_estimates),
     "latency": Bench("latency", measure_latency),
     "load": Bench("load", measure_load),
     "methods": Bench("methods", measure_methods),

@@ -35,6 +35,10 @@ VERBS = {
         meaning="Train an adapter on your model and your data.",
         settings="config.train:TrainConfig",
     ),
+    "estimate": Entry(
+        meaning="Say what a run needs before it starts: memory, disk, FLOPs and time.",
+        settings="config.estimate:EstimateConfig",
+    ),
     "evaluate": Entry(
         meaning="Score a model, with or without an adapter, on held-out rows.",
         settings="config.answering:EvaluateConfig",
@@ -106,6 +110,10 @@ VERBS = {
     "paper verify": Entry(
         meaning="Score the outputs of results again, and name what differs.",
         settings="paper.settings:PaperVerifyConfig",
+    ),
+    "bench estimate": Entry(
+        meaning="Compare estimates of memory with what training takes.",
+        settings="config.bench:EstimateBenchConfig",
     ),
     "bench latency": Entry(
         meaning="Time a forward pass with each method: Table 1 of the paper.",

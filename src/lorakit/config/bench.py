@@ -89,6 +89,16 @@ class LatencyConfig(Measured):
         return self
 
 
+class EstimateBenchConfig(Measured):
+    """The runs whose estimates are compared with what they take; each has a base of its own."""
+
+    steps: PositiveInt = 2
+    """Optimizer steps of each run; from the second on memory is the same."""
+
+    only: Names = ()
+    """Runs that have one of these words in their names. Empty: all."""
+
+
 class LoadConfig(BenchConfig):
     """The numbers of adapters that are already loaded."""
 

@@ -20,14 +20,16 @@ PACKED = "packed_sequences"
 class Collator:
     """Turns examples into one batch, padded or joined."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, packing: Packing = PLAIN) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, packing: Packing = PLAIN) -> None:
+        """Pad with the tokenizer's token; without one, with token 0."""
         self._packing = packing
         self._tokenizer = tokenizer
-        self._pad_id = pad_token(tokenizer)
+        self._pad_id = 0 if tokenizer is None else pad_token(tokenizer)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The batch, labels included; the packing says in what form."""
         if examples[0].image is not None:
+            assert self._tokenizer is not None, "an image processor says what images become"
             return image_batch(examples, self._tokenizer)
         if examples[0].rejected is not None:
             return preference_batch(examples, pad_id=self._pad_id, multiple=self._packing.multiple)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.kernels.packed_sequences import PackedSequences, Vectors
+from lorakit.kernels.stand_in import kind_of_device, seeded
 from lorakit.upstream.private_names import softmax_gradient
 
 LONGEST_IN_HALF_PRECISION, LONGEST = 512, 128
@@ -58,7 +59,7 @@ def packed_attention(
     """
     most = LONGEST_IN_HALF_PRECISION if q.dtype.itemsize == 2 else LONGEST
     plain = rule.softcap is None and rule.sinks is None
-    if plain and (q.is_cuda or packed.longest > most):
+    if plain and (kind_of_device(q) == "cuda" or packed.longest > most):
         return fused_attention(q, k, v, packed, rule)
     seed = int(torch.randint(2**62, ())) if rule.dropout else 0
     return MatmulAttention.apply(q, k, v, packed, rule, seed)
@@ -133,7 +134,7 @@ def matmul_attention(
     """Attention within each packed sequence by batched matmuls; the seed determines the dropout."""
     tables = [_table(x) for x in (q, k, v)]
     out = _output_table(tables[0], v.shape[-1], packed)
-    generator = torch.Generator(q.device).manual_seed(seed)
+    generator = seeded(q.device, seed)
     for step in _group_matmuls(tables, (q.shape[1], k.shape[1]), packed, rule):
         probabilities, _ = step.probabilities()
         if rule.dropout:
@@ -159,7 +160,7 @@ def matmul_gradients(
     tables = [_table(x) for x in (q, k, v)]
     output_gradient = gradient.reshape(-1, v.shape[-1])
     found = [_output_table(table, table.shape[-1], packed) for table in tables]
-    generator = torch.Generator(q.device).manual_seed(seed)
+    generator = seeded(q.device, seed)
     for step in _group_matmuls(tables, (q.shape[1], k.shape[1]), packed, rule):
         of_q, of_k, of_v = step.gradients(step.queries.gather_or_zero(output_gradient), generator)
         step.queries.scatter(of_q, found[0])
@@ -204,7 +205,7 @@ class _GroupMatmuls:
         return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1].contiguous(), tanh
 
     def gradients(
-        self, output_gradient: Tensor, generator: torch.Generator
+        self, output_gradient: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of q, k and v, given the gradient of the output."""
         probabilities, tanh = self.probabilities()
@@ -232,7 +233,7 @@ def _output_table(table: Tensor, width: int, packed: PackedSequences) -> Tensor:
     return table.new_empty(shape) if covered else table.new_zeros(shape)
 
 
-def _dropout_factors(like: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+def _dropout_factors(like: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
     """The factors of dropout; a generator in the same state gives the same ones."""
     return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from lorakit.kernels import liger
 from lorakit.kernels.choice import KernelChoice
 from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
+from lorakit.kernels.stand_in import kind_of_device
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 """Size of a chunk's logits, by the kind of device. Each chunk reads the head's weight twice, and a
@@ -134,7 +135,7 @@ def _like(losses: Tensor, value: PerToken) -> PerToken:
 def _chunk_tokens(logits: Tensor, targets: Tensor, chunk_tokens: int | None) -> int:
     """The number of tokens of each row in a chunk."""
     if chunk_tokens is None:
-        room = CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES["cpu"])
+        room = CHUNK_BYTES.get(kind_of_device(logits), CHUNK_BYTES["cpu"])
         chunk_tokens = room // (logits.shape[-1] * logits.element_size())
     return max(1, chunk_tokens // max(1, targets.shape[:-1].numel()))
 
@@ -306,7 +307,7 @@ def _losses_in_liger(
 
 def _blocks(output: Tensor, element_size: int) -> Iterator[slice]:
     """Yield groups of rows that have `_BLOCK_BYTES` in the loss's precision."""
-    room = _BLOCK_BYTES.get(output.device.type, _BLOCK_BYTES["cpu"])
+    room = _BLOCK_BYTES.get(kind_of_device(output), _BLOCK_BYTES["cpu"])
     size = max(1, room // (element_size * output.shape[1]))
     for start in range(0, output.shape[0], size):
         yield slice(start, min(start + size, output.shape[0]))
@@ -344,7 +345,7 @@ def _losses_in_torch(
         x.scatter_add_(-1, target, -weight * share)
         if not transform.is_none:
             x.mul_(derivative)
-        x[none] = 0.0
+        x.masked_fill_(none[:, None], 0.0)
     return loss[:, 0].masked_fill(none, 0.0), x if wants_gradient else None
 
 

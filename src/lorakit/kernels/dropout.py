@@ -12,6 +12,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from lorakit.kernels.stand_in import seeded
+
 _STEPS = 2**16
 """An element is kept or dropped by 16 random bits, so a probability is a multiple of 1/65536."""
 
@@ -44,7 +46,7 @@ class Dropout:
     def mask(self, tokens: int, width: int, device: torch.device) -> UInt8[Tensor, "tokens width"]:
         """1 for each element that is kept, and 0 for the others."""
         size = tokens * width
-        generator = torch.Generator(device).manual_seed(self.seed)
+        generator = seeded(device, self.seed)
         # One draw of 64 bits serves four elements, which is four times as fast as `F.dropout`.
         draws = torch.empty(-(-size // 4), dtype=torch.int64, device=device)
         bits = draws.random_(-(2**63), None, generator=generator).view(torch.int16)

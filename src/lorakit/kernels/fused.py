@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.kernels import choice
 from lorakit.kernels.dropout import Dropout
+from lorakit.kernels.stand_in import kind_of_device
 from lorakit.upstream.private_names import functorch_is_active, is_traced, is_view
 
 _PIECE = 256
@@ -97,7 +98,7 @@ def available(x: Tensor, *, training: bool) -> bool:
         and not is_traced()
         and (training or torch.is_grad_enabled())
         and choice.fast()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.is_autocast_enabled(kind_of_device(x))
         and not functorch_is_active()
     )
 
@@ -159,7 +160,7 @@ class _Schedule(NamedTuple):
         uses = tuple(each.use for each in factors)
         widest = functools.reduce(torch.promote_types, (each.a.dtype for each in factors))
         copies = x.dtype != widest or any(use.dropout for use in uses)
-        size = _PIECE if copies and x.device.type == "cpu" else max(1, x.shape[:-1].numel())
+        size = _PIECE if copies and kind_of_device(x) == "cpu" else max(1, x.shape[:-1].numel())
         return _Schedule(uses, _pieces(tuple(spans), len(uses), size), widest)
 
     def masks(self, width: int, device: torch.device) -> list[Tensor | None]:

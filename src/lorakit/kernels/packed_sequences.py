@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lorakit.kernels.stand_in import with_values
+
 LARGEST_LENGTH_RATIO = 1.3
 """The longest sequence of a group has at most so many times the tokens of the shortest.
 
@@ -86,6 +88,7 @@ class Group:
     """Packed sequences of similar length, which one batched matmul computes."""
 
     def __init__(self, spans: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self._device, device = device, with_values(device)
         starts, lengths = torch.tensor(spans, device=device).T[:, :, None]
         self.count = len(spans)
         longest = max(length for _, length in spans)
@@ -110,7 +113,7 @@ class Group:
         """
         key = (heads, share, places)
         if key not in self._made:
-            self._made[key] = Vectors.of(self, heads, share, places)
+            self._made[key] = Vectors.of(self, heads, share, places).on(self._device)
         return self._made[key]
 
     def mask(
@@ -130,7 +133,7 @@ class Group:
         if key not in self._made:
             seen = self._seen(causal, window)
             zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            mask = zeros.masked_fill_(~seen, float("-inf"))[:, None]
+            mask = zeros.masked_fill_(~seen, float("-inf"))[:, None].to(self._device)
             self._made[key] = None if bool(seen.all()) else mask
         return self._made[key]
 
@@ -173,6 +176,11 @@ class Vectors:
             beyond=(~real).nonzero()[:, 0],
             shape=(heads * group.count, share * group.longest),
         )
+
+    def on(self, device: torch.device) -> Vectors:
+        """The same positions on a device."""
+        tensors = (each.to(device) for each in (self.source, self.target, self.beyond))
+        return Vectors(*tensors, shape=self.shape)
 
     def gather(self, table: Float[Tensor, "rows d"]) -> Float[Tensor, "matmuls vectors d"]:
         """The vectors; beyond a sequence's end, those of its last token."""

@@ -93,7 +93,7 @@ def load_model(
         model._lorakit_file = asked
     reads_images = TASKS[task].reads_images
     if not reads_images:
-        _give_padding_token(tokenizer, asked)
+        give_padding_token(tokenizer, asked)
         _check_vocabulary(model, tokenizer, asked)
     if task != "generation" and not reads_images:
         # A decoder scores the last token that is not padding, which it looks up by this id.
@@ -120,9 +120,9 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
     """
     # Without a word about remote code transformers would ask at the terminal.
     safe: dict[str, Any] = {"trust_remote_code": False}
-    with _quiet():
-        source = _source(asked)
-        with _explained(asked, source, task):
+    with quiet():
+        source = source_of(asked)
+        with explained(asked, source, task):
             tokenizer: Any
             if TASKS[task].reads_images:
                 own = transformers.AutoImageProcessor.from_pretrained(source, **safe)
@@ -230,9 +230,9 @@ def config_of(name: str | os.PathLike[str]) -> transformers.PreTrainedConfig:
         ModelError: the model cannot be found, or its config not be read.
     """
     asked = os.fspath(name)
-    with _quiet():
-        source = _source(asked)
-        with _explained(asked, source, "any task"):
+    with quiet():
+        source = source_of(asked)
+        with explained(asked, source, "any task"):
             config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(
                 source, trust_remote_code=False
             )
@@ -270,7 +270,7 @@ def _check_arguments(
         raise ModelError.listing("the model cannot be loaded in this way", problems)
 
 
-def _source(name: str) -> str:
+def source_of(name: str) -> str:
     """The folder or hub id that transformers is to load.
 
     Raises:
@@ -405,7 +405,7 @@ def _check_vocabulary(
         )
 
 
-def _give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: str) -> None:
+def give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: str) -> None:
     """Pad with the end-of-text token where the tokenizer has no padding token."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -416,7 +416,7 @@ def _give_padding_token(tokenizer: transformers.PreTrainedTokenizerBase, name: s
 
 
 @contextlib.contextmanager
-def _explained(name: str, source: str, task: str) -> Iterator[None]:
+def explained(name: str, source: str, task: str) -> Iterator[None]:
     """Turn any error that transformers raises about a model into a ModelError."""
     try:
         yield
@@ -433,7 +433,7 @@ def _explained(name: str, source: str, task: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' load report and bars; `_check_complete` raises what it reports."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -37,6 +37,9 @@ def logit_transform(base: nn.Module, head: nn.Module, *, rows: int) -> LogitTran
         head: its output head.
         rows: rows of the probe's batch; a route in use fixes how many a batch must have.
     """
+    if next(base.parameters()).is_meta:
+        # Without values nothing can be probed, and what is computed takes as much memory.
+        return IDENTITY
     if base not in _FOUND:
         _FOUND[base] = _probed(base, head, rows)
     return _FOUND[base]

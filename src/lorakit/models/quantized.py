@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import MissingExtraError, ModelError
@@ -96,11 +96,39 @@ def quantize(model: nn.Module, how: Quantization) -> None:
             f"{type(model).__name__} has nothing to quantise: no Linear or Conv1D beside its heads"
         )
     original = identify(model, skip=task_heads(model))
+    _replace(model, chosen, how)
+    model._lorakit_original = original  # type: ignore[assignment]
+
+
+def quantize_without_weights(model: nn.Module, how: Quantization) -> None:
+    """Give a model on the meta device the layers that `quantize` would make, without weights too.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    check_library()
+    _replace(model, dict(_quantizable(model)), how)
+
+
+def _replace(model: nn.Module, chosen: Mapping[str, nn.Module], how: Quantization) -> None:
     with quiet_library():
         from lorakit.models.quantized_layers import quantized_layer
     for path, layer in chosen.items():
         model.set_submodule(path, quantized_layer(layer, how.bits, how.double, how.dtype))
-    model._lorakit_original = original  # type: ignore[assignment]
+
+
+def base_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield all that a base holds in memory: parameters, buffers, scales of quantised weights."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for _, layer in base_modules(model):
+        if is_quantized(layer):
+            weight: Any = layer.weight
+            state = getattr(weight, "quant_state", None)
+            nested = getattr(state, "state2", None)
+            scales = [getattr(each, "absmax", None) for each in (state, nested)]
+            found = (*scales, getattr(weight, "SCB", None))
+            yield from (each for each in found if each is not None)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from lorakit.paper.job import Job
 from lorakit.paper.settings import PaperRunConfig
@@ -38,8 +39,8 @@ def run_on_cluster(
         )
         for chain in chains.values()
     }
-    how = {"title": "cells", "unit": "run", "show": progress}
-    errors = []
+    how: dict[str, Any] = {"title": "cells", "unit": "run", "show": progress}
+    errors: list[BaseException] = []
     try:
         with connected(settings.ray):
             ended = run_tasks(tasks, cpus=settings.threads or 1, **how)

@@ -15,7 +15,7 @@ from lorakit.bench.result import threads
 from lorakit.config.train import TrainConfig
 from lorakit.errors import TrainingError
 from lorakit.paper.check import Data, check, notes
-from lorakit.paper.estimate import seconds_of
+from lorakit.paper.durations import seconds_of
 from lorakit.paper.job import Job, jobs_of
 from lorakit.paper.joint import groups, train_together
 from lorakit.paper.on_cluster import run_on_cluster

@@ -66,9 +66,10 @@ def connected(address: str) -> Iterator[None]:
         quiet["include_dashboard"] = False
     try:
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise ConfigError(f"Ray does not connect to {address}: {reason}") from None
+    # Ray raises plain Exceptions too, such as for a machine that is too busy to start it.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ConfigError(f"Ray does not connect to {address}: {reason}") from error
     try:
         yield
     finally:

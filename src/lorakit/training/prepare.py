@@ -147,7 +147,7 @@ def prepare_all(
             "the task preference is for models that read prompt and answer in one piece, and the "
             "base is an encoder-decoder"
         )
-    packing = _packing(model, task, first)
+    packing = packing_of(model, task, first)
     check_memory(model, first)
     plans = for_each(
         configs,
@@ -206,7 +206,8 @@ def _model_of(
     )
 
 
-def _packing(model: PreTrainedModel, task: str, config: TrainConfig) -> Packing:
+def packing_of(model: PreTrainedModel, task: str, config: TrainConfig) -> Packing:
+    """How the rows of a run become batches."""
     # Joined rows need attention within packed sequences, which plain torch does not have.
     setting = "off" if config.kernels == "plain" else config.packing
     if config.compile and torch.cuda.is_available() and setting == "auto":

@@ -39,6 +39,9 @@ FUSED_ATTENTIONS = frozenset(
 )
 """The operations that scaled_dot_product_attention becomes where it is one kernel."""
 
+CPU_ATTENTION_GRADIENT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+"""The operation that computes the gradients of fused attention on a CPU."""
+
 COMPILED_WRAPPER = "_orig_mod"
 """The attribute in which torch.compile's wrapper holds a model."""
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
@@ -160,6 +163,15 @@ def reshaped_result(x: Tensor, shape: list[int]) -> Tensor:
 def softmax_gradient(gradient: Tensor, probabilities: Tensor) -> Tensor:
     """The gradient of the scores, given the softmax over the last dimension and its gradient."""
     return torch.ops.aten._softmax_backward_data(gradient, probabilities, -1, gradient.dtype)
+
+
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    """Attention as the one kernel that a CPU has for it, also where there are no values."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out: Tensor = attend(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[0]
+    return out
 
 
 def own_parameters(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:

@@ -33,7 +33,8 @@ class _Entry:
         flag = self.flag
         typed = f"--[no-]{flag.name[2:]}" if flag.is_boolean else f"{flag.name} {flag.kind}"
         fallback = "required" if flag.field.is_required() else f"default: {_word(self.default)}"
-        return f"  {typed}  ({fallback})\n{_wrapped(flag.field.description or '', indent=6)}\n"
+        first = _between_choices(f"{typed}  ({fallback})")
+        return f"{first}\n{_wrapped(flag.field.description or '', indent=6)}\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +163,20 @@ def _wrapped(text: str, *, indent: int) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def _between_choices(line: str) -> str:
+    """A flag's line; one that is too wide goes on below, after one of its choices."""
+    spaced = textwrap.fill(
+        # The default stays in one piece.
+        line.replace("|", "| ").replace("default: ", "default:\N{NO-BREAK SPACE}"),
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent=" " * 4,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return spaced.replace("| ", "|").replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _word(value: Any) -> str:

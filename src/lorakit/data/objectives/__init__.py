@@ -32,7 +32,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
 """The objective of each task with labels. A task that is not among them is generation."""
 
 BY_KIND: Mapping[RowType, Objective] = MappingProxyType(
-    {each.kind: each for each in reversed(OBJECTIVES.values())}
+    {each.kind: each for each in reversed(list(OBJECTIVES.values()))}
 )
 """The objective that rows of a type have, where no task is asked for."""
 

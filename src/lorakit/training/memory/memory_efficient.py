@@ -17,10 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.kernels.norms_and_gates import GateActivation, gated, rms_norm
+from lorakit.kernels.stand_in import kind_of_device, with_values
 from lorakit.layers.class_swap import SwappedModule, swap_back, swapped_class
 from lorakit.models.base import base_modules
 from lorakit.models.quantized_weight import float_weight
-from lorakit.upstream.private_names import has_hooks, own_buffers, own_modules, own_parameters
+from lorakit.upstream.private_names import (
+    has_hooks,
+    own_buffers,
+    own_modules,
+    own_parameters,
+    twin_of,
+)
 
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
@@ -69,7 +76,7 @@ def _records(x: Tensor) -> bool:
 
 def _is_special(x: Tensor) -> bool:
     """Whether something else than these lines decides precisions or keeps activations."""
-    return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled(kind_of_device(x))
 
 
 @contextmanager
@@ -117,7 +124,6 @@ def _looks_like_norm(module: nn.Module) -> bool:
         and weight is not None
         and weight.dim() == 1
         and not weight.requires_grad
-        and not weight.is_meta
         and isinstance(getattr(module, "variance_epsilon", None), float)
     )
 
@@ -125,8 +131,19 @@ def _looks_like_norm(module: nn.Module) -> bool:
 def _is_rms_norm(module: nn.Module) -> bool:
     """Whether a module is the norm of `rms_norm`, by a probe with its own weight."""
     weight, eps = cast(Tensor, module.weight), cast(float, module.variance_epsilon)
+    if weight.is_meta:
+        # Any weight tells what the module computes with it.
+        values = torch.linspace(0.5, 1.5, len(weight), dtype=weight.dtype)
+        module, weight = _with_weight(module, values), values
     x = _sample(len(weight), weight)
     return _agree(module.forward, lambda x: rms_norm(x, weight, eps), x)
+
+
+def _with_weight(module: nn.Module, values: Tensor) -> nn.Module:
+    """A twin of a module that has another weight."""
+    twin = twin_of(module)
+    vars(twin)["_parameters"] = {"weight": nn.Parameter(values, requires_grad=False)}
+    return twin
 
 
 def _activation_of(module: nn.Module) -> GateActivation | None:
@@ -159,9 +176,10 @@ def _reversed(x: Tensor) -> Tensor:
 
 def _sample(width: int, like: Tensor) -> Tensor:
     """Tokens of usual and of small sizes."""
+    device = with_values(like.device)
     scales = torch.tensor([[4.0], [1.0], [0.01]])
     tokens = torch.linspace(-1, 1, 3 * width).reshape(3, width).roll(width // 3, dims=-1) * scales
-    return tokens.to(like.device, like.dtype).requires_grad_()
+    return tokens.to(device, like.dtype).requires_grad_()
 
 
 def _agree(own: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], x: Tensor) -> bool:

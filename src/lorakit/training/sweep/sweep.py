@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -212,7 +213,11 @@ def _train_on_cluster(
     """
     assert config.ray is not None
     tasks = {name: partial(train, _alone(trial)) for name, trial in trials.items()}
-    how = {"title": f"training {len(tasks)} adapters", "unit": "trial", "show": progress}
+    how: dict[str, Any] = {
+        "title": f"training {len(tasks)} adapters",
+        "unit": "trial",
+        "show": progress,
+    }
     try:
         with connected(config.ray):
             for name, trained, error in run_tasks(tasks, cpus=config.ray_cpus, **how):

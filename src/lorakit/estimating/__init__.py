@@ -1,0 +1,1 @@
+"""What a run or a server needs, before anything is loaded: memory, disk, FLOPs and time."""
