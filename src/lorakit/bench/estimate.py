@@ -123,14 +123,8 @@ def _row(run: MeasuredRun, settings: EstimateBenchConfig) -> dict[str, Any]:
 
 def estimated(run: MeasuredRun) -> Estimate:
     """The estimate of a run."""
-    config = EstimateConfig(
-        model=run.base,
-        row_tokens=run.tokens,
-        batch_size=run.rows,
-        dtype=run.dtype,  # type: ignore[arg-type]
-        task=run.task,  # type: ignore[arg-type]
-        **run.settings,
-    )
+    settings: dict[str, Any] = {"dtype": run.dtype, "task": run.task, **run.settings}
+    config = EstimateConfig(model=run.base, row_tokens=run.tokens, batch_size=run.rows, **settings)
     if run.base not in RANDOM:
         return estimate(config)
     shape = build_without_weights(random_config(run.base), dtype=run.dtype)
@@ -208,15 +202,12 @@ def _train(
 ) -> Watch:
     """Train as `lorakit train` does, on rows that are all as long as they may be."""
     data = _rows(run, run.rows * steps, folder.with_suffix(".jsonl"))
-    config = TrainConfig(
-        model=run.base,
-        out=folder,
-        data={"train": str(data), "max_length": run.tokens},  # type: ignore[arg-type]
-        batch_size=run.rows,
-        steps=steps,
-        allow_untrained=True,
+    settings: dict[str, Any] = {
+        "data": {"train": str(data), "max_length": run.tokens},
+        "allow_untrained": True,
         **run.settings,
-    )
+    }
+    config = TrainConfig(model=run.base, out=folder, batch_size=run.rows, steps=steps, **settings)
     base = LoadedBase(model=model, tokenizer=tokenizer)
     config_of_base = settled(config, base)
     watch = Watch()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BeforeValidator, Field
 
@@ -80,7 +80,7 @@ class EstimateConfig(TrainConfig):
         *map(_without_first, TrainConfig.topics[1:]),
     )
 
-    out: Invocation[AnyPath] = "out"  # type: ignore[assignment]
+    out: Invocation[AnyPath] = cast(Any, "out")
     """Folder of the run, which is not touched."""
 
     row_tokens: Invocation[PositiveInt | None] = None

@@ -152,11 +152,11 @@ def fused_attention(*, causal: bool | None = None) -> Iterator[None]:
         return _attention(q, *args, **options)
 
     # Not by a mode of torch, which is off in the recomputations of a backward pass.
-    F.scaled_dot_product_attention = attend
+    vars(F)[own.__name__] = attend
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = own
+        vars(F)[own.__name__] = own
 
 
 def _is_fused(q: Tensor, *, dropout_p: float = 0.0, **_: Any) -> bool:

@@ -161,7 +161,7 @@ class Estimator:
             seconds=seconds,
             device=device,
             processes=config.processes,
-            notes=(*notes, *_not_counted(config), *why_not, known_from),
+            notes=(*notes, *_not_counted(config, device), *why_not, known_from),
         )
 
     def _work(self, config: EstimateConfig) -> Workload:
@@ -260,9 +260,11 @@ def _served(
         return {}, [str(error)]
 
 
-def _not_counted(config: EstimateConfig) -> list[str]:
+def _not_counted(config: EstimateConfig, device: DeviceKind) -> list[str]:
     """What the figures leave out, in words."""
     notes = []
+    if device == "cpu":
+        notes.append("on a CPU runs have taken 1.1 to 1.4 times as much: see docs/estimate.md")
     if config.compile:
         notes.append("compile is not counted: memory and time are of blocks that are not compiled")
     if config.offload:

@@ -184,7 +184,7 @@ class _Step:
             with attention_within(self.model, packed):
                 loss = self._loss(batch)
                 counter.kind = "temporary"
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
         for each in self.trained:
             if each.grad is None:
                 each.grad = torch.zeros_like(each)

@@ -179,8 +179,8 @@ class Vectors:
 
     def on(self, device: torch.device) -> Vectors:
         """The same positions on a device."""
-        tensors = (each.to(device) for each in (self.source, self.target, self.beyond))
-        return Vectors(*tensors, shape=self.shape)
+        source, target, beyond = (x.to(device) for x in (self.source, self.target, self.beyond))
+        return Vectors(source, target, beyond, self.shape)
 
     def gather(self, table: Float[Tensor, "rows d"]) -> Float[Tensor, "matmuls vectors d"]:
         """The vectors; beyond a sequence's end, those of its last token."""

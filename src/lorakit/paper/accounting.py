@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import GPT2Config
 
@@ -68,14 +68,9 @@ def step_flops(method: Literal["full", "lora"], memory: Literal["fast", "low"]) 
         method: full fine-tuning, or LoRA of rank 4 on W_q and W_v.
         memory: low computes blocks again, as whoever trains 175 billion parameters does.
     """
+    settings: dict[str, Any] = {"lora": {"rank": 4, "targets": ("q", "v")}, "memory": memory}
     config = TrainConfig(
-        model="gpt3",
-        out="out",
-        method=(method,),
-        lora={"rank": 4, "targets": ("q", "v")},  # type: ignore[arg-type]
-        dtype="float16",
-        batch_size=1,
-        memory=memory,
+        model="gpt3", out="out", method=(method,), dtype="float16", batch_size=1, **settings
     )
     shape = GPT2Config(
         n_embd=WIDTH, n_head=HEADS, n_layer=FEW_BLOCKS, vocab_size=FEW_WORDS, n_positions=FEW_TOKENS
