@@ -119,7 +119,7 @@ def serving(config: LlamaConfig, device: str, rows: int, new: int) -> Rows:
         catalog.load_all()
         names = [f"adapter-{row % ADAPTERS}" for row in range(rows)]
         for compiles in ("off", "wait") if device == "cuda" else ("off",):
-            limits = Limits(slots=rows, prefix_bytes=0, compile=compiles)  # type: ignore[arg-type]
+            limits = Limits(slots=rows, prefix_bytes=0, compile=compiles)
             engine = Engine(model, limits, note=print)
             engine.warm_up([(catalog.held(name).updates, 1.0)] for name in catalog.adapters)
             engine.start()

@@ -287,7 +287,7 @@ def main() -> None:
         return
     conditions, until = begin(arguments.out), time.perf_counter() + BUDGET_S
     most = ceiling(256 if arguments.tiny else SIDE)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, work in (TINY if arguments.tiny else WORK).items():
         if work.in_4_bits and find_spec("bitsandbytes") is None:
             print(f"{name}: left out, bitsandbytes is not installed")

@@ -40,7 +40,7 @@ def in_peft(family, start, settings, folder):
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=draws)
+                parameter.add_(torch.randn(parameter.shape, generator=draws), alpha=0.1)
     theirs.save_pretrained(str(folder))
     return base, inputs, outputs(theirs, inputs)
 

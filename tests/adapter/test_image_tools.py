@@ -176,7 +176,8 @@ class SDXL(nn.Module):
 
 def test_kohyas_file_with_stabilitys_names_answers_the_same(tmp_path):
     base, generator = SDXL().eval(), torch.Generator().manual_seed(2)
-    plain, tensors = copy.deepcopy(base), {}
+    plain = copy.deepcopy(base)
+    tensors: dict[str, torch.Tensor] = {}
     names = {
         "down_blocks.0.resnets.0.conv1": "lora_unet_input_blocks_1_0_in_layers_2",
         "down_blocks.0.attentions.0.proj_in": "lora_unet_input_blocks_1_1_proj_in",

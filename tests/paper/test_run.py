@@ -7,7 +7,7 @@ import pytest
 
 import lorakit as lk
 from lorakit.errors import TrainingError
-from lorakit.paper import check, estimate, run
+from lorakit.paper import check, durations, run
 
 
 def states(told):
@@ -228,8 +228,8 @@ def test_a_task_can_start_from_the_adapter_of_another_s_run(
 
 
 def test_a_dry_run_says_how_long_each_run_takes(paper, data, tiny_bert, monkeypatch):
-    speed = estimate.Speed(trained=2.0, read=4.0, written=1.0)
-    monkeypatch.setattr(estimate, "SPEEDS", {str(tiny_bert): speed})
+    speed = durations.Speed(trained=2.0, read=4.0, written=1.0)
+    monkeypatch.setattr(durations, "SPEEDS", {str(tiny_bert): speed})
     (one,) = paper("run", "table9.lora", "--tasks", "cola", "--seeds", "0", "--dry-run")[1]["runs"]
     lines = (data / "cola" / "train.jsonl").read_text().splitlines()
     lengths = [len(json.loads(line)["sentence"]) / 4 for line in lines]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.integrations import sdpa_attention
 
-from lorakit.serving import kv_slots, row_windows
+from lorakit.serving import kv_slots
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.engine import Engine
 from lorakit.serving.kv_slots import KeyValueSlots
@@ -52,13 +53,13 @@ def test_groups_are_rows_that_follow_each_other_and_need_as_much():
 @torch.no_grad()
 def test_a_step_by_groups_has_the_logits_of_each_row_alone(family, short_windows, monkeypatch):
     seen = []
-    whole = row_windows.sdpa_attention_forward
+    whole = sdpa_attention.sdpa_attention_forward
 
     def watched(module, query, key, *args, **kwargs):
         seen.append((query.shape[0], key.shape[2]))
         return whole(module, query, key, *args, **kwargs)
 
-    monkeypatch.setattr(row_windows, "sdpa_attention_forward", watched)
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", watched)
     groups = [ColumnGroup(0, 2, 4), ColumnGroup(2, 3, 12), ColumnGroup(3, 4, 4)]
     found, alone = stepped(build(family), UNLIKE, groups)
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
@@ -76,13 +77,13 @@ def test_a_model_that_has_its_own_attention_reads_all_columns(short_windows):
 def test_a_model_that_differs_by_groups_keeps_its_attention(monkeypatch):
     model = build("llama")
     before = model.config._attn_implementation
-    whole = row_windows.sdpa_attention_forward
+    whole = sdpa_attention.sdpa_attention_forward
 
     def wrong(module, query, key, value, mask, **kwargs):
         part, weights = whole(module, query, key, value, mask, **kwargs)
         return part * (1 if key.shape[2] > 2 else 2), weights
 
-    monkeypatch.setattr(row_windows, "sdpa_attention_forward", wrong)
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", wrong)
     decoder = Decoder(model)
     decoder.prove()
     assert model.config._attn_implementation == before == "sdpa"

@@ -232,7 +232,7 @@ def _tiny() -> MeasuredRun:
 
 
 def _tiny_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=49_152, num_hidden_layers=1, **sizes)
     tokenizer = load_tokenizer("smollm2")
     return transformers.AutoModelForCausalLM.from_config(config).eval(), tokenizer

@@ -136,8 +136,9 @@ def largest_block_bytes(model: nn.Module) -> int:
     """The base's weights in the largest block of a stack, else all of them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    return max((_frozen_bytes(block) for block in blocks or [model]), default=0)
+    kind = GradientCheckpointingLayer
+    blocks: list[nn.Module] = [m for m in model.modules() if isinstance(m, kind)]
+    return max(map(_frozen_bytes, blocks or [model]))
 
 
 def _frozen_bytes(module: nn.Module) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations import sdpa_attention
 from transformers.masking_utils import sdpa_mask
 
 from lorakit.serving import kv_slots
@@ -93,14 +93,16 @@ def _attention(
     """What transformers calls; shapes and arguments are those of `sdpa_attention_forward`."""
     groups = _groups.get()
     if not groups or attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return sdpa_attention.sdpa_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
     # A row's distances are in its columns, so an addition to the scores has columns too.
     bias = kwargs.pop("position_bias", None)
     parts = []
     for group in groups:
         rows, last = slice(group.start, group.stop), slice(-group.columns, None)
         own = None if bias is None else bias[..., last]
-        part, _ = sdpa_attention_forward(
+        part, _ = sdpa_attention.sdpa_attention_forward(
             module,
             query[rows],
             key[rows, :, last],

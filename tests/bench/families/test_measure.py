@@ -7,6 +7,7 @@ from lorakit.bench.families import measure
 from lorakit.bench.families.measure import CHECKED, measure_models
 from lorakit.bench.families.recipes import FAMILIES, REAL, base_of
 from lorakit.bench.families.uses import (
+    USES,
     Differs,
     attached,
     checkpointed,
@@ -34,7 +35,7 @@ def test_a_classifier_writes_no_text_and_the_rest_works():
     findings = measure_models(ModelsConfig(families=("bert",)))
     (row,) = findings.tables["models"]
     assert {use for use, cell in row.items() if cell == "no (1)"} == {"generate"}
-    assert {cell for use, cell in row.items() if use in measure.USES} == {CHECKED, "no (1)"}
+    assert {cell for use, cell in row.items() if use in USES} == {CHECKED, "no (1)"}
     assert "writes no text" in findings.tables["reasons"][0]["reason"]
 
 
