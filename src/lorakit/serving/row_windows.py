@@ -91,6 +91,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls; shapes and arguments are those of `sdpa_attention_forward`."""
+    whole = sdpa_attention.sdpa_attention_forward
     groups = _groups.get()
     if not groups or attention_mask is None:
         return sdpa_attention.sdpa_attention_forward(
@@ -102,7 +103,7 @@ def _attention(
     for group in groups:
         rows, last = slice(group.start, group.stop), slice(-group.columns, None)
         own = None if bias is None else bias[..., last]
-        part, _ = sdpa_attention.sdpa_attention_forward(
+        part, _ = whole(
             module,
             query[rows],
             key[rows, :, last],
