@@ -87,7 +87,7 @@ def _goals(
     yield Goal(
         what="families",
         got=float(len(rows)),
-        limit=FEWEST_FAMILIES,
+        limit=float(FEWEST_FAMILIES),
         unit="",
         at_least=True,
     )
