@@ -175,8 +175,9 @@ def test_settings_that_fit_are_found_and_say_what_they_cost():
     assert first.changes == {"batch_size": 4, "accumulate": 2}
     assert first.costs == ("more passes of fewer rows; the same gradients",)
     assert math.isclose(first.times_flops, 1, rel_tol=0.01)
+    smallest = config_for(batch_size=1, memory="low", dtype="bfloat16", quantize="8bit")
     with pytest.raises(lk.errors.ConfigError, match=r"nothing fits into 1e-06 GB: the least is"):
-        fitting(given, 1000, estimate=of_shape)
+        fitting(smallest, 1000, estimate=of_shape)
 
 
 def test_what_cannot_be_estimated_is_one_message(tmp_path, capsys):

@@ -27,7 +27,7 @@ def run(settings: EstimateConfig) -> Result:
     return Result(text="\n".join(_lines(made)), data=made.to_json())
 
 
-def size(size_bytes: float) -> str:
+def size(size_bytes: int) -> str:
     """A size with three digits, in the unit that suits it."""
     for unit, of in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size_bytes >= of:
