@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+import lorakit
 from lorakit.cli.main import main
 from lorakit.cli.verbs import VERBS, Entry, Result
 from lorakit.config.base import Settings
@@ -278,13 +279,14 @@ def test_unknown_verb_names_the_nearest_or_all(capsys):
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: lorakit has no verb 'trian'; did you mean 'train'?\n"
     assert main(["xyz"]) == 2
-    assert "its verbs are demo, train, evaluate" in capsys.readouterr().err
+    assert "its verbs are demo, train, estimate" in capsys.readouterr().err
 
 
-def test_version_is_that_of_the_project_file(capsys):
-    number = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["version"]
+def test_version_is_that_of_the_package(capsys):
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "lorakit.__version__"}
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"lorakit {number}\n"
+    assert capsys.readouterr().out == f"lorakit {lorakit.__version__}\n"
 
 
 def test_words_come_from_the_process_when_none_are_given(monkeypatch, capsys):
@@ -326,6 +328,7 @@ def test_no_place_for_stdout_ends_in_a_trace():
 
 LIGHT = """
 import sys
+import lorakit
 from lorakit.cli.main import main
 from lorakit.cli.verbs import VERBS
 heavy = {"pydantic", "yaml", "torch", "transformers", "numpy"}
@@ -350,22 +353,24 @@ def test_project_file_names_this_entry_point():
 
 
 def test_the_verb_of_two_words_needs_both(capsys):
-    asked = "one of latency, load, methods, mixed, models, serve, soak, switch, sweep, train"
+    asked = (
+        "one of estimate, latency, load, methods, mixed, models, serve, soak, switch, sweep, train"
+    )
     for words in (["bench"], ["bench", "--repeats", "3"]):
         assert main(words) == 2
         needs = f"error: lorakit bench needs a second word: {asked}\n"
         assert capsys.readouterr().err == needs
     assert main(["bench", "swich"]) == 2
     assert capsys.readouterr().err == (
-        "error: lorakit bench has no verb 'swich'; it needs one of latency, load, methods, mixed, "
-        "models, serve, soak, switch, sweep, train; did you mean 'switch'?\n"
+        "error: lorakit bench has no verb 'swich'; it needs one of estimate, latency, load, "
+        "methods, mixed, models, serve, soak, switch, sweep, train; did you mean 'switch'?\n"
     )
 
 
 def test_the_verb_of_two_words_has_settings_and_help(capsys):
     assert main(["bench", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "  bench switch   Time switching" in out
+    assert "  bench switch    Time switching" in out
     assert "  train" not in out
     assert main(["bench", "switch", "--help"]) == 0
     assert "usage: lorakit bench switch [CONFIG.yaml]" in capsys.readouterr().out

@@ -56,7 +56,7 @@ VERBS = {
         settings="config.verbs:ChatConfig",
     ),
     "serve": Entry(
-        meaning="Answer over HTTP with one base and many adapters, as OpenAI's API does.",
+        meaning="Serve one base with many adapters, by OpenAI's HTTP API.",
         settings="config.verbs:ServeConfig",
     ),
     "inspect": Entry(
@@ -136,7 +136,7 @@ VERBS = {
         settings="config.bench:ModelsConfig",
     ),
     "bench serve": Entry(
-        meaning="Time a server whose clients use many adapters, beside plain generation.",
+        meaning="Time a server of many clients and adapters, beside generate.",
         settings="config.bench:ServeBenchConfig",
     ),
     "bench soak": Entry(

@@ -85,7 +85,7 @@ def estimate(config: TrainConfig, *, model: PreTrainedModel | None = None) -> Es
         >>> config = lk.TrainConfig(model="minilm", out="out/new", data=data, dtype="float32")
         >>> found = lk.estimate(config)
         >>> found.trained, sorted(found.training)[:2]
-        (36864, ['activations', 'adapter'])
+        (73728, ['activations', 'adapter'])
     """
     return Estimator()(as_estimate_config(config), model=model)
 
