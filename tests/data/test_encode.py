@@ -6,6 +6,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lorakit.config.rows import RowType
 from lorakit.config.train import DataConfig
 from lorakit.data.chat import IGNORED
 from lorakit.data.encode import encode_prompt, encode_rows
@@ -16,7 +17,6 @@ from lorakit.data.row_types import (
     PromptRow,
     Row,
     Rows,
-    RowType,
     TextRow,
 )
 from lorakit.data.samples import Encoded, Example

@@ -11,14 +11,14 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer
 
-from lorakit.config.rows import Format, TaskName
+from lorakit.config.rows import Format, RowType, TaskName
 from lorakit.config.train import DataConfig
 from lorakit.data.chat import IGNORED
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_rows
 from lorakit.data.metrics.classes import f1_of_sets, scores_of_tags
 from lorakit.data.objectives import OBJECTIVES, task_of_base
-from lorakit.data.row_types import WRITTEN, RowType
+from lorakit.data.row_types import WRITTEN
 from lorakit.data.rows import read_rows
 from lorakit.errors import DataError
 from lorakit.models.tasks import TASKS

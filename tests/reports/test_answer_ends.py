@@ -11,9 +11,10 @@ import lorakit as lk
 from lorakit.answering.answer import generation_settings, text_of
 from lorakit.answering.ends import end_tokens, ends_of_rows
 from lorakit.cli.main import main
+from lorakit.config.rows import RowType
 from lorakit.config.train import DataConfig
 from lorakit.data.encode import encode_rows
-from lorakit.data.row_types import PromptRow, Rows, RowType, TextRow
+from lorakit.data.row_types import PromptRow, Rows, TextRow
 from tiny_tokenizers import build_tokenizer
 
 ASKED = {"capital of France?": "Paris", "two plus two?": "four"}

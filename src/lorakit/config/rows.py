@@ -12,8 +12,7 @@ TaskName = Literal[
     "embedding",
     "image-classification",
 ]
-Format = Literal[
-    "auto",
+RowType = Literal[
     "prompt",
     "messages",
     "text",
@@ -25,6 +24,7 @@ Format = Literal[
     "preference",
     "image-classification",
 ]
+Format = Literal["auto", RowType]
 RowField = Literal[
     "prompt",
     "completion",

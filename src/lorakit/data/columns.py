@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from lorakit.config.rows import RowField
+from lorakit.config.rows import RowField, RowType
 from lorakit.config.train import DataConfig
 from lorakit.data.fields import FieldMap
 from lorakit.data.file_formats import RawRow
 from lorakit.data.objectives import BY_KIND, OBJECTIVES
 from lorakit.data.problems import Problems, UnusableRowError
-from lorakit.data.row_types import RowType
 from lorakit.errors import DataError
 
 R = TypeVar("R")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lorakit.data.row_types import RowType
+from lorakit.config.rows import RowType
 
 _INPUT = {"prompt": "prompt", "preference": "prompt"}
 _OUTPUT = {

@@ -2,22 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
+
+from lorakit.config.rows import RowType
 
 CALLS = ("tool_calls", "function_call")
 """The keys of a message that calls a tool."""
-RowType = Literal[
-    "prompt",
-    "messages",
-    "text",
-    "classification",
-    "multi-label",
-    "token-classification",
-    "question-answering",
-    "embedding",
-    "preference",
-    "image-classification",
-]
 
 WRITTEN: tuple[RowType, ...] = ("messages", "prompt", "text")
 """The types of rows from which a model learns to write texts; others have labels."""

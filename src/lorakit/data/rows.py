@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from lorakit.config.rows import RowType
 from lorakit.config.train import DataConfig
 from lorakit.data.builtin import builtin_task
 from lorakit.data.columns import ColumnTable, Values
@@ -13,7 +14,7 @@ from lorakit.data.nested import rows_within, with_nested
 from lorakit.data.objectives import BY_KIND, OBJECTIVES
 from lorakit.data.objectives.objective import Objective
 from lorakit.data.problems import Problems
-from lorakit.data.row_types import WRITTEN, PromptRow, Rows, RowType, TextRow
+from lorakit.data.row_types import WRITTEN, PromptRow, Rows, TextRow
 from lorakit.data.sources import read_raw_rows
 from lorakit.data.tasks import PREFIX as TASK_PREFIX
 from lorakit.data.tasks import task_of

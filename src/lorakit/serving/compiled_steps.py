@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lorakit.attachment.state import attachment_for
-from lorakit.errors import ModelError
 from lorakit.layers.route import Frame
 from lorakit.serving.compiled_blocks import (
     BlockCompiler,
@@ -23,17 +22,17 @@ from lorakit.serving.compiled_blocks import (
     CompiledBlock,
     Recorded,
 )
-from lorakit.serving.decoder import Decoder, difference
+from lorakit.serving.decoder import Decoder
 from lorakit.serving.held_slots import HeldSlots
 from lorakit.serving.kv_slots import KeyValueSlots, window_for
-from lorakit.serving.steps import OTHERS, Shapes, Steps
+from lorakit.serving.steps import OTHERS, ProvenSteps, Shapes
 
 TURN_S = 5e-5
 """How long the compiler keeps the interpreter from a thread that wants it; Python's own 5 ms would
 be added to each of a step's thousand operations."""
 
 
-class CompiledSteps(Steps):
+class CompiledSteps(ProvenSteps):
     """Computes decode steps in compiled code, and eagerly until there is some for their shapes.
 
     The code is made in a thread of its own, one kind of step after the other, and used once a step
@@ -48,6 +47,9 @@ class CompiledSteps(Steps):
         stop: has it end at once.
     """
 
+    form = "compiled"
+    making = "compiling"
+
     def __init__(
         self,
         decoder: Decoder,
@@ -58,14 +60,13 @@ class CompiledSteps(Steps):
         compile_one: Compile,
         stop: threading.Event,
     ) -> None:
-        super().__init__(decoder, slots, keys_and_values)
-        self._note, self._compile, self._stop = note, compile_one, stop
+        super().__init__(decoder, slots, keys_and_values, note=note)
+        self._compile, self._stop = compile_one, stop
         self._blocks = BlockSteps(decoder.model)
         self._twin = Decoder(cast(PreTrainedModel, self._blocks.model))
         self._code: dict[Shapes, Mapping[str, CompiledBlock]] = {}
         """What is proven."""
         self._unproven: dict[Shapes, Mapping[str, CompiledBlock]] = {}
-        self._refused: dict[Shapes, str] = {}
         self._building: tuple[Shapes, threading.Thread] | None = None
         self._built: Mapping[str, CompiledBlock] | Exception | None = None
 
@@ -79,10 +80,11 @@ class CompiledSteps(Steps):
                 return self._counted(self._refused[shapes], tokens)
             if shapes in self._code:
                 logits = self._run(self._code[shapes], shapes, tokens)
-                self.counts["compiled"] += 1
+                self.counts[self.form] += 1
                 return logits
             return self._toward(shapes, tokens, used)
         except Exception as error:
+            self._code.pop(shapes, None)
             self._refuse(shapes, error)
             return self._counted(self._refused[shapes], tokens)
 
@@ -109,9 +111,9 @@ class CompiledSteps(Steps):
         if shapes in self._unproven:
             return self._proven(shapes, tokens, used)
         if self._building is not None:
-            return self._counted("compiling", tokens)
+            return self._counted(self.making, tokens)
         self._forget_other_layouts(shapes)
-        self.counts["compiling"] += 1
+        self.counts[self.making] += 1
         logits, calls = self._blocks.recorded(partial(self._windowed, shapes, tokens))
         self._start(shapes, calls)
         return logits
@@ -164,20 +166,9 @@ class CompiledSteps(Steps):
             ModelError: they are not.
         """
         code = self._unproven.pop(shapes)
-        found = self._run(code, shapes, tokens)
-        # The same column is written once more.
-        expected = self._counted("compiling", tokens)
-        problem = difference(found[list(used)], expected[list(used)])
-        if problem:
-            raise ModelError(problem)
+        expected = self._compared(self._run(code, shapes, tokens), tokens, used)
         self._code[shapes] = code
         return expected
-
-    def _refuse(self, shapes: Shapes, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        self._code.pop(shapes, None)
-        self._refused[shapes] = reason
-        self._note(f"decode steps of {shapes} are not compiled: {reason}")
 
     @torch.no_grad()
     def warm_up(self) -> None:

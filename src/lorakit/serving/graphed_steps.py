@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import ModelError
-from lorakit.serving.decoder import Decoder, difference
+from lorakit.serving.decoder import Decoder
 from lorakit.serving.held_slots import HeldSlots
 from lorakit.serving.kv_slots import KeyValueSlots
-from lorakit.serving.steps import OTHERS, Shapes, Steps
+from lorakit.serving.steps import OTHERS, ProvenSteps, Shapes
 
 Record: TypeAlias = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Makes of a computation one that is repeated, on what its inputs then hold."""
@@ -44,7 +44,7 @@ def cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return played
 
 
-class GraphedSteps(Steps):
+class GraphedSteps(ProvenSteps):
     """Plays recorded decode steps; eager are those that can't be recorded.
 
     A step of new shapes is recorded, and used from then on if it has the logits of an eager one.
@@ -60,6 +60,9 @@ class GraphedSteps(Steps):
         ModelError: the model's layers see windows, which move on from step to step.
     """
 
+    form = "recorded"
+    making = "recording"
+
     def __init__(
         self,
         decoder: Decoder,
@@ -69,12 +72,11 @@ class GraphedSteps(Steps):
         note: Callable[[str], None],
         record: Record = cuda_graph,
     ) -> None:
-        super().__init__(decoder, slots, keys_and_values)
+        super().__init__(decoder, slots, keys_and_values, note=note)
         if decoder.has_windows:
             raise ModelError("its layers see windows of tokens, which a graph would not move")
-        self._note, self._record = note, record
+        self._record = record
         self._graphs: dict[Shapes, _RecordedStep] = {}
-        self._refused: dict[Shapes, str] = {}
 
     def step(self, tokens: Sequence[int], used: Sequence[int]) -> Tensor:
         """The logits (rows, vocabulary) after one token more of each of the first slots."""
@@ -90,9 +92,10 @@ class GraphedSteps(Steps):
                 return self._proven(shapes, tokens, used)
             logits = self._graphs[shapes].step(tokens)
         except Exception as error:
+            self._graphs.pop(shapes, None)
             self._refuse(shapes, error)
             return self._counted(self._refused[shapes], tokens)
-        self.counts["recorded"] += 1
+        self.counts[self.form] += 1
         return logits
 
     def _proven(self, shapes: Shapes, tokens: Sequence[int], used: Sequence[int]) -> Tensor:
@@ -105,20 +108,9 @@ class GraphedSteps(Steps):
             # Its A and B are no longer those of the slots.
             del self._graphs[other]
         made = _RecordedStep(self._decoder, self._slots, self._states, shapes.rows, self._record)
-        found = made.step(tokens)
-        # The same column is written once more.
-        expected = self._counted("recording", tokens)
-        problem = difference(found[list(used)], expected[list(used)])
-        if problem:
-            raise ModelError(problem)
+        expected = self._compared(made.step(tokens), tokens, used)
         self._graphs[shapes] = made
         return expected
-
-    def _refuse(self, shapes: Shapes, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        self._graphs.pop(shapes, None)
-        self._refused[shapes] = reason
-        self._note(f"decode steps of {shapes} are not recorded: {reason}")
 
 
 class _RecordedStep:

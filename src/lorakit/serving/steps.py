@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from lorakit.serving.decoder import Decoder
+from lorakit.errors import ModelError
+from lorakit.serving.decoder import Decoder, difference
 from lorakit.serving.held_slots import HeldSlots
 from lorakit.serving.kv_slots import KeyValueSlots
 
@@ -75,3 +77,49 @@ class Steps:
     def _padded(self, rows: int) -> int:
         """The rows of a step that is computed for so many: a power of two, or all slots."""
         return min(1 << (rows - 1).bit_length(), self._slots.count)
+
+
+class ProvenSteps(Steps):
+    """Steps in a faster form, which is used for shapes once it has the logits of an eager step.
+
+    Args:
+        decoder: calls the model.
+        slots: A and B of the rows.
+        keys_and_values: of the rows.
+        note: is told what has no such form.
+    """
+
+    form: ClassVar[str]
+    """The word for it, under which steps are counted."""
+    making: ClassVar[str]
+    """The word under which eager steps are counted that lead to it."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        slots: HeldSlots,
+        keys_and_values: KeyValueSlots,
+        *,
+        note: Callable[[str], None],
+    ) -> None:
+        super().__init__(decoder, slots, keys_and_values)
+        self._note = note
+        self._refused: dict[Shapes, str] = {}
+
+    def _compared(self, found: Tensor, tokens: Sequence[int], used: Sequence[int]) -> Tensor:
+        """The logits of an eager step, which writes the same column once more.
+
+        Raises:
+            ModelError: the others are not equal to rounding.
+        """
+        expected = self._counted(self.making, tokens)
+        problem = difference(found[list(used)], expected[list(used)])
+        if problem:
+            raise ModelError(problem)
+        return expected
+
+    def _refuse(self, shapes: Shapes, error: Exception) -> None:
+        """Have steps of these shapes be eager for good."""
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        self._refused[shapes] = reason
+        self._note(f"decode steps of {shapes} are not {self.form}: {reason}")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from lorakit.config.rows import RowType
 from lorakit.data.objectives.classification import Classification
 from lorakit.data.objectives.embedding import Embedding
 from lorakit.data.objectives.image_classification import ImageClassification
@@ -12,7 +13,6 @@ from lorakit.data.objectives.preference import Preference
 from lorakit.data.objectives.question_answering import QuestionAnswering
 from lorakit.data.objectives.regression import Regression
 from lorakit.data.objectives.token_classification import TokenClassification
-from lorakit.data.row_types import RowType
 
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {

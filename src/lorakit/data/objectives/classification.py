@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.config.rows import RowField
+from lorakit.config.rows import RowField, RowType
 from lorakit.data.fields import FieldMap, as_text
 from lorakit.data.labels import class_name
 from lorakit.data.metrics.basic import accuracy, matthews
 from lorakit.data.objectives.objective import LabelEncoding, Names, Objective, Values
 from lorakit.data.problems import UnusableRowError
-from lorakit.data.row_types import ClassificationRow, Row, RowType
+from lorakit.data.row_types import ClassificationRow, Row
 from lorakit.data.samples import Draft, Example
 
 

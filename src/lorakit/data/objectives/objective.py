@@ -10,9 +10,9 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.config.rows import RowField
+from lorakit.config.rows import RowField, RowType
 from lorakit.data.fields import FieldMap
-from lorakit.data.row_types import PromptRow, Row, RowType
+from lorakit.data.row_types import PromptRow, Row
 from lorakit.data.samples import Draft, Example
 
 Values: TypeAlias = Mapping[str, Any]

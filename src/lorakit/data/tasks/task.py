@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.config.rows import RowType
 from lorakit.data.file_formats import RawRow
-from lorakit.data.row_types import LabelledRow, PromptRow, Row, Rows, RowType, references_of
+from lorakit.data.row_types import LabelledRow, PromptRow, Row, Rows, references_of
 from lorakit.data.sources import HUB, read_raw_rows
 from lorakit.errors import DataError
 
