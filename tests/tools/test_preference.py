@@ -13,7 +13,8 @@ pytestmark = pytest.mark.thorough
 def test_losses_are_those_of_trl(tiny_llama, tmp_path):
     program = Path(__file__).parent / "preference.py"
     told = run("trl", program, tiny_llama, tmp_path, cwd=tmp_path)
-    found = json.loads(told.splitlines()[-1])
+    (line,) = [each for each in told.splitlines() if each.startswith("{")]
+    found = json.loads(line)
     assert sorted(found) == ["cpo", "dpo", "ipo", "simpo"]
     for form, (ours, theirs) in found.items():
         assert ours == pytest.approx(theirs, abs=1e-5), form
