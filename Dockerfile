@@ -10,9 +10,9 @@ COPY src src
 RUN pip install --no-cache-dir -c constraints.txt '.[data,gguf,quantized,serve]'
 
 # Whoever runs it: --user "$(id -u):$(id -g)" leaves files that are theirs.
-ENV HOME=/tmp HF_HOME=/work/.huggingface
+ENV HOME=/tmp HF_HOME=/files/.huggingface
 USER nobody
-WORKDIR /work
+WORKDIR /files
 EXPOSE 8000
 ENTRYPOINT ["lorakit"]
 CMD ["--help"]
