@@ -80,14 +80,7 @@ def load_model(
         raise MissingExtraError("reading images", "images")
     asked = os.fspath(name)
     model, tokenizer, info = _read(asked, task, dtype=dtype, **TASKS[task].head_settings(labels))
-    own_heads = task_heads(model) if fresh_head else ()
-    _check_complete(model, info, asked, task, left_out=own_heads)
-    fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
-    fresh |= set(_owners(model, own_heads))
-    model._lorakit_fresh = [path for path, _ in model.named_modules() if path in fresh]
-    if fresh_head:
-        _forget_values(model, own_heads)
-        redraw_fresh_head(model)
+    _check_and_mark_head(model, info, asked, task, fresh_head=fresh_head)
     if asked not in PACKAGES and _gguf_file(Path(asked).expanduser()) is not None:
         # The file goes on; its conversion is only on this machine.
         model._lorakit_file = asked
@@ -104,6 +97,22 @@ def load_model(
             quantize = Quantization.of(quantize, dtype)
         quantize_model(model, quantize)
     return model.eval(), tokenizer
+
+
+def _check_and_mark_head(model: Any, info: Any, asked: str, task: str, *, fresh_head: bool) -> None:
+    """Make sure that all weights were read, and note which modules begin afresh.
+
+    Raises:
+        ModelError: weights are missing that are not of the head.
+    """
+    own_heads = task_heads(model) if fresh_head else ()
+    _check_complete(model, info, asked, task, left_out=own_heads)
+    fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    fresh |= set(_owners(model, own_heads))
+    model._lorakit_fresh = [path for path, _ in model.named_modules() if path in fresh]
+    if fresh_head:
+        _forget_values(model, own_heads)
+        redraw_fresh_head(model)
 
 
 def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, Any]:

@@ -142,11 +142,8 @@ def prepare_all(
         _check_preference(configs)
     first = settled(next(iter(configs.values())), base)
     model, tokenizer = _model_of(base, first, task, labels)
-    if task == "preference" and model.config.is_encoder_decoder:
-        raise ConfigError(
-            "the task preference is for models that read prompt and answer in one piece, and the "
-            "base is an encoder-decoder"
-        )
+    if task == "preference":
+        _check_reads_in_one_piece(model)
     packing = packing_of(model, task, first)
     check_memory(model, first)
     plans = for_each(
@@ -183,6 +180,19 @@ def prepare_all(
         )
         for name, (config, (training, validation)) in runs.items()
     }
+
+
+def _check_reads_in_one_piece(model: PreTrainedModel) -> None:
+    """Make sure that preferences can be learned.
+
+    Raises:
+        ConfigError: the base is an encoder-decoder.
+    """
+    if model.config.is_encoder_decoder:
+        raise ConfigError(
+            "the task preference is for models that read prompt and answer in one piece, and the "
+            "base is an encoder-decoder"
+        )
 
 
 def _model_of(
