@@ -300,9 +300,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         restore_original_weights(model, state)
     for each in list(state.adapters) if name is None else [name]:
         remove(state, each)
-    for number, layer in list(state.layers.items()):
-        if not layer.adapter_bank:
-            restore(state.layers.pop(number))
+    for number in state.idle():
+        restore(state.layers.pop(number))
     kept = (update for each in state.adapters.values() for update in each.updates.values())
     if not any(update.virtual_tokens for update in kept):
         for each in HOOKS:

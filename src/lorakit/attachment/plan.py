@@ -12,7 +12,7 @@ from torch import nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.site import Site
-from lorakit.attachment.match_table import match_table
+from lorakit.attachment.match_table import left_out_lines, match_table
 from lorakit.config.methods import (
     BitFitConfig,
     BottleneckConfig,
@@ -41,7 +41,8 @@ from lorakit.models.families import uncalled_weights
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.paths import is_within, outermost
 from lorakit.models.quantized import card_of_base, quantized_within
-from lorakit.models.roles import never_called, task_heads
+from lorakit.models.roles import ALL_LINEAR, never_called, task_heads
+from lorakit.models.routers import routers
 
 COMPONENTS: Mapping[type[MethodConfig], Callable[[nn.Module, Any], tuple[Component, ...]]] = {
     LoRAConfig: targets.components,
@@ -74,6 +75,8 @@ class Plan:
     """In the order in which their updates are made."""
     configs: tuple[MethodConfig, ...]
     """The settings of the adapter's methods."""
+    routers: tuple[str, ...] = ()
+    """The paths of the routers that `all-linear` leaves out of a fresh adapter."""
 
     def of_kind(self, kind: type[C]) -> tuple[C, ...]:
         """The components of one class."""
@@ -142,7 +145,8 @@ class Plan:
         low_rank = self.of_kind(LowRankComponent)
         others = [each for each in self.components if not isinstance(each, LowRankComponent)]
         table = match_table([*low_rank, *others], full=full)
-        return f"{table}\n{self.parameters:,} parameters are trained"
+        trained = f"{self.parameters:,} parameters are trained"
+        return "\n".join([table, *left_out_lines(self.routers), trained])
 
     def __str__(self) -> str:
         """The match table, with one line for layers that are alike."""
@@ -246,7 +250,10 @@ def fresh_plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) ->
         and (isinstance(each, LowRankComponent) or each.path not in found.copies)
     ]
     _check_apart(found.copies, inside)
-    return found
+    words = {w for each in configs if isinstance(each, LoRAConfig) for w in each.targets}
+    adapted = {site.path for site in found.sites}
+    left_out = routers(model) if ALL_LINEAR in words else ()
+    return replace(found, routers=tuple(path for path in left_out if path not in adapted))
 
 
 def without_effect(model: nn.Module, components: Iterable[Component]) -> Iterator[str]:

@@ -112,6 +112,19 @@ _STACKS = {
 _ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
     **dict.fromkeys(("bart", "mbart", "pegasus", "m2m_100", "marian"), _STACKS),
+    "switch_transformers": {
+        **_T5,
+        "router_jitter_noise": 0.0,
+        "num_experts": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
+    "nllb-moe": {
+        **_STACKS,
+        "num_experts": 2,
+        "encoder_sparse_step": 2,
+        "decoder_sparse_step": 2,
+    },
 }
 _CLASSIFIERS: dict[str, dict[str, Any]] = {
     "bert": {},
