@@ -95,6 +95,9 @@ class AdapterContent:
         total = sum(tensor.numel() for tensor in self.tensors.values())
         for site in self.sites:
             a, b = (self.tensors[f"{site.name}.lora_{end}"].numel() for end in "ab")
+            if site.tied_to is not None:
+                total -= a + b
+                continue
             total -= (a if fixed_a else a * site.frozen // site.rank) + b * site.frozen // site.rank
         return total
 

@@ -215,6 +215,7 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
     beside = {
         "target_parameters": of_experts,
         "lora_bias": _settings(adapter).lora_bias,
+        "ensure_weight_tying": _settings(adapter).ensure_weight_tying,
         "trainable_token_indices": _settings(adapter).trainable_token_indices,
     }
     return config | {key: value for key, value in beside.items() if value}
@@ -251,7 +252,7 @@ def disagreements(
         value, saved = getattr(config, key), expected.get(key)
         if _as_set(value) != _as_set(saved):
             yield f"{CONFIG_FILE}  {key} is {value!r}, but it was saved as {saved!r}"
-    for key in ("use_dora", "lora_bias"):
+    for key in ("use_dora", "lora_bias", "ensure_weight_tying"):
         if getattr(config, key) != expected.get(key, False):
             yield f"{CONFIG_FILE}  {key} is {getattr(config, key)}, but it was saved otherwise"
     tokens = expected.get("trainable_token_indices", {})

@@ -83,6 +83,10 @@ class LoRAConfig(MethodConfig):
     """Train a bias of B as well: the update is scale·(B·A·x + b). For linear layers and
     convolutions; merged only into layers that have a bias."""
 
+    ensure_weight_tying: bool = False
+    """Give all layers that have a target's weight one A and B, and full copies of them one copy: a
+    head has its embedding's, transposed, so that the merged weights are one weight still."""
+
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "eva"] = "kaiming"
     """How A starts; B starts at zero. kaiming: uniform, as the authors' code and PEFT do, so that
     learning rates carry over; gaussian: normal with variance 1/d_in, as the paper's text says;
@@ -114,10 +118,14 @@ class LoRAConfig(MethodConfig):
         given = self.trainable_token_indices
         return given if isinstance(given, dict) else {"embed": given} if given else {}
 
+    @property
+    def copies_named(self) -> bool:
+        """Whether modules to copy in full are named, beside a fresh task head."""
+        return self.modules_to_save not in ((), ("auto",))
+
     @model_validator(mode="after")
     def _check(self) -> LoRAConfig:
-        copies = self.modules_to_save not in ((), ("auto",))
-        beside = copies or self.trainable_token_indices or self.bias != "none"
+        beside = self.copies_named or self.trainable_token_indices or self.bias != "none"
         if not self.targets and not beside:
             raise ValueError(
                 "targets is empty, so no layer would be adapted: name some, such as q,v "
@@ -130,6 +138,9 @@ class LoRAConfig(MethodConfig):
                 raise ValueError(
                     f"trainable_token_indices names some tokens of {module} twice, or none"
                 )
+        if self.ensure_weight_tying and (self.use_dora or self.init in ("pissa", "eva")):
+            with_what = "use_dora" if self.use_dora else f"init {self.init}"
+            raise ValueError(f"ensure_weight_tying can't be combined with {with_what}")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias and use_dora can't be combined: leave one out")
         if self.layers is not None:
