@@ -71,7 +71,9 @@ def test_a_step_moves_both_ends_by_one_gradient():
     # Apart, each end has its part of the gradient.
     for end, other in (("a", "b"), ("b", "a")):
         apart = own[f"{EMBED}.lora_{end}"].grad + own[f"{HEAD}.lora_{other}"].grad.T
-        torch.testing.assert_close(parameters[f"{EMBED}.lora_{end}"].grad, apart, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            parameters[f"{EMBED}.lora_{end}"].grad, apart, rtol=1e-4, atol=1e-3
+        )
     torch.optim.AdamW(parameters.values(), lr=0.1).step()
     tensors = lk.extract(model).tensors
     assert torch.equal(tensors[f"{HEAD}.lora_a"], tensors[f"{EMBED}.lora_b"].T)
