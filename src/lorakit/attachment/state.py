@@ -139,7 +139,8 @@ class Attachment:
     def idle(self) -> list[int]:
         """The numbers of the adapted layers that no adapter needs any more."""
         used = {number for number, layer in self.layers.items() if layer.adapter_bank}
-        used |= {self.layers[number].adapter_experts for number in used} - {None}
+        around = [self.layers[number].adapter_experts for number in used]
+        used |= {number for number in around if number is not None}
         return [number for number in self.layers if number not in used]
 
     def activate(self, name: str | None) -> None:

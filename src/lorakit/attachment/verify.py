@@ -13,7 +13,8 @@ from lorakit.adapter.loralib import UNPROVEN_BIASES
 from lorakit.adapter.site import Site
 from lorakit.adapter.tied_sites import are_equal
 from lorakit.attachment.base_modules import BaseModules
-from lorakit.attachment.plan import Plan, in_order, wanted, with_ties, without_effect
+from lorakit.attachment.copies import with_ties
+from lorakit.attachment.plan import Plan, in_order, wanted, without_effect
 from lorakit.config.methods import FullConfig, LoRAConfig
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.methods.bitfit import TrainedBias, adds_bias, trained_bias

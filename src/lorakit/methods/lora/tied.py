@@ -152,5 +152,10 @@ def tied_sites(sites: Iterable[Site], owners: Mapping[str, str]) -> Iterator[Sit
         if owner is None:
             yield site
         else:
-            same = {"rank": owner.rank, "alpha": owner.alpha, "scale": owner.scale}
-            yield replace(site, tied_to=owner.path, **same)
+            yield replace(
+                site,
+                tied_to=owner.path,
+                rank=owner.rank,
+                alpha=owner.alpha,
+                scale=owner.scale,
+            )
