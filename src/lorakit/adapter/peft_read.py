@@ -277,6 +277,7 @@ def _lora_config(
         rank_pattern={site.path: site.rank for site in sites if site.rank != config.r},
         alpha_pattern={site.path: site.alpha for site in sites if site.alpha != config.lora_alpha},
         use_rslora=config.use_rslora,
+        layer_replication=config.block_order,
         use_dora=config.use_dora,
         lora_bias=config.lora_bias,
         init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",

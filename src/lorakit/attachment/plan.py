@@ -12,6 +12,7 @@ from torch import nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.site import Site
+from lorakit.attachment.block_order import on_blocks_of
 from lorakit.attachment.copies import modules_to_save, with_ties
 from lorakit.attachment.match_table import left_out_lines, match_table
 from lorakit.config.methods import (
@@ -241,7 +242,7 @@ def fresh_plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) ->
         TargetError: a name in the settings matches nothing, or a layer twice; or the model lacks
             what a method needs.
     """
-    configs = as_configs(what)
+    configs = on_blocks_of(model, as_configs(what))
     found = in_order(wanted(model, configs), configs)
     _check_float(model, found.copies)
     if twice := list(clashes(found.components)):

@@ -13,6 +13,7 @@ from lorakit.adapter.loralib import UNPROVEN_BIASES
 from lorakit.adapter.site import Site
 from lorakit.adapter.tied_sites import are_equal
 from lorakit.attachment.base_modules import BaseModules
+from lorakit.attachment.block_order import other_blocks
 from lorakit.attachment.copies import with_ties
 from lorakit.attachment.plan import Plan, in_order, wanted, without_effect
 from lorakit.config.methods import FullConfig, LoRAConfig
@@ -65,7 +66,8 @@ def saved_plan(
     found = _Found(base, adapter)
     plan = in_order(found.components(other_heads), adapter.configs)
     twins, told = _second_names(base, adapter, plan.shapes)
-    problems = [*found.problems, *told, *_differences(plan.shapes, adapter, found.refused, twins)]
+    problems = [*other_blocks(base.model, adapter.configs), *found.problems, *told]
+    problems += _differences(plan.shapes, adapter, found.refused, twins)
     problems += clashes(plan.components)
     problems += [*without_effect(base.model, plan.components), *_missed_by_targets(base, adapter)]
     if not allow_other_base and adapter.base is not None and identity is not None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.config.marks import OfBase
 from lorakit.errors import ConfigError, did_you_mean
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -55,6 +56,10 @@ class LoRAConfig(MethodConfig):
 
     layers: str | None = None
     """Blocks to adapt, counted from 0, such as "0-5,11". None: every block."""
+
+    layer_replication: OfBase[str | None] = None
+    """Blocks in the order in which the base runs them, such as "0-3,2-4": repeated ones share their
+    weights, and each has an adapter of its own. None: each block once."""
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Chance that an input element of A·x is dropped in training."""
@@ -143,8 +148,9 @@ class LoRAConfig(MethodConfig):
             raise ValueError(f"ensure_weight_tying can't be combined with {with_what}")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias and use_dora can't be combined: leave one out")
-        if self.layers is not None:
-            layer_numbers(self.layers)
+        for blocks in (self.layers, self.layer_replication):
+            if blocks is not None:
+                block_order(blocks)
         return self
 
 
@@ -416,7 +422,16 @@ def layer_numbers(text: str) -> frozenset[int]:
     Raises:
         ValueError: the text is not a list of numbers and ranges.
     """
-    numbers: set[int] = set()
+    return frozenset(block_order(text))
+
+
+def block_order(text: str) -> tuple[int, ...]:
+    """The block numbers that ranges such as "0-3,2-4" name, one after the other.
+
+    Raises:
+        ValueError: the text is not a list of numbers and ranges.
+    """
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
@@ -426,5 +441,5 @@ def layer_numbers(text: str) -> frozenset[int]:
             raise ValueError(f"layers {text!r} goes beyond block {MOST_BLOCKS}, the last thinkable")
         if stop < int(first):
             raise ValueError(f"layers {text!r} has a range that ends before it starts")
-        numbers.update(range(int(first), stop + 1))
-    return frozenset(numbers)
+        numbers += range(int(first), stop + 1)
+    return tuple(numbers)
