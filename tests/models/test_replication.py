@@ -13,6 +13,7 @@ from lorakit.config.verbs import MergeConfig
 from lorakit.errors import AdapterFileError, ConfigError, ModelError, TargetError
 from lorakit.models.quantized import Quantization, quantize
 from lorakit.models.replication import replication_of
+from lorakit.serving.fleet.version import vllm_obstacles
 from references import alone, attach_random, outputs, randomise
 from tiny_models import build, example_inputs
 
@@ -216,3 +217,16 @@ def test_trained_merged_and_saved_it_is_a_plain_model(tiny_llama, tmp_path):
     assert len(again.model.layers) == 5
     assert replication_of(again) is None
     torch.testing.assert_close(outputs(again, ids), wanted, rtol=0, atol=1e-5)
+
+
+def test_what_has_one_base_for_all_does_not_take_such_adapters():
+    adapters = []
+    for model in (repeated(), build("llama")):
+        attach_random(model, rank=2)
+        adapters.append(lk.extract(model))
+    with pytest.raises(lk.LorakitError, match="for bases that run other blocks"):
+        lk.analysis.combine(adapters, [0.5, 0.5])
+    assert any("repeats blocks (0-1,0-1,1)" in why for why in vllm_obstacles(adapters[0]))
+    bank = lk.AdapterBank(build("llama"))
+    with pytest.raises(AdapterFileError, match="layer_replication of the adapter is 0-1,0-1,1"):
+        bank.add("a", adapters[0])

@@ -205,3 +205,23 @@ def test_values_that_came_apart_are_told():
     spoilt = replace(adapter, tensors={**adapter.tensors, name: adapter.tensors[name] + 1})
     with pytest.raises(AdapterFileError, match=r"lm_head  is tied to model\.embed_tokens, and"):
         lk.attach(base(), spoilt)
+
+
+def test_a_sum_of_tied_adapters_has_updates_of_its_own_at_each_end():
+    original = base()
+    adapters = []
+    for seed in (1, 2):
+        model = copy.deepcopy(original)
+        lk.attach(model, lk.LoRAConfig(targets="embed", **TIED))
+        randomise(model, seed=seed)
+        adapters.append(lk.extract(model))
+    both = lk.analysis.combine(adapters, [0.5, 2.0])
+    assert all(site.tied_to is None for site in both.sites)
+    model, mixed = copy.deepcopy(original), copy.deepcopy(original)
+    lk.attach(model, both)
+    for name, adapter in zip("ab", adapters, strict=True):
+        lk.attach(mixed, adapter, name=name)
+    inputs = example_inputs(original, rows=2)
+    with lk.route(mixed, {"a": 0.5, "b": 2.0}):
+        wanted = outputs(mixed, inputs)
+    torch.testing.assert_close(outputs(model, inputs), wanted, rtol=0, atol=1e-4)
