@@ -73,6 +73,7 @@ def test_gradients_are_those_of_each_row_alone(family):
         torch.testing.assert_close(mine, wanted.expand_as(mine), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.thorough
 def test_blocks_that_are_computed_again_have_the_same_gradients():
     model, batch = with_adapters(made("switch")).train(), inputs(3)
     found = []
@@ -92,6 +93,7 @@ def test_blocks_that_are_computed_again_have_the_same_gradients():
         assert plain is None or torch.allclose(plain, again, rtol=1e-9)
 
 
+@pytest.mark.thorough
 def test_beams_of_a_row_have_its_adapters():
     model = with_adapters(made("switch"), exclude=("head",))
     prompts = inputs(3)["input_ids"]
@@ -105,6 +107,7 @@ def test_beams_of_a_row_have_its_adapters():
         assert together[row].tolist()[: len(mine)] == mine.tolist()
 
 
+@pytest.mark.thorough
 def test_slots_of_a_server_have_them_too():
     model, batch = with_adapters(made("switch")), inputs(2)
     with lk.route(model, ["b", "a"]):
@@ -147,6 +150,7 @@ def test_an_expert_that_is_called_by_itself_cannot_know_the_rows():
         experts(tokens, torch.ones(4, 1, 3, dtype=torch.int64), torch.ones(4, 1))
 
 
+@pytest.mark.thorough
 def test_compiled_code_is_refused():
     model = with_adapters(made("switch"))
     adapters = {name: lk.extract(model, name) for name in ("a", "b")}

@@ -143,6 +143,7 @@ def test_a_folder_of_peft_trains_on_as_one(tmp_path):
     torch.testing.assert_close(outputs(model, inputs), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_the_stacks_of_an_encoder_decoder_and_its_head_have_one():
     original = base("t5")
     model = adapted(original, targets="embed")
@@ -207,6 +208,7 @@ def test_values_that_came_apart_are_told():
         lk.attach(base(), spoilt)
 
 
+@pytest.mark.thorough
 def test_a_sum_of_tied_adapters_has_updates_of_its_own_at_each_end():
     original = base()
     adapters = []
