@@ -82,7 +82,9 @@ def test_each_time_has_its_own_adapter_which_trains_and_leaves():
     model = repeated()
     plan = lk.attach(model, lk.LoRAConfig(targets=["q", "down"], rank=2))
     assert len(plan.sites) == 10
-    assert plan.configs[0].layer_replication == ORDER
+    (config,) = plan.configs
+    assert isinstance(config, lk.LoRAConfig)
+    assert config.layer_replication == ORDER
     inputs = example_inputs(model, rows=2)
     before = outputs(model, inputs)
     randomise(model)
