@@ -125,9 +125,8 @@ def test_a_long_context_is_divided_into_windows_that_know_where_the_answer_is(wr
 
 def test_a_question_without_an_answer_is_of_the_first_token(written, tokenizer):
     context = {"question": "big", "context": "red cat blue dog old"}
-    squad = {"text": [], "answer_start": []}
     file = written(
-        context | {"answers": squad, "is_impossible": True},
+        context | {"answers": {"text": [], "answer_start": []}, "is_impossible": True},
         context | {"answers": ["dog"]},
         context | {"answers": []},
     )

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lorakit.config.rows import RowField
 from lorakit.data.conversations import tools_of, turns_of, untrained
 from lorakit.data.fields import FieldMap, as_text
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import Message, MessagesRow, PreferenceRow, PromptRow
 
-ANSWERS = ("chosen", "rejected")
+ANSWERS: tuple[RowField, ...] = ("chosen", "rejected")
 
 
 def preference_row(fields: FieldMap, values: Mapping[str, Any]) -> PreferenceRow:
@@ -21,7 +22,8 @@ def preference_row(fields: FieldMap, values: Mapping[str, Any]) -> PreferenceRow
     Raises:
         UnusableRowError: it is neither, or compares nothing; says why.
     """
-    prompt, chosen, rejected = (fields.value(name, values) for name in ("prompt", *ANSWERS))
+    prompt = fields.value("prompt", values)
+    chosen, rejected = (fields.value(name, values) for name in ANSWERS)
     if any(isinstance(each, list) for each in (prompt, chosen, rejected)):
         tools = tools_of(fields.value("tools", values))
         return _of_conversations(prompt, chosen, rejected, tools)

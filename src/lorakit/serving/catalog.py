@@ -181,7 +181,7 @@ class Catalog(Names[Chosen]):
             RouteError: it can't be in a slot.
         """
         use = TrainedUse.on(record.card)
-        own = ("generation",)
+        own: tuple[str, ...] = ("generation",)
         if self._encodes:
             own = (EMBEDDING,) if task_of(self._model) == EMBEDDING else ENCODING
         if use.task not in (None, *own):
