@@ -132,12 +132,12 @@ def test_a_question_without_an_answer_is_of_the_first_token(written, tokenizer):
     )
     rows = read_rows(file, DataConfig())
     examples = encode_rows(rows, tokenizer, DataConfig(max_length=4, stride=1)).examples
-    assert [each.labels for each in examples] == [(0, 0), (0, 0), (0, 0), (1, 1), (0, 0), (0, 0)]
+    assert [each.labels for each in examples] == [(0, 0), (0, 0), (0, 0), (2, 2), (0, 0), (0, 0)]
     # The first token must be likelier than every span in all windows of a row.
     logits = torch.zeros(6, 4, 2)
     logits[[0, 1, 2], 0] = 2.0
-    logits[[2, 3], 1] = 1.0
-    logits[4, 0], logits[5, 0] = 3.0, -1.0
+    logits[2, 1], logits[3, 2] = 1.0, 1.5
+    logits[4, 0], logits[4, 1], logits[5, 0] = 3.0, 0.5, -1.0
     objective = OBJECTIVES["question-answering"]
     answers = objective.combined(list(logits), examples)
     assert answers == ["", "dog", "red"]
