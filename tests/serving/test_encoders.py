@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.errors import AdapterFileError, ModelError
+from lorakit.errors import ConfigError, ModelError
 
 pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
@@ -284,5 +284,5 @@ def test_adapters_of_embeddings_are_served_on_a_base_without_a_head(tiny_bert, a
         assert each["embedding"] == pytest.approx(expected.tolist(), abs=2e-6)
     assert "no trained head" in refused.json()["error"]["message"]
     shutil.copytree(adapters / "cats", tmp_path / "of-classes")
-    with pytest.raises(AdapterFileError, match="classification, and this server's do embedding"):
+    with pytest.raises(ConfigError, match="of-classes: the adapter does not fit this model"):
         prepared(settings)
