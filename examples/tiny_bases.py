@@ -59,7 +59,7 @@ def make_t5(folder: Path) -> None:
     """An encoder-decoder whose tokens are characters."""
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *CHARACTERS])}
     tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokens.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    tokens.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokens.decoder = decoders.Fuse()
     tokens.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
