@@ -59,11 +59,11 @@ class Sampler:
     """Chooses the tokens of one answer, one after the other.
 
     What it draws depends on its own generator and on the row's logits alone: neither on the other
-    rows of the batch nor on the row's slot. Each token takes one number of the generator, from
-    which all tokens of the vocabulary get noise: the one whose logit and noise are the largest
-    together is drawn with its probability (Gumbel's method). A batch of another size adds in another
-    order, which moves logits by some millionths; that decides only between tokens as near as that,
-    while a place in the sum of all probabilities would move past small ones.
+    rows of the batch nor on the slot. Each token takes one number of the generator, from which all
+    tokens of the vocabulary get noise: the one whose logit and noise are the largest together is
+    drawn with its probability (Gumbel's method). A batch of another size adds in another order,
+    which moves logits by some millionths; that decides only between tokens as near as that, while a
+    place in the sum of all probabilities would move past small ones.
 
     Args:
         sampling: how.
