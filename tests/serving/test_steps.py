@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from lorakit.bank import AdapterBank
 from lorakit.config.verbs import ServeConfig
+from lorakit.kernels import few_rows
 from lorakit.serving.compiled_blocks import blocks_of
 from lorakit.serving.compiled_steps import CompiledSteps
 from lorakit.serving.compiler_process import compiled_apart
@@ -203,9 +204,33 @@ def test_compiled_code_answers_as_eager_steps_do(tokenizer, started):
     assert not notes
 
 
+def test_compiled_code_computes_few_rows_as_eager_steps_do(monkeypatch, tokenizer, started):
+    monkeypatch.setattr(few_rows, "LEAST_VALUES", 1)
+    monkeypatch.setattr(few_rows, "_known", {})
+    times = {"own": 1.0, "turned": 0.5, "onednn": 0.6}
+    monkeypatch.setattr(few_rows, "_timed", lambda *_: times)
+    bank, codes = banked(), []
+    engine, notes, steps = compiling(bank, lambda g, i: codes.append(g) or g)
+    started(engine)
+    choices = ["small", None, "wide"]
+    for _ in range(2):
+        answer(engine, bank, tokenizer, choices)
+        settled(steps)
+    assert steps.counts["compiled"], notes
+    assert not notes
+    assert codes
+    assert all(is_turned(code) for code in codes)
+
+
+def is_turned(code):
+    """Whether a graph multiplies weights by inputs, and not inputs by weights."""
+    first = [node.args[0] for node in code.graph.nodes if node.target is torch.ops.aten.mm.default]
+    return bool(first) and all(node.name.startswith("constant") for node in first)
+
+
 @pytest.mark.thorough
 def test_waiting_has_code_for_any_number_of_rows_at_the_start(monkeypatch, tokenizer, started):
-    monkeypatch.setattr("lorakit.serving.steps.compiled_apart", as_traced)
+    monkeypatch.setattr("lorakit.serving.step_kinds.compiled_apart", as_traced)
     bank = banked()
     engine = Engine(bank.model, Limits(slots=3, compile="wait"), note=pytest.fail)
     engine.warm_up([[(bank.hold(name).updates, 1.0)] for name in ("small", "wide")])
@@ -219,7 +244,7 @@ def test_waiting_has_code_for_any_number_of_rows_at_the_start(monkeypatch, token
 
 @pytest.mark.thorough
 def test_a_server_compiles_as_its_settings_say(monkeypatch, words, folder):
-    monkeypatch.setattr("lorakit.serving.steps.compiled_apart", as_traced)
+    monkeypatch.setattr("lorakit.serving.step_kinds.compiled_apart", as_traced)
     how: dict[str, Any] = {"adapters": folder, "model": str(words), "slots": 2}
     engine, catalog = prepared(ServeConfig(**how, compile="wait"), note=pytest.fail)
     assert isinstance(engine, Engine)

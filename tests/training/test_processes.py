@@ -207,7 +207,7 @@ def test_processes_of_mpi_would_each_train_alone_and_are_refused(monkeypatch):
     with together():
         pass
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="MPI has started 2 processes.* by torchrun"), together():
+    with pytest.raises(ConfigError, match=r"MPI has started 2 processes.* by torchrun"), together():
         pass
 
 

@@ -23,6 +23,7 @@ from lorakit.config.answering import GenerateConfig
 from lorakit.config.verbs import ChatConfig
 from lorakit.data.batches import generation_batch, pad_token
 from lorakit.data.encode import last_tokens
+from lorakit.kernels.few_rows import few_rows
 from lorakit.routing.row_parts import names_of_rows, part_of_route
 from lorakit.training.progress import steps
 from lorakit.training.virtual_tokens import longest_row
@@ -248,9 +249,10 @@ def _generated(
         tokenizer, common, max_new_tokens=max_new_tokens, sampling=sampling
     )
     criteria: list[Any] = [RowEnds(ends)] if any(own != common for own in ends) else []
-    written = cast(Any, model).generate(
-        **batch, generation_config=settings, stopping_criteria=StoppingCriteriaList(criteria)
-    )
+    with few_rows(model, len(ends)):
+        written = cast(Any, model).generate(
+            **batch, generation_config=settings, stopping_criteria=StoppingCriteriaList(criteria)
+        )
     assert isinstance(written, Tensor)
     return cast(list[list[int]], written[:, answer_start(model, batch["input_ids"]) :].tolist())
 

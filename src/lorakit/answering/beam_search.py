@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lorakit.config.answering import EvaluateConfig, GenerateConfig
 from lorakit.errors import ModelError
+from lorakit.kernels.few_rows import few_rows
 from lorakit.methods.prompt.kv_cache import choose_rows
 from lorakit.routing.row_parts import part_of_route
 
@@ -136,7 +137,8 @@ class _Reader:
         """The logits after these tokens of each beam (beams × vocabulary), in float32."""
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         options = {"position_ids": positions, "logits_to_keep": 1}
-        with part_of_route(self._model, self._prompt_of_beam, of=self._prompts):
+        route = part_of_route(self._model, self._prompt_of_beam, of=self._prompts)
+        with route, few_rows(self._model, ids.numel()):
             output = self._model(
                 input_ids=ids,
                 attention_mask=self._mask,

@@ -28,6 +28,7 @@ from lorakit.config.seed import generator_seed
 from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError
+from lorakit.kernels.few_rows import few_rows
 
 
 def generate(
@@ -113,14 +114,16 @@ def stream(config: GenerateConfig, opened: Opened, prompt: str, *, note: Note = 
     tokens = torch.tensor(fit.prompts, device=opened.model.device)
     (ends,) = ends_of_rows(opened.model, opened.tokenizer, 1, stop=config.stop)
     tokenizer = cast(Any, opened.tokenizer)
-    written = cast(Any, opened.model).generate(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        generation_config=generation_settings(
-            opened.tokenizer, ends, max_new_tokens=fit.rooms[0], sampling=sampling_of(config)
-        ),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    settings = generation_settings(
+        opened.tokenizer, ends, max_new_tokens=fit.rooms[0], sampling=sampling_of(config)
     )
+    with few_rows(opened.model, 1):
+        written = cast(Any, opened.model).generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            generation_config=settings,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
     return text_of(
         opened.tokenizer, written[0, answer_start(opened.model, tokens) :].tolist(), ends
     )

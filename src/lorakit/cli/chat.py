@@ -27,6 +27,7 @@ from lorakit.data.chat import with_template
 from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError, LorakitError, did_you_mean
+from lorakit.kernels.few_rows import few_rows
 from lorakit.models.shape import context_length
 
 HELP = """\
@@ -210,19 +211,18 @@ class Chat:
                 f"the conversation has {len(ids)} tokens, and the model's context is {context}: "
                 "/clear forgets it"
             )
-        written = model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            generation_config=generation_settings(
-                self._tokenizer,
-                ends_of_rows(model, self._tokenizer, 1)[0],
-                max_new_tokens=min(settings.max_new_tokens, context - len(ids)),
-                sampling=sampling_of(settings),
-            ),
-            streamer=TextStreamer(
-                cast(Any, self._tokenizer), skip_prompt=True, skip_special_tokens=True
-            ),
-        )
+        ends = ends_of_rows(model, self._tokenizer, 1)[0]
+        room = min(settings.max_new_tokens, context - len(ids))
+        options: dict[str, Any] = {"skip_prompt": True, "skip_special_tokens": True}
+        with few_rows(model, 1):
+            written = model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                generation_config=generation_settings(
+                    self._tokenizer, ends, max_new_tokens=room, sampling=sampling_of(settings)
+                ),
+                streamer=TextStreamer(cast(Any, self._tokenizer), **options),
+            )
         text = self._tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True)
         assert isinstance(text, str)
         return text.strip()

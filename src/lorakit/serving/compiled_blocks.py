@@ -9,6 +9,7 @@ values are written by steps alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -184,10 +185,18 @@ class BlockCompiler:
         route: of the model.
         frame: the operations of the step, in this thread's own form.
         compile_one: makes a graph into code.
+        linears: a block in which linear layers are computed as in a step.
     """
 
-    def __init__(self, route: Route, frame: Frame, compile_one: Compile) -> None:
+    def __init__(
+        self,
+        route: Route,
+        frame: Frame,
+        compile_one: Compile,
+        linears: AbstractContextManager[Any],
+    ) -> None:
         self._route, self._frame, self._compile = route, frame, compile_one
+        self._linears = linears
         self._made: dict[object, Callable[..., Any]] = {}
 
     @property
@@ -210,7 +219,7 @@ class BlockCompiler:
             *tensors, own_keys, own_values, own_column = inputs
             cache = TracedCache(own_keys, own_values, own_column)
             args, kwargs = call.filled(tensors, cache)
-            with self._route.own.pushed(self._frame):
+            with self._route.own.pushed(self._frame), self._linears:
                 outputs.append(Tree(recorded.block.forward(*args, **kwargs)))
             return outputs[-1].tensors
 

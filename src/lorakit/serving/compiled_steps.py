@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lorakit.attachment.state import attachment_for
+from lorakit.kernels.few_rows import few_rows
 from lorakit.layers.route import Frame
 from lorakit.serving.compiled_blocks import (
     BlockCompiler,
@@ -137,17 +138,24 @@ class CompiledSteps(ProvenSteps):
 
     def _start(self, shapes: Shapes, calls: Mapping[str, Recorded]) -> None:
         frame = self._slots.standing(0, shapes.rows)
+        # Chosen here: another thread may compute with another number of threads.
+        linears = few_rows(self._decoder.model, shapes.rows)
         self._built = None
         thread = threading.Thread(
-            target=self._build, args=(frame, calls), name="lorakit-compiler", daemon=True
+            target=self._build,
+            args=(frame, calls, linears),
+            name="lorakit-compiler",
+            daemon=True,
         )
         self._building = shapes, thread
         thread.start()
 
-    def _build(self, frame: Frame, calls: Mapping[str, Recorded]) -> None:
+    def _build(
+        self, frame: Frame, calls: Mapping[str, Recorded], linears: AbstractContextManager[Any]
+    ) -> None:
         """Compile the blocks of a step: what the thread does."""
         route = attachment_for(self._decoder.model).route
-        compiler = BlockCompiler(route, frame, self._compile)
+        compiler = BlockCompiler(route, frame, self._compile, linears)
         code: dict[str, CompiledBlock] = {}
         try:
             with short_turns():

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lorakit.errors import ModelError
+from lorakit.kernels.few_rows import few_rows
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
 from lorakit.serving.row_windows import ColumnGroup, grouped, groups_of, use_row_windows
 
@@ -152,9 +153,10 @@ class Decoder:
             more["logits_to_keep"] = 1
         if "position_ids" in self._takes:
             more["position_ids"] = positions
-        output = self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more
-        )
+        with few_rows(self.model, ids.numel()):
+            output = self.model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more
+            )
         logits = output.logits
         assert isinstance(logits, Tensor)
         return logits

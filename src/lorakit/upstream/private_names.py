@@ -174,6 +174,12 @@ def cpu_attention(
     return out
 
 
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer by oneDNN's matmul, which torch itself takes for half precision alone."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
 def own_parameters(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
     """A module's own parameters by name, those that are None included."""
     return module._parameters

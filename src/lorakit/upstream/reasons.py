@@ -107,6 +107,9 @@ torch.ops.aten _scaled_dot_product_efficient_attention
 torch.ops.aten _scaled_dot_product_cudnn_attention
     is attention as one kernel, worth keeping by memory: balanced
     memory: balanced computes attention twice
+torch.ops.mkldnn _linear_pointwise
+    is oneDNN's matmul for float32, on some processors faster for few rows than torch's own
+    answers and served steps on such processors are slower
 torch.nn.Module _parameters
     holds a module's own parameters, also where an adapter's value is read instead
     the walk over the base, in all rooms
