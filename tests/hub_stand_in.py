@@ -71,12 +71,13 @@ def hub_at(address: str) -> Iterator[None]:
 @contextmanager
 def stand_in() -> Iterator[list[str]]:
     """Ask the stand-in inside a `with` block, which gets the list of what was asked."""
-    handler = type("Hub", (StandIn,), {"asked": []})
+    asked: list[str] = []
+    handler = type("Hub", (StandIn,), {"asked": asked})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         with hub_at(f"http://127.0.0.1:{server.server_port}"):
-            yield handler.asked
+            yield asked
     finally:
         server.shutdown()
         server.server_close()
