@@ -189,7 +189,7 @@ def state():
 before, modules = state(), set(sys.modules)
 import lorakit
 unchanged = state() == before
-# transformers' own Trainer imports PEFT, and so does what its callbacks are made from
+# transformers' own Trainer imports PEFT
 trainer = {"train", "estimate", "sweep", "evaluate", "generate", "serve", "SaveAdapter"}
 for name in set(lorakit.__all__) - trainer:
     getattr(lorakit, name)

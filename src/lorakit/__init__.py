@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lorakit.merging.merged import merged as merged
     from lorakit.merging.report import MergeReport as MergeReport
     from lorakit.models.load import load_model as load_model
+    from lorakit.models.replication import replicate_layers as replicate_layers
     from lorakit.routing.route import route as route
     from lorakit.routing.route import switch as switch
     from lorakit.serving.serve import serve as serve
@@ -72,6 +73,7 @@ _HOMES = {
     "merging.merged": ("merged",),
     "merging.report": ("MergeReport",),
     "models.load": ("load_model",),
+    "models.replication": ("replicate_layers",),
     "routing.route": ("route", "switch"),
     "serving.serve": ("serve",),
     "training.run": ("train",),

@@ -253,7 +253,7 @@ def test_an_edited_config_is_noticed(saved: Path, change: dict[str, Any], text: 
         ({"bias": "some"}, "bias: input should be 'none', 'all' or 'lora_only'"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern: '(' is not a regular expression"),
         ({"use_qalora": True}, "use_qalora: QALoRA pools the inputs of A"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication: the base's layers are repeated"),
+        ({"layer_replication": [[0, 2], [2, 2]]}, "layer_replication: [2, 2] has no block"),
         ({"megatron_config": {"a": 1}}, "megatron_config: the base is a Megatron model"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changes the base's weights"),
         (

@@ -283,10 +283,25 @@ def test_layers_that_peft_ties_are_each_read(settings: Settings, tmp_path: Path)
     lk.attach(ours, tmp_path / "peft")
     torch.testing.assert_close(output(ours, "llama"), expected, rtol=0, atol=1e-5)
     adapter = lk.extract(ours)
-    assert "that tied layers stay equal (ensure_weight_tying)" in "".join(adapter.unverified)
+    assert adapter.lora is not None
+    assert adapter.lora.ensure_weight_tying
     again = adapter.save(tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), again).eval()
     torch.testing.assert_close(output(back, "llama"), expected, rtol=0, atol=1e-5)
+
+
+def test_tied_layers_that_came_apart_in_peft_keep_their_own(tmp_path: Path) -> None:
+    config = peft.LoraConfig(ensure_weight_tying=True, target_modules=["embed_tokens"])
+    theirs = peft.get_peft_model(build("llama", tie_word_embeddings=True), config)
+    theirs.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({n: t + float("lm_head" in n) for n, t in tensors.items()}, file)
+    adapter = Adapter.load(tmp_path)
+    assert adapter.lora is not None
+    assert not adapter.lora.ensure_weight_tying
+    assert all(site.tied_to is None for site in adapter.sites)
+    assert "that tied layers were trained as one" in "".join(adapter.unverified)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from lorakit.config.base import Settings
 from lorakit.config.marks import Mark, Shared, flat_settings, mark_of, settings_where
+from lorakit.config.methods import LoRAConfig
 from lorakit.config.train import TrainConfig
 from lorakit.training.sweep.grid import SECTIONS, VARYING
 
@@ -15,7 +16,14 @@ LIKE_THEIR_SECTION = {
     "lora": {
         *("rank", "alpha", "targets", "exclude", "layers", "dropout", "bias", "rank_pattern"),
         *("alpha_pattern", "use_rslora", "use_dora", "init", "svd_iterations", "eva_rho"),
-        *("freeze_a", "lora_bias", "trainable_token_indices", "modules_to_save", "dtype"),
+        *(
+            "ensure_weight_tying",
+            "freeze_a",
+            "lora_bias",
+            "trainable_token_indices",
+            "modules_to_save",
+            "dtype",
+        ),
     },
     "full": {"top", "blocks", "modules_to_save", "dtype"},
     "bitfit": {"add_missing", "modules_to_save", "dtype"},
@@ -74,6 +82,8 @@ def test_what_varies_between_trials_is_as_agreed():
     inner = {
         f"{name}.{each}" for name, section in SECTIONS.items() for each in section.model_fields
     }
+    # It makes the base, which trials share.
+    inner -= {"lora.layer_replication"}
     assert {name for name in VARYING if "." in name} == inner
 
 
@@ -90,6 +100,8 @@ def test_what_a_resumed_run_may_change_is_a_short_list():
 
 def test_what_the_card_and_a_resumed_sweep_leave_out_is_as_agreed():
     off_card = settings_where(TrainConfig, lambda mark: not mark.on_card)
+    in_sections = settings_where(LoRAConfig, lambda mark: not mark.on_card)
+    assert in_sections == ["layer_replication"]
     assert set(off_card) == OF_ONE_CALL | METHODS | {
         "method",
         "data",

@@ -40,6 +40,7 @@ from lorakit.training.memory.memory_efficient import memory_efficient
 from lorakit.training.memory.memory_setting import training_memory
 from references import attach_random, outputs
 from tiny_models import FAMILIES, build, example_inputs
+from token_experts import made
 
 WAYS = ("4bit", "8bit")
 SOME = ("llama", "gpt2", "opt", "bert", "roberta", "deberta-v2")
@@ -448,3 +449,21 @@ def test_a_command_line_drops_one_warning_of_the_library_and_no_other(monkeypatc
     assert command_line.main(["--help"]) == 0
     assert caplog.messages == ["something else"]
     assert not logger.filters
+
+
+def test_layers_to_whose_precision_inputs_are_brought_stay_in_it():
+    """Switch brings the input of `wo` to the precision of its weight, which integers truncate."""
+    original = made("switch", torch.float32)
+    model = copy.deepcopy(original)
+    quantize(model, Quantization.of("4bit", "float32"))
+    held = {path for path, layer in model.named_modules() if is_quantized(layer)}
+    assert {path.rpartition(".")[2] for path in held} >= {"q", "wi"}
+    assert not any(path.endswith(".wo") for path in held)
+    ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "decoder_input_ids": ids}
+    plain, found = outputs(original, batch), outputs(model, batch)
+    assert float((found - plain).norm() / plain.norm()) < 0.5
+    # NLLB-MoE asks whether the weight has integers before it brings anything to them.
+    model = made("nllb-moe", torch.float32)
+    quantize(model, Quantization.of("4bit", "float32"))
+    assert is_quantized(model.model.encoder.layers[0].ffn.experts["expert_0"].fc2)

@@ -34,29 +34,6 @@ def led():
     return hf.LEDForConditionalGeneration(config), ("query", "value")
 
 
-def nllb_moe():
-    config = hf.NllbMoeConfig(
-        **STACKS, num_experts=2, expert_capacity=64, encoder_sparse_step=1, decoder_sparse_step=1
-    )
-    return hf.NllbMoeForConditionalGeneration(config), ("fc1", "fc2")
-
-
-def switch():
-    config = hf.SwitchTransformersConfig(
-        vocab_size=60,
-        d_model=16,
-        d_kv=8,
-        d_ff=16,
-        num_layers=2,
-        num_heads=2,
-        num_experts=2,
-        num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=1,
-        decoder_start_token_id=0,
-    )
-    return hf.SwitchTransformersForConditionalGeneration(config), ("wi", "wo")
-
-
 class SequenceFirst(nn.Module):
     """A model that computes with (tokens, rows, d)."""
 
@@ -121,8 +98,6 @@ MAKERS = {
     "xlnet": xlnet,
     "longformer": longformer,
     "led": led,
-    "nllb_moe": nllb_moe,
-    "switch": switch,
     "sequence_first": lambda: (SequenceFirst(), ("inner", "outer")),
     "experts": lambda: (Experts(), ("re:experts.*",)),
     "flat_tokens": lambda: (FlatTokens(), ("inner",)),

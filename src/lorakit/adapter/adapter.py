@@ -153,6 +153,7 @@ class Adapter(AdapterContent):
             labels=labels,
             quantize=how,
             fresh_head=bool(self.copied_modules) and _has_other_head(name, task, labels),
+            layer_replication=self.lora.layer_replication if self.lora else None,
         )
 
     @staticmethod

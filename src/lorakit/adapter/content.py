@@ -95,6 +95,9 @@ class AdapterContent:
         total = sum(tensor.numel() for tensor in self.tensors.values())
         for site in self.sites:
             a, b = (self.tensors[f"{site.name}.lora_{end}"].numel() for end in "ab")
+            if site.tied_to is not None:
+                total -= a + b
+                continue
             total -= (a if fixed_a else a * site.frozen // site.rank) + b * site.frozen // site.rank
         return total
 
@@ -141,6 +144,8 @@ class AdapterContent:
         yield json.dumps(sorted(self.copied_modules)).encode()
         if self.lora is not None and self.lora.trainable_token_indices:
             yield json.dumps(self.lora.trainable_token_indices, sort_keys=True).encode()
+        if self.lora is not None and self.lora.layer_replication:
+            yield json.dumps(self.lora.layer_replication).encode()
         for config in self.configs:
             if not isinstance(config, LoRAConfig):
                 yield json.dumps([config.method, config.model_dump(mode="json")]).encode()

@@ -161,6 +161,8 @@ def _reasons(adapter: AdapterContent, layers: tuple[WholeLayer, ...]) -> Iterato
         yield f"it was made by {adapter.method}, and llama.cpp knows LoRA alone"
     elif not adapter.sites:
         yield "it has no low-rank update"
+    if adapter.lora is not None and adapter.lora.layer_replication:
+        yield f"its base repeats blocks (layer_replication {adapter.lora.layer_replication})"
     if adapter.lora is not None and adapter.lora.use_dora:
         yield "it was made by DoRA, whose magnitudes have no place in the file"
     others = sorted(set(adapter.tensors).difference(site_names(layers)))

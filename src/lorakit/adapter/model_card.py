@@ -185,7 +185,7 @@ def _vllm_rank(adapter: AdapterContent) -> int | None:
     lora = adapter.lora
     if lora is None or lora.use_dora or lora.lora_bias or lora.bias != "none":
         return None
-    if lora.trainable_token_indices:
+    if lora.trainable_token_indices or lora.layer_replication:
         return None
     if adapter.copied_modules or any(site.kind != "linear" for site in adapter.sites):
         return None

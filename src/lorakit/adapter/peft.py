@@ -22,7 +22,7 @@ from lorakit.adapter.fused_layers import (
     whole_layers,
 )
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
-from lorakit.config.methods import LoRAConfig
+from lorakit.config.methods import LoRAConfig, block_order
 
 V = TypeVar("V")
 PREFIX = "base_model.model."
@@ -214,10 +214,22 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
     }
     beside = {
         "target_parameters": of_experts,
+        "layer_replication": _block_ranges(_settings(adapter).layer_replication),
         "lora_bias": _settings(adapter).lora_bias,
+        "ensure_weight_tying": _settings(adapter).ensure_weight_tying,
         "trainable_token_indices": _settings(adapter).trainable_token_indices,
     }
     return config | {key: value for key, value in beside.items() if value}
+
+
+def _block_ranges(order: str | None) -> list[list[int]]:
+    """The order of a base's blocks as PEFT writes it: the first, and the one behind the last."""
+    numbers = block_order(order) if order else ()
+    starts = [at for at, n in enumerate(numbers) if at == 0 or n != numbers[at - 1] + 1]
+    ends = [*starts[1:], len(numbers)]
+    return [
+        [numbers[start], numbers[end - 1] + 1] for start, end in zip(starts, ends, strict=False)
+    ]
 
 
 def _short(number: float) -> int | float:
@@ -251,9 +263,12 @@ def disagreements(
         value, saved = getattr(config, key), expected.get(key)
         if _as_set(value) != _as_set(saved):
             yield f"{CONFIG_FILE}  {key} is {value!r}, but it was saved as {saved!r}"
-    for key in ("use_dora", "lora_bias"):
+    for key in ("use_dora", "lora_bias", "ensure_weight_tying"):
         if getattr(config, key) != expected.get(key, False):
             yield f"{CONFIG_FILE}  {key} is {getattr(config, key)}, but it was saved otherwise"
+    blocks, saved = config.layer_replication or [], expected.get("layer_replication", [])
+    if blocks != saved:
+        yield f"{CONFIG_FILE}  layer_replication is {blocks}, but it was saved as {saved}"
     tokens = expected.get("trainable_token_indices", {})
     if (config.trainable_token_indices or {}) != tokens:
         yield f"{CONFIG_FILE}  trainable_token_indices are others than those that were saved"

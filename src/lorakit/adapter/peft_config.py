@@ -19,8 +19,6 @@ UNSUPPORTED = {
     "alora_invocation_tokens": "aLoRA switches the update on in the middle of the text",
     "arrow_config": "Arrow mixes several adapters by the input",
     "kasa_config": "KaSA changes the base's weights and puts a diagonal between B and A",
-    "layer_replication": "the base's layers are repeated (merge_and_unload of PEFT gives a model "
-    "that has them all)",
     "megatron_config": "the base is a Megatron model",
     "monteclora_config": "A and B are sampled at random",
     "use_bdlora": "A and B are block-diagonal",
@@ -53,6 +51,8 @@ WITHOUT_EFFECT = {
 V = TypeVar("V")
 ModuleWord = Annotated[str, Field(min_length=1)]
 BlockNumber = Annotated[int, Field(ge=0)]
+BlockRange = Annotated[list[BlockNumber], Field(min_length=2, max_length=2)]
+"""First block, and the one behind the last."""
 TokenId = Annotated[int, Field(ge=0)]
 Rank = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -75,6 +75,7 @@ class PeftConfig(BaseModel):
     target_parameters: list[ModuleWord] | None = None
     exclude_modules: list[ModuleWord] | ModuleWord | None = None
     layers_to_transform: list[BlockNumber] | BlockNumber | None = None
+    layer_replication: list[BlockRange] | None = None
     layers_pattern: list[ModuleWord] | ModuleWord | None = None
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, PositiveFloat] | None = None
@@ -98,6 +99,12 @@ class PeftConfig(BaseModel):
             r"(\d+)\.(\d+)", str((self.model_extra or {}).get("peft_version") or "0.0")
         )
         return found is None or (int(found[1]), int(found[2])) <= (0, 21)
+
+    @property
+    def block_order(self) -> str | None:
+        """The order of the base's blocks in lorakit's words; None: each once."""
+        ranges = [(first, stop - 1) for first, stop in self.layer_replication or ()]
+        return ",".join(f"{first}-{last}" for first, last in ranges) or None
 
     def rank_of(self, path: str) -> int:
         """The rank of the update of a layer."""
@@ -160,7 +167,7 @@ def _unsupported(config: PeftConfig, has_base: bool) -> list[str]:
         for key, value in _unknown(extra)
         if value is True or isinstance(value, list | dict)
     ]
-    return lines + list(_bad_patterns(config))
+    return [*lines, *_bad_ranges(config), *_bad_patterns(config)]
 
 
 def _of_changed_base(config: PeftConfig) -> str:
@@ -199,6 +206,13 @@ def _unknown(extra: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in sorted(extra.items()):
         if key not in UNSUPPORTED and key not in WITHOUT_EFFECT and value:
             yield key, value
+
+
+def _bad_ranges(config: PeftConfig) -> Iterator[str]:
+    """A line for each range of blocks that has none."""
+    for first, stop in config.layer_replication or ():
+        if stop <= first:
+            yield f"{CONFIG_FILE}  layer_replication: [{first}, {stop}] has no block"
 
 
 def _bad_patterns(config: PeftConfig) -> Iterator[str]:

@@ -18,6 +18,7 @@ from lorakit.adapter.peft_multihead import kind_of, multiheads_in, own_name
 from lorakit.adapter.peft_sites import site_of, site_of_experts
 from lorakit.adapter.peft_tokens import absent_tokens, tokens_of
 from lorakit.adapter.site import LayerKind, Site
+from lorakit.adapter.tied_sites import tied_by_values
 from lorakit.config.methods import LoRAConfig
 from lorakit.models.roles import GROUPS, ROLES
 from lorakit.upstream.private_names import COMPILED_WRAPPER
@@ -99,11 +100,14 @@ def read_peft(
         problems.append("it holds no update: no tensor is called ….lora_A.weight")
     if problems:
         return None, problems
+    if config.ensure_weight_tying:
+        sites = list(tied_by_values(sites, named))
+    ties = _has_ties(config, sites, found)
     facts = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
     adapter = AdapterContent(
         configs=(
             _lora_config(config, sites, named, tuple(sorted(found.copied))).model_copy(
-                update={"trainable_token_indices": found.tokens}
+                update={"trainable_token_indices": found.tokens, "ensure_weight_tying": ties}
             ),
         ),
         sites=tuple(sites),
@@ -113,6 +117,7 @@ def read_peft(
         card={key: value for key, value in facts.items() if value},
         unverified=(
             *_unproven(config),
+            *([] if ties else _apart_note(config)),
             *found.notes,
             *_doubled_note(config, sites),
             *_frozen_note(found.frozen),
@@ -272,6 +277,7 @@ def _lora_config(
         rank_pattern={site.path: site.rank for site in sites if site.rank != config.r},
         alpha_pattern={site.path: site.alpha for site in sites if site.alpha != config.lora_alpha},
         use_rslora=config.use_rslora,
+        layer_replication=config.block_order,
         use_dora=config.use_dora,
         lora_bias=config.lora_bias,
         init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",
@@ -325,14 +331,32 @@ def _plain_targets(config: PeftConfig) -> tuple[str, ...]:
 
 def _unproven(config: PeftConfig) -> tuple[str, ...]:
     name = config.base_model_name_or_path
-    ties = "that tied layers stay equal (ensure_weight_tying): each has tensors of its own here"
     called = f"{name!r} by {CONFIG_FILE}" if name else "not named"
     return (
         f"the base ({called}): PEFT's files can't tell it from another model of the same shapes",
         "the weights: PEFT's files have no hash, so a change before this reading went unnoticed",
         f"the scales: they are what {CONFIG_FILE} gave at this reading",
         "the list of layers: a layer that was dropped is noticed only where the targets name it",
-        *([ties] if config.ensure_weight_tying else []),
+    )
+
+
+def _has_ties(config: PeftConfig, sites: list[Site], found: _Sorted) -> bool:
+    """Whether tied layers have equal values in the file, as PEFT meant to train them."""
+    weights = [found.replaced.get(f"{path}.weight") for path in found.copied]
+    copies = [weight for weight in weights if weight is not None]
+    equal = any(
+        torch.equal(one, other) for at, one in enumerate(copies) for other in copies[at + 1 :]
+    )
+    tied = any(site.tied_to is not None for site in sites)
+    return config.ensure_weight_tying and (tied or equal)
+
+
+def _apart_note(config: PeftConfig) -> tuple[str, ...]:
+    if not config.ensure_weight_tying:
+        return ()
+    return (
+        "that tied layers were trained as one (ensure_weight_tying): their values differ in the "
+        "file, so that each keeps its own",
     )
 
 

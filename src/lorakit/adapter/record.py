@@ -22,7 +22,7 @@ from lorakit.models.identity import BaseIdentity
 RECORD_FILE = "lorakit.json"
 VERSION = 2
 RowsText = Annotated[str, Field(pattern=r"^\d+:\d+(,\d+:\d+)*$")]
-NEWER = ("lora_bias", "trainable_token_indices")
+NEWER = ("lora_bias", "trainable_token_indices", "ensure_weight_tying", "layer_replication")
 """Settings that folders of this version did not have from its beginning. They are written where
 they are used, so that an adapter without them stays the same bytes, which older lorakits read."""
 TensorText = Annotated[str, Field(pattern=r"^(float32|bfloat16|float16|float64)( \d+(x\d+)*)?$")]
@@ -71,6 +71,7 @@ class SiteRecord(BaseModel):
     scale: float
     groups: Annotated[int, Field(ge=1)] = 1
     frozen: Annotated[int, Field(ge=0)] = 0
+    tied_to: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> SiteRecord:

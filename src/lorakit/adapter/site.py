@@ -47,6 +47,10 @@ class Site:
     frozen: int = 0
     """How many of the ranks do not train, counted from the end (PiSSA)."""
 
+    tied_to: str | None = None
+    """The path of the site whose A and B it has, as the two layers have one weight (see
+    `methods/lora/tied.py`)."""
+
     @property
     def name(self) -> str:
         """The path, with the role in brackets for a slice."""

@@ -154,6 +154,8 @@ def _checked(
         if adapter.sites and adapter.method != "lora":
             extra = adapter.method.removeprefix("lora+")
             problems.append(f"adapter {number}  has {extra} beside LoRA, which has no weighted sum")
+    if len({each.lora and each.lora.layer_replication for each in given}) > 1:
+        problems.append("the adapters are for bases that run other blocks (layer_replication)")
     problems += low_rank_problems(given) + biases_of_b(given)
     problems += [] if len(found) != len(given) else _beside_problems(given, found)
     if problems:

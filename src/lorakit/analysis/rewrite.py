@@ -40,7 +40,7 @@ class NewUpdate:
         """
         rank = max(1, svd.rank)
         a, b = factors(svd, rank)
-        own = {"rank": rank, "alpha": float(rank), "scale": 1.0, "frozen": 0}
+        own = {"rank": rank, "alpha": float(rank), "scale": 1.0, "frozen": 0, "tied_to": None}
         ones = (1,) * (len(inner) - 1)
         return NewUpdate(
             Site(**{**vars(place), **own}),
@@ -132,6 +132,8 @@ def _with_ranks(config: MethodConfig, sites: Sequence[Site]) -> MethodConfig:
             "svd_iterations": None,
             "eva_rho": 1.0,
             "freeze_a": False,
+            # The nearest updates of both ends are each end's own.
+            "ensure_weight_tying": False,
         }
     )
 

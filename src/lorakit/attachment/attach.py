@@ -300,9 +300,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         restore_original_weights(model, state)
     for each in list(state.adapters) if name is None else [name]:
         remove(state, each)
-    for number, layer in list(state.layers.items()):
-        if not layer.adapter_bank:
-            restore(state.layers.pop(number))
+    for number in state.idle():
+        restore(state.layers.pop(number))
     kept = (update for each in state.adapters.values() for update in each.updates.values())
     if not any(update.virtual_tokens for update in kept):
         for each in HOOKS:
@@ -359,8 +358,13 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
     tensors = {
         n: p.detach().to("cpu", copy=True).contiguous() for n, p in adapter_parameters(model, name)
     }
-    record = state.adapters[name].record
-    return replace(record, tensors=join_frozen_factors(record.sites, tensors))
+    record, updates = state.adapters[name].record, state.adapters[name].updates
+    shared = {
+        n: values.detach().to("cpu", copy=True).contiguous()
+        for number, update in updates.items()
+        for n, values in update.shared_tensors(state.layers[number].adapter_path)
+    }
+    return replace(record, tensors={**join_frozen_factors(record.sites, tensors), **shared})
 
 
 def check_in_place(model: nn.Module, state: Attachment, name: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from lorakit.methods.component import Component
 from lorakit.models.paths import block_number
@@ -24,23 +25,35 @@ def match_table(components: Iterable[Component], *, full: bool) -> str:
     groups: dict[object, list[Component]] = {}
     for each in components:
         path, *others = each.row
-        key = path if full else _pattern(path)
+        key = path if full else path_pattern(path)
         groups.setdefault((key, *others), []).append(each)
     rows = [HEAD, *map(_row, groups.values())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def left_out_lines(routers: Iterable[str]) -> Iterator[str]:
+    """Yield a line for each kind of router that `all-linear` leaves out.
+
+    Args:
+        routers: their paths.
+    """
+    for path, count in Counter(map(path_pattern, routers)).items():
+        times = f" ({count} times)" if count > 1 else ""
+        yield f"all-linear leaves a router out, which its name adapts: {path}{times}"
+
+
 def _row(alike: Sequence[Component]) -> MatchRow:
     path, role, shape, rank, scale = alike[0].row
     paths = [each.row[0] for each in alike]
     parameters = f"{sum(each.parameters for each in alike):,}"
-    module = path if len(paths) == 1 else _pattern(path)
+    module = path if len(paths) == 1 else path_pattern(path)
     return role, shape, _layers(paths), rank, scale, parameters, module
 
 
-def _pattern(path: str) -> str:
-    return re.sub(r"\b\d+\b", "*", path)
+def path_pattern(path: str) -> str:
+    """A path with stars for the numbers of blocks and of experts."""
+    return re.sub(r"\b(expert_)?\d+\b", r"\1*", path)
 
 
 def _layers(paths: Sequence[str]) -> str:

@@ -12,7 +12,9 @@ from torch import nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.site import Site
-from lorakit.attachment.match_table import match_table
+from lorakit.attachment.block_order import on_blocks_of
+from lorakit.attachment.copies import modules_to_save, with_ties
+from lorakit.attachment.match_table import left_out_lines, match_table
 from lorakit.config.methods import (
     BitFitConfig,
     BottleneckConfig,
@@ -22,7 +24,7 @@ from lorakit.config.methods import (
     PrefixConfig,
     combination_problems,
 )
-from lorakit.errors import AttachError, ConfigError, TargetError, did_you_mean
+from lorakit.errors import AttachError, ConfigError, TargetError
 from lorakit.layers.chain import Chain
 from lorakit.layers.operation import Update
 from lorakit.methods import bitfit, bottleneck, full, token_rows
@@ -32,16 +34,18 @@ from lorakit.methods.lora import targets
 from lorakit.methods.lora.eva import SingularVectors, moved_ranks
 from lorakit.methods.lora.experts import ExpertsUpdate
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
+from lorakit.methods.lora.tied import any_ties
 from lorakit.methods.lora.update import LoRAUpdate
-from lorakit.methods.module_copy import TrainedCopy, trained_copy
+from lorakit.methods.module_copy import TrainedCopy
 from lorakit.methods.prompt import prefix
 from lorakit.methods.token_rows import TokenRows, clashes, with_paths
-from lorakit.models.base import base_modules, base_parameters, is_offloaded
+from lorakit.models.base import base_modules, is_offloaded
 from lorakit.models.families import uncalled_weights
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.paths import is_within, outermost
 from lorakit.models.quantized import card_of_base, quantized_within
-from lorakit.models.roles import never_called, task_heads
+from lorakit.models.roles import ALL_LINEAR, never_called
+from lorakit.models.routers import routers
 
 COMPONENTS: Mapping[type[MethodConfig], Callable[[nn.Module, Any], tuple[Component, ...]]] = {
     LoRAConfig: targets.components,
@@ -74,6 +78,8 @@ class Plan:
     """In the order in which their updates are made."""
     configs: tuple[MethodConfig, ...]
     """The settings of the adapter's methods."""
+    routers: tuple[str, ...] = ()
+    """The paths of the routers that `all-linear` leaves out of a fresh adapter."""
 
     def of_kind(self, kind: type[C]) -> tuple[C, ...]:
         """The components of one class."""
@@ -142,7 +148,8 @@ class Plan:
         low_rank = self.of_kind(LowRankComponent)
         others = [each for each in self.components if not isinstance(each, LowRankComponent)]
         table = match_table([*low_rank, *others], full=full)
-        return f"{table}\n{self.parameters:,} parameters are trained"
+        trained = f"{self.parameters:,} parameters are trained"
+        return "\n".join([table, *left_out_lines(self.routers), trained])
 
     def __str__(self) -> str:
         """The match table, with one line for layers that are alike."""
@@ -203,7 +210,12 @@ def _short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
 
 def in_order(components: Iterable[Component], configs: Sequence[MethodConfig]) -> Plan:
     """The plan of components, in the order in which their updates are made."""
-    return Plan(tuple(sorted(components, key=lambda each: each.step)), tuple(configs))
+
+    def key(each: Component) -> tuple[int, bool]:
+        return each.step, isinstance(each, LowRankComponent) and each.site.tied_to is not None
+
+    # Behind those whose A and B they have.
+    return Plan(tuple(sorted(components, key=key)), tuple(configs))
 
 
 def as_configs(what: MethodConfig | Sequence[MethodConfig]) -> tuple[MethodConfig, ...]:
@@ -230,11 +242,16 @@ def fresh_plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) ->
         TargetError: a name in the settings matches nothing, or a layer twice; or the model lacks
             what a method needs.
     """
-    configs = as_configs(what)
+    configs = on_blocks_of(model, as_configs(what))
     found = in_order(wanted(model, configs), configs)
     _check_float(model, found.copies)
     if twice := list(clashes(found.components)):
         raise TargetError.listing("some modules would be changed in two ways", twice)
+    if any_ties(configs) and not _tied(found):
+        raise TargetError(
+            "ensure_weight_tying: neither a target nor a full copy has a weight that another layer "
+            "has too; name embed or head, on a base that ties them"
+        )
     idle = list(without_effect(model, found.components))
     if idle:
         raise TargetError.listing("some parts of the adapter would do nothing", idle)
@@ -246,7 +263,16 @@ def fresh_plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) ->
         and (isinstance(each, LowRankComponent) or each.path not in found.copies)
     ]
     _check_apart(found.copies, inside)
-    return found
+    words = {w for each in configs if isinstance(each, LoRAConfig) for w in each.targets}
+    adapted = {site.path for site in found.sites}
+    left_out = routers(model) if ALL_LINEAR in words else ()
+    return replace(found, routers=tuple(path for path in left_out if path not in adapted))
+
+
+def _tied(found: Plan) -> bool:
+    """Whether something of a plan has the parameters of something else."""
+    copies = any(each.again for each in found.of_kind(TrainedCopy))
+    return copies or any(site.tied_to is not None for site in found.sites)
 
 
 def without_effect(model: nn.Module, components: Iterable[Component]) -> Iterator[str]:
@@ -290,11 +316,7 @@ def wanted(
         if isinstance(config, LoRAConfig)
         for each in token_rows.components(model, config)
     ]
-    found += [
-        trained_copy(model, path, configs[0].method, dtype=config.dtype)
-        for config in configs
-        for path in _modules_to_save(model, config.modules_to_save)
-    ]
+    found += modules_to_save(model, configs)
     paths = outermost([each.path for each in found if isinstance(each, TrainedCopy)])
     unique: dict[object, Component] = {}
     for each in found:
@@ -306,25 +328,7 @@ def wanted(
         unique.setdefault(each.path if is_copy else frozenset(each.shapes) or each.path, each)
     copies = [each for each in unique.values() if isinstance(each, TrainedCopy)]
     others = [each for each in unique.values() if not isinstance(each, TrainedCopy)]
-    return (*others, *(with_ties(model, copies) if keeps_ties(configs) else copies))
-
-
-def keeps_ties(configs: Iterable[MethodConfig]) -> bool:
-    """Whether copies of tied weights are tied again, as full fine-tuning has them.
-
-    LoRA's modules_to_save are copies apart, as they are in PEFT.
-    """
-    return any(isinstance(config, FullConfig) for config in configs)
-
-
-def with_ties(model: nn.Module, copies: Iterable[TrainedCopy]) -> Iterator[TrainedCopy]:
-    """Copies in which a parameter that several of them share counts once, under its first name."""
-    seen: set[int] = set()
-    for each in copies:
-        own = dict(base_parameters(model.get_submodule(each.path)))
-        sizes = {name: size for name, size in each.sizes.items() if id(own[name]) not in seen}
-        seen |= set(map(id, own.values()))
-        yield replace(each, sizes=sizes, keeps_ties=True)
+    return (*others, *with_ties(model, copies, configs))
 
 
 def with_singular_vectors(
@@ -349,22 +353,6 @@ def with_singular_vectors(
         moved = low_rank_component(layer, site, config, role=each.role)
         made.append(replace(moved, vectors=vectors[site.path]))
     return replace(found, components=(*made, *found.components[len(made) :]))
-
-
-def _modules_to_save(model: nn.Module, words: Sequence[str]) -> list[str]:
-    names = [path for path, _ in base_modules(model)]
-    paths: list[str] = []
-    for word in words:
-        if word == "auto":
-            paths += task_heads(model)
-            continue
-        found = [path for path in names if path == word or path.endswith(f".{word}")]
-        if not found:
-            leaves = sorted({path.rpartition(".")[2] for path in names if path})
-            hint = did_you_mean(word, leaves)
-            raise TargetError(f"modules_to_save: no module is called {word!r}{hint}")
-        paths += [path for path in found if path not in paths]
-    return paths
 
 
 def _check_apart(copies: Iterable[str], adapted: Sequence[str]) -> None:

@@ -23,17 +23,17 @@ from lorakit.layers.checkpointing import keep_routes, stacks_of_blocks
 from lorakit.layers.operation import Update
 from lorakit.layers.route import Frame, Route
 from lorakit.models.base import base_modules, base_parameters, unwrapped
-from lorakit.models.families import (
-    layers_for_all_rows,
-    layers_in_pieces,
-    uncalled_weights,
-    weights_read_inside,
-)
+from lorakit.models.families import uncalled_weights, weights_read_inside
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.load import model_name
 from lorakit.models.paths import is_within
 from lorakit.models.quantized import original_identity
 from lorakit.models.roles import output_head, shared_inputs, task_heads
+from lorakit.models.rows_of_layers import (
+    layers_for_all_rows,
+    layers_in_pieces,
+    within_experts,
+)
 from lorakit.upstream.private_names import compiled_call, is_compiled_wrapper
 
 OTHER_LIBRARIES = ("peft", "loralib")
@@ -57,6 +57,8 @@ class Base:
     """The paths of the layers whose input has several entries for each row."""
     lists: frozenset[str]
     """The paths of lists of modules that code chooses from: blocks, experts."""
+    experts: Mapping[str, str]
+    """The module of experts that a layer is in, by the layer's path."""
 
     @staticmethod
     def of(model: nn.Module) -> Base:
@@ -69,6 +71,7 @@ class Base:
             for_all_rows=layers_for_all_rows(model),
             in_pieces=layers_in_pieces(model),
             lists=frozenset(p for p, m in base_modules(model) if isinstance(m, nn.ModuleList)),
+            experts=within_experts(model),
         )
 
 
@@ -118,6 +121,7 @@ class Attachment:
     def convert(self, model: nn.Module, path: str) -> AdaptedLayer:
         """Turn one of a model's layers into an adapted layer, and know it by its number."""
         reads, uncalled = self.base.inputs.get(path, path), self.base.uncalled.get(path, ())
+        around = self.base.experts.get(path)
         adapted = convert(
             unwrapped(model).get_submodule(path),
             self.route,
@@ -126,9 +130,18 @@ class Attachment:
             uncalled=uncalled,
             pieces=path in self.base.in_pieces,
             listed=is_within(path, self.base.lists),
+            # Where rows differ, it is the module of all experts that knows whose tokens are whose.
+            experts=None if around is None else self.convert(model, around).adapter_number,
         )
         self.layers[adapted.adapter_number] = adapted
         return adapted
+
+    def idle(self) -> list[int]:
+        """The numbers of the adapted layers that no adapter needs any more."""
+        used = {number for number, layer in self.layers.items() if layer.adapter_bank}
+        around = [self.layers[number].adapter_experts for number in used]
+        used |= {number for number in around if number is not None}
+        return [number for number in self.layers if number not in used]
 
     def activate(self, name: str | None) -> None:
         """Have one adapter, or the base, answer for all rows: inside a block, until its end."""

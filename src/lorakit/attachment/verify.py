@@ -11,9 +11,12 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.loralib import UNPROVEN_BIASES
 from lorakit.adapter.site import Site
+from lorakit.adapter.tied_sites import are_equal
 from lorakit.attachment.base_modules import BaseModules
-from lorakit.attachment.plan import Plan, in_order, keeps_ties, wanted, with_ties, without_effect
-from lorakit.config.methods import LoRAConfig
+from lorakit.attachment.block_order import other_blocks
+from lorakit.attachment.copies import with_ties
+from lorakit.attachment.plan import Plan, in_order, wanted, without_effect
+from lorakit.config.methods import FullConfig, LoRAConfig
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.methods.bitfit import TrainedBias, adds_bias, trained_bias
 from lorakit.methods.component import Component, Shape
@@ -30,7 +33,7 @@ from lorakit.methods.lora.lora import (
 from lorakit.methods.lora.low_rank import LowRankComponent, low_rank_component
 from lorakit.methods.module_copy import TrainedCopy, trained_copy
 from lorakit.methods.token_rows import clashes
-from lorakit.models.base import base_modules
+from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.experts import expert_matrices
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.linear_probe import own_class
@@ -63,7 +66,8 @@ def saved_plan(
     found = _Found(base, adapter)
     plan = in_order(found.components(other_heads), adapter.configs)
     twins, told = _second_names(base, adapter, plan.shapes)
-    problems = [*found.problems, *told, *_differences(plan.shapes, adapter, found.refused, twins)]
+    problems = [*other_blocks(base.model, adapter.configs), *found.problems, *told]
+    problems += _differences(plan.shapes, adapter, found.refused, twins)
     problems += clashes(plan.components)
     problems += [*without_effect(base.model, plan.components), *_missed_by_targets(base, adapter)]
     if not allow_other_base and adapter.base is not None and identity is not None:
@@ -96,10 +100,11 @@ class _Found:
         of_copy = {each.path: each.method for each in others if isinstance(each, TrainedCopy)}
         kept = [replace(each, method=of_copy.get(each.path, each.method)) for each in copies]
         self.problems += told
-        if keeps_ties(self._adapter.configs):
+        if any(isinstance(config, FullConfig) for config in self._adapter.configs):
             # Where the settings do not fit the model, no copy is as they ask.
             self.problems += () if told else _other_copies(self._adapter, of_copy)
-            kept = list(with_ties(self._base.model, kept))
+        kept = list(with_ties(self._base.model, kept, self._adapter.configs))
+        self.problems += self._untied(kept)
         beside = [each for each in others if not isinstance(each, TrainedCopy)]
         found = [*low_rank, *kept, *beside]
         return [*found, *self._biases({name for each in found for name in each.shapes})]
@@ -114,6 +119,24 @@ class _Found:
                 self.refused |= {f"{site.name}.{end}" for end in ENDS}
             elif layer is not None:
                 yield low_rank_component(layer, _on_layer(site, layer), config)
+
+    def _untied(self, copies: Sequence[TrainedCopy]) -> Iterator[str]:
+        """Yield a line for each site and copy that differs from what it is tied to."""
+        tensors = self._adapter.tensors
+        sites = {site.path: site for site in self._adapter.sites}
+        for site in self._adapter.sites:
+            owner = sites.get(site.tied_to or "")
+            if owner is not None and not are_equal(site, owner, tensors):
+                yield f"{site.path}  is tied to {owner.path}, and has another A or B"
+        first: dict[int, str] = {}
+        for each in copies:
+            own = dict(base_parameters(self._base.by_path[each.path]))
+            for inner in each.sizes:
+                name = f"{each.path}.{inner}"
+                other = first.setdefault(id(own[inner]), name)
+                both = name in tensors and other in tensors
+                if inner in each.again and both and not torch.equal(tensors[name], tensors[other]):
+                    yield f"{name}  is tied to {other}, and has other values"
 
     def _copies(self, other_heads: Sequence[str]) -> Iterator[TrainedCopy]:
         configs, tensors = self._adapter.configs, self._adapter.tensors

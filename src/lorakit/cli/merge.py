@@ -21,6 +21,7 @@ from lorakit.merging.quantized_base import TrainedModel
 from lorakit.merging.report import MergeReport
 from lorakit.models.load import load_model
 from lorakit.models.quantized import dequantize, quantization_of
+from lorakit.models.replication import part_copies
 from lorakit.training.progress import is_terminal
 from lorakit.upstream.quiet_library import without_bars
 
@@ -76,6 +77,7 @@ def _merge_as_trained(settings: MergeConfig, opened: Opened) -> tuple[Opened, Me
 
 def _save(opened: Opened, folder: Path) -> None:
     _record_ends(opened)
+    part_copies(opened.model)
     with nullcontext() if is_terminal() else without_bars():
         opened.model.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)

@@ -43,6 +43,9 @@ is computed."""
 Recorded = Annotated[T, Mark(varies=True, on_card=False)]
 """A setting that may differ between trials, and that the adapter or another entry of the card
 holds."""
+OfBase = Annotated[T, Mark(on_card=False)]
+"""A setting that trials have in common, since it makes the base what it is, and that the adapter
+holds."""
 RowSource = Annotated[T, Mark(varies=True, on_card=False, may_change=True)]
 """A setting that says where rows are. A resumed run tells the rows themselves apart."""
 Invocation = Annotated[T, Mark(on_card=False, compared=False)]

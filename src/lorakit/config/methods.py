@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.config.marks import OfBase
 from lorakit.errors import ConfigError, did_you_mean
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -56,6 +57,10 @@ class LoRAConfig(MethodConfig):
     layers: str | None = None
     """Blocks to adapt, counted from 0, such as "0-5,11". None: every block."""
 
+    layer_replication: OfBase[str | None] = None
+    """Blocks in the order in which the base runs them, such as "0-3,2-4": repeated ones share their
+    weights, and each has an adapter of its own. None: each block once."""
+
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Chance that an input element of A·x is dropped in training."""
 
@@ -82,6 +87,10 @@ class LoRAConfig(MethodConfig):
     lora_bias: bool = False
     """Train a bias of B as well: the update is scale·(B·A·x + b). For linear layers and
     convolutions; merged only into layers that have a bias."""
+
+    ensure_weight_tying: bool = False
+    """Give all layers that have a target's weight one A and B, and full copies of them one copy: a
+    head has its embedding's, transposed, so that the merged weights are one weight still."""
 
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "eva"] = "kaiming"
     """How A starts; B starts at zero. kaiming: uniform, as the authors' code and PEFT do, so that
@@ -114,10 +123,14 @@ class LoRAConfig(MethodConfig):
         given = self.trainable_token_indices
         return given if isinstance(given, dict) else {"embed": given} if given else {}
 
+    @property
+    def copies_named(self) -> bool:
+        """Whether modules to copy in full are named, beside a fresh task head."""
+        return self.modules_to_save not in ((), ("auto",))
+
     @model_validator(mode="after")
     def _check(self) -> LoRAConfig:
-        copies = self.modules_to_save not in ((), ("auto",))
-        beside = copies or self.trainable_token_indices or self.bias != "none"
+        beside = self.copies_named or self.trainable_token_indices or self.bias != "none"
         if not self.targets and not beside:
             raise ValueError(
                 "targets is empty, so no layer would be adapted: name some, such as q,v "
@@ -130,10 +143,14 @@ class LoRAConfig(MethodConfig):
                 raise ValueError(
                     f"trainable_token_indices names some tokens of {module} twice, or none"
                 )
+        if self.ensure_weight_tying and (self.use_dora or self.init in ("pissa", "eva")):
+            with_what = "use_dora" if self.use_dora else f"init {self.init}"
+            raise ValueError(f"ensure_weight_tying can't be combined with {with_what}")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias and use_dora can't be combined: leave one out")
-        if self.layers is not None:
-            layer_numbers(self.layers)
+        for blocks in (self.layers, self.layer_replication):
+            if blocks is not None:
+                block_order(blocks)
         return self
 
 
@@ -405,7 +422,16 @@ def layer_numbers(text: str) -> frozenset[int]:
     Raises:
         ValueError: the text is not a list of numbers and ranges.
     """
-    numbers: set[int] = set()
+    return frozenset(block_order(text))
+
+
+def block_order(text: str) -> tuple[int, ...]:
+    """The block numbers that ranges such as "0-3,2-4" name, one after the other.
+
+    Raises:
+        ValueError: the text is not a list of numbers and ranges.
+    """
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
@@ -415,5 +441,5 @@ def layer_numbers(text: str) -> frozenset[int]:
             raise ValueError(f"layers {text!r} goes beyond block {MOST_BLOCKS}, the last thinkable")
         if stop < int(first):
             raise ValueError(f"layers {text!r} has a range that ends before it starts")
-        numbers.update(range(int(first), stop + 1))
-    return frozenset(numbers)
+        numbers += range(int(first), stop + 1)
+    return tuple(numbers)

@@ -67,6 +67,8 @@ class AdaptedLayer(SwappedModule):
     """Whether its input has several entries for each row, one row after the other."""
     adapter_listed: bool = False
     """Whether it is in a list of modules that code chooses from: blocks, experts."""
+    adapter_experts: int | None = None
+    """The number of the module of experts that gives it the tokens which chose its expert."""
     uncalled: tuple[str, ...]
     """Parameters that are read without a module call."""
 
@@ -233,6 +235,7 @@ def convert(
     uncalled: tuple[str, ...] = (),
     pieces: bool = False,
     listed: bool = False,
+    experts: int | None = None,
 ) -> AdaptedLayer:
     """Turn a layer into an adapted layer, in place; one that is adapted already stays as it is.
 
@@ -247,12 +250,14 @@ def convert(
         uncalled: its parameters that are read without a module call.
         pieces: whether its input has several entries for each row, one row after the other.
         listed: whether it is in a list of modules that code chooses from: blocks, experts.
+        experts: the number of the module of experts that it is in.
     """
     if not isinstance(layer, AdaptedLayer):
         adapted = cast(AdaptedLayer, layer)
         adapted.adapter_bank = LayerBank()
         adapted.adapter_route, adapted.adapter_path, adapted.adapter_input = route, path, reads
         adapted.adapter_pieces, adapted.adapter_listed = pieces, listed
+        adapted.adapter_experts = experts
         adapted.adapter_number = route.layers
         route.layers += 1
         own = type(layer)
@@ -290,7 +295,7 @@ def restore(layer: nn.Module) -> None:
     assert isinstance(layer, AdaptedLayer)
     swap_back(layer)
     _hand_back(layer)
-    for name in ("bank", "route", "number", "path", "input", "pieces", "listed"):
+    for name in ("bank", "route", "number", "path", "input", "pieces", "listed", "experts"):
         delattr(layer, f"adapter_{name}")
 
 

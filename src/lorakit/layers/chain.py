@@ -54,5 +54,10 @@ class Chain(Update):
         for link in self._updates():
             yield from link.named_tensors(path)
 
+    def shared_tensors(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the updates have of others."""
+        for link in self._updates():
+            yield from link.shared_tensors(path)
+
     def _updates(self) -> list[Update]:
         return [cast(Update, link) for link in self.links]

@@ -100,6 +100,14 @@ class Update(nn.Module, Operation):
             path: of the layer.
         """
 
+    def shared_tensors(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield those tensors of an `Adapter` which the parameters of another update hold.
+
+        Args:
+            path: of the layer.
+        """
+        return iter(())
+
 
 class ReadUpdate(Update):
     """An update of what a layer's own code reads, by `read`: a call of the layer stays as it is."""

@@ -26,6 +26,8 @@ class Materials:
     """The adapter's tensors, by name; None: a fresh start."""
     copy: bool = True
     """Leave the tensors alone; else low-rank updates may keep them."""
+    of_sites: dict[str, nn.Module] = field(default_factory=dict)
+    """What was made for each low-rank update, by the name of its site: tied ones have it too."""
     tied: dict[int, nn.Parameter] = field(default_factory=dict)
     """The parameter that was made for each parameter of the base that several modules share."""
 

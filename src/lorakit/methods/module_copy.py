@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class ModuleCopy(Update):
         dtype: torch.dtype,
         *,
         shared: MutableMapping[int, nn.Parameter] | None = None,
+        again: frozenset[str] = frozenset(),
     ) -> None:
         """Copy a module.
 
@@ -36,6 +38,7 @@ class ModuleCopy(Update):
             dtype: precision of the copy.
             shared: copies of parameters by the id of the base's. One that is there is not copied
                 again, so that tied weights stay tied; those that are made here are added.
+            again: those of other copies that an adapter has under this module's name as well.
         """
         super().__init__()
         # Other adapters of the module, and its route, are not copied.
@@ -51,6 +54,7 @@ class ModuleCopy(Update):
             restore(layer)
         self.tied = frozenset(self._share(module, shared) if shared is not None else ())
         """Parameters that belong to another copy."""
+        self.again = again & self.tied
         self.resized = False
         """Whether it has another number of classes than the base's."""
 
@@ -87,6 +91,12 @@ class ModuleCopy(Update):
             if name not in self.tied:
                 yield f"{path}.{name}", parameter
 
+    def shared_tensors(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters of other copies that an adapter has under this name too."""
+        for name, parameter in self.copy.named_parameters():
+            if name in self.again:
+                yield f"{path}.{name}", parameter
+
     def fill(self, tensors: Mapping[str, Tensor], path: str) -> None:
         """Set the copy's parameters from an adapter's tensors of the module at a path."""
         for name, parameter in self.copy.named_parameters():
@@ -114,6 +124,8 @@ class TrainedCopy(Component):
     """Precision of the copy."""
     keeps_ties: bool = False
     """Whether a parameter that several copied modules share is one parameter in the copies too."""
+    again: frozenset[str] = frozenset()
+    """Parameters that an earlier copy has, and that files have under this copy's name as well."""
 
     step = 2
     what = "full copy"
@@ -127,10 +139,15 @@ class TrainedCopy(Component):
     def update(self, materials: Materials) -> ModuleCopy:
         """The copy, whose fresh values are the module's own."""
         dtype, shared = getattr(torch, self.dtype), materials.tied if self.keeps_ties else None
-        made = ModuleCopy(materials.modules[self.path], dtype, shared=shared)
+        made = ModuleCopy(materials.modules[self.path], dtype, shared=shared, again=self.again)
         if materials.tensors is not None:
             made.fill(materials.tensors, self.path)
         return made
+
+    @property
+    def parameters(self) -> int:
+        """The number of values that are trained, without those of earlier copies."""
+        return sum(math.prod(size) for name, size in self.sizes.items() if name not in self.again)
 
     @property
     def row(self) -> tuple[str, ...]:

@@ -7,10 +7,9 @@ from typing import Any
 from torch import nn
 
 from lorakit.models.base import base_modules
-from lorakit.models.experts import expert_matrices, gets_all_tokens
 from lorakit.models.multihead import IN_PROJ, is_multihead
 from lorakit.models.paths import ends_with
-from lorakit.models.reads import only_read, read_weights
+from lorakit.models.reads import read_weights
 from lorakit.upstream.private_names import own_parameters
 
 Widths = tuple[tuple[str, int], ...]
@@ -36,6 +35,13 @@ class Family:
 
     shared_by_batch: tuple[str, ...] = ()
     """Ends of the paths of layers whose input is shared by the batch: it has no row per sample."""
+
+    experts: str = ""
+    """End of the path of a module that gives each of its children, the experts, those tokens that
+    chose it; "": there is none."""
+
+    of_each_expert: Mapping[str, str] = field(default_factory=dict)
+    """End of a layer's path within such an expert: its role."""
 
 
 def equal_parts(*roles: str) -> RowSplit:
@@ -209,6 +215,32 @@ _T5 = Family(
     shared_by_batch=("SelfAttention.relative_attention_bias",),
 )
 
+# Its experts are the same layers once more.
+_SWITCH = Family(
+    roles={
+        **_T5.roles,
+        "mlp.wi": "up",
+        "mlp.wo": "down",
+    },
+    shared_by_batch=_T5.shared_by_batch,
+    experts="mlp.experts",
+    of_each_expert={"wi": "experts.up", "wo": "experts.down"},
+)
+
+_NLLB_MOE = Family(
+    roles={
+        **{
+            f"{attention}.{leaf}": role
+            for attention in ("self_attn", "cross_attention")
+            for leaf, role in {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o"}.items()
+        },
+        "ffn.fc1": "up",
+        "ffn.fc2": "down",
+    },
+    experts="ffn.experts",
+    of_each_expert={"fc1": "experts.up", "fc2": "experts.down"},
+)
+
 # transformers renamed ViT's layers within version 5: both sets of names are in use.
 _VIT = Family(
     roles={
@@ -276,6 +308,8 @@ FAMILIES: Mapping[str, Family] = {
     "distilbert": _DISTILBERT,
     **dict.fromkeys(("t5", "mt5", "umt5", "longt5"), _T5),
     **dict.fromkeys(("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"), _BART),
+    "switch_transformers": _SWITCH,
+    "nllb-moe": _NLLB_MOE,
     "vit": _VIT,
 }
 """transformers' `config.model_type`: the architecture's layer names."""
@@ -292,39 +326,6 @@ def family_of(model: nn.Module) -> Family:
 def family_name(model: nn.Module) -> str:
     """A model's name for messages: its model type, else its class."""
     return getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
-
-
-_WINDOWS = tuple(
-    f"{attention}.{layer}"
-    for attention, layers in {
-        "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "self": ("query", "key", "value"),
-        "attention.output": ("dense",),
-    }.items()
-    for layer in layers
-)
-
-_SHARED_EXPERT = (
-    *(f"shared_expert.{layer}" for layer in ("gate_proj", "up_proj", "down_proj")),
-    "shared_expert_gate",
-)
-
-PIECES: Mapping[str, tuple[str, ...]] = {
-    # Tokens without a dimension of rows.
-    "opt": ("fc1", "fc2", "final_layer_norm", "activation_fn"),
-    "qwen2_moe": _SHARED_EXPERT,
-    "llama4_text": _SHARED_EXPERT,
-    # The windows of each image.
-    "swin": _WINDOWS,
-    "swinv2": _WINDOWS,
-    "donut-swin": _WINDOWS,
-    "maskformer-swin": _WINDOWS,
-}
-"""By model type: ends of the paths of layers whose input has several entries for each row along its
-first dimension, one row after the other."""
-
-FEATURES = ("get_image_features", "get_video_features", "get_audio_features")
-"""The methods of transformers' models by which rows of tokens get images, videos or sounds."""
 
 
 def uncalled_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -345,47 +346,3 @@ def uncalled_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def weights_read_inside(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """The parameters that their own module reads and LoRA can adapt, by the module's path."""
     return {path: (IN_PROJ,) for path, module in base_modules(model) if is_multihead(module)}
-
-
-def layers_in_pieces(model: nn.Module) -> frozenset[str]:
-    """The paths of the layers whose input has several entries for each row (`PIECES`)."""
-    ends = PIECES.get(getattr(getattr(model, "config", None), "model_type", ""), ())
-    paths = (path for path, _ in base_modules(model))
-    found = {path for path in paths if any(ends_with(path, end) for end in ends)}
-    experts = (path for path, m in base_modules(model) if expert_matrices(m) and gets_all_tokens(m))
-    return frozenset({*found, *experts})
-
-
-def layers_for_all_rows(model: nn.Module) -> dict[str, str]:
-    """Why rows cannot have adapters of their own in a layer, by its path."""
-    ends = family_of(model).shared_by_batch
-    of_images = _outside_text(model)
-    reads = only_read(model)
-    reasons = {}
-    for path, module in base_modules(model):
-        if any(ends_with(path, end) for end in ends):
-            reasons[path] = "have an input all rows share"
-        elif expert_matrices(module) and not gets_all_tokens(module):
-            reasons[path] = "are given tokens by expert, which do not say whose they are"
-        elif path in reads or is_multihead(module):
-            reasons[path] = "have a weight that the model reads by itself, once for all rows"
-        elif path in of_images:
-            reasons[path] = "are given images, videos or sounds, which are no rows of the batch"
-    return reasons
-
-
-def _outside_text(model: nn.Module) -> set[str]:
-    """The paths of the modules that make features for rows of tokens.
-
-    A row may have several images or none, so that an image's number says nothing of its row.
-    """
-    if not any(hasattr(model, name) for name in FEATURES):
-        return set()
-    inside: set[int] = set()
-    for getter in ("get_decoder", "get_input_embeddings", "get_output_embeddings"):
-        try:
-            found = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            continue
-        inside |= set() if found in (None, model) else set(map(id, found.modules()))
-    return {path for path, module in base_modules(model) if path and id(module) not in inside}

@@ -25,6 +25,7 @@ from lorakit.models.image_processor import ImageProcessor
 from lorakit.models.packaged import PACKAGES, packaged_folder, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
 from lorakit.models.quantized import quantize as quantize_model
+from lorakit.models.replication import replicate_layers
 from lorakit.models.roles import input_embedding, task_heads
 from lorakit.models.tasks import TASKS, has_classes, model_task, task_of_config
 from lorakit.upstream.private_names import initialize, loaded_from
@@ -41,6 +42,7 @@ def load_model(
     labels: Sequence[str] | None = None,
     quantize: str | Quantization | None = None,
     fresh_head: bool = False,
+    layer_replication: str | None = None,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """A base model in eval mode, and its tokenizer, which has a padding token.
 
@@ -62,9 +64,11 @@ def load_model(
             too), 8bit, or exactly as a `Quantization` says. Matmuls are in the precision of their
             inputs, `dtype`. None: hold them in `dtype`.
         fresh_head: leave out the head that the checkpoint has, which may be for other classes.
+        layer_replication: blocks in the order in which they are run, as in `lk.replicate_layers`.
 
     Raises:
-        ModelError: the model cannot be found, read or used for the task, or not be quantised.
+        ModelError: the model cannot be found, read or used for the task, not be quantised, or its
+            blocks not be repeated.
         MissingExtraError: smollm2 or a GGUF file is to be unpacked without the `gguf` extra, a
             model to be quantised without `quantized`, or images to be read without `images`.
 
@@ -96,6 +100,8 @@ def load_model(
         if isinstance(quantize, str):
             quantize = Quantization.of(quantize, dtype)
         quantize_model(model, quantize)
+    if layer_replication is not None:
+        replicate_layers(model, layer_replication)
     return model.eval(), tokenizer
 
 

@@ -20,7 +20,7 @@ from lorakit.models.base import base_modules
 from lorakit.models.identity import BaseIdentity, identify
 from lorakit.models.linear_probe import why_no_matmul
 from lorakit.models.quantized_weight import float_weight, is_quantized, own_weight
-from lorakit.models.reads import only_read
+from lorakit.models.reads import giving_precision, only_read
 from lorakit.models.roles import output_head, task_heads
 from lorakit.upstream.private_names import (
     NonDynamicallyQuantizableLinear,
@@ -75,8 +75,9 @@ def quantize(model: nn.Module, how: Quantization) -> None:
     """Quantise the weights of a model's linear layers, in place; the float weights are dropped.
 
     Each Linear and Conv1D is replaced but for the output head, the heads of a task, layers with a
-    weight that is tied to another, that transformers wants in float32 or that the model reads by
-    itself, and subclasses of Linear with arithmetic of their own. Biases stay the same objects.
+    weight that is tied to another, that transformers wants in float32, that the model reads by
+    itself or whose precision it asks for, and subclasses of Linear with arithmetic of their own.
+    Biases stay the same objects.
 
     Args:
         model: a plain base, on any device.
@@ -217,9 +218,9 @@ def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for _, module in base_modules(model):
         for parameter in own_parameters(module).values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    reads = only_read(model)
+    left_alone = only_read(model) | giving_precision(model)
     for path, module in base_modules(model):
-        own = _is_matmul(module) and path not in reads
+        own = _is_matmul(module) and path not in left_alone
         alone = own and module is not head and holders[id(module.weight)] == 1
         if alone and path and not any(name in f".{path}." for name in inside):
             yield path, module

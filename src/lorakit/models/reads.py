@@ -23,6 +23,8 @@ FACTS = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "
 """What code asks a weight for without using its values."""
 QUESTIONS = ("isinstance", "hasattr", "getattr", "id")
 """Functions that ask something of a weight without using its values."""
+KNOWS_INTEGERS = "uint8"
+"""What code names that knows of weights in few bits."""
 NOT_FORWARD = ("init", "reset", "tie", "set_", "save", "load", "resize", "from_")
 """How the names of methods begin that prepare a module and are no part of a forward pass."""
 
@@ -52,6 +54,18 @@ def only_read(model: nn.Module) -> frozenset[str]:
     return frozenset(read_weights(model).keys() - called)
 
 
+def giving_precision(model: nn.Module) -> frozenset[str]:
+    """The paths of the modules whose weight's precision code around them asks for.
+
+    T5 and its kin bring an input to that of `wo`, which must not be one of integers.
+    """
+    return frozenset(
+        f"{path}.{child}" if path else child
+        for path, module in base_modules(model)
+        for child in _uses_of(type(module)).precise
+    )
+
+
 @dataclass(frozen=True)
 class Uses:
     """The children that methods of a class read or call, by their dotted names."""
@@ -60,6 +74,8 @@ class Uses:
     """Children whose parameters are read."""
     called: frozenset[str]
     """Children that are called, or given to somebody who may."""
+    precise: frozenset[str]
+    """Children whose weight's precision is asked for, in code that does not know of integers."""
 
 
 _KNOWN: dict[type[nn.Module], Uses] = {}
@@ -83,10 +99,11 @@ def _found_in(kind: type[nn.Module]) -> Uses:
         for code in _codes(value, set())
     ]
     uses = [use for code in codes for use in _uses_in(code)]
-    return Uses(
-        frozenset(child for child, is_read in uses if is_read),
-        frozenset(child for child, is_read in uses if not is_read),
-    )
+    by_kind = {kind: frozenset(child for child, own in uses if own == kind) for kind in _KINDS}
+    return Uses(**by_kind)
+
+
+_KINDS = ("read", "called", "precise")
 
 
 def _codes(value: Any, seen: set[int]) -> Iterator[CodeType]:
@@ -110,8 +127,9 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
             yield from _with_inner(constant)
 
 
-def _uses_in(code: CodeType) -> Iterator[tuple[str, bool]]:
-    """Yield each dotted name after `self` in code, and whether values of a parameter are used."""
+def _uses_in(code: CodeType) -> Iterator[tuple[str, str]]:
+    """Yield each dotted name after `self` in code, and how it is used."""
+    knows = KNOWS_INTEGERS in code.co_names
     before: Any = None
     chain: list[str] | None = None
     asked = False
@@ -122,7 +140,7 @@ def _uses_in(code: CodeType) -> Iterator[tuple[str, bool]]:
             chain.append(str(name))
             continue
         if chain and not operation.startswith(("STORE", "DELETE")) and not asked:
-            yield from _use(chain)
+            yield from (use for use in _use(chain) if not (knows and use[1] == "precise"))
         loads = operation.startswith(("LOAD_FAST", "LOAD_DEREF"))
         # One instruction may load two variables, the second of which is on top.
         is_self = loads and (name == "self" or (isinstance(name, tuple) and name[-1] == "self"))
@@ -130,9 +148,11 @@ def _uses_in(code: CodeType) -> Iterator[tuple[str, bool]]:
         before = name if operation == "LOAD_GLOBAL" else None
 
 
-def _use(chain: Sequence[str]) -> Iterator[tuple[str, bool]]:
+def _use(chain: Sequence[str]) -> Iterator[tuple[str, str]]:
     at = next((i for i, part in enumerate(chain) if part in PARAMETERS), None)
     if at is None:
-        yield ".".join(chain), False
+        yield ".".join(chain), "called"
     elif at and (at + 1 == len(chain) or chain[at + 1] not in FACTS):
-        yield ".".join(chain[:at]), True
+        yield ".".join(chain[:at]), "read"
+    elif at and chain[at : at + 2] == ["weight", "dtype"]:
+        yield ".".join(chain[:at]), "precise"

@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,10 +13,11 @@ from lorakit.config.methods import layer_numbers
 from lorakit.errors import TargetError, did_you_mean
 from lorakit.models.base import base_modules
 from lorakit.models.experts import ExpertMatrices, expert_matrices
-from lorakit.models.families import UNKNOWN_FAMILY, RowSplit, family_name, family_of
+from lorakit.models.families import UNKNOWN_FAMILY, Family, RowSplit, family_name, family_of
 from lorakit.models.linear_probe import returns_tensor
 from lorakit.models.multihead import IN_PROJ, OUT_PROJ, is_multihead
 from lorakit.models.paths import block_number, ends_with, is_within, matches
+from lorakit.models.routers import routers
 
 EXPERT_ROLES = ("experts.gate", "experts.up", "experts.down")
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head", *EXPERT_ROLES)
@@ -30,8 +31,8 @@ GROUPS = {
 """Words that stand for whichever of several roles the model has."""
 
 ALL_LINEAR = "all-linear"
-"""Every Linear and Conv1D but the output head and the task heads, as in PEFT, routers that are
-Linears which return more than one tensor, and those of nn.MultiheadAttention."""
+"""Every Linear and Conv1D but the output head and the task heads, as in PEFT, routers, and those of
+nn.MultiheadAttention."""
 
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LISTED_NAMES = 20
@@ -95,12 +96,20 @@ def targets_of(model: nn.Module) -> tuple[Target, ...]:
         if path.rpartition(".")[0] in multiheads or not isinstance(module, _ADAPTABLE):
             continue
         inside_head = is_within(path, heads)
-        role = None if inside_head else ends.get(path) or _longest_end(family.roles, path)
+        role = None if inside_head else ends.get(path) or _role(family, path)
         split = None if inside_head else _longest_end(family.fused, path)
         found.append(Target(path=path, role=role, rows=None))
         if split is not None:
             found.extend(_slices(model, path, split))
     return tuple(found)
+
+
+def _role(family: Family, path: str) -> str | None:
+    """The role of a layer by the table of its family."""
+    block, _, inside = path.rpartition(f".{family.experts}.")
+    if family.experts and block:
+        return family.of_each_expert.get(inside.partition(".")[2])
+    return _longest_end(family.roles, path)
 
 
 def _multihead(path: str, module: nn.Module) -> Iterator[Target]:
@@ -336,14 +345,14 @@ def _named_by(word: str, model: nn.Module, targets: tuple[Target, ...]) -> tuple
 
 def _linear_paths(model: nn.Module) -> set[str]:
     """The paths of the layers that `all-linear` names."""
-    heads = task_heads(model)
+    left_out = (*task_heads(model), *routers(model))
     output = output_head(model)
     return {
         path
         for path, module in base_modules(model)
         if isinstance(module, (nn.Linear, Conv1D))
         and module is not output
-        and not is_within(path, heads)
+        and not is_within(path, left_out)
         and returns_tensor(module)
     }
 
@@ -364,11 +373,11 @@ def _unknown_words(model: nn.Module, words: list[str], targets: tuple[Target, ..
     return f"{text} Its modules are {', '.join(leaves[:_LISTED_NAMES])}{more}."
 
 
-def _nearest(word: str, candidates: Collection[str], targets: tuple[Target, ...]) -> str:
+def _nearest(word: str, candidates: Set[str], targets: tuple[Target, ...]) -> str:
     """A hint, " (did you mean 'x'?)", at the nearest word that would name something; else ""."""
     depth = word.count(".") + 1
     ends = dict.fromkeys(_last_parts(target.path, depth) for target in targets)
-    hint = did_you_mean(word, [*candidates, *ends]).removeprefix("; ")
+    hint = did_you_mean(word, [*(candidates - {word}), *ends]).removeprefix("; ")
     return f" ({hint})" if hint else ""
 
 

@@ -41,8 +41,8 @@ def static_operations(
 ) -> dict[int, Operation]:
     """The operation of each layer, in a form that is the same for every batch of one length.
 
-    Layers that are not linear, full copies, and DoRA have the operations of any mixed batch, where
-    another grouping of the rows is another graph.
+    Layers that are not linear, those within experts, full copies, and DoRA have the operations of
+    any mixed batch, where another grouping of the rows is another graph.
 
     Args:
         layers: all adapted layers by number.
@@ -54,7 +54,8 @@ def static_operations(
     others: dict[str, dict[int, Update]] = {name: {} for name in updates}
     for number, layer in layers.items():
         mine = {name: ups[number] for name, ups in updates.items() if number in ups}
-        if is_linear(layer) and all(map(is_sum, mine.values())):
+        of_rows = layer.adapter_experts is None or len(choices.index_of_row) == 1
+        if of_rows and is_linear(layer) and all(map(is_sum, mine.values())):
             operations[number] = StaticLoRA(layer, cast(Any, mine), choices, device)
         else:
             for name, update in mine.items():

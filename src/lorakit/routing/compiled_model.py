@@ -27,7 +27,7 @@ def prepare_for_compile(model: nn.Module) -> None:
     inner = unwrapped(model)
     state = attachment_for(inner)
     state.compiled = True
-    for path, layer in base_modules(inner):
+    for path, layer in list(base_modules(inner)):
         if is_linear(layer) and is_adaptable(layer):
             state.convert(inner, path)
     _check_outside(model)

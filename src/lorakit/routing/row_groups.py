@@ -51,7 +51,7 @@ class ByRowGroup(Operation):
         tokens: list[VirtualTokens | None] = [None] * rows
         for group in self._groups:
             own = next((u.virtual_tokens for u, _ in group.terms if u.virtual_tokens), None)
-            for row in _input_rows(group.index, rows, self._rows).tolist():
+            for row in input_rows(group.index, rows, self._rows).tolist():
                 tokens[row] = own
         return tokens
 
@@ -67,7 +67,7 @@ class ByRowGroup(Operation):
             check_rows_first(cast(AdaptedLayer, layer), inputs[0], self._rows)
         results: list[tuple[Tensor, Tensor]] = []
         for group in self._groups:
-            index = _input_rows(group.index, inputs[0].shape[0], self._rows)
+            index = input_rows(group.index, inputs[0].shape[0], self._rows)
             with cast(AdaptedLayer, layer).adapter_route.for_rows(index):
                 results.append((index, self._adapted(group, layer, inputs, output, index)))
         widest = max(output.shape[-1], *(adapted.shape[-1] for _, adapted in results))
@@ -157,7 +157,7 @@ def widened(output: Tensor, width: int) -> Tensor:
     return F.pad(output, (0, missing), value=float("-inf")) if missing else output
 
 
-def _input_rows(index: Tensor, found: int, rows: int) -> Tensor:
+def input_rows(index: Tensor, found: int, rows: int) -> Tensor:
     """The rows of an input that belong to rows of the batch; it may have several for each."""
     each = found // rows
     if each == 1:

@@ -189,7 +189,8 @@ class Slots:
                 by_layer.setdefault(number, []).append((at, update, weight))
         others: list[dict[int, Update]] = [{} for _ in terms]
         for number, own in by_layer.items():
-            if is_linear(layers[number]) and all(is_sum(update) for _, update, _ in own):
+            of_rows = is_linear(layers[number]) and layers[number].adapter_experts is None
+            if of_rows and all(is_sum(update) for _, update, _ in own):
                 _add_sums(content, number, [(cast(LoRAUpdate, u), w) for _, u, w in own])
             else:
                 # A sum beside an update that rescales the output would be rescaled too.

@@ -22,6 +22,7 @@ from lorakit.layers.operation import Operation, Update
 from lorakit.methods.lora.lora import LowRank, is_linear, positions
 from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.routing.choices import RowChoices, Terms, UpdatesByName
+from lorakit.routing.experts_of_rows import operations_of_experts, parted
 from lorakit.routing.row_groups import ByRowGroup, read_for_all
 from lorakit.routing.row_updates import KeptProjection, add_to_rows, bias_shifts
 from lorakit.routing.stacked_heads import StackedHeads, are_heads
@@ -46,8 +47,17 @@ def mixed_operations(
     Raises:
         RouteError: full copies of one module that can't be added up.
     """
-    groupings = _Groupings(choices, device)
     operations: dict[int, Operation] = {}
+    if len(choices.index_of_row) > 1:
+        updates, inside = parted(layers, updates)
+
+        def of_one(one: RowChoices) -> Mapping[int, Operation]:
+            if one.only_adapter is not None:
+                return inside[one.only_adapter]
+            return mixed_operations(layers, {n: inside[n] for n in one.names}, one, device)
+
+        operations |= operations_of_experts(layers, inside, choices, device, of_one)
+    groupings = _Groupings(choices, device)
     for numbers in _by_input(layers, updates):
         terms = {number: _terms(number, updates, choices) for number in numbers}
         stacked = [number for number in numbers if _is_stackable(layers[number], terms[number])]

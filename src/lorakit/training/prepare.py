@@ -213,6 +213,7 @@ def _model_of(
         labels=labels,
         quantize=how,
         fresh_head=config.fresh_head,
+        layer_replication=config.lora.layer_replication if "lora" in config.method else None,
     )
 
 

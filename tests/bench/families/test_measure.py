@@ -15,6 +15,7 @@ from lorakit.bench.families.uses import (
     merged,
     packed,
     routed,
+    trained,
 )
 from lorakit.config.bench import ModelsConfig
 from lorakit.errors import ConfigError
@@ -37,6 +38,20 @@ def test_a_classifier_writes_no_text_and_the_rest_works():
     assert {use for use, cell in row.items() if cell == "no (1)"} == {"generate"}
     assert {cell for use, cell in row.items() if use in USES} == {CHECKED, "no (1)"}
     assert "writes no text" in findings.tables["reasons"][0]["reason"]
+
+
+@pytest.mark.thorough
+def test_an_encoder_decoder_does_all_but_joining_rows():
+    findings = measure_models(ModelsConfig(families=("t5",)))
+    (row,) = findings.tables["models"]
+    assert row["kind"] == "encoder-decoder"
+    assert {use for use in USES if row[use] != CHECKED} == {"packed"}
+    assert "an encoder and a decoder" in findings.tables["reasons"][0]["reason"]
+
+
+@pytest.mark.thorough
+def test_training_lowers_the_loss_though_tokens_change_their_experts():
+    trained(base_of("olmoe"))
 
 
 def test_a_mistake_is_a_cell_that_fails(monkeypatch):

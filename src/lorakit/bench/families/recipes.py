@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from lorakit.models.image_processor import ImageProcessor
 from lorakit.models.load import load_model
 
-Kind = Literal["decoder", "classifier", "images"]
-"""What a model does: continue texts, classify texts, or classify images."""
+Kind = Literal["decoder", "encoder-decoder", "classifier", "images"]
+"""What a model does: continue texts, answer them, classify texts, or classify images."""
 
 WORDS = tuple(f"w{number}" for number in range(60))
 """The vocabulary beside the special tokens."""
@@ -90,6 +90,42 @@ _DECODERS: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT,
     "llama4_text": {**_EXPERTS, "intermediate_size_mlp": 24},
 }
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+_STACKS = {
+    "d_model": 32,
+    **{
+        f"{stack}_{size}": value
+        for stack in ("encoder", "decoder")
+        for size, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 48}.items()
+    },
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
+    **dict.fromkeys(("bart", "mbart", "pegasus", "m2m_100", "marian"), _STACKS),
+    "switch_transformers": {
+        **_T5,
+        "router_jitter_noise": 0.0,
+        "num_experts": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
+    "nllb-moe": {
+        **_STACKS,
+        "num_experts": 2,
+        "encoder_sparse_step": 2,
+        "decoder_sparse_step": 2,
+    },
+}
 _CLASSIFIERS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {},
@@ -108,6 +144,7 @@ _OF_IMAGES: dict[str, dict[str, Any]] = {
 }
 _BY_KIND: Mapping[Kind, dict[str, dict[str, Any]]] = {
     "decoder": _DECODERS,
+    "encoder-decoder": _ENCODER_DECODERS,
     "classifier": _CLASSIFIERS,
     "images": _OF_IMAGES,
 }
@@ -145,7 +182,13 @@ class TriedBase:
             return {"pixel_values": pixels}
         shape = (rows, LENGTH)
         ids = torch.randint(len(_SPECIAL), _SIZES["vocab_size"], shape, generator=generator)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return {**found, "decoder_input_ids": ids} if self.is_encoder_decoder else found
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether a row is two sequences: what is read, and what is written."""
+        return self.kind == "encoder-decoder"
 
 
 def base_of(name: str) -> TriedBase:
@@ -168,6 +211,7 @@ def base_of(name: str) -> TriedBase:
 
 _AUTO: Mapping[Kind, Any] = {
     "decoder": transformers.AutoModelForCausalLM,
+    "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
     "classifier": transformers.AutoModelForSequenceClassification,
     "images": transformers.AutoModelForImageClassification,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import cast
 
@@ -182,6 +182,14 @@ class LowRank(nn.Module):
         if self.frozen_b is None:
             return self.lora_b
         return torch.cat([self.lora_b, self.frozen_b], dim=1)
+
+    def named_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield its own tensors by the ends of their names."""
+        return self.named_parameters()
+
+    def shared_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of the site that another site's parameters hold."""
+        return iter(())
 
     def let_train(self) -> None:
         """Let the tensors that the settings train take gradients."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from lorakit.methods.lora.init import fresh_tensors
 from lorakit.methods.lora.lora import LowRank, parameter_shapes
 from lorakit.methods.lora.pissa import split_frozen_factors
 from lorakit.methods.lora.read_parameter import ReadParameterUpdate
+from lorakit.methods.lora.tied import TiedLowRank
 from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import device_of
 
@@ -68,7 +70,9 @@ class LowRankComponent(Component):
 
     @property
     def parameters(self) -> int:
-        """The number of values that are trained: those of frozen factors are not."""
+        """The number of values that are trained: not those of frozen factors, or another's."""
+        if self.site.tied_to is not None:
+            return 0
         d_out, d_in = self.matrix_shape
         of_rank = d_out if self.config.freeze_a else d_out + d_in
         trained = (self.site.rank - self.site.frozen) * of_rank * self.matrices
@@ -79,10 +83,14 @@ class LowRankComponent(Component):
         """Its row of the match table."""
         site, size = self.site, "×".join(map(str, self.matrix_shape))
         size = f"{self.matrices} × {size}" if site.is_of_experts else size
-        return site.name, self.role or "", size, str(site.rank), f"{site.scale:g}"
+        rank = str(site.rank) if site.tied_to is None else f"{site.rank}, tied"
+        return site.name, self.role or "", size, rank, f"{site.scale:g}"
 
     def update(self, materials: Materials) -> LoRAUpdate | ExpertsUpdate | ReadParameterUpdate:
         """The update of the layer; a fresh A is drawn from torch's global generator."""
+        if self.site.tied_to is not None:
+            owner = cast(LowRank, materials.of_sites[self.site.tied_to])
+            return LoRAUpdate({"whole": TiedLowRank(self.site, self.config, owner)})
         layer = materials.modules[self.path]
         device = device_of(layer)
         if materials.tensors is None:
@@ -94,6 +102,7 @@ class LowRankComponent(Component):
             for name, values in split_frozen_factors((self.site,), own).items()
         }
         part = LowRank(self.site, self.config, weights)
+        materials.of_sites[self.site.name] = part
         if self.site.is_of_experts:
             return ExpertsUpdate({part_key(part): part})
         if self.site.is_of_parameter:

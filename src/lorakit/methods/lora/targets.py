@@ -22,6 +22,7 @@ from lorakit.methods.lora.lora import (
     why_not_adaptable,
 )
 from lorakit.methods.lora.low_rank import low_rank_component
+from lorakit.methods.lora.tied import tied_sites, with_tied_targets
 from lorakit.models.linear_probe import own_class
 from lorakit.models.multihead import IN_PROJ
 from lorakit.models.reads import only_read
@@ -37,13 +38,19 @@ def components(model: nn.Module, config: LoRAConfig) -> tuple[Component, ...]:
         TargetError: a name in the settings matches nothing, or a layer twice.
     """
     kept = select_targets(model, config.targets, layers=config.layers, exclude=config.exclude)
+    owners: Mapping[str, str] = {}
+    if config.ensure_weight_tying:
+        kept, owners = with_tied_targets(model, kept, config)
     _check_adaptable(model, kept)
     _check_form(model, kept, config)
     _check_dropout(model, kept, config)
     ranks = _by_target(model, kept, config.rank_pattern, "rank_pattern")
     alphas = _by_target(model, kept, config.alpha_pattern, "alpha_pattern")
     _check_ranks(model, {target: ranks.get(target, config.rank) for target in kept}, config)
-    sites = [(target, _site(model, target, config, ranks, alphas)) for target in kept]
+    _check_patterns(owners, ranks, "rank_pattern")
+    _check_patterns(owners, alphas, "alpha_pattern")
+    made = [_site(model, target, config, ranks, alphas) for target in kept]
+    sites = list(zip(kept, tied_sites(made, owners), strict=True))
     adapted = (
         {target.path for target in kept if target.path == target.module_path}
         if config.bias == "lora"
@@ -149,6 +156,21 @@ def _check_ranks(model: nn.Module, ranks: Mapping[Target, int], config: LoRAConf
             )
     if problems:
         raise TargetError.listing(f"init {config.init} cannot start from so many ranks", problems)
+
+
+def _check_patterns(owners: Mapping[str, str], values: Mapping[Target, V], setting: str) -> None:
+    """Refuse to give a tied layer another value than the layer whose A and B it has.
+
+    Raises:
+        TargetError: a pattern does.
+    """
+    by_path = {target.path: value for target, value in values.items()}
+    for path, owner in owners.items():
+        if path in by_path and by_path[path] != by_path.get(owner):
+            raise TargetError(
+                f"{setting} gives {path} {by_path[path]}, and not so {owner}, whose A and B it has "
+                "(ensure_weight_tying): name both"
+            )
 
 
 def _by_target(

@@ -170,10 +170,16 @@ class LoRAUpdate(Update):
     def named_tensors(self, path: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what each site has, and the bias."""
         for part in self.low_ranks():
-            for end, parameter in part.named_parameters():
+            for end, parameter in part.named_tensors():
                 yield f"{part.site.name}.{end}", parameter
         if self.bias is not None:
             yield f"{path}.bias", self.bias
+
+    def shared_tensors(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield A and B of tied sites."""
+        for part in self.low_ranks():
+            for end, values in part.shared_tensors():
+                yield f"{part.site.name}.{end}", values
 
 
 def _add(output: Tensor, update: Tensor, rows: RowRanges | None) -> Tensor:

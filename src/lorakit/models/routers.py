@@ -1,0 +1,45 @@
+"""Routers: the layers that tell which experts a token goes to."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lorakit.models.base import base_modules
+from lorakit.models.paths import is_within
+
+ROUTER = "router"
+"""The name by which most families call it, or the module around it."""
+EXPERTS = "experts"
+
+
+def routers(model: nn.Module) -> tuple[str, ...]:
+    """The paths of a model's routers that are Linears.
+
+    They are those in a module called router, and those with as many outputs as there are experts in
+    the module of that name beside them.
+    """
+    modules = dict(base_modules(model))
+    return tuple(
+        path
+        for path, module in modules.items()
+        if isinstance(module, nn.Linear) and _is_router(path, module, modules)
+    )
+
+
+def _is_router(path: str, layer: nn.Linear, modules: dict[str, nn.Module]) -> bool:
+    *names, _ = path.split(".")
+    if ROUTER in path.split("."):
+        return True
+    around = (names[:-1], names) if names else (names,)
+    beside = (".".join([*each, EXPERTS]) for each in around)
+    return any(
+        _count(modules[each]) == layer.out_features and not is_within(path, (each,))
+        for each in beside
+        if each in modules
+    )
+
+
+def _count(experts: nn.Module) -> int:
+    """The number of experts of a module."""
+    count = getattr(experts, "num_experts", None)
+    return count if isinstance(count, int) else sum(1 for _ in experts.children())
