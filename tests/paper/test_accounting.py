@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakit.paper.accounting import VALUE_BYTES, accounting
+from lorakit.paper.accounting import VALUE_BYTES, accounting, gpt3_estimate
 from lorakit.paper.cell import cells
 from lorakit.paper.shapes import GPT3, all_parameters
 
@@ -14,6 +14,7 @@ def test_the_estimate_holds_what_the_formula_says():
     full, lora = accounting("full"), accounting("lora")
     assert (full.trained, lora.trained) == (parameters, trained)
     assert full.weights == full.gradients == VALUE_BYTES * parameters
+    assert full.gradients == gpt3_estimate("full").training["gradients"]
     assert lora.weights == VALUE_BYTES * (parameters + trained)
     assert lora.gradients == VALUE_BYTES * trained
     # Two values of each trained one, and a step number of each tensor.

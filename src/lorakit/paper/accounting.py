@@ -30,6 +30,7 @@ class Accounting:
     weights: int
     """The model as it is trained, with what is trained beside it."""
     gradients: int
+    """All of them; the peak of LoRA's step is before they are there."""
     moments: int
     """Adam's."""
     checkpoint: int
@@ -85,7 +86,7 @@ def accounting(method: Trained) -> Accounting:
     return Accounting(
         trained=found.trained,
         weights=base + held["adapter"],
-        gradients=held["gradients"],
+        gradients=VALUE_BYTES * found.trained,
         moments=held["optimizer"] - last_good,
         checkpoint=found.adapter_bytes,
         flops=found.flops,
