@@ -123,21 +123,53 @@ def test_a_long_context_is_divided_into_windows_that_know_where_the_answer_is(wr
         encode_rows(rows, tokenizer, DataConfig(max_length=2))
 
 
+def test_a_question_without_an_answer_is_of_the_first_token(written, tokenizer):
+    context = {"question": "big", "context": "red cat blue dog old"}
+    file = written(
+        context | {"answers": {"text": [], "answer_start": []}, "is_impossible": True},
+        context | {"answers": ["dog"]},
+        context | {"answers": []},
+    )
+    rows = read_rows(file, DataConfig())
+    examples = encode_rows(rows, tokenizer, DataConfig(max_length=4, stride=1)).examples
+    assert [each.labels for each in examples] == [(0, 0), (0, 0), (0, 0), (2, 2), (0, 0), (0, 0)]
+    # The first token must be likelier than every span in all windows of a row.
+    logits = torch.zeros(6, 4, 2)
+    logits[[0, 1, 2], 0] = 2.0
+    logits[2, 1], logits[3, 2] = 1.0, 1.5
+    logits[4, 0], logits[4, 1], logits[5, 0] = 3.0, 0.5, -1.0
+    objective = OBJECTIVES["question-answering"]
+    answers = objective.combined(list(logits), examples)
+    assert answers == ["", "dog", "red"]
+    assert objective.scores(answers, examples, names=None) == {
+        "exact_match": pytest.approx(2 / 3),
+        "f1": pytest.approx(2 / 3),
+        "f1_answerable": 1.0,
+        "f1_unanswerable": 0.5,
+    }
+    # Where every question has an answer, a span is always given.
+    assert objective.combined([2 * logits[0], logits[0]], examples[2:4]) != [""]
+
+
 def test_answers_that_are_not_in_the_context_and_unlike_pairs_are_named(written):
     context = {"question": "big", "context": "red cat"}
     file = written(
         context | {"answers": ["dog"]},
         context | {"answers": {"text": ["cat"], "answer_start": [3]}},
-        context | {"answers": {"text": [], "answer_start": []}},
+        context | {"answers": None},
         {"question": " ", "context": "red cat", "answers": "cat"},
+        context | {"answers": [""]},
+        context | {"answers": ["cat"], "is_impossible": True},
     )
     with pytest.raises(DataError) as error:
         read_rows(file, DataConfig())
     for part in (
         "line 1: the answer 'dog' is not in the context",
         "line 2: the answer 'cat' is not in the context at character 3",
-        "line 3: there is no answer: questions without one, as in SQuAD 2, are not supported",
+        "line 3: answers is missing or no list: a question that the context does not answer has",
         "line 4: question is empty",
+        "line 5: an answer is empty: a question without one has an empty list",
+        "line 6: it is_impossible, and has an answer",
     ):
         assert part in str(error.value)
     pairs = written(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.errors import ModelError
+from lorakit.errors import ConfigError, ModelError
 
 pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
@@ -262,3 +262,27 @@ def test_minilm_gives_the_embeddings_of_its_own_recipe():
     expected = (hidden * mask).sum(1) / mask.sum(1)
     torch.testing.assert_close(found, expected / expected.norm(dim=1, keepdim=True))
     assert found[0] @ found[1] > 0.5 > 0.2 > found[0] @ found[2]
+
+
+def test_adapters_of_embeddings_are_served_on_a_base_without_a_head(tiny_bert, adapters, tmp_path):
+    model, tokenizer = load_model(tiny_bert, task="embedding")
+    attach_random(model, seed=3, std=0.3, rank=2, targets=("q", "v"))
+    near = replace(lk.extract(model), card={"task": "embedding"})
+    near.save(tmp_path / "near")
+    settings = ServeConfig(adapters=tmp_path, model=str(tiny_bert), name="tiny")
+    engine, catalog = prepared(settings)
+    engine.start()
+    client = TestClient(build_app(OwnEngine(engine, catalog)))
+    body = {"model": "near", "input": TEXTS}
+    found = client.post("/v1/embeddings", json=body).json()["data"]
+    refused = client.post("/v1/classify", json=body)
+    engine.close()
+    for text, each in zip(TEXTS, found, strict=True):
+        with torch.no_grad():
+            hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        expected = torch.nn.functional.normalize(hidden, dim=0)
+        assert each["embedding"] == pytest.approx(expected.tolist(), abs=2e-6)
+    assert "no trained head" in refused.json()["error"]["message"]
+    shutil.copytree(adapters / "cats", tmp_path / "of-classes")
+    with pytest.raises(ConfigError, match="of-classes: the adapter does not fit this model"):
+        prepared(settings)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from covering import sampled
-from lorakit.serving.sampling import Sampler, Sampling
+from lorakit.serving.sampling import Sampler, Sampling, gumbel_noise
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
 
@@ -78,6 +78,27 @@ def test_a_seed_gives_the_same_and_none_gives_others():
 
     assert run(3) == run(3) != run(4)
     assert run(None) != run(None)
+
+
+def test_rounding_of_the_logits_changes_no_draw():
+    torch.manual_seed(0)
+    logits = torch.randn(5000)
+    rounded = logits + 1e-6 * torch.randn(5000)
+    how = Sampling(temperature=1.0, seed=1)
+    one, other = Sampler(how, []), Sampler(how, [])
+    drawn = [one.choose(logits).id for _ in range(200)]
+    assert drawn == [other.choose(rounded).id for _ in range(200)]
+    assert len(set(drawn)) > 150
+
+
+def test_noise_is_gumbels():
+    noise = gumbel_noise(7, torch.arange(200_000))
+    # Euler's constant, and pi² / 6.
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.01)
+    assert float(noise.var()) == pytest.approx(1.6449, abs=0.03)
+    assert torch.equal(noise[[5, 9]], gumbel_noise(7, torch.tensor([5, 9])))
+    other = gumbel_noise(8, torch.arange(200_000))
+    assert abs(float(torch.corrcoef(torch.stack([noise, other]))[0, 1])) < 0.01
 
 
 def test_the_lowest_temperature_takes_the_likeliest():

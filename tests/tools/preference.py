@@ -6,6 +6,7 @@ python tests/tools/preference.py MODEL FOLDER
 import json
 import sys
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "ipo": {"loss_type": ["ipo"]},
     "cpo": {"loss_type": "sigmoid", "cpo_alpha": 0.7},
     "simpo": {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5},
+    "orpo": {},
 }
 """TRL's settings of each form."""
 ROWS = [
@@ -34,34 +36,57 @@ ROWS = [
     {"prompt": "new", "chosen": "fish red red", "rejected": "cat"},
     {"prompt": "small blue bird", "chosen": "new dog", "rejected": "green"},
 ]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.content }}{{ '</s>' if m.role == 'assistant' else '\n' }}"
+    "{% endfor %}"
+)
+"""Conversations in the same tokens as the texts, with lorakit's separator."""
 
 
-def ours(model: Any, tokenizer: Any, form: str, folder: Path) -> float:
+def conversation(row: dict[str, str]) -> dict[str, Any]:
+    """A row as lists of messages, whose prompt is in both answers."""
+    asked = {"role": "user", "content": row["prompt"]}
+    return {
+        name: [asked, {"role": "assistant", "content": row[name]}]
+        for name in ("chosen", "rejected")
+    }
+
+
+LAYOUTS: dict[str, Any] = {"texts": dict, "conversations": conversation}
+
+
+def ours(model: Any, tokenizer: Any, form: str, layout: str, folder: Path) -> float:
     """The loss of all rows in one batch."""
     file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    file.write_text("".join(json.dumps(LAYOUTS[layout](row)) + "\n" for row in ROWS))
     data = DataConfig(train=str(file))
     examples = encode_rows(read_rows(str(file), data), tokenizer, data).examples
     batch = preference_batch(examples, pad_id=0)
     labels = batch.pop("labels")
-    settings = PreferenceSettings(form=form, beta=0.3, nll=0.7, margin=0.5)
+    nll = 1.0 if form == "orpo" else 0.7
+    settings = PreferenceSettings(form=form, beta=0.3, nll=nll, margin=0.5)
     loss = Loss("preference", preference=settings)
     assert loss.objective is not None
     with torch.no_grad():
         return float(loss(loss.objective.outputs(model, batch), labels))
 
 
-def theirs(model: Any, tokenizer: Any, form: str, folder: Path, saved: Path) -> float:
+def theirs(model: Any, tokenizer: Any, form: str, layout: str, folder: Path, saved: Path) -> float:
     """The loss that TRL's trainer has of the same rows, with an adapter that is fresh to it."""
     if form in ("dpo", "ipo"):
         from trl import DPOConfig as Config
         from trl import DPOTrainer as Trainer
+    elif form == "orpo":
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
     else:
         from trl.experimental.cpo import CPOConfig as Config
         from trl.experimental.cpo import CPOTrainer as Trainer
     how = {"report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 3}
     arguments = Config(output_dir=str(folder / form), beta=0.3, **how, **FORMS[form])
-    rows = [{**row, "prompt": f"{row['prompt']}\n"} for row in ROWS]
+    rows = [LAYOUTS[layout](row) for row in ROWS]
+    if layout == "texts":
+        rows = [{**row, "prompt": f"{row['prompt']}\n"} for row in rows]
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -78,8 +103,9 @@ def theirs(model: Any, tokenizer: Any, form: str, folder: Path, saved: Path) -> 
 
 
 def compare(source: Path, folder: Path) -> dict[str, tuple[float, float]]:
-    """The losses of each form: lorakit's, and TRL's."""
+    """The losses of each form and layout of the rows: lorakit's, and TRL's."""
     tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = TEMPLATE
     # CPO's trainer would begin each prompt with it, as this tokenizer does not.
     tokenizer.bos_token = None
     mine = AutoModelForCausalLM.from_pretrained(source)
@@ -90,11 +116,11 @@ def compare(source: Path, folder: Path) -> dict[str, tuple[float, float]]:
             torch.nn.init.normal_(each, std=0.2)
     saved = lk.extract(mine).save(folder / "adapter")
     found = {}
-    for form in FORMS:
+    for form, layout in product(FORMS, LAYOUTS):
         base = AutoModelForCausalLM.from_pretrained(source)
-        found[form] = (
-            ours(mine.eval(), tokenizer, form, folder),
-            theirs(base, tokenizer, form, folder, saved),
+        found[f"{form}, {layout}"] = (
+            ours(mine.eval(), tokenizer, form, layout, folder),
+            theirs(base, tokenizer, form, layout, folder, saved),
         )
     return found
 

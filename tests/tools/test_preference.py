@@ -15,6 +15,7 @@ def test_losses_are_those_of_trl(tiny_llama, tmp_path):
     told = run("trl", program, tiny_llama, tmp_path, cwd=tmp_path)
     (line,) = [each for each in told.splitlines() if each.startswith("{")]
     found = json.loads(line)
-    assert sorted(found) == ["cpo", "dpo", "ipo", "simpo"]
-    for form, (ours, theirs) in found.items():
-        assert ours == pytest.approx(theirs, abs=1e-5), form
+    forms, layouts = ("cpo", "dpo", "ipo", "orpo", "simpo"), ("conversations", "texts")
+    assert sorted(found) == [f"{form}, {layout}" for form in forms for layout in layouts]
+    for name, (ours, theirs) in found.items():
+        assert ours == pytest.approx(theirs, abs=1e-6), name

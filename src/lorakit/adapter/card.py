@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorakit.config.base import problem_lines
 from lorakit.config.rows import TaskName
-from lorakit.config.train import DataConfig
+from lorakit.config.train import DataConfig, PreferenceSettings
 from lorakit.errors import AdapterFileError
 
 
@@ -30,6 +30,8 @@ class TrainedUse(BaseModel):
     """Names of the classes, in the order of the head."""
     data: DataConfig = DataConfig()
     """How rows became samples."""
+    preference: PreferenceSettings = PreferenceSettings()
+    """How answers were compared, if they were."""
     rows_kind: str | None = None
     """What a row was, as the setting `data.format`; None: the card does not say."""
     end_tokens: tuple[int, ...] = ()

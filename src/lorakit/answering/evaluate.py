@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapter.adapter import AdapterSource
 from lorakit.adapter.atomic_write import write_new_file
+from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.output_place import check_new
 from lorakit.answering.answer import answer, warn
 from lorakit.answering.beam_search import search_of
 from lorakit.answering.scorers import BASIC, Scorers
 from lorakit.attachment.open_model import ModelSource, Opened, opened_model
-from lorakit.attachment.state import active_name
+from lorakit.attachment.state import active_name, virtual_tokens
 from lorakit.config.answering import BEAM_SETTINGS, EvaluateConfig
 from lorakit.config.idle import changed
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_prompt
-from lorakit.data.objectives import OBJECTIVES
+from lorakit.data.objectives import OBJECTIVES, task_of_base
+from lorakit.data.objectives.preference import check_reads_in_one_piece
 from lorakit.data.row_types import LabelledRow, Row, Rows, references_of
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError
@@ -100,9 +102,10 @@ def evaluation(
     scorers.check()
     if config.outputs is not None:
         check_new(config.outputs)
-    with opened_model(
-        config, adapter, model, tokenizer, task=config.task, data=config.data
-    ) as opened:
+    task = config.task and task_of_base(config.task)
+    with opened_model(config, adapter, model, tokenizer, task=task, data=config.data) as opened:
+        if config.task == "preference":
+            opened = _comparing(opened)
         if opened.task in OBJECTIVES:
             OBJECTIVES[opened.task].check_library()
         run = _Run(config, scorers, opened, _rows(opened), progress=progress)
@@ -115,6 +118,26 @@ def evaluation(
         scorers=scorers.made_by(scores),
         notes=tuple(run.notes),
     )
+
+
+def _comparing(opened: Opened) -> Opened:
+    """A model that writes texts, to compare answers with.
+
+    Raises:
+        ConfigError: it has no adapter, or one of virtual tokens, or two stacks.
+    """
+    if opened.adapter is None:
+        raise ConfigError(
+            "the task preference compares an adapter with its base, and there is no adapter: a base"
+            " alone prefers nothing to itself"
+        )
+    check_reads_in_one_piece(opened.model)
+    if virtual_tokens(opened.model, active_name(opened.model)) is not None:
+        raise ConfigError(
+            "the task preference does not go with virtual tokens, which are put into rows of one"
+            " answer each"
+        )
+    return replace(opened, task="preference")
 
 
 def _rows(opened: Opened) -> Rows:
@@ -235,12 +258,13 @@ class _Run:
     def _losses(self) -> Scored:
         opened = self._opened
         name = active_name(opened.model)
+        card = opened.adapter.card if opened.adapter else {}
         encoded = encode_for(opened.model, name, self.rows, opened.tokenizer, opened.data)
         self.notes += [f"loss: {line}" for line in encoded.report.losses()]
         return scored(
             opened.model,
             encoded.examples,
-            loss=Loss(opened.task),
+            loss=Loss(opened.task, preference=TrainedUse.on(card).preference),
             collate=Collator(opened.tokenizer),
             batch_size=self._config.batch_size,
             names=opened.labels,

@@ -1,7 +1,7 @@
 """Settings of what a trained model is asked: answers to prompts, and scores on held-out rows."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -100,8 +100,9 @@ class EvaluateConfig(Settings):
     data: DataConfig = DataConfig()
     """Rows: `data.validation` names them; what else is unset is as it was in training."""
 
-    task: TaskName | None = None
-    """What the model does. None: what the adapter was trained for, else what the base is."""
+    task: Literal["preference"] | TaskName | None = None
+    """What the model does. None: what the adapter was trained for, else what the base is.
+    preference: whether it prefers the chosen answer of two to the rejected one."""
 
     metrics: Names | None = None
     """For generation: loss (with perplexity), exact_match, bleu; task: all scores of the official

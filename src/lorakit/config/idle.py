@@ -32,7 +32,8 @@ def idle_settings(config: TrainConfig) -> tuple[str, ...]:
         "eva_batches": not starts_by_eva and "nothing starts by init eva",
         "lora.svd_iterations": is_lora and lora.init != "pissa" and f"init is {lora.init}",
         "double_quantization": config.quantize != "4bit" and f"quantize is {config.quantize}",
-        "preference.nll": config.preference.form != "cpo" and f"form is {config.preference.form}",
+        "preference.nll": config.preference.form not in ("cpo", "orpo")
+        and f"form is {config.preference.form}",
         "preference.margin": config.preference.form != "simpo"
         and f"form is {config.preference.form}",
         "allow_other_base": config.init_from is None and "there is no init_from",

@@ -41,6 +41,7 @@ RowField = Literal[
     "question",
     "context",
     "answers",
+    "is_impossible",
     "chosen",
     "rejected",
     "image",

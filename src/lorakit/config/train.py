@@ -128,18 +128,20 @@ class DataConfig(Settings):
 class PreferenceSettings(Settings):
     """How `task: preference` compares the chosen answer with the rejected one."""
 
-    form: Literal["dpo", "ipo", "cpo", "simpo"] = "dpo"
-    """The loss. dpo and ipo compare with the base, the model without the adapter; cpo and simpo
-    need no reference, and half the time."""
+    form: Literal["dpo", "ipo", "cpo", "simpo", "orpo"] = "dpo"
+    """The loss. dpo and ipo compare with the base, the model without the adapter; cpo, simpo and
+    orpo need no reference, and half the time."""
 
     beta: PositiveFloat = 0.1
-    """Factor on the difference of log-probabilities. For simpo its paper has 2 to 2.5."""
+    """Factor on the difference of log-probabilities. For simpo its paper has 2 to 2.5. Of orpo the
+    weight of the odds ratio, λ in its paper."""
 
     margin: Annotated[float, Field(ge=0)] = 0.5
     """Of simpo: how much likelier the chosen answer is to be, times beta."""
 
     nll: Annotated[float, Field(ge=0)] = 1.0
-    """Of cpo: weight of the usual loss of the chosen answer."""
+    """Weight of the usual loss: of cpo that of the chosen answer, of orpo that of the prompt with
+    the chosen answer."""
 
 
 class TrainConfig(Settings):

@@ -1,10 +1,10 @@
 """Conversations as data sets have them: messages, ShareGPT's turns, lists in two columns."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from lorakit.data.columns import Values
 from lorakit.data.fields import FieldMap, as_text, is_missing
 from lorakit.data.problems import UnusableRowError
 from lorakit.data.row_types import CALLS, Message, MessagesRow
@@ -24,17 +24,17 @@ TRAINED = ("weight", "train", "training", "loss")
 """The keys that say whether an assistant's turn is a target: 1 or true, 0 or false."""
 
 
-def messages_row(fields: FieldMap, values: Values) -> MessagesRow:
+def messages_row(fields: FieldMap, values: Mapping[str, Any]) -> MessagesRow:
     """The conversation of a row, in the field messages.
 
     Raises:
         UnusableRowError: it is none, or has a turn that cannot be used.
     """
-    turns = _turns("messages", fields.value("messages", values))
-    return MessagesRow(messages=turns, tools=_tools(fields.value("tools", values)))
+    turns = turns_of("messages", fields.value("messages", values))
+    return MessagesRow(messages=turns, tools=tools_of(fields.value("tools", values)))
 
 
-def two_part_row(fields: FieldMap, values: Values) -> MessagesRow:
+def two_part_row(fields: FieldMap, values: Mapping[str, Any]) -> MessagesRow:
     """The conversation of a row whose prompt is a list of messages, and whose completion may be.
 
     Only the completion is trained.
@@ -42,24 +42,32 @@ def two_part_row(fields: FieldMap, values: Values) -> MessagesRow:
     Raises:
         UnusableRowError: a turn cannot be used, or the prompt is a text in this row.
     """
-    prompt = _turns("prompt", fields.value("prompt", values))
+    prompt = turns_of("prompt", fields.value("prompt", values))
     completion = fields.value("completion", values)
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    answer = () if completion is None else _turns("completion", completion)
-    before = (
-        Message(role=turn.role, content=turn.content, keys=turn.keys, trained=False)
-        for turn in prompt
+    answer = () if completion is None else turns_of("completion", completion)
+    return MessagesRow(
+        messages=(*untrained(prompt), *answer), tools=tools_of(fields.value("tools", values))
     )
-    return MessagesRow(messages=(*before, *answer), tools=_tools(fields.value("tools", values)))
 
 
-def has_message_lists(fields: FieldMap, rows: Sequence[Values]) -> bool:
+def untrained(turns: Iterable[Message]) -> Iterator[Message]:
+    """The same turns, of which none is a target."""
+    return (replace(turn, trained=False) for turn in turns)
+
+
+def has_message_lists(fields: FieldMap, rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether prompts are lists of messages, in any of the rows."""
     return any(isinstance(fields.value("prompt", values), list) for values in rows)
 
 
-def _turns(name: str, value: Any) -> tuple[Message, ...]:
+def turns_of(name: str, value: Any) -> tuple[Message, ...]:
+    """The turns of a list of messages, or of its JSON text.
+
+    Raises:
+        UnusableRowError: it is none, or has a turn that cannot be used; `name` says which it is.
+    """
     value = _parsed(value)
     if not isinstance(value, list) or not value:
         raise UnusableRowError(
@@ -68,7 +76,12 @@ def _turns(name: str, value: Any) -> tuple[Message, ...]:
     return tuple(_message(number, turn) for number, turn in enumerate(value, start=1))
 
 
-def _tools(value: Any) -> tuple[Any, ...]:
+def tools_of(value: Any) -> tuple[Any, ...]:
+    """The tools of a row, which may have none.
+
+    Raises:
+        UnusableRowError: they are no list of objects.
+    """
     value = _parsed(value)
     if is_missing(value) or value == "":
         return ()

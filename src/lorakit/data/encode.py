@@ -157,9 +157,9 @@ class _Encoder:
             limit=self.limit,
             numbers=numbers,
             stride=data.stride,
-            prompt=self._prompt,
+            answered=self._answered,
         )
-        self._chat = ChatTemplate(tokenizer) if rows.kind == "messages" else None
+        self._chat = ChatTemplate(tokenizer) if rows.asked_as == "messages" else None
         framed = rows.kind not in (*WRITTEN, "image-classification")
         special = tokenizer.num_special_tokens_to_add(pair=True) if framed else 0
         if framed and self.limit <= special:
@@ -173,7 +173,9 @@ class _Encoder:
         if self._decoder_start is not None:
             return
         prompts = [row for row in rows if isinstance(row, PromptRow)]
-        prompts += [each for row in rows if isinstance(row, PreferenceRow) for each in row.prompts]
+        pairs = [row for row in rows if isinstance(row, PreferenceRow)]
+        both = [each for row in pairs for each in (row.chosen, row.rejected)]
+        prompts += [each for each in both if isinstance(each, PromptRow)]
         texts = [row.text for row in rows if isinstance(row, TextRow)]
         openings = [*(row.prompt + self._separator for row in prompts), *texts]
         # Later rows may have the same prompt (E2E: 9 answers to one). Texts that are cut may be
@@ -194,16 +196,18 @@ class _Encoder:
         match row:
             case PromptRow() if self._decoder_start is not None:
                 return [self._pair(row, self._decoder_start)]
-            case PromptRow():
-                return [self._prompt(row)]
+            case PromptRow() | MessagesRow():
+                return [self._answered(row)]
             case TextRow():
                 ids = self._ended(self._openings[row.text])
                 return [self._continuous(ids, list(ids))]
-            case MessagesRow():
-                return [self._conversation(row)]
             case _:
                 assert self._objective is not None, "rows of one kind"
                 return self._objective.drafts(row, self._encoding)
+
+    def _answered(self, row: PromptRow | MessagesRow) -> Draft:
+        """The draft of a prompt with its answer, or of a conversation."""
+        return self._prompt(row) if isinstance(row, PromptRow) else self._conversation(row)
 
     def _prompt(self, row: PromptRow) -> Draft:
         if row.completion is None:

@@ -128,7 +128,7 @@ class QuestionRow:
     question: str
     context: str
     answers: tuple[GoldAnswer, ...]
-    """One or more; the first is trained on."""
+    """The first is trained on; none: the text does not answer the question."""
 
     @property
     def texts(self) -> dict[str, Any]:
@@ -182,29 +182,31 @@ class ImageRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferenceRow:
-    """A prompt, and two answers of which one is preferred."""
+    """A prompt with two answers of which one is preferred: two texts, or two conversations."""
 
-    prompt: str
-    chosen: str
-    rejected: str
-
-    @property
-    def prompts(self) -> tuple[PromptRow, PromptRow]:
-        """The prompt with the chosen answer, and with the rejected one."""
-        chosen, rejected = (
-            PromptRow(prompt=self.prompt, completion=each) for each in (self.chosen, self.rejected)
-        )
-        return chosen, rejected
+    chosen: PromptRow | MessagesRow
+    """The prompt with the preferred answer."""
+    rejected: PromptRow | MessagesRow
+    """The same prompt with the other answer."""
+    asked: int = 0
+    """Of conversations, the messages at their start that are the prompt."""
 
     @property
     def texts(self) -> dict[str, Any]:
         """What it says, for a file of answers."""
-        return {"prompt": self.prompt, "rejected": self.rejected}
+        return {"prompt": self._part(self.chosen, 0), "rejected": self._part(self.rejected, 1)}
 
     @property
-    def reference(self) -> str:
+    def reference(self) -> Any:
         """The preferred answer, for a file of answers."""
-        return self.chosen
+        return self._part(self.chosen, 1)
+
+    def _part(self, row: PromptRow | MessagesRow, part: int) -> Any:
+        """The prompt (0) or the answer (1) of a row, as JSON."""
+        if isinstance(row, PromptRow):
+            return (row.prompt, row.completion)[part]
+        turns = (row.messages[: self.asked], row.messages[self.asked :])[part]
+        return [{"role": each.role, "content": each.content, **each.keys} for each in turns]
 
 
 LabelledRow: TypeAlias = (
@@ -231,6 +233,17 @@ class Rows:
     def task(self) -> str:
         """The task that rows of this type are for, if they are not for a regression."""
         return "generation" if self.kind in WRITTEN else self.kind
+
+    @property
+    def asked_as(self) -> RowType:
+        """The type of rows whose prompts are written as those of these rows are."""
+        match self.rows:
+            case (PreferenceRow(chosen=MessagesRow()), *_):
+                return "messages"
+            case (PreferenceRow(), *_):
+                return "prompt"
+            case _:
+                return self.kind
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -264,7 +264,7 @@ def _not_counted(config: EstimateConfig, device: DeviceKind) -> list[str]:
     """What the figures leave out, in words."""
     notes = []
     if device == "cpu":
-        notes.append("on a CPU runs have taken 1.1 to 1.4 times as much: see docs/estimate.md")
+        notes.append("on Linux holes of the C library's heap come on top: see docs/estimate.md")
     if config.compile:
         notes.append("compile is not counted: memory and time are of blocks that are not compiled")
     if config.offload:

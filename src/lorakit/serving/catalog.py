@@ -27,7 +27,9 @@ from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Use
 
 ENCODING = ("classification", "multi-label", "regression")
-"""The tasks of an encoder's adapters."""
+"""The tasks of an encoder's adapters with heads."""
+EMBEDDING = "embedding"
+"""The task of those without, whose base has none either."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ class Catalog(Names[Chosen]):
     def _heads(self, held: Sequence[Held]) -> tuple[Head | None, ...]:
         """The trained heads of adapters, or that of the base, which may be a classifier itself."""
         fresh = fresh_heads(self._model)
-        base = None if fresh else Head(labels_of(self._model), task_of(self._model))
+        task = task_of(self._model)
+        base = None if fresh or task == EMBEDDING else Head(labels_of(self._model), task)
         layers = attachment_for(self._model).layers
         heads: list[Head | None] = []
         for each in held:
@@ -178,9 +181,13 @@ class Catalog(Names[Chosen]):
             RouteError: it can't be in a slot.
         """
         use = TrainedUse.on(record.card)
-        if use.task not in (None, *(ENCODING if self._encodes else ("generation",))):
-            own = "encodes texts" if self._encodes else "writes text"
-            raise AdapterFileError(f"the adapter does {use.task}, and the server {own}")
+        own: tuple[str, ...] = ("generation",)
+        if self._encodes:
+            own = (EMBEDDING,) if task_of(self._model) == EMBEDDING else ENCODING
+        if use.task not in (None, *own):
+            raise AdapterFileError(
+                f"the adapter does {use.task}, and this server's do {' or '.join(own)}"
+            )
         if use.chat_template is not None:
             check_template(with_template(self.tokenizer, use.chat_template))
         check_slots(attachment_for(self._model), updates)

@@ -24,8 +24,8 @@ class EncoderEngine(Worker):
     """Answers with a model that reads a text at once: a batch is what waits, and ends together.
 
     Args:
-        model: with a head for classes, trained or not; nobody else may call it while the engine
-            runs.
+        model: with a head for classes, trained or not, or with none at all; nobody else may call it
+            while the engine runs.
         limits: how much it does at once.
         adapter_dtype: of A and B in the slots; None: the base's precision.
 
@@ -100,7 +100,10 @@ class EncoderEngine(Worker):
     def _forward(
         self, prompts: Sequence[Sequence[int]], pairs: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor]:
-        """The logits of the classes (rows, classes), and the embeddings (rows, width)."""
+        """The logits of the classes (rows, classes), and the embeddings (rows, width).
+
+        Of a model without a head there are no classes.
+        """
         device, longest = self.model.device, max(map(len, prompts))
         pad = self.model.config.pad_token_id or 0
 
@@ -124,7 +127,10 @@ class EncoderEngine(Worker):
             output = self.model(input_ids=padded(prompts, pad), attention_mask=mask, **more)
         finally:
             hook.remove()
-        return output.logits, pooled(kept[0], mask, self._way)
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            logits = kept[0].new_zeros(len(prompts), 0)
+        return logits, pooled(kept[0], mask, self._way)
 
     @torch.no_grad()
     def _prove(self) -> None:
@@ -142,6 +148,8 @@ class EncoderEngine(Worker):
             raise self._refusal(f"a forward pass fails: {error}") from error
         limit = CLOSE.get(self.model.dtype, CLOSE_HALF)
         for found, expected in zip(together, alone, strict=True):
+            if not expected.numel():
+                continue
             worst = float((found[0].float() - expected[0].float()).abs().max())
             if not worst <= limit * float(expected.abs().max()):
                 raise self._refusal(f"a number is {worst:.3g} off")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +59,11 @@ class Sampler:
     """Chooses the tokens of one answer, one after the other.
 
     What it draws depends on its own generator and on the row's logits alone: neither on the other
-    rows of the batch nor on the row's slot. Each token takes one number of the generator.
+    rows of the batch nor on the slot. Each token takes one number of the generator, from which all
+    tokens of the vocabulary get noise: the one whose logit and noise are the largest together is
+    drawn with its probability (Gumbel's method). A batch of another size adds in another order,
+    which moves logits by some millionths; that decides only between tokens as near as that, while a
+    place in the sum of all probabilities would move past small ones.
 
     Args:
         sampling: how.
@@ -147,11 +152,31 @@ class Sampler:
             probabilities[probabilities < least] = 0
         if how.top_p < 1:
             probabilities = _nucleus(probabilities / probabilities.sum(), how.top_p)
-        sums = probabilities.cumsum(-1)
-        place = torch.rand((), generator=self._generator, dtype=torch.float64)
-        drawn = torch.searchsorted(sums, place.to(sums.device) * sums[-1], right=True)
-        # The last sum may round below the number drawn.
-        return min(int(drawn), int(probabilities.nonzero()[-1]))
+        key = int(torch.randint(2**63 - 1, (), generator=self._generator))
+        tokens = probabilities.nonzero()[:, 0]
+        scores = probabilities[tokens].log() + gumbel_noise(key, tokens.cpu()).to(tokens.device)
+        return int(tokens[scores.argmax()])
+
+
+def gumbel_noise(key: int, tokens: Tensor) -> Tensor:
+    """Gumbel's noise of tokens, each its own, in float64.
+
+    Args:
+        key: with another one all noise is another.
+        tokens: their ids, on the CPU.
+    """
+    # A token's number among those of splitmix64 (Steele, Lea and Flood, 2014), begun at the key.
+    bits = tokens.numpy().astype(np.uint64)
+    bits += np.uint64(1)
+    bits *= np.uint64(0x9E3779B97F4A7C15)
+    bits += np.uint64(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits ^= bits >> np.uint64(shift)
+        bits *= np.uint64(factor)
+    bits ^= bits >> np.uint64(31)
+    # The middles of 2^53 equal parts of (0, 1).
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -(-torch.from_numpy(uniform).log()).log()
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:

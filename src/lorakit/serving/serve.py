@@ -24,7 +24,7 @@ from lorakit.config.verbs import ServeConfig
 from lorakit.data.chat import with_template
 from lorakit.errors import ConfigError, MissingExtraError
 from lorakit.models.load import encodes, fresh_heads, load_model
-from lorakit.serving.catalog import ENCODING, Catalog
+from lorakit.serving.catalog import EMBEDDING, ENCODING, Catalog
 from lorakit.serving.encoder_engine import EncoderEngine
 from lorakit.serving.engine import Engine
 from lorakit.serving.places import Places
@@ -219,7 +219,7 @@ def _base(settings: ServeConfig) -> _Base:
     if not (name or adapter):
         raise ConfigError("model: name the base that is served, such as --model smollm2")
     task = TrainedUse.on(adapter.card).task if adapter else None
-    if task in ENCODING or (name and encodes(name)):
+    if task in (*ENCODING, EMBEDDING) or (name and encodes(name)):
         return _Base(name, *_encoder(settings, adapter, name), encodes=True)
     opened = open_model(
         adapter,
@@ -237,8 +237,9 @@ def _base(settings: ServeConfig) -> _Base:
 def _encoder(
     settings: ServeConfig, adapter: Adapter | None, name: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base with a head for classes, which adapters have in their own form."""
-    how: dict[str, Any] = {"dtype": settings.dtype, "task": "classification"}
+    """A base with a head for classes, which adapters have in their own form; or without, for
+    adapters of embeddings."""
+    how: dict[str, Any] = {"dtype": settings.dtype, "task": _encoding(settings.adapters)}
     if adapter is not None:
         model, tokenizer = adapter.load_base(name or None, quantize=settings.quantize, **how)
     else:
@@ -249,6 +250,15 @@ def _encoder(
         for parameter in model.get_submodule(path).parameters():
             parameter.data.zero_()
     return model, tokenizer
+
+
+def _encoding(folder: Path | None) -> str:
+    """The task that an encoder is loaded for: embedding, where the first adapter is of it."""
+    for first in Places(folder).found()[:1]:
+        with Adapter.reading(first) as adapter:
+            if TrainedUse.on(adapter.card).task == EMBEDDING:
+                return EMBEDDING
+    return "classification"
 
 
 def _listening(settings: ServeConfig) -> socket.socket:

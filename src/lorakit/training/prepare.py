@@ -22,6 +22,7 @@ from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_rows
 from lorakit.data.labels import head_classes
 from lorakit.data.objectives import OBJECTIVES, task_of_base
+from lorakit.data.objectives.preference import check_reads_in_one_piece
 from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
@@ -143,7 +144,7 @@ def prepare_all(
     first = settled(next(iter(configs.values())), base)
     model, tokenizer = _model_of(base, first, task, labels)
     if task == "preference":
-        _check_reads_in_one_piece(model)
+        check_reads_in_one_piece(model)
     packing = packing_of(model, task, first)
     check_memory(model, first)
     plans = for_each(
@@ -164,7 +165,7 @@ def prepare_all(
         name: Prepared(
             name=name,
             task=task,
-            kind=read[source_of[name]].training.kind,
+            kind=read[source_of[name]].training.asked_as,
             labels=labels,
             model=model,
             tokenizer=tokenizer,
@@ -180,19 +181,6 @@ def prepare_all(
         )
         for name, (config, (training, validation)) in runs.items()
     }
-
-
-def _check_reads_in_one_piece(model: PreTrainedModel) -> None:
-    """Make sure that preferences can be learned.
-
-    Raises:
-        ConfigError: the base is an encoder-decoder.
-    """
-    if model.config.is_encoder_decoder:
-        raise ConfigError(
-            "the task preference is for models that read prompt and answer in one piece, and the "
-            "base is an encoder-decoder"
-        )
 
 
 def _model_of(

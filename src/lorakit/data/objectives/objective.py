@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.config.rows import RowField, RowType
 from lorakit.data.fields import FieldMap
-from lorakit.data.row_types import PromptRow, Row
+from lorakit.data.row_types import MessagesRow, PromptRow, Row
 from lorakit.data.samples import Draft, Example
 
 Values: TypeAlias = Mapping[str, Any]
@@ -32,8 +32,8 @@ class LabelEncoding:
     """The number of each class, by its name."""
     stride: int
     """The tokens that neighbouring windows of a text share."""
-    prompt: Callable[[PromptRow], Draft]
-    """The sample of a prompt and an answer, as rows of these two become it."""
+    answered: Callable[[PromptRow | MessagesRow], Draft]
+    """The sample of a prompt and an answer, or of a conversation, as rows of these become it."""
 
 
 class Objective(ABC):

@@ -40,16 +40,21 @@ class Window(ByToken):
 
 
 class QuestionAnswering(Objective):
-    """Rows of a question, a context and answers that are in it.
+    """Rows of a question, a context, and answers that are in it, or none (Rajpurkar et al. 2018).
 
     A long context becomes several samples, windows that overlap. In a window without the answer the
     first token is the label. The loss is the mean of two cross-entropies, of the first token of an
     answer and of its last, over the tokens of a window.
+
+    Among rows of which some have no answer, the empty text is predicted of a row in all of whose
+    windows the first token, as start and end, has larger summed logits than any span of any of them
+    (Devlin et al. 2019, section 4.3, with the threshold 0). Elsewhere a span is.
     """
 
     task = "question-answering"
     kind = "question-answering"
     needed = ("question", "context", "answers")
+    optional = ("is_impossible",)
     best_by = "f1"
     has_classes = False
     smooths = False
@@ -61,6 +66,8 @@ class QuestionAnswering(Objective):
             if not text.strip():
                 raise UnusableRowError(f"{name} is empty")
         answers = tuple(_answers(fields.value("answers", values), context))
+        if answers and fields.value("is_impossible", values) not in (None, False, 0):
+            raise UnusableRowError("it is_impossible, and has an answer")
         return QuestionRow(question=question, context=context, answers=answers)
 
     def draft(self, row: QuestionRow, encoding: LabelEncoding) -> Draft:
@@ -111,10 +118,14 @@ class QuestionAnswering(Objective):
     def combined(self, answers: Sequence[Any], examples: Sequence[Example]) -> list[Any]:
         """The text of each row's answer: the span of the largest summed logits of its windows."""
         found = []
-        pairs = zip(answers, map(_window, examples), strict=True)
-        for _, own in groupby(pairs, key=lambda pair: id(pair[1].row)):
-            best = max((_best_span(logits, window) for logits, window in own), key=lambda b: b[0])
-            found.append(best[1])
+        windows = [_window(each) for each in examples]
+        may_be_none = not all(window.row.answers for window in windows)
+        pairs = zip(answers, windows, strict=True)
+        for _, group in groupby(pairs, key=lambda pair: id(pair[1].row)):
+            own = list(group)
+            score, text = max((_best_span(*each) for each in own), key=lambda best: best[0])
+            none = min(float(logits[0].sum()) for logits, _ in own)
+            found.append("" if may_be_none and none > score else text)
         return found
 
     def check_library(self) -> None:
@@ -136,18 +147,19 @@ class QuestionAnswering(Objective):
 
 
 def _answers(value: Any, context: str) -> Iterator[GoldAnswer]:
-    """The answers of a row: SQuAD's texts with their first characters, or texts alone.
+    """The answers of a row: SQuAD's texts with their first characters, or texts alone; none of [].
 
     Raises:
-        UnusableRowError: there is none, or one is not in the context.
+        UnusableRowError: the field is missing, or an answer is not in the context.
     """
     starts: Sequence[Any] = ()
     if isinstance(value, Mapping):
         value, starts = value.get("text"), value.get("answer_start") or ()
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not texts:
+    if not isinstance(texts, list | tuple):
         raise UnusableRowError(
-            "there is no answer: questions without one, as in SQuAD 2, are not supported"
+            "answers is missing or no list: a question that the context does not answer has an"
+            " empty one, as in SQuAD 2"
         )
     if starts and len(starts) != len(texts):
         raise UnusableRowError(f"answers has {len(texts)} texts and {len(starts)} answer_start")
@@ -155,7 +167,7 @@ def _answers(value: Any, context: str) -> Iterator[GoldAnswer]:
         text = as_text("answers", each)
         start = starts[number] if starts else context.find(text)
         if not text.strip():
-            raise UnusableRowError("an answer is empty")
+            raise UnusableRowError("an answer is empty: a question without one has an empty list")
         if not isinstance(start, int) or start < 0 or not context.startswith(text, start):
             where = f" at character {start}" if starts else ""
             raise UnusableRowError(f"the answer {text!r:.40} is not in the context{where}")
@@ -172,7 +184,7 @@ def _example(row: QuestionRow, found: Any, number: int) -> Example:
     types = found["token_type_ids"][number] if "token_type_ids" in found else None
     return Example(
         input_ids=found["input_ids"][number],
-        labels=_span(row.answers[0], offsets),
+        labels=_span(row.answers[0], offsets) if row.answers else TokenSpan(0, 0),
         token_type_ids=types,
         about=Window(row, offsets),
     )
