@@ -1,5 +1,6 @@
 """An adapter by its hub id: from the hub's cache, with no file fetched that could run code."""
 
+import re
 import shutil
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import lorakit as lk
+from hub_stand_in import hub_at, stand_in
 from lorakit.adapter.folder import READ
 from lorakit.adapter.hub import short_name
 from lorakit.errors import AdapterFileError
@@ -132,3 +134,40 @@ def test_a_failing_connection_is_told_in_one_line(monkeypatch):
         "someone/e2e cannot be fetched from the hub: Got: ConnectError: no route; run `hf download "
         "someone/e2e` where there is a network, or give a folder"
     )
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_gated_repository_says_where_access_is_given(model, empty_cache):
+    with stand_in() as asked, pytest.raises(AdapterFileError) as caught:
+        lk.attach(model, "someone/gated")
+    assert asked
+    assert re.fullmatch(
+        r"someone/gated is gated: ask for access on its page, http://127\.0\.0\.1:\d+/someone/gated"
+        ", then log in here by `hf auth login`",
+        str(caught.value),
+    )
+
+
+def test_a_repository_without_an_adapter_is_told_and_nothing_of_it_fetched(model, empty_cache):
+    with stand_in() as asked, pytest.raises(AdapterFileError) as caught:
+        lk.attach(model, "someone/base")
+    assert str(caught.value).startswith(
+        "someone/base is no adapter: it has no adapter_config.json on the hub. A base is named by"
+    )
+    assert not [path for path in asked if "/resolve/" in path]
+
+
+def test_a_repository_that_nobody_knows_is_told(model, empty_cache):
+    with stand_in(), pytest.raises(AdapterFileError, match="on the hub no repository of this name"):
+        lk.attach(model, "nobody/knows")
+
+
+def test_without_a_network_there_is_one_message(model, empty_cache):
+    with hub_at("http://127.0.0.1:1"), pytest.raises(AdapterFileError) as caught:
+        lk.attach(model, "someone/e2e")
+    assert str(caught.value).startswith("someone/e2e cannot be fetched from the hub: ")
+    assert len(str(caught.value).splitlines()) == 1

@@ -8,6 +8,7 @@ import torch
 
 import lorakit as lk
 from lorakit.adapter.llama_cpp import save_gguf
+from lorakit.cli import convert
 from lorakit.cli.main import main
 from lorakit.errors import AdapterFileError, OutputError
 from references import attach_random
@@ -162,6 +163,33 @@ def test_other_methods_and_families_are_refused(family, config, reason, tmp_path
     lk.attach(model, config)
     with pytest.raises(AdapterFileError, match=reason):
         save_gguf(lk.extract(model), tmp_path / "a.gguf", model.config)
+
+
+def test_convert_refuses_a_family_before_it_loads_a_base(tmp_path, monkeypatch, capsys):
+    model = build("opt")
+    model.config.save_pretrained(tmp_path / "base")
+    attach_random(model)
+    folder = replace(lk.extract(model), card={}, base=None).save(tmp_path / "adapter")
+    monkeypatch.setattr(convert, "load_model", None)
+    monkeypatch.setattr(convert, "combine", None)
+    out = ["--to", "gguf", "--model", str(tmp_path / "base")]
+    lines = (
+        [str(folder), str(tmp_path / "a.gguf"), *out],
+        [
+            str(tmp_path / "base"),
+            str(tmp_path / "a.gguf"),
+            *out,
+            "--from-checkpoint",
+            "--rank",
+            "2",
+        ],
+    )
+    for line in lines:
+        assert main(["convert", *line]) == 2
+        told = capsys.readouterr().err
+        assert told.count("error:") == 1
+        assert "its base is a opt; bases that can be written: llama, " in told
+    assert not (tmp_path / "a.gguf").exists()
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):

@@ -1,4 +1,5 @@
 import importlib.util
+import re
 import sys
 from logging import Handler
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import lorakit as lk
+from hub_stand_in import stand_in
 from lorakit.errors import MissingExtraError, ModelError
 from lorakit.models import gguf_file, packaged
 from lorakit.models.load import load_model, model_name, redraw_fresh_head
@@ -234,6 +237,20 @@ def test_a_failed_download_is_told_with_the_way_out(monkeypatch):
         " smolm2` where there is a network, or give a folder. Packaged are smollm2 and minilm; did"
         " you mean 'smollm2'?"
     )
+
+
+def test_a_gated_base_says_where_access_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    estimated = lk.TrainConfig(model="someone/gated", out="out")
+    for what in (lambda: lk.load_model("someone/gated"), lambda: lk.estimate(estimated)):
+        with stand_in() as asked, pytest.raises(ModelError) as caught:
+            what()
+        message = str(caught.value)
+        assert re.match(r"'someone/gated' cannot be loaded for .*: .*gated repo", message), message
+        advice = "Ask for access on its page, http://127.0.0.1:"
+        assert advice in message
+        assert message.endswith("/someone/gated, then log in here by `hf auth login`.")
+        assert asked
 
 
 def test_a_misspelt_packaged_name_is_put_right(monkeypatch):

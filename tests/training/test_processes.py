@@ -202,6 +202,15 @@ def test_engines_that_divide_the_model_and_lone_work_are_refused(monkeypatch):
         pass
 
 
+def test_processes_of_mpi_would_each_train_alone_and_are_refused(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    with together():
+        pass
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"MPI has started 2 processes.* by torchrun"), together():
+        pass
+
+
 def test_one_process_has_the_whole_base():
     config = lk.TrainConfig(out="run", shard="base")
     assert idle_shard(config) == ("shard (there is one process)",)

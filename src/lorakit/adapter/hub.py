@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import (
+    GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -72,7 +73,7 @@ def _fetched(name: str, revision: str | None) -> Path:
     """The folder of a repository's files in the cache, fetched where they are not there yet.
 
     Raises:
-        AdapterFileError: they cannot be fetched, or there is no safetensors file among them.
+        AdapterFileError: they cannot be fetched, or are not those of an adapter in safetensors.
     """
     which = name if revision is None else f"{name} --revision {revision}"
     way = f"run `hf download {which}` where there is a network, or give a folder"
@@ -86,6 +87,13 @@ def _fetched(name: str, revision: str | None) -> Path:
         )
     except RevisionNotFoundError:
         raise AdapterFileError(f"{name} has no revision {revision!r} on the hub") from None
+    # A kind of the next error: the repository is there.
+    except GatedRepoError:
+        page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
+        raise AdapterFileError(
+            f"{name} is gated: ask for access on its page, {page}, then log in here by `hf auth "
+            "login`"
+        ) from None
     except RepositoryNotFoundError:
         raise AdapterFileError(
             f"there is no adapter folder {name}, and on the hub no repository of this name that "
@@ -102,8 +110,12 @@ def _fetched(name: str, revision: str | None) -> Path:
     except Exception as error:
         raise _not_fetched(which, error, way) from error
     folder = Path(found)
-    held = any((folder / name).is_file() for name in (WEIGHTS_FILE, MLX_FILE))
-    if (folder / CONFIG_FILE).is_file() and not held:
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterFileError(
+            f"{name} is no adapter: it has no {CONFIG_FILE} on the hub. A base is named by "
+            "`model`; another tool's single file is fetched by `hf download` and named by its path"
+        )
+    if not any((folder / each).is_file() for each in (WEIGHTS_FILE, MLX_FILE)):
         raise AdapterFileError(
             f"{name} has no {WEIGHTS_FILE} on the hub, and of tensors nothing but safetensors is "
             "fetched: save it in that format with the tool that made it"

@@ -53,6 +53,17 @@ def check_library() -> None:
         raise MissingExtraError("writing GGUF files", "gguf")
 
 
+def check_family(config: PreTrainedConfig) -> None:
+    """Make sure that llama.cpp knows the family of a base, before anything is loaded or computed.
+
+    Raises:
+        AdapterFileError: it does not, with those that it knows.
+    """
+    problems = list(_family_reasons(config))
+    if problems:
+        raise AdapterFileError.listing("llama.cpp cannot hold this adapter", problems)
+
+
 def save_gguf(adapter: AdapterContent, file: Path, config: PreTrainedConfig) -> Path:
     """Write an adapter as a new GGUF file in float32, and return the file.
 
@@ -160,6 +171,13 @@ def _reasons(adapter: AdapterContent, layers: tuple[WholeLayer, ...]) -> Iterato
         yield f"it has {len(others)} tensors that are no A or B of a layer ({shown}): merge it"
 
 
+def _family_reasons(config: PreTrainedConfig) -> Iterator[str]:
+    """The reason why the file could hold no adapter of such a base, if there is one."""
+    if config.model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        yield f"its base is a {config.model_type}; bases that can be written: {known}"
+
+
 def _layer_reasons(
     adapter: AdapterContent,
     layers: tuple[WholeLayer, ...],
@@ -169,8 +187,7 @@ def _layer_reasons(
     """The reasons why the file could not hold the updates of some layers of this base."""
     trained_on = adapter.base.architecture if adapter.base else config.model_type
     if config.model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        yield f"its base is a {config.model_type}; bases that can be written: {known}"
+        yield from _family_reasons(config)
         return
     if trained_on != config.model_type:
         yield f"it was trained on a {trained_on}, and the base is a {config.model_type}"

@@ -12,7 +12,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.folder import changes_base
 from lorakit.adapter.folder_write import save_peft
-from lorakit.adapter.llama_cpp import check_library, save_gguf
+from lorakit.adapter.llama_cpp import check_family, check_library, save_gguf
 from lorakit.adapter.output_place import check_new, check_place
 from lorakit.analysis.combining import combine
 from lorakit.analysis.from_full import from_checkpoint
@@ -30,6 +30,8 @@ def run(settings: ConvertConfig) -> Result:
     if settings.to == "gguf":
         check_library()
         check_new(settings.out)
+        if settings.model is not None:
+            check_family(config_of(settings.model))
     else:
         check_place(settings.out, "an adapter is a folder")
     adapter = _from_checkpoint(settings) if settings.from_checkpoint else _from_adapters(settings)
@@ -68,6 +70,8 @@ def _from_adapters(settings: ConvertConfig) -> Adapter:
         kernel_sizes=settings.kernel_sizes,
         base=_changed_base(settings),
     )
+    if settings.to == "gguf":
+        check_family(_base_config(adapter, settings))
     if settings.combines:
         adapter = combine(
             [adapter, *settings.combine],

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import GatedRepoError, HFValidationError
 from huggingface_hub.utils.tqdm import enable_progress_bars
 from torch import nn
 from transformers.utils import logging
@@ -440,11 +440,21 @@ def explained(name: str, source: str, task: str) -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         where = "" if source == name else f" from {source}"
         advice = "" if Path(source).is_dir() else f" {_way_to_get(name)}"
+        if _is_gated(error):
+            page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
+            advice = f" Ask for access on its page, {page}, then log in here by `hf auth login`."
         if "trust_remote_code=True" in str(error):
             advice = " lorakit runs no code that comes with a model: use one that transformers has."
         raise ModelError(
             f"{name!r} cannot be loaded{where} for {task}: {reason.rstrip('.')}.{advice}"
         ) from error
+
+
+def _is_gated(error: BaseException | None) -> bool:
+    """Whether an error comes from a repository whose owner gives access to it."""
+    while error is not None and not isinstance(error, GatedRepoError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @contextlib.contextmanager

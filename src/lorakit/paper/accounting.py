@@ -1,4 +1,4 @@
-"""What GPT-3 takes to train by the paper's own accounting: bytes held, and FLOPs computed.
+"""What GPT-3 takes to train by the paper's own accounting, out of `lk.estimate`.
 
 Section 4.2 has 1.2 TB for full fine-tuning and 350 GB for LoRA, a checkpoint of 35 MB, and training
 that is 25 % faster. Everything is in float16, with Adam.
@@ -10,71 +10,84 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from transformers import GPT2Config
-
-from lorakit.config.train import TrainConfig
-from lorakit.data.samples import Example
-from lorakit.estimating.training_step import count_step
+from lorakit.config.estimate import EstimateConfig
+from lorakit.estimating.estimate import Estimate, estimate
 from lorakit.models.without_weights import build_without_weights
+from lorakit.paper.shapes import GPT3, SHAPES
 
 VALUE_BYTES = 2
 """Of a value in float16."""
-MOMENTS = 2
-"""Values that Adam keeps of each trained one."""
-FEW_BLOCKS, FEW_TOKENS, FEW_WORDS = 2, 64, 64
-"""Blocks, tokens and vocabulary of the step whose FLOPs are counted: ratios are those of all."""
-WIDTH, HEADS = 12_288, 96
+Trained = Literal["full", "lora"]
+"""Full fine-tuning, or LoRA of rank 4 on W_q and W_v."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldBytes:
-    """What a training run holds, activations left out."""
+class Accounting:
+    """What a training run of GPT-3 holds and computes. Sizes in bytes."""
 
+    trained: int
+    """Values that are trained."""
     weights: int
+    """The model as it is trained, with what is trained beside it."""
     gradients: int
+    """All of them; the peak of LoRA's step is before they are there."""
     moments: int
+    """Adam's."""
+    checkpoint: int
+    """The folder of what was trained."""
+    flops: int
+    """Of a step."""
 
     @property
     def without_gradients(self) -> int:
-        """The sum where each gradient is used up as soon as it is there."""
+        """What is held where each gradient is used up as soon as it is there."""
         return self.weights + self.moments
 
     @property
     def together(self) -> int:
-        """The sum where all gradients are there at once."""
+        """What is held where all gradients are there at once."""
         return self.without_gradients + self.gradients
 
 
-def held_bytes(*, parameters: int, trained: int, beside: bool) -> HeldBytes:
-    """What training holds in float16.
-
-    Args:
-        parameters: of the model.
-        trained: values that are trained.
-        beside: whether these are held beside the model's, as an adapter is.
-    """
-    return HeldBytes(
-        weights=VALUE_BYTES * (parameters + (trained if beside else 0)),
-        gradients=VALUE_BYTES * trained,
-        moments=MOMENTS * VALUE_BYTES * trained,
-    )
-
-
 @cache
-def step_flops(method: Literal["full", "lora"], memory: Literal["fast", "low"]) -> int:
-    """The FLOPs of a step of a model as wide as GPT-3, with few blocks.
+def gpt3_estimate(method: Trained) -> Estimate:
+    """The estimate of a step of GPT-3 175B: one row of its 2,048 tokens.
 
-    Args:
-        method: full fine-tuning, or LoRA of rank 4 on W_q and W_v.
-        memory: low computes blocks again, as whoever trains 175 billion parameters does.
+    Blocks compute their activations again, as whoever trains 175 billion parameters has them do.
     """
-    settings: dict[str, Any] = {"lora": {"rank": 4, "targets": ("q", "v")}, "memory": memory}
-    config = TrainConfig(
-        model="gpt3", out="out", method=(method,), dtype="float16", batch_size=1, **settings
+    how: Any = {
+        "lora": {"rank": 4, "targets": ("q", "v"), "dtype": "float16"},
+        "full": {"dtype": "float16"},
+    }
+    shape = SHAPES[GPT3]()
+    config = EstimateConfig(
+        model=GPT3,
+        method=(method,),
+        dtype="float16",
+        batch_size=1,
+        row_tokens=shape.max_position_embeddings,
+        memory="low",
+        device="cuda",
+        calibrate=False,
+        **how,
     )
-    shape = GPT2Config(
-        n_embd=WIDTH, n_head=HEADS, n_layer=FEW_BLOCKS, vocab_size=FEW_WORDS, n_positions=FEW_TOKENS
+    return estimate(config, model=build_without_weights(shape, dtype="float16", name=GPT3))
+
+
+def accounting(method: Trained) -> Accounting:
+    """The parts of an estimate that the paper counts.
+
+    Left out are activations, the base beside a copy of it that is trained in full, and the copy of
+    the weights that last gave a finite loss.
+    """
+    found = gpt3_estimate(method)
+    held, last_good = found.training, VALUE_BYTES * found.trained
+    base = held["weights"] if method == "lora" else 0
+    return Accounting(
+        trained=found.trained,
+        weights=base + held["adapter"],
+        gradients=VALUE_BYTES * found.trained,
+        moments=held["optimizer"] - last_good,
+        checkpoint=found.adapter_bytes,
+        flops=found.flops,
     )
-    model = build_without_weights(shape, dtype="float16")
-    row = Example(input_ids=[1] * FEW_TOKENS, labels=[1] * FEW_TOKENS)
-    return count_step(model, config, [row], task="generation", device="cuda").flops

@@ -27,10 +27,9 @@ from lorakit.upstream.quiet_library import without_advice_on_processes
 
 T = TypeVar("T")
 
-HIDDEN = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"),
-    "MV2_COMM_WORLD_SIZE",
-)
+SIZES_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""The variables by which MPI's launchers say how many processes they have started."""
+HIDDEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *SIZES_OF_MPI)
 """The variables by which accelerate would find other processes, and wrap the model."""
 OTHER_ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -74,10 +73,10 @@ def together() -> Iterator[None]:
         ConfigError: they were started in a way in which they cannot train together.
         TrainingError: they do not find each other.
     """
+    _check_launcher()
     if started_together() == 1 or count() > 1:
         yield
         return
-    _check_launcher()
     _take_one_gpu(int(os.environ.get("LOCAL_RANK") or 0))
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -101,11 +100,22 @@ def together() -> Iterator[None]:
 
 
 def _check_launcher() -> None:
-    """Refuse the engines of accelerate that divide the model: they would not be used.
+    """Refuse what would not train together as it was asked to.
+
+    Those are processes of MPI, each of which would train alone, and the engines of accelerate that
+    divide the model, which would not be used.
 
     Raises:
         ConfigError: one was asked for.
     """
+    by_mpi = max(int(os.environ.get(name) or 1) for name in SIZES_OF_MPI)
+    if by_mpi > 1 and "WORLD_SIZE" not in os.environ and count() == 1:
+        raise ConfigError(
+            f"MPI has started {by_mpi} processes, which do not find each other by it: start them "
+            "by torchrun (docs/scale.md)"
+        )
+    if started_together() == 1:
+        return
     asked = [
         engine
         for name, engine in OTHER_ENGINES.items()
