@@ -74,6 +74,13 @@ def test_memory_modes_hold_less_and_compute_more():
     assert fast.flops <= balanced.flops < low.flops
 
 
+@pytest.mark.parametrize("method", ["prefix-embedding", "prefix-layer"])
+def test_virtual_tokens_make_rows_longer(method):
+    alone, found = estimated(), estimated(method=method)
+    assert found.tokens > alone.tokens
+    assert found.training["activations"] > alone.training["activations"]
+
+
 class Matmuls(TorchDispatchMode):
     """The FLOPs of matmuls, by their sizes alone."""
 

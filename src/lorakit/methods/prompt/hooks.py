@@ -245,6 +245,9 @@ def _positions(numbers: Tensor, tokens: Sequence[VirtualTokens | None]) -> Token
     Raises:
         RouteError: a row has others than its adapter's.
     """
+    # On the meta device ids have no values: none is taken for a virtual token.
+    if numbers.is_meta:
+        return None
     most = numbers.amax(1).tolist()
     if all(number < 0 for number in most):
         return None
