@@ -103,3 +103,21 @@ def test_within_a_route_each_prompt_is_answered_by_its_own_adapter(loaded, adapt
     with lk.route(model, names):
         assert lk.generate(prompts, **ask, batch_size=3) == alone
     assert alone[0] != alone[2]
+
+
+def test_within_a_route_each_prompt_is_put_as_its_own_adapter_was_trained(loaded, adapter):
+    model, tokenizer = loaded
+    # The base talks in messages, the adapter was trained on texts.
+    tokenizer.chat_template = "{% for m in messages %}fish fish {{ m['content'] }} cat{% endfor %}"
+    asked = {"model": model, "tokenizer": tokenizer, "max_new_tokens": 12}
+    lk.attach(model, adapter)
+    names = ["default", None, {"default": 1.0}]
+    with lk.route(model, names):
+        together = lk.generate(["red cat dog"] * 3, **asked)
+    for name, text in zip(names, together, strict=True):
+        with lk.route(model, name):
+            assert lk.generate("red cat dog", chat=name is None, **asked) == [text]
+    with lk.route(model, names):
+        messages = lk.generate(["red cat dog"] * 3, chat=True, **asked)
+    assert messages[1] == together[1]
+    assert messages[0] != together[0]

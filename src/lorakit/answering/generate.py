@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from lorakit.adapter.adapter import AdapterSource
+from lorakit.adapter.adapter import Adapter, AdapterSource
 from lorakit.adapter.card import TrainedUse
 from lorakit.answering.answer import (
     Note,
@@ -23,12 +24,16 @@ from lorakit.answering.answer import (
 from lorakit.answering.beam_search import search_of
 from lorakit.answering.ends import ends_of_rows
 from lorakit.attachment.open_model import ModelSource, Opened, opened_model
+from lorakit.attachment.state import require_attachment
 from lorakit.config.answering import GenerateConfig
 from lorakit.config.seed import generator_seed
+from lorakit.config.train import DataConfig
+from lorakit.data.chat import with_template
 from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError
 from lorakit.kernels.few_rows import few_rows
+from lorakit.routing.row_parts import names_of_rows
 
 
 def generate(
@@ -138,19 +143,51 @@ def _encoded(config: GenerateConfig, opened: Opened, prompts: Sequence[str]) -> 
     if opened.task != "generation":
         what = "adapter" if opened.adapter else "model"
         raise ConfigError(f"this {what} does {opened.task}: it has labels, and writes no text")
-    rows = _rows(prompts, config, opened)
     two = opened.model.config.is_encoder_decoder
-    return [encode_prompt(row, opened.tokenizer, opened.data, encoder_decoder=two) for row in rows]
+    return [
+        encode_prompt(_row(prompt, use), use.tokenizer, use.data, encoder_decoder=two)
+        for prompt, use in zip(prompts, _uses(config, opened, len(prompts)), strict=True)
+    ]
 
 
-def _rows(prompts: Iterable[str], config: GenerateConfig, opened: Opened) -> Iterator[Row]:
-    chat = config.chat
-    if chat is None:
+@dataclass(frozen=True)
+class _Use:
+    """How a prompt is put to the model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: DataConfig
+    as_message: bool
+
+
+def _uses(config: GenerateConfig, opened: Opened, rows: int) -> list[_Use]:
+    """How each prompt is put: as its adapter was trained, the first one of a combination.
+
+    Raises:
+        AdapterFileError: the card of an adapter has entries that training does not write.
+        RouteError: the route is for another number of rows.
+    """
+
+    def use_of(adapter: Adapter | None) -> _Use:
         # Without an adapter, a model with a chat template gets prompts as messages.
-        use = TrainedUse.on(opened.adapter.card) if opened.adapter else None
-        chat = use.as_messages if use else opened.base_template is not None
-    for prompt in prompts:
-        if chat:
-            yield MessagesRow(messages=(Message(role="user", content=prompt),))
-        else:
-            yield PromptRow(prompt=prompt, completion=None)
+        chat, tokenizer, data = opened.base_template is not None, opened.tokenizer, opened.data
+        if adapter is not None:
+            use = TrainedUse.on(adapter.card)
+            chat = use.as_messages
+            if adapter is not opened.adapter:
+                tokenizer, data = with_template(tokenizer, use.chat_template), use.data
+        return _Use(tokenizer, data, chat if config.chat is None else config.chat)
+
+    names = names_of_rows(opened.model, rows)
+    if opened.adapter is not None or not any(names):
+        return [use_of(opened.adapter)] * rows
+    distinct = {each[0] for each in names if each}
+    attached = require_attachment(opened.model).adapters
+    own = {name: use_of(attached[name].record) for name in distinct}
+    base = use_of(None)
+    return [own[each[0]] if each else base for each in names]
+
+
+def _row(prompt: str, use: _Use) -> Row:
+    if use.as_message:
+        return MessagesRow(messages=(Message(role="user", content=prompt),))
+    return PromptRow(prompt=prompt, completion=None)
