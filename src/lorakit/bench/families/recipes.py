@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lorakit.models.image_processor import ImageProcessor
@@ -202,6 +202,10 @@ def base_of(name: str) -> TriedBase:
         how: dict[str, Any] = {"labels": CLASSES, "task": "classification"}
         torch.manual_seed(0)
         model, tokenizer = load_model(name, **(how if kind == "classifier" else {}))
+        # As in the tiny ones: passes are compared with each other.
+        for dropout in model.modules():
+            if isinstance(dropout, nn.Dropout):
+                dropout.p = 0.0
         return TriedBase(name=name, kind=kind, model=model, tokenizer=tokenizer)
     kind = _KINDS[name]
     model = _tiny(name, kind)
