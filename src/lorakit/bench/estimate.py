@@ -2,8 +2,8 @@
 
 A process has imported everything and trains a tiny model first, so that what it takes more from
 then on is the run: its base, and the peak while it trains. glibc keeps what was freed in holes
-between what is not, so a run is measured twice: as it is, and with each larger piece of memory
-mapped by itself, which goes back to the system at once.
+between what is not, so a run is measured with each larger piece of memory mapped by itself, which
+goes back to the system at once; and as it is, if that is asked for.
 """
 
 from __future__ import annotations
@@ -110,20 +110,20 @@ def _is_asked(run: MeasuredRun, settings: EstimateBenchConfig) -> bool:
 
 def _row(run: MeasuredRun, settings: EstimateBenchConfig) -> dict[str, Any]:
     found = estimated(run)
-    taken, as_it_is = _measured(run, settings, MAPPED), _measured(run, settings, {})
-    return {
+    taken = _measured(run, settings, MAPPED)
+    row = {
         "run": run.name,
         "estimated_bytes": found.training_bytes,
         "measured_bytes": taken.peak_bytes,
         "error_percent": 100 * (found.training_bytes / taken.peak_bytes - 1),
-        "with holes_bytes": as_it_is.peak_bytes,
-        "holes": as_it_is.peak_bytes / taken.peak_bytes,
-        "base_bytes": taken.base_bytes,
         "until written_bytes": taken.saved_bytes,
         "estimated step_s": found.seconds,
-        "measured step_s": as_it_is.step_s,
-        "mapped step_s": taken.step_s,
+        "measured step_s": taken.step_s,
     }
+    if settings.holes:
+        as_it_is = _measured(run, settings, {})
+        row |= {"with holes_bytes": as_it_is.peak_bytes, "with holes step_s": as_it_is.step_s}
+    return row
 
 
 def _measured(

@@ -104,7 +104,7 @@ OTHERS = (
     _random("llama 90M", 2, 128, memory="balanced", **ALL_LINEAR),
     _random("llama 90M", 4, 128, memory="low"),
     _random("llama 90M", 1, 128, method="full"),
-    _random("llama 90M", 1, 256, method="prefix-layer"),
+    _random("llama 90M", 1, 256, method="prefix-layer", prefix={"infix": 0}),
     _random("llama 1.1B", 1, 16, dtype="bfloat16"),
 )
 """Runs of models on which it was not."""

@@ -137,8 +137,9 @@ def _where(result: dict[str, Any]) -> str:
     settings, hardware, versions = (result[key] for key in ("settings", "hardware", "versions"))
     names = ("lorakit", "torch", "transformers", "peft")
     libraries = ", ".join(f"{name} {versions[name]}" for name in names if versions[name])
+    what = f"{Path(settings['model']).name} in {settings['dtype']}, " if "model" in settings else ""
     return (
-        f"{Path(settings['model']).name} in {settings['dtype']}, {_how(settings)}; "
+        f"{what}{_how(settings)}; "
         f"{hardware['processor']}, {hardware['threads']} threads; {libraries}; "
         f"{_source(result)}."
     )
@@ -152,6 +153,8 @@ def _source(result: dict[str, Any]) -> str:
 
 def _how(settings: dict[str, Any]) -> str:
     """The settings, in a few words."""
+    if "holes" in settings:
+        return f"{settings['steps']} steps of each run, in a process of its own"
     if "families" in settings:
         return "adapters of rank 2 on all linear layers"
     if "methods" in settings:

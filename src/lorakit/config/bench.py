@@ -95,6 +95,9 @@ class EstimateBenchConfig(Measured):
     steps: PositiveInt = 2
     """Optimizer steps of each run; from the second on memory is the same."""
 
+    holes: bool = False
+    """Measure each run once more as it is by itself, with the holes of glibc's heap."""
+
     only: Names = ()
     """Runs that have one of these words in their names. Empty: all."""
 
