@@ -37,7 +37,8 @@ def test_an_example_trains_as_it_is_written(file, place, monkeypatch, capsys):
     data = read_mapping(file)["data"]
     if data["train"].startswith("../") and not Path(data["train"]).exists():
         pytest.skip(f"needs {data['train']} beside the repository")
-    words = ["train", f"examples/{file.name}", "--steps", "2", "--eval-every", "none", "--json"]
+    words = ["train", f"examples/{file.name}", "--steps", "2", "--eval-every", "none"]
+    words += ["--warmup-steps", "0", "--json"]
     if "validation" in data:
         words += ["--data.validation-rows", "8"]
     assert main(words) == 0
