@@ -20,6 +20,9 @@ from lorakit.bench.families.uses import (
 from lorakit.config.bench import ModelsConfig
 from lorakit.errors import ConfigError
 
+# PEFT asks transformers for it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
 
 def test_there_are_enough_families_and_none_twice():
     assert len(set(FAMILIES)) == len(FAMILIES) >= measure.FEWEST_FAMILIES

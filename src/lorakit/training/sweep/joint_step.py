@@ -103,8 +103,10 @@ def _losses_of_texts(
     model: PreTrainedModel, inputs: dict[str, Tensor], batches: Sequence[MicroBatch]
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum of the losses, and the loss of each batch."""
-    length = max(batch.inputs["labels"].shape[1] for batch in batches)
-    labels = [F.pad(b.inputs["labels"], (0, length - b.length), value=IGNORED) for b in batches]
+    own = [batch.inputs["labels"] for batch in batches]
+    # Not the length of the inputs: the decoder of an encoder-decoder reads rows of another one.
+    length = max(each.shape[1] for each in own)
+    labels = [F.pad(each, (0, length - each.shape[1]), value=IGNORED) for each in own]
     weights = [item_weight(own, batch.items) for own, batch in zip(labels, batches, strict=True)]
     total, losses = text_losses(
         model,
