@@ -88,21 +88,23 @@ def load_model(
     if asked not in PACKAGES and _gguf_file(Path(asked).expanduser()) is not None:
         # The file goes on; its conversion is only on this machine.
         model._lorakit_file = asked
-    reads_images = TASKS[task].reads_images
-    if not reads_images:
+    if not TASKS[task].reads_images:
         give_padding_token(tokenizer, asked)
         _check_vocabulary(model, tokenizer, asked)
-    if task != "generation" and not reads_images:
-        # A decoder scores the last token that is not padding, which it looks up by this id.
-        model.config.pad_token_id = tokenizer.pad_token_id
-    convert_quantized(model)
-    if quantize is not None:
-        if isinstance(quantize, str):
-            quantize = Quantization.of(quantize, dtype)
-        quantize_model(model, quantize)
+        if task != "generation":
+            # A decoder scores the last token that is not padding, which it looks up by this id.
+            model.config.pad_token_id = tokenizer.pad_token_id
+    _take_form(model, Quantization.of(quantize, dtype) if isinstance(quantize, str) else quantize)
     if layer_replication is not None:
         replicate_layers(model, layer_replication)
     return model.eval(), tokenizer
+
+
+def _take_form(model: transformers.PreTrainedModel, quantize: Quantization | None) -> None:
+    """Hold the weights in few bits: those that the checkpoint has so, and all if that is asked."""
+    convert_quantized(model)
+    if quantize is not None:
+        quantize_model(model, quantize)
 
 
 def _check_and_mark_head(model: Any, info: Any, asked: str, task: str, *, fresh_head: bool) -> None:

@@ -156,10 +156,8 @@ def prepare_all(
             _eva_batches(config, read[source_of[name]].training, model, tokenizer),
         ),
     )
-    encode = _Encodings(model, tokenizer, read, source_of)
-    encoded = for_each(configs, encode)
+    encoded = for_each(configs, _Encodings(model, tokenizer, read, source_of))
     runs = {name: (config, encoded[name]) for name, config in configs.items()}
-    width = hidden_size(model)
     steps = for_each(runs, lambda run, name: _steps(run[0], len(run[1][0])))
     return {
         name: Prepared(
@@ -170,7 +168,7 @@ def prepare_all(
             model=model,
             tokenizer=tokenizer,
             plan=plans[name],
-            rates=rates_by_method(config, plans[name], width),
+            rates=rates_by_method(config, plans[name], hidden_size(model)),
             training=training,
             validation=validation,
             steps=steps[name],
