@@ -4,9 +4,8 @@
 
 FOLDER has train.jsonl, validation.jsonl and test.jsonl.
 
-The settings are those of examples/stsb.yaml, at three learning rates. The adapter of each run is
-that of its best epoch by validation, and the rate that is best by validation counts; test is scored
-for all of them, and chooses nothing.
+The settings are those of examples/stsb.yaml; --rates runs other learning rates beside its own. The
+rate that is best by validation counts; test is scored for all of them, and chooses nothing.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import lorakit as lk
 from measured import begin, write_result
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "stsb.yaml"
-RATES = (2e-4, 5e-4, 1e-3)
 SPLITS = ("validation", "test")
 
 
@@ -64,12 +62,14 @@ def main() -> None:
     """Run all, print all, and write the result, if --out names a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates; the example's own")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     arguments = parser.parse_args()
     values = settings(arguments.data)
     result = begin(arguments.out)
     before = scores(arguments.data, values, model=values["model"])
-    runs = [trained(arguments.data, values, rate) for rate in RATES]
+    rates = arguments.rates or [values["learning_rate"]]
+    runs = [trained(arguments.data, values, rate) for rate in rates]
     best = max(runs, key=lambda run: run["scores"]["validation"]["spearman"])
     result |= {"before": before, "runs": runs, "best_rate": best["rate"]}
     lines = {"before": before, **{f"rate {run['rate']:.0e}": run["scores"] for run in runs}}
