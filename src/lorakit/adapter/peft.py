@@ -22,7 +22,8 @@ from lorakit.adapter.fused_layers import (
     whole_layers,
 )
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
-from lorakit.config.methods import LoRAConfig, block_order
+from lorakit.config.block_ranges import block_order
+from lorakit.config.methods import LoRAConfig
 
 V = TypeVar("V")
 PREFIX = "base_model.model."
