@@ -33,7 +33,7 @@ def test_two_classifiers_of_one_base_answer_rows_of_one_batch(tmp_path, run, cap
     polarity = write(tmp_path / "polarity.jsonl", labelled(POLARITY, "text", "label"))
     topics = write(tmp_path / "topics.jsonl", labelled(TOPICS, "headline", "topic"))
     common = ["--model", "minilm", "--lora.targets", "attention,mlp", "--dtype", "float32"]
-    common += ["--warmup-steps", 2, "--learning-rate", 3e-3]
+    common += ["--warmup-steps", "2", "--learning-rate", "3e-3"]
     out = tmp_path / "out"
     fields = ["--data.fields", "{text: headline, label: topic}"]
     for rows, name, more in ((polarity, "polarity", []), (topics, "topic", fields)):

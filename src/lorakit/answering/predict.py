@@ -59,7 +59,7 @@ class Prediction:
         named = {} if self.adapter is None else {COLUMN: self.adapter}
         found = {**self.columns, **named, "answer": self.answer}
         if self.probabilities is not None:
-            found["probabilities"] = dict(self.probabilities)
+            found["probabilities"] = {k: round(v, 6) for k, v in self.probabilities.items()}
         return found
 
 
