@@ -48,7 +48,7 @@ VERBS = {
         settings="config.answering:GenerateConfig",
     ),
     "predict": Entry(
-        meaning="Answer rows by classifiers and their kin, several of them in one batch.",
+        meaning="Answer rows by classifiers and their kin, several in one batch.",
         settings="config.answering:PredictConfig",
     ),
     "score": Entry(
