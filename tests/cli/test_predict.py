@@ -107,7 +107,7 @@ def test_a_fresh_head_of_another_width_is_used_by_every_verb(tiny_bert, tmp_path
     words += ["--steps", 6, "--dtype", "float32", "--lora.targets", "q", "--warmup-steps", 1]
     code, result = run(*words)
     assert code == 2
-    assert "fresh_head" in result["error"]["message"]
+    assert "the labels are big, old, small" in result["error"]["message"]
     code, result = run(*words, "--fresh-head")
     assert code == 0
     code, scores = run("evaluate", out, "--data.validation", label_rows)
