@@ -57,7 +57,7 @@ def test_what_this_python_lacks_is_named_before_anything_runs(program, monkeypat
     monkeypatch.setattr(program, "_is_installed", lambda name: name not in ("pydantic", "pyyaml"))
     assert program.missing() == ["pydantic>=2.11", "pyyaml>=6.0"]
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny"])
-    with pytest.raises(SystemExit, match="lacks 'pydantic>=2.11' 'pyyaml>=6.0': python -m pip"):
+    with pytest.raises(SystemExit, match=r"'pydantic>=2\.11' 'pyyaml>=6\.0': python -m pip"):
         program.main()
 
 
