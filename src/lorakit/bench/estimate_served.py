@@ -111,7 +111,7 @@ def _answer(
     try:
         for _ in range(run.rounds):
             size = (run.slots, run.tokens - NEW)
-            ids = torch.randint(100, 40_000, size, generator=generator)
+            ids = torch.randint(engine.vocabulary, size, generator=generator)
             answered(engine, catalog, ids, names, NEW)
     finally:
         engine.close(drain=False)
