@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from lorakit.cli.reference import reference
-from lorakit.config.methods import DEFAULTS, METHODS
+from lorakit.config.method_defaults import DEFAULTS
+from lorakit.config.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -209,6 +209,10 @@ class AdapterBank:
         self._notice()
         return tuple(name for name in list(self._entries) if self._is_resident(name))
 
+    def is_resident(self, name: str) -> bool:
+        """Whether an adapter is in memory."""
+        return name in self._entries and self._is_resident(name)
+
     @property
     def resident_bytes(self) -> int:
         """The memory of the adapters in it."""

@@ -190,14 +190,17 @@ def test_all_problems_of_the_tensors_come_in_one_error(saved: Path) -> None:
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors[f"{start}.0.q_proj.lora_A.weight"] = torch.zeros(2, 8)
         tensors[f"{start}.0.q_proj.lora_B.weight"] = torch.zeros(16, 4, dtype=torch.float16)
+        tensors[f"{start}.1.q_proj.lora_B.weight"] = torch.zeros(8, 4)
         del tensors[f"{start}.1.q_proj.lora_A.weight"]
         tensors["extra"] = torch.zeros(1)
 
     edit_tensors(saved / WEIGHTS, spoil)
     text = refusal(saved)
-    assert "(4 problems):" in text
+    assert "(5 problems):" in text
     expected = "shape (2, 8) in the file, (4, 8) expected: was it trained with rank 2?"
     assert f"{start}.0.q_proj.lora_A.weight  {expected}" in text
+    other_width = f"{start}.1.q_proj.lora_B.weight  shape (8, 4) in the file, (16, 4) expected"
+    assert other_width in [line.strip() for line in text.splitlines()]
     assert "0.q_proj.lora_B.weight  is float16 in the file, float32 expected" in text
     assert f"{start}.1.q_proj.lora_A.weight  missing from the file" in text
     assert "extra  unexpected: it does not start with 'base_model.model.'" in text

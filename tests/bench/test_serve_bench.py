@@ -16,7 +16,7 @@ def test_clients_are_measured_beside_plain_generation(tiny_llama, capsys):
     words += ["--first-tokens", 2, "--long-prompt", 20, "--longest", 10, "--starts", 1]
     assert main(["bench", "serve", *map(str, words), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    who = {"ours", "plain", "base", "route", "engine", "one", "compiled"}
+    who = {"ours", "plain", "base", "route", "one", "compiled"}
     assert set(result["seconds"]["serve"]) == who
     assert set(result["ratios"]) == who - {"ours"} | {"prefill", "load_model"}
     unlike = {f"unlike lengths, {how}" for how in ("at once", "arriving", "static batches")}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import lorakit as lk
-from lorakit.config.methods import layer_numbers
+from lorakit.config.block_ranges import layer_numbers
 from lorakit.errors import ConfigError, LorakitError
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.config.methods import DEFAULTS, FORMS, METHODS
+from lorakit.config.method_defaults import DEFAULTS, FORMS
+from lorakit.config.methods import METHODS
 from lorakit.training.prepare import prepare
 from lorakit.training.rates import (
     Rate,

@@ -22,7 +22,8 @@ from lorakit.adapter.fused_layers import (
     whole_layers,
 )
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
-from lorakit.config.methods import LoRAConfig, block_order
+from lorakit.config.block_ranges import block_order
+from lorakit.config.methods import LoRAConfig
 
 V = TypeVar("V")
 PREFIX = "base_model.model."
@@ -295,7 +296,7 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list
         if have.shape != want.shape:
             lines.append(
                 f"{key}  shape {tuple(have.shape)} in the file, {tuple(want.shape)} expected"
-                f"{_rank_hint(have.shape, want.shape)}"
+                f"{_rank_hint(key, have.shape, want.shape)}"
             )
         elif have.dtype != want.dtype:
             kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (have, want)]
@@ -303,11 +304,14 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list
     return lines
 
 
-def _rank_hint(have: torch.Size, want: torch.Size) -> str:
-    if len(have) != len(want) or len(have) < 2:
+def _rank_hint(key: str, have: torch.Size, want: torch.Size) -> str:
+    """A question after a shape that only another rank explains."""
+    half = key.removesuffix(".weight")[-2:]
+    if half not in ("_A", "_B") or len(have) != len(want) or len(have) < 2:
         return ""
-    differing = [axis for axis in range(len(have)) if have[axis] != want[axis]]
-    return f": was it trained with rank {have[differing[0]]}?" if differing in ([0], [1]) else ""
+    axis = 0 if half == "_A" else 1
+    differing = [each for each in range(len(have)) if have[each] != want[each]]
+    return f": was it trained with rank {have[axis]}?" if differing == [axis] else ""
 
 
 def hint(key: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.config.block_ranges import block_order, layer_numbers
 from lorakit.config.marks import OfBase
 from lorakit.errors import ConfigError, did_you_mean
 
@@ -324,61 +325,6 @@ METHODS: dict[str, tuple[type[MethodConfig], Mapping[str, Any]]] = {
 """The settings of each method by its name, and the values that the name implies."""
 
 
-REFERENCE_WIDTH = 576
-"""The width of the base, SmolLM2's, at which default learning rates are stated."""
-NARROWEST = 384
-"""The narrowest base of the trials, MiniLM's; a narrower one gets its rates."""
-
-
-class Defaults(Settings):
-    """The training settings of a method where none are given (docs/methods.md says how found)."""
-
-    learning_rate: PositiveFloat
-    """Peak learning rate of AdamW on a base of `REFERENCE_WIDTH`."""
-    exponent: Annotated[float, Field(ge=0)] = 1.0
-    """How the rate falls with the width d of the base: as d to the power of minus this."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
-    """Steps over which the learning rate rises from zero."""
-
-    def rate_at(self, width: int) -> float:
-        """The peak learning rate on a base of a width, to two digits."""
-        wider = max(width, NARROWEST) / REFERENCE_WIDTH
-        return float(f"{self.learning_rate * wider**-self.exponent:.2g}")
-
-
-DEFAULTS: Mapping[str, Defaults] = {
-    "lora": Defaults(learning_rate=2e-3),
-    "full": Defaults(learning_rate=2e-4),
-    "top-k": Defaults(learning_rate=5e-4),
-    "bitfit": Defaults(learning_rate=5e-3, exponent=0),
-    "prefix-embedding": Defaults(learning_rate=2e-1, exponent=0.5),
-    "prefix-layer": Defaults(learning_rate=5e-2, exponent=0.5),
-    "adapter-h": Defaults(learning_rate=2e-3),
-    "adapter-l": Defaults(learning_rate=1.33e-3),
-    "adapter-p": Defaults(learning_rate=2e-3),
-    "adapter-d": Defaults(learning_rate=2e-3),
-}
-
-
-FORMS: Mapping[str, Defaults] = {
-    "pissa": Defaults(learning_rate=1e-3),
-    "freeze_a": Defaults(learning_rate=1e-2),
-}
-"""The forms of LoRA that need another learning rate than LoRA."""
-
-
-def defaults_of(method: str, lora: LoRAConfig) -> Defaults:
-    """The training settings of a method where none are given.
-
-    Args:
-        method: its name.
-        lora: LoRA's settings, where that is the method.
-    """
-    if method == "lora" and lora.init == "pissa":
-        return FORMS["pissa"]
-    return FORMS["freeze_a"] if method == "lora" and lora.freeze_a else DEFAULTS[method]
-
-
 def config_of(method: str, settings: Mapping[str, Any]) -> MethodConfig:
     """The settings of a method by its name.
 
@@ -410,36 +356,3 @@ def combination_problems(methods: Sequence[str]) -> list[str]:
         if len(named) > 1:
             problems.append(f"{' and '.join(named)} both put {words} into the model: choose one")
     return problems
-
-
-MOST_BLOCKS = 100_000
-"""More than any model has: ranges of blocks may come from a stranger's file."""
-
-
-def layer_numbers(text: str) -> frozenset[int]:
-    """The block numbers that a range such as "0-5,11" names.
-
-    Raises:
-        ValueError: the text is not a list of numbers and ranges.
-    """
-    return frozenset(block_order(text))
-
-
-def block_order(text: str) -> tuple[int, ...]:
-    """The block numbers that ranges such as "0-3,2-4" name, one after the other.
-
-    Raises:
-        ValueError: the text is not a list of numbers and ranges.
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"layers {text!r} is not a list of blocks such as '0-5,11'")
-        stop = int(last) if dash else int(first)
-        if stop >= MOST_BLOCKS:
-            raise ValueError(f"layers {text!r} goes beyond block {MOST_BLOCKS}, the last thinkable")
-        if stop < int(first):
-            raise ValueError(f"layers {text!r} has a range that ends before it starts")
-        numbers += range(int(first), stop + 1)
-    return tuple(numbers)

@@ -25,6 +25,7 @@ from lorakit.config.marks import (
     Shared,
     Varies,
 )
+from lorakit.config.method_defaults import defaults_of
 from lorakit.config.methods import (
     METHODS,
     BitFitConfig,
@@ -35,7 +36,6 @@ from lorakit.config.methods import (
     PrefixSettings,
     combination_problems,
     config_of,
-    defaults_of,
 )
 from lorakit.config.rows import Format, RowField, TaskName
 from lorakit.config.seed import Seed

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.config.methods import Activation, BottleneckConfig, layer_numbers
+from lorakit.config.block_ranges import layer_numbers
+from lorakit.config.methods import Activation, BottleneckConfig
 from lorakit.errors import TargetError
 from lorakit.kernels.dropout import Dropout
 from lorakit.layers.operation import Update

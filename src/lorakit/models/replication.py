@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.config.methods import block_order
+from lorakit.config.block_ranges import block_order
 from lorakit.errors import ModelError
 from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.identity import identify

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.config.methods import layer_numbers
+from lorakit.config.block_ranges import layer_numbers
 from lorakit.errors import TargetError, did_you_mean
 from lorakit.models.base import base_modules
 from lorakit.models.experts import ExpertMatrices, expert_matrices

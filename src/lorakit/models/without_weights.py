@@ -11,13 +11,8 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.errors import ModelError
-from lorakit.models.load import (
-    config_of,
-    explained,
-    give_padding_token,
-    quiet,
-    source_of,
-)
+from lorakit.models.load import config_of, give_padding_token
+from lorakit.models.source import explained, quiet, source_of
 from lorakit.models.tasks import TASKS, model_task
 
 

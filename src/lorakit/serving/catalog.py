@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lorakit.serving.names import Names
 from lorakit.serving.places import Places
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Use
+from lorakit.serving.thread_teams import without_team
 
 ENCODING = ("classification", "multi-label", "regression")
 """The tasks of an encoder's adapters with heads."""
@@ -117,8 +119,8 @@ class Catalog(Names[Chosen]):
         return self._bank.resident_bytes
 
     def _take(self, name: str, folder: Path) -> tuple[Adapter, str, int, str]:
-        record = self._bank.load(name, folder)
-        held, size = self._bank.hold(name), self._bank.size_bytes(name)
+        record = without_team(partial(self._bank.load, name, folder))
+        held, size = self.held(name), self._bank.size_bytes(name)
         return record, held.content_hash, size, self._base_check(record)
 
     def _drop(self, name: str) -> None:
@@ -126,7 +128,7 @@ class Catalog(Names[Chosen]):
 
     def _chosen(self, name: str, pairs: Sequence[tuple[str, float]]) -> Chosen:
         try:
-            held = [(self._bank.hold(each), weight) for each, weight in pairs]
+            held = [(self.held(each), weight) for each, weight in pairs]
         except BankError as error:
             # Unloaded since its name was looked up, or no room for it in memory.
             missing = [each for each, _ in pairs if each not in self._loaded]
@@ -163,8 +165,9 @@ class Catalog(Names[Chosen]):
         return tuple(heads) or (base,)
 
     def held(self, name: str) -> Held:
-        """An adapter as it is now."""
-        return self._bank.hold(name)
+        """An adapter as it is now, read again if it was evicted."""
+        hold = partial(self._bank.hold, name)
+        return hold() if self._bank.is_resident(name) else without_team(hold)
 
     def _base_check(self, record: Adapter) -> str:
         base, own = record.base, identity_of(self._model)

@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from lorakit.serving.catalog import EMBEDDING, ENCODING, Catalog
 from lorakit.serving.encoder_engine import EncoderEngine
 from lorakit.serving.engine import Engine
 from lorakit.serving.places import Places
+from lorakit.serving.thread_teams import without_team
 from lorakit.serving.worker import Limits, Worker
 
 if TYPE_CHECKING:
@@ -162,6 +164,10 @@ def prepared(settings: ServeConfig, *, note: Note = say) -> tuple[Worker, Catalo
     Raises:
         LorakitError: the model or an adapter can't be served.
     """
+    return without_team(partial(_prepared, settings, note))
+
+
+def _prepared(settings: ServeConfig, note: Note) -> tuple[Worker, Catalog]:
     base = _base(settings)
     dtype = settings.adapter_dtype
     limits = Limits(

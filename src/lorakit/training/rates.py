@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorakit.attachment.plan import Plan
-from lorakit.config.methods import REFERENCE_WIDTH, defaults_of
+from lorakit.config.method_defaults import REFERENCE_WIDTH, defaults_of
 from lorakit.config.train import TrainConfig
 
 

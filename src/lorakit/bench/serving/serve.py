@@ -25,9 +25,10 @@ from lorakit.bench.serving.latency import (
     unlike_lengths,
 )
 from lorakit.bench.serving.others import Other, others
+from lorakit.bench.serving.process import running
 from lorakit.bench.serving.slot_changes import slot_changes
 from lorakit.bench.serving.starting import start_goal, starts
-from lorakit.bench.serving.ways import answered, asked, generated, routed, served
+from lorakit.bench.serving.ways import asked, generated, routed
 from lorakit.config.bench import ServeBenchConfig
 from lorakit.errors import MissingExtraError
 from lorakit.models.load import load_model
@@ -70,8 +71,12 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
         changes = slot_changes(settings, engine, catalog, [each.model for each in requests])
         compiling = compiled_engine(settings, engine, catalog)
         steps = step_times(compiling, catalog, requests, repeats=settings.repeats)
-        client = stack.enter_context(served(engine, catalog))
-        compiled = stack.enter_context(served(compiling, catalog))
+        # Servers of their own, as users have them: beside the threads of a second model in one
+        # process, neither has the processor as it has it alone.
+        client, compiled = (
+            stack.enter_context(running(words, threads=settings.threads)).client
+            for words in _servers(settings, root / "adapters")
+        )
         ways = _ways(settings, client, engine, catalog, plain, requests)
         ways["compiled"] = partial(asked, compiled, requests)
         for name, peer in peers.items():
@@ -109,6 +114,21 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
     )
 
 
+def _servers(settings: ServeBenchConfig, adapters: Path) -> list[list[str]]:
+    """The words of `lorakit serve` for eager steps, and for compiled ones."""
+    how = {
+        "model": settings.model,
+        "name": "base",
+        "adapters": adapters,
+        "dtype": settings.dtype,
+        "slots": settings.clients,
+        "prefill-tokens": settings.prefill_tokens,
+        "prefix-bytes": 0,
+    }
+    words = [part for name, value in how.items() for part in (f"--{name}", str(value))]
+    return [[*words, "--compile", compiles] for compiles in ("off", "wait")]
+
+
 def _requests(
     settings: ServeBenchConfig, vocabulary: int, names: list[str]
 ) -> list[CompletionRequest]:
@@ -144,7 +164,6 @@ def _ways(
         "plain": lambda: generated(plain, ids, new_tokens),
         "base": lambda: asked(client, base),
         "route": routed(catalog.bank, engine.model, ids, names, new_tokens),
-        "engine": lambda: answered(engine, catalog, ids, names, new_tokens),
         "one": lambda: asked(client, one),
         OURS: lambda: asked(client, requests),
     }

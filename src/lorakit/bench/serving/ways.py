@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import queue
-import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,29 +92,3 @@ def asked(
         written = answer.body["usage"]["completion_tokens"] if answer.is_good else 0
         if written != request.new_tokens:
             raise LorakitError(f"{written} of {request.new_tokens} tokens came: {answer.body}")
-
-
-@contextmanager
-def served(engine: Engine, catalog: Catalog) -> Iterator[Client]:
-    """A client of a server in this process, inside a block."""
-    import uvicorn
-
-    from lorakit.serving.api.app import build_app
-    from lorakit.serving.api.own_engine import OwnEngine
-
-    engine.start()
-    app = build_app(OwnEngine(engine, catalog))
-    config = uvicorn.Config(app, log_level="warning", access_log=False)
-    server = uvicorn.Server(config)
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = int(listening.getsockname()[1])
-        listening.listen(128)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield Client(port)
-        finally:
-            server.should_exit = True
-            thread.join()
-            engine.close(drain=False)
