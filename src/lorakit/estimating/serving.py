@@ -119,7 +119,8 @@ def _forward(model: PreTrainedModel, cache: Cache, *, rows: int, new: int, seen:
 
 
 def _held(cache: Cache) -> list[Tensor]:
-    return [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
+    found = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return [each for each in found if isinstance(each, Tensor)]
 
 
 def _refusal(model: PreTrainedModel, error: Exception) -> ConfigError:
