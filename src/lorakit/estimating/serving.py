@@ -100,10 +100,13 @@ def _forward(model: PreTrainedModel, cache: Cache, *, rows: int, new: int, seen:
     with torch.device("meta"):
         ids = torch.zeros(rows, new, dtype=torch.long)
         positions = torch.arange(seen - new, seen)[None].expand(rows, -1)
-        # What transformers would make from the values of the short one.
-        mask = torch.empty(rows, 1, new, seen, dtype=torch.bool)
+    is_masked = rows > 1 or new < seen
     try:
-        with torch.no_grad(), counter, fused_attention():
+        with torch.no_grad(), counter, fused_attention(causal=None if is_masked else True):
+            mask = None
+            if is_masked:
+                # What transformers would make from the values of the short one.
+                mask = torch.empty(rows, 1, new, seen, dtype=torch.bool, device="meta")
             model(
                 input_ids=ids,
                 position_ids=positions,
