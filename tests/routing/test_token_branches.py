@@ -25,8 +25,8 @@ def with_adapters(model, targets):
 def test_experts_that_get_all_tokens_and_are_masked_behind_are_layers_as_any():
     # Each of ViTPose's is a Linear, and computes all rows; what did not choose it is set to 0.
     config = transformers.VitPoseBackboneConfig(
-        image_size=(16, 8),
-        patch_size=(4, 4),
+        image_size=(64, 32),
+        patch_size=(16, 16),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -37,7 +37,7 @@ def test_experts_that_get_all_tokens_and_are_masked_behind_are_layers_as_any():
     model = transformers.VitPoseBackbone(config).eval()
     with_adapters(model, "all-linear")
     assert any(".experts.1" in site.path for site in lk.extract(model, "a").sites)
-    pixels, index = torch.randn(4, 3, 16, 8), torch.tensor([0, 2, 1, 2])
+    pixels, index = torch.randn(4, 3, 64, 32), torch.tensor([0, 2, 1, 2])
 
     def features(rows, names):
         with lk.route(model, names), torch.no_grad():
