@@ -43,10 +43,11 @@ check: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# Sets nothing up: for a machine that has torch with CUDA, Triton, transformers, PEFT and pytest
-# already. Eight minutes at most; what needs more libraries is left out where they are not.
+# Sets nothing up: for a machine that has torch with CUDA, Triton, PEFT, pytest, hypothesis and what
+# lorakit needs already, in PYTHONPATH too. Eight minutes at most; what needs more libraries is left
+# out where they are not.
 gpu:
-	@PYTHONPATH=src:benchmarks $(PYTHON) benchmarks/gpu.py
+	@PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu.py
 
 docs: setup
 	@$(BIN)/python docs/rooms.py

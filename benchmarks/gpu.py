@@ -2,18 +2,22 @@
 
     python benchmarks/gpu.py [--out FOLDER] [--tiny]
 
-Nothing is set up: it is for a machine that has torch with CUDA, Triton, transformers, PEFT and
-pytest; what needs bitsandbytes or liger-kernel is left out without them, and the table says so.
+Nothing is set up: it is for a machine that has torch with CUDA, Triton, PEFT, pytest, hypothesis
+and what lorakit itself needs, of which what is missing is named first; what needs bitsandbytes or
+liger-kernel is left out without them, and the table says so.
 Each part is a program of its own with a limit of time; one that fails or is cut is a line in the
 table, which is printed last, and the others go on. --tiny checks the programs on a CPU.
 """
 
 import argparse
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+TESTS = HERE.parent / "tests"
 BUDGET_S = 460
 """Of all parts; the table is printed before eight minutes have passed."""
 
@@ -47,6 +52,27 @@ class Outcome:
     told: str
 
 
+def missing() -> list[str]:
+    """What lorakit, its peer and the tests need and this Python lacks, as pip is told it."""
+    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = [*project["dependencies"], "peft", "pytest", "hypothesis"]
+    return [each for each in needed if not _is_installed(re.split(r"[^\w-]", each)[0])]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def gpu_tests() -> list[str]:
+    """The files with tests that need a GPU; to import the others may take more than there is."""
+    files = sorted(TESTS.glob("**/test_*.py"))
+    return [str(file) for file in files if "pytest.mark.gpu" in file.read_text(encoding="utf-8")]
+
+
 def parts(folder: Path, *, tiny: bool) -> list[Part]:
     """All parts, in the order of their weight."""
     more = ("--tiny",) if tiny else ()
@@ -56,10 +82,11 @@ def parts(folder: Path, *, tiny: bool) -> list[Part]:
         words = (str(HERE / file), "--out", str(out), *words)
         return Part(name=name, limit_s=limit_s, words=words, result=out)
 
-    pytest = ("-m", "pytest", "-o", "addopts=", "--import-mode=importlib", "-q", "-m", "gpu")
+    # Warnings are of the versions that are there, which may be others than those of the project.
+    pytest = ("-m", "pytest", "-o", "addopts=", "--import-mode=importlib", "-q", "-W", "default")
     trained = str(folder / "train_gpu.json")
     return [
-        Part(name="tests", limit_s=100, words=(*pytest, str(HERE.parent / "tests"))),
+        Part(name="tests", limit_s=100, words=(*pytest, "-m", "gpu", *gpu_tests())),
         program("training beside PEFT, 4-bit", "train_gpu.py", 200, *more),
         program("estimates beside peaks", "estimates_gpu.py", 40, "--trained", trained, *more),
         program("loss, norms, serving", "steps_gpu.py", 70, *more),
@@ -112,6 +139,10 @@ def main() -> None:
     if not (torch.cuda.is_available() or arguments.tiny):
         print("No CUDA device was found, so there is nothing to measure.")
         return
+    needed = missing()
+    if needed:
+        told = " ".join(f"'{each}'" for each in needed)
+        raise SystemExit(f"error: this Python lacks {told}: python -m pip install {told}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: --tiny"
     until = time.perf_counter() + BUDGET_S
     with tempfile.TemporaryDirectory() as temporary:

@@ -50,3 +50,18 @@ def test_the_parts_are_programs_that_there_are_and_end_in_time(program, tmp_path
     assert len(files) == 4
     assert all(file.exists() and file.parent == BENCHMARKS for file in files)
     assert sum(part.limit_s for part in parts) <= program.BUDGET_S < 480
+
+
+def test_what_this_python_lacks_is_named_before_anything_runs(program, monkeypatch):
+    assert program.missing() == []
+    monkeypatch.setattr(program, "_is_installed", lambda name: name not in ("pydantic", "pyyaml"))
+    assert program.missing() == ["pydantic>=2.11", "pyyaml>=6.0"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny"])
+    with pytest.raises(SystemExit, match=r"'pydantic>=2\.11' 'pyyaml>=6\.0': python -m pip"):
+        program.main()
+
+
+def test_only_files_with_tests_of_a_gpu_are_collected(program):
+    names = {Path(file).name for file in program.gpu_tests()}
+    assert {"test_liger.py", "test_segments_triton.py", "test_graphed_steps.py"} <= names
+    assert len(names) < 10

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache
 
 import lorakit as lk
 from lorakit.adapter.adapter import Adapter
@@ -17,8 +18,10 @@ from lorakit.data.samples import Example
 from lorakit.estimating.counter import StepCounter
 from lorakit.estimating.estimate import Estimator, estimate
 from lorakit.estimating.fit import fitting
+from lorakit.estimating.serving import READ
 from lorakit.estimating.training_step import count_step
 from lorakit.models.without_weights import build_without_weights
+from lorakit.serving.decoder import Decoder
 from lorakit.training.lm_loss import text_losses
 from lorakit.training.memory.memory_setting import training_memory
 from lorakit.upstream.private_names import TorchDispatchMode
@@ -156,6 +159,13 @@ def test_several_processes_share_rows_and_the_base():
     assert one_of_two.training["activations"] < 0.6 * alone.training["activations"]
     assert one_of_two.training["weights"] == alone.training["weights"]
     assert one_of_two.tokens == alone.tokens
+    divided = estimated(processes=2, shard="base")
+    model = transformers.LlamaForCausalLM(llama())
+    block = sum(each.nbytes for each in model.model.layers[0].parameters())
+    inside = sum(each.nbytes for each in model.model.layers.parameters())
+    outside = sum(each.nbytes for each in model.parameters()) - inside
+    share = math.ceil(alone.training["weights"] / 2)
+    assert divided.training["weights"] == share + 2 * block + outside
 
 
 @pytest.mark.thorough
@@ -164,6 +174,42 @@ def test_a_server_holds_keys_and_values_of_all_slots():
     # 2 · 3 layers · 2 heads of 16 numbers, in columns that are a power of two.
     assert found.serving["keys and values"] == 4 * 128 * 2 * 3 * 2 * 16 * 4
     assert found.serving["adapters"] == 2 * 4 * found.trained
+
+
+def profiled_bytes(work):
+    """The most that lives at once of what some work allocates."""
+    with (
+        torch.inference_mode(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+    ):
+        made = work()
+    live = peak = 0
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    del made
+    return peak
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("slots", "length"), [(4, 100), (1, 300), (1, 700)])
+def test_reading_prompts_takes_what_was_said(slots, length):
+    torch.manual_seed(0)
+    decoder = Decoder(transformers.LlamaForCausalLM(llama()).eval())
+    texts = torch.randint(1, 500, (slots, length)).tolist()
+
+    def read():
+        if slots > 1:
+            return decoder.read_together(texts, [DynamicCache() for _ in texts])
+        cache = DynamicCache()
+        for part in (texts[0][: -READ or None], texts[0][-READ:])[length <= READ :]:
+            decoder.read(part, cache)
+        return cache
+
+    found = estimated(serve={"slots": slots, "max_length": length})
+    took = profiled_bytes(read)
+    assert found.serving["a step, or reading a prompt"] == pytest.approx(took, rel=0.1)
 
 
 @pytest.mark.thorough

@@ -1,5 +1,7 @@
 """lk.SaveAdapter: a Trainer that others wrote saves and resumes the adapter alone."""
 
+from contextlib import nullcontext
+
 import pytest
 import safetensors.torch
 import torch
@@ -12,16 +14,17 @@ IDS = [[5, 6, 7, 8], [9, 10, 11, 12], [5, 7, 9, 11], [6, 8, 10, 12]]
 ROWS = [{"input_ids": ids, "labels": ids} for ids in IDS]
 
 
-def trainer_of(tiny_llama, out, *, callback=True, **config):
+def trainer_of(tiny_llama, out, *, callback=True, routed=False, **config):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     attach_random(model, rank=2, **config)
     how = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "use_cpu": True}
     settings = TrainingArguments(
         str(out), per_device_train_batch_size=2, report_to=[], disable_tqdm=True, **how
     )
-    return Trainer(
-        model, settings, train_dataset=ROWS, callbacks=[lk.SaveAdapter()] if callback else []
-    )
+    with lk.route(model, None) if routed else nullcontext():
+        return Trainer(
+            model, settings, train_dataset=ROWS, callbacks=[lk.SaveAdapter()] if callback else []
+        )
 
 
 def tensors_of(folder):
@@ -32,8 +35,9 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_trainer_saves_the_adapter_in_place_of_the_model(tiny_llama, tmp_path):
-    trainer = trainer_of(tiny_llama, tmp_path / "out")
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_trainer_saves_the_adapter_in_place_of_the_model(routed, tiny_llama, tmp_path):
+    trainer = trainer_of(tiny_llama, tmp_path / "out", routed=routed)
     trainer.save_model(str(tmp_path / "saved"))
     assert same(tensors_of(tmp_path / "saved"), lk.extract(trainer.model).tensors)
     loaded = safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors")

@@ -1,9 +1,9 @@
-"""The runs whose memory is measured beside its estimate, and bases of random weights for them."""
+"""The runs and servers whose memory is measured beside its estimate, and bases for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,12 +31,40 @@ class MeasuredRun:
     task: str = "generation"
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Further ones of `lorakit train`."""
+    processes: int = 1
+    """That train together, and share the rows."""
 
     @property
     def name(self) -> str:
         """The run in words."""
         told = [f"{key} {_word(value)}" for key, value in self.settings.items()]
+        told += [f"{self.processes} processes"] if self.processes > 1 else []
         return ", ".join([self.base, self.dtype, *told, f"{self.rows}×{self.tokens} tokens"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedRun:
+    """One server: its base, and what it holds at once."""
+
+    base: str
+    slots: int
+    tokens: int
+    """Of prompt and answer together, in every slot."""
+    adapters: int
+    """In memory, in rotation over the slots."""
+    kept_bytes: int
+    """Memory of prompts that were read, which fills up; 0: none are kept."""
+    rounds: int = 1
+    """How many times all slots are filled."""
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """The server in words."""
+        kept = [f"{self.kept_bytes // 10**6} MB of kept prompts"] if self.kept_bytes else []
+        adapters = f"{self.adapters} adapter{'s' if self.adapters > 1 else ''}"
+        size = f"{self.slots} slots of {self.tokens} tokens"
+        return ", ".join([self.base, self.dtype, size, adapters, *kept])
 
 
 def _word(value: Any) -> str:
@@ -108,6 +136,28 @@ OTHERS = (
     _random("llama 1.1B", 1, 16, dtype="bfloat16"),
 )
 """Runs of models on which it was not."""
+TOGETHER = (
+    replace(_smollm2(4, 128), processes=2),
+    replace(_smollm2(4, 128, **ALL_LINEAR), processes=2),
+    replace(_smollm2(4, 128, shard="base"), processes=2),
+    replace(_smollm2(4, 128, shard="base", memory="low"), processes=2),
+)
+"""Runs of several processes, of which each is measured."""
+
+
+def _server(slots: int, tokens: int, adapters: int, **more: Any) -> ServedRun:
+    kept = {"kept_bytes": 0, **more}
+    return ServedRun(base="smollm2", slots=slots, tokens=tokens, adapters=adapters, **kept)
+
+
+SERVERS = (
+    _server(4, 256, 1),
+    _server(8, 512, 4),
+    _server(16, 128, 16),
+    _server(4, 1024, 2),
+    _server(4, 256, 4, kept_bytes=100_000_000, rounds=3),
+)
+"""Servers, each with all its slots full."""
 
 
 def random_config(base: str) -> transformers.LlamaConfig:

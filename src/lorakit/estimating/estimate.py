@@ -141,9 +141,7 @@ class Estimator:
         size_bytes = adapter_bytes(step.plan, base_tensors=sum(1 for _ in base.parameters()))
         training, notes = dict.fromkeys(KINDS, 0) | dict(step.peak_bytes), [work.source]
         if config.processes > 1:
-            training, divided = of_process(
-                config, training, step.plan, block_bytes=step.block_bytes
-            )
+            training, divided = of_process(config, training, step)
             notes.append(divided)
         seconds, known_from = self._seconds(config, base, step, work.usual_share(size), device)
         served, why_not = _served(config, base, step, device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lorakit.attachment.plan import Plan
 from lorakit.config.estimate import ServedSettings
@@ -14,12 +15,10 @@ from lorakit.kernels.stand_in import DeviceKind, standing_for
 from lorakit.methods.lora.low_rank import LowRankComponent
 from lorakit.models.quantized import base_tensors
 from lorakit.models.shape import context_length
-from lorakit.serving.kv_slots import SPARE, states_of, window_for
+from lorakit.serving.kv_slots import KeyValueSlots, states_of
 
 READ = 512
 """Tokens of a prompt that are read at once: `prefill_tokens` of `lorakit serve`."""
-FLOAT_BYTES = 4
-"""Of a logit as it is sampled from."""
 
 
 def serving_bytes(
@@ -39,33 +38,75 @@ def serving_bytes(
     longest = settings.max_length or context_length(model)
     if longest is None:
         raise ConfigError("the model has no context length of its own: give serve.max_length")
+    states = KeyValueSlots(settings.slots)
     with standing_for(device):
-        per_token, reading = _read_once(model, min(READ, longest))
-    width = model.dtype.itemsize
-    own = width * sum(each.parameters for each in plan.of_kind(LowRankComponent))
+        prompts, reading = _read(model, settings.slots, longest)
+        for slot in range(settings.slots):
+            states.admit(slot, prompts)
+        step = _step(model, states)
+    own = model.dtype.itemsize * sum(p.parameters for p in plan.of_kind(LowRankComponent))
     return {
         "weights": sum(each.nbytes for each in base_tensors(model)),
-        "keys and values": settings.slots * window_for(longest + SPARE) * per_token,
+        "keys and values": states.size_bytes,
         "adapters": settings.adapters * tensors_bytes(plan),
         "adapters of slots": settings.slots * own if settings.adapters else 0,
         "kept prompts": settings.prefix_bytes,
-        "logits": settings.slots * getattr(model.config, "vocab_size", 0) * (width + FLOAT_BYTES),
-        "reading a prompt": reading,
+        # One follows the other.
+        "a step, or reading a prompt": max(step, reading),
     }
 
 
-def _read_once(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
-    """The bytes of keys and values of a token, and what reading so many tokens needs besides.
+def _read(model: PreTrainedModel, slots: int, tokens: int) -> tuple[DynamicCache, int]:
+    """The keys and values of prompts of so many tokens, and the memory of reading them.
+
+    They are in a cache of their own until all of a prompt is read, and then copied into its slot.
+    Short prompts are read together, in a cache for all of them and then in one for each; of a long
+    one the last part is read here.
 
     Raises:
         ConfigError: the model keeps something else, or nothing.
     """
-    cache, counter = DynamicCache(config=model.config), StepCounter()
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    positions = torch.arange(tokens, device="meta")[None]
-    mask = torch.empty(1, 1, tokens, tokens, dtype=torch.bool, device="meta")
+    cache, part = DynamicCache(config=model.config), min(READ, tokens)
+    rows = min(slots, READ // part)
+    if tokens > part:
+        _forward(model, cache, rows=1, new=tokens - part, seen=tokens - part)
+    before = sum(each.nbytes for each in _held(cache))
+    counted = before + _forward(model, cache, rows=rows, new=part, seen=tokens)
     try:
-        with torch.no_grad(), counter, fused_attention(causal=True):
+        kept = sum(each.nbytes for pair in states_of(cache) for each in pair)
+    except Exception as error:
+        raise _refusal(model, error) from error
+    return cache, max(counted, 2 * kept) if rows > 1 else counted
+
+
+def _step(model: PreTrainedModel, states: KeyValueSlots) -> int:
+    """The memory of a step of all slots, beside what they hold."""
+    cache, mask, _ = states.begin(len(states.lengths))
+    rows, seen = mask.shape
+    return _forward(model, cache, rows=rows, new=1, seen=seen)
+
+
+def _forward(model: PreTrainedModel, cache: Cache, *, rows: int, new: int, seen: int) -> int:
+    """The peak of a forward pass, with what it adds to a cache of what was read before.
+
+    Raises:
+        ConfigError: the model takes no cache.
+    """
+    counter = StepCounter()
+    counter.hold(base_tensors(model), "weights")
+    counter.hold(_held(cache), "weights")
+    counter.begin()
+    before = counter.peak_bytes
+    with torch.device("meta"):
+        ids = torch.zeros(rows, new, dtype=torch.long)
+        positions = torch.arange(seen - new, seen)[None].expand(rows, -1)
+    is_masked = rows > 1 or new < seen
+    try:
+        with torch.no_grad(), counter, fused_attention(causal=None if is_masked else True):
+            mask = None
+            if is_masked:
+                # What transformers would make from the values of the short one.
+                mask = torch.empty(rows, 1, new, seen, dtype=torch.bool, device="meta")
             model(
                 input_ids=ids,
                 position_ids=positions,
@@ -74,10 +115,16 @@ def _read_once(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        pairs = states_of(cache)
     # What is no decoder takes no cache, and says so in its own way.
     except Exception as error:
-        name = type(model).__name__
-        raise ConfigError(f"a {name} can't be served: {str(error).splitlines()[0]}") from error
-    kept = sum(each.nbytes for pair in pairs for each in pair)
-    return kept // tokens, max(0, counter.peak_bytes - kept)
+        raise _refusal(model, error) from error
+    return counter.peak_bytes - before
+
+
+def _held(cache: Cache) -> list[Tensor]:
+    found = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return [each for each in found if isinstance(each, Tensor)]
+
+
+def _refusal(model: PreTrainedModel, error: Exception) -> ConfigError:
+    return ConfigError(f"a {type(model).__name__} can't be served: {str(error).splitlines()[0]}")

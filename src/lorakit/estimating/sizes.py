@@ -9,6 +9,7 @@ import torch
 
 from lorakit.attachment.plan import Plan
 from lorakit.config.estimate import EstimateConfig
+from lorakit.estimating.training_step import CountedStep
 from lorakit.training.processes import PIECE_BYTES
 
 TENSOR_HEADER_BYTES = 150
@@ -42,21 +43,22 @@ def moments_bytes(plan: Plan) -> int:
 
 
 def of_process(
-    config: EstimateConfig, training: Mapping[str, int], plan: Plan, *, block_bytes: int
+    config: EstimateConfig, training: Mapping[str, int], step: CountedStep
 ) -> tuple[dict[str, int], str]:
     """The memory of one of several processes that train together, and how it is divided.
 
     Args:
         config: the settings.
         training: the memory of a process with the whole base.
-        plan: what is trained, whole in each of them.
-        block_bytes: the weights of the largest block.
+        step: what was counted there; what is trained is whole in each of them.
     """
-    made = dict(training)
+    made, trained = dict(training), value_bytes(step.plan) * step.plan.parameters
     # Gradients are summed in pieces: the one that is sent, and their sum.
-    made["temporary"] += 2 * min(PIECE_BYTES, value_bytes(plan) * plan.parameters)
+    made["temporary"] += 2 * min(PIECE_BYTES, trained)
     if config.shard is None:
         return made, "each process holds the whole base; with shard: base they divide it"
-    # A block is gathered while the one before it computes.
-    made["weights"] = math.ceil(made["weights"] / config.processes) + 2 * block_bytes
-    return made, f"the base is divided over {config.processes} processes; two blocks are gathered"
+    # A block is gathered while the one before it computes; embedding and head stay for a pass.
+    gathered = 2 * step.block_bytes + step.outside_bytes
+    made["weights"] = math.ceil(made["weights"] / config.processes) + gathered
+    told = "two blocks are gathered, and what is in none"
+    return made, f"the base is divided over {config.processes} processes; {told}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -49,6 +49,8 @@ class CountedStep:
     """Of the step's batches, padding included."""
     block_bytes: int
     """The weights of the largest block."""
+    outside_bytes: int
+    """The weights in no block: input embedding and head."""
     plan: Plan
 
     @property
@@ -98,13 +100,16 @@ def count_step(
             for _ in range(1 if config.memory == "fast" else SETTLED):
                 counter.begin()
                 step.run(counter, batch)
+    blocks = blocks_of(model)
+    inside = {each for block in blocks for each in block.parameters()}
     return CountedStep(
         peak_bytes=counter.at_peak,
         flops=counter.flops,
         moved_bytes=counter.moved_bytes,
         operations=counter.operations,
         tokens=batch["input_ids"].numel() * config.accumulate,
-        block_bytes=largest_block_bytes(model),
+        block_bytes=max((_frozen_bytes(each.parameters()) for each in blocks), default=0),
+        outside_bytes=_frozen_bytes(set(model.parameters()) - inside),
         plan=plan,
     )
 
@@ -132,17 +137,15 @@ def _without_data(config: MethodConfig) -> MethodConfig:
     return config
 
 
-def largest_block_bytes(model: nn.Module) -> int:
-    """The base's weights in the largest block of a stack, else all of them."""
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model's stack, which `shard: base` gathers one at a time."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    kind = GradientCheckpointingLayer
-    blocks: list[nn.Module] = [m for m in model.modules() if isinstance(m, kind)]
-    return max(map(_frozen_bytes, blocks or [model]))
+    return [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
 
 
-def _frozen_bytes(module: nn.Module) -> int:
-    return sum(each.nbytes for each in module.parameters() if not each.requires_grad)
+def _frozen_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(each.nbytes for each in parameters if not each.requires_grad)
 
 
 class _Step:

@@ -37,7 +37,7 @@ class SaveAdapter(TrainerCallback):
     """
 
     def __init__(self, name: str | None = None) -> None:
-        """Save an adapter by the name it was attached by; None: the one in use.
+        """Save an adapter by the name it was attached by; None: the one in use, or the only one.
 
         Raises (when a Trainer is made with it):
             AttachError: the Trainer's model has no adapter.
@@ -67,11 +67,19 @@ class SaveAdapter(TrainerCallback):
 def save_adapter_alone(model: nn.Module, name: str | None = None) -> None:
     """Have `save_pretrained` write an adapter in place of the model, until it is detached.
 
+    Args:
+        model: with the adapter.
+        name: that it was attached by; None: the one in use, or the only one.
+
     Raises:
         AttachError: the model has no adapter of this name.
     """
+    attached = require_attachment(model)
+    if name is None and len(attached.adapters) == 1:
+        # Also inside a route to the base, where a Trainer asks the reference of preferences.
+        (name,) = attached.adapters
     name = given_or_active(model, name)
-    hooks, own = require_attachment(model).hooks, frozenset(_trained(model, name))
+    hooks, own = attached.hooks, frozenset(_trained(model, name))
     method = hooks.get("save_pretrained")
     if isinstance(method, GuardedMethod):
         method.instead = partial(_save, name=name)
