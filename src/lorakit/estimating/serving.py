@@ -16,6 +16,7 @@ from lorakit.methods.lora.low_rank import LowRankComponent
 from lorakit.models.quantized import base_tensors
 from lorakit.models.shape import context_length
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
+from lorakit.serving.pace import CHUNK
 
 READ = 512
 """Tokens of a prompt that are read at once: `prefill_tokens` of `lorakit serve`."""
@@ -60,8 +61,9 @@ def _read(model: PreTrainedModel, slots: int, tokens: int) -> tuple[DynamicCache
     """The keys and values of prompts of so many tokens, and the memory of reading them.
 
     They are in a cache of their own until all of a prompt is read, and then copied into its slot.
-    Short prompts are read together, in a cache for all of them and then in one for each; of a long
-    one the last part is read here.
+    Prompts are read together, in a cache for all of them and then in one for each; of a long one
+    the last part is read here. Beside answers a pass reads a few tokens of each prompt, as many as
+    the machine's speed allows, so at most all prompts but that of one answer are read at once.
 
     Raises:
         ConfigError: the model keeps something else, or nothing.
@@ -76,7 +78,8 @@ def _read(model: PreTrainedModel, slots: int, tokens: int) -> tuple[DynamicCache
         kept = sum(each.nbytes for pair in states_of(cache) for each in pair)
     except Exception as error:
         raise _refusal(model, error) from error
-    return cache, max(counted, 2 * kept) if rows > 1 else counted
+    together = max(rows, min(slots - 1, READ // CHUNK))
+    return cache, max(counted, 2 * kept * together // rows) if together > 1 else counted
 
 
 def _step(model: PreTrainedModel, states: KeyValueSlots) -> int:
