@@ -28,6 +28,7 @@ from lorakit.models.load import encodes, fresh_heads, load_model
 from lorakit.serving.catalog import EMBEDDING, ENCODING, Catalog
 from lorakit.serving.encoder_engine import EncoderEngine
 from lorakit.serving.engine import Engine
+from lorakit.serving.heap import share_heap
 from lorakit.serving.places import Places
 from lorakit.serving.thread_teams import without_team
 from lorakit.serving.worker import Limits, Worker
@@ -92,6 +93,7 @@ def serve_until_told(settings: ServeConfig, *, note: Note) -> str:
     from lorakit.serving.api.keys import Keys
     from lorakit.serving.api.listening import answer_until_told
 
+    share_heap()
     keys = Keys.read(settings.api_key_file)
     check_host(settings.host, keys)
     listening = _listening(settings)
