@@ -124,6 +124,7 @@ FROM_PEFT: tuple[tuple[str, Settings], ...] = (
     ("bert", {"target_modules": ["query"], "use_dora": True, "bias": "all"}),
     ("gpt2", {"target_modules": ["c_attn", "wte"], "use_dora": True}),
     ("convolutions", {"target_modules": ["image", "point", "time"], "init_lora_weights": False}),
+    ("convolutions", {"target_modules": ["image", "point", "time"], "use_dora": True}),
     ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "bias": "all", "use_rslora": True}),
     ("convolutions", {"target_modules": ["image", "time"], "lora_bias": True}),
     ("tables", {"target_modules": ["table", "body.0"], "modules_to_save": ["head"], "bias": "all"}),
@@ -186,6 +187,10 @@ TO_PEFT: tuple[tuple[str, lk.LoRAConfig], ...] = (
     ("gpt2", lk.LoRAConfig(rank=3, alpha=5, targets="q,v", init="pissa", use_rslora=True)),
     ("convolutions", lk.LoRAConfig(rank=3, targets="image,grouped,point", init="pissa")),
     ("convolutions", lk.LoRAConfig(rank=4, targets="image,grouped,point,time")),
+    (
+        "convolutions",
+        lk.LoRAConfig(rank=3, alpha=5, targets="image,point,time", use_dora=True, bias="lora"),
+    ),
     ("gpt2", lk.LoRAConfig(rank=3, targets="q,v,up", lora_bias=True, alpha_pattern={"v": 6})),
     ("convolutions", lk.LoRAConfig(rank=4, targets="image,grouped,point", lora_bias=True)),
     ("tables", lk.LoRAConfig(rank=4, targets="table,0", modules_to_save="head", bias="lora")),
@@ -252,6 +257,45 @@ def test_a_grouped_convolution_that_mixes_its_groups_is_refused(tmp_path: Path) 
     peft.get_peft_model(make("convolutions"), config).save_pretrained(str(tmp_path / "a"))
     with pytest.raises(AdapterFileError, match="grouped  A mixes the convolution's 2 groups"):
         Adapter.load(tmp_path / "a")
+
+
+def test_dora_of_a_grouped_convolution_is_no_file_of_peft_either_way(tmp_path: Path) -> None:
+    theirs = peft.LoraConfig(target_modules=["grouped"], use_dora=True)
+    peft.get_peft_model(make("convolutions"), theirs).save_pretrained(str(tmp_path / "theirs"))
+    reason = "PEFT takes the norms of its DoRA from another matrix"
+    with pytest.raises(AdapterFileError, match=f"grouped  is a grouped convolution: {reason}"):
+        Adapter.load(tmp_path / "theirs")
+    ours = make("convolutions")
+    lk.attach(ours, lk.LoRAConfig(rank=4, targets="grouped,point", use_dora=True))
+    shake(trained(ours.parameters()))
+    expected, adapter = output(ours, "convolutions"), lk.extract(ours)
+    folder = adapter.save(tmp_path / "ours")
+    assert f"grouped: {reason}" in (folder / "adapter_config.json").read_text()
+    assert Adapter.load(folder).content_hash() == adapter.content_hash()
+    again = make("convolutions")
+    lk.attach(again, folder)
+    assert torch.equal(output(again, "convolutions"), expected)
+
+
+def test_peft_s_norms_of_a_grouped_convolution_are_of_another_matrix() -> None:
+    """What the refusal says: where they were right, such files could be read."""
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["grouped"], use_dora=True)
+    theirs: Any = peft.get_peft_model(make("convolutions"), settings)
+    layer = theirs.base_model.model.grouped
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+        # Block by block, as the weight of a grouped convolution is: an update that it could hold.
+        layer.lora_A["default"].weight[:2, 3:] = 0
+        layer.lora_A["default"].weight[2:, :3] = 0
+        dora = layer.lora_magnitude_vector["default"]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        made = dora.get_lora_weight(layer.lora_A["default"], layer.lora_B["default"])
+        true = torch.cat(
+            [b[:4].flatten(1) @ a[:2, :3].flatten(1), b[4:].flatten(1) @ a[2:, 3:].flatten(1)]
+        )
+    assert made.numel() == true.numel()
+    assert not torch.allclose(made.reshape(true.shape), true, atol=0.1)
 
 
 def test_a_grouped_convolution_of_ours_is_read_back_without_its_record(tmp_path: Path) -> None:

@@ -153,6 +153,59 @@ def test_an_adapter_takes_as_much_on_disk_as_was_said(tmp_path):
     assert found.trained == Adapter.load(folder).parameters
 
 
+REPEATED = "0-1,0-2"
+
+
+def test_blocks_that_run_twice_have_adapters_of_their_own_and_weights_once(tmp_path):
+    llama().save_pretrained(tmp_path)
+    plain = estimate(config_for(model=str(tmp_path)))
+    lora = {"layer_replication": REPEATED, "targets": ["all-linear"]}
+    found = estimate(config_for(model=str(tmp_path), lora=lora))
+    once = estimate(config_for(model=str(tmp_path), lora={"targets": ["all-linear"]}))
+    real = transformers.LlamaForCausalLM(llama())
+    lk.replicate_layers(real, REPEATED)
+    attached = lk.attach(real, lk.LoRAConfig(**lora))
+    assert found.trained == attached.parameters == once.trained // 3 * 5
+    held = sum(each.nbytes for each in (*llama_tensors(real),))
+    assert found.training["weights"] == held == plain.training["weights"]
+    assert found.parameters == plain.parameters
+    # The head and the loss are computed once.
+    assert once.flops < found.flops < 5 / 3 * once.flops
+    per_block = (found.flops - once.flops) / 2
+    deeper = transformers.LlamaConfig(**{**llama().to_diff_dict(), "num_hidden_layers": 5})
+    five = estimate(
+        config_for(lora={"targets": ["all-linear"]}),
+        model=build_without_weights(deeper, dtype="float32"),
+    )
+    assert found.flops == five.flops
+    assert per_block * 3 < once.flops
+    assert found.serving["keys and values"] == five.serving["keys and values"]
+    # A checkpoint of the deeper base would hold the weights of all five.
+    assert found.training["weights"] < five.training["weights"]
+    assert found.training["activations"] == five.training["activations"]
+
+
+def llama_tensors(model):
+    """What the base itself holds, each tensor once."""
+    adapter = {id(each) for each in model.parameters() if each.requires_grad}
+    return (each for each in (*model.parameters(), *model.buffers()) if id(each) not in adapter)
+
+
+@pytest.mark.thorough
+def test_smollm2_with_repeated_blocks_trains_as_many_values_as_was_said():
+    lora = {"rank": 4, "targets": ["q", "v"], "layer_replication": "0-19,10-29"}
+    found = lk.estimate(config_for(model="smollm2", lora=lora))
+    model, _ = lk.load_model("smollm2", layer_replication="0-19,10-29")
+    assert found.trained == lk.attach(model, lk.LoRAConfig(**lora)).parameters
+    assert found.parameters == model.num_parameters(exclude_embeddings=False) - found.trained
+
+
+def test_an_order_that_the_base_cannot_run_is_refused(tmp_path):
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(lk.errors.ModelError, match="names block 7, and there are 3"):
+        estimate(config_for(model=str(tmp_path), lora={"layer_replication": "0-7"}))
+
+
 @pytest.mark.thorough
 def test_several_processes_share_rows_and_the_base():
     alone, one_of_two = estimated(), estimated(processes=2)

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import re
 import shutil
 import struct
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.errors import ConfigError, ModelError
+from lorakit.errors import AdapterFileError, ConfigError, ModelError
 
 pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
@@ -135,7 +136,7 @@ def ask(engine, catalog, name, text):
 
 
 def test_embeddings_are_pooled_and_of_length_one(post, expected):
-    for name in (None, "cats", "headless"):
+    for name in (None, "headless"):
         found = post("/v1/embeddings", model=name, input=TEXTS).json()
         for text, each in zip(TEXTS, found["data"], strict=True):
             embedding, _ = expected[name, text]
@@ -177,6 +178,11 @@ def test_a_long_list_is_answered_in_order(post):
             "/v1/classify",
             {"adapters": [{"name": "cats"}, {"name": "dogs"}]},
             "another number of classes",
+        ),
+        (
+            "/v1/embeddings",
+            {"model": "cats"},
+            "cats was trained for classification, and gives no embeddings: ask /v1/classify",
         ),
         ("/v1/embeddings", {"input": []}, "give 1 to 2,048"),
         ("/v1/embeddings", {"input": [[]]}, "no tokens"),
@@ -282,7 +288,40 @@ def test_adapters_of_embeddings_are_served_on_a_base_without_a_head(tiny_bert, a
             hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
         expected = torch.nn.functional.normalize(hidden, dim=0)
         assert each["embedding"] == pytest.approx(expected.tolist(), abs=2e-6)
-    assert "no trained head" in refused.json()["error"]["message"]
+    assert (
+        "near was trained for embedding, and gives no classes: ask /v1/embeddings" in refused.text
+    )
     shutil.copytree(adapters / "cats", tmp_path / "of-classes")
-    with pytest.raises(ConfigError, match="of-classes: the adapter does not fit this model"):
+    refusal = "of-classes: the adapter does classification, and this model was loaded for embedding"
+    with pytest.raises(ConfigError, match=refusal) as error:
         prepared(settings)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_an_adapter_of_another_task_is_refused_by_its_task(
+    tiny_bert, tiny_llama, adapters, tmp_path
+):
+    for task, base in (("embedding", tiny_bert), ("generation", tiny_llama)):
+        model, _ = load_model(base, task=task)
+        attach_random(model, seed=3, std=0.3, rank=2, targets=("q", "v"))
+        replace(lk.extract(model), card={"task": task}).save(tmp_path / task)
+    shutil.copytree(adapters / "cats", tmp_path / "classification")
+    refused = []
+    for base, own in ((tiny_bert, "classification"), (tiny_llama, "generation")):
+        folder = tmp_path / f"of-{own}"
+        folder.mkdir()
+        _, catalog = prepared(ServeConfig(model=str(base), name="tiny", adapters=folder))
+        for task in ("classification", "embedding", "generation"):
+            place = shutil.copytree(tmp_path / task, folder / task)
+            if task == own:
+                catalog.load(place.name, str(place))
+                continue
+            with pytest.raises(AdapterFileError) as error:
+                catalog.load(place.name, str(place))
+            refused.append(str(error.value))
+    assert len(refused) == 4
+    for line in refused:
+        assert "\n" not in line
+        assert re.fullmatch(
+            r"the adapter does \w+, and this model was loaded for \w+: load .*", line
+        )

@@ -6,6 +6,7 @@ An id may end with a branch, tag or commit: OWNER/NAME@REVISION.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -21,7 +22,7 @@ from lorakit.adapter.folder import READ
 from lorakit.adapter.mlx import MLX_FILE
 from lorakit.adapter.peft_config import CONFIG_FILE
 from lorakit.adapter.tensor_files import WEIGHTS_FILE
-from lorakit.errors import AdapterFileError, OutputError
+from lorakit.errors import AdapterFileError, ConfigError, OutputError
 
 
 def local_path(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -56,6 +57,19 @@ def short_name(source: str | os.PathLike[str]) -> str:
     """The short name of an adapter: the last part of its folder's path, or NAME of its hub id."""
     last = Path(source).expanduser().absolute().name
     return last if Path(source).expanduser().exists() else last.partition("@")[0]
+
+
+def short_names(sources: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The short name of each of several adapters.
+
+    Raises:
+        ConfigError: two have the same.
+    """
+    names = [short_name(each) for each in sources]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"two adapters are called {', '.join(twice)}: rename one's folder")
+    return names
 
 
 def is_hub_id(name: str) -> bool:

@@ -32,6 +32,11 @@ TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 BIAS_WORDS = {"none": "none", "lora": "lora_only", "all": "all"}
 # For these PEFT adds the head to modules_to_save, and then expects it in the file.
 TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+# PEFT 0.21 multiplies B, a row for each of a group's ranks, with an A of all ranks and channels.
+NORMS_OF_GROUPS = (
+    "PEFT takes the norms of its DoRA from another matrix than its weight and update, so that both"
+    " would not compute the same"
+)
 
 
 def keys_of(layer: WholeLayer, path: str) -> tuple[str, str]:
@@ -70,6 +75,12 @@ def magnitudes(layers: Iterable[WholeLayer], names: Collection[str]) -> Iterator
             yield name, f"{PREFIX}{layer.path}.lora_magnitude_vector"
 
 
+def _as_in_peft(layer: WholeLayer, tensors: Mapping[str, Tensor], values: Tensor) -> Tensor:
+    """The magnitudes of a layer: (d_out,), and of a convolution (1, c_out, 1, …)."""
+    b = tensors[f"{layer.sites[0].name}.lora_b"]
+    return values if b.dim() == 2 else values.reshape(1, -1, *b.shape[2:])
+
+
 def bias_key(layer: WholeLayer) -> str:
     """The name in the file of the bias of a layer's B."""
     return f"{PREFIX}{layer.path}.lora_B.bias"
@@ -95,7 +106,9 @@ def encode(layers: Sequence[WholeLayer], tensors: Mapping[str, Tensor]) -> dict[
         encoded.update(zip(keys_of(layer, paths[layer.path]), stack(layer, tensors), strict=True))
     biased = [each for each in layers if f"{each.sites[0].name}.lora_bias" in tensors]
     encoded |= {bias_key(layer): stack_biases(layer, tensors) for layer in biased}
-    encoded |= {key: tensors[name] for name, key in magnitudes(layers, tensors)}
+    for layer in layers:
+        own = dict(magnitudes([layer], tensors))
+        encoded |= {key: _as_in_peft(layer, tensors, tensors[name]) for name, key in own.items()}
     others = set(tensors).difference(site_names(layers))
     return encoded | {key: tensors[name] for name, key in base_keys(others, layers).items()}
 
@@ -123,7 +136,7 @@ def decode(
             if biases is None:
                 problems.append(f"{bias_key(layer)}  holds values outside the rows of its slices")
             tensors |= biases or {}
-    tensors |= {name: encoded[key] for name, key in magnitudes(layers, names)}
+    tensors |= {name: encoded[key].flatten() for name, key in magnitudes(layers, names)}
     others = set(names).difference(site_names(layers))
     tensors |= {name: encoded[key] for name, key in base_keys(others, layers).items()}
     return tensors, problems
@@ -151,6 +164,11 @@ def reasons_against(adapter: AdapterContent) -> list[str]:
         f"{site.name}: PEFT's DoRA has the magnitudes of all rows of a layer, and this is a slice"
         for site in adapter.sites
         if _settings(adapter).use_dora and site.rows is not None
+    ]
+    reasons += [
+        f"{site.name}: {NORMS_OF_GROUPS}"
+        for site in adapter.sites
+        if _settings(adapter).use_dora and site.groups > 1
     ]
     reasons += _lone_projections(layers)
     parameters = [layer.path for layer in layers if layer.sites[0].is_of_experts]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorakit.adapter.expert_layers import parted
 from lorakit.adapter.fused_layers import WholeLayer, unstack
-from lorakit.adapter.peft import PREFIX
+from lorakit.adapter.peft import NORMS_OF_GROUPS, PREFIX
 from lorakit.adapter.peft_config import CONFIG_FILE, PeftConfig
 from lorakit.adapter.site import LayerKind, Site, named_by
 
@@ -57,7 +57,7 @@ def site_of(
         return None, {}, [f"{PREFIX}{path}  {text}"]
     for end in ("bias", "magnitude"):
         if end in update:
-            parts[f"{site.name}.lora_{end}"] = update[end]
+            parts[f"{site.name}.lora_{end}"] = update[end].flatten()
     return site, parts, []
 
 
@@ -91,11 +91,13 @@ def _bias_problem(update: Mapping[str, Tensor]) -> str | None:
 
 def _magnitude_problem(update: Mapping[str, Tensor]) -> str | None:
     """The problem of a layer's update under use_dora, or None."""
-    if update["a"].dim() > 2:
-        return "is a convolution, for which lorakit has no DoRA"
+    a, b = update["a"], update["b"]
+    if a.dim() == b.dim() > 2 and a.shape[0] != b.shape[1]:
+        return f"is a grouped convolution: {NORMS_OF_GROUPS}"
     if "magnitude" not in update:
         return "has no lora_magnitude_vector in the file, and use_dora is true"
-    if update["magnitude"].shape != update["b"].shape[:1]:
-        shape, rows = tuple(update["magnitude"].shape), update["b"].shape[0]
+    rows = b.shape[0]
+    if update["magnitude"].shape != ((rows,) if a.dim() == 2 else (1, rows, *b.shape[2:])):
+        shape = tuple(update["magnitude"].shape)
         return f"has a lora_magnitude_vector {shape} for {rows} rows"
     return None

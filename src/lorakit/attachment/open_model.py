@@ -125,7 +125,7 @@ def open_model(
     else:
         way = None if quantize in ("none", "as-trained") else quantize
         loaded, tokenizer = load_model(base, dtype=dtype, task=task, labels=labels, quantize=way)
-    _check_head(loaded, adapter, base, task)
+    check_head(loaded, adapter, base, task)
     if adapter is not None:
         attach(loaded, adapter, allow_other_base=allow_other_base)
     return Opened.of(loaded, tokenizer, adapter, use=use, task=task, labels=labels, data=merged)
@@ -247,7 +247,7 @@ def _classes(base: str, use: TrainedUse, data: DataConfig, task: str) -> tuple[s
     return head_classes(data.labels, own_classes(base, task), whose=base)
 
 
-def _check_head(
+def check_head(
     model: transformers.PreTrainedModel, adapter: Adapter | None, base: str, task: str
 ) -> None:
     """Make sure that a task's head comes from the base or the adapter.

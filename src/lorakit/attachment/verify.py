@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.loralib import UNPROVEN_BIASES
@@ -37,9 +38,11 @@ from lorakit.models.base import base_modules, base_parameters
 from lorakit.models.experts import expert_matrices
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.linear_probe import own_class
+from lorakit.models.load import task_of
 from lorakit.models.multihead import is_multihead
 from lorakit.models.paths import is_within
 from lorakit.models.quantized import quantized_within
+from lorakit.models.tasks import form_of
 from lorakit.upstream.private_names import own_parameters
 
 
@@ -61,7 +64,8 @@ def saved_plan(
         other_heads: full copies that may have another number of classes than the base's.
 
     Raises:
-        AdapterFileError: every way in which it does not fit.
+        AdapterFileError: every way in which it does not fit, or the one that explains them all:
+            it is for another task.
     """
     found = _Found(base, adapter)
     plan = in_order(found.components(other_heads), adapter.configs)
@@ -78,8 +82,21 @@ def saved_plan(
                 "allow_other_base=True accepts that"
             )
     if problems:
-        raise AdapterFileError.listing("the adapter does not fit this model", problems)
+        raise _misfit(base.model, adapter, problems)
     return plan
+
+
+def _misfit(model: nn.Module, adapter: Adapter, problems: Sequence[str]) -> AdapterFileError:
+    """What is said of an adapter with problems: where its task is another, that alone."""
+    task = adapter.card.get("task") or adapter.card.get("task_type")
+    if isinstance(model, PreTrainedModel) and isinstance(task, str):
+        own, form = task_of(model), form_of(task, model.config)
+        if form not in (None, form_of(own, model.config)):
+            return AdapterFileError(
+                f"the adapter does {task}, and this model was loaded for {own}: load the adapter's"
+                " base for its own task"
+            )
+    return AdapterFileError.listing("the adapter does not fit this model", problems)
 
 
 class _Found:

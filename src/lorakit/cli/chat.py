@@ -15,7 +15,7 @@ from transformers import TextStreamer, set_seed
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.card import TrainedUse
-from lorakit.adapter.hub import local_path, short_name
+from lorakit.adapter.hub import local_path, short_name, short_names
 from lorakit.answering.answer import generation_settings, sampling_of
 from lorakit.answering.ends import ends_of_rows
 from lorakit.attachment.attach import detach
@@ -43,10 +43,7 @@ HELP = """\
 
 def run(settings: ChatConfig) -> Result:
     """Answer lines until they end."""
-    names = [short_name(place) for place in settings.adapters]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        raise ConfigError(f"two adapters are called {', '.join(twice)}: rename one's folder")
+    short_names(settings.adapters)
     first = settings.adapters[0] if settings.adapters else None
     opened = open_model(
         first,

@@ -47,6 +47,10 @@ VERBS = {
         meaning="Complete prompts, with or without an adapter.",
         settings="config.answering:GenerateConfig",
     ),
+    "predict": Entry(
+        meaning="Answer rows by classifiers and their kin, several in one batch.",
+        settings="config.answering:PredictConfig",
+    ),
     "score": Entry(
         meaning="Score a file of outputs by its task's official scorer.",
         settings="config.verbs:ScoreConfig",

@@ -152,6 +152,53 @@ class EvaluateConfig(Settings):
         return self
 
 
+class PredictConfig(Settings):
+    """Settings of predict: the adapters, the rows, and what is written of each."""
+
+    positional: ClassVar[tuple[str, ...]] = ("adapters",)
+
+    adapters: tuple[AdapterPlace, ...] = ()
+    """Adapters on one base: folders, or OWNER/NAME[@REVISION] on the hub; each is called as its
+    folder or NAME is. None: the model alone, which then has a head of its own."""
+
+    model: str | None = None
+    """Base model. None: the one that the first adapter was trained on."""
+
+    input: str
+    """Rows to answer, from whatever `data.train` of training may name. A row that names one of the
+    adapters in a column `adapter` is answered by that one, else by each of them. What a row says is
+    right is not read."""
+
+    data: DataConfig = DataConfig()
+    """How rows are read; what is unset is as in the training of the adapter that answers."""
+
+    task: TaskName | None = None
+    """What the adapters do. None: what each was trained for, else what the base is."""
+
+    outputs: Path | None = None
+    """File for the answers, a JSON line for each. None: they are printed."""
+
+    batch_size: PositiveInt = 16
+    """Rows at once, whichever adapters they are for."""
+
+    dtype: DType = "float32"
+    """Precision of the base."""
+
+    quantize: HeldIn = "as-trained"
+    """How the base's linear layers are held: as-trained (as in the first adapter's training), none
+    (in `dtype`), 4bit or 8bit."""
+
+    allow_other_base: bool = False
+    """Accept a base with other weights than the adapters were trained on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PredictConfig":
+        given = [f"data.{name}" for name in ("train", "validation") if getattr(self.data, name)]
+        if given:
+            raise ValueError(f"{' and '.join(given)}: the rows to answer are named by input")
+        return self
+
+
 def _check_beams(settings: GenerateConfig | EvaluateConfig) -> None:
     """Refuse settings of beams where there is one.
 

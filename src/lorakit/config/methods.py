@@ -79,7 +79,8 @@ class LoRAConfig(MethodConfig):
 
     use_dora: bool = False
     """Train the length of each row of W₀ + scale·B·A as well (DoRA, Liu 2024): linear
-    layers, and embeddings, whose rows are those of the transposed weight."""
+    layers, convolutions, whose rows are output channels, and embeddings, whose rows are those of
+    the transposed weight."""
 
     trainable_token_indices: dict[str, list[TokenId]] | list[TokenId] = {}
     """Tokens whose rows of the embedding are trained as they are, such as new ones: their ids, or

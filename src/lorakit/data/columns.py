@@ -109,11 +109,23 @@ class ColumnTable:
             problems = lacking[kinds[0]]
         elif not problems:
             problems = [f"{kind} rows need {' and '.join(_NEEDED[kind])}" for kind in kinds]
-        example_kind = "prompt" if data.format == "auto" else data.format
-        example = ", ".join(f"{name}: COLUMN" for name in _NEEDED[example_kind])
+        raise self._lack(problems, _NEEDED["prompt" if data.format == "auto" else data.format])
+
+    def check(self, needed: Sequence[RowField]) -> None:
+        """Make sure that fields have columns.
+
+        Raises:
+            DataError: some have not; says which.
+        """
+        problems = self._absent(needed, self.columns)
+        if problems:
+            raise self._lack(problems, needed)
+
+    def _lack(self, problems: Sequence[str], needed: Sequence[RowField]) -> DataError:
+        example = ", ".join(f"{name}: COLUMN" for name in needed)
         lines = "\n  ".join([f"{self.source} lacks fields that are needed:", *problems])
-        raise DataError(
-            f"{lines}\nIts columns are {', '.join(columns) or 'none'}."
+        return DataError(
+            f"{lines}\nIts columns are {', '.join(self.columns) or 'none'}."
             f" Say in data.fields which is which, as in fields: {{{example}}} in YAML, or"
             f" --data.fields '{{{example}}}'."
         )

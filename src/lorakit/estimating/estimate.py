@@ -22,6 +22,7 @@ from lorakit.estimating.training_step import CountedStep, count_step
 from lorakit.estimating.workload import Workload, workload_of
 from lorakit.kernels.stand_in import DeviceKind
 from lorakit.models.quantized import Quantization, quantize_without_weights
+from lorakit.models.replication import replicate_layers
 from lorakit.models.shape import context_length
 from lorakit.models.without_weights import load_without_weights
 from lorakit.training.loaded_base import settled
@@ -136,6 +137,9 @@ class Estimator:
         if config.quantize is not None:
             how = Quantization.of(config.quantize, config.dtype, double=config.double_quantization)
             quantize_without_weights(base, how)
+        # A base that is given is as it will be.
+        if model is None and "lora" in config.method and config.lora.layer_replication is not None:
+            replicate_layers(base, config.lora.layer_replication)
         step = count_step(base, config, work.largest(size), task=work.task, device=device)
         detach(base)
         size_bytes = adapter_bytes(step.plan, base_tensors=sum(1 for _ in base.parameters()))

@@ -93,6 +93,17 @@ def model_task(task: str, config: transformers.PreTrainedConfig) -> ModelTask:
     return _ENCODER_DECODER if is_generation else TASKS[task]
 
 
+def form_of(task: str, config: transformers.PreTrainedConfig) -> str | None:
+    """The class of transformers that a base with a config is, for a task or PEFT's type of one.
+
+    None: neither lorakit nor PEFT has such a task.
+    """
+    if task in TASKS:
+        return model_task(task, config).auto_class
+    every = [model_task(each, config) for each in TASKS]
+    return next((each.auto_class for each in every if each.peft_type == task), None)
+
+
 def task_of_config(architecture: str, config: transformers.PreTrainedConfig) -> str:
     """The task of a model by the name of its class and its config."""
     fitting = [

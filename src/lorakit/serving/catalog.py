@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Chosen:
     """How the adapter was trained, if it is one alone."""
     heads: tuple[Head | None, ...] = ()
     """On an encoder, those of the adapters, or that of the base; None: one has no trained head."""
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    """The task that each adapter was trained for, by its name, where that is known."""
 
 
 class Catalog(Names[Chosen]):
@@ -147,6 +149,11 @@ class Catalog(Names[Chosen]):
             ends=frozenset(end_tokens(self._model, self.tokenizer, trained=ends)),
             trained=trained[0] if len(trained) == 1 else None,
             heads=self._heads([each for each, _ in held]) if self._encodes else (),
+            tasks={
+                each.name: use.task
+                for (each, _), use in zip(held, trained, strict=True)
+                if use.task is not None
+            },
         )
 
     def _heads(self, held: Sequence[Held]) -> tuple[Head | None, ...]:

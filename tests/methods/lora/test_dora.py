@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import lorakit as lk
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.attachment.state import attachment_of
-from lorakit.errors import AdapterFileError, TargetError
+from lorakit.errors import AdapterFileError
 from lorakit.kernels.choice import use
 from references import alone, attach_random, base_hash, outputs, randomise
 from tiny_models import build, example_inputs
@@ -201,13 +201,93 @@ def test_a_row_of_zeros_stays_finite():
     assert torch.isfinite(model(torch.randn(3, 7))).all()
 
 
-def test_convolutions_are_refused():
-    model = nn.Sequential()
-    model.table = nn.Conv1d(3, 3, 1)
-    with pytest.raises(
-        TargetError, match=r"use_dora is for linear layers and embeddings; .*\n.* is a "
-    ):
-        lk.attach(model, lk.LoRAConfig(targets="table", use_dora=True))
+CONVOLUTIONS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "2d": (lambda: nn.Conv2d(4, 6, (3, 2), dilation=2, bias=False), (2, 4, 9, 8)),
+    "reflected": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 5, 5)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 6, 6)),
+    "depthwise": (lambda: nn.Conv1d(4, 8, 3, groups=4), (2, 4, 9)),
+    "3d": (lambda: nn.Conv3d(2, 3, 2), (2, 2, 4, 3, 3)),
+}
+
+
+def convolved(kind):
+    """A model of one convolution, and an input."""
+    make, shape = CONVOLUTIONS[kind]
+    torch.manual_seed(0)
+    return One(make()), torch.randn(shape)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_channels_of_a_convolution_have_the_trained_lengths(kind):
+    model, x = convolved(kind)
+    before, base = model(x), base_hash(model)
+    bias = "none" if model.layer.bias is None else "lora"
+    how = {"targets": ("layer",), "rank": 3, "alpha": 5, "use_dora": True, "bias": bias}
+    lk.attach(model, lk.LoRAConfig(**how))
+    assert torch.equal(model(x), before)
+    randomise(model)
+    adapter = lk.extract(model)
+    tensors = {
+        name: t.double().flatten(1) if t.dim() > 1 else t.double()
+        for name, t in adapter.tensors.items()
+    }
+    plain = One(copy.deepcopy(CONVOLUTIONS[kind][0]()))
+    plain.load_state_dict({n: p for n, p in model.state_dict().items() if "adapter" not in n})
+    plain.double()
+    weight = plain.layer.weight.detach()
+    changed = weight_of(weight.flatten(1), adapter, adapter.sites[0], tensors)
+    plain.layer.weight = nn.Parameter(changed.reshape(weight.shape))
+    if bias == "lora":
+        plain.layer.bias.data = tensors["layer.bias"]
+    exact = plain(x.double()).float()
+    torch.testing.assert_close(model(x), exact, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), exact, rtol=1e-5, atol=1e-5)
+    lk.merge(model)
+    torch.testing.assert_close(model(x), exact, rtol=1e-5, atol=1e-5)
+    lk.detach(model)
+    assert base_hash(model) == base
+
+
+@pytest.mark.parametrize("kind", ["2d", "grouped"])
+def test_gradients_of_a_convolution_take_the_norm_as_a_constant(kind):
+    model, x = convolved(kind)
+    model, x = model.double(), x.double()
+    lk.attach(model, lk.LoRAConfig(targets=("layer",), rank=3, alpha=5, use_dora=True))
+    randomise(model)
+    model.layer.adapter_bank.double()
+    adapter = lk.extract(model)
+    tensors = {name: t.clone().requires_grad_() for name, t in adapter.tensors.items()}
+    weight = model.layer.weight.detach()
+    flat = {name: t.flatten(1) if t.dim() > 1 else t for name, t in tensors.items()}
+    changed = weight_of(weight.flatten(1), adapter, adapter.sites[0], flat)
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    own = model.layer
+    bias = None if own.bias is None else own.bias.detach()
+    made = nn.functional.conv2d(
+        other, changed.reshape(weight.shape), bias, dilation=own.dilation, groups=own.groups
+    )
+    made.square().sum().backward()
+    model.train()(leaf).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
+    for name, parameter in adapter_parameters(model, "default"):
+        torch.testing.assert_close(parameter.grad, tensors[name].grad)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_rows_of_a_batch_have_convolutions_of_their_own_lengths(kind):
+    model, x = convolved(kind)
+    x = torch.cat([x, x])
+    attach_random(model, "one", use_dora=True, targets=("layer",))
+    attach_random(model, "two", seed=1, targets=("layer",))
+    names = ["one", None, "two", {"one": 0.5, "two": 2.0}]
+    expected = []
+    for row, name in enumerate(names):
+        with lk.route(model, name), torch.no_grad():
+            expected.append(model(x[row : row + 1])[0])
+    with lk.route(model, names), torch.no_grad():
+        torch.testing.assert_close(model(x), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_a_batch_have_embeddings_of_their_own_lengths():

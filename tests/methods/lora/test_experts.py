@@ -190,7 +190,7 @@ def test_an_adapter_that_peft_saved_answers_the_same(family, parameters, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"use_dora": True}, "use_dora is for linear layers and embeddings"),
+        ({"use_dora": True}, "use_dora is for linear layers, embeddings and convolutions"),
         ({"init": "pissa"}, "init pissa is for linear layers alone"),
         ({"dropout": 0.1}, "no input can be dropped"),
     ],

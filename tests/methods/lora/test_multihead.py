@@ -163,7 +163,7 @@ def test_a_part_that_peft_cannot_adapt_alone_is_in_our_own_form(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"use_dora": True}, "use_dora is for linear layers and embeddings"),
+        ({"use_dora": True}, "use_dora is for linear layers, embeddings and convolutions"),
         ({"dropout": 0.1}, "no input can be dropped"),
         ({"lora_bias": True}, "lora_bias is for linear layers and convolutions"),
     ],

@@ -61,6 +61,9 @@ class Classification(Objective):
     def answers(self, outputs: Tensor, labels: Tensor) -> list[Any]:
         return outputs.argmax(-1).tolist()
 
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        return outputs.float().softmax(-1)
+
     def scores(
         self,
         answers: Sequence[Any],

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.config.rows import RowField
 from lorakit.data.fields import FieldMap, as_number, as_text
 from lorakit.data.metrics.basic import pearson
 from lorakit.data.metrics.classes import check_scipy, spearman
@@ -34,6 +35,7 @@ class Embedding(Objective):
     kind = "embedding"
     needed = ("text", "text_pair")
     optional = ("negative", "label")
+    right = ("label", "negative")
     best_by = "spearman"
     has_classes = False
     smooths = False
@@ -52,6 +54,9 @@ class Embedding(Objective):
         if empty:
             raise UnusableRowError(f"{' and '.join(empty)} {'are' if empty[1:] else 'is'} empty")
         return PairRow(**texts, label=None if label is None else as_number(label))
+
+    def stand_in(self, fields: FieldMap, values: Values, known: Names) -> dict[RowField, Any]:
+        return {}
 
     def unlike(self, rows: Sequence[Any]) -> Iterator[tuple[int, str]]:
         """Yield the number of each row with other fields than the first one, and which they are."""

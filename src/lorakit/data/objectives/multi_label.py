@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.config.rows import RowField
 from lorakit.data.fields import FieldMap
 from lorakit.data.labels import class_name
 from lorakit.data.metrics.classes import check_sklearn, f1_of_sets
@@ -29,6 +30,7 @@ class MultiLabel(Objective):
     kind = "multi-label"
     needed = ("text", "labels")
     optional = ("text_pair",)
+    right = ("labels",)
     best_by = "f1_micro"
     smooths = False
 
@@ -50,6 +52,9 @@ class MultiLabel(Objective):
         text, pair = texts_of(fields, values)
         return MultiLabelRow(text=text, text_pair=pair, labels=names)
 
+    def stand_in(self, fields: FieldMap, values: Values, known: Names) -> dict[RowField, Any]:
+        return {"labels": []}
+
     def names(self, row: MultiLabelRow) -> Iterable[str]:
         return row.labels
 
@@ -67,6 +72,9 @@ class MultiLabel(Objective):
 
     def answers(self, outputs: Tensor, labels: Tensor) -> list[Any]:
         return (outputs > 0).int().tolist()
+
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        return outputs.float().sigmoid()
 
     def check_library(self) -> None:
         check_sklearn()

@@ -49,6 +49,8 @@ class Objective(ABC):
     """The fields that its rows need."""
     optional: ClassVar[tuple[RowField, ...]] = ()
     """The fields that its rows may have besides."""
+    right: ClassVar[tuple[RowField, ...]] = ("label",)
+    """The fields that say what is right of a row."""
     best_by: ClassVar[str]
     """The score that decides which adapter is the best."""
     has_classes: ClassVar[bool] = True
@@ -70,6 +72,14 @@ class Objective(ABC):
         Raises:
             UnusableRowError: it cannot be used; says why.
         """
+
+    def stand_in(self, fields: FieldMap, values: Values, known: Names) -> dict[RowField, Any]:
+        """What takes the place of the fields `right` in a row of which nobody knows what is right.
+
+        Raises:
+            UnusableRowError: it lacks what it is to be answered from.
+        """
+        return {"label": known[0] if known else 0}
 
     def names(self, row: Any) -> Iterable[str]:
         """The names of the classes that occur in a row."""
@@ -113,6 +123,10 @@ class Objective(ABC):
     @abstractmethod
     def answers(self, outputs: Tensor, labels: Tensor) -> list[Any]:
         """What is predicted of each sample of a batch."""
+
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        """The probability of each class, (rows, classes); None: it has no classes of whole rows."""
+        return None
 
     def combined(self, answers: Sequence[Any], examples: Sequence[Example]) -> list[Any]:
         """What is predicted of each row, from what is predicted of its samples."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.config.rows import RowField
 from lorakit.data.fields import FieldMap, as_text
 from lorakit.data.metrics.squad import check_torchmetrics, squad
 from lorakit.data.objectives.objective import LabelEncoding, Names, Objective, Values
@@ -55,6 +56,7 @@ class QuestionAnswering(Objective):
     kind = "question-answering"
     needed = ("question", "context", "answers")
     optional = ("is_impossible",)
+    right = ("answers", "is_impossible")
     best_by = "f1"
     has_classes = False
     smooths = False
@@ -69,6 +71,10 @@ class QuestionAnswering(Objective):
         if answers and fields.value("is_impossible", values) not in (None, False, 0):
             raise UnusableRowError("it is_impossible, and has an answer")
         return QuestionRow(question=question, context=context, answers=answers)
+
+    def stand_in(self, fields: FieldMap, values: Values, known: Names) -> dict[RowField, Any]:
+        # All of the context: of rows with an answer the best span is predicted, never none.
+        return {"answers": [fields.text("context", values)]}
 
     def draft(self, row: QuestionRow, encoding: LabelEncoding) -> Draft:
         return self.drafts(row, encoding)[0]

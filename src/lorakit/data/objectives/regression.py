@@ -38,6 +38,9 @@ class Regression(Classification):
     def answers(self, outputs: Tensor, labels: Tensor) -> list[Any]:
         return outputs.float().squeeze(-1).tolist()
 
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        return None
+
     def scores(
         self,
         answers: Sequence[Any],

@@ -28,6 +28,7 @@ class TokenClassification(Objective):
     task = "token-classification"
     kind = "token-classification"
     needed = ("words", "tags")
+    right = ("tags",)
     best_by = "f1"
     unjoined = "reads each row by itself"
 
@@ -42,6 +43,10 @@ class TokenClassification(Objective):
         if empty:
             raise UnusableRowError(f"word {empty[0]} is empty")
         return TaggedRow(words=tuple(words), tags=tuple(tags))
+
+    def stand_in(self, fields: FieldMap, values: Values, known: Names) -> dict[RowField, Any]:
+        assert known is not None
+        return {"tags": [known[0]] * len(_list(fields, "words", values))}
 
     def names(self, row: TaggedRow) -> Iterable[str]:
         return row.tags

@@ -107,7 +107,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 def takes_magnitudes(layer: nn.Module) -> bool:
     """Whether the rows of what a layer computes with can have magnitudes (DoRA)."""
-    return is_linear(layer) or isinstance(layer, nn.Embedding)
+    return is_linear(layer) or isinstance(layer, (nn.Embedding, *ConvNd))
 
 
 def takes_bias(layer: nn.Module) -> bool:
@@ -207,11 +207,18 @@ class LowRank(nn.Module):
             norms = self.norms.of(
                 [weight, *self.parameters()],
                 lambda: plain.row_norms(
-                    matrix_of(layer, self.site), self.a, self.b, self.site.scale
+                    matrix_of(layer, self.site),
+                    self.a.flatten(1),
+                    self.b.flatten(1),
+                    self.site.scale,
                 ),
             )
-        factor = self.lora_magnitude / norms
-        return rescaled(output, factor, getattr(layer, "bias", None), entries)
+        factor, bias = self.lora_magnitude / norms, getattr(layer, "bias", None)
+        if isinstance(layer, ConvNd):
+            # Rows of the weight are channels of the output, behind which its positions are.
+            shape = (-1, *[1] * len(layer.kernel_size))
+            factor, bias = factor.reshape(shape), None if bias is None else bias.reshape(shape)
+        return rescaled(output, factor, bias, entries)
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The update of the layer's output, (…, rows of the site)."""
@@ -266,7 +273,7 @@ class LowRank(nn.Module):
             plain.add_delta(rows, a, b[own], self.site.scale)
             if self.lora_magnitude is not None:
                 norms = self.lora_magnitude.detach()[own].to(matrix)
-                rows *= (norms / plain.norms(rows))[:, None]
+                rows *= of_rows(norms / plain.norms(rows.flatten(1)), rows)
             start += last - first
 
     def added_to(self, matrix: Tensor) -> Tensor:
@@ -278,8 +285,13 @@ class LowRank(nn.Module):
         part = part + delta.reshape(part.shape)
         if self.lora_magnitude is not None:
             norms = plain.norms(part.detach().flatten(1))
-            part = part * (self.lora_magnitude.to(part.dtype) / norms)[:, None]
+            part = part * of_rows(self.lora_magnitude.to(part.dtype) / norms, part)
         return part if entries is None else matrix.index_copy(0, entries, part)
+
+
+def of_rows(values: Tensor, weight: Tensor) -> Tensor:
+    """A value for each row of a weight (d_out, …), to multiply it with."""
+    return values.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def _frozen(values: Tensor) -> nn.Parameter:

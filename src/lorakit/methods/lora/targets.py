@@ -98,7 +98,8 @@ def _check_form(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) ->
     if config.lora_bias:
         _check_biased(others)
     if problems:
-        those = "linear layers and embeddings" if form == "use_dora" else "linear layers alone"
+        some = "linear layers, embeddings and convolutions"
+        those = some if form == "use_dora" else "linear layers alone"
         raise TargetError.listing(f"{form} is for {those}; exclude the others", problems)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from lorakit.serving.api.asking import Answering
 from lorakit.serving.api.bodies import Asked
@@ -23,6 +24,28 @@ from lorakit.serving.worker import Worker
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Of a stream, so that nothing on the way keeps it back."""
+
+
+class EventStream(StreamingResponse):
+    """Answers as events; when it ends, and for whatever reason, nobody answers on.
+
+    Args:
+        answering: what the events tell.
+        events: of it.
+    """
+
+    def __init__(self, answering: Answering, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=HEADERS)
+        self._answering = answering
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # Where it was sending when the client left, the events end with the next collection
+            # of garbage, some steps later.
+            self._answering.cancel()
 
 
 async def answered(
@@ -59,7 +82,7 @@ async def answered(
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(answering, form, with_usage=usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
+        return EventStream(answering, events)
     await finished(http, answering)
     return JSONResponse(form.complete(answering.answers, answering.usage))
 

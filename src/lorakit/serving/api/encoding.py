@@ -27,7 +27,7 @@ from lorakit.serving.api.bodies import (
     Pair,
 )
 from lorakit.serving.api.metrics import Metrics
-from lorakit.serving.catalog import Chosen, Head
+from lorakit.serving.catalog import EMBEDDING, Chosen, Head
 from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Delta, Goal, Request
 from lorakit.serving.worker import Worker
@@ -90,6 +90,7 @@ class Encoding:
                     "encoder, such as --model minilm",
                     param="model",
                 )
+            _check_tasks(chosen, goal)
             if goal == "classes":
                 _head_of(chosen)
             return chosen, self._requests(body, chosen, goal, client=http.state.rights.client)
@@ -170,6 +171,21 @@ def _tokens(
     tokenizer: Any = chosen.tokenizer
     found = tokenizer(pair.text, pair.text_pair, verbose=False, **cut)
     return list(found["input_ids"]), list(found.get("token_type_ids") or ())
+
+
+def _check_tasks(chosen: Chosen, goal: Goal) -> None:
+    """Make sure that what is asked of adapters is what they were trained for.
+
+    Raises:
+        RefusalError: one was trained for the other.
+    """
+    for name, task in chosen.tasks.items():
+        if (task == EMBEDDING) != (goal == "embedding"):
+            other = "/v1/embeddings" if task == EMBEDDING else "/v1/classify"
+            what = "embeddings" if goal == "embedding" else "classes"
+            raise RefusalError(
+                f"{name} was trained for {task}, and gives no {what}: ask {other}", param="model"
+            )
 
 
 def _head_of(chosen: Chosen) -> Head:
