@@ -41,6 +41,7 @@ from lorakit.data.batches import training_batch
 from lorakit.data.packing import choose_packing
 from lorakit.data.samples import Encoded, Example
 from lorakit.training.prepare import NAME, Prepared
+from lorakit.training.rates import rates_by_method
 from lorakit.training.run import Run, execute, while_training
 from lorakit.training.trainer import make_arguments
 from measured import begin, write_result
@@ -177,7 +178,7 @@ class Participants:
             task="generation",
             kind="text",
             labels=None,
-            rates={},
+            rates=rates_by_method(self.config, plan, self.work.config.hidden_size),
             model=self.model,
             tokenizer=cast(Any, SimpleNamespace(pad_token_id=0, eos_token_id=0)),
             plan=plan,

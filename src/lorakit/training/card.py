@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lorakit.config.marks import settings_where
@@ -58,9 +58,17 @@ def training_card(
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in libraries},
+            **{name: _version(name) for name in libraries},
         },
     }
+
+
+def _version(library: str) -> str:
+    """The version of a library, or where its sources are used in place, that it is unknown."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _rates_of_rule(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
