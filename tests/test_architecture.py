@@ -190,7 +190,7 @@ before, modules = state(), set(sys.modules)
 import lorakit
 unchanged = state() == before
 # transformers' own Trainer imports PEFT
-trainer = {"train", "estimate", "sweep", "evaluate", "generate", "serve", "SaveAdapter"}
+trainer = {"train", "estimate", "sweep", "evaluate", "generate", "predict", "serve", "SaveAdapter"}
 for name in set(lorakit.__all__) - trainer:
     getattr(lorakit, name)
 print(json.dumps({"unchanged": unchanged, "modules": sorted(set(sys.modules) - modules)}))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorakit.adapter.adapter import Adapter as Adapter
     from lorakit.answering.evaluate import evaluate as evaluate
     from lorakit.answering.generate import generate as generate
+    from lorakit.answering.predict import predict as predict
     from lorakit.attachment.attach import attach as attach
     from lorakit.attachment.attach import detach as detach
     from lorakit.attachment.attach import extract as extract
@@ -54,6 +55,7 @@ _HOMES = {
     "analysis": ("analysis",),
     "answering.evaluate": ("evaluate",),
     "answering.generate": ("generate",),
+    "answering.predict": ("predict",),
     "attachment.attach": ("attach", "detach", "extract", "plan"),
     "attachment.attached": ("attached",),
     "attachment.plan": ("Plan",),

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import lorakit as lk
 from lorakit.cli.main import main
 from lorakit.models.load import load_model
 
@@ -67,6 +68,7 @@ def test_two_classifiers_of_one_base_answer_rows_of_one_batch(tmp_path, run, cap
     assert f"1 answers in {answers}" in capsys.readouterr().out
     (line,) = answers.read_text().splitlines()
     assert json.loads(line)["answer"] == "negative"
+    assert lk.predict(out / "polarity", input=str(named)) == [json.loads(line)]
     assert run(*words)[0] == 2
 
     for part in served(out):

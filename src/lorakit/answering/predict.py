@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,6 +92,32 @@ class _Asked:
     numbers: tuple[int, ...]
     raw: tuple[RawRow, ...]
     rows: Rows
+
+
+def predict(
+    *adapters: str | os.PathLike[str], progress: bool = False, **settings: Any
+) -> list[dict[str, Any]]:
+    """What adapters with heads, or a base with one, say of rows.
+
+    Args:
+        adapters: folders, or ids of the hub; none: the model alone.
+        progress: show a bar on stderr.
+        settings: those of `lorakit predict`, such as input="rows.jsonl".
+
+    Returns:
+        For each answer the columns of its row, `adapter` with the adapter's name, `answer`, and for
+        classes of whole rows `probabilities` of each.
+
+    Raises:
+        LorakitError: a setting is wrong, or an adapter, the base or the rows cannot be used.
+
+    Examples:
+        >>> answers = lk.predict("out/polarity", "out/topic", input="mixed.jsonl")  # doctest: +SKIP
+        >>> answers[0]["answer"]  # doctest: +SKIP
+        'positive'
+    """
+    config = PredictConfig(**{"adapters": adapters, **settings})
+    return [each.record for each in predictions(config, progress=progress)]
 
 
 def predictions(
