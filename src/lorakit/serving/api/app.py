@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from lorakit import __version__
 from lorakit.serving.api.backend import Backend, rights_of
 from lorakit.serving.api.bodies import (
     Body,
@@ -31,7 +31,7 @@ from lorakit.serving.api.unique_keys import UniqueKeysRoute
 from lorakit.serving.page import HEADERS, files
 from lorakit.serving.refusals import RefusalError
 
-VERSION = __version__
+VERSION = version("lorakit")
 _TEXT: dict[str, Any] = {
     # Without a type of its own, so that errors are described as the JSON that they are.
     "response_class": Response,
