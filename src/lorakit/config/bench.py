@@ -186,8 +186,8 @@ class ModelsConfig(Measured):
     """Precision of the bases."""
 
     families: Names = ()
-    """Names of families in transformers' words (llama, gpt2, bert), or of packaged models. Empty:
-    all for which there is a tiny model, and no packaged one."""
+    """Names of families in transformers' words (llama, gpt2, bert), of packaged models, or folders
+    and GGUF files of decoders. Empty: all for which there is a tiny model, and no other."""
 
 
 class ServeBenchConfig(BenchConfig):

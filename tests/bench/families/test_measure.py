@@ -34,6 +34,14 @@ def test_an_unknown_family_is_named_before_anything_is_tried():
         measure_models(ModelsConfig(families=("lama",)))
 
 
+def test_a_decoder_in_a_folder_is_called_as_its_folder(tmp_path):
+    tiny = base_of("llama")
+    for part in (tiny.model, tiny.tokenizer):
+        part.save_pretrained(tmp_path / "mine")
+    base = base_of(str(tmp_path / "mine"))
+    assert (base.name, base.kind) == ("mine", "decoder")
+
+
 @pytest.mark.thorough
 def test_a_classifier_writes_no_text_and_the_rest_works():
     findings = measure_models(ModelsConfig(families=("bert",)))

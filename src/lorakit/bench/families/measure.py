@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lorakit.bench.families.recipes import FAMILIES, REAL, TriedBase, base_of
+from lorakit.bench.families.recipes import FAMILIES, REAL, TriedBase, base_of, is_known
 from lorakit.bench.families.uses import USES
 from lorakit.bench.result import Findings, Goal
 from lorakit.config.bench import ModelsConfig
@@ -49,7 +49,7 @@ def measure_models(settings: ModelsConfig) -> Findings:
         MissingExtraError: PEFT or bitsandbytes is not installed.
     """
     names = settings.families or FAMILIES
-    unknown = [name for name in names if name not in (*FAMILIES, *REAL)]
+    unknown = [name for name in names if not is_known(name)]
     if unknown:
         known = (*FAMILIES, *REAL)
         raise ConfigError(
@@ -62,7 +62,11 @@ def measure_models(settings: ModelsConfig) -> Findings:
         started = time.monotonic()
         base = base_of(name)
         rows.append(
-            {"family": name, "kind": base.kind, **{use: reasons.cell(base, use) for use in USES}}
+            {
+                "family": base.name,
+                "kind": base.kind,
+                **{use: reasons.cell(base, use) for use in USES},
+            }
         )
         took = time.monotonic() - started
         slowest = max(slowest, (name, took), key=lambda each: each[1])

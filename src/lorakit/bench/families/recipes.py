@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -191,14 +192,21 @@ class TriedBase:
         return self.kind == "encoder-decoder"
 
 
+def is_known(name: str) -> bool:
+    """Whether there is a base of a name: a family, a packaged model, or a decoder's place."""
+    return name in (*FAMILIES, *REAL) or Path(name).exists()
+
+
 def base_of(name: str) -> TriedBase:
-    """A base by the name of its family, or of a packaged model; in eval mode.
+    """A base by the name of its family, or of a packaged model, or a decoder by its place; in eval
+    mode.
 
     Raises:
         KeyError: there is no recipe for it.
+        ModelError: the model at that place cannot be read.
     """
-    if name in REAL:
-        kind = REAL[name]
+    if name not in FAMILIES:
+        kind = "decoder" if Path(name).exists() else REAL[name]
         how: dict[str, Any] = {"labels": CLASSES, "task": "classification"}
         torch.manual_seed(0)
         model, tokenizer = load_model(name, **(how if kind == "classifier" else {}))
@@ -206,7 +214,7 @@ def base_of(name: str) -> TriedBase:
         for dropout in model.modules():
             if isinstance(dropout, nn.Dropout):
                 dropout.p = 0.0
-        return TriedBase(name=name, kind=kind, model=model, tokenizer=tokenizer)
+        return TriedBase(name=Path(name).stem, kind=kind, model=model, tokenizer=tokenizer)
     kind = _KINDS[name]
     model = _tiny(name, kind)
     processor = _tokenizer() if kind != "images" else _image_processor(model.config.image_size)
