@@ -101,6 +101,11 @@ def test_more_figures_are_written_in_the_units_of_their_columns():
     ) in table({**RESULT, "tables": {"more": rows}})
 
 
+def test_a_table_without_rows_is_left_out():
+    result = RESULT | {"tables": {"reasons": []}}
+    assert table(result) == table(RESULT | {"tables": {}})
+
+
 def test_only_what_is_between_the_marks_is_rewritten(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n<!-- y -->\n<!-- end of y -->\nc\n")

@@ -100,7 +100,9 @@ UNITS: dict[str, Callable[[float], str]] = {
 
 
 def _more(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One of the result's further tables."""
+    """One of the result's further tables; none where it has no rows."""
+    if not rows:
+        return ""
     heads = [
         next((column.removesuffix(unit) for unit in UNITS if column.endswith(unit)), column)
         for column in rows[0]
