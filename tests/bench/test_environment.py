@@ -9,7 +9,7 @@ import pytest
 
 from lorakit.bench import environment, result
 from lorakit.bench.environment import uncommitted
-from lorakit.bench.result import check_result
+from lorakit.bench.result import check_result, without_places
 from lorakit.cli.main import main
 from lorakit.errors import OutputError
 
@@ -99,3 +99,13 @@ def test_a_benchmark_program_is_refused_at_its_beginning(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"^error: .*x\.json cannot be written: a\.py has"):
         measured.begin(out)
     assert measured.begin(None)["versions"]
+
+
+def test_a_result_names_no_place_of_this_machine():
+    told = {"model": "/home/someone/bases/small", "families": ["llama", "/bases/mine.gguf"], "n": 1}
+    assert without_places(told) == {"model": "small", "families": ["llama", "mine.gguf"], "n": 1}
+    assert without_places({"model": "smollm2", "file": "out/a.gguf", "none": None}) == {
+        "model": "smollm2",
+        "file": "out/a.gguf",
+        "none": None,
+    }

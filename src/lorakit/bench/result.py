@@ -122,10 +122,19 @@ def run_bench(name: str, settings: C, measure: Callable[[C], Findings]) -> dict[
         start = environment()
         findings = measure(settings)
     told = settings.model_dump(mode="json", exclude={"out", "plot"})
-    result = {"bench": name, "settings": told, **start, **findings.to_json()}
+    result = {"bench": name, "settings": without_places(told), **start, **findings.to_json()}
     if settings.out is not None:
         settings.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def without_places(told: Any) -> Any:
+    """Settings as a result tells them: of a place on this machine its last name alone."""
+    if isinstance(told, dict):
+        return {name: without_places(value) for name, value in told.items()}
+    if isinstance(told, list):
+        return [without_places(value) for value in told]
+    return Path(told).name if isinstance(told, str) and Path(told).is_absolute() else told
 
 
 def check_result(out: Path | None) -> None:

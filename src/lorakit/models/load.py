@@ -41,7 +41,6 @@ def load_model(
     """A base model in eval mode, and its tokenizer, which has a padding token.
 
     One for images comes with its image processor in the place of a tokenizer.
-
     A classifier's or regressor's head is made afresh, from torch's random state, where the
     checkpoint has none, or with `fresh_head`: call `torch.manual_seed` first to get the same one
     again.
@@ -72,10 +71,7 @@ def load_model(
         134515008
     """
     _check_arguments(dtype, task, labels, quantize)
-    if quantize is not None:
-        check_library()
-    if TASKS[task].reads_images and importlib.util.find_spec("PIL") is None:
-        raise MissingExtraError("reading images", "images")
+    _check_libraries(task, quantize)
     asked = os.fspath(name)
     model, tokenizer, info = _read(asked, task, dtype=dtype, **TASKS[task].head_settings(labels))
     _check_and_mark_head(model, info, asked, task, fresh_head=fresh_head)
@@ -92,6 +88,13 @@ def load_model(
     if layer_replication is not None:
         replicate_layers(model, layer_replication)
     return model.eval(), tokenizer
+
+
+def _check_libraries(task: str, quantize: str | Quantization | None) -> None:
+    if quantize is not None:
+        check_library()
+    if TASKS[task].reads_images and importlib.util.find_spec("PIL") is None:
+        raise MissingExtraError("reading images", "images")
 
 
 def _take_form(model: transformers.PreTrainedModel, quantize: Quantization | None) -> None:

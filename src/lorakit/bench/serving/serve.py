@@ -43,10 +43,7 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
     Raises:
         MissingExtraError: the libraries of the server are not installed.
     """
-    try:
-        import uvicorn  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("the server", "serve") from None
+    _check_library()
     plain, _ = load_model(settings.model, dtype=settings.dtype)
     model, tokenizer = load_model(settings.model, dtype=settings.dtype)
     with ExitStack() as stack:
@@ -66,8 +63,7 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
         engine = Engine(model, limits)
         catalog = Catalog(model, tokenizer, "base", folder=root / "adapters")
         catalog.load_all()
-        names = [each.name for each in places]
-        requests = _requests(settings, int(plain.config.vocab_size), names)
+        requests = _requests(settings, plain.config.vocab_size, [each.name for each in places])
         changes = slot_changes(settings, engine, catalog, [each.model for each in requests])
         compiling = compiled_engine(settings, engine, catalog)
         steps = step_times(compiling, catalog, requests, repeats=settings.repeats)
@@ -88,13 +84,7 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
         pause = longest_pause(client, requests, settings)
         unlike = unlike_lengths(client, plain, requests, settings)
     started = starts(settings)
-    tokens = settings.clients * settings.new_tokens
-    rates = {name: tokens / each.median for name, each in seconds.items()}
-    shown = rates | {
-        "unlike lengths, at once": unlike.capacity,
-        "unlike lengths, arriving": unlike.arriving,
-        "unlike lengths, static batches": unlike.static,
-    }
+    rates = {n: settings.clients * settings.new_tokens / s.median for n, s in seconds.items()}
     return Findings(
         timings={"serve": seconds, "first token": first, "start": started},
         goals=(
@@ -104,14 +94,32 @@ def measure_serve(settings: ServeBenchConfig) -> Findings:
             pause,
             start_goal(started),
         ),
-        tables={
-            "tokens": [{"who": name, "tokens/s": rate} for name, rate in shown.items()],
-            "slots": [
-                {"what": what, "time_s": each.median} for what, each in (changes | steps).items()
-            ],
-        },
+        tables=_tables(rates, unlike, {**changes, **steps}),
         checks={f"{name} does not run": reason for name, reason in failed.items()},
     )
+
+
+def _check_library() -> None:
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("the server", "serve") from None
+
+
+def _tables(
+    rates: Mapping[str, float], unlike: Rates, times: Mapping[str, Seconds]
+) -> dict[str, list[dict[str, Any]]]:
+    """The tokens of a second of each way, and the times of slots and steps."""
+    shown = {
+        **rates,
+        "unlike lengths, at once": unlike.capacity,
+        "unlike lengths, arriving": unlike.arriving,
+        "unlike lengths, static batches": unlike.static,
+    }
+    return {
+        "tokens": [{"who": name, "tokens/s": rate} for name, rate in shown.items()],
+        "slots": [{"what": what, "time_s": each.median} for what, each in times.items()],
+    }
 
 
 def _servers(settings: ServeBenchConfig, adapters: Path) -> list[list[str]]:
