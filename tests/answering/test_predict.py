@@ -119,6 +119,31 @@ def test_words_have_tags_questions_spans_and_pairs_cosines(tiny_bert, adapters, 
     assert found[0].answer < 0.999
 
 
+def test_a_question_has_no_answer_where_some_that_were_trained_on_had_none(tiny_bert, tmp_path):
+    context = {"context": "a red cat and a big dog"}
+    unanswered = [{"question": each, **context, "answers": []} for each in ("fish", "bird")]
+    answered = {"question": "red", **context, "answers": ["cat"]}
+    how = {"model": str(tiny_bert), "dtype": "float32", "task": "question-answering"}
+    how |= {"steps": 30, "batch_size": 3, "learning_rate": 0.03, "warmup_steps": 1}
+    how |= {"lora": {"targets": ["all-linear"]}}
+    for name, rows in (("some", [*unanswered, answered]), ("none", [answered] * 3)):
+        data = {"train": rows_of(tmp_path, *rows)}
+        lk.train(lk.TrainConfig(out=tmp_path / name, data=data, **how))
+    assert lk.Adapter.load(tmp_path / "some").card["may_answer_nothing"] is True
+    assert "may_answer_nothing" not in lk.Adapter.load(tmp_path / "none").card
+    asks = rows_of(tmp_path, *({"question": each, **context} for each in ("fish", "red", "bird")))
+
+    def said(name, **settings):
+        return [each.answer for each in asked(name, root=tmp_path, input=asks, **settings)]
+
+    assert said("some") == ["", "cat", ""]
+    assert all(said("some", may_answer_nothing=False))
+    assert all(said("none"))
+    held_out = rows_of(tmp_path, *unanswered, answered)
+    scores = lk.evaluate(adapter=tmp_path / "some", data={"validation": held_out})
+    assert scores["f1"] == scores["exact_match"] == 1
+
+
 def test_a_base_with_a_head_of_its_own_needs_no_adapter(tiny_bert, tmp_path):
     torch.manual_seed(1)
     model, tokenizer = load_model(tiny_bert, task="classification", labels=("no", "yes"))

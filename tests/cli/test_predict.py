@@ -110,6 +110,11 @@ def test_a_fresh_head_of_another_width_is_used_by_every_verb(tiny_bert, tmp_path
     code, result = run(*words)
     assert code == 2
     assert "the labels are big, old, small" in result["error"]["message"]
+    hint = "For other classes than those of the checkpoint's head set fresh_head: true."
+    assert result["error"]["message"].endswith(hint)
+    code, result = run(*words, "--data.labels", "no,yes")
+    assert code == 2
+    assert result["error"]["message"].endswith(hint)
     code, result = run(*words, "--fresh-head")
     assert code == 0
     code, scores = run("evaluate", out, "--data.validation", label_rows)

@@ -36,6 +36,8 @@ class TrainedUse(BaseModel):
     """What a row was, as the setting `data.format`; None: the card does not say."""
     end_tokens: tuple[int, ...] = ()
     """The tokens that ended the targets."""
+    may_answer_nothing: bool = False
+    """Whether questions that it was trained on had no answer."""
     chat_template: str | None = None
     """That of the tokenizer in the adapter's folder; None: the base's is used."""
 

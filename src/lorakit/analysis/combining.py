@@ -34,7 +34,16 @@ from lorakit.errors import AnalysisError
 Method = Literal["sum", "ties", "dare"]
 WEIGHTS_SUM_TO_1 = 1e-9
 """How far from 1 the weights' sum may be by rounding."""
-OF_USE = ("task", "task_type", "rows_kind", "labels", "end_tokens", "data", "chat_template")
+OF_USE = (
+    "task",
+    "task_type",
+    "rows_kind",
+    "labels",
+    "end_tokens",
+    "data",
+    "may_answer_nothing",
+    "chat_template",
+)
 """Entries of a training card that say how an adapter is used; kept where all agree."""
 
 

@@ -11,32 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.card import TrainedUse
-from lorakit.adapter.hub import short_names
 from lorakit.answering.answer import Note, warn
+from lorakit.answering.readers import COLUMN, AskedRows, Reader, readers_of, rows_asked
 from lorakit.attachment.open_model import check_head
 from lorakit.bank import AdapterBank
 from lorakit.config.answering import PredictConfig
-from lorakit.config.train import DataConfig
 from lorakit.data.collate import Collator
-from lorakit.data.file_formats import RawRow
-from lorakit.data.labels import head_classes
-from lorakit.data.objectives import OBJECTIVES
-from lorakit.data.objectives.objective import Objective
-from lorakit.data.problems import Problems
-from lorakit.data.row_types import Rows
-from lorakit.data.rows_to_answer import rows_to_answer
 from lorakit.data.samples import Example, TokenSpan
-from lorakit.data.sources import read_raw_rows
-from lorakit.errors import AdapterFileError, ConfigError, LorakitError, RouteError
-from lorakit.models.load import load_model, own_classes, own_task
-from lorakit.models.tasks import TASKS, has_classes
+from lorakit.errors import AdapterFileError, LorakitError, RouteError
+from lorakit.models.load import load_model
 from lorakit.training.progress import steps
 from lorakit.training.virtual_tokens import encode_for
-
-COLUMN = "adapter"
-"""The column of a row that names the adapter which is to answer it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,36 +47,6 @@ class Prediction:
         if self.probabilities is not None:
             found["probabilities"] = {k: round(v, 6) for k, v in self.probabilities.items()}
         return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Reader:
-    """What answers rows: an adapter with its head, or the base."""
-
-    name: str | None
-    adapter: Adapter | None
-    task: str
-    labels: tuple[str, ...] | None
-    data: DataConfig
-
-    @property
-    def objective(self) -> Objective:
-        return OBJECTIVES[self.task]
-
-    @property
-    def width(self) -> int | None:
-        """The numbers that it says of a row or token; None: all of them, whatever their number."""
-        return len(self.labels) if self.labels else 1 if self.task == "regression" else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """The rows that one reader is asked, and their numbers in the source."""
-
-    reader: _Reader
-    numbers: tuple[int, ...]
-    raw: tuple[RawRow, ...]
-    rows: Rows
 
 
 def predict(
@@ -139,8 +94,8 @@ def predictions(
         AdapterFileError: an adapter's files are unusable, or do not fit the base.
         ModelError: the base cannot be found, or there is no trained head.
     """
-    base, readers = _readers(config)
-    asked = _asked(config, readers)
+    base, readers = readers_of(config)
+    asked = rows_asked(config, readers)
     for remark in dict.fromkeys(line for each in asked for line in each.rows.notes):
         note(remark)
     model, tokenizer = _model(config, base, readers[0])
@@ -150,7 +105,7 @@ def predictions(
     return sorted(found, key=lambda each: each.row)
 
 
-def _fill(bank: AdapterBank, model: PreTrainedModel, base: str, readers: Sequence[_Reader]) -> None:
+def _fill(bank: AdapterBank, model: PreTrainedModel, base: str, readers: Sequence[Reader]) -> None:
     """Have a bank hold the adapters.
 
     Raises:
@@ -173,112 +128,8 @@ def _fill(bank: AdapterBank, model: PreTrainedModel, base: str, readers: Sequenc
         )
 
 
-def _readers(config: PredictConfig) -> tuple[str, list[_Reader]]:
-    """The base's name, and what answers.
-
-    Raises:
-        ConfigError: they cannot be asked together.
-        AdapterFileError: an adapter's files are unusable, or name no base.
-    """
-    names = short_names(config.adapters)
-    adapters = [Adapter.load(place) for place in config.adapters]
-    base = config.model or (adapters[0].base_name if adapters else "") or ""
-    if not base and not adapters:
-        raise ConfigError("give adapters, a model, or both")
-    if not base:
-        raise AdapterFileError(
-            f"{names[0]} does not say which base it was trained on: name the model"
-        )
-    pairs = zip(names, adapters, strict=True)
-    readers = [_reader(config, base, name, adapter) for name, adapter in pairs]
-    readers = readers or [_reader(config, base, None, None)]
-    _check_together(readers, base)
-    return base, readers
-
-
-def _reader(config: PredictConfig, base: str, name: str | None, adapter: Adapter | None) -> _Reader:
-    use = TrainedUse.on(adapter.card if adapter else {})
-    task = config.task or use.task or own_task(base)
-    given = config.data
-    data = use.data.model_copy(update={k: getattr(given, k) for k in given.model_fields_set})
-    labels = None
-    if has_classes(task):
-        own = use.labels or own_classes(base, task)
-        labels = head_classes(given.labels, own, whose=name or base)
-        if labels is None:
-            raise ConfigError(
-                f"{name or base} does not say what its classes are called: list them in data.labels"
-            )
-    return _Reader(name=name, adapter=adapter, task=task, labels=labels, data=data)
-
-
-def _check_together(readers: Sequence[_Reader], base: str) -> None:
-    """Make sure that one model can answer for all.
-
-    Raises:
-        ConfigError: one writes texts, or they need models of different forms.
-    """
-    writing = [each.name or base for each in readers if each.task not in OBJECTIVES]
-    if writing:
-        raise ConfigError(
-            f"{', '.join(writing)} {'write' if writing[1:] else 'writes'} texts, and has no labels"
-            " to predict: `lorakit generate` has them answer"
-        )
-    if len({TASKS[each.task].auto_class for each in readers}) > 1:
-        lines = [f"{each.name}: {each.task}" for each in readers]
-        raise ConfigError.listing(
-            "these adapters need heads of different forms: ask them one after the other", lines
-        )
-
-
-def _asked(config: PredictConfig, readers: Sequence[_Reader]) -> list[_Asked]:
-    """The rows for each reader that has some.
-
-    Raises:
-        DataError: rows cannot be used, or name adapters that are not there.
-    """
-    found = read_raw_rows(config.input, limit=None, split="test", delimiter=config.data.delimiter)
-    asked = []
-    for reader, numbers in zip(readers, _numbers(config.input, found.rows, readers), strict=True):
-        if not numbers:
-            continue
-        raw = [_without_choice(found.rows[number]) for number in numbers]
-        rows = rows_to_answer(config.input, raw, reader.data, reader.objective, reader.labels)
-        rows = replace(rows, notes=found.notes)
-        asked.append(_Asked(reader=reader, numbers=tuple(numbers), raw=tuple(raw), rows=rows))
-    return asked
-
-
-def _without_choice(row: RawRow) -> RawRow:
-    return replace(row, values={k: v for k, v in row.values.items() if k != COLUMN})
-
-
-def _numbers(source: str, raw: Sequence[RawRow], readers: Sequence[_Reader]) -> list[list[int]]:
-    """The numbers of the rows that each reader is to answer.
-
-    Raises:
-        DataError: a row names an adapter that is not there.
-    """
-    names = [reader.name for reader in readers]
-    problems = Problems(source)
-    found: list[list[int]] = [[] for _ in readers]
-    for number, each in enumerate(raw):
-        choice = each.values.get(COLUMN)
-        if choice is not None and choice not in names:
-            problems.add(each.where, f"{COLUMN} is {choice!r}; there are {_listed(names)}")
-        for own, name in zip(found, names, strict=True):
-            if choice in (None, name):
-                own.append(number)
-    problems.raise_if_any()
-    return found
-
-
-def _listed(names: Sequence[str | None]) -> str:
-    return ", ".join(name for name in names if name) or "none, the base alone"
-
-
 def _model(
-    config: PredictConfig, base: str, first: _Reader
+    config: PredictConfig, base: str, first: Reader
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     how: dict[str, Any] = {"dtype": config.dtype, "task": first.task, "labels": first.labels}
     if first.adapter is not None:
@@ -306,7 +157,7 @@ class _Answers:
         config: PredictConfig,
         bank: AdapterBank,
         tokenizer: PreTrainedTokenizerBase,
-        asked: Sequence[_Asked],
+        asked: Sequence[AskedRows],
         *,
         progress: bool,
         note: Note,
@@ -387,7 +238,7 @@ def _unlabelled(example: Example) -> Example:
 
 
 def _predictions(
-    asked: _Asked, examples: Sequence[Example], told: Sequence[tuple[Any, Any]]
+    asked: AskedRows, examples: Sequence[Example], told: Sequence[tuple[Any, Any]]
 ) -> Iterator[Prediction]:
     """What one reader says of its rows, from what it says of their samples."""
     reader = asked.reader

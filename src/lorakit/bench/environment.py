@@ -2,11 +2,12 @@
 
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lorakit.upstream.versions import installed_version
 
 LIBRARIES = ("lorakit", "torch", "transformers", "peft", "sacrebleu", "scikit-learn", "scipy")
 """Libraries whose versions a result has."""
@@ -26,7 +27,10 @@ def environment() -> dict[str, Any]:
     commit = _commit(SOURCE)
     return {
         "commit": f"{commit}{DIRTY}" if commit and uncommitted(SOURCE) else commit,
-        "versions": {"python": platform.python_version(), **{n: _version(n) for n in LIBRARIES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{n: installed_version(n) for n in LIBRARIES},
+        },
         "hardware": {
             "processor": _processor(),
             "threads": torch.get_num_threads(),
@@ -67,13 +71,6 @@ def _git(source: Path, *words: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -175,6 +175,10 @@ class PredictConfig(Settings):
     task: TaskName | None = None
     """What the adapters do. None: what each was trained for, else what the base is."""
 
+    may_answer_nothing: bool | None = None
+    """Of questions about a text: the answer may be that the text has none, which is then empty.
+    None: as some rows that the adapter was trained on had none; for a base alone, no."""
+
     outputs: Path | None = None
     """File for the answers, a JSON line for each. None: they are printed."""
 

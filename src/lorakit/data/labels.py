@@ -15,9 +15,12 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _UNNAMED = re.compile(r"LABEL_\d+")
 """The name that transformers gives to a class without one."""
 
+UNKNOWN_LABEL = "unknown label"
+"""What the problem of a row with a label that is not among the known ones begins with."""
+
 
 def head_classes(
-    asked: Sequence[str] | None, own: tuple[str, ...] | None, *, whose: object
+    asked: Sequence[str] | None, own: tuple[str, ...] | None, *, whose: object, hint: str = ""
 ) -> tuple[str, ...] | None:
     """The names of the classes in the order of a head that is trained already.
 
@@ -25,6 +28,7 @@ def head_classes(
         asked: the names that the settings list, if they do; they may give all classes new names.
         own: the classes of the head; None: it has none yet, and any will do.
         whose: the model or adapter that has the head, for messages.
+        hint: what may be done about other classes, for messages.
 
     Raises:
         ConfigError: the settings have another number of classes, or the same ones in another order.
@@ -33,7 +37,7 @@ def head_classes(
         return own if asked is None else tuple(asked)
     classes = f"the classes of {whose} are, in the order of its head, {', '.join(own)}"
     if len(asked) != len(own):
-        raise ConfigError(f"data.labels has {len(asked)} classes, and {classes}")
+        raise ConfigError(f"data.labels has {len(asked)} classes, and {classes}\n{hint}".rstrip())
     if set(asked) & set(own):
         raise ConfigError(f"data.labels is {', '.join(asked)}, but {classes}: leave it out")
     return tuple(asked)
@@ -90,7 +94,7 @@ def _known_name(name: str, known: tuple[str, ...]) -> str:
     if whole.isdecimal() and int(whole) < len(known) and not any(map(_WHOLE.fullmatch, known)):
         return known[int(whole)]
     hint = ": name the head's classes, in this order, in data.labels" if are_unnamed(known) else ""
-    raise UnusableRowError(f"unknown label {name!r}; the labels are {', '.join(known)}{hint}")
+    raise UnusableRowError(f"{UNKNOWN_LABEL} {name!r}; the labels are {', '.join(known)}{hint}")
 
 
 def class_order(names: Collection[str], *, source: str) -> tuple[str, ...]:

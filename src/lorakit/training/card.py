@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lorakit.config.marks import settings_where
 from lorakit.config.train import TrainConfig
-from lorakit.data.objectives import task_of_base
+from lorakit.data.objectives import OBJECTIVES, task_of_base
 from lorakit.models.quantized import card_of_base
 from lorakit.models.tasks import model_task
 from lorakit.training.prepare import Prepared
 from lorakit.training.resume import ChangedSetting
+from lorakit.upstream.versions import installed_version
 
 
 def training_card(
@@ -40,6 +40,7 @@ def training_card(
         "rows_kind": prepared.kind,
         "labels": None if prepared.labels is None else list(prepared.labels),
         "end_tokens": list(prepared.training.ends),
+        **_may_answer_nothing(prepared),
         "data": config.data.model_dump(mode="json"),
         "rows": {
             "training": len(prepared.training.examples),
@@ -58,17 +59,17 @@ def training_card(
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in libraries},
+            **{name: installed_version(name) or "unknown" for name in libraries},
         },
     }
 
 
-def _version(library: str) -> str:
-    """The version of a library, or where its sources are used in place, that it is unknown."""
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "unknown"
+def _may_answer_nothing(prepared: Prepared) -> dict[str, bool]:
+    """The card's entry of questions without an answer, where some were trained on."""
+    objective = OBJECTIVES.get(prepared.task)
+    if objective is None or not objective.may_answer_nothing(prepared.training.examples):
+        return {}
+    return {"may_answer_nothing": True}
 
 
 def _rates_of_rule(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:

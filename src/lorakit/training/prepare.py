@@ -20,7 +20,7 @@ from lorakit.config.seed import generator_seed
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_rows
-from lorakit.data.labels import head_classes
+from lorakit.data.labels import UNKNOWN_LABEL, head_classes
 from lorakit.data.objectives import OBJECTIVES, task_of_base
 from lorakit.data.objectives.preference import check_reads_in_one_piece
 from lorakit.data.packing import PLAIN, Packing, choose_packing
@@ -28,7 +28,7 @@ from lorakit.data.row_types import Rows
 from lorakit.data.rows import read_rows
 from lorakit.data.samples import Encoded
 from lorakit.data.tasks import PREFIX, task_of
-from lorakit.errors import AdapterFileError, ConfigError, LorakitError
+from lorakit.errors import AdapterFileError, ConfigError, DataError, LorakitError
 from lorakit.models.load import load_model, own_classes, redraw_fresh_head
 from lorakit.models.quantized import Quantization
 from lorakit.models.shape import context_length, decoder_start, hidden_size
@@ -47,6 +47,7 @@ U = TypeVar("U")
 
 NAME = "default"
 """The name of the adapter inside the model, where one run trains alone."""
+OTHER_HEAD = "For other classes than those of the checkpoint's head set fresh_head: true."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +258,7 @@ def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, .
         return None if config.data.labels is None else tuple(config.data.labels)
     if base is None:
         own = own_classes(config.model, None if config.task == "auto" else config.task)
-        return head_classes(config.data.labels, own, whose=config.model)
+        return head_classes(config.data.labels, own, whose=config.model, hint=OTHER_HEAD)
     return base.classes() if config.data.labels is None else None
 
 
@@ -266,7 +267,12 @@ def _read(config: TrainConfig, labels: tuple[str, ...] | None) -> _TaskRows:
     if data.train is None:
         raise ConfigError("data.train must say which rows to train on")
     asked = None if config.task == "auto" else config.task
-    rows = read_rows(data.train, data, limit=data.train_rows, labels=labels, task=asked)
+    try:
+        rows = read_rows(data.train, data, limit=data.train_rows, labels=labels, task=asked)
+    except DataError as error:
+        if labels is None or data.labels or UNKNOWN_LABEL not in str(error):
+            raise
+        raise DataError(f"{error}\n{OTHER_HEAD}") from error
     task = asked or rows.task
     held_out = None
     if data.validation is not None:

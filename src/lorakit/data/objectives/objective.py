@@ -81,6 +81,14 @@ class Objective(ABC):
         """
         return {"label": known[0] if known else 0}
 
+    def may_answer_nothing(self, examples: Sequence[Example]) -> bool:
+        """Whether some rows have nothing that is right, so that nothing may be predicted."""
+        return False
+
+    def without_answers(self, rows: Sequence[Any]) -> list[Any]:
+        """Rows to answer, of which nothing may be predicted where the task knows that."""
+        return list(rows)
+
     def names(self, row: Any) -> Iterable[str]:
         """The names of the classes that occur in a row."""
         return ()

@@ -76,6 +76,12 @@ class QuestionAnswering(Objective):
         # All of the context: of rows with an answer the best span is predicted, never none.
         return {"answers": [fields.text("context", values)]}
 
+    def may_answer_nothing(self, examples: Sequence[Example]) -> bool:
+        return not all(_window(each).row.answers for each in examples)
+
+    def without_answers(self, rows: Sequence[QuestionRow]) -> list[QuestionRow]:
+        return [replace(row, answers=()) for row in rows]
+
     def draft(self, row: QuestionRow, encoding: LabelEncoding) -> Draft:
         return self.drafts(row, encoding)[0]
 
@@ -124,9 +130,8 @@ class QuestionAnswering(Objective):
     def combined(self, answers: Sequence[Any], examples: Sequence[Example]) -> list[Any]:
         """The text of each row's answer: the span of the largest summed logits of its windows."""
         found = []
-        windows = [_window(each) for each in examples]
-        may_be_none = not all(window.row.answers for window in windows)
-        pairs = zip(answers, windows, strict=True)
+        may_be_none = self.may_answer_nothing(examples)
+        pairs = zip(answers, map(_window, examples), strict=True)
         for _, group in groupby(pairs, key=lambda pair: id(pair[1].row)):
             own = list(group)
             score, text = max((_best_span(*each) for each in own), key=lambda best: best[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -30,8 +29,9 @@ from lorakit.serving.api.keys import Keys
 from lorakit.serving.api.unique_keys import UniqueKeysRoute
 from lorakit.serving.page import HEADERS, files
 from lorakit.serving.refusals import RefusalError
+from lorakit.upstream.versions import installed_version
 
-VERSION = version("lorakit")
+VERSION = installed_version("lorakit") or "unknown"
 _TEXT: dict[str, Any] = {
     # Without a type of its own, so that errors are described as the JSON that they are.
     "response_class": Response,
