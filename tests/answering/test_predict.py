@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -121,9 +122,12 @@ def test_words_have_tags_questions_spans_and_pairs_cosines(tiny_bert, adapters, 
 
 def test_a_question_has_no_answer_where_some_that_were_trained_on_had_none(tiny_bert, tmp_path):
     context = {"context": "a red cat and a big dog"}
-    unanswered = [{"question": each, **context, "answers": []} for each in ("fish", "bird")]
+    unanswered: list[dict[str, Any]] = [
+        {"question": each, **context, "answers": []} for each in ("fish", "bird")
+    ]
     answered = {"question": "red", **context, "answers": ["cat"]}
-    how = {"model": str(tiny_bert), "dtype": "float32", "task": "question-answering"}
+    how: dict[str, Any] = {"model": str(tiny_bert), "dtype": "float32"}
+    how |= {"task": "question-answering"}
     how |= {"steps": 30, "batch_size": 3, "learning_rate": 0.03, "warmup_steps": 1}
     how |= {"lora": {"targets": ["all-linear"]}}
     for name, rows in (("some", [*unanswered, answered]), ("none", [answered] * 3)):
