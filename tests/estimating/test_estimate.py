@@ -219,6 +219,11 @@ def test_several_processes_share_rows_and_the_base():
     outside = sum(each.nbytes for each in model.parameters()) - inside
     share = math.ceil(alone.training["weights"] / 2)
     assert divided.training["weights"] == share + 2 * block + outside
+    # With few activations the most is needed where embedding and head are gathered, and copied.
+    few = estimated(processes=2, shard="base", memory="low", row_tokens=2)
+    assert few.training["weights"] == share + 2 * block + 2 * outside
+    assert few.training["activations"] == few.training["gradients"] == 0
+    assert few.training["adapter"] == divided.training["adapter"]
 
 
 @pytest.mark.thorough

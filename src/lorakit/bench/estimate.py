@@ -141,7 +141,7 @@ def _measured(
     run: MeasuredRun, settings: EstimateBenchConfig, variables: Mapping[str, str]
 ) -> Taken:
     """What a run takes in processes that begin with these environment variables."""
-    steps, count = settings.steps, settings.threads
+    steps, count = run.steps or settings.steps, settings.threads
     if run.processes == 1:
         return in_fresh_processes(taken_by, [(run, steps, count)], variables)[0]
     launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -33,12 +33,15 @@ class MeasuredRun:
     """Further ones of `lorakit train`."""
     processes: int = 1
     """That train together, and share the rows."""
+    steps: int | None = None
+    """Optimizer steps of its own; None: as many as the others."""
 
     @property
     def name(self) -> str:
         """The run in words."""
         told = [f"{key} {_word(value)}" for key, value in self.settings.items()]
         told += [f"{self.processes} processes"] if self.processes > 1 else []
+        told += [f"{self.steps} steps"] if self.steps else []
         return ", ".join([self.base, self.dtype, *told, f"{self.rows}×{self.tokens} tokens"])
 
 
@@ -133,7 +136,7 @@ OTHERS = (
     _random("llama 90M", 4, 128, memory="low"),
     _random("llama 90M", 1, 128, method="full"),
     _random("llama 90M", 1, 256, method="prefix-layer", prefix={"infix": 0}),
-    _random("llama 1.1B", 1, 16, dtype="bfloat16"),
+    replace(_random("llama 1.1B", 1, 16, dtype="bfloat16"), steps=20),
 )
 """Runs of models on which it was not."""
 TOGETHER = (

@@ -93,7 +93,8 @@ class EstimateBenchConfig(Measured):
     """The runs whose estimates are compared with what they take; each has a base of its own."""
 
     steps: PositiveInt = 2
-    """Optimizer steps of each run; from the second on memory is the same."""
+    """Optimizer steps of each run that has no number of its own; from the second on memory is the
+    same."""
 
     holes: bool = False
     """Measure each run once more as it is by itself, with the holes of glibc's heap."""

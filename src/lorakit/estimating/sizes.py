@@ -58,7 +58,12 @@ def of_process(
     if config.shard is None:
         return made, "each process holds the whole base; with shard: base they divide it"
     # A block is gathered while the one before it computes; embedding and head stay for a pass.
-    gathered = 2 * step.block_bytes + step.outside_bytes
-    made["weights"] = math.ceil(made["weights"] / config.processes) + gathered
+    share, two_blocks = math.ceil(made["weights"] / config.processes), 2 * step.block_bytes
+    made["weights"] = share + two_blocks + step.outside_bytes
+    # FSDP2 keeps what the processes sent until the next weights are there, beside the weights that
+    # it is copied into: at the start of a pass embedding and head are there twice.
+    start = dict.fromkeys(made, 0) | {name: made[name] for name in ("adapter", "optimizer")}
+    start["weights"] = share + two_blocks + 2 * step.outside_bytes
+    made = max(made, start, key=lambda kinds: sum(kinds.values()))
     told = "two blocks are gathered, and what is in none"
     return made, f"the base is divided over {config.processes} processes; {told}"
