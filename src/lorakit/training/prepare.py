@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,34 +20,33 @@ from lorakit.config.seed import generator_seed
 from lorakit.config.train import TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_rows
-from lorakit.data.labels import UNKNOWN_LABEL, head_classes
 from lorakit.data.objectives import OBJECTIVES, task_of_base
 from lorakit.data.objectives.preference import check_reads_in_one_piece
 from lorakit.data.packing import PLAIN, Packing, choose_packing
 from lorakit.data.row_types import Rows
-from lorakit.data.rows import read_rows
 from lorakit.data.samples import Encoded
-from lorakit.data.tasks import PREFIX, task_of
-from lorakit.errors import AdapterFileError, ConfigError, DataError, LorakitError
-from lorakit.models.load import load_model, own_classes, redraw_fresh_head
+from lorakit.errors import AdapterFileError, ConfigError
+from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.models.quantized import Quantization
 from lorakit.models.shape import context_length, decoder_start, hidden_size
-from lorakit.models.tasks import has_classes
-from lorakit.training.evaluation import BEST_BY
 from lorakit.training.loaded_base import LoadedBase, settled
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
 from lorakit.training.processes import count
 from lorakit.training.rates import Rate, rates_by_method
+from lorakit.training.several import for_each
 from lorakit.training.sharded_base import check_shard, idle_shard, is_sharded
+from lorakit.training.task_rows import (
+    TaskRows,
+    best_score,
+    read_task_rows,
+    shared_task,
+    with_same_rows,
+)
 from lorakit.training.virtual_tokens import check_infix, longest_row, with_tokens
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 NAME = "default"
 """The name of the adapter inside the model, where one run trains alone."""
-OTHER_HEAD = "For other classes than those of the checkpoint's head set fresh_head: true."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +95,6 @@ class Prepared:
         return "\n".join(parts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _TaskRows:
-    """The training and validation rows of a run, and the task that was inferred from them."""
-
-    task: str
-    training: Rows
-    validation: Rows | None
-
-
 def prepare(config: TrainConfig, base: LoadedBase | None = None) -> Prepared:
     """Read the rows, load the base and attach the adapter; nothing is written.
 
@@ -136,10 +126,10 @@ def prepare_all(
     for config in configs.values():
         check_compile(config)
         check_shard(config, loaded=base is not None)
-    source_of = _sources(configs)
+    source_of = with_same_rows(configs)
     sources = {name: configs[name] for name in source_of.values()}
-    read = for_each(sources, lambda config, _: _read(config, _known_classes(config, base)))
-    task, labels = _shared(read)
+    read = for_each(sources, lambda config, _: read_task_rows(config, base))
+    task, labels = shared_task(read)
     if task == "preference":
         _check_preference(configs)
     first = settled(next(iter(configs.values())), base)
@@ -173,7 +163,7 @@ def prepare_all(
             training=training,
             validation=validation,
             steps=steps[name],
-            best_by=_best_by(config, task, read[source_of[name]].validation),
+            best_by=best_score(config, task, read[source_of[name]].validation),
             packing=packing,
             idle=(*idle_settings(config), *idle_shard(config), *_idle_in_loss(config, task)),
             sharded=is_sharded(config),
@@ -216,96 +206,6 @@ def packing_of(model: PreTrainedModel, task: str, config: TrainConfig) -> Packin
     return replace(packing, multiple=LENGTHS) if config.compile and own_attention else packing
 
 
-def _sources(configs: Mapping[str, TrainConfig]) -> dict[str, str]:
-    """The name of the first run with the same settings of data, for each run."""
-    first: dict[str, str] = {}
-    return {
-        name: first.setdefault(config.data.model_dump_json(), name)
-        for name, config in configs.items()
-    }
-
-
-def for_each(given: Mapping[str, T], work: Callable[[T, str], U]) -> dict[str, U]:
-    """The result of some work for each value and its name.
-
-    Raises:
-        LorakitError: it failed; if for several, one error lists all.
-    """
-    made: dict[str, U] = {}
-    errors: dict[str, LorakitError] = {}
-    for name, value in given.items():
-        try:
-            made[name] = work(value, name)
-        except LorakitError as error:
-            errors[name] = error
-    if len(errors) == 1 and len(given) == 1:
-        raise next(iter(errors.values()))
-    if errors:
-        lines = [f"{name}: {error}" for name, error in errors.items()]
-        raise type(next(iter(errors.values()))).listing("some trials cannot be trained", lines)
-    return made
-
-
-def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, ...] | None:
-    """The classes of a head that the base has already, in its order; None: it has none yet.
-
-    Raises:
-        ConfigError: the settings have others.
-    """
-    if config.task != "auto" and not has_classes(task_of_base(config.task)):
-        return None
-    if config.fresh_head:
-        return None if config.data.labels is None else tuple(config.data.labels)
-    if base is None:
-        own = own_classes(config.model, None if config.task == "auto" else config.task)
-        return head_classes(config.data.labels, own, whose=config.model, hint=OTHER_HEAD)
-    return base.classes() if config.data.labels is None else None
-
-
-def _read(config: TrainConfig, labels: tuple[str, ...] | None) -> _TaskRows:
-    data = config.data
-    if data.train is None:
-        raise ConfigError("data.train must say which rows to train on")
-    asked = None if config.task == "auto" else config.task
-    try:
-        rows = read_rows(data.train, data, limit=data.train_rows, labels=labels, task=asked)
-    except DataError as error:
-        if labels is None or data.labels or UNKNOWN_LABEL not in str(error):
-            raise
-        raise DataError(f"{error}\n{OTHER_HEAD}") from error
-    task = asked or rows.task
-    held_out = None
-    if data.validation is not None:
-        held_out = read_rows(
-            data.validation,
-            data,
-            limit=data.validation_rows,
-            every=data.validation_every,
-            split="validation",
-            labels=rows.labels,
-            task=task,
-        )
-        if task in OBJECTIVES:
-            OBJECTIVES[task].check_library()
-    return _TaskRows(task=task, training=rows, validation=held_out)
-
-
-def _shared(read: Mapping[str, _TaskRows]) -> tuple[str, tuple[str, ...] | None]:
-    """The task and the classes, which must be the same for all: the model has one head.
-
-    Raises:
-        ConfigError: they differ.
-    """
-    found = {name: (rows.task, rows.training.labels) for name, rows in read.items()}
-    if len(set(found.values())) > 1:
-        lines = [
-            f"{name}: {task}" + (f" into {', '.join(labels)}" if labels else "")
-            for name, (task, labels) in found.items()
-        ]
-        raise ConfigError.listing("trials share one task with the same classes", lines)
-    return next(iter(found.values()))
-
-
 def _check_preference(configs: Mapping[str, TrainConfig]) -> None:
     """Make sure that answers can be compared with these settings.
 
@@ -322,15 +222,6 @@ def _check_preference(configs: Mapping[str, TrainConfig]) -> None:
         raise ConfigError.listing("the task preference cannot be trained in this way", problems)
 
 
-def _best_by(config: TrainConfig, task: str, held_out: Rows | None) -> str:
-    """The score that decides: of a task of the paper its own, else that of such rows."""
-    source = config.data.validation or ""
-    own = task_of(source)[0].best_by if source.startswith(PREFIX) else None
-    if own or held_out is None or task not in OBJECTIVES:
-        return own or BEST_BY[task]
-    return OBJECTIVES[task].best_of(held_out.rows)
-
-
 class _Encodings:
     """Encodes the rows of each run; runs that share rows share the encoded ones."""
 
@@ -338,7 +229,7 @@ class _Encodings:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        read: Mapping[str, _TaskRows],
+        read: Mapping[str, TaskRows],
         source_of: Mapping[str, str],
     ) -> None:
         self._model, self._tokenizer = model, tokenizer

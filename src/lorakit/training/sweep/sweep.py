@@ -20,12 +20,13 @@ from lorakit.training.checkpoints import list_checkpoints
 from lorakit.training.checks import Interruption
 from lorakit.training.cluster import check_cluster, connected, run_tasks
 from lorakit.training.loaded_base import LoadedBase, borrowed, settled
-from lorakit.training.prepare import Prepared, for_each, prepare_all
+from lorakit.training.prepare import Prepared, prepare_all
 from lorakit.training.processes import check_alone
 from lorakit.training.record import SharedBar
 from lorakit.training.resume import settings_to_resume
 from lorakit.training.run import Run, TrainResult, check_config, execute, train, while_training
 from lorakit.training.run_folder import check_free, locked
+from lorakit.training.several import for_each
 from lorakit.training.sweep.coroutine_thread import CoroutineThread
 from lorakit.training.sweep.grid import Trial, trials_of
 from lorakit.training.sweep.joint_step import MicroBatch, TrialTrainer, joint_losses
