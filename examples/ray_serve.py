@@ -18,7 +18,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from lorakit.config.verbs import ServeConfig
+from lorakit.config.serve import ServeConfig
 from lorakit.errors import LorakitError
 from lorakit.serving.api.app import build_app
 from lorakit.serving.api.own_engine import OwnEngine

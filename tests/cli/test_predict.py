@@ -80,7 +80,7 @@ def served(folder):
     pytest.importorskip("fastapi")
     from starlette.testclient import TestClient
 
-    from lorakit.config.verbs import ServeConfig
+    from lorakit.config.serve import ServeConfig
     from lorakit.serving.api.app import build_app
     from lorakit.serving.api.own_engine import OwnEngine
     from lorakit.serving.serve import prepared

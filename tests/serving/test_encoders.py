@@ -17,7 +17,7 @@ from lorakit.errors import AdapterFileError, ConfigError, ModelError
 pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
 
-from lorakit.config.verbs import ServeConfig
+from lorakit.config.serve import ServeConfig
 from lorakit.models.load import encodes, load_model
 from lorakit.serving.api.app import build_app
 from lorakit.serving.api.own_engine import OwnEngine

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx2")
 
-from lorakit.config.verbs import ServeConfig
+from lorakit.config.serve import ServeConfig
 from lorakit.errors import ConfigError
 from lorakit.serving.api.app import Policy
 from lorakit.serving.api.keys import Keys, Rights

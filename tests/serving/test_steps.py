@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from lorakit.bank import AdapterBank
-from lorakit.config.verbs import ServeConfig
+from lorakit.config.serve import ServeConfig
 from lorakit.kernels import few_rows
 from lorakit.serving.compiled_blocks import blocks_of
 from lorakit.serving.compiled_steps import CompiledSteps

@@ -14,7 +14,7 @@ from references import attach_random
 COUNTED = """
 import os, sys, threading, time
 import torch
-from lorakit.config.verbs import ServeConfig
+from lorakit.config.serve import ServeConfig
 from lorakit.serving.serve import prepared
 
 def beside():

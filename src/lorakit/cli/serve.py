@@ -1,7 +1,7 @@
 """The verb serve: a server with one base and many adapters."""
 
 from lorakit.cli.verbs import Result
-from lorakit.config.verbs import ServeConfig
+from lorakit.config.serve import ServeConfig
 from lorakit.serving.serve import say, serve_until_told
 
 

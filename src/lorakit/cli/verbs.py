@@ -61,7 +61,7 @@ VERBS = {
     ),
     "serve": Entry(
         meaning="Serve one base with many adapters, by OpenAI's HTTP API.",
-        settings="config.verbs:ServeConfig",
+        settings="config.serve:ServeConfig",
     ),
     "inspect": Entry(
         meaning="Say what an adapter is, and look inside its ΔW.",

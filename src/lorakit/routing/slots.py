@@ -7,7 +7,6 @@ goes writes nothing, and the operations of a step in which neither happens are t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -15,39 +14,18 @@ from torch import Tensor, nn
 
 from lorakit.attachment.state import Attachment, attachment_for
 from lorakit.errors import RouteError
-from lorakit.kernels import grouped
-from lorakit.kernels.grouping import Grouping, group_rows
 from lorakit.layers.adapted_layer import AdaptedLayer
-from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
 from lorakit.layers.route import Frame
-from lorakit.methods.lora.lora import LowRank, is_linear, matrix_shape
+from lorakit.methods.lora.lora import is_linear
 from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import device_of
 from lorakit.routing.choices import RowChoices
-from lorakit.routing.row_updates import KeptProjection, add_to_rows, bias_shift, write_sum
+from lorakit.routing.input_slots import InputSlots, SlotContent, follow_each_other
 from lorakit.routing.stacked_lora import is_sum, mixed_operations
 
 Terms = Sequence[tuple[Mapping[int, Update], float]]
 """What one slot uses: the updates of adapters by the layer's number, with their weights."""
-
-LowRanks = list[tuple[LowRank, float]]
-"""A's and B's of one layer, with their adapters' weights."""
-
-
-@dataclass
-class _Content:
-    """The content of a slot: its terms, sorted by layer."""
-
-    parts: dict[int, LowRanks] = field(default_factory=dict)
-    biases: dict[int, list[tuple[LoRAUpdate, float]]] = field(default_factory=dict)
-    others: list[tuple[dict[int, Update], float]] = field(default_factory=list)
-    """The updates that are no sum of B·A·x and a bias, by adapter."""
-
-    def ranks(self) -> dict[int, int]:
-        """The rank that each layer needs; 0 for a bias alone."""
-        touched = dict.fromkeys((*self.parts, *self.biases), 0)
-        return touched | {n: sum(p.site.rank for p, _ in own) for n, own in self.parts.items()}
 
 
 class Slots:
@@ -84,7 +62,7 @@ class Slots:
         self._model = model
         self._state = attachment_for(model)
         self._dtype, self._few_ranks = dtype, few_ranks
-        self._inputs: dict[str, _InputSlots] = {}
+        self._inputs: dict[str, InputSlots] = {}
         """By the word for the input that their layers read."""
         self._others: dict[int, list[tuple[dict[int, Update], float]]] = {}
         self._frames: dict[tuple[int, int], Frame] = {}
@@ -161,7 +139,7 @@ class Slots:
 
     def _frame(self, slots: Sequence[int]) -> Frame:
         between = slots[0], slots[0] + len(slots)
-        if not _follow_each_other(slots):
+        if not follow_each_other(slots):
             return self._made(slots)
         if between not in self._frames:
             self._frames[between] = self._made(slots)
@@ -174,13 +152,13 @@ class Slots:
             operations[number] = other if own is None else _InTurn(own, other)
         return Frame(operations or None, rows=len(slots), key=object())
 
-    def _content(self, terms: Terms) -> _Content:
+    def _content(self, terms: Terms) -> SlotContent:
         """The content of a slot with some terms.
 
         Raises:
             RouteError: some have no slots.
         """
-        layers, content = self._state.layers, _Content()
+        layers, content = self._state.layers, SlotContent()
         for updates, _ in terms:
             check_slots(self._state, {layers[n].adapter_path: u for n, u in updates.items()})
         by_layer: dict[int, list[tuple[int, Update, float]]] = {}
@@ -200,7 +178,7 @@ class Slots:
         content.others = [(own, weight) for own, (_, weight) in pairs if own]
         return content
 
-    def _make_room(self, content: _Content) -> None:
+    def _make_room(self, content: SlotContent) -> None:
         """Make the buffers wide enough for a slot's ranks."""
         by_input: dict[str, dict[int, int]] = {}
         for number, rank in content.ranks().items():
@@ -210,8 +188,15 @@ class Slots:
         for word, ranks in by_input.items():
             buffers = self._inputs.get(word)
             if buffers is None or not buffers.has_room(ranks):
-                made = _InputSlots.wider(buffers, ranks, self._state.layers, self)
-                self._inputs[word] = made
+                first = self._state.layers[min(ranks)]
+                self._inputs[word] = InputSlots.wider(
+                    buffers,
+                    ranks,
+                    self._state.layers,
+                    count=self.count,
+                    make={"dtype": self.dtype_for(first), "device": self.device},
+                    changed=self._frames.clear,
+                )
                 self._frames.clear()
 
     @property
@@ -244,10 +229,6 @@ class Slots:
         return mixed_operations(dict(self._state.layers), updates, rows, self.device)
 
 
-def _follow_each_other(slots: Sequence[int]) -> bool:
-    return list(slots) == list(range(slots[0], slots[0] + len(slots)))
-
-
 def _name(updates: Mapping[int, Update]) -> str:
     """A name that is the same for the same updates: rows of one adapter are computed together."""
     return " ".join(str(id(update)) for update in updates.values())
@@ -271,156 +252,13 @@ def check_slots(state: Attachment, updates: Mapping[str, Update]) -> None:
             raise RouteError(f"an adapter of {path or 'the model'} can't be in a slot: {reason}")
 
 
-def _add_sums(content: _Content, number: int, own: Sequence[tuple[LoRAUpdate, float]]) -> None:
+def _add_sums(content: SlotContent, number: int, own: Sequence[tuple[LoRAUpdate, float]]) -> None:
     parts = [(part, w) for update, w in own for part in update.parts.values() if w]
     biases = [(update, w) for update, w in own if update.has_shift and w]
     if parts:
         content.parts[number] = parts
     if biases:
         content.biases[number] = biases
-
-
-class _InputSlots:
-    """The buffers of those layers that read one input: one matmul with all their A's."""
-
-    def __init__(
-        self, ranks: Mapping[int, int], layers: Mapping[int, AdaptedLayer], slots: Slots
-    ) -> None:
-        self.ranks = dict(sorted(ranks.items()))
-        self._layers, self._slots = layers, slots
-        first = layers[next(iter(self.ranks))]
-        self._make: dict[str, Any] = {"dtype": slots.dtype_for(first), "device": slots.device}
-        count, (_, d_in) = slots.count, matrix_shape(first)
-        self._a = torch.zeros(count, sum(self.ranks.values()), d_in, **self._make)
-        self._b = {
-            number: torch.zeros(count, rank, matrix_shape(layers[number])[0], **self._make)
-            for number, rank in self.ranks.items()
-        }
-        self._shift: dict[int, Tensor] = {}
-        self._columns: dict[int, slice] = {}
-        start = 0
-        for number, rank in self.ranks.items():
-            self._columns[number] = slice(start, start + rank)
-            start += rank
-
-    @staticmethod
-    def wider(
-        old: _InputSlots | None,
-        ranks: Mapping[int, int],
-        layers: Mapping[int, AdaptedLayer],
-        slots: Slots,
-    ) -> _InputSlots:
-        """Buffers of at least these ranks, with what others hold."""
-        before = {} if old is None else old.ranks
-        most = {n: max(before.get(n, 0), ranks.get(n, 0)) for n in (before | dict(ranks))}
-        made = _InputSlots(most, layers, slots)
-        for number, rank in before.items():
-            assert old is not None
-            start = made._columns[number].start
-            made._a[:, start : start + rank] = old._a[:, old._columns[number]]
-            made._b[number][:, :rank] = old._b[number]
-            if number in old._shift:
-                made._shift[number] = old._shift[number]
-        return made
-
-    @property
-    def size_bytes(self) -> int:
-        """The memory of the buffers."""
-        return sum(x.nbytes for x in (self._a, *self._b.values(), *self._shift.values()))
-
-    @property
-    def layout(self) -> tuple[object, ...]:
-        """The layers' ranks, and those that have biases."""
-        return (*self.ranks.items(), *sorted(self._shift))
-
-    def has_room(self, ranks: Mapping[int, int]) -> bool:
-        """Whether these ranks fit."""
-        return all(self.ranks.get(number, -1) >= rank for number, rank in ranks.items())
-
-    @torch.no_grad()
-    def write(self, slot: int, content: _Content) -> None:
-        """Have a slot hold what its layers have; B is zero where there is nothing."""
-        for number in self.ranks:
-            a, b = self._a[slot, self._columns[number]], self._b[number][slot]
-            write_sum(a, b, content.parts.get(number, ()))
-            self._write_shift(slot, number, content.biases.get(number))
-
-    def _write_shift(
-        self, slot: int, number: int, biases: Sequence[tuple[LoRAUpdate, float]] | None
-    ) -> None:
-        if biases is None:
-            if number in self._shift:
-                self._shift[number][slot] = 0
-            return
-        layer = self._layers[number]
-        if number not in self._shift:
-            self._shift[number] = torch.zeros(
-                self._slots.count, matrix_shape(layer)[0], **self._make
-            )
-            self._slots._frames.clear()
-        self._shift[number][slot] = bias_shift(layer, biases)
-
-    def operations(self, slots: Sequence[int]) -> dict[int, Operation]:
-        """The operations of these layers on rows that use some slots."""
-        at: Any = list(slots)
-        if _follow_each_other(slots):
-            # What is in the buffers is used there, also what is written later.
-            at = slice(slots[0], slots[0] + len(slots))
-        grouping = group_rows(range(len(slots)), device=self._slots.device, dtype=self._a.dtype)
-        shared = _SharedInput(self._a[at], grouping, len(self.ranks))
-        return {
-            number: _SlotUpdate(
-                shared,
-                self._columns[number],
-                self._b[number][at],
-                self._shift[number][at] if number in self._shift else None,
-            )
-            for number in self.ranks
-        }
-
-
-class _SharedInput:
-    """The down-projection of an input that several layers read."""
-
-    def __init__(self, a: Tensor, grouping: Grouping, layers: int) -> None:
-        self.grouping = grouping
-        self._a = a
-        self._kept = KeptProjection(layers)
-
-    def down_project(self, x: Tensor) -> Tensor:
-        """A·x, (rows, tokens, ranks of all layers)."""
-        return self._kept.of(x, lambda: grouped.down_project(x, self._a, self.grouping))
-
-
-class _SlotUpdate(Operation):
-    """The low-rank updates of a linear layer's rows, each that of its slot."""
-
-    def __init__(
-        self, shared: _SharedInput, columns: slice, b: Tensor, shift: Tensor | None
-    ) -> None:
-        self._shared, self._columns, self._b, self._shift = shared, columns, b, shift
-
-    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The output with each row's own update added."""
-        x, rows = inputs[0], len(self._b)
-        if rows > 1:
-            check_rows_first(cast(AdaptedLayer, layer), x, rows)
-        h = self._shared.down_project(x)[..., self._columns]
-        output = grouped.up_project_onto(output, h, self._b, self._shared.grouping)
-        return output if self._shift is None else add_to_rows(output, self._shift)
-
-    def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
-        """The base's own parameter, for the layer's own call.
-
-        Raises:
-            RouteError: the model reads it by itself.
-        """
-        if inside:
-            return weight
-        raise RouteError(
-            "an adapted layer has a weight that the model reads by itself, once for all rows: its "
-            "adapter can't be in a slot"
-        )
 
 
 class _InTurn(Operation):

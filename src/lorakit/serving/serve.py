@@ -21,7 +21,7 @@ from lorakit.adapter.peft_config import CONFIG_FILE
 from lorakit.answering.answer import Note
 from lorakit.attachment.attach import detach
 from lorakit.attachment.open_model import open_model
-from lorakit.config.verbs import ServeConfig
+from lorakit.config.serve import ServeConfig
 from lorakit.data.chat import with_template
 from lorakit.errors import ConfigError, MissingExtraError
 from lorakit.models.load import encodes, fresh_heads, load_model
