@@ -10,7 +10,8 @@ from transformers.models.bloom.modeling_bloom import BloomAttention
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import TargetError
-from lorakit.models.roles import select_targets, targets_of
+from lorakit.models.roles import targets_of
+from lorakit.models.target_words import select_targets
 from models.named_layers import names
 from tiny_models import build, example_inputs
 

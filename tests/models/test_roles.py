@@ -7,7 +7,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.models.paths import block_number
-from lorakit.models.roles import select_targets, targets_of, task_heads
+from lorakit.models.roles import targets_of, task_heads
+from lorakit.models.target_words import select_targets
 from models.named_layers import names, nested, paths
 from tiny_models import FAMILIES, build, example_inputs
 

@@ -7,7 +7,8 @@ import pytest
 from torch import nn
 
 from lorakit.errors import TargetError
-from lorakit.models.roles import select_targets, targets_by_word, targets_of, task_heads
+from lorakit.models.roles import targets_of, task_heads
+from lorakit.models.target_words import select_targets, targets_by_word
 from models.named_layers import names, nested, paths
 from tiny_models import FAMILIES, build
 

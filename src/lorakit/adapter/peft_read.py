@@ -20,7 +20,8 @@ from lorakit.adapter.peft_tokens import absent_tokens, tokens_of
 from lorakit.adapter.site import LayerKind, Site
 from lorakit.adapter.tied_sites import tied_by_values
 from lorakit.config.methods import LoRAConfig
-from lorakit.models.roles import GROUPS, ROLES
+from lorakit.models.roles import ROLES
+from lorakit.models.target_words import GROUPS
 from lorakit.upstream.private_names import COMPILED_WRAPPER
 
 BIAS_KEY = re.compile(r"(?P<path>.+)\.lora_B\.bias")

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import TargetError
-from lorakit.models.roles import select_targets
+from lorakit.models.target_words import select_targets
 
 
 @dataclass(frozen=True)

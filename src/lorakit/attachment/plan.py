@@ -44,8 +44,9 @@ from lorakit.models.families import uncalled_weights
 from lorakit.models.identity import BaseIdentity
 from lorakit.models.paths import is_within, outermost
 from lorakit.models.quantized import card_of_base, quantized_within
-from lorakit.models.roles import ALL_LINEAR, never_called
+from lorakit.models.roles import never_called
 from lorakit.models.routers import routers
+from lorakit.models.target_words import ALL_LINEAR
 
 COMPONENTS: Mapping[type[MethodConfig], Callable[[nn.Module, Any], tuple[Component, ...]]] = {
     LoRAConfig: targets.components,

@@ -26,7 +26,8 @@ from lorakit.methods.lora.tied import tied_sites, with_tied_targets
 from lorakit.models.linear_probe import own_class
 from lorakit.models.multihead import IN_PROJ
 from lorakit.models.reads import only_read
-from lorakit.models.roles import Target, select_targets, targets_by_word
+from lorakit.models.roles import Target
+from lorakit.models.target_words import select_targets, targets_by_word
 
 V = TypeVar("V")
 

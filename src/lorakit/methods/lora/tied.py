@@ -18,7 +18,8 @@ from lorakit.config.methods import LoRAConfig, MethodConfig
 from lorakit.errors import TargetError
 from lorakit.methods.lora.lora import LowRank
 from lorakit.models.base import base_modules
-from lorakit.models.roles import Target, never_called, targets_by_word, targets_of
+from lorakit.models.roles import Target, never_called, targets_of
+from lorakit.models.target_words import targets_by_word
 from lorakit.upstream.private_names import own_parameters
 
 
