@@ -61,9 +61,11 @@ def _measured(
 ) -> tuple[list[Goal], dict[str, list[dict[str, Any]]]]:
     client, connections = server.client, settings.connections
     crossed = crossing(server, pool, spares, requests=settings.requests, connections=connections)
-    goals = crossed.goals(exact=settings.dtype == "float32")
+    exact = settings.dtype == "float32"
+    goals = crossed.goals(exact=exact)
     names = list(dict.fromkeys(each.model for each in pool))
-    goals.append(seeded(client, pool[0], names, seeds=settings.seeds, connections=connections))
+    among = {"seeds": settings.seeds, "connections": connections}
+    goals.append(seeded(client, pool[0], names, **among, exact=exact))
     # Slots are left for those that ask right after a reload, which else wait for one.
     goals += reloading(
         client, pool[0], spares, reloads=settings.reloads, connections=max(1, connections // 4)
