@@ -16,7 +16,6 @@ from lorakit.attachment.plan import Plan
 from lorakit.config.method_defaults import REFERENCE_WIDTH, defaults_of
 from lorakit.config.train import TrainConfig
 
-
 PREFERENCE_SHARE = 0.1
 """The share of the usual rate that preferences are trained at. TRL's own defaults, for whole
 models, are 1e-6 for DPO and 2e-5 for texts."""
