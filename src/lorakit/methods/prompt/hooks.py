@@ -51,11 +51,11 @@ def watch(model: nn.Module, path: str) -> dict[str, RemovableHandle]:
     found = dict(zip(HOOKS, handles, strict=True))
     if is_encoder_decoder(model):
         encoder = cast(Any, model).get_encoder()
-        handles = (
+        of_encoder = (
             encoder.register_forward_pre_hook(put_in_encoder, with_kwargs=True),
             encoder.register_forward_hook(keep_mask, always_call=True),
         )
-        found |= zip(OF_ENCODER, handles, strict=True)
+        found |= zip(OF_ENCODER, of_encoder, strict=True)
     return found
 
 
