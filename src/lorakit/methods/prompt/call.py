@@ -70,7 +70,7 @@ def begin(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    prepare: Callable[[ModelCall, PromptCall], dict[str, Any] | None],
+    prepare: Callable[[GivenCall, PromptCall], dict[str, Any] | None],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Begin a call: its frame is on top of this thread's, and its arguments are returned.
 
@@ -87,7 +87,7 @@ def begin(
     route: Route | None = getattr(embedding, "adapter_route", None)
     if route is None:
         return None
-    batch = ModelCall(module, embedding, _by_name(module, args, kwargs), route)
+    batch = GivenCall(module, embedding, _by_name(module, args, kwargs), route)
     # Compiled code would keep what it read of one call for all later calls.
     if in_compiled_call():
         if any(batch.tokens(batch.rows)):
@@ -124,7 +124,7 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 @dataclass(frozen=True)
-class ModelCall:
+class GivenCall:
     """One call: the model, and what it is called with."""
 
     model: nn.Module

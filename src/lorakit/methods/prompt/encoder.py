@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorakit.errors import RouteError
 from lorakit.layers.token_positions import TokenPositions
 from lorakit.methods.prompt.call import (
-    ModelCall,
+    GivenCall,
     PromptCall,
     begin,
     call_under_way,
@@ -62,7 +62,7 @@ def keep_mask(encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     setattr(output, NAME, call.mask)
 
 
-def prepare_stacks(batch: ModelCall, call: PromptCall) -> dict[str, Any] | None:
+def prepare_stacks(batch: GivenCall, call: PromptCall) -> dict[str, Any] | None:
     """Note what a call of an encoder-decoder is about, and return its arguments, if others.
 
     Raises:
@@ -81,7 +81,7 @@ def prepare_stacks(batch: ModelCall, call: PromptCall) -> dict[str, Any] | None:
     return changed
 
 
-def _after_encoder(batch: ModelCall, read: Any) -> dict[str, Any] | None:
+def _after_encoder(batch: GivenCall, read: Any) -> dict[str, Any] | None:
     """The arguments of a call whose rows were read, with the mask of all that was read."""
     states, mask = read[0], getattr(read, NAME, None)
     if mask is None:
@@ -96,7 +96,7 @@ def _after_encoder(batch: ModelCall, read: Any) -> dict[str, Any] | None:
     return batch.named | {"attention_mask": mask}
 
 
-def _longer(batch: ModelCall, call: PromptCall) -> dict[str, Any] | None:
+def _longer(batch: GivenCall, call: PromptCall) -> dict[str, Any] | None:
     """Note where virtual tokens are in rows for an encoder; the arguments, if some lack them."""
     named, ids = batch.named, batch.ids
     if ids is None:

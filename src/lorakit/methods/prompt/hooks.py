@@ -19,7 +19,7 @@ from lorakit.layers.route import Route
 from lorakit.layers.token_positions import TokenPositions
 from lorakit.methods.prompt.call import (
     COMPILED,
-    ModelCall,
+    GivenCall,
     PromptCall,
     begin,
     check_context,
@@ -123,7 +123,7 @@ def _for_tokens(found: Any, call: PromptCall, *, is_logits: bool) -> Any:
     return found.gather(1, index.expand(*answers.shape, *found.shape[2:]))
 
 
-def _prepared(batch: ModelCall, call: PromptCall) -> dict[str, Any] | None:
+def _prepared(batch: GivenCall, call: PromptCall) -> dict[str, Any] | None:
     """Note what a call is about, and return its arguments, if they must be others."""
     named, ids, cache = batch.named, batch.ids, batch.named.get("past_key_values")
     if ids is None:
@@ -149,7 +149,7 @@ def _prepared(batch: ModelCall, call: PromptCall) -> dict[str, Any] | None:
 
 
 def _longer(
-    batch: ModelCall, call: PromptCall, tokens: Sequence[VirtualTokens | None]
+    batch: GivenCall, call: PromptCall, tokens: Sequence[VirtualTokens | None]
 ) -> dict[str, Any] | None:
     """The arguments for rows with their virtual tokens; the positions are noted."""
     named, ids = batch.named, cast(Tensor, batch.ids)
