@@ -55,11 +55,20 @@ smollm2 in bfloat16, adapters of rank 8 in float32, 7 rounds; a processor, 2 thr
 lorakit 0.1.0, torch 2.13.0, transformers 5.23.0; commit abc."""
 
 
-@pytest.mark.parametrize("name", ["benchmarks.md", "methods.md", "models.md"])
+@pytest.mark.parametrize("name", [str(page) for page in tables.PAGES])
 def test_the_page_has_the_tables_of_the_committed_results(name):
-    page = (DOCS / name).read_text(encoding="utf-8")
+    page = (DOCS.parent / name).read_text(encoding="utf-8")
     written = rewritten(page, RESULTS)
     assert page == written, "run `python -m lorakit.bench.tables`"
+
+
+def test_the_first_page_has_each_goal_that_the_server_missed():
+    page = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("serve", "soak")]
+    goals = [goal for result in results for goal in result["goals"]]
+    assert f"Of our {len(goals)} [goals]" in page
+    for goal in goals:
+        assert (f"| {goal['what']} " in page) is not goal["met"]
 
 
 @pytest.mark.parametrize("name", ["switch", "load", "mixed", "sweep", "latency"])

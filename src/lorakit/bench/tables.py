@@ -9,11 +9,18 @@ from typing import Any
 
 from lorakit.bench.result import OURS
 
-PAGES = tuple(Path(f"docs/{name}.md") for name in ("benchmarks", "methods", "models", "estimate"))
+PAGES = (
+    Path("README.md"),
+    *(Path(f"docs/{name}.md") for name in ("benchmarks", "methods", "models", "estimate")),
+)
 """The pages of this repository, from its root."""
 RESULTS = Path("benchmarks/results")
 """The folder of the results."""
 NOT_MEASURED = "Not measured yet."
+OTHERS = ("rooms", "paper")
+"""What docs/rooms.py and `lorakit paper` write between such marks."""
+MISSED = {"missed_by_the_server": ("serve", "soak")}
+"""Tables of the goals that were missed: the results which they are of."""
 
 
 def table(result: dict[str, Any]) -> str:
@@ -27,12 +34,22 @@ def table(result: dict[str, Any]) -> str:
 def rewritten(page: str, results: Path) -> str:
     """A page with a fresh table between <!-- NAME --> and <!-- end of NAME -->.
 
-    The table of NAME is that of NAME.json in the folder of results.
+    The table of NAME is that of NAME.json in the folder of results, or one of `MISSED`.
     """
 
+    def result_of(name: str) -> dict[str, Any] | None:
+        file = results / f"{name}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
     def fresh(found: re.Match[str]) -> str:
-        file = results / f"{found['name']}.json"
-        made = table(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        name = found["name"]
+        if name in OTHERS:
+            return found[0]
+        if name in MISSED:
+            made = _missed([each for each in map(result_of, MISSED[name]) if each])
+        else:
+            result = result_of(name)
+            made = table(result) if result else ""
         return f"{found['start']}\n{made or NOT_MEASURED}\n{found['end']}"
 
     marked = r"(?P<start><!-- (?P<name>\w+) -->)\n.*?(?P<end><!-- end of (?P=name) -->)"
@@ -52,18 +69,21 @@ def duration(seconds: float) -> str:
 
 
 def _goals(result: dict[str, Any]) -> str:
-    rows = [
-        (
-            goal["what"],
-            f"at least {_amount(goal['at_least'], goal)}"
-            if "at_least" in goal
-            else f"at most {_amount(goal['at_most'], goal)}",
-            _amount(goal["got"], goal),
-            "yes" if goal["met"] else "no",
-        )
-        for goal in result["goals"]
-    ]
+    rows = [(*_goal(goal), "yes" if goal["met"] else "no") for goal in result["goals"]]
     return _markdown(("goal", "limit", "got", "reached"), rows)
+
+
+def _missed(results: Sequence[dict[str, Any]]) -> str:
+    """The goals of several results that were missed."""
+    goals = [goal for result in results for goal in result["goals"] if not goal["met"]]
+    return _markdown(("missed", "limit", "got"), [_goal(goal) for goal in goals])
+
+
+def _goal(goal: dict[str, Any]) -> tuple[str, str, str]:
+    """What was to be reached, its limit, and what was."""
+    side = "at_least" if "at_least" in goal else "at_most"
+    limit = f"{side.replace('_', ' ')} {_amount(goal[side], goal)}"
+    return goal["what"], limit, _amount(goal["got"], goal)
 
 
 def _amount(value: float, goal: dict[str, Any]) -> str:
