@@ -81,15 +81,8 @@ def load_model(
     asked = os.fspath(name)
     model, tokenizer, info = _read(asked, task, dtype=dtype, **TASKS[task].head_settings(labels))
     _check_and_mark_head(model, info, asked, task, fresh_head=fresh_head)
-    if asked not in PACKAGES and gguf_file(Path(asked).expanduser()) is not None:
-        # The file goes on; its conversion is only on this machine.
-        model._lorakit_file = asked
     if not TASKS[task].reads_images:
-        give_padding_token(tokenizer, asked)
-        _check_vocabulary(model, tokenizer, asked)
-        if task != "generation":
-            # A decoder scores the last token that is not padding, which it looks up by this id.
-            model.config.pad_token_id = tokenizer.pad_token_id
+        _join_tokenizer(model, tokenizer, asked, task)
     way = Quantization.of(quantize, dtype) if isinstance(quantize, str) else quantize
     _take_form(model, way, layer_replication)
     if where is not None:
@@ -102,6 +95,19 @@ def _check_libraries(task: str, quantize: str | Quantization | None) -> None:
         check_library()
     if TASKS[task].reads_images and importlib.util.find_spec("PIL") is None:
         raise MissingExtraError("reading images", "images")
+
+
+def _join_tokenizer(model: Any, tokenizer: Any, asked: str, task: str) -> None:
+    """Have a tokenizer pad, and a model know with what.
+
+    Raises:
+        ModelError: they do not belong together.
+    """
+    give_padding_token(tokenizer, asked)
+    _check_vocabulary(model, tokenizer, asked)
+    if task != "generation":
+        # A decoder scores the last token that is not padding, which it looks up by this id.
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _take_form(
@@ -166,6 +172,9 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
             model, info = auto_class.from_pretrained(
                 source, dtype=getattr(torch, dtype), **safe, **reported, **head
             )
+    if asked not in PACKAGES and gguf_file(Path(asked).expanduser()) is not None:
+        # The file goes on; its conversion is only on this machine.
+        model._lorakit_file = asked
     return model, tokenizer, info
 
 
