@@ -137,9 +137,8 @@ class Asking:
 def everything(llama: str, bert: str, rows: str, root: Path, device: str) -> list[Any]:
     """What all verbs give on a device."""
     file = root / "rows.jsonl"
-    file.write_text("".join(json.dumps({"text": x, "text_pair": x[::-1]}) + "\n" for x in PROMPTS))
-    words = root / "words.jsonl"
-    words.write_text("".join(json.dumps({"tokens": text.split()}) + "\n" for text in PROMPTS))
+    texts = ({"text": text, "text_pair": text[::-1], "words": text.split()} for text in PROMPTS)
+    file.write_text("".join(json.dumps(each) + "\n" for each in texts))
     return [
         *written(llama, rows, root, device),
         *predicted(root, str(file), device),
