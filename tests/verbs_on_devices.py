@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 import lorakit as lk
 from lorakit.cli.main import main as command
 from lorakit.config.serve import ServeConfig
-from lorakit.models import load
+from lorakit.models.device import move
 from lorakit.models.load import load_model
 from lorakit.serving.api.app import build_app
 from lorakit.serving.api.own_engine import OwnEngine
@@ -160,7 +160,6 @@ def main() -> None:
     for name in ("cats", "sizes"):
         shutil.copytree(root / "heads" / name, root / "sorted" / name)
     moved: list[str] = []
-    move = load.move
 
     def noted(model: Any, where: torch.device) -> None:
         move(model, where)
@@ -169,6 +168,6 @@ def main() -> None:
     asked = llama, bert, rows, root
     here = everything(*asked, "cpu")
     pretended = device == "pretended"
-    with pretended_gpu() if pretended else nullcontext(), patch.object(load, "move", noted):
+    with pretended_gpu() if pretended else nullcontext(), patch("lorakit.models.load.move", noted):
         there = everything(*asked, "auto")
     print(json.dumps({"cpu": here, "gpu": there, "devices": sorted(set(moved))}))

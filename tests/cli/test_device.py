@@ -8,7 +8,7 @@ import pytest
 import lorakit as lk
 from lorakit.cli.main import main
 from lorakit.config.serve import ServeConfig
-from lorakit.models import load
+from lorakit.models.device import device_for
 from lorakit.models.load import load_model
 from lorakit.serving.serve import prepared
 from references import attach_random
@@ -45,8 +45,12 @@ def words(tiny_llama, prompt_rows, label_rows, classifier, monkeypatch):
 def chosen(monkeypatch):
     """The words that were given to what chooses a device, which is the CPU."""
     asked = []
-    device_for = load.device_for
-    monkeypatch.setattr(load, "device_for", lambda word: asked.append(word) or device_for("cpu"))
+
+    def on_the_cpu(word):
+        asked.append(word)
+        return device_for("cpu")
+
+    monkeypatch.setattr("lorakit.models.load.device_for", on_the_cpu)
     return asked
 
 
