@@ -9,7 +9,8 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY src src
 RUN pip install --no-cache-dir -c constraints.txt '.[data,gguf,quantized,serve]'
 
-# Whoever runs it: --user "$(id -u):$(id -g)" leaves files that are theirs.
+# Whoever runs it: --user "$(id -u):$(id -g)" leaves files that are theirs, and reads those that
+# only they may read, such as the keys of a server.
 ENV HOME=/tmp HF_HOME=/files/.huggingface
 USER nobody
 WORKDIR /files

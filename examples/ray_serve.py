@@ -1,10 +1,11 @@
 """lorakit under Ray Serve: each replica has the base, and answers with the adapters that it holds.
 
-    pip install '.[serve,ray]'
+    pip install '.[serve,gguf,ray]'
     python examples/ray_serve.py smollm2 out/      # http://127.0.0.1:8000/v1/chat/completions
 
 Ray sends a request to a replica that has its adapter, or has one load it. Each answer says in
-X-Replica which one gave it.
+X-Replica which one gave it. Requests call the base "base", whatever model it is. There are no keys:
+whoever reaches Ray's port may ask, and load and unload adapters.
 """
 
 import asyncio
