@@ -11,7 +11,6 @@ from lorakit.cli.main import main
 pytest.importorskip("uvicorn")
 
 
-@pytest.mark.thorough
 def test_a_tiny_server_goes_through_all_of_it(tiny_llama, capsys):
     words = ["--model", tiny_llama, "--adapters", 3, "--budget", 2, "--pool", 6, "--requests", 40]
     words += ["--connections", 4, "--new-tokens", 3, "--reloads", 6, "--closed", 3]

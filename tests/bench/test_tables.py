@@ -106,6 +106,16 @@ def test_a_table_without_rows_is_left_out():
     assert table(result) == table(RESULT | {"tables": {}})
 
 
+def test_the_last_line_names_the_models_that_were_asked_for():
+    settings = {"model": "tiny", "dtype": "float32", "families": ["minilm", "a/gemma.gguf"]}
+    for found, named in (
+        (settings, "minilm and gemma.gguf"),
+        ({**settings, "families": []}, "tiny"),
+    ):
+        last = table({**RESULT, "settings": found}).splitlines()[-1]
+        assert last.startswith(f"{named} in float32, adapters of rank 2 on all linear layers; ")
+
+
 def test_only_what_is_between_the_marks_is_rewritten(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n<!-- y -->\n<!-- end of y -->\nc\n")

@@ -197,7 +197,8 @@ def test_engines_that_divide_the_model_and_lone_work_are_refused(monkeypatch):
         check_alone("a sweep")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    message = "FSDP and DeepSpeed .*, and lorakit divides a model by shard: base"
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    message = "FSDP and DeepSpeed and Megatron-LM .*, and lorakit divides a model by shard: base"
     with pytest.raises(ConfigError, match=message), together():
         pass
 

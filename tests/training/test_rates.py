@@ -54,6 +54,9 @@ def test_rates_fall_with_the_width_and_say_by_which_rule(tmp_path):
     assert rates == {32: 0.003, 384: 0.003, 576: 0.002, 4096: 0.00028}
     found = rate_of(config, "lora", 4096)
     assert str(found) == "0.00028 (the default of lora on a base of width 4096: 0.002·(576/d))"
+    compared = rate_of(config, "lora", 576, task="preference")
+    assert compared.value == 0.0002
+    assert compared.reason.startswith("for preferences a tenth of 0.002 (the default of lora")
     unknown = rate_of(config, "lora", None)
     assert unknown.value == 0.002
     assert "does not say how wide it is" in unknown.reason

@@ -24,6 +24,7 @@ from lorakit.config.verbs import ChatConfig
 from lorakit.data.batches import generation_batch, pad_token
 from lorakit.data.encode import last_tokens
 from lorakit.kernels.few_rows import few_rows
+from lorakit.models.shape import is_encoder_decoder
 from lorakit.routing.row_parts import names_of_rows, part_of_route
 from lorakit.training.progress import steps
 from lorakit.training.virtual_tokens import longest_row
@@ -84,8 +85,10 @@ def fitted(
             rooms=[max_new_tokens] * len(prompts),
             remarks=(),
         )
-    if getattr(model.config, "is_encoder_decoder", False):
-        return _fitted_to_stacks(prompts, contexts, max_new_tokens=max_new_tokens)
+    if is_encoder_decoder(model):
+        whole = longest_row(model, None)
+        assert whole is not None
+        return _fitted_to_stacks(prompts, contexts, context=whole, max_new_tokens=max_new_tokens)
     start = tokenizer.bos_token_id
     made = []
     for prompt, context in zip(prompts, contexts, strict=True):
@@ -109,11 +112,21 @@ def fitted(
 
 
 def _fitted_to_stacks(
-    prompts: Sequence[Sequence[int]], contexts: Sequence[int], *, max_new_tokens: int
+    prompts: Sequence[Sequence[int]],
+    contexts: Sequence[int],
+    *,
+    context: int,
+    max_new_tokens: int,
 ) -> Fitted:
     """Prompts for an encoder, and the room of answers in a decoder of the same context.
 
     As in training, a prompt that is too long loses its end, but for its last token.
+
+    Args:
+        prompts: token ids.
+        contexts: the most tokens of each prompt.
+        context: the most tokens that the model reads, and writes.
+        max_new_tokens: of an answer.
     """
     pairs = list(zip(prompts, contexts, strict=True))
     made = [[*prompt[: room - 1], *prompt[-1:]] for prompt, room in pairs]
@@ -124,8 +137,8 @@ def _fitted_to_stacks(
     cut = sum(len(own) < len(prompt) for own, prompt in zip(made, prompts, strict=True))
     size = f"in the model's context of {min(contexts):,} tokens"
     remarks = (f"{cut:,} of {len(made):,} prompts have no room {size} and were cut",) if cut else ()
-    # The decoder's start token takes up a place.
-    rooms = [min(max_new_tokens, room - 1) for room in contexts]
+    # The decoder's start token takes up a place, and no virtual tokens do.
+    rooms = [min(max_new_tokens, context - 1)] * len(made)
     return Fitted(prompts=made, rooms=rooms, remarks=remarks)
 
 

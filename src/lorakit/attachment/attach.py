@@ -37,7 +37,7 @@ from lorakit.methods.lora.eva import input_singular_vectors
 from lorakit.methods.lora.experts import low_ranks_of
 from lorakit.methods.lora.lora import parameter_shapes
 from lorakit.methods.lora.pissa import join_frozen_factors
-from lorakit.methods.prompt.hooks import HOOKS, watch
+from lorakit.methods.prompt.hooks import HOOKS, OF_ENCODER, watch
 from lorakit.models.base import base_modules, base_parameters, unwrapped
 from lorakit.models.roles import shared_inputs, task_heads
 
@@ -304,7 +304,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         restore(state.layers.pop(number))
     kept = (update for each in state.adapters.values() for update in each.updates.values())
     if not any(update.virtual_tokens for update in kept):
-        for each in HOOKS:
+        for each in (*HOOKS, *OF_ENCODER):
             if each in state.hooks:
                 state.hooks.pop(each).remove()
     if not state.adapters:

@@ -139,7 +139,9 @@ def _where(result: dict[str, Any]) -> str:
     settings, hardware, versions = (result[key] for key in ("settings", "hardware", "versions"))
     names = ("lorakit", "torch", "transformers", "peft")
     libraries = ", ".join(f"{name} {versions[name]}" for name in names if versions[name])
-    what = f"{Path(settings['model']).name} in {settings['dtype']}, " if "model" in settings else ""
+    models = settings.get("families") or ([settings["model"]] if "model" in settings else [])
+    what = " and ".join(Path(each).name for each in models)
+    what = f"{what} in {settings['dtype']}, " if what else ""
     return (
         f"{what}{_how(settings)}; "
         f"{hardware['processor']}, {hardware['threads']} threads; {libraries}; "

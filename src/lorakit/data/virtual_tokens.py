@@ -20,8 +20,8 @@ class VirtualTokens:
     infix: int
     """The number of virtual tokens right after the prompt."""
     causal: bool
-    """Whether attention is causal. Where it is not, as in BERT, the prefix follows the first token,
-    which a classifier reads."""
+    """Whether attention is causal, or the row an encoder's for a decoder. Where neither is, as in
+    BERT, the prefix follows the first token, which a classifier reads."""
 
     def __len__(self) -> int:
         return self.prefix + self.infix
@@ -50,10 +50,12 @@ class VirtualTokens:
         tokens.
         """
         ids, labels, types = example.input_ids, example.labels, example.token_type_ids
-        predicts = isinstance(labels, list) and example.predicts_next
+        # Of an encoder-decoder the labels are the decoder's tokens.
+        own = isinstance(labels, list) and example.decoder_input_ids is None
+        predicts = own and example.predicts_next
         prompt = prompt_length(labels) if isinstance(labels, list) and predicts else len(ids)
         order = self.order(len(ids), prompt)
-        if isinstance(labels, list):
+        if isinstance(labels, list) and own:
             given = [IGNORED, *labels[1:]] if predicts else labels
             labels = [IGNORED if at < 0 else given[at] for at in order]
         if isinstance(labels, TokenSpan):

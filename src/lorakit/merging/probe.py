@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError, MergeError
 from lorakit.models.base import has_compiled_parts
 from lorakit.models.roles import input_embedding
+from lorakit.models.shape import is_encoder_decoder
 
 TOKENS = 16
 """Token ids in a row; fewer for a model with fewer than twice as many positions."""
@@ -95,14 +96,12 @@ def _candidates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     if weight is None:
         return
     ids, inputs = _token_ids(model, weight.device), list(_signals(model, weight))
-    config = getattr(model, "config", None)
-    decodes = getattr(config, "is_encoder_decoder", False)
     main = getattr(model, "main_input_name", "input_ids")
     inputs.sort(key=lambda each: each[0] != main)
     text = {} if ids is None else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     decoded = {} if ids is None else {"decoder_input_ids": ids}
     if text and main == "input_ids":
-        yield text | (decoded if decodes else {})
+        yield text | (decoded if is_encoder_decoder(model) else {})
     for name, values in inputs:
         yield {name: values}
         if decoded:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.attention import attention_within, takes_attention_functions
+from lorakit.models.shape import is_encoder_decoder
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -99,7 +100,7 @@ def _probe(base: nn.Module, head: nn.Module, rows: int) -> tuple[list[Tensor], T
 
     ids = torch.zeros(rows, 1, dtype=torch.long, device=next(base.parameters()).device)
     names = ["input_ids"]
-    if getattr(base.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(base):
         names.append("decoder_input_ids")
     training = [module for module in base.modules() if module.training]
     hook = head.register_forward_hook(replace)

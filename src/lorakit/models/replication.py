@@ -15,6 +15,7 @@ from lorakit.models.identity import identify
 from lorakit.models.paths import outermost
 from lorakit.models.quantized import original_identity
 from lorakit.models.roles import task_heads
+from lorakit.models.shape import is_encoder_decoder
 
 
 def replicate_layers(model: nn.Module, order: str) -> None:
@@ -93,7 +94,7 @@ def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count
     }
     found = outermost(list(lists))
-    stacks = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    stacks = is_encoder_decoder(model)
     if len(found) != 1 or stacks:
         raise ModelError(
             f"layer_replication is for a model with one stack of blocks, and {type(model).__name__}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +13,7 @@ from lorakit.models.experts import ExpertMatrices, expert_matrices
 from lorakit.models.families import Family, RowSplit, family_name, family_of
 from lorakit.models.multihead import IN_PROJ, OUT_PROJ, is_multihead
 from lorakit.models.paths import ends_with, is_within
+from lorakit.models.shape import is_encoder_decoder
 
 EXPERT_ROLES = ("experts.gate", "experts.up", "experts.down")
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head", *EXPERT_ROLES)
@@ -134,6 +135,12 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
     return _embedding(model, "get_input_embeddings")
 
 
+def row_embedding(model: nn.Module) -> nn.Module | None:
+    """The module in which a row's tokens are looked up: of an encoder-decoder, its encoder's."""
+    reader = cast(Any, model).get_encoder() if is_encoder_decoder(model) else model
+    return input_embedding(reader)
+
+
 def task_heads(model: nn.Module) -> tuple[str, ...]:
     """The paths of the modules that a task put on top of a pre-trained backbone.
 
@@ -154,7 +161,7 @@ def _backbone(model: nn.Module) -> list[nn.Module]:
     """The children that hold the pre-trained model; none if `model` itself is bare."""
     prefix = getattr(model, "base_model_prefix", "")
     names = [prefix] if hasattr(model, prefix) else []
-    if not names and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not names and is_encoder_decoder(model):
         # T5ForQuestionAnswering has no module around its two stacks.
         names = ["shared", "encoder", "decoder"]
     return [child for name, child in model.named_children() if name in names]
@@ -174,7 +181,7 @@ def never_called(model: nn.Module) -> dict[str, tuple[str, ...]]:
     The `shared` of T5, BART and their kin is what get_input_embeddings() gives; each stack looks
     its tokens up in an embedding of its own, tied to that one.
     """
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not is_encoder_decoder(model):
         return {}
     inputs = input_embedding(model)
     ends = ("encoder.embed_tokens", "decoder.embed_tokens")

@@ -52,15 +52,20 @@ def is_causal(model: nn.Module) -> bool:
     return any(getattr(module, "is_causal", False) for module in model.modules())
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has a stack that reads and another one that writes."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def decoder_start(model: nn.Module) -> int | None:
     """The token that the decoder of an encoder-decoder begins with; None: it is no such model.
 
     Raises:
         ModelError: it does not say which.
     """
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
+    if not is_encoder_decoder(model):
         return None
+    config: Any = model.config
     generation = getattr(model, "generation_config", None)
     for own in (config, generation):
         start = getattr(own, "decoder_start_token_id", None)

@@ -159,7 +159,7 @@ def prepare_all(
             model=model,
             tokenizer=tokenizer,
             plan=plans[name],
-            rates=rates_by_method(config, plans[name], hidden_size(model)),
+            rates=rates_by_method(config, plans[name], hidden_size(model), task=task),
             training=training,
             validation=validation,
             steps=steps[name],

@@ -16,6 +16,10 @@ from lorakit.attachment.plan import Plan
 from lorakit.config.method_defaults import REFERENCE_WIDTH, defaults_of
 from lorakit.config.train import TrainConfig
 
+PREFERENCE_SHARE = 0.1
+"""The share of the usual rate that preferences are trained at. TRL's own defaults, for whole
+models, are 1e-6 for DPO and 2e-5 for texts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
@@ -29,21 +33,31 @@ class Rate:
         return f"{self.value:g} ({self.reason})"
 
 
-def rates_by_method(config: TrainConfig, plan: Plan, width: int | None) -> dict[str, Rate]:
+def rates_by_method(
+    config: TrainConfig, plan: Plan, width: int | None, *, task: str = "generation"
+) -> dict[str, Rate]:
     """The peak learning rate of each method that an adapter has tensors of.
 
     Args:
         config: the settings.
         plan: what is trained.
         width: the width of the base, where it is known.
+        task: what it is trained for.
     """
-    return {method: rate_of(config, method, width) for method in sorted(set(plan.methods.values()))}
+    methods = sorted(set(plan.methods.values()))
+    return {method: rate_of(config, method, width, task=task) for method in methods}
 
 
-def rate_of(config: TrainConfig, method: str, width: int | None) -> Rate:
+def rate_of(
+    config: TrainConfig, method: str, width: int | None, *, task: str = "generation"
+) -> Rate:
     """The peak learning rate of a method: that of the settings, else by the rule."""
     if config.learning_rate is not None:
         return Rate(value=config.learning_rate, reason="as set")
+    if task == "preference":
+        usual = rate_of(config, method, width)
+        value = float(f"{usual.value * PREFERENCE_SHARE:.2g}")
+        return Rate(value=value, reason=f"for preferences a tenth of {usual}")
     own = defaults_of(method, config.lora)
     if width is None:
         reason = f"the default of {method}; the base does not say how wide it is"

@@ -278,7 +278,6 @@ def adapter_of_lora(adapter):
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("t5", {}, "encoder and a decoder"),
         ("vit", {}, "no embedding of tokens"),
         ("llama", {"prefix": 30, "infix": 8}, r"38 tokens.*context of 32"),
         ("llama", {"blocks": ("*.nowhere.*",), "every_layer": True}, "names no module"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorakit.config.methods import PrefixConfig
 from lorakit.layers.adapted_layer import AdaptedLayer, adapted_layers
 from lorakit.layers.route import Frame
+from lorakit.models.shape import is_encoder_decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,10 @@ def outputs(model: nn.Module, tokens: Tensor, paths: Sequence[str]) -> dict[str,
             handle = model.get_submodule(path).register_forward_hook(note(path))
             stack.callback(handle.remove)
         stack.enter_context(_as_the_base(model))
-        model(input_ids=tokens[None], attention_mask=torch.ones_like(tokens[None]))
+        reader: Any = model
+        if is_encoder_decoder(model):
+            reader = reader.get_encoder()
+        reader(input_ids=tokens[None], attention_mask=torch.ones_like(tokens[None]))
     return found
 
 

@@ -25,7 +25,9 @@ from lorakit.methods.prompt.init import Start
 from lorakit.models.base import base_modules
 from lorakit.models.blocks import blocks, named_modules
 from lorakit.models.families import family_name
-from lorakit.models.shape import context_length, hidden_size, is_causal
+from lorakit.models.paths import is_within
+from lorakit.models.roles import row_embedding
+from lorakit.models.shape import context_length, hidden_size, is_causal, is_encoder_decoder
 
 
 def components(model: nn.Module, config: PrefixConfig) -> tuple[Component, ...]:
@@ -35,15 +37,15 @@ def components(model: nn.Module, config: PrefixConfig) -> tuple[Component, ...]:
     last of these tokens is what predicts the answer.
 
     Raises:
-        TargetError: the model has no embedding of tokens or both an encoder and a decoder, its
-            blocks are not known, or its context has no room for so many tokens.
+        TargetError: the model has no embedding of tokens, its blocks are not known, its context has
+            no room for so many tokens, or it is an encoder-decoder that does not write.
     """
     path, embedding = input_embedding(model)
     tokens = VirtualTokens(
         first=embedding.num_embeddings,
         prefix=config.prefix,
         infix=config.infix,
-        causal=is_causal(model),
+        causal=is_encoder_decoder(model) or is_causal(model),
     )
     _check_room(model, tokens)
     behind = _replaced_blocks(model, config) if config.every_layer else ()
@@ -69,19 +71,18 @@ def components(model: nn.Module, config: PrefixConfig) -> tuple[Component, ...]:
 
 
 def input_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
-    """The path and the module of a model's input embedding.
+    """The path and the module of the embedding that rows are looked up in.
 
     Raises:
-        TargetError: it has none, or one for its encoder and one for its decoder.
+        TargetError: there is none, or an encoder-decoder does not write.
     """
     name = family_name(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model) and not cast(Any, model).can_generate():
         raise TargetError(
-            f"{name} has an encoder and a decoder: transformers' generate calls the encoder by"
-            " itself, past the model's own call, which is where virtual tokens are put into rows"
+            f"{name} has an encoder and a decoder, and {type(model).__name__} gives the decoder the"
+            " encoder's row, whose virtual tokens are none of the decoder's"
         )
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if getter is not None else None
+    embedding = row_embedding(model)
     for path, module in base_modules(model):
         if module is embedding and isinstance(module, nn.Embedding):
             return path, module
@@ -106,9 +107,14 @@ def _replaced_blocks(model: nn.Module, config: PrefixConfig) -> tuple[str, ...]:
     if config.blocks:
         return named_modules(model, config.blocks, what="prefix.blocks")[:-1]
     try:
-        return tuple(block.path for block in blocks(model))[:-1]
+        found = tuple(block.path for block in blocks(model))
     except TargetError as error:
         raise TargetError(f"{error}: name them in order with prefix.blocks") from None
+    if is_encoder_decoder(model):
+        encoder = cast(Any, model).get_encoder()
+        inside = [path for path, module in base_modules(model) if module is encoder]
+        found = tuple(path for path in found if is_within(path, inside))
+    return found[:-1]
 
 
 def _width(model: nn.Module) -> int:
