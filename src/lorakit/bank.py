@@ -198,6 +198,11 @@ class AdapterBank:
         self._entry(name).pinned = False
 
     @property
+    def pinned(self) -> tuple[str, ...]:
+        """The adapters that stay in memory, whatever the budget needs."""
+        return tuple(name for name, entry in list(self._entries.items()) if entry.pinned)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Every adapter that a route may name, resident or not."""
         self._notice()

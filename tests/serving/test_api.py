@@ -131,7 +131,9 @@ def test_health_version_and_metrics(server):
         'vllm:request_success_total{finished_reason="length",model_name="tiny"}',
         'vllm:time_to_first_token_seconds_bucket{le="0.01",model_name="tiny"}',
         'vllm:lora_requests_info{max_lora="4",running_lora_adapters="",waiting_lora_adapters=""}',
-        'lora_adapter_loaded{adapter_name="small",level="memory"} 1.0',
+        'lora_adapter_loaded{adapter_name="small",level="memory",pinned="false",rank="2"} 1.0',
+        'lora_adapter_loaded{adapter_name="wide",level="memory",pinned="false",rank="7"} 1.0',
+        f'lora_adapter_bytes{{adapter_name="wide"}} {server.catalog.bank.size_bytes("wide"):.1f}',
         'lora_requests_total{adapter_name="small",model_name="tiny"}',
     ):
         assert line in text

@@ -151,7 +151,7 @@ def test_requests_are_spread_and_counted(front, upstreams):
     text = front.client.get("/metrics").text
     for line in (
         f'lora_upstream_up{{upstream="{upstreams[0].url}"}} 1.0',
-        'lora_adapter_loaded{adapter_name="small",level="memory"} 1.0',
+        'lora_adapter_loaded{adapter_name="small",level="memory",pinned="false",rank="2"} 1.0',
         'vllm:request_success_total{finished_reason="length",model_name="tiny"}',
         'lora_generation_tokens_total{adapter_name="small",model_name="tiny"}',
     ):

@@ -71,3 +71,40 @@ def test_a_minute_goes_by():
     with pytest.raises(RefusalError, match="2 requests a minute") as told:
         rights.count_request(91.0)
     assert told.value.retry_after_s == 30
+
+
+def test_a_key_sees_no_adapters_but_those_that_it_may_ask(words, folder, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("boss\nguest adapters=small,gone load=no\n")
+    server = Server(words, folder, Policy(keys=Keys.read(file)))
+    server.catalog.unload("small")
+
+    def get(path, key):
+        return server.client.get(path, headers={"Authorization": f"Bearer {key}"}).json()
+
+    for key, loaded, left, loads in (
+        ("boss", ["wide"], ["small"], True),
+        ("guest", [], ["small"], False),
+    ):
+        assert [card["id"] for card in get("/v1/models", key)["data"]] == ["tiny", *loaded]
+        told = get("/v1/adapters", key)
+        assert [each["name"] for each in told["data"]] == loaded
+        assert (told["not_loaded"], told["loads"]) == (left, loads)
+    server.catalog.load("small", "small")
+    assert [card["id"] for card in get("/v1/models", "guest")["data"]] == ["tiny", "small"]
+    assert [each["name"] for each in get("/v1/adapters", "guest")["data"]] == ["small"]
+    # Nor does an error name others, or tell whether there are any.
+    for name in ("wide", "nobody"):
+        refused = server.client.post(
+            "/v1/completions",
+            json=DEFAULTS | {"prompt": "red", "model": name},
+            headers={"Authorization": "Bearer guest"},
+        )
+        assert refused.status_code == 403
+        assert refused.json()["error"]["message"] == (
+            f"this key may not ask {name}; it may ask the base, gone, small"
+        )
+    unknown = get("/v1/models/gone", "guest")["error"]
+    assert (unknown["code"], "small" in unknown["message"]) == (404, True)
+    assert "wide" not in unknown["message"]
+    server.engine.close()

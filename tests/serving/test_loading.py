@@ -144,3 +144,55 @@ def test_an_adapters_own_template_and_way_of_asking_are_used(words, folder, tmp_
     two = [{"role": r, "content": "red"} for r in ("system", "user")]
     assert "knows no conversations" in server.chat(model="prompted", messages=two).text
     server.engine.close()
+
+
+def test_a_combination_is_asked_as_all_its_adapters_were_trained(words, folder, tmp_path):
+    import dataclasses
+
+    ends = {"rows_kind": "prompt", "data": {"separator": " fish"}}
+    talks = {"chat_template": "{{ messages[0].content }} dog", "rows_kind": "messages"}
+    cards = {
+        "one": ends,
+        "two": ends,
+        "other": ends | {"data": {"separator": " bird"}},
+        "silent": {},
+        "talks": talks,
+        "talks-too": talks,
+        "plain": {"rows_kind": "messages"},
+    }
+    for seed, (name, card) in enumerate(cards.items()):
+        adapter = lk.Adapter.load(folder / ("small", "wide")[seed % 2])
+        dataclasses.replace(adapter, card=card).save(tmp_path / name)
+    server = Server(words, tmp_path)
+
+    def combined(*names):
+        return {"adapters": [{"name": name, "weight": 0.6} for name in names], "model": ""}
+
+    for names in (("one", "two"), ("one", "silent")):
+        asked = ids_of(server, "red cat fish")
+        alone = server.alone(dict.fromkeys(names, 0.6), asked)
+        for found in (server.complete(**combined(*names)), server.chat(**combined(*names))):
+            assert found.json()["usage"]["prompt_tokens"] == len(asked)
+        text = server.complete(**combined(*names)).json()["choices"][0]["text"]
+        assert text == alone
+    two = [{"role": r, "content": "red"} for r in ("system", "user")]
+    refused = server.chat(messages=two, **combined("one", "two"))
+    assert "one, two were trained on prompts, and know no conversations" in refused.text
+    found = server.chat("red", **combined("talks", "talks-too", "silent")).json()
+    assert found["usage"]["prompt_tokens"] == len(ids_of(server, "red dog"))
+    for names, ways in (
+        (("one", "other"), "prompts that end with ' fish'; prompts that end with ' bird'"),
+        (("one", "talks"), "prompts that end with ' fish'; the chat template '{{ mess"),
+        (("plain", "talks"), "the base's chat template; the chat template '{{ mess"),
+    ):
+        refused = server.chat("red", **combined(*names))
+        assert refused.status_code == refused.json()["error"]["code"] == 400
+        assert (
+            f"{', '.join(names)} were not trained alike ({ways}"
+            in (refused.json()["error"]["message"])
+        )
+    # No template is needed to go on with a text, and none of this for tokens.
+    assert server.complete("red", **combined("plain", "talks")).status_code == 200
+    assert server.complete("red", **combined("one", "talks")).status_code == 400
+    assert server.complete([5, 6], **combined("one", "talks")).status_code == 200
+    server.engine.close()

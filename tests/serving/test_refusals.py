@@ -112,14 +112,29 @@ def test_lenient_servers_ignore_unknown_fields(words, folder):
 
 
 def test_a_full_queue_is_429(words, folder):
-    server = Server(words, folder, slots=1, waiting_requests=1)
-    response = server.complete(prompt=["red", "cat", "old"])
-    assert response.status_code == response.json()["error"]["code"] == 429
-    assert response.headers["retry-after"] == "1"
+    server = Server(words, folder, slots=1, waiting_requests=2)
     with server.engine.queue.reserved(1):
+        response = server.complete(prompt=["red", "cat"])
+        assert response.status_code == response.json()["error"]["code"] == 429
+        assert response.headers["retry-after"] == "1"
+    with server.engine.queue.reserved(2):
         # The body is not even read, in which something is wrong.
         assert server.complete(temprature=1).status_code == 429
     assert server.complete(temprature=1).status_code == 400
+    server.engine.close()
+
+
+def test_more_answers_than_may_ever_wait_are_400(words, folder):
+    server = Server(words, folder, slots=4, waiting_requests=3)
+    assert server.complete(prompt=["red", "cat", "old"]).status_code == 200
+    many = [server.complete(prompt=["red", "cat"], n=2), server.chat("red", n=4)]
+    for response in many:
+        assert response.status_code == response.json()["error"]["code"] == 400
+        assert "retry-after" not in response.headers
+        assert (
+            "are 4 answers, and no more than 3 requests may wait (the server's waiting_req"
+            in (response.json()["error"]["message"])
+        )
     server.engine.close()
 
 

@@ -121,6 +121,7 @@ class Adapter(AdapterContent):
         task: str | None = None,
         labels: Sequence[str] | None = None,
         quantize: str = "as-trained",
+        device: str | None = None,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base that it was trained on, loaded for its task, and its tokenizer.
 
@@ -130,9 +131,11 @@ class Adapter(AdapterContent):
             task: what the base does. None: what the adapter was trained for, else generation.
             labels: names of the classes. None: those of its training.
             quantize: how the base holds its weights: as-trained, none (in `dtype`), 4bit or 8bit.
+            device: what it computes on, as in `lk.load_model`; None: the CPU.
 
         Raises:
             AdapterFileError: it names no base, or has a card that training does not write.
+            ConfigError: the device is none of these words, or cuda where torch sees no GPU.
             ModelError: the base cannot be found or loaded.
             MissingExtraError: the base is quantised, and the library for it is not installed.
         """
@@ -154,6 +157,7 @@ class Adapter(AdapterContent):
             quantize=how,
             fresh_head=bool(self.copied_modules) and _has_other_head(name, task, labels),
             layer_replication=self.lora.layer_replication if self.lora else None,
+            device=device,
         )
 
     @staticmethod

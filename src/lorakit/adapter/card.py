@@ -57,6 +57,11 @@ class TrainedUse(BaseModel):
             ) from None
 
     @property
+    def says_how(self) -> bool:
+        """Whether it says how the adapter is asked."""
+        return self.rows_kind is not None or self.chat_template is not None
+
+    @property
     def as_messages(self) -> bool:
         """Whether prompts go through the chat template: PEFT's files tell it only by having one."""
         if self.rows_kind is None:

@@ -131,7 +131,12 @@ def _fill(bank: AdapterBank, model: PreTrainedModel, base: str, readers: Sequenc
 def _model(
     config: PredictConfig, base: str, first: Reader
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    how: dict[str, Any] = {"dtype": config.dtype, "task": first.task, "labels": first.labels}
+    how: dict[str, Any] = {
+        "dtype": config.dtype,
+        "task": first.task,
+        "labels": first.labels,
+        "device": config.device,
+    }
     if first.adapter is not None:
         return first.adapter.load_base(base, quantize=config.quantize, **how)
     way = None if config.quantize in ("none", "as-trained") else config.quantize

@@ -85,6 +85,7 @@ def open_model(
     task: str | None = None,
     data: DataConfig | None = None,
     quantize: str = "as-trained",
+    device: str | None = None,
     allow_other_base: bool = False,
 ) -> Opened:
     """A base with an adapter attached, or the base alone.
@@ -97,10 +98,11 @@ def open_model(
         data: what differs from the adapter's training in how rows are read.
         quantize: how the base holds its weights: as-trained (as the adapter's card says; without an
             adapter, in `dtype`), none (in `dtype`), 4bit or 8bit.
+        device: what both compute on, as in `load_model`; None: the CPU.
         allow_other_base: accept a base with other weights.
 
     Raises:
-        ConfigError: neither an adapter nor a model is given.
+        ConfigError: neither an adapter nor a model is given, or the device is not there.
         AdapterFileError: the adapter's files are unusable, name no base, or do not fit it.
         ModelError: the base cannot be found, or has no head for the task.
         MissingExtraError: the base is to be quantised, and the library for it is not installed.
@@ -118,13 +120,12 @@ def open_model(
     task = task or use.task or own_task(base)
     merged = _data(use, data)
     labels = _classes(base, use, merged, task) if has_classes(task) else None
+    how: dict[str, Any] = {"dtype": dtype, "task": task, "labels": labels, "device": device}
     if adapter is not None:
-        loaded, tokenizer = adapter.load_base(
-            base, dtype=dtype, task=task, labels=labels, quantize=quantize
-        )
+        loaded, tokenizer = adapter.load_base(base, quantize=quantize, **how)
     else:
         way = None if quantize in ("none", "as-trained") else quantize
-        loaded, tokenizer = load_model(base, dtype=dtype, task=task, labels=labels, quantize=way)
+        loaded, tokenizer = load_model(base, quantize=way, **how)
     check_head(loaded, adapter, base, task)
     if adapter is not None:
         attach(loaded, adapter, allow_other_base=allow_other_base)
@@ -172,6 +173,7 @@ def opened_model(
         task=task,
         data=data,
         quantize=config.quantize,
+        device=config.device,
         allow_other_base=other_base,
     )
 
@@ -207,7 +209,7 @@ def _borrowed(
             model.train(training)
 
 
-LOADING = ("dtype", "quantize", "double_quantization")
+LOADING = ("dtype", "quantize", "double_quantization", "device")
 """The settings that say how a base is loaded."""
 
 

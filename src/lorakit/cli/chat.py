@@ -50,6 +50,7 @@ def run(settings: ChatConfig) -> Result:
         model=settings.model,
         dtype=settings.dtype,
         quantize=settings.quantize,
+        device=settings.device,
         allow_other_base=settings.allow_other_base,
     )
     chat = Chat(settings, opened)

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from lorakit.config.base import AdapterPlace, DType, HeldIn, Names, PositiveInt, Settings
+from lorakit.config.base import AdapterPlace, Device, DType, HeldIn, Names, PositiveInt, Settings
 from lorakit.config.idle import changed
 from lorakit.config.marks import Escapes
 from lorakit.config.rows import TaskName
@@ -73,6 +73,9 @@ class GenerateConfig(Settings):
     """How the base's linear layers are held: as-trained (as in the adapter's training), none (in
     `dtype`), 4bit or 8bit."""
 
+    device: Device = "auto"
+    """What the model computes on: cpu, cuda, or auto (a GPU where torch sees one, else the CPU)."""
+
     allow_other_base: bool = False
     """Accept a base with other weights than the adapter was trained on."""
 
@@ -119,6 +122,9 @@ class EvaluateConfig(Settings):
     quantize: HeldIn = "as-trained"
     """How the base's linear layers are held: as-trained (as in the adapter's training), none (in
     `dtype`), 4bit or 8bit."""
+
+    device: Device = "auto"
+    """What the model computes on: cpu, cuda, or auto (a GPU where torch sees one, else the CPU)."""
 
     batch_size: PositiveInt = 16
     """Sequences at once: rows, or beams of several rows."""
@@ -191,6 +197,9 @@ class PredictConfig(Settings):
     quantize: HeldIn = "as-trained"
     """How the base's linear layers are held: as-trained (as in the first adapter's training), none
     (in `dtype`), 4bit or 8bit."""
+
+    device: Device = "auto"
+    """What the model computes on: cpu, cuda, or auto (a GPU where torch sees one, else the CPU)."""
 
     allow_other_base: bool = False
     """Accept a base with other weights than the adapters were trained on."""

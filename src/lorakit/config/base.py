@@ -19,6 +19,8 @@ from lorakit.config.fields import Key, meant, types_of, types_within
 from lorakit.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+"""What a model computes on. auto: a GPU where torch sees one, else the CPU."""
 HeldIn = Literal["as-trained", "none", "4bit", "8bit"]
 """The precision of a base's weights in memory: that in which an adapter was trained, the base's
 `dtype`, or few bits."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, cast
 
 from pydantic import BeforeValidator, Field
 
-from lorakit.config.base import AnyPath, PositiveFloat, PositiveInt, Settings, Topic
+from lorakit.config.base import AnyPath, Device, PositiveFloat, PositiveInt, Settings, Topic
 from lorakit.config.marks import Invocation
 from lorakit.config.train import TrainConfig
 
@@ -87,8 +87,8 @@ class EstimateConfig(TrainConfig):
     """Tokens of each row, all of them targets, in place of rows that are read. None: the longest
     rows of data.train; without these, data.max_length."""
 
-    device: Invocation[Literal["auto", "cpu", "cuda"]] = "auto"
-    """What it would run on. auto: the GPU if there is one here, else the CPU."""
+    device: Invocation[Device] = "auto"
+    """What it would run on: cpu, cuda, or auto (a GPU where torch sees one, else the CPU)."""
 
     processes: Invocation[PositiveInt] = 1
     """Processes that train together, each with its share of every batch; figures are of one."""

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lorakit.config.base import DType, HeldIn, Names, PositiveInt, Settings
+from lorakit.config.base import Device, DType, HeldIn, Names, PositiveInt, Settings
 
 
 class ServeConfig(Settings):
@@ -40,6 +40,9 @@ class ServeConfig(Settings):
     quantize: HeldIn = "none"
     """How the base's linear layers are held: none (in `dtype`), 4bit or 8bit; as-trained (as in the
     training of the one adapter in `adapters`)."""
+
+    device: Device = "auto"
+    """What the model computes on: cpu, cuda, or auto (a GPU where torch sees one, else the CPU)."""
 
     allow_other_base: bool = False
     """Accept adapters that were trained on a base with other weights."""
@@ -131,6 +134,7 @@ OF_THE_MODEL = {
     "dtype",
     "adapter_dtype",
     "quantize",
+    "device",
     "allow_other_base",
     "slots",
     "compile",

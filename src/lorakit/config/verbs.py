@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 
 from lorakit.config.base import (
     AdapterPlace,
+    Device,
     DType,
     HeldIn,
     Names,
@@ -310,6 +311,9 @@ class ChatConfig(Settings):
     quantize: HeldIn = "as-trained"
     """How the base's linear layers are held: as-trained (as in the first adapter's training), none
     (in `dtype`), 4bit or 8bit."""
+
+    device: Device = "auto"
+    """What the model computes on: cpu, cuda, or auto (a GPU where torch sees one, else the CPU)."""
 
     allow_other_base: bool = False
     """Accept a base with other weights than the adapters were trained on."""

@@ -115,8 +115,9 @@ class FewRows(TorchFunctionMode):
         name = self._chosen.get((weight.shape[0], weight.shape[-1]))
         # What is traced has no values, and what it becomes is for the compiler to say.
         is_other = name is None or (name == "onednn" and type(x) is not Tensor)
-        are_floats = x.dtype == weight.dtype == torch.float32
-        return None if is_other or not are_floats else WAYS[str(name)]
+        # A model may have been moved to a GPU after its shapes were timed.
+        are_timed = x.is_cpu and x.dtype == weight.dtype == torch.float32
+        return None if is_other or not are_timed else WAYS[str(name)]
 
 
 def _timed_rows(rows: int) -> int:

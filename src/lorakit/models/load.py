@@ -15,6 +15,7 @@ from torch import nn
 
 from lorakit.config.base import DType
 from lorakit.errors import MissingExtraError, ModelError
+from lorakit.models.device import device_for, move
 from lorakit.models.image_processor import ImageProcessor
 from lorakit.models.packaged import PACKAGES, packaged_name
 from lorakit.models.quantized import WAYS, Quantization, check_library, convert_quantized
@@ -37,6 +38,7 @@ def load_model(
     quantize: str | Quantization | None = None,
     fresh_head: bool = False,
     layer_replication: str | None = None,
+    device: str | None = None,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """A base model in eval mode, and its tokenizer, which has a padding token.
 
@@ -58,10 +60,13 @@ def load_model(
             inputs, `dtype`. None: hold them in `dtype`.
         fresh_head: leave out the head that the checkpoint has, which may be for other classes.
         layer_replication: blocks in the order in which they are run, as in `lk.replicate_layers`.
+        device: What it computes on: cpu, cuda, or auto (a GPU where torch sees one, else the CPU).
+            None: the CPU; `model.to` moves it, before adapters are attached or after.
 
     Raises:
-        ModelError: the model cannot be found, read or used for the task, not be quantised, or its
-            blocks not be repeated.
+        ConfigError: the device is another word, or cuda where torch sees no GPU.
+        ModelError: the model cannot be found, read or used for the task, not be quantised, its
+            blocks not be repeated, or the device has no room for it.
         MissingExtraError: smollm2 or a GGUF file is to be unpacked without the `gguf` extra, a
             model to be quantised without `quantized`, or images to be read without `images`.
 
@@ -72,21 +77,16 @@ def load_model(
     """
     _check_arguments(dtype, task, labels, quantize)
     _check_libraries(task, quantize)
+    where = None if device is None else device_for(device)
     asked = os.fspath(name)
     model, tokenizer, info = _read(asked, task, dtype=dtype, **TASKS[task].head_settings(labels))
     _check_and_mark_head(model, info, asked, task, fresh_head=fresh_head)
-    if asked not in PACKAGES and gguf_file(Path(asked).expanduser()) is not None:
-        # The file goes on; its conversion is only on this machine.
-        model._lorakit_file = asked
     if not TASKS[task].reads_images:
-        give_padding_token(tokenizer, asked)
-        _check_vocabulary(model, tokenizer, asked)
-        if task != "generation":
-            # A decoder scores the last token that is not padding, which it looks up by this id.
-            model.config.pad_token_id = tokenizer.pad_token_id
-    _take_form(model, Quantization.of(quantize, dtype) if isinstance(quantize, str) else quantize)
-    if layer_replication is not None:
-        replicate_layers(model, layer_replication)
+        _join_tokenizer(model, tokenizer, asked, task)
+    way = Quantization.of(quantize, dtype) if isinstance(quantize, str) else quantize
+    _take_form(model, way, layer_replication)
+    if where is not None:
+        move(model, where)
     return model.eval(), tokenizer
 
 
@@ -97,11 +97,29 @@ def _check_libraries(task: str, quantize: str | Quantization | None) -> None:
         raise MissingExtraError("reading images", "images")
 
 
-def _take_form(model: transformers.PreTrainedModel, quantize: Quantization | None) -> None:
-    """Hold the weights in few bits: those that the checkpoint has so, and all if that is asked."""
+def _join_tokenizer(model: Any, tokenizer: Any, asked: str, task: str) -> None:
+    """Have a tokenizer pad, and a model know with what.
+
+    Raises:
+        ModelError: they do not belong together.
+    """
+    give_padding_token(tokenizer, asked)
+    _check_vocabulary(model, tokenizer, asked)
+    if task != "generation":
+        # A decoder scores the last token that is not padding, which it looks up by this id.
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _take_form(
+    model: transformers.PreTrainedModel, quantize: Quantization | None, replication: str | None
+) -> None:
+    """Hold the weights in few bits, those that the checkpoint has so, and all if that is asked; and
+    repeat the blocks that are to be."""
     convert_quantized(model)
     if quantize is not None:
         quantize_model(model, quantize)
+    if replication is not None:
+        replicate_layers(model, replication)
 
 
 def _check_and_mark_head(model: Any, info: Any, asked: str, task: str, *, fresh_head: bool) -> None:
@@ -154,6 +172,9 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
             model, info = auto_class.from_pretrained(
                 source, dtype=getattr(torch, dtype), **safe, **reported, **head
             )
+    if asked not in PACKAGES and gguf_file(Path(asked).expanduser()) is not None:
+        # The file goes on; its conversion is only on this machine.
+        model._lorakit_file = asked
     return model, tokenizer, info
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from lorakit.errors import LorakitError
+from lorakit.serving.refusals import RefusalError
 from lorakit.serving.requests import Request
 
 MEASURED = 32
@@ -111,8 +112,15 @@ class Queue:
         """Keep places while requests are prepared, inside a block, so that it is not in vain.
 
         Raises:
-            QueueFullError: there is no room for so many.
+            RefusalError: so many could not wait even if nobody else did.
+            QueueFullError: there is no room for so many now.
         """
+        if requests > self._most_requests:
+            raise RefusalError(
+                f"prompts times n are {requests:,} answers, and no more than "
+                f"{self._most_requests:,} requests may wait (the server's waiting_requests): ask "
+                "for fewer at once"
+            )
         with self._lock:
             self.check_room(requests)
             self._promised += requests

@@ -53,11 +53,11 @@ class Chosen:
     use: Use
     fingerprint: str
     tokenizer: PreTrainedTokenizerBase
-    """The base's, with the adapter's own chat template, if it has one."""
+    """The base's, with the adapters' own chat template, if all of them have that one."""
     ends: frozenset[int]
     """The tokens that end an answer."""
-    trained: TrainedUse | None
-    """How the adapter was trained, if it is one alone."""
+    trained: tuple[TrainedUse, ...]
+    """How the adapters were trained that say how they are asked."""
     heads: tuple[Head | None, ...] = ()
     """On an encoder, those of the adapters, or that of the base; None: one has no trained head."""
     tasks: Mapping[str, str] = field(default_factory=dict)
@@ -116,6 +116,11 @@ class Catalog(Names[Chosen]):
         return self._bank.resident
 
     @property
+    def pinned(self) -> Collection[str]:
+        """The names of those that no budget of memory evicts."""
+        return self._bank.pinned
+
+    @property
     def resident_bytes(self) -> int:
         """The memory of those in it."""
         return self._bank.resident_bytes
@@ -136,9 +141,10 @@ class Catalog(Names[Chosen]):
             missing = [each for each, _ in pairs if each not in self._loaded]
             raise RefusalError(str(error), 404 if missing else 503, param="model") from None
         use = Use(tuple(held))
-        trained = [TrainedUse.on(each.record.card) for each, _ in held]
+        uses = [TrainedUse.on(each.record.card) for each, _ in held]
+        trained = tuple(each for each in uses if each.says_how)
         templates = {each.chat_template for each in trained}
-        ends = [end for each in trained for end in each.end_tokens]
+        ends = [end for each in uses for end in each.end_tokens]
         return Chosen(
             name=name,
             use=use,
@@ -147,12 +153,12 @@ class Catalog(Names[Chosen]):
                 self.tokenizer, templates.pop() if len(templates) == 1 else None
             ),
             ends=frozenset(end_tokens(self._model, self.tokenizer, trained=ends)),
-            trained=trained[0] if len(trained) == 1 else None,
+            trained=trained,
             heads=self._heads([each for each, _ in held]) if self._encodes else (),
             tasks={
-                each.name: use.task
-                for (each, _), use in zip(held, trained, strict=True)
-                if use.task is not None
+                each.name: own.task
+                for (each, _), own in zip(held, uses, strict=True)
+                if own.task is not None
             },
         )
 

@@ -34,7 +34,8 @@ def cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
             compute()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Another thread may load an adapter meanwhile, and ask for memory.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         found = compute()
 
     def played() -> Tensor:

@@ -66,6 +66,11 @@ class Names(ABC, Generic[What]):
         """The names of those in memory."""
 
     @property
+    def pinned(self) -> Collection[str]:
+        """The names of those that no budget of memory evicts."""
+        return ()
+
+    @property
     @abstractmethod
     def resident_bytes(self) -> int:
         """The memory of those in it."""
@@ -177,21 +182,21 @@ class Names(ABC, Generic[What]):
             model: the base, an adapter, or BASE:ADAPTER; None or "": the base.
             adapter_id: an adapter, in the words of LoRAX.
             adapters: several with weights, which are summed.
-            check: is called with the adapters' names before any is looked for and loaded; raises
-                where they may not be asked.
+            check: is called with the adapters' names before it is said whether there are any, or
+                one is looked for and loaded; raises where they may not be asked.
 
         Raises:
             RefusalError: a name is not known, or they contradict each other.
             LorakitError: an adapter was evicted, and its folder is not what it was.
         """
-        named = self._adapter_of(model)
+        named, param = self._adapter_of(model), "model"
         if adapter_id:
             if named not in (None, adapter_id):
                 raise RefusalError(
                     f"model names {named!r} and adapter_id {adapter_id!r}: give one",
                     param="adapter_id",
                 )
-            named = self._known(adapter_id, "adapter_id")
+            named, param = adapter_id, "adapter_id"
         if adapters is None:
             pairs = [] if named is None else [(named, 1.0)]
         elif named is not None:
@@ -200,8 +205,10 @@ class Names(ABC, Generic[What]):
                 param="adapters",
             )
         else:
-            pairs = [(self._known(name, "adapters"), weight) for name, weight in adapters]
+            pairs, param = list(adapters), "adapters"
         check([name for name, _ in pairs])
+        for name, _ in pairs:
+            self._check_known(name, param, check)
         for name, _ in pairs:
             self._resolve(name)
         return self._chosen(named or model or self.name, pairs)
@@ -225,6 +232,7 @@ class Names(ABC, Generic[What]):
         if name is None:
             return self.name
         check([name])
+        self._check_known(name, "model", check)
         self._resolve(name)
         return name
 
@@ -236,17 +244,28 @@ class Names(ABC, Generic[What]):
                     self._load(name, self.places.resolved(name))
 
     def _adapter_of(self, model: str | None) -> str | None:
-        """The adapter that a model's name means; None: the base."""
+        """The adapter that a model's name means, if there is one; None: the base."""
         if not model or model == self.name:
             return None
-        if model not in self._loaded and model.startswith(f"{self.name}:"):
-            return self._known(model.removeprefix(f"{self.name}:"), "model")
-        return self._known(model, "model")
+        return model if model in self._loaded else model.removeprefix(f"{self.name}:")
 
-    def _known(self, name: str, param: str) -> str:
+    def _check_known(self, name: str, param: str, check: Callable[[Sequence[str]], None]) -> None:
+        """Make sure that there is an adapter of a name, or may be.
+
+        Raises:
+            RefusalError: there is none; with the names of those that may be asked.
+        """
         may_come = name not in self._unloaded and self.places.may_resolve(name)
         if name not in self._loaded and not may_come:
-            known = [self.name, *self._loaded]
+            known = [self.name, *(each for each in self._loaded if _passes(check, each))]
             hint = did_you_mean(name, known) or f". There are: {', '.join(known[:8])}"
             raise RefusalError(f"The model `{name}` does not exist{hint}", 404, param=param)
-        return name
+
+
+def _passes(check: Callable[[Sequence[str]], None], name: str) -> bool:
+    """Whether an adapter may be asked."""
+    try:
+        check([name])
+    except RefusalError:
+        return False
+    return True

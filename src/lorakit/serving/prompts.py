@@ -1,12 +1,16 @@
-"""What a request asks, as the tokens that the model reads: as in training, where an adapter was."""
+"""What a request asks, as the tokens that the model reads: as in training, where an adapter was.
+
+Of a combination, as all its adapters were; those whose files don't say how are asked as the others.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lorakit.adapter.card import TrainedUse
 from lorakit.config.train import DataConfig
 from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row, TextRow
@@ -21,11 +25,14 @@ def text_ids(chosen: Chosen, text: str) -> list[int]:
 
     An adapter that was trained on prompts gets what stood between prompt and answer in training,
     where the text does not end with it.
+
+    Raises:
+        RefusalError: a combination's adapters were not trained alike.
     """
-    trained, row = chosen.trained, TextRow(text=text)
+    trained = _shared(chosen, _of_texts)
     if trained is not None and trained.rows_kind == "prompt":
-        return encode_prompt(_prompt(chosen, text), chosen.tokenizer, trained.data)
-    return encode_prompt(row, chosen.tokenizer, DataConfig())
+        return encode_prompt(_prompt(trained, text), chosen.tokenizer, trained.data)
+    return encode_prompt(TextRow(text=text), chosen.tokenizer, DataConfig())
 
 
 def chat_ids(
@@ -38,8 +45,8 @@ def chat_ids(
     An adapter that was trained on prompts gets the one message of the user as a prompt.
 
     Raises:
-        RefusalError: the assistant has spoken last; or the adapter was trained on prompts, and this
-            is more than one.
+        RefusalError: the assistant has spoken last; the adapter was trained on prompts, and this is
+            more than one; or a combination's adapters were not trained alike.
         DataError: there is no chat template, or it refuses the messages.
     """
     if messages[-1].role == "assistant":
@@ -47,15 +54,16 @@ def chat_ids(
             "the last message is the assistant's, and there is nothing to answer",
             param="messages",
         )
-    trained = chosen.trained
+    trained = _shared(chosen, _of_conversations)
     if trained is not None and trained.rows_kind == "prompt":
         if len(messages) > 1:
+            were, know = ("was", "knows") if len(chosen.use.names) == 1 else ("were", "know")
             raise RefusalError(
-                f"{chosen.name} was trained on prompts, and knows no conversations: send one "
-                "message of the user, or a prompt to /v1/completions",
+                f"{', '.join(chosen.use.names)} {were} trained on prompts, and {know} no "
+                "conversations: send one message of the user, or a prompt to /v1/completions",
                 param="messages",
             )
-        row = _prompt(chosen, messages[-1].content)
+        row = _prompt(trained, messages[-1].content)
         return encode_prompt(row, chosen.tokenizer, trained.data)
     data = trained.data if trained else DataConfig()
     row = MessagesRow(messages=tuple(messages), tools=tuple(tools))
@@ -97,6 +105,40 @@ def _with_calls(message: Message) -> str:
     return "\n".join(part for part in (message.content, *calls) if part)
 
 
-def _prompt(chosen: Chosen, text: str) -> Row:
-    assert chosen.trained is not None
-    return PromptRow(prompt=text.removesuffix(chosen.trained.data.separator), completion=None)
+def _prompt(trained: TrainedUse, text: str) -> Row:
+    return PromptRow(prompt=text.removesuffix(trained.data.separator), completion=None)
+
+
+def _shared(chosen: Chosen, way: Callable[[TrainedUse], str]) -> TrainedUse | None:
+    """How the adapters were trained that answer; None: none of them says it.
+
+    Args:
+        chosen: what answers.
+        way: in words, what of it decides how they are asked.
+
+    Raises:
+        RefusalError: it is not the same for all of them.
+    """
+    ways = dict.fromkeys(map(way, chosen.trained))
+    if len(ways) > 1:
+        raise RefusalError(
+            f"{', '.join(chosen.use.names)} were not trained alike ({'; '.join(ways)}), so that no "
+            "prompt is right for all: ask them one by one, or send token ids to /v1/completions",
+            param="adapters",
+        )
+    return chosen.trained[0] if chosen.trained else None
+
+
+def _of_texts(trained: TrainedUse) -> str:
+    """How an adapter is asked to go on with a text."""
+    if trained.rows_kind == "prompt":
+        return f"prompts that end with {trained.data.separator!r}"
+    return "texts or conversations"
+
+
+def _of_conversations(trained: TrainedUse) -> str:
+    """How an adapter is asked for the next turn of a conversation."""
+    if trained.rows_kind == "prompt":
+        return _of_texts(trained)
+    own = trained.chat_template
+    return "the base's chat template" if own is None else f"the chat template {own!r:.60}"

@@ -234,6 +234,7 @@ def _base(settings: ServeConfig) -> _Base:
         model=settings.model,
         dtype=settings.dtype,
         quantize=settings.quantize,
+        device=settings.device,
         allow_other_base=settings.allow_other_base,
     )
     if opened.adapter is not None:
@@ -247,7 +248,8 @@ def _encoder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base with a head for classes, which adapters have in their own form; or without, for
     adapters of embeddings."""
-    how: dict[str, Any] = {"dtype": settings.dtype, "task": _encoding(settings.adapters)}
+    task = _encoding(settings.adapters)
+    how: dict[str, Any] = {"dtype": settings.dtype, "task": task, "device": settings.device}
     if adapter is not None:
         model, tokenizer = adapter.load_base(name or None, quantize=settings.quantize, **how)
     else:

@@ -43,7 +43,7 @@ class ServerProcess:
 
 @contextmanager
 def running(words: Sequence[str], *, threads: int | None) -> Iterator[ServerProcess]:
-    """A server of `lorakit serve WORDS --port 0`, inside a block.
+    """A server of `lorakit serve WORDS --port 0` on the CPU, inside a block.
 
     Raises:
         LorakitError: it ends before it answers; with what it said.
@@ -53,7 +53,9 @@ def running(words: Sequence[str], *, threads: int | None) -> Iterator[ServerProc
         found = re.search(r"answers at http://127\.0\.0\.1:(\d+)", said)
         return Client(int(found[1])) if found else None
 
-    command = [sys.executable, "-m", "lorakit.cli", "serve", *words, "--port", "0"]
+    # What it is compared with is computed on the CPU, also where there is a GPU.
+    own = ("--device", "cpu", "--port", "0")
+    command = [sys.executable, "-m", "lorakit.cli", "serve", *words, *own]
     with started(command, ready, threads=threads) as server:
         yield server
 

@@ -147,13 +147,16 @@ class _Server:
         text = self._backend.metrics.text()
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
-    def adapters(self) -> dict[str, Any]:
+    def adapters(self, http: Request) -> dict[str, Any]:
         """The adapters in figures, and those in the folder that are not loaded."""
-        return inventory(self._names, self._backend.metrics) | self._backend.told()
+        rights = rights_of(http)
+        found = inventory(self._names, self._backend.metrics, rights)
+        return found | self._backend.told(rights)
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self, http: Request) -> dict[str, Any]:
         """The base and the adapters."""
-        names = [self._names.name, *self._names.adapters]
+        may_ask = rights_of(http).may_ask
+        names = [self._names.name, *filter(may_ask, self._names.adapters)]
         return {"object": "list", "data": [self._card(name) for name in names]}
 
     def model(self, model: str, http: Request) -> dict[str, Any]:

@@ -77,8 +77,8 @@ class Backend(Closing, Protocol):
     def health(self) -> dict[str, Any]:
         """What `/health` and `/ready` say of it to everybody, beside the rest."""
 
-    def told(self) -> dict[str, Any]:
-        """What `/v1/adapters` says of it beside the rest."""
+    def told(self, rights: Rights) -> dict[str, Any]:
+        """What `/v1/adapters` says of it beside the rest, to a key with some rights."""
 
     @property
     def base_hash(self) -> str:

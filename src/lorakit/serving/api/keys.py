@@ -34,13 +34,17 @@ class Rights:
     _times: deque[float] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def may_ask(self, name: str) -> bool:
+        """Whether an adapter may be named."""
+        return self.adapters is None or name in self.adapters
+
     def check_names(self, names: Collection[str]) -> None:
         """Make sure that these adapters may be named.
 
         Raises:
             RefusalError: one may not.
         """
-        barred = [] if self.adapters is None else [n for n in names if n not in self.adapters]
+        barred = [name for name in names if not self.may_ask(name)]
         if barred:
             raise RefusalError(
                 f"this key may not ask {', '.join(barred)}; it may ask the base"

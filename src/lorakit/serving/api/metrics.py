@@ -141,16 +141,22 @@ class _Adapters(Gauges):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield where they are, the time of their loads, and their memory."""
-        labels = ["adapter_name", "level"]
+        labels = ["adapter_name", "level", "pinned", "rank"]
         loaded = GaugeMetricFamily("lora_adapter_loaded", "Adapters in memory.", labels=labels)
         seconds = GaugeMetricFamily(
             "lora_adapter_load_seconds", "Time of an adapter's load.", labels=labels[:1]
         )
-        size = GaugeMetricFamily("lora_resident_bytes", "Memory of adapters.", labels=[])
-        resident = set(self._names.resident)
+        size = GaugeMetricFamily(
+            "lora_adapter_bytes", "Bytes of an adapter, in memory or on disk.", labels=labels[:1]
+        )
+        whole = GaugeMetricFamily("lora_resident_bytes", "Memory of adapters.", labels=[])
+        resident, pinned = set(self._names.resident), set(self._names.pinned)
         for name, each in self._names.adapters.items():
             level = "memory" if name in resident else "disk"
-            loaded.add_metric([name, level], float(name in resident))
+            rank = max((site.rank for site in each.record.sites), default=0)
+            told = [name, level, str(name in pinned).lower(), str(rank)]
+            loaded.add_metric(told, float(name in resident))
             seconds.add_metric([name], each.load_s)
-        size.add_metric([], self._names.resident_bytes)
-        yield from (loaded, seconds, size)
+            size.add_metric([name], each.size_bytes)
+        whole.add_metric([], self._names.resident_bytes)
+        yield from (loaded, seconds, size, whole)

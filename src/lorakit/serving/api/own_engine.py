@@ -31,6 +31,7 @@ from lorakit.serving.api.constraints import rule_of
 from lorakit.serving.api.encoding import Encoding
 from lorakit.serving.api.engine_state import EngineState
 from lorakit.serving.api.formats import ChatForm, CompletionForm, text_of
+from lorakit.serving.api.keys import Rights
 from lorakit.serving.api.metrics import Metrics
 from lorakit.serving.api.tool_calls import Calling, Tools
 from lorakit.serving.call_forms import CallForms
@@ -102,7 +103,7 @@ class OwnEngine:
         """Nothing beside the rest."""
         return {}
 
-    def told(self) -> dict[str, Any]:
+    def told(self, rights: Rights) -> dict[str, Any]:
         """Nothing beside the rest."""
         return {}
 

@@ -28,6 +28,7 @@ from lorakit.serving.api.bodies import (
     EncodedBody,
     TokenizeBody,
 )
+from lorakit.serving.api.keys import Rights
 from lorakit.serving.api.metrics import CountedRequest, Metrics
 from lorakit.serving.fleet.fleet import Fleet
 from lorakit.serving.fleet.fleet_names import FleetNames, Lease
@@ -117,9 +118,10 @@ class Relay:
         """Whether each server answers: up, down, or refused."""
         return {"upstreams": [member.state for member in self._fleet.members]}
 
-    def told(self) -> dict[str, Any]:
-        """The servers, and what each holds."""
-        return {"upstreams": [_shown(member) for member in self._fleet.members]}
+    def told(self, rights: Rights) -> dict[str, Any]:
+        """The servers, and what each holds of the adapters that a key may ask."""
+        known = {each.key for each in self._fleet.versions if rights.may_ask(each.name)}
+        return {"upstreams": [_shown(member, known) for member in self._fleet.members]}
 
     async def complete(self, body: CompletionBody, http: HttpRequest) -> Response:
         """Texts that go on with prompts."""
@@ -291,7 +293,7 @@ def _given(body: Body) -> dict[str, Any]:
     return body.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-def _shown(member: Member) -> dict[str, Any]:
+def _shown(member: Member, known: set[str]) -> dict[str, Any]:
     return {
         "url": member.url,
         "kind": member.dialect.name,
@@ -299,7 +301,7 @@ def _shown(member: Member) -> dict[str, Any]:
         "reason": member.reason,
         "busy": member.busy,
         "answered": member.answered,
-        "holds": sorted(member.holds),
+        "holds": sorted(member.holds & known),
     }
 
 
