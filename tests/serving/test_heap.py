@@ -45,3 +45,30 @@ def is_glibc():
 def test_eight_threads_share_two_heaps():
     assert arenas("few") == ("True", 2)
     assert arenas("as it comes")[1] > 4
+
+
+FREED = """
+import ctypes
+from lorakit.serving.heap import give_back
+
+def resident():
+    line = next(each for each in open("/proc/self/status") if each.startswith("VmRSS"))
+    return int(line.split()[1])
+
+kept, freed = [], []
+for _ in range(2000):
+    freed.append(bytearray(50_000))
+    kept.append(bytearray(600))
+before = resident()
+freed.clear()
+between = resident()
+print(give_back(), before - between, between - resident())
+"""
+
+
+@pytest.mark.skipif(not is_glibc(), reason="another C library has no heaps of this kind")
+def test_what_is_free_between_what_is_in_use_is_given_back():
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    gave, by_itself, then = done.stdout.split()
+    assert gave == "True"
+    assert int(then) > 80_000 > int(by_itself)  # of 100 MB, in kB

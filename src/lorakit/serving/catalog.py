@@ -22,6 +22,7 @@ from lorakit.errors import AdapterFileError, BankError
 from lorakit.layers.operation import Update
 from lorakit.models.load import fresh_heads, labels_of, task_of
 from lorakit.routing.slots import check_slots
+from lorakit.serving.heap import give_back
 from lorakit.serving.names import Names
 from lorakit.serving.places import Places
 from lorakit.serving.refusals import RefusalError
@@ -127,11 +128,13 @@ class Catalog(Names[Chosen]):
 
     def _take(self, name: str, folder: Path) -> tuple[Adapter, str, int, str]:
         record = without_team(partial(self._bank.load, name, folder))
+        give_back()
         held, size = self.held(name), self._bank.size_bytes(name)
         return record, held.content_hash, size, self._base_check(record)
 
     def _drop(self, name: str) -> None:
         self._bank.unload(name)
+        give_back()
 
     def _chosen(self, name: str, pairs: Sequence[tuple[str, float]]) -> Chosen:
         try:
@@ -180,7 +183,11 @@ class Catalog(Names[Chosen]):
     def held(self, name: str) -> Held:
         """An adapter as it is now, read again if it was evicted."""
         hold = partial(self._bank.hold, name)
-        return hold() if self._bank.is_resident(name) else without_team(hold)
+        if self._bank.is_resident(name):
+            return hold()
+        found = without_team(hold)
+        give_back()
+        return found
 
     def _base_check(self, record: Adapter) -> str:
         base, own = record.base, identity_of(self._model)
