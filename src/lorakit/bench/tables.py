@@ -160,6 +160,9 @@ def _where(result: dict[str, Any]) -> str:
     names = ("lorakit", "torch", "transformers", "peft")
     libraries = ", ".join(f"{name} {versions[name]}" for name in names if versions[name])
     models = settings.get("families") or ([settings["model"]] if "model" in settings else [])
+    if "holes" in settings:
+        # Each run has a model and a precision of its own.
+        models = []
     what = " and ".join(Path(each).name for each in models)
     what = f"{what} in {settings['dtype']}, " if what else ""
     return (
