@@ -61,7 +61,8 @@ class OnGPU(Tensor):
 
     @data.setter
     def data(self, value: "OnGPU") -> None:
-        Tensor.data.__set__(self, value)
+        of_torch: Any = Tensor.data
+        of_torch.__set__(self, value)
         self.held = value.held
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
