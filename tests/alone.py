@@ -1,4 +1,4 @@
-"""What an environment with the wheel and nothing optional does: `make test-wheel` runs this there."""
+"""What an environment with the wheel and no extra does: `make test-wheel` runs this there."""
 
 import subprocess
 import sys
