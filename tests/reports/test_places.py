@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 import lorakit as lk
 import lorakit.training.prepare as preparation
+import lorakit.training.task_rows as reading
 from lorakit.cli.main import main
 from lorakit.cli.verbs import VERBS, settings_of
 from lorakit.config.seed import generator_seed
@@ -43,7 +44,7 @@ def no_work(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the rows were read")
 
-    monkeypatch.setattr(preparation, "read_rows", fail)
+    monkeypatch.setattr(reading, "read_rows", fail)
 
 
 def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
