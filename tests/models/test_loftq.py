@@ -7,6 +7,7 @@ wrong scales on CPUs, and PEFT with it.
 import copy
 import importlib.util
 import types
+from dataclasses import replace
 
 import peft
 import pytest
@@ -102,7 +103,8 @@ def test_weights_and_outputs_are_those_of_peft(bits, iterations, settings, tmp_p
         assert torch.equal(base.get_submodule(path).weight, weight), path
     changed = outputs(base, inputs)
     assert not torch.equal(changed, plain)
-    lk.attach(base, adapter)
+    plan = lk.attach(base, adapter, trainable=True)
+    assert sum(p.numel() for p in base.parameters() if p.requires_grad) == plan.parameters
     torch.testing.assert_close(outputs(base, inputs), expected, rtol=0, atol=1e-5)
     lk.merge(base)
     torch.testing.assert_close(outputs(base, inputs), expected, rtol=0, atol=1e-5)
@@ -117,6 +119,7 @@ def test_files_go_both_ways(tmp_path):
     again = lk.Adapter.load(adapter.save(tmp_path / "ours"))
     assert again.loftq == adapter.loftq
     assert again.content_hash() == adapter.content_hash()
+    assert replace(adapter, loftq=None).content_hash() != adapter.content_hash()
     base = llama()
     again.prepare_base(base)
     lk.attach(base, again)
@@ -140,6 +143,18 @@ def test_of_conv1d_it_is_the_weight_as_it_is_stored(tmp_path):
     adapter.prepare_base(base)
     for path, weight in weights_of(theirs, adapter).items():
         assert torch.equal(base.get_submodule(path).weight, weight), path
+    lk.attach(base, adapter)
+    inputs = example_inputs(base)
+    torch.testing.assert_close(outputs(base, inputs), outputs(theirs, inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_a_tied_head_takes_its_embedding_along_as_in_peft(tmp_path):
+    theirs = trained(llama(tie_word_embeddings=True), tmp_path / "peft", words=["lm_head"])
+    base, adapter = llama(tie_word_embeddings=True), lk.Adapter.load(tmp_path / "peft")
+    adapter.prepare_base(base)
+    assert base.lm_head.weight is base.model.embed_tokens.weight
     lk.attach(base, adapter)
     inputs = example_inputs(base)
     torch.testing.assert_close(outputs(base, inputs), outputs(theirs, inputs), rtol=0, atol=1e-5)
