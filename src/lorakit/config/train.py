@@ -1,13 +1,13 @@
 """Settings of runs: one class is the Python argument, the YAML file and the flags at once."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from lorakit.config.base import (
     AdapterPlace,
     AnyPath,
-    DType,
+    AutoDType,
     Names,
     PositiveFloat,
     PositiveInt,
@@ -228,11 +228,11 @@ class TrainConfig(Settings):
     data: Recorded[DataConfig] = DataConfig()
     """What it is trained on."""
 
-    task: Annotated[Literal["auto", "preference"] | TaskName, Mark(on_card=False)] = "auto"
+    task: Annotated[Literal["auto", "preference", TaskName], Mark(on_card=False)] = "auto"
     """What the model does. auto: what rows of this type are for, generation or a task with labels;
     regression must be asked for. preference: it learns to write what was chosen of two answers."""
 
-    dtype: Shared[Literal["auto"] | DType] = "auto"
+    dtype: Shared[AutoDType] = cast(Any, "auto")
     """Precision of the frozen base in training. auto: bfloat16 where the processor multiplies it
     fast (a GPU that supports it, a CPU with AVX-512), else float32."""
 
