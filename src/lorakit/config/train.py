@@ -201,7 +201,8 @@ class TrainConfig(Settings):
     """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""
 
     out: Invocation[AnyPath]
-    """Folder for the adapter (best by validation, else last), last/, checkpoints/ and the log."""
+    """Folder for the adapter (best by validation, of equal scores that with the lower loss, else
+    last), last/, checkpoints/ and the log."""
 
     method: Recorded[Names] = ("lora",)
     """What is trained: lora full top-k bitfit prefix-embedding prefix-layer adapter-h adapter-l
@@ -302,7 +303,8 @@ class TrainConfig(Settings):
     """Newest checkpoints that are kept; more show how the adapter grew (docs/analysis.md)."""
 
     patience: Extends[PositiveInt | None] = None
-    """Stop after so many evaluations without a better score. None: never."""
+    """Stop after so many evaluations without a better score, or an equal one with a lower loss.
+    None: never."""
 
     packing: Shared[Literal["auto", "on", "off"]] = "auto"
     """Join the rows of a batch without padding. auto: where the model can do that, exactly; else
