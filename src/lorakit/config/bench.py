@@ -127,7 +127,7 @@ class MethodsConfig(Measured):
     data: DataConfig = DataConfig()
     """Rows to train on, and in `data.validation` those to score afterwards; both must be given."""
 
-    task: Literal["auto"] | TaskName = "auto"
+    task: Literal["auto", TaskName] = "auto"
     """What the model does. auto: what rows of this type are for."""
 
     steps: PositiveInt = 300

@@ -185,7 +185,9 @@ def check_same(values: Mapping[str, Any]) -> None:
         if first.get(name) != other.get(name)
     ]
     if problems:
-        raise ConfigError.listing("the processes of a run have different settings", problems)
+        raise ConfigError.listing(
+            "the processes of a run differ: give each the same settings, rows and base", problems
+        )
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
