@@ -175,7 +175,8 @@ def test_a_prompt_whose_probabilities_are_asked_for_is_read_apart(tokenizer):
 
 
 def test_a_joint_pass_that_fails_is_done_apart_and_there_is_no_other(tokenizer, monkeypatch):
-    bank, notes = banked(), []
+    bank = banked()
+    notes: list[str] = []
     engine = Engine(bank.model, Limits(slots=5), note=notes.append)
     monkeypatch.setattr(engine.pace, "share", lambda most, **step: 4)
     whole, calls = engine.decoder.join, []

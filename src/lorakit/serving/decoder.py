@@ -15,7 +15,7 @@ from lorakit.errors import ModelError
 from lorakit.kernels.few_rows import few_rows
 from lorakit.serving.joint_pass import JointPass, Piece
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
-from lorakit.serving.row_windows import ColumnGroup, by_groups, groups_of
+from lorakit.serving.row_windows import ColumnGroup, by_groups, equal_groups, groups_of
 from lorakit.serving.step_attention import attending, has_step_attention, use_step_attention
 
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -43,6 +43,8 @@ class Decoder:
         """Whether prompts read together get the logits of each alone; `prove` finds out."""
         self.joins = False
         """Whether a step and parts of prompts can be one pass; `prove` finds out."""
+        self.is_invariant = False
+        """Whether logits do not depend on the batch, to the bit; `make_invariant` finds out."""
 
     @property
     def vocabulary(self) -> int:
@@ -126,7 +128,7 @@ class Decoder:
             groups: of rows that see others; None: those that pay, without a window.
         """
         if groups is None:
-            groups = groups_of(slots.lengths[: len(tokens)]) if window is None else ()
+            groups = self._groups(slots.lengths[: len(tokens)]) if window is None else ()
         cache, mask, positions = slots.begin(len(tokens), window)
         device = self.model.device
         ids = torch.tensor(tokens, device=device)[:, None]
@@ -151,7 +153,7 @@ class Decoder:
         """
         rows, device = len(tokens), self.model.device
         cache, mask, positions = slots.begin(rows)
-        joint = JointPass(cache, mask, groups_of(slots.lengths[:rows]), pieces)
+        joint = JointPass(cache, mask, self._groups(slots.lengths[:rows]), pieces)
         ids = [*tokens, *(token for piece in pieces for token in piece.ids)]
         # transformers leaves masks of four dimensions alone, and what attends here needs none.
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
@@ -164,6 +166,10 @@ class Decoder:
                 keep=joint.wanted,
             )[0]
         return logits[:rows], logits[rows:]
+
+    def _groups(self, lengths: Sequence[int]) -> list[ColumnGroup]:
+        """The groups by which a step's rows of some lengths attend."""
+        return equal_groups(lengths) if self.is_invariant else groups_of(lengths)
 
     @property
     def has_windows(self) -> bool:
@@ -298,6 +304,44 @@ class Decoder:
             return False
         found = [step[2], step[0], read[1], read[0]]
         return not any(map(difference, found, [*expected, *expected]))
+
+    @torch.no_grad()
+    def make_invariant(self) -> str | None:
+        """Have a row's logits be the same to the bit whatever else is in the batch.
+
+        Rows attend to their own columns alone, prompts are read without padding, and all else must
+        compute each row by itself already, which a probe finds out.
+
+        Returns:
+            Why that can't be; None: it is so from now on.
+        """
+        if not self.joins:
+            return "its attention cannot read each row's own keys alone"
+        together, self.is_invariant = self.reads_together, True
+        self.reads_together = False
+        last = self.vocabulary - 1
+        rows = [[min(token, last) for token in ids] for ids in ([5, 9], [3, 8, 4, 7, 6, 2, 11])]
+        if all(map(torch.equal, *self._alone_and_joined(rows))):
+            return None
+        self.reads_together, self.is_invariant = together, False
+        return "matrix products of many rows are not those of each row, to the bit"
+
+    def _alone_and_joined(
+        self, rows: Sequence[Sequence[int]]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The logits of a step of two rows and of reading them: of each alone, and in one pass."""
+        alone: list[Tensor] = []
+        for ids in rows:
+            slots, cache = KeyValueSlots(1), DynamicCache()
+            self.read(ids[:-1], cache)
+            slots.admit(0, cache)
+            alone += [self.step([ids[-1]], slots)[0], self.read(ids, DynamicCache())[0]]
+        slots, tokens = self._begun(rows)
+        begun = DynamicCache()
+        self.read(rows[1][:2], begun)
+        pieces = [Piece(rows[1][2:], begun), Piece(rows[0], DynamicCache())]
+        step, read = self.join(tokens, slots, pieces)
+        return alone, [step[2], read[1], step[0], read[0]]
 
     def _refusal(self, reason: str) -> ModelError:
         return ModelError(

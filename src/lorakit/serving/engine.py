@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorakit.attachment.state import attachment_for
+from lorakit.errors import ModelError
 from lorakit.layers.route import Frame
 from lorakit.routing.slots import Terms
 from lorakit.serving.decoder import Decoder
@@ -80,6 +81,7 @@ class Engine(Worker):
         self.decoder = Decoder(model)
         with attachment_for(model).route.own.pushed(Frame()):
             self.decoder.prove()
+            self._make_invariant(note)
         count, compiles = self.limits.slots, self.limits.compile != "off"
         dtype = adapter_dtype or model.dtype
         self.slots = HeldSlots(model, count, dtype=dtype, few_ranks=compiles)
@@ -95,6 +97,24 @@ class Engine(Worker):
             self.decoder, self.slots, self.keys_and_values, self.reader, self.pace, note=note
         )
         self._rows: dict[int, Row] = {}
+
+    def _make_invariant(self, note: Callable[[str], None]) -> None:
+        """Have answers not depend on the batch, where that is wanted.
+
+        Raises:
+            ModelError: they do, and must not.
+        """
+        wanted = self.limits.batch_invariant
+        rounds = self.model.dtype.itemsize < 4 and self.limits.compile == "off"
+        if wanted == "off" or (wanted == "auto" and not rounds):
+            return
+        reason = self.decoder.make_invariant()
+        if reason is None:
+            return
+        told = f"the answers of this {type(self.model).__name__} depend on their batch: {reason}"
+        if wanted == "on":
+            raise ModelError(f"{told}; leave batch_invariant at auto, or take another precision")
+        note(told)
 
     def warm_up(self, terms: Iterable[Terms] = ()) -> None:
         """Reserve slots for what rows will use, and wait for compiled steps if that was asked."""
