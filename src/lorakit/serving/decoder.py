@@ -316,7 +316,10 @@ class Decoder:
             Why that can't be; None: it is so from now on.
         """
         if not self.joins:
-            return "its attention cannot read each row's own keys alone"
+            return (
+                "its attention is not transformers' sdpa, or sees a window of tokens, so that rows "
+                "of unlike lengths share its calls"
+            )
         together, self.is_invariant = self.reads_together, True
         self.reads_together = False
         last = self.vocabulary - 1
