@@ -10,7 +10,7 @@ from lorakit.serving import kv_slots
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.engine import Engine
 from lorakit.serving.held_slots import HeldSlots
-from lorakit.serving.joint_pass import Piece
+from lorakit.serving.joint_pass import PromptPiece
 from lorakit.serving.kv_slots import KeyValueSlots
 from lorakit.serving.pace import CHUNK, Pace
 from lorakit.serving.worker import Limits
@@ -47,7 +47,7 @@ def begun(decoder):
         cache = DynamicCache()
         if read:
             decoder.read(ids[:read], cache)
-        pieces.append(Piece(ids[read:], cache))
+        pieces.append(PromptPiece(ids[read:], cache))
     return slots, pieces
 
 
@@ -91,7 +91,7 @@ def test_each_part_has_the_adapters_of_its_slot():
         with slots.used(slot, slot + 1):
             decoder.read(ids[:-1], cache)
         states.admit(slot, cache)
-    pieces = [Piece(ids, DynamicCache()) for ids in PROMPTS]
+    pieces = [PromptPiece(ids, DynamicCache()) for ids in PROMPTS]
     parts = [
         (range(3), 1),
         *(((slot,), len(ids)) for slot, ids in zip((5, 3, 4), PROMPTS, strict=True)),

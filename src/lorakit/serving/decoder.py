@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lorakit.errors import ModelError
 from lorakit.kernels.few_rows import few_rows
-from lorakit.serving.joint_pass import JointPass, Piece
+from lorakit.serving.joint_pass import JointPass, PromptPiece
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
 from lorakit.serving.row_windows import ColumnGroup, by_groups, equal_groups, groups_of
 from lorakit.serving.step_attention import attending, has_step_attention, use_step_attention
@@ -139,7 +139,7 @@ class Decoder:
             return self.in_place(ids, cache, mask, own)
 
     def join(
-        self, tokens: Sequence[int], slots: KeyValueSlots, pieces: Sequence[Piece]
+        self, tokens: Sequence[int], slots: KeyValueSlots, pieces: Sequence[PromptPiece]
     ) -> tuple[Tensor, Tensor]:
         """A step as by `step`, and the next tokens of prompts, in one forward pass.
 
@@ -298,7 +298,7 @@ class Decoder:
             slots, tokens = self._begun(rows)
             begun = DynamicCache()
             self.read(rows[1][:2], begun)
-            pieces = [Piece(rows[1][2:], begun), Piece(rows[0], DynamicCache())]
+            pieces = [PromptPiece(rows[1][2:], begun), PromptPiece(rows[0], DynamicCache())]
             step, read = self.join(tokens, slots, pieces)
         except Exception:
             return False
@@ -342,7 +342,7 @@ class Decoder:
         slots, tokens = self._begun(rows)
         begun = DynamicCache()
         self.read(rows[1][:2], begun)
-        pieces = [Piece(rows[1][2:], begun), Piece(rows[0], DynamicCache())]
+        pieces = [PromptPiece(rows[1][2:], begun), PromptPiece(rows[0], DynamicCache())]
         step, read = self.join(tokens, slots, pieces)
         return alone, [step[2], read[1], step[0], read[0]]
 

@@ -22,7 +22,7 @@ from lorakit.serving.step_attention import whole
 
 
 @dataclass(frozen=True)
-class Piece:
+class PromptPiece:
     """The next tokens of a prompt."""
 
     ids: Sequence[int]
@@ -45,7 +45,7 @@ class JointPass(Cache):
         answers: Cache,
         mask: Tensor,
         groups: Sequence[ColumnGroup],
-        pieces: Sequence[Piece],
+        pieces: Sequence[PromptPiece],
     ) -> None:
         super().__init__(layers=answers.layers)
         self._answers, self._pieces = answers, pieces
@@ -126,7 +126,7 @@ class JointPass(Cache):
         return torch.cat(parts, 1), None
 
 
-def _causal(piece: Piece, device: torch.device) -> Tensor | None:
+def _causal(piece: PromptPiece, device: torch.device) -> Tensor | None:
     """What a piece's tokens see of those before and in it; None: all that comes before each."""
     past, count = piece.cache.get_seq_length(), len(piece.ids)
     if not past or count == 1:

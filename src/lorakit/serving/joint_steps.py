@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.held_slots import HeldSlots
-from lorakit.serving.joint_pass import Piece
+from lorakit.serving.joint_pass import PromptPiece
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
 from lorakit.serving.pace import Pace
 from lorakit.serving.prompt_reading import Prompt, PromptReader
@@ -98,7 +98,7 @@ class JointSteps:
         self, tokens: Sequence[int], parts: Sequence[tuple[Prompt, int]]
     ) -> tuple[Tensor, Tensor]:
         pieces = [
-            Piece(prompt.request.prompt[prompt.read : prompt.read + part], prompt.cache)
+            PromptPiece(prompt.request.prompt[prompt.read : prompt.read + part], prompt.cache)
             for prompt, part in parts
         ]
         of_prompts = [((prompt.slot,), part) for prompt, part in parts]
