@@ -38,7 +38,7 @@ def of_tokens(choices: RowChoices, lengths: Sequence[int]) -> RowChoices:
 
 
 @dataclass(frozen=True)
-class Part:
+class RowsOfTokens:
     """Neighbouring tokens of a flattened row: so many of each of some rows, one row after another.
 
     They are computed as the batch of these rows would be.
@@ -51,7 +51,7 @@ class Part:
     """Of each row."""
 
 
-def flattened(parts: Sequence[Part]) -> Frame:
+def flattened(parts: Sequence[RowsOfTokens]) -> Frame:
     """The frame of a batch of one row whose tokens are those of some parts.
 
     Raises:
@@ -78,7 +78,7 @@ class _Views:
     The latest ones are kept as long as somebody else does: layers that read one input recognise it.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[RowsOfTokens]) -> None:
         ends = list(accumulate(part.rows * part.tokens for part in parts))
         self.tokens = ends[-1]
         self._places = [

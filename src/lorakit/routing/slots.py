@@ -21,7 +21,7 @@ from lorakit.methods.lora.lora import is_linear
 from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import device_of
 from lorakit.routing.choices import RowChoices
-from lorakit.routing.flattened import Part, flattened
+from lorakit.routing.flattened import RowsOfTokens, flattened
 from lorakit.routing.input_slots import InputSlots, SlotContent, follow_each_other
 from lorakit.routing.stacked_lora import is_sum, mixed_operations
 
@@ -144,7 +144,7 @@ class Slots:
         Args:
             parts: of the row, one after the other: some slots, and the number of tokens of each.
         """
-        made = [Part(self._frame(slots), len(slots), tokens) for slots, tokens in parts]
+        made = [RowsOfTokens(self._frame(slots), len(slots), tokens) for slots, tokens in parts]
         return self._state.route.own.pushed(flattened(made))
 
     def _frame(self, slots: Sequence[int]) -> Frame:
