@@ -1,11 +1,18 @@
 """Settings: what is refused, and that every problem is told at once."""
 
-from typing import Any
+import importlib
+import pkgutil
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
+import torch
+from pydantic import Field, TypeAdapter
 
 import lorakit as lk
+import lorakit.config
+from lorakit.config.base import Settings
 from lorakit.config.block_ranges import layer_numbers
+from lorakit.config.fields import types_of
 from lorakit.errors import ConfigError, LorakitError
 
 
@@ -62,6 +69,40 @@ def test_settings_cannot_be_changed_afterwards():
 
 def test_names_may_be_written_in_one_string():
     assert lk.LoRAConfig(targets="q, v").targets == ("q", "v")
+
+
+def precisions():
+    """Each setting that is a precision, by its class and name."""
+    for module in pkgutil.iter_modules(lorakit.config.__path__, "lorakit.config."):
+        for kind in vars(importlib.import_module(module.name)).values():
+            if not (isinstance(kind, type) and issubclass(kind, Settings)):
+                continue
+            for name, field in kind.model_fields.items():
+                names = [
+                    get_args(t) for t in types_of(field.annotation) if get_origin(t) is Literal
+                ]
+                if any("float16" in known for known in names):
+                    yield f"{kind.__name__}.{name}", field
+
+
+def test_precisions_are_taken_as_torch_has_them_everywhere():
+    found = dict(precisions())
+    assert {"TrainConfig.dtype", "LoRAConfig.dtype", "ServeConfig.adapter_dtype"} < found.keys()
+    for name, field in found.items():
+        kind: Any = Annotated[(field.annotation, Field(), *field.metadata)]
+        assert TypeAdapter(kind).validate_python(torch.bfloat16) == "bfloat16", name
+    config = lk.TrainConfig(out="out", dtype=torch.float16, lora=lk.LoRAConfig(dtype=torch.float16))
+    assert config.model_dump(mode="json")["dtype"] == config.lora.dtype == "float16"
+    assert config == lk.TrainConfig(out="out", dtype="float16", lora={"dtype": "float16"})
+
+
+def test_a_precision_that_is_not_to_be_had_is_one_problem():
+    with pytest.raises(ConfigError) as told:
+        lk.TrainConfig(out="out", dtype=torch.int8)
+    assert str(told.value).splitlines() == [
+        "TrainConfig has settings that cannot be used (1 problem):",
+        "  dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', found 'int8'",
+    ]
 
 
 def test_layer_ranges_are_counted_from_zero_and_inclusive():

@@ -66,8 +66,10 @@ def test_a_folder_gives_its_weights_in_eval_mode(llama_folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_come_in_the_asked_precision(llama_folder, dtype):
-    model, _ = load_model(llama_folder, dtype=dtype)
-    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    torchs = getattr(torch, dtype)
+    for asked in (dtype, torchs):
+        model, _ = load_model(llama_folder, dtype=asked)
+        assert {parameter.dtype for parameter in model.parameters()} == {torchs}
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(llama_folder):
@@ -191,6 +193,11 @@ def test_all_wrong_settings_are_told_at_once(llama_folder):
         f"  task 'translation' is none of {', '.join(TASKS)}",
         "  labels belong to tasks with classes, not to translation",
     ]
+
+
+def test_a_precision_of_torch_that_no_base_has_is_named(llama_folder):
+    message = told(llama_folder, dtype=torch.float64)
+    assert message.endswith("dtype 'float64' is none of float32, bfloat16, float16")
 
 
 @pytest.mark.parametrize("labels", [(), ("a",), ("a", "a"), ("a", "b", "a")])

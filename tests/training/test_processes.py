@@ -40,6 +40,9 @@ for number, own in enumerate(words):
         os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(len(words)))
         for stream in (1, 2):
             os.dup2(os.open(f"{folder}/said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        # As on a machine of its own, where it has one.
+        machine = Path(folder, f"machine-{number}")
+        os.chdir(machine if machine.is_dir() else ".")
         code = main(own)
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
@@ -162,6 +165,36 @@ def test_what_cannot_train_together_is_refused_once(words, many, tmp_path):
         assert (codes, said.count("error:")) == (len(lines) * [2], 1)
         assert message in said
     assert sorted(each.name for each in tmp_path.iterdir()) == ["run", "said"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("what", ["training rows", "validation rows", "base"])
+def test_what_differs_under_one_name_is_refused_once(
+    what, words, many, tmp_path, tiny_llama, prompt_rows
+):
+    names = {"training rows": "train.jsonl", "validation rows": "held.jsonl", "base": "base"}
+    for number in (0, 1):
+        machine = tmp_path / f"machine-{number}"
+        machine.mkdir()
+        for rows in ("train.jsonl", "held.jsonl"):
+            shutil.copy(prompt_rows, machine / rows)
+        shutil.copytree(tiny_llama, machine / "base")
+    other = tmp_path / "machine-1" / names[what]
+    if what == "base":
+        model, _ = lk.load_model(tiny_llama, dtype="float32")
+        with torch.no_grad():
+            model.lm_head.weight.add_(0.1)
+        model.save_pretrained(other)
+    else:
+        # Their number is the same, so that only their content tells.
+        first, *rest = other.read_text().splitlines()
+        other.write_text("\n".join([*rest, first]))
+    own = ("--model", "./base", "--data.train", "train.jsonl", "--data.validation", "held.jsonl")
+    codes, said = many(*2 * [words("run", *own)])
+    assert (codes, said.count("error:")) == ([2, 2], 1)
+    assert "the processes of a run differ: give each the same settings, rows and base" in said
+    assert said.count("process 1") == said.count(f"the hash of the {what} is ") == 1
+    assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 @pytest.mark.thorough

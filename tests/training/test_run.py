@@ -5,11 +5,13 @@ import math
 import os
 import signal
 import time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import lorakit as lk
 import lorakit.training.prepare as preparation
@@ -21,6 +23,7 @@ from lorakit.training import batch_trainer
 from lorakit.training.evaluation import Scored
 from lorakit.training.lm_loss import text_losses
 from lorakit.training.run import train
+from lorakit.training.trainer import KeepBest
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
 
@@ -202,12 +205,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path, forks, whole):
 def scores(monkeypatch):
     """A function that decides what the evaluations of a run will find."""
 
-    def decide(*losses):
-        coming = iter(losses)
+    def decide(*found):
+        coming = iter(each if isinstance(each, dict) else {"loss": each} for each in found)
         monkeypatch.setattr(
-            training,
-            "scored",
-            lambda *a, **k: Scored(scores={"loss": next(coming)}, predicted=[]),
+            training, "scored", lambda *a, **k: Scored(scores=next(coming), predicted=[])
         )
 
     return decide
@@ -222,22 +223,61 @@ def test_the_best_adapter_is_kept_beside_the_last(settings, scores):
     assert lk.Adapter.load(result.out / "last").card["step"] == 12
 
 
-@pytest.mark.thorough
-def test_the_best_adapter_is_by_the_score_of_the_task(settings, tiny_bert, tmp_path, monkeypatch):
+@pytest.fixture
+def cola(settings, tiny_bert, tmp_path):
+    """A maker of settings for a short run of a task with a score of its own."""
     rows = [{"sentence": "a b" * (n % 2 + 1), "label": n % 2} for n in range(8)]
     for split in ("train", "validation"):
         file = tmp_path / f"{split}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    coming = iter([(0.9, 0.0), (0.5, 0.5), (0.6, 0.2)])
-    monkeypatch.setattr(
-        training,
-        "scored",
-        lambda *a, best_by, **k: Scored(
-            scores=dict(zip(("accuracy", best_by), next(coming), strict=True)), predicted=[]
-        ),
-    )
     data = DataConfig(train=f"task:cola@{tmp_path}", validation=f"task:cola@{tmp_path}")
-    result = train(settings(model=str(tiny_bert), data=data))
+    return partial(settings, model=str(tiny_bert), data=data)
+
+
+def test_of_equal_scores_the_lower_loss_decides_also_after_resuming(cola, scores):
+    def decide(*losses):
+        scores(*({"matthews": 0.5, "loss": loss} for loss in losses))
+
+    decide(0.9, 0.3)
+    assert train(cola(steps=8, save_every=8)).best_step == 8
+    decide(0.4, 0.3, 0.1)
+    result = train(cola(steps=20, save_every=8, resume=True))
+    assert result.best_step == 20
+    assert result.scores == {"matthews": 0.5, "loss": 0.1}
+    steps = [lk.Adapter.load(folder).card["step"] for folder in (result.out, result.out / "last")]
+    assert steps == [20, 20]
+
+
+@pytest.mark.parametrize(
+    ("found", "best"),
+    [
+        ([(0.5, 0.4), (0.5, 0.4)], 1),
+        ([(0.5, 0.4), (0.5, 0.3), (0.5, 0.35)], 2),
+        ([(0.5, 0.4), (0.4, 0.1)], 1),
+        ([(0.5, 0.4), (0.6, 0.9), (0.5, 0.1)], 2),
+        ([(0.5, None), (0.5, 0.1)], 1),
+        ([(0.5, 0.4), (0.5, None)], 1),
+        ([(0.5, math.nan), (0.5, 0.1)], 1),
+    ],
+)
+def test_the_best_of_evaluations(found, best, tmp_path):
+    saved, arguments = [], TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    state = TrainerState()
+    keep = KeepBest(lambda: saved.append(state.global_step), metric="f1", greater=True, patience=2)
+    for step, (score, loss) in enumerate(found, start=1):
+        scores = {"eval_f1": score} | ({} if loss is None else {"eval_loss": loss})
+        state.global_step = step
+        state.log_history.append({**scores, "step": step})
+        keep.on_evaluate(arguments, state, TrainerControl(), metrics=scores)
+    assert saved[-1] == state.best_global_step == best
+    assert state.best_metric == found[best - 1][0]
+
+
+@pytest.mark.thorough
+def test_the_best_adapter_is_by_the_score_of_the_task(cola, scores):
+    coming = [(0.9, 0.0), (0.5, 0.5), (0.6, 0.2)]
+    scores(*({"accuracy": accuracy, "matthews": own} for accuracy, own in coming))
+    result = train(cola())
     assert result.best_step == 8
     assert result.scores == {"accuracy": 0.5, "matthews": 0.5}
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -119,7 +120,7 @@ class Adapter(AdapterContent):
         self,
         name: str | None = None,
         *,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         task: str | None = None,
         labels: Sequence[str] | None = None,
         quantize: str = "as-trained",
@@ -129,7 +130,7 @@ class Adapter(AdapterContent):
 
         Args:
             name: another one. None: the one that it names.
-            dtype: precision of the base.
+            dtype: precision of the base, as in `lk.load_model`.
             task: what the base does. None: what the adapter was trained for, else generation.
             labels: names of the classes. None: those of its training.
             quantize: how the base holds its weights: as-trained, none (in `dtype`), 4bit or 8bit.

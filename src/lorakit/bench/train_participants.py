@@ -23,6 +23,7 @@ from lorakit.bench.train_rounds import (
     ClockedTrainer,
     Gate,
 )
+from lorakit.config.base import dtype_name
 from lorakit.config.train import DataConfig, TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.data.encode import encode_rows
@@ -124,7 +125,7 @@ def _peft_model(prepared: Prepared, config: TrainConfig) -> Any:
     """PEFT's model around our base, with an adapter that starts from the values of ours."""
     start = extract(prepared.model, prepared.name).save(config.out / "start")
     detach(prepared.model)
-    how = peft_loading(config.lora.dtype)
+    how = peft_loading(dtype_name(config.lora.dtype))
     return require_peft().PeftModel.from_pretrained(prepared.model, start, is_trainable=True, **how)
 
 

@@ -103,7 +103,7 @@ class EvaluateConfig(Settings):
     data: DataConfig = DataConfig()
     """Rows: `data.validation` names them; what else is unset is as it was in training."""
 
-    task: Literal["preference"] | TaskName | None = None
+    task: Literal["preference", TaskName] | None = None
     """What the model does. None: what the adapter was trained for, else what the base is.
     preference: whether it prefers the chosen answer of two to the rejected one."""
 

@@ -1,6 +1,7 @@
 """The base of all settings: frozen, unknown keys refused, every problem reported at once."""
 
 import os
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from pydantic import (
 from lorakit.config.fields import Key, meant, types_of, types_within
 from lorakit.errors import ConfigError
 
-DType = Literal["float32", "bfloat16", "float16"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+"""The name of a precision."""
 Device = Literal["auto", "cpu", "cuda"]
 """What a model computes on. auto: a GPU where torch sees one, else the CPU."""
 HeldIn = Literal["as-trained", "none", "4bit", "8bit"]
@@ -31,6 +33,13 @@ def comma_list(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
+
+
+def dtype_name(value: Any) -> Any:
+    """The name of a torch.dtype, such as bfloat16; any other value is left to be validated."""
+    torch = sys.modules.get("torch")
+    is_torchs = torch is not None and isinstance(value, torch.dtype)
+    return str(value).removeprefix("torch.") if is_torchs else value
 
 
 def _as_text(value: Any) -> Any:
@@ -54,16 +63,37 @@ AdapterPlace = Annotated[str, BeforeValidator(_as_text)]
 """An adapter's folder, or its hub id, OWNER/NAME or OWNER/NAME@REVISION: a Path would lose the
 difference."""
 if TYPE_CHECKING:
+    import torch
+
     Names = Sequence[str] | str
+    DType = DTypeName
 
     class AnyPath:
         """A path for type checkers: it may be given as text too, and is read as a Path."""
 
         def __get__(self, instance: object, owner: object = None) -> Path: ...
         def __set__(self, instance: object, value: str | os.PathLike[str]) -> None: ...
+
+    class AnyDType:
+        """A precision for type checkers: it may be given as torch has it, and is read as a name."""
+
+        def __get__(self, instance: object, owner: object = None) -> DTypeName: ...
+        def __set__(self, instance: object, value: DTypeName | torch.dtype) -> None: ...
+
+    class AutoDType:
+        """The same, or auto."""
+
+        def __get__(self, instance: object, owner: object = None) -> Literal["auto", DTypeName]: ...
+        def __set__(
+            self, instance: object, value: Literal["auto", DTypeName] | torch.dtype
+        ) -> None: ...
 else:
     Names = Annotated[tuple[str, ...], BeforeValidator(comma_list)]
     """Names, which may be given in any sequence, or as one text with commas between them."""
+    DType = Annotated[DTypeName, BeforeValidator(dtype_name)]
+    """A precision by its name or as a torch.dtype, which is read as its name."""
+    AnyDType = DType
+    AutoDType = Annotated[Literal["auto", DTypeName], BeforeValidator(dtype_name)]
     AnyPath = Path
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]

@@ -127,7 +127,7 @@ class MethodsConfig(Measured):
     data: DataConfig = DataConfig()
     """Rows to train on, and in `data.validation` those to score afterwards; both must be given."""
 
-    task: Literal["auto"] | TaskName = "auto"
+    task: Literal["auto", TaskName] = "auto"
     """What the model does. auto: what rows of this type are for."""
 
     steps: PositiveInt = 300
@@ -246,6 +246,9 @@ class SoakConfig(Measured):
 
     adapter_dtype: DType = "float32"
     """Precision of A and B, in their files and in the server's batch."""
+
+    batch_invariant: Literal["auto", "on", "off"] = "auto"
+    """As in serve."""
 
     adapters: PositiveInt = 12
     """Adapters that are asked."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
-from lorakit.config.base import DType, Names, PositiveFloat, PositiveInt, Settings
+from lorakit.config.base import AnyDType, Names, PositiveFloat, PositiveInt, Settings
 from lorakit.config.block_ranges import block_order, layer_numbers
 from lorakit.config.marks import OfBase
 from lorakit.errors import ConfigError, did_you_mean
@@ -23,7 +23,7 @@ class MethodConfig(Settings):
     """Modules trained as full copies, by the end of their path. auto: a freshly made task head (a
     classifier), nothing else."""
 
-    dtype: DType = "float32"
+    dtype: AnyDType = cast(Any, "float32")
     """Precision of what is trained, whatever the base's. float32 keeps small steps from being
     lost."""
 

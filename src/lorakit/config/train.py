@@ -1,13 +1,13 @@
 """Settings of runs: one class is the Python argument, the YAML file and the flags at once."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from lorakit.config.base import (
     AdapterPlace,
     AnyPath,
-    DType,
+    AutoDType,
     Names,
     PositiveFloat,
     PositiveInt,
@@ -201,7 +201,8 @@ class TrainConfig(Settings):
     """Base model: a packaged name (smollm2, minilm), a folder, or a hub id."""
 
     out: Invocation[AnyPath]
-    """Folder for the adapter (best by validation, else last), last/, checkpoints/ and the log."""
+    """Folder for the adapter (best by validation, of equal scores that with the lower loss, else
+    last), last/, checkpoints/ and the log."""
 
     method: Recorded[Names] = ("lora",)
     """What is trained: lora full top-k bitfit prefix-embedding prefix-layer adapter-h adapter-l
@@ -228,11 +229,11 @@ class TrainConfig(Settings):
     data: Recorded[DataConfig] = DataConfig()
     """What it is trained on."""
 
-    task: Annotated[Literal["auto", "preference"] | TaskName, Mark(on_card=False)] = "auto"
+    task: Annotated[Literal["auto", "preference", TaskName], Mark(on_card=False)] = "auto"
     """What the model does. auto: what rows of this type are for, generation or a task with labels;
     regression must be asked for. preference: it learns to write what was chosen of two answers."""
 
-    dtype: Shared[Literal["auto"] | DType] = "auto"
+    dtype: Shared[AutoDType] = cast(Any, "auto")
     """Precision of the frozen base in training. auto: bfloat16 where the processor multiplies it
     fast (a GPU that supports it, a CPU with AVX-512), else float32."""
 
@@ -302,7 +303,8 @@ class TrainConfig(Settings):
     """Newest checkpoints that are kept; more show how the adapter grew (docs/analysis.md)."""
 
     patience: Extends[PositiveInt | None] = None
-    """Stop after so many evaluations without a better score. None: never."""
+    """Stop after so many evaluations without a better score, or an equal one with a lower loss.
+    None: never."""
 
     packing: Shared[Literal["auto", "on", "off"]] = "auto"
     """Join the rows of a batch without padding. auto: where the model can do that, exactly; else

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorakit.attachment.attach import detach
+from lorakit.config.base import dtype_name
 from lorakit.config.estimate import EstimateConfig
 from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError, ModelError
@@ -135,7 +136,9 @@ class Estimator:
                 f"{longest}: give data.max_length or row_tokens"
             )
         if config.quantize is not None:
-            how = Quantization.of(config.quantize, config.dtype, double=config.double_quantization)
+            how = Quantization.of(
+                config.quantize, dtype_name(config.dtype), double=config.double_quantization
+            )
             quantize_without_weights(base, how)
         # A base that is given is as it will be.
         if model is None and "lora" in config.method and config.lora.layer_replication is not None:
@@ -208,7 +211,7 @@ class Estimator:
         key = (config.dtype, device, min(MOST_TOKENS, tokens), width, columns)
         if key not in self._speeds:
             self._speeds[key] = measured_speed(
-                getattr(torch, config.dtype),
+                getattr(torch, dtype_name(config.dtype)),
                 device=device,
                 rows=key[2],
                 width=width,
@@ -248,7 +251,7 @@ def _settled(config: EstimateConfig, device: DeviceKind) -> EstimateConfig:
 
 def _base(config: EstimateConfig, work: Workload) -> PreTrainedModel:
     return load_without_weights(
-        config.model, dtype=config.dtype, task=work.task, labels=work.labels
+        config.model, dtype=dtype_name(config.dtype), task=work.task, labels=work.labels
     )
 
 

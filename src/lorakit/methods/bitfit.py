@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakit.config.base import dtype_name
 from lorakit.config.methods import BitFitConfig, MethodConfig
 from lorakit.errors import TargetError
 from lorakit.layers.adapted_layer import AdaptedLayer
@@ -40,11 +41,13 @@ def components(model: nn.Module, config: BitFitConfig) -> tuple[Component, ...]:
         if biases:
             module, method = model.get_submodule(path), config.method
             others.append(
-                uncalled_component(module, path, biases, method=method, dtype=config.dtype)
+                uncalled_component(
+                    module, path, biases, method=method, dtype=dtype_name(config.dtype)
+                )
             )
     if config.add_missing:
         others += [
-            AddedBias(path=path, method=config.method, size=size, dtype=config.dtype)
+            AddedBias(path=path, method=config.method, size=size, dtype=dtype_name(config.dtype))
             for path, size in _without_bias(model).items()
         ]
     paths = _biased(model)
@@ -223,4 +226,4 @@ class TrainedBias(Component):
 def trained_bias(layer: nn.Module, path: str, config: MethodConfig) -> TrainedBias:
     """The component that trains the bias of a layer."""
     size = tuple(cast(Tensor, layer.bias).shape)
-    return TrainedBias(path=path, method=config.method, size=size, dtype=config.dtype)
+    return TrainedBias(path=path, method=config.method, size=size, dtype=dtype_name(config.dtype))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.config.base import dtype_name
 from lorakit.config.block_ranges import layer_numbers
 from lorakit.config.methods import Activation, BottleneckConfig
 from lorakit.errors import TargetError
@@ -48,7 +49,10 @@ def components(model: nn.Module, config: BottleneckConfig) -> tuple[Component, .
     _check_widths(widths, config.size)
     norms = _norms(model, adapted) if config.train_norms else ()
     return (
-        *(trained_copy(model, path, config.method, dtype=config.dtype) for path in norms),
+        *(
+            trained_copy(model, path, config.method, dtype=dtype_name(config.dtype))
+            for path in norms
+        ),
         *(_component(path, cast(int, widths[path]), config) for path in paths),
     )
 
@@ -162,7 +166,7 @@ def _component(path: str, width: int, config: BottleneckConfig) -> BottleneckCom
         activation=config.activation or ("gelu" if variant == "h" else "relu"),
         layer_norm=(variant == "l") if config.layer_norm is None else config.layer_norm,
         dropout=config.dropout,
-        dtype=config.dtype,
+        dtype=dtype_name(config.dtype),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from lorakit.config.base import dtype_name
 from lorakit.config.methods import FullConfig
 from lorakit.errors import TargetError
 from lorakit.methods.component import Component
@@ -33,10 +34,17 @@ def components(model: nn.Module, config: FullConfig) -> tuple[Component, ...]:
     copies = outermost([p for p in _holders(model, uncalled) if is_within(p, within)])
     _check_copies(model, copies)
     return (
-        *(trained_copy(model, path, config.method, dtype=config.dtype) for path in copies),
+        *(
+            trained_copy(model, path, config.method, dtype=dtype_name(config.dtype))
+            for path in copies
+        ),
         *(
             uncalled_component(
-                model.get_submodule(path), path, names, method=config.method, dtype=config.dtype
+                model.get_submodule(path),
+                path,
+                names,
+                method=config.method,
+                dtype=dtype_name(config.dtype),
             )
             for path, names in uncalled.items()
             if is_within(path, within) and not is_within(path, copies)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.config.base import dtype_name
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import TargetError, did_you_mean
 from lorakit.layers.operation import Update
@@ -155,7 +156,7 @@ def components(model: nn.Module, config: LoRAConfig) -> tuple[TokenRows, ...]:
             method=config.method,
             tokens=tokens,
             width=weight.shape[1],
-            dtype=config.dtype,
+            dtype=dtype_name(config.dtype),
             tied_to=owner.path if owner is not None and is_same else None,
         )
         found.append(made)

@@ -39,6 +39,11 @@ class BaseIdentity:
     """Base64 of eight float32 values (little endian) of each parameter, in order of name; NaN where
     only a quantised form was known."""
 
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the sketch: of names, shapes and sampled weights."""
+        return hashlib.sha256(f"{self.names_hash} {self.samples}".encode()).hexdigest()
+
     def difference(self, other: BaseIdentity) -> str | None:
         """How two bases differ, in words, or None where they are the same base.
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from lorakit.config.base import DType
+from lorakit.config.base import DTypeName, dtype_name
 from lorakit.errors import MissingExtraError, ModelError
 from lorakit.models.device import device_for, move
 from lorakit.models.image_processor import ImageProcessor
@@ -32,7 +32,7 @@ _SHOWN_TENSORS = 5
 def load_model(
     name: str | os.PathLike[str],
     *,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     task: str = "generation",
     labels: Sequence[str] | None = None,
     quantize: str | Quantization | None = None,
@@ -50,7 +50,8 @@ def load_model(
     Args:
         name: A packaged name (smollm2, minilm), else a folder, else a GGUF file or a folder with
             one, else a hub id. Write ./smollm2 for a folder of that name.
-        dtype: Precision of the weights: float32, bfloat16 or float16.
+        dtype: Precision of the weights: float32, bfloat16 or float16, or torch's own, such as
+            torch.bfloat16.
         task: generation (a causal language model, or an encoder-decoder), classification,
             regression (one number), multi-label, token-classification, question-answering, or
             embedding (no head).
@@ -75,15 +76,18 @@ def load_model(
         >>> model.num_parameters()
         134515008
     """
-    _check_arguments(dtype, task, labels, quantize)
+    precision = dtype_name(dtype)
+    _check_arguments(precision, task, labels, quantize)
     _check_libraries(task, quantize)
     where = None if device is None else device_for(device)
     asked = os.fspath(name)
-    model, tokenizer, info = _read(asked, task, dtype=dtype, **TASKS[task].head_settings(labels))
+    model, tokenizer, info = _read(
+        asked, task, dtype=precision, **TASKS[task].head_settings(labels)
+    )
     _check_and_mark_head(model, info, asked, task, fresh_head=fresh_head)
     if not TASKS[task].reads_images:
         _join_tokenizer(model, tokenizer, asked, task)
-    way = Quantization.of(quantize, dtype) if isinstance(quantize, str) else quantize
+    way = Quantization.of(quantize, precision) if isinstance(quantize, str) else quantize
     _take_form(model, way, layer_replication)
     if where is not None:
         move(model, where)
@@ -293,8 +297,8 @@ def _check_arguments(
     problems = []
     if isinstance(quantize, str) and quantize not in WAYS:
         problems.append(f"quantize {quantize!r} is none of {', '.join(WAYS)}")
-    if dtype not in get_args(DType):
-        problems.append(f"dtype {dtype!r} is none of {', '.join(get_args(DType))}")
+    if dtype not in get_args(DTypeName):
+        problems.append(f"dtype {dtype!r} is none of {', '.join(get_args(DTypeName))}")
     if task not in TASKS:
         problems.append(f"task {task!r} is none of {', '.join(TASKS)}")
     if labels is not None and not (task in TASKS and has_classes(task)):

@@ -15,6 +15,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.attach import attach, detach, extract
 from lorakit.attachment.attached import free_name
 from lorakit.attachment.plan import Plan
+from lorakit.attachment.state import identity_of
 from lorakit.config.idle import idle_settings
 from lorakit.config.seed import generator_seed
 from lorakit.config.train import TrainConfig
@@ -32,7 +33,7 @@ from lorakit.models.shape import context_length, decoder_start, hidden_size
 from lorakit.training.loaded_base import LoadedBase, settled
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
-from lorakit.training.processes import count
+from lorakit.training.processes import check_same, count
 from lorakit.training.rates import Rate, rates_by_method
 from lorakit.training.several import for_each
 from lorakit.training.sharded_base import check_shard, idle_shard, is_sharded
@@ -107,6 +108,24 @@ def prepare(config: TrainConfig, base: LoadedBase | None = None) -> Prepared:
     """
     name = NAME if base is None else free_name(base.model, NAME)
     return prepare_all({name: config}, base)[name]
+
+
+def check_same_work(prepared: Prepared) -> None:
+    """Make sure that all processes of a run have found the same rows and the same base.
+
+    What has one name may differ from machine to machine. Rows would then be trained twice or never,
+    and each process would compute the gradients of another model.
+
+    Raises:
+        ConfigError: they have not, with each difference.
+    """
+    validation, base = prepared.validation, identity_of(prepared.model)
+    hashes = {
+        "training rows": prepared.training.content_hash,
+        "validation rows": None if validation is None else validation.content_hash,
+        "base": None if base is None else base.content_hash,
+    }
+    check_same({f"the hash of the {name}": value for name, value in hashes.items()})
 
 
 def prepare_all(

@@ -30,11 +30,10 @@ from lorakit.training.loaded_base import borrowed, settled
 from lorakit.training.loss import Loss
 from lorakit.training.memory.compiled_blocks import compiled_blocks
 from lorakit.training.memory.memory_setting import training_memory
-from lorakit.training.prepare import Prepared, prepare
+from lorakit.training.prepare import Prepared, check_same_work, prepare
 from lorakit.training.processes import (
     ShareOfBatch,
     as_in_first,
-    check_same,
     check_settings,
     is_first,
     together,
@@ -165,7 +164,7 @@ def train(
             config = settings_to_resume(config, checkpoint)
         check_settings(config)
         prepared = prepare(config, base)
-        check_same({"the hash of the training rows": prepared.training.content_hash})
+        check_same_work(prepared)
         run = Run.of(config, prepared, checkpoint)
         if table and is_first():
             print(prepared.describe(config.table), file=sys.stderr)

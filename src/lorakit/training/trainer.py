@@ -276,7 +276,9 @@ class OwnIntervals(TrainerCallback):
 class KeepBest(TrainerCallback):
     """Saves the adapter whenever its score is the best so far; stops a run that has lost patience.
 
-    The best score is stored in Trainer's own state, so that a resumed run continues from it.
+    Of equal scores the one with the lower loss is the better, and where that is equal too, or not
+    known, the earlier one. The best score and all losses are in Trainer's own state, so that a
+    resumed run continues from them.
     """
 
     def __init__(
@@ -313,10 +315,9 @@ class KeepBest(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Compare the newest score with the best."""
-        score: float = kwargs["metrics"][self._metric]
-        best = state.best_metric
-        if best is None or (score > best if self._greater else score < best):
-            state.best_metric, state.best_global_step = score, state.global_step
+        scores: Mapping[str, float] = kwargs["metrics"]
+        if self._is_better(scores, state):
+            state.best_metric, state.best_global_step = scores[self._metric], state.global_step
             self._save()
         elif self._patience is not None:
             since = [
@@ -325,3 +326,16 @@ class KeepBest(TrainerCallback):
                 if self._metric in entry and entry["step"] > (state.best_global_step or 0)
             ]
             control.should_training_stop |= len(since) >= self._patience
+
+    def _is_better(self, scores: Mapping[str, float], state: TrainerState) -> bool:
+        score, best = scores[self._metric], state.best_metric
+        if best is None:
+            return True
+        if score != best:
+            return score > best if self._greater else score < best
+        losses = [
+            entry["eval_loss"]
+            for entry in state.log_history
+            if entry["step"] == state.best_global_step and "eval_loss" in entry
+        ]
+        return bool(losses) and scores.get("eval_loss", losses[-1]) < losses[-1]

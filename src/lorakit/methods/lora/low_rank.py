@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.site import Site
+from lorakit.config.base import dtype_name
 from lorakit.config.methods import LoRAConfig
 from lorakit.methods.component import Component, Materials, Shape
 from lorakit.methods.lora.eva import SingularVectors
@@ -111,7 +112,7 @@ class LowRankComponent(Component):
 
     def _fresh(self, layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
         """The tensors of a fresh start, by their names in an adapter."""
-        dtype, name = getattr(torch, self.config.dtype), self.site.name
+        dtype, name = getattr(torch, dtype_name(self.config.dtype)), self.site.name
         if device.type == "meta":
             empty = torch.empty
             return {n: empty(s, device="meta", dtype=dtype) for n, s in self.shapes.items()}

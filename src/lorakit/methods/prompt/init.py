@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.config.base import dtype_name
 from lorakit.config.methods import PrefixConfig
 from lorakit.layers.adapted_layer import AdaptedLayer, adapted_layers
 from lorakit.layers.route import Frame
@@ -34,7 +35,7 @@ class Start:
 
         Random numbers come from torch's global generator.
         """
-        dtype = getattr(torch, self.config.dtype)
+        dtype = getattr(torch, dtype_name(self.config.dtype))
         weight: Any = modules[self.embedding].weight
         if weight.is_meta:
             return torch.empty(shape, dtype=dtype, device="meta")
