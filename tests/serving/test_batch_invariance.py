@@ -6,7 +6,8 @@ from transformers.integrations import sdpa_attention
 
 from covering import sampled
 from lorakit.bank import AdapterBank
-from lorakit.errors import ModelError
+from lorakit.config.serve import ServeConfig
+from lorakit.errors import ConfigError, ModelError
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.engine import Engine
 from lorakit.serving.row_windows import groups_of
@@ -152,3 +153,9 @@ def test_products_that_differ_by_rows_are_found(monkeypatch):
     assert "matrix products" in str(decoder.make_invariant())
     assert not decoder.is_invariant
     assert decoder.reads_together
+
+
+def test_compiled_steps_can_not_be_demanded_with_it():
+    with pytest.raises(ConfigError, match="leave one of them off"):
+        ServeConfig(model="smollm2", batch_invariant="on", compile="auto")
+    assert ServeConfig(model="smollm2", compile="auto").batch_invariant == "auto"

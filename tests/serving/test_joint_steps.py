@@ -104,6 +104,24 @@ def test_each_part_has_the_adapters_of_its_slot():
         torch.testing.assert_close(row, alone, **CLOSE)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_a_gpu_has_joint_passes(dtype):
+    decoder = Decoder(build("llama").to("cuda", getattr(torch, dtype)))
+    decoder.prove()
+    assert decoder.joins
+    # Whether the bits are those of each row alone is the library's to say.
+    decoder.make_invariant()
+    slots, pieces = begun(decoder)
+    found = torch.cat(decoder.join([ids[-1] for ids in ANSWERS], slots, pieces)).float().cpu()
+    model = build("llama")
+    alone = [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in [*ANSWERS, *PROMPTS]]
+    close = CLOSE if dtype == "float32" else {"atol": 0.02, "rtol": 0.05}
+    torch.testing.assert_close(found, torch.stack(alone), **close)
+
+
 def passes(model):
     """The shapes of what a model is given from now on."""
     shapes = []
