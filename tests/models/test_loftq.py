@@ -52,7 +52,7 @@ def llama(**settings):
 @pytest.fixture(autouse=True)
 def peft_on_the_cpu(monkeypatch):
     """PEFT's very own LoftQ, which computes on the CPU where it names a GPU."""
-    theirs = peft.tuners.lora.layer.loftq_init.__wrapped__
+    theirs = vars(peft.tuners.lora.layer)["loftq_init"].__wrapped__
     named = tuple("cpu" if each == "cuda" else each for each in theirs.__code__.co_consts)
     assert named != theirs.__code__.co_consts
     mine = types.FunctionType(
