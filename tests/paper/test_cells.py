@@ -118,6 +118,8 @@ def test_cells_are_chosen_by_id_table_or_pattern():
     assert {cell.table for cell in chosen(["table2"])} == {"table2"}
     assert "table2.lora" in {cell.id for cell in chosen(["*.lora"])}
     assert len(chosen([])) == len(cells())
+    words = ("table2.lora,table2.ft", "table3")
+    assert CellChoice(cells=words).cells == ("table2.lora", "table2.ft", "table3")
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_beside_answers_a_prompt_is_read_in_the_parts_that_the_pace_allows(
     bank, tokenizer, monkeypatch
 ):
     engine = Engine(bank.model, Limits(slots=4, prefill_tokens=64))
-    monkeypatch.setattr(engine.pace, "share", lambda most: 4)
+    monkeypatch.setattr(engine.pace, "share", lambda most, **step: 4)
     running = asked(bank, tokenizer, "wide", [5, 6, 7], max_tokens=24)
     engine.submit([running.request])
     engine.start()
@@ -115,7 +115,8 @@ def test_beside_answers_a_prompt_is_read_in_the_parts_that_the_pace_allows(
     for each in (*given, running):
         each.wait()
     engine.close()
-    assert max(tokens for _, tokens in shapes) == 4
+    # A token of the answer, and so many of each prompt.
+    assert max(tokens for _, tokens in shapes) == 1 + 3 * 4
     for each in given:
         assert each.ids == greedy_alone(bank, "small", each.request.prompt, 2)
     assert running.ids == greedy_alone(bank, "wide", [5, 6, 7], 24)

@@ -198,6 +198,17 @@ def test_what_differs_under_one_name_is_refused_once(
 
 
 @pytest.mark.thorough
+def test_only_to_resume_all_machines_must_see_the_folder(words, many, tmp_path):
+    for number in (0, 1):
+        (tmp_path / f"machine-{number}").mkdir()
+    assert many(*2 * [words("run", "--out", "run")])[0] == [0, 0]
+    assert not [each for each in (tmp_path / "machine-1").rglob("*") if each.is_file()]
+    codes, said = many(*2 * [words("run", "--out", "run", "--resume")])
+    assert (codes, said.count("error:")) == ([2, 2], 1)
+    assert "run/checkpoints/checkpoint-14 is not on this machine" in said
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize(("number", "more"), [(0, ()), (1, ()), (1, ("--shard", "base"))])
 def test_a_killed_process_ends_all_with_one_message(number, more, words, many, tmp_path):
     codes, said = many(*2 * [words("run", "--steps", 5000, *more)], kill=[number, 9])

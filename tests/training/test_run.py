@@ -268,12 +268,9 @@ def test_the_best_of_evaluations(found, best, tmp_path):
         scores = {"eval_f1": score} | ({} if loss is None else {"eval_loss": loss})
         state.global_step = step
         state.log_history.append({**scores, "step": step})
-        keep.on_evaluate(None, state, TrainerControl(), metrics=scores)
-    assert (saved[-1], state.best_global_step, state.best_metric) == (
-        best,
-        best,
-        found[best - 1][0],
-    )
+        keep.on_evaluate(arguments, state, TrainerControl(), metrics=scores)
+    assert saved[-1] == state.best_global_step == best
+    assert state.best_metric == found[best - 1][0]
 
 
 @pytest.mark.thorough

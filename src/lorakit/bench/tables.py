@@ -181,7 +181,8 @@ def _source(result: dict[str, Any]) -> str:
 def _how(settings: dict[str, Any]) -> str:
     """The settings, in a few words."""
     if "holes" in settings:
-        return f"{settings['steps']} steps of each run, in a process of its own"
+        steps = f"{settings['steps']} steps of each run that does not say how many"
+        return f"{steps}, in a process of its own"
     if "families" in settings:
         return "adapters of rank 2 on all linear layers"
     if "methods" in settings:

@@ -247,6 +247,9 @@ class SoakConfig(Measured):
     adapter_dtype: DType = "float32"
     """Precision of A and B, in their files and in the server's batch."""
 
+    batch_invariant: Literal["auto", "on", "off"] = "auto"
+    """As in serve."""
+
     adapters: PositiveInt = 12
     """Adapters that are asked."""
 

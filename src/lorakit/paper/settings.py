@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lorakit.config.base import Names, PositiveInt, Settings
+from lorakit.config.base import Names, PositiveInt, Settings, comma_list
 from lorakit.config.seed import Seed
 from lorakit.data.tasks import TASKS
 from lorakit.errors import did_you_mean
@@ -49,6 +49,8 @@ class CellChoice(PaperConfig):
     @field_validator("cells")
     @classmethod
     def _name_cells(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        # Each word of a command line may be several, as the value of a flag may.
+        words = tuple(name for word in words for name in comma_list(word))
         unknown = [f"there is no cell {word!r}{hint}" for word, hint in names_nothing(words)]
         if unknown:
             raise ValueError(f"{', '.join(unknown)} (`lorakit paper list` shows all)")

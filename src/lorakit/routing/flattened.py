@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,46 +37,77 @@ def of_tokens(choices: RowChoices, lengths: Sequence[int]) -> RowChoices:
     return replace(choices, index_of_row=tuple(tokens), rows=len(tokens))
 
 
-def flattened(frame: Frame, tokens: int) -> Frame:
-    """The frame of a batch of one row, of a frame whose rows are the row's tokens.
+@dataclass(frozen=True)
+class RowsOfTokens:
+    """Neighbouring tokens of a flattened row: so many of each of some rows, one row after another.
+
+    They are computed as the batch of these rows would be.
+    """
+
+    frame: Frame
+    """The operations of the rows."""
+    rows: int
+    tokens: int
+    """Of each row."""
+
+
+def flattened(parts: Sequence[RowsOfTokens]) -> Frame:
+    """The frame of a batch of one row whose tokens are those of some parts.
 
     Raises:
         RouteError: an adapter has virtual tokens, which would move the others.
     """
-    operations = frame.operations or {}
-    if any(any(each.tokens_of_rows(tokens)) for each in operations.values()):
-        raise RouteError("an adapter with virtual tokens would move the tokens of other requests")
-    views = _Views(tokens)
-    return replace(
-        frame,
-        operations={number: _OfTokens(each, views) for number, each in operations.items()} or None,
-    )
+    operations = [part.frame.operations or {} for part in parts]
+    for part, own in zip(parts, operations, strict=True):
+        if any(any(each.tokens_of_rows(part.rows)) for each in own.values()):
+            raise RouteError(
+                "an adapter with virtual tokens would move the tokens of other requests"
+            )
+    views = _Views(parts)
+    numbers = {number: None for own in operations for number in own}
+    of_parts = {
+        number: _OfParts([own.get(number) for own in operations], views) for number in numbers
+    }
+    frame = parts[0].frame if len(parts) == 1 else Frame(key=object())
+    return replace(frame, operations=of_parts or None, rows=1)
 
 
 class _Views:
-    """Inputs (1, tokens, …) as rows of one token each.
+    """The parts of inputs (1, tokens, …), each as the rows (rows, tokens, …) that are in it.
 
-    The latest one is kept as long as somebody else does: layers that read one input recognise it.
+    The latest ones are kept as long as somebody else does: layers that read one input recognise it.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self._latest: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+    def __init__(self, parts: Sequence[RowsOfTokens]) -> None:
+        ends = list(accumulate(part.rows * part.tokens for part in parts))
+        self.tokens = ends[-1]
+        self._places = [
+            (end - part.rows * part.tokens, end, part.rows)
+            for part, end in zip(parts, ends, strict=True)
+        ]
+        self._input: weakref.ref[Tensor] | None = None
+        self._known: dict[int, weakref.ref[Tensor]] = {}
 
-    def of(self, x: Tensor) -> Tensor:
-        if self._latest is not None and self._latest[0]() is x:
-            known = self._latest[1]()
-            if known is not None:
-                return known
-        made = x.view(self.tokens, 1, *x.shape[2:])
-        self._latest = weakref.ref(x), weakref.ref(made)
-        return made
+    def of(self, x: Tensor, part: int) -> Tensor:
+        """A part of an input, by its number."""
+        if self._input is None or self._input() is not x:
+            self._input, self._known = weakref.ref(x), {}
+        known = self._known[part]() if part in self._known else None
+        if known is None:
+            known = self.within(x, part)
+            self._known[part] = weakref.ref(known)
+        return known
+
+    def within(self, x: Tensor, part: int) -> Tensor:
+        """A part of a tensor that is seen for the first time."""
+        start, end, rows = self._places[part]
+        return x[0, start:end].view(rows, -1, *x.shape[2:])
 
 
-class _OfTokens(Operation):
-    """An operation on rows of one token each, for the one row that these are in."""
+class _OfParts(Operation):
+    """Operations on the parts of a row of tokens; None: the base answers there."""
 
-    def __init__(self, own: Operation, views: _Views) -> None:
+    def __init__(self, own: Sequence[Operation | None], views: _Views) -> None:
         self._own, self._views = own, views
 
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -91,11 +123,28 @@ class _OfTokens(Operation):
                 f"the route is for one row of {tokens} tokens, but {path} was given an input of "
                 f"shape {tuple(x.shape)}"
             )
-        found = self._own.adapt(
-            layer, (self._views.of(x.contiguous()), *inputs[1:]), output.flatten(0, 1)[:, None]
-        )
-        return found.view(1, tokens, *found.shape[2:])
+        x, output = x.contiguous(), output.contiguous()
+        for part, operation in enumerate(self._own):
+            if operation is None:
+                continue
+            before = self._views.within(output, part)
+            found = operation.adapt(layer, (self._views.of(x, part), *inputs[1:]), before)
+            if len(self._own) == 1:
+                return found.view(1, tokens, *found.shape[2:])
+            if found.data_ptr() != before.data_ptr():
+                before.copy_(found)
+        return output
 
     def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
-        """A parameter, as the operation has it."""
-        return self._own.read(name, weight, inside=inside)
+        """A parameter, as the operations have it.
+
+        Raises:
+            RouteError: the parts need different ones.
+        """
+        if len(self._own) > 1 and not inside:
+            raise RouteError(
+                "an adapted layer has a weight that the model reads by itself, once for all tokens"
+            )
+        for operation in self._own:
+            weight = weight if operation is None else operation.read(name, weight, inside=inside)
+        return weight

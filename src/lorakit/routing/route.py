@@ -17,7 +17,7 @@ from lorakit.layers.route import Frame
 from lorakit.models.base import device_of
 from lorakit.routing.choices import Choice, RowChoices, UpdatesByName
 from lorakit.routing.compiled_batch import static_operations
-from lorakit.routing.flattened import flattened, of_tokens
+from lorakit.routing.flattened import RowsOfTokens, flattened, of_tokens
 from lorakit.routing.stacked_lora import mixed_operations
 from lorakit.upstream.private_names import write_count
 
@@ -117,7 +117,8 @@ def _flattened(
     if state.compiled:
         raise RouteError("a compiled model takes no lengths: give a row to each request")
     frame = _frame(state, used, tokens, device)
-    return frame if len(tokens.index_of_row) == 1 else flattened(frame, len(tokens.index_of_row))
+    count = len(tokens.index_of_row)
+    return frame if count == 1 else flattened([RowsOfTokens(frame, rows=count, tokens=1)])
 
 
 def _frame(

@@ -21,6 +21,7 @@ from lorakit.methods.lora.lora import is_linear
 from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import device_of
 from lorakit.routing.choices import RowChoices
+from lorakit.routing.flattened import RowsOfTokens, flattened
 from lorakit.routing.input_slots import InputSlots, SlotContent, follow_each_other
 from lorakit.routing.stacked_lora import is_sum, mixed_operations
 
@@ -136,6 +137,15 @@ class Slots:
         Slots that do not follow each other are copied for this one block.
         """
         return self._state.route.own.pushed(self._frame(slots))
+
+    def used_in_parts(self, parts: Sequence[tuple[Sequence[int], int]]) -> Any:
+        """Have the tokens of one flattened row use slots, as `used` does.
+
+        Args:
+            parts: of the row, one after the other: some slots, and the number of tokens of each.
+        """
+        made = [RowsOfTokens(self._frame(slots), len(slots), tokens) for slots, tokens in parts]
+        return self._state.route.own.pushed(flattened(made))
 
     def _frame(self, slots: Sequence[int]) -> Frame:
         between = slots[0], slots[0] + len(slots)

@@ -13,8 +13,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lorakit.errors import ModelError
 from lorakit.kernels.few_rows import few_rows
+from lorakit.serving.joint_pass import JointPass, PromptPiece
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
-from lorakit.serving.row_windows import ColumnGroup, grouped, groups_of, use_row_windows
+from lorakit.serving.row_windows import ColumnGroup, by_groups, equal_groups, groups_of
+from lorakit.serving.step_attention import attending, has_step_attention, use_step_attention
 
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How far a logit of a step may be from that of the whole forward pass, over the largest logit."""
@@ -39,6 +41,10 @@ class Decoder:
             )
         self.reads_together = True
         """Whether prompts read together get the logits of each alone; `prove` finds out."""
+        self.joins = False
+        """Whether a step and parts of prompts can be one pass; `prove` finds out."""
+        self.is_invariant = False
+        """Whether logits do not depend on the batch, to the bit; `make_invariant` finds out."""
 
     @property
     def vocabulary(self) -> int:
@@ -66,9 +72,9 @@ class Decoder:
             cache,
             torch.ones(1, past + len(ids), dtype=torch.long, device=device),
             positions,
-            every=every,
+            keep=None if every else 1,
         )
-        return output[0] if every else output[0, -1:]
+        return output[0]
 
     def read_together(
         self, texts: Sequence[Sequence[int]], caches: Sequence[DynamicCache]
@@ -101,7 +107,7 @@ class Decoder:
             batch,
             (columns >= starts).long(),
             (columns[past:] - starts).clamp(min=0),
-            every=False,
+            keep=1,
         )
         return output[:, -1], _apart(batch, [len(text) for text in texts])
 
@@ -122,15 +128,48 @@ class Decoder:
             groups: of rows that see others; None: those that pay, without a window.
         """
         if groups is None:
-            groups = groups_of(slots.lengths[: len(tokens)]) if window is None else ()
+            groups = self._groups(slots.lengths[: len(tokens)]) if window is None else ()
         cache, mask, positions = slots.begin(len(tokens), window)
         device = self.model.device
         ids = torch.tensor(tokens, device=device)[:, None]
         own = torch.tensor(positions, device=device)[:, None]
         # Faster, but what is traced to be compiled must be no tensors of inference mode.
         inference = torch.inference_mode() if window is None else nullcontext()
-        with inference, grouped(groups):
+        with inference, attending(by_groups(groups) if groups else None):
             return self.in_place(ids, cache, mask, own)
+
+    def join(
+        self, tokens: Sequence[int], slots: KeyValueSlots, pieces: Sequence[PromptPiece]
+    ) -> tuple[Tensor, Tensor]:
+        """A step as by `step`, and the next tokens of prompts, in one forward pass.
+
+        Args:
+            tokens: of the first slots.
+            slots: their keys and values.
+            pieces: of the prompts.
+
+        Returns:
+            The logits after the step (rows, vocabulary), and after each piece (pieces, vocabulary).
+        """
+        rows, device = len(tokens), self.model.device
+        cache, mask, positions = slots.begin(rows)
+        joint = JointPass(cache, mask, self._groups(slots.lengths[:rows]), pieces)
+        ids = [*tokens, *(token for piece in pieces for token in piece.ids)]
+        # transformers leaves masks of four dimensions alone, and what attends here needs none.
+        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        with torch.inference_mode(), attending(joint.attend):
+            logits = self._call(
+                torch.tensor([ids], device=device),
+                joint,
+                unused,
+                torch.tensor([[*positions, *joint.positions]], device=device),
+                keep=joint.wanted,
+            )[0]
+        return logits[:rows], logits[rows:]
+
+    def _groups(self, lengths: Sequence[int]) -> list[ColumnGroup]:
+        """The groups by which a step's rows of some lengths attend."""
+        return equal_groups(lengths) if self.is_invariant else groups_of(lengths)
 
     @property
     def has_windows(self) -> bool:
@@ -143,14 +182,31 @@ class Decoder:
 
     def in_place(self, ids: Tensor, cache: Cache, mask: Tensor, positions: Tensor) -> Tensor:
         """The logits of a step whose tensors are given, (rows, vocabulary)."""
-        return self._call(ids, cache, mask, positions, every=True)[:, -1]
+        return self._call(ids, cache, mask, positions, keep=None)[:, -1]
 
     def _call(
-        self, ids: Tensor, cache: Cache, mask: Tensor, positions: Tensor, *, every: bool
+        self,
+        ids: Tensor,
+        cache: Cache,
+        mask: Tensor,
+        positions: Tensor,
+        *,
+        keep: int | Sequence[int] | None,
     ) -> Tensor:
+        """The logits of a forward pass.
+
+        Args:
+            ids: (rows, tokens).
+            cache: of keys and values.
+            mask: what the tokens see.
+            positions: of the tokens.
+            keep: the tokens whose logits are wanted: so many last ones, or those at these places;
+                None: all.
+        """
         more: dict[str, Any] = {}
-        if not every and "logits_to_keep" in self._takes:
-            more["logits_to_keep"] = 1
+        if keep is not None and "logits_to_keep" in self._takes:
+            places = isinstance(keep, Sequence)
+            more["logits_to_keep"] = torch.tensor(keep, device=ids.device) if places else keep
         if "position_ids" in self._takes:
             more["position_ids"] = positions
         with few_rows(self.model, ids.numel()):
@@ -159,7 +215,9 @@ class Decoder:
             )
         logits = output.logits
         assert isinstance(logits, Tensor)
-        return logits
+        if keep is None or "logits_to_keep" in more:
+            return logits
+        return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
 
     @torch.no_grad()
     def prove(self) -> None:
@@ -177,6 +235,7 @@ class Decoder:
         self._prove_steps(rows, expected)
         self._prove_groups(rows, expected)
         self.reads_together = self._is_equal_together(rows, expected)
+        self.joins = self._is_equal_joint(rows, expected)
 
     def _prove_steps(self, rows: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> None:
         try:
@@ -192,28 +251,33 @@ class Decoder:
 
     def _prove_groups(self, rows: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> None:
         """Have rows of unlike lengths read their own columns, if the logits are then the same."""
-        use_row_windows(self.model)
+        use_step_attention(self.model)
         groups = [ColumnGroup(0, 2, len(rows[1])), ColumnGroup(2, 3, len(rows[0]))]
         try:
             found = self._stepped(rows, groups)
         except Exception:
-            use_row_windows(self.model, wanted=False)
+            use_step_attention(self.model, wanted=False)
             return
         if any(map(difference, found, expected)):
-            use_row_windows(self.model, wanted=False)
+            use_step_attention(self.model, wanted=False)
 
     def _stepped(
         self, rows: Sequence[Sequence[int]], groups: Sequence[ColumnGroup] | None = None
     ) -> list[Tensor]:
         """The logits of two rows, their last tokens in a step of slots 2 and 0."""
+        slots, tokens = self._begun(rows)
+        found = self.step(tokens, slots, groups=groups)
+        return [found[2], found[0]]
+
+    def _begun(self, rows: Sequence[Sequence[int]]) -> tuple[KeyValueSlots, list[int]]:
+        """Two rows without their last tokens in slots 2 and 0, and the tokens of the next step."""
         slots = KeyValueSlots(3)
         for slot, ids in zip((2, 0), rows, strict=True):
             cache = DynamicCache()
             for token in ids[:-1]:
                 self.read([token], cache)
             slots.admit(slot, cache)
-        found = self.step([rows[1][-1], 0, rows[0][-1]], slots, groups=groups)
-        return [found[2], found[0]]
+        return slots, [rows[1][-1], 0, rows[0][-1]]
 
     def _is_equal_together(self, rows: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> bool:
         """Whether rows that are read together, one of them in two parts, get their own logits."""
@@ -224,6 +288,63 @@ class Decoder:
         except Exception:
             return False
         return not any(map(difference, found, expected))
+
+    def _is_equal_joint(self, rows: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> bool:
+        """Whether a step that reads prompts too, one of them in parts, gives all their logits."""
+        # A window of tokens would need a mask of its own, and these rows are shorter than any.
+        if self.has_windows or not has_step_attention(self.model):
+            return False
+        try:
+            slots, tokens = self._begun(rows)
+            begun = DynamicCache()
+            self.read(rows[1][:2], begun)
+            pieces = [PromptPiece(rows[1][2:], begun), PromptPiece(rows[0], DynamicCache())]
+            step, read = self.join(tokens, slots, pieces)
+        except Exception:
+            return False
+        found = [step[2], step[0], read[1], read[0]]
+        return not any(map(difference, found, [*expected, *expected]))
+
+    @torch.no_grad()
+    def make_invariant(self) -> str | None:
+        """Have a row's logits be the same to the bit whatever else is in the batch.
+
+        Rows attend to their own columns alone, prompts are read without padding, and all else must
+        compute each row by itself already, which a probe finds out.
+
+        Returns:
+            Why that can't be; None: it is so from now on.
+        """
+        if not self.joins:
+            return (
+                "its attention is not transformers' sdpa, or sees a window of tokens, so that rows "
+                "of unlike lengths share its calls"
+            )
+        together, self.is_invariant = self.reads_together, True
+        self.reads_together = False
+        last = self.vocabulary - 1
+        rows = [[min(token, last) for token in ids] for ids in ([5, 9], [3, 8, 4, 7, 6, 2, 11])]
+        if all(map(torch.equal, *self._alone_and_joined(rows))):
+            return None
+        self.reads_together, self.is_invariant = together, False
+        return "matrix products of many rows are not those of each row, to the bit"
+
+    def _alone_and_joined(
+        self, rows: Sequence[Sequence[int]]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The logits of a step of two rows and of reading them: of each alone, and in one pass."""
+        alone: list[Tensor] = []
+        for ids in rows:
+            slots, cache = KeyValueSlots(1), DynamicCache()
+            self.read(ids[:-1], cache)
+            slots.admit(0, cache)
+            alone += [self.step([ids[-1]], slots)[0], self.read(ids, DynamicCache())[0]]
+        slots, tokens = self._begun(rows)
+        begun = DynamicCache()
+        self.read(rows[1][:2], begun)
+        pieces = [PromptPiece(rows[1][2:], begun), PromptPiece(rows[0], DynamicCache())]
+        step, read = self.join(tokens, slots, pieces)
+        return alone, [step[2], read[1], step[0], read[0]]
 
     def _refusal(self, reason: str) -> ModelError:
         return ModelError(

@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorakit.attachment.state import attachment_for
+from lorakit.errors import ModelError
 from lorakit.layers.route import Frame
 from lorakit.routing.slots import Terms
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.grammars import GrammarError
 from lorakit.serving.held_slots import HeldSlots
+from lorakit.serving.joint_steps import JointSteps
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
 from lorakit.serving.pace import Pace
 from lorakit.serving.prompt_reading import Prompt, PromptReader
@@ -79,6 +81,7 @@ class Engine(Worker):
         self.decoder = Decoder(model)
         with attachment_for(model).route.own.pushed(Frame()):
             self.decoder.prove()
+            self._make_invariant(note)
         count, compiles = self.limits.slots, self.limits.compile != "off"
         dtype = adapter_dtype or model.dtype
         self.slots = HeldSlots(model, count, dtype=dtype, few_ranks=compiles)
@@ -90,7 +93,28 @@ class Engine(Worker):
         self.reader = PromptReader(
             self.decoder, self.slots, self.prefixes, self.pace, self.limits.prefill_tokens
         )
+        self.joint = JointSteps(
+            self.decoder, self.slots, self.keys_and_values, self.reader, self.pace, note=note
+        )
         self._rows: dict[int, Row] = {}
+
+    def _make_invariant(self, note: Callable[[str], None]) -> None:
+        """Have answers not depend on the batch, where that is wanted.
+
+        Raises:
+            ModelError: they do, and must not.
+        """
+        wanted = self.limits.batch_invariant
+        rounds = self.model.dtype.itemsize < 4 and self.limits.compile == "off"
+        if wanted == "off" or (wanted == "auto" and not rounds):
+            return
+        reason = self.decoder.make_invariant()
+        if reason is None:
+            return
+        told = f"the answers of this {type(self.model).__name__} depend on their batch: {reason}"
+        if wanted == "on":
+            raise ModelError(f"{told}; leave batch_invariant at auto, or take another precision")
+        note(told)
 
     def warm_up(self, terms: Iterable[Terms] = ()) -> None:
         """Reserve slots for what rows will use, and wait for compiled steps if that was asked."""
@@ -112,7 +136,8 @@ class Engine(Worker):
     @property
     def step_counts(self) -> Counter[str]:
         """The decode steps so far: compiled, or the reason why they were eager."""
-        return self.steps.counts
+        joint = Counter({"with prompts": self.joint.count} if self.joint.count else {})
+        return self.steps.counts + joint
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> bool:
         """Take no more requests, and end once those that came are answered, or at once.
@@ -139,8 +164,9 @@ class Engine(Worker):
     def _step(self) -> None:
         self._drop_cancelled()
         self._join_waiting()
-        self._read_prompts()
-        self._decode()
+        if not self._decode_and_read():
+            self._read_prompts()
+            self._decode()
 
     def _drop_cancelled(self) -> None:
         super()._drop_cancelled()
@@ -170,9 +196,36 @@ class Engine(Worker):
             sampler = Sampler(request.sampling, request.prompt, request.grammar)
             self._rows[slot] = Row(request, slot, sampler, text, Prompt(request, slot))
 
+    def _decode_and_read(self) -> bool:
+        """One token more for each answer and parts of prompts, in one pass; False: not so."""
+        rows, prompts = self._answering(), self._unread()
+        if not (rows and prompts):
+            return False
+        self._close_gaps(rows)
+        found = self.joint.step(_latest(rows), [row.slot for row in rows], prompts)
+        if found is None:
+            return False
+        self.keys_and_values.end()
+        self._go_on(rows, found.logits)
+        for prompt, logits in found.read:
+            row = self._rows[prompt.slot]
+            try:
+                self._begin(row, prompt, logits)
+            except Exception as error:
+                self._end(row, Delta(finish="error", error=error))
+        return True
+
+    def _unread(self) -> list[Prompt]:
+        """The prompts that are not in their slots."""
+        return [row.prompt for row in self._rows.values() if row.prompt is not None]
+
+    def _answering(self) -> list[Row]:
+        """The rows whose answers have begun."""
+        return [row for row in self._rows.values() if row.prompt is None]
+
     def _read_prompts(self) -> None:
         """Read as much of the prompts as one step may, and begin the answers of those read."""
-        prompts = [row.prompt for row in self._rows.values() if row.prompt is not None]
+        prompts = self._unread()
         beside = len(prompts) < len(self._rows)
         for prompt, found in self.reader.read(prompts, beside=beside):
             row = self._rows[prompt.slot]
@@ -221,24 +274,37 @@ class Engine(Worker):
 
     def _decode(self) -> None:
         """One token more for each answer."""
-        rows = [row for row in self._rows.values() if row.prompt is None]
+        rows = self._answering()
         if not rows:
             return
         self._close_gaps(rows)
-        count = 1 + max(row.slot for row in rows)
-        tokens = [0] * count
-        for row in rows:
-            tokens[row.slot] = row.last
+        tokens = _latest(rows)
         begun = time.perf_counter()
         try:
             logits = self.steps.step(tokens, [row.slot for row in rows])
-            self.keys_and_values.end()
+            # A GPU has not computed what nobody asks for.
+            float(logits[0, 0])
+        except Exception as error:
+            for row in rows:
+                self._end(row, Delta(finish="error", error=error))
+            return
+        self.pace.stepped(len(tokens), time.perf_counter() - begun)
+        self.keys_and_values.end()
+        self._go_on(rows, logits)
+
+    def _go_on(self, rows: Sequence[Row], logits: Tensor) -> None:
+        """Go on with the next token of each answer.
+
+        Args:
+            rows: the answers.
+            logits: of all slots, (rows, vocabulary).
+        """
+        try:
             chosen = _chosen(rows, logits)
         except Exception as error:
             for row in rows:
                 self._end(row, Delta(finish="error", error=error))
             return
-        self.pace.stepped(count, time.perf_counter() - begun)
         for row, token in zip(rows, chosen, strict=True):
             if isinstance(token, GrammarError):
                 self._end(row, Delta(finish="error", error=token))
@@ -296,6 +362,14 @@ class Engine(Worker):
         self._rows.pop(row.slot, None)
         self.keys_and_values.free(row.slot)
         deliver(row.request, delta)
+
+
+def _latest(rows: Sequence[Row]) -> list[int]:
+    """The tokens that a step of the first slots reads, up to the last one that answers."""
+    tokens = [0] * (1 + max(row.slot for row in rows))
+    for row in rows:
+        tokens[row.slot] = row.last
+    return tokens
 
 
 def _chosen(rows: Iterable[Row], logits: Tensor) -> list[Token | GrammarError]:

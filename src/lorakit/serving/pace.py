@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MOST_STEPS = 1.75
-"""Decode steps that one prompt's reading may take between two of them: with the step that follows
-a stream then waits for less than three."""
+MOST_STEPS = 2.75
+"""Decode steps that a stream may wait for its next token where one prompt is read meanwhile: for
+the reading and the step that follows it, or for one pass that does both."""
 
 CHUNK = 16
 """The tokens of a prompt that are read in any case: fewer take hardly less time."""
@@ -59,21 +59,24 @@ class Pace:
             self._reads, self._knows_one = _Passes(), True
         self._reads.count(tokens, seconds)
 
-    def share(self, most: int) -> int:
+    def share(self, most: int, *, joined: int = 0) -> int:
         """The tokens of one prompt that may be read before the next step of the answers.
 
         Args:
             most: of all prompts together.
+            joined: the rows of the step, if it is computed in the same pass.
         """
         steps, reads = self._steps, self._reads
         if not (steps.seconds and reads.seconds):
             return most
         per_token = reads.seconds / reads.tokens
+        limit = MOST_STEPS if joined else MOST_STEPS - 1
         if reads.tokens >= 2 * steps.tokens:
             slope = (reads.seconds - steps.seconds) / (reads.tokens - steps.tokens)
             # Single passes vary; a slope near zero would mean prompts of any length at once.
             per_token = max(slope, per_token / 4)
-            tokens = steps.tokens + (MOST_STEPS - 1) * steps.seconds / per_token
+            tokens = steps.tokens + (limit - 1) * steps.seconds / per_token
         else:
-            tokens = MOST_STEPS * steps.seconds / per_token
+            tokens = limit * steps.seconds / per_token
+        tokens -= joined
         return min(most, max(CHUNK, int(tokens) // MULTIPLE * MULTIPLE))

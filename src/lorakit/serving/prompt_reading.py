@@ -88,6 +88,33 @@ class PromptReader:
                     yield prompt, found
             waiting = [prompt for prompt in waiting if prompt not in group]
 
+    def parts(self, prompts: Sequence[Prompt], *, rows: int) -> list[tuple[Prompt, int]]:
+        """The prompts that are read in the answers' next step, the oldest first.
+
+        Args:
+            prompts: what is not yet read.
+            rows: of the step.
+
+        Returns:
+            Each with the number of its tokens; nothing where one needs a pass of its own.
+        """
+        if any(prompt.tokens is not None for prompt in prompts):
+            return []
+        room = self._most
+        share = self._pace.share(room, joined=rows)
+        parts: list[tuple[Prompt, int]] = []
+        waiting = sorted(prompts, key=lambda prompt: prompt.request.number)
+        for at, prompt in enumerate(waiting):
+            if self._waits(prompt, waiting[:at]):
+                continue
+            self._begin(prompt)
+            part = min(prompt.left, share, room)
+            if not part:
+                break
+            parts.append((prompt, part))
+            room -= part
+        return parts
+
     def _group(self, waiting: Sequence[Prompt], share: int, room: int) -> list[Prompt]:
         """The prompts of the next pass: the oldest, and others of like lengths; none: no room."""
         group: list[Prompt] = []

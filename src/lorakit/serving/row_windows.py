@@ -7,26 +7,17 @@ group. Weights are read once for all of them, as without groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations import sdpa_attention
-from transformers.masking_utils import sdpa_mask
 
 from lorakit.serving import kv_slots
-from lorakit.upstream.private_names import attention_name, names_attention
+from lorakit.serving.step_attention import Attention, whole
 
-NAME = "lorakit_row_windows"
-"""The name of this attention among those of transformers."""
-REPLACED = "sdpa"
-"""The attention that it computes."""
 WORTH = 0.5
 """The share of all rows' columns that groups may still read: else one call for all is as fast."""
 
@@ -38,9 +29,8 @@ class ColumnGroup:
     start: int
     stop: int
     columns: int
-
-
-_groups: ContextVar[Sequence[ColumnGroup]] = ContextVar("groups", default=())
+    is_whole: bool = False
+    """Whether each of the rows has all of these columns, so that none is hidden."""
 
 
 def groups_of(lengths: Sequence[int]) -> list[ColumnGroup]:
@@ -61,60 +51,53 @@ def groups_of(lengths: Sequence[int]) -> list[ColumnGroup]:
     return groups
 
 
-def use_row_windows(model: PreTrainedModel, *, wanted: bool = True) -> None:
-    """Have a model's attention follow the groups of a step, or compute as it did before.
+def equal_groups(lengths: Sequence[int]) -> list[ColumnGroup]:
+    """The rows of a step that follow each other and are equally long: none reads a hidden column.
 
-    Only a model with the attention `sdpa` is changed, and outside `grouped` it computes the same.
+    What is hidden adds zeros to a row's sums, but where they are, decides in which order the others
+    are added up, and so how the sum is rounded.
+
+    Args:
+        lengths: the tokens of each row before the step.
     """
-    before, after = (REPLACED, NAME) if wanted else (NAME, REPLACED)
-    config = model.config
-    if names_attention(config) and attention_name(config) == before:
-        model.set_attn_implementation(after)
+    groups, start = [], 0
+    for length, rows in groupby(lengths):
+        stop = start + len(list(rows))
+        groups.append(ColumnGroup(start, stop, 1 + length, is_whole=True))
+        start = stop
+    return groups
 
 
-@contextmanager
-def grouped(groups: Sequence[ColumnGroup]) -> Iterator[None]:
-    """Have the running thread's forward passes, of one token a row, read by groups."""
-    token = _groups.set(groups)
-    try:
-        yield
-    finally:
-        _groups.reset(token)
+def by_groups(groups: Sequence[ColumnGroup]) -> Attention:
+    """Attention of one token a row, in which each group of rows reads its own columns."""
 
+    def attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        if attention_mask is None:
+            return whole(module, query, key, value, attention_mask, **kwargs)
+        # A row's distances are in its columns, so an addition to the scores has columns too.
+        bias = kwargs.pop("position_bias", None)
+        parts = []
+        for group in groups:
+            rows, last = slice(group.start, group.stop), slice(-group.columns, None)
+            own = None if bias is None else bias[..., last]
+            mask = None if group.is_whole else attention_mask[rows, ..., last]
+            part, _ = whole(
+                module,
+                query[rows],
+                key[rows, :, last],
+                value[rows, :, last],
+                mask,
+                position_bias=own if own is None or own.shape[0] == 1 else own[rows],
+                **kwargs,
+            )
+            parts.append(part)
+        return torch.cat(parts), None
 
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls; shapes and arguments are those of `sdpa_attention_forward`."""
-    whole = sdpa_attention.sdpa_attention_forward
-    groups = _groups.get()
-    if not groups or attention_mask is None:
-        return sdpa_attention.sdpa_attention_forward(
-            module, query, key, value, attention_mask, **kwargs
-        )
-    # A row's distances are in its columns, so an addition to the scores has columns too.
-    bias = kwargs.pop("position_bias", None)
-    parts = []
-    for group in groups:
-        rows, last = slice(group.start, group.stop), slice(-group.columns, None)
-        own = None if bias is None else bias[..., last]
-        part, _ = whole(
-            module,
-            query[rows],
-            key[rows, :, last],
-            value[rows, :, last],
-            attention_mask[rows, ..., last],
-            position_bias=own if own is None or own.shape[0] == 1 else own[rows],
-            **kwargs,
-        )
-        parts.append(part)
-    return torch.cat(parts), None
-
-
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+    return attention

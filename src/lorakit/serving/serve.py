@@ -180,7 +180,12 @@ def _prepared(settings: ServeConfig, note: Note) -> tuple[Worker, Catalog]:
         waiting_requests=settings.waiting_requests,
         waiting_tokens=settings.waiting_tokens,
         compile=settings.compile,
+        batch_invariant=settings.batch_invariant,
     )
+    if base.encodes and settings.batch_invariant == "on":
+        raise ConfigError(
+            "batch_invariant is of models that write text, and this one is an encoder"
+        )
     how: dict[str, Any] = {"adapter_dtype": None if dtype is None else getattr(torch, dtype)}
     engine: Worker = (
         EncoderEngine(base.model, limits, **how)

@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 CONNECT_S = 10.0
 """Seconds within which a cluster has to accept a connection."""
+AUTH_MODE = "RAY_AUTH_MODE"
+"""Ray's variable. Without it Ray takes the token of this machine only to `auto`."""
 STOP_S = 120.0
 """Seconds that tasks get, after Ctrl-C, to finish their steps and save a checkpoint."""
 
@@ -69,11 +71,18 @@ def connected(address: str) -> Iterator[None]:
     # Ray raises plain Exceptions too, such as for a machine that is too busy to start it.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ConfigError(f"Ray does not connect to {address}: {reason}") from error
+        raise ConfigError(f"Ray does not connect to {address}: {reason}{_hint(address)}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _hint(address: str) -> str:
+    """What to do about a cluster that answers and lets nobody in, which Ray does not say."""
+    if address in ("local", "auto") or os.environ.get(AUTH_MODE) is not None:
+        return ""
+    return f". If it asks for a token (~/.ray/auth_token), set {AUTH_MODE}=token"
 
 
 def run_tasks(

@@ -1,9 +1,9 @@
 """The processes that train one adapter together, as torchrun starts them.
 
 Each has the whole model and takes its share of the rows of every batch. What is trained is small,
-so its gradients are summed in one piece after the backward pass, and nothing wraps the model: hooks
-on it, its methods and its memory modes are as in one process. transformers and accelerate are not
-told of the others, so that data order, steps and resuming are those of one process too.
+so its gradients are summed after the backward pass, and nothing wraps the model: hooks on it, its
+methods and its memory modes are as in one process. transformers and accelerate are not told of the
+others, so that data order, steps and resuming are those of one process too.
 """
 
 from __future__ import annotations

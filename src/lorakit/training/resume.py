@@ -84,7 +84,13 @@ def settings_to_resume(config: TrainConfig, checkpoint: Path) -> TrainConfig:
 
     Raises:
         TrainingError: a setting that may not change is another than in the checkpoint; lists all.
+            Or this process does not see the checkpoint, which the first one found.
     """
+    if not checkpoint.is_dir():
+        raise TrainingError(
+            f"{checkpoint} is not on this machine, and the first process of the run found it: each "
+            "reads it to resume, so give an out that all machines see"
+        )
     saved = RunRecord.load(checkpoint)
     if config.keep_settings:
         if saved is None:
