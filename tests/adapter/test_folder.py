@@ -254,8 +254,19 @@ def test_an_edited_config_is_noticed(saved: Path, change: dict[str, Any], text: 
     [
         ({"r": "8"}, "r: input should be a valid integer, found '8'"),
         ({"r": 0}, "r: input should be greater than or equal to 1"),
+        (
+            {"trainable_token_indices": [3, -1]},
+            "trainable_token_indices.1: input should be greater than or equal to 0, found '-1'",
+        ),
+        (
+            {"target_modules": 5},
+            "target_modules: input should be a valid list or input should be a valid string, found",
+        ),
         ({"lora_alpha": -3}, "lora_alpha: input should be greater than 0"),
-        ({"peft_type": "IA3"}, "peft_type: input should be 'LORA', found 'IA3'"),
+        (
+            {"peft_type": "IA3"},
+            "peft_type: 'IA3' is another of PEFT's methods; lorakit reads 'LORA'",
+        ),
         ({"peft_type": "drop"}, "peft_type: field required"),
         ({"bias": "some"}, "bias: input should be 'none', 'all' or 'lora_only'"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern: '(' is not a regular expression"),

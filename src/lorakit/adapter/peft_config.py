@@ -151,6 +151,13 @@ def read_config(
         problems: gets a line for each wrong field, and for each thing that lorakit can't do.
         has_base: the base is there, for a start that depends on its weights.
     """
+    method = raw.get("peft_type", "LORA")
+    if isinstance(method, str) and method != "LORA":
+        problems.append(
+            f"{CONFIG_FILE}  peft_type: {method!r} is another of PEFT's methods; lorakit reads "
+            "'LORA' alone"
+        )
+        return None
     try:
         config = PeftConfig.model_validate(raw)
     except ValidationError as error:
