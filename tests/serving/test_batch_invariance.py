@@ -2,21 +2,22 @@
 
 import pytest
 import torch
-from transformers.integrations import sdpa_attention
 
 from covering import sampled
 from lorakit.bank import AdapterBank
 from lorakit.config.serve import ServeConfig
 from lorakit.errors import ConfigError, ModelError
+from lorakit.serving.attention_by_query import by_query, rows_by_query
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.engine import Engine
-from lorakit.serving.row_windows import groups_of
+from lorakit.serving.step_attention import whole
 from lorakit.serving.worker import Limits
 from serving.engines import adapters, asked, engine_of, word_tokenizer
 from tiny_models import build
 
 PROMPTS = [[5, 9], [4, 3, 8, 11, 12], [3, 8, 4, 7, 6, 9, 11, 2, 30, 5, 17, 12], [8, 5, 6], [7] * 9]
 CHOICES = ["small", None, "wide", {"small": 0.6, "wide": -0.5}, "wide"]
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 OTHERWISE = "this processor computes many rows in half precision otherwise than each of them"
 
 
@@ -72,31 +73,38 @@ def test_rows_have_the_bits_that_each_has_alone(family, dtype, products_by_row):
     assert not decoder.reads_together
 
 
-@torch.no_grad()
-def test_rows_that_see_hidden_columns_are_found(products_by_row, monkeypatch):
-    whole = sdpa_attention.sdpa_attention_forward
-
-    def rounded(module, query, key, value, mask, **kwargs):
-        part, weights = whole(module, query, key, value, mask, **kwargs)
-        # As where hidden columns change the order of sums.
-        hides = mask is not None and query.shape[2] == 1
-        return part * (1 + 2**-7) if hides else part, weights
-
-    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", rounded)
-    decoder = Decoder(build("llama").bfloat16())
-    decoder.prove()
-    assert decoder.joins
-    if decoder.make_invariant() is not None:
-        pytest.skip(OTHERWISE)
-    monkeypatch.setattr("lorakit.serving.decoder.equal_groups", groups_of)
-    assert "matrix products" in str(decoder.make_invariant())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_each_query_has_the_bits_that_it_has_alone(dtype):
+    """In whichever parts the queries come, and with rows of whichever lengths beside them."""
+    module = torch.nn.Module()
+    vars(module).update(num_key_value_groups=3, is_causal=True, layer_idx=0)
+    torch.manual_seed(0)
+    made = (torch.randn(1, heads, 77, 16, dtype=dtype) for heads in (6, 2, 2))
+    query, key, value = made
+    found, _ = by_query(module, query, key, value, None)
+    expected, _ = whole(module, query, key, value, None)
+    close = CLOSE if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+    torch.testing.assert_close(found, expected, **close)
+    for cut in (1, 2, 30, 63, 64, 65, 76):
+        first, _ = by_query(module, query[:, :, :cut], key[:, :, :cut], value[:, :, :cut], None)
+        rest, _ = by_query(module, query[:, :, cut:], key, value, None)
+        assert torch.equal(torch.cat([first, rest], 1), found)
+    # Rows that end at one column, two of which are equally long, and one free slot.
+    lengths = [40, 40, 0, 76]
+    keys, values = (torch.randn(4, 2, 77, 16, dtype=dtype) for _ in range(2))
+    for row, length in enumerate(lengths):
+        keys[row, :, -1 - length :] = key[0, :, : length + 1]
+        values[row, :, -1 - length :] = value[0, :, : length + 1]
+    queries = torch.cat([query[:, :, length : length + 1] for length in lengths])
+    rows, _ = rows_by_query(lengths)(module, queries, keys, values, None)
+    assert torch.equal(rows[:, 0], found[0, lengths])
 
 
 def test_drawn_answers_are_the_same_alone_and_among_others(tokenizer):
     bank = half_bank()
-    engine = engine_of(bank, slots=5)
-    if not engine.decoder.is_invariant:
-        engine.close()
+    try:
+        engine = engine_of(bank, slots=5, batch_invariant=True)
+    except ModelError:
         pytest.skip(OTHERWISE)
     alone = []
     for number in range(10):
@@ -113,29 +121,16 @@ def test_drawn_answers_are_the_same_alone_and_among_others(tokenizer):
     assert answers(among[::-1]) == answers(alone)
 
 
-def test_where_it_can_not_be_it_is_told_or_refused():
-    notes: list[str] = []
-    model = build("bloom").bfloat16()
-    assert not Engine(model, note=notes.append).decoder.is_invariant
-    assert notes[0].startswith("the answers of this BloomForCausalLM depend on their batch")
-    with pytest.raises(ModelError, match="leave batch_invariant at auto"):
-        Engine(model, Limits(batch_invariant="on"))
+def test_where_it_can_not_be_a_server_is_refused():
+    asked_for = Limits(batch_invariant=True)
+    with pytest.raises(ModelError, match=r"depend on their batch: .*sdpa.*without batch_invariant"):
+        Engine(build("bloom").bfloat16(), asked_for)
+    with pytest.raises(ModelError, match="in another precision than the base's"):
+        Engine(build("llama").bfloat16(), asked_for, adapter_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("how", [{"batch_invariant": "off"}, {"compile": "auto"}])
-def test_it_is_not_so_where_it_is_not_wanted_or_steps_are_compiled(how):
-    engine = Engine(build("llama").bfloat16(), Limits(**how))
-    engine.steps.close()
-    assert not engine.decoder.is_invariant
-
-
-def test_other_precisions_have_it_only_if_it_is_asked_for(monkeypatch):
-    tried = []
-    monkeypatch.setattr(Decoder, "make_invariant", lambda self: tried.append(self.model.dtype))
-    Engine(build("llama"))
-    assert not tried
-    Engine(build("llama"), Limits(batch_invariant="on"))
-    assert tried == [torch.float32]
+def test_it_is_so_only_if_it_is_asked_for():
+    assert not Engine(build("llama").bfloat16()).decoder.is_invariant
 
 
 @torch.no_grad()
@@ -157,5 +152,4 @@ def test_products_that_differ_by_rows_are_found(monkeypatch):
 
 def test_compiled_steps_can_not_be_demanded_with_it():
     with pytest.raises(ConfigError, match="leave one of them off"):
-        ServeConfig(model="smollm2", batch_invariant="on", compile="auto")
-    assert ServeConfig(model="smollm2", compile="auto").batch_invariant == "auto"
+        ServeConfig(model="smollm2", batch_invariant=True, compile="auto")

@@ -232,7 +232,7 @@ def test_fingerprints_do_not_depend_on_the_head_that_is_drawn(server, tiny_bert,
 
 def test_answers_of_an_encoder_are_no_texts_that_depend_on_a_batch(tiny_bert):
     with pytest.raises(ConfigError, match="models that write text"):
-        prepared(ServeConfig(model=str(tiny_bert), batch_invariant="on"))
+        prepared(ServeConfig(model=str(tiny_bert), batch_invariant=True))
 
 
 def test_a_base_is_an_encoder_by_its_config(tiny_bert, tiny_llama):

@@ -9,7 +9,7 @@ from lorakit.serving import kv_slots
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.engine import Engine
 from lorakit.serving.kv_slots import KeyValueSlots
-from lorakit.serving.row_windows import ColumnGroup, equal_groups, groups_of
+from lorakit.serving.row_windows import ColumnGroup, groups_of
 from lorakit.serving.worker import Limits
 from serving.engines import asked, banked, engine_of, greedy_alone, word_tokenizer
 from tiny_models import build
@@ -128,11 +128,3 @@ def test_unlike_lengths_are_answered_as_alone(tiny_llama, short_windows):
         assert each.wait().finish == "length"
         assert each.ids == greedy_alone(bank, choice, each.request.prompt, 10)
     engine.close()
-
-
-def test_equal_groups_are_rows_that_follow_each_other_and_are_equally_long():
-    assert equal_groups([5, 5, 0, 9]) == [
-        ColumnGroup(0, 2, 6, is_whole=True),
-        ColumnGroup(2, 3, 1, is_whole=True),
-        ColumnGroup(3, 4, 10, is_whole=True),
-    ]

@@ -247,7 +247,7 @@ class SoakConfig(Measured):
     adapter_dtype: DType = "float32"
     """Precision of A and B, in their files and in the server's batch."""
 
-    batch_invariant: Literal["auto", "on", "off"] = "auto"
+    batch_invariant: bool = False
     """As in serve."""
 
     adapters: PositiveInt = 12

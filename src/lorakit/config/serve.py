@@ -71,10 +71,10 @@ class ServeConfig(Settings):
     """Compile the decode step: auto (answer at once, with compiled steps as they get ready), wait
     (answer when the first ones are), or off."""
 
-    batch_invariant: Literal["auto", "on", "off"] = "auto"
-    """Give each answer the same bits whatever else is answered beside it: auto (in half precision,
-    whose rounding would change one answer in seven, where the processor's arithmetic allows it and
-    steps are not compiled), on (or refuse to start), or off, which is a little faster."""
+    batch_invariant: bool = False
+    """Give each answer the same bits whatever else is answered beside it or was before: else its
+    rounding depends on that, and in half precision one drawn answer in seven is another. Long
+    prompts take longer. The server refuses to start where the processor does not allow it."""
 
     max_length: PositiveInt | None = None
     """Longest prompt and answer together, in tokens. None: the model's context."""
@@ -131,9 +131,9 @@ class ServeConfig(Settings):
             raise ValueError("upstream and hub need adapters, a folder that the servers see too")
         if not self.upstream and given & OF_UPSTREAM:
             raise ValueError(f"{', '.join(sorted(given & OF_UPSTREAM))}: of upstream; give it too")
-        if self.batch_invariant == "on" and self.compile != "off":
+        if self.batch_invariant and self.compile != "off":
             raise ValueError(
-                "batch_invariant on and compile: compiled steps add up in another order than the "
+                "batch_invariant and compile: compiled steps add up in another order than the "
                 "model's own; leave one of them off"
             )
         return self

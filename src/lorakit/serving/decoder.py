@@ -13,10 +13,17 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lorakit.errors import ModelError
 from lorakit.kernels.few_rows import few_rows
+from lorakit.serving.attention_by_query import by_query, rows_by_query
 from lorakit.serving.joint_pass import JointPass, PromptPiece
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
-from lorakit.serving.row_windows import ColumnGroup, by_groups, equal_groups, groups_of
-from lorakit.serving.step_attention import attending, has_step_attention, use_step_attention
+from lorakit.serving.row_windows import ColumnGroup, by_groups, groups_of
+from lorakit.serving.step_attention import (
+    Attention,
+    attending,
+    has_step_attention,
+    use_step_attention,
+    whole,
+)
 
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How far a logit of a step may be from that of the whole forward pass, over the largest logit."""
@@ -67,13 +74,14 @@ class Decoder:
         past = cache.get_seq_length()
         device = self.model.device
         positions = torch.arange(past, past + len(ids), device=device)[None]
-        output = self._call(
-            torch.tensor([list(ids)], device=device),
-            cache,
-            torch.ones(1, past + len(ids), dtype=torch.long, device=device),
-            positions,
-            keep=None if every else 1,
-        )
+        with attending(by_query if self.is_invariant else None):
+            output = self._call(
+                torch.tensor([list(ids)], device=device),
+                cache,
+                torch.ones(1, past + len(ids), dtype=torch.long, device=device),
+                positions,
+                keep=None if every else 1,
+            )
         return output[0]
 
     def read_together(
@@ -127,15 +135,15 @@ class Decoder:
             window: the columns that all see, see `KeyValueSlots.begin`.
             groups: of rows that see others; None: those that pay, without a window.
         """
-        if groups is None:
-            groups = self._groups(slots.lengths[: len(tokens)]) if window is None else ()
+        lengths = slots.lengths[: len(tokens)]
+        attention = None if window is not None else self._attention(lengths, groups)
         cache, mask, positions = slots.begin(len(tokens), window)
         device = self.model.device
         ids = torch.tensor(tokens, device=device)[:, None]
         own = torch.tensor(positions, device=device)[:, None]
         # Faster, but what is traced to be compiled must be no tensors of inference mode.
         inference = torch.inference_mode() if window is None else nullcontext()
-        with inference, attending(by_groups(groups) if groups else None):
+        with inference, attending(attention):
             return self.in_place(ids, cache, mask, own)
 
     def join(
@@ -153,7 +161,13 @@ class Decoder:
         """
         rows, device = len(tokens), self.model.device
         cache, mask, positions = slots.begin(rows)
-        joint = JointPass(cache, mask, self._groups(slots.lengths[:rows]), pieces)
+        joint = JointPass(
+            cache,
+            mask,
+            pieces,
+            of_answers=self._attention(slots.lengths[:rows]) or whole,
+            of_pieces=by_query if self.is_invariant else whole,
+        )
         ids = [*tokens, *(token for piece in pieces for token in piece.ids)]
         # transformers leaves masks of four dimensions alone, and what attends here needs none.
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
@@ -167,9 +181,14 @@ class Decoder:
             )[0]
         return logits[:rows], logits[rows:]
 
-    def _groups(self, lengths: Sequence[int]) -> list[ColumnGroup]:
-        """The groups by which a step's rows of some lengths attend."""
-        return equal_groups(lengths) if self.is_invariant else groups_of(lengths)
+    def _attention(
+        self, lengths: Sequence[int], groups: Sequence[ColumnGroup] | None = None
+    ) -> Attention | None:
+        """How a step's rows of some lengths attend; None: as the model does."""
+        if self.is_invariant:
+            return rows_by_query(lengths)
+        groups = groups_of(lengths) if groups is None else groups
+        return by_groups(groups) if groups else None
 
     @property
     def has_windows(self) -> bool:
@@ -307,10 +326,10 @@ class Decoder:
 
     @torch.no_grad()
     def make_invariant(self) -> str | None:
-        """Have a row's logits be the same to the bit whatever else is in the batch.
+        """Have a row's logits be the same to the bit whatever else is computed with it.
 
-        Rows attend to their own columns alone, prompts are read without padding, and all else must
-        compute each row by itself already, which a probe finds out.
+        Each query attends by itself, prompts are read without padding, and all else must compute
+        each row by itself already, which a probe finds out.
 
         Returns:
             Why that can't be; None: it is so from now on.

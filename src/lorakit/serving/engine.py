@@ -81,9 +81,9 @@ class Engine(Worker):
         self.decoder = Decoder(model)
         with attachment_for(model).route.own.pushed(Frame()):
             self.decoder.prove()
-            self._make_invariant(note)
+            dtype = adapter_dtype or model.dtype
+            self._make_invariant(dtype)
         count, compiles = self.limits.slots, self.limits.compile != "off"
-        dtype = adapter_dtype or model.dtype
         self.slots = HeldSlots(model, count, dtype=dtype, few_ranks=compiles)
         self.keys_and_values = KeyValueSlots(count, windows=compiles)
         self.steps = steps_of(
@@ -98,23 +98,22 @@ class Engine(Worker):
         )
         self._rows: dict[int, Row] = {}
 
-    def _make_invariant(self, note: Callable[[str], None]) -> None:
+    def _make_invariant(self, adapter_dtype: torch.dtype) -> None:
         """Have answers not depend on the batch, where that is wanted.
 
         Raises:
-            ModelError: they do, and must not.
+            ModelError: they do.
         """
-        wanted = self.limits.batch_invariant
-        rounds = self.model.dtype.itemsize < 4 and self.limits.compile == "off"
-        if wanted == "off" or (wanted == "auto" and not rounds):
+        if not self.limits.batch_invariant:
             return
         reason = self.decoder.make_invariant()
-        if reason is None:
-            return
-        told = f"the answers of this {type(self.model).__name__} depend on their batch: {reason}"
-        if wanted == "on":
-            raise ModelError(f"{told}; leave batch_invariant at auto, or take another precision")
-        note(told)
+        if adapter_dtype != self.model.dtype:
+            reason = "A and B in another precision than the base's are not computed row by row"
+        if reason is not None:
+            raise ModelError(
+                f"the answers of this {type(self.model).__name__} depend on their batch: {reason}; "
+                "serve it without batch_invariant, or in another precision (bfloat16)"
+            )
 
     def warm_up(self, terms: Iterable[Terms] = ()) -> None:
         """Reserve slots for what rows will use, and wait for compiled steps if that was asked."""

@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from lorakit.errors import ModelError
-from lorakit.serving.row_windows import ColumnGroup, by_groups
-from lorakit.serving.step_attention import whole
+from lorakit.serving.step_attention import Attention, whole
 
 
 @dataclass(frozen=True)
@@ -36,22 +35,24 @@ class JointPass(Cache):
     Args:
         answers: the slots' cache, of a step that has begun.
         mask: the columns that each answer sees, (answers, columns).
-        groups: of answers that see others; none: all columns.
         pieces: of the prompts, in the order of their tokens.
+        of_answers: how answers attend to the columns of their slots.
+        of_pieces: how the tokens of a prompt attend to those before them.
     """
 
     def __init__(
         self,
         answers: Cache,
         mask: Tensor,
-        groups: Sequence[ColumnGroup],
         pieces: Sequence[PromptPiece],
+        of_answers: Attention = whole,
+        of_pieces: Attention = whole,
     ) -> None:
         super().__init__(layers=answers.layers)
         self._answers, self._pieces = answers, pieces
         self._rows = len(mask)
         self._mask = mask[:, None, None].bool()
-        self._of_answers = by_groups(groups) if groups else whole
+        self._of_answers, self._of_pieces = of_answers, of_pieces
         ends = list(accumulate((len(piece.ids) for piece in pieces), initial=self._rows))
         self._spans = list(pairwise(ends))
         self._masks = [_causal(piece, mask.device) for piece in pieces]
@@ -121,7 +122,7 @@ class JointPass(Cache):
         for (start, end), mask, own in zip(
             self._spans, self._masks, self._of_parts[1:], strict=True
         ):
-            part, _ = whole(module, query[:, :, start:end], *own, mask, **kwargs)
+            part, _ = self._of_pieces(module, query[:, :, start:end], *own, mask, **kwargs)
             parts.append(part)
         return torch.cat(parts, 1), None
 

@@ -29,8 +29,6 @@ class ColumnGroup:
     start: int
     stop: int
     columns: int
-    is_whole: bool = False
-    """Whether each of the rows has all of these columns, so that none is hidden."""
 
 
 def groups_of(lengths: Sequence[int]) -> list[ColumnGroup]:
@@ -47,23 +45,6 @@ def groups_of(lengths: Sequence[int]) -> list[ColumnGroup]:
     for columns, rows in groupby(windows):
         stop = start + len(list(rows))
         groups.append(ColumnGroup(start, stop, columns))
-        start = stop
-    return groups
-
-
-def equal_groups(lengths: Sequence[int]) -> list[ColumnGroup]:
-    """The rows of a step that follow each other and are equally long: none reads a hidden column.
-
-    What is hidden adds zeros to a row's sums, but where they are, decides in which order the others
-    are added up, and so how the sum is rounded.
-
-    Args:
-        lengths: the tokens of each row before the step.
-    """
-    groups, start = [], 0
-    for length, rows in groupby(lengths):
-        stop = start + len(list(rows))
-        groups.append(ColumnGroup(start, stop, 1 + length, is_whole=True))
         start = stop
     return groups
 
@@ -87,13 +68,12 @@ def by_groups(groups: Sequence[ColumnGroup]) -> Attention:
         for group in groups:
             rows, last = slice(group.start, group.stop), slice(-group.columns, None)
             own = None if bias is None else bias[..., last]
-            mask = None if group.is_whole else attention_mask[rows, ..., last]
             part, _ = whole(
                 module,
                 query[rows],
                 key[rows, :, last],
                 value[rows, :, last],
-                mask,
+                attention_mask[rows, ..., last],
                 position_bias=own if own is None or own.shape[0] == 1 else own[rows],
                 **kwargs,
             )

@@ -182,7 +182,7 @@ def _prepared(settings: ServeConfig, note: Note) -> tuple[Worker, Catalog]:
         compile=settings.compile,
         batch_invariant=settings.batch_invariant,
     )
-    if base.encodes and settings.batch_invariant == "on":
+    if base.encodes and settings.batch_invariant:
         raise ConfigError(
             "batch_invariant is of models that write text, and this one is an encoder"
         )

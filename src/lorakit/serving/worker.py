@@ -36,9 +36,8 @@ class Limits:
     """The most tokens of their prompts and answers."""
     compile: Literal["auto", "off", "wait"] = "off"
     """Whether decode steps are compiled: beside the eager ones, never, or before `warm_up` ends."""
-    batch_invariant: Literal["auto", "on", "off"] = "auto"
-    """Whether answers do not depend on the batch, to the bit: in half precision where that can be
-    and steps are not compiled, in any case, or never."""
+    batch_invariant: bool = False
+    """Whether answers do not depend on the batch, to the bit."""
 
 
 class Worker:

@@ -43,7 +43,7 @@ def measure_soak(settings: SoakConfig) -> Findings:
             *("--model", settings.model, "--name", "base", "--adapters", str(root / "served")),
             *("--dtype", settings.dtype, "--slots", str(settings.connections)),
             *("--adapter-dtype", settings.adapter_dtype),
-            *("--batch-invariant", settings.batch_invariant),
+            *(["--batch-invariant"] if settings.batch_invariant else []),
             *("--waiting-requests", str(settings.connections)),
             *("--budget-bytes", str(settings.budget * size)),
         ]
