@@ -15,7 +15,14 @@ from references import outputs
 from tiny_models import build, example_inputs
 
 # PEFT asks transformers by a name that 5.23 has replaced.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{what}")
+    for what in (
+        ".*is_gradient_checkpointing:FutureWarning",
+        "Setting `save_embedding_layers` to `True`",
+        "Model has `tie_word_embeddings=True`",
+    )
+]
 
 FORMS = [
     ("llama", "pissa", {"lora_alpha": 6, "rank_pattern": {"down_proj": 2}}),
@@ -24,10 +31,10 @@ FORMS = [
 ]
 
 
-def in_peft(family, start, settings, folder):
+def in_peft(family, start, settings, folder, words=("q_proj", "down_proj"), **overrides):
     """The outputs of a model of PEFT's with a trained adapter, saved without its base."""
-    base, inputs = build(family), example_inputs(build(family))
-    words = ["c_attn"] if family == "gpt2" else ["q_proj", "down_proj"]
+    base, inputs = build(family, **overrides), example_inputs(build(family))
+    words = ["c_attn"] if family == "gpt2" else list(words)
     config = peft.LoraConfig(
         r=3,
         target_modules=words,
@@ -62,6 +69,34 @@ def test_the_outputs_are_those_of_peft(family, start, settings, tmp_path):
     torch.testing.assert_close(outputs(theirs, inputs), expected, rtol=0, atol=1e-5)
     lk.detach(base)
     assert torch.equal(outputs(base, inputs), plain)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_embedding_beside_starts_as_usual(start, tmp_path):
+    words = ("q_proj", "embed_tokens")
+    base, inputs, expected = in_peft("llama", start, {}, tmp_path / "peft", words)
+    lk.attach(base, tmp_path / "peft")
+    torch.testing.assert_close(outputs(base, inputs), expected, rtol=0, atol=1e-5)
+    assert [site.frozen for site in lk.extract(base).sites] == [0, 3, 3]
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_from_a_weight_of_two_layers_is_refused(start, tmp_path):
+    """PEFT takes the start out of the embedding, too, where the head has its weight."""
+    one_weight = {"tie_word_embeddings": True}
+    base, _, _ = in_peft("llama", start, {}, tmp_path / "tied", ("q_proj", "lm_head"), **one_weight)
+    with pytest.raises(AdapterFileError, match=r"lm_head  has one weight with model\.embed"):
+        lk.attach(base, tmp_path / "tied")
+    twice = {"layer_replication": [[0, 2], [1, 2]]}
+    base, _, _ = in_peft("llama", start, twice, tmp_path / "twice", ("q_proj",))
+    lk.replicate_layers(base, "0-1,1-1")
+    with pytest.raises(AdapterFileError) as caught:
+        lk.attach(base, tmp_path / "twice")
+    block = "model.layers.{}.self_attn.q_proj"
+    for one, other in ((1, 2), (2, 1)):
+        assert f"{block.format(one)}  has one weight with {block.format(other)}" in str(
+            caught.value
+        )
 
 
 def test_without_the_base_the_way_is_told(tmp_path):

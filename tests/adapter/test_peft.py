@@ -334,6 +334,23 @@ def test_layers_that_peft_ties_are_each_read(settings: Settings, tmp_path: Path)
     torch.testing.assert_close(output(back, "llama"), expected, rtol=0, atol=1e-5)
 
 
+def test_tied_layers_with_dora_keep_their_own(tmp_path: Path) -> None:
+    base = build("llama", tie_word_embeddings=True)
+    config = peft.LoraConfig(
+        ensure_weight_tying=True, use_dora=True, target_modules=["q_proj", "embed_tokens"]
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    shake(trained(theirs.parameters()))
+    theirs.eval().save_pretrained(str(tmp_path / "peft"))
+    expected = output(theirs, "llama")
+    lk.attach(base, tmp_path / "peft")
+    torch.testing.assert_close(output(base, "llama"), expected, rtol=0, atol=1e-5)
+    adapter = lk.extract(base)
+    assert "lorakit trains DoRA of each layer for itself" in "".join(adapter.unverified)
+    back = Adapter.load(adapter.save(tmp_path / "ours"))
+    assert back.content_hash() == adapter.content_hash()
+
+
 def test_tied_layers_that_came_apart_in_peft_keep_their_own(tmp_path: Path) -> None:
     config = peft.LoraConfig(ensure_weight_tying=True, target_modules=["embed_tokens"])
     theirs = peft.get_peft_model(build("llama", tie_word_embeddings=True), config)
@@ -390,8 +407,21 @@ SPOILED: tuple[tuple[Callable[[dict[str, Tensor]], object], Settings, str], ...]
     (lambda tensors: None, {"bias": "none"}, "unexpected: adapter_config.json says bias='none'"),
     (_put(**{f"{P}body.2.weight": torch.zeros(8, 8)}), {}, "body.2.weight  unexpected"),
     (_put(**{f"{P}body.0.lora_embedding_A": torch.zeros(4, 8)}), {}, "has a lora_A already"),
-    (_put(**{f"{P}body.0.lora_B.bias": torch.zeros(8)}), {}, "lora_B.bias  unexpected"),
-    (_put(**{f"{P}table.lora_magnitude_vector": torch.ones(8)}), {}, "vector  unexpected"),
+    (
+        _put(**{f"{P}body.0.lora_B.bias": torch.zeros(8)}),
+        {},
+        "lora_B.bias  unexpected: adapter_config.json says lora_bias=False",
+    ),
+    (
+        _put(**{f"{P}table.lora_magnitude_vector": torch.ones(8)}),
+        {},
+        "vector  unexpected: adapter_config.json says use_dora=False",
+    ),
+    (
+        _put(**{f"{P}table.token_adapter.trainable_tokens_delta": torch.ones(2, 8)}),
+        {"trainable_token_indices": [3, 3]},
+        "table  adapter_config.json names 3 twice in trainable_token_indices",
+    ),
     (lambda tensors: None, {"use_dora": True}, "body.0  has no lora_magnitude_vector in the file"),
     (
         _put(**{f"{P}body.0.lora_magnitude_vector": torch.ones(7)}),
@@ -417,7 +447,7 @@ SPOILED: tuple[tuple[Callable[[dict[str, Tensor]], object], Settings, str], ...]
     (
         _put(**{f"{P}body.base_layer.2.lora_A.weight": torch.ones(4, 8)}),
         {},
-        "base_layer.2.lora_A.weight  unexpected",
+        "base_layer.2.lora_A.weight  unexpected: it is of a parameter that target_parameters in",
     ),
     (
         lambda tensors: None,

@@ -19,6 +19,7 @@ from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.site import Site
 from lorakit.models.base import base_modules, unwrapped
 from lorakit.models.quantized_weight import float_weight
+from lorakit.upstream.private_names import own_parameters
 
 Start = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
 """From a weight (d_out, d_in), a rank and a scale: A₀ and B₀."""
@@ -46,7 +47,7 @@ def of_whole_base(
 ) -> tuple[AdapterContent, list[str]]:
     """The adapter for the base as it is, and what is wrong.
 
-    The update of each layer has twice the rank, the added half of which does not train.
+    The update of each linear layer has twice the rank, the added half of which does not train.
 
     Args:
         adapter: A and B as PEFT saved them.
@@ -54,9 +55,19 @@ def of_whole_base(
         base: the model that it was trained on, before PEFT changed its weights.
     """
     modules = dict(base_modules(unwrapped(base)))
+    others = _of_same_weight(modules)
     sites, tensors, problems = [], dict(adapter.tensors), []
     for site in adapter.sites:
+        if site.kind == "embedding":
+            # PEFT has its usual start there, which leaves the base as it is.
+            sites.append(site)
+            continue
         problem = _obstacle(site, start, modules.get(site.path), tensors)
+        if not problem and site.path in others:
+            problem = (
+                f"has one weight with {', '.join(others[site.path])} in this base, and PEFT's "
+                f"{start} changed it there too, which no A and B of this layer can give back"
+            )
         if problem:
             problems.append(f"{site.path}  {problem}")
             continue
@@ -74,6 +85,21 @@ def of_whole_base(
         adapter, sites=tuple(sites), tensors=tensors, unverified=(*adapter.unverified, note)
     )
     return found, problems
+
+
+def _of_same_weight(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """For each module whose weight others have, too, the paths of those."""
+    by_weight: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        weight = own_parameters(module).get("weight")
+        if weight is not None:
+            by_weight.setdefault(id(weight), []).append(path)
+    return {
+        path: [each for each in paths if each != path]
+        for paths in by_weight.values()
+        if len(paths) > 1
+        for path in paths
+    }
 
 
 def _factor(adapter: AdapterContent, site: Site) -> float:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+TYPE_OF_FIELD = re.compile(r"(list|dict|constrained-\w+|str|bool|int)(\[.*)?")
+"""What pydantic puts behind a field's name where the field may be of several types."""
 
 
 def read_object(data: bytes, name: str, problems: list[str]) -> dict[str, Any] | None:
@@ -28,13 +33,25 @@ def read_object(data: bytes, name: str, problems: list[str]) -> dict[str, Any] |
 
 
 def file_problems(name: str, error: ValidationError) -> list[str]:
-    """A line for each of pydantic's problems with a file."""
-    lines = []
+    """A line for each of pydantic's problems with a file.
+
+    Of a field that may be of several types there is a problem for each type: those for the type
+    that the value has count, and if it has none of them they are one line.
+    """
+    by_key: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
-        message = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
-        found = "" if problem["type"] == "missing" else f", found {str(problem['input'])[:80]!r}"
-        lines.append(f"{name}  {key}: {message}{found}")
+        loc = problem["loc"]
+        is_type = len(loc) > 1 and TYPE_OF_FIELD.fullmatch(str(loc[1])) is not None
+        by_key.setdefault((loc[0], *loc[2:]) if is_type else loc, []).append(problem)
+    lines = []
+    for key, problems in by_key.items():
+        if any(len(other) > len(key) and other[: len(key)] == key for other in by_key):
+            continue
+        path = ".".join(str(part) for part in key) or "(the whole)"
+        first = problems[0]
+        message = " or ".join(f"{each['msg'][:1].lower()}{each['msg'][1:]}" for each in problems)
+        found = "" if first["type"] == "missing" else f", found {str(first['input'])[:80]!r}"
+        lines.append(f"{name}  {path}: {message}{found}")
     return lines
 
 

@@ -30,6 +30,7 @@ LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?:(?P<end>[AB])\.weight|embedding_(?
 MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
 # PEFT adds these to modules_to_save for a task; a model has one of them.
 HEADS = ("classifier", "score", "qa_outputs")
+OF_NO_PARAMETER = f": it is of a parameter that target_parameters in {CONFIG_FILE} does not name"
 # What transformers calls input embeddings and output heads; PEFT saves them after a resize.
 EMBEDDINGS = (
     "embed_in",
@@ -101,7 +102,7 @@ def read_peft(
         problems.append("it holds no update: no tensor is called ….lora_A.weight")
     if problems:
         return None, problems
-    if config.ensure_weight_tying:
+    if config.ensure_weight_tying and not config.use_dora:
         sites = list(tied_by_values(sites, named))
     ties = _has_ties(config, sites, found)
     facts = {"base_model": config.base_model_name_or_path, "task_type": config.task_type}
@@ -115,11 +116,13 @@ def read_peft(
         tensors=named,
         copied_modules=tuple(sorted(found.copied)),
         target_modules=_plain_targets(config),
+        loftq=config.loftq,
         card={key: value for key, value in facts.items() if value},
         unverified=(
             *_unproven(config),
-            *([] if ties else _apart_note(config)),
+            *([] if ties or not config.ensure_weight_tying else [_apart_note(config)]),
             *found.notes,
+            *_loftq_note(config),
             *_doubled_note(config, sites),
             *_frozen_note(found.frozen),
         ),
@@ -139,7 +142,7 @@ def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
         parameter = _parameter(config, match["path"], tensor) if match else None
         is_inside = match is not None and WRAPPED in match["path"].split(".")
         if hint(key) or (is_inside and parameter is None):
-            found.problems.append(f"{key}  unexpected{hint(key)}")
+            found.problems.append(f"{key}  unexpected{hint(key) or OF_NO_PARAMETER}")
         elif match:
             path, end = match["path"], match["end"] or match["embedding"]
             if parameter is not None:
@@ -235,6 +238,10 @@ def _unexpected(config: PeftConfig, name: str) -> str:
     reason = ": it is neither A nor B of a layer, nor in modules_to_save"
     if name.endswith(".bias") and not _is_lora(name):
         reason = f": {CONFIG_FILE} says bias={config.bias!r}"
+    elif BIAS_KEY.fullmatch(name):
+        reason = f": {CONFIG_FILE} says lora_bias={config.lora_bias}"
+    elif MAGNITUDE_KEY.fullmatch(name):
+        reason = f": {CONFIG_FILE} says use_dora={config.use_dora}"
     return f"{PREFIX}{name}  unexpected{reason}"
 
 
@@ -349,15 +356,28 @@ def _has_ties(config: PeftConfig, sites: list[Site], found: _Sorted) -> bool:
         torch.equal(one, other) for at, one in enumerate(copies) for other in copies[at + 1 :]
     )
     tied = any(site.tied_to is not None for site in sites)
-    return config.ensure_weight_tying and (tied or equal)
+    return config.ensure_weight_tying and not config.use_dora and (tied or equal)
 
 
-def _apart_note(config: PeftConfig) -> tuple[str, ...]:
-    if not config.ensure_weight_tying:
+def _apart_note(config: PeftConfig) -> str:
+    # DoRA's magnitudes are of the rows of each layer's own matrix, and one is the other transposed.
+    why = (
+        "lorakit trains DoRA of each layer for itself"
+        if config.use_dora
+        else "the file has no two with the same values"
+    )
+    return (
+        f"that tied layers were trained as one (ensure_weight_tying): {why}, so that each keeps "
+        "its own"
+    )
+
+
+def _loftq_note(config: PeftConfig) -> tuple[str, ...]:
+    if config.loftq is None:
         return ()
     return (
-        "that tied layers were trained as one (ensure_weight_tying): their values differ in the "
-        "file, so that each keeps its own",
+        f"what LoftQ ({config.loftq}) made of the base's layers: they are quantised anew, and a "
+        "weight between two values may become the other one on another machine",
     )
 
 

@@ -23,7 +23,11 @@ def tokens_of(config: PeftConfig, path: str, rows: Tensor) -> tuple[list[int], l
     tokens = found[0] if found else []
     if not tokens:
         return [], [f"{path}  has trained rows in the file, of which {CONFIG_FILE} has no tokens"]
-    if rows.dim() != 2 or len(rows) != len(tokens) or len(set(tokens)) < len(tokens):
+    again = sorted({token for token in tokens if tokens.count(token) > 1})
+    if again:
+        text = f"{CONFIG_FILE} names {', '.join(map(str, again))} twice in trainable_token_indices"
+        return tokens, [f"{path}  {text}"]
+    if rows.dim() != 2 or len(rows) != len(tokens):
         text = f"rows {tuple(rows.shape)} in the file for {len(tokens)} trainable_token_indices"
         return tokens, [f"{path}  {text}"]
     return tokens, []

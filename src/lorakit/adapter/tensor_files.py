@@ -108,10 +108,10 @@ def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     """A line for each tensor that is not floating point, or not finite."""
     problems = []
     floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype in FLOATS}
-    for name in tensors.keys() - floats.keys():
+    for name in sorted(tensors.keys() - floats.keys()):
         kind = str(tensors[name].dtype).removeprefix("torch.")
         problems.append(f"{name}  is {kind}; float32, bfloat16, float16 or float64 expected")
-    for name in _suspects(floats):
+    for name in sorted(_suspects(floats)):
         count = int((~torch.isfinite(floats[name])).sum())
         if count:
             total = floats[name].numel()

@@ -15,6 +15,7 @@ from lorakit.adapter.site import Site
 from lorakit.adapter.tied_sites import are_equal
 from lorakit.attachment.base_modules import BaseModules
 from lorakit.attachment.block_order import other_blocks
+from lorakit.attachment.changed_weights import other_weights
 from lorakit.attachment.copies import with_ties
 from lorakit.attachment.plan import Plan, in_order, wanted, without_effect
 from lorakit.config.methods import FullConfig, LoRAConfig
@@ -74,6 +75,8 @@ def saved_plan(
     problems += _differences(plan.shapes, adapter, found.refused, twins)
     problems += clashes(plan.components)
     problems += [*without_effect(base.model, plan.components), *_missed_by_targets(base, adapter)]
+    if not allow_other_base:
+        problems += other_weights(base.model, adapter)
     if not allow_other_base and adapter.base is not None and identity is not None:
         other = adapter.base.difference(identity)
         if other:
@@ -117,6 +120,8 @@ class _Found:
         of_copy = {each.path: each.method for each in others if isinstance(each, TrainedCopy)}
         kept = [replace(each, method=of_copy.get(each.path, each.method)) for each in copies]
         self.problems += told
+        if told:
+            self.refused |= {name for name in self._adapter.tensors if name.endswith(".token_rows")}
         if any(isinstance(config, FullConfig) for config in self._adapter.configs):
             # Where the settings do not fit the model, no copy is as they ask.
             self.problems += () if told else _other_copies(self._adapter, of_copy)
@@ -313,15 +318,20 @@ def _differences(
 ) -> Iterator[str]:
     """How an adapter's tensors differ from those of its plan."""
     tensors = adapter.tensors
+    of_experts = {f"{site.name}.lora_a" for site in adapter.sites if site.is_of_experts}
+
+    def counted(name: str, count: int) -> str:
+        return f"on {count} experts" if name in of_experts else f"with rank {count}"
+
     for name, shape in expected.items():
         found = tuple(tensors[name].shape) if name in tensors else shape
         if found != shape:
-            is_other_rank = name.endswith(".lora_a") and found[1:] == shape[1:]
-            hint = f": was it trained with rank {found[0]}?" if is_other_rank else ""
+            is_other_count = name.endswith(".lora_a") and found[1:] == shape[1:]
+            hint = f": was it trained {counted(name, found[0])}?" if is_other_count else ""
             yield f"{name}  shape {found} in the adapter, {shape} expected{hint}"
-    named = expected.keys() | refused
-    yield from (f"{name}  missing from the adapter" for name in sorted(named - tensors.keys()))
-    for name in sorted(tensors.keys() - named - twins):
+    for name in sorted(expected.keys() - tensors.keys()):
+        yield f"{name}  missing from the adapter"
+    for name in sorted(tensors.keys() - expected.keys() - refused - twins):
         yield f"{name}  in the adapter, but it has no place in this model"
 
 
