@@ -238,6 +238,10 @@ def test_an_edited_alpha_is_noticed_in_every_layer(saved: Path) -> None:
         ({"modules_to_save": ["x"]}, "modules_to_save is ['x'], but it was saved as None"),
         ({"layers_to_transform": [0]}, "layers_to_transform was added after"),
         ({"use_dora": True}, "use_dora is True, but it was saved otherwise"),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8, "loftq_iter": 2}},
+            "its LoftQ is 8 bits, 2 iterations, but it was saved with None",
+        ),
     ],
 )
 def test_an_edited_config_is_noticed(saved: Path, change: dict[str, Any], text: str) -> None:
@@ -280,8 +284,27 @@ def test_an_edited_config_is_noticed(saved: Path, change: dict[str, Any], text: 
             "init_lora_weights: 'corda' changes the base's weights (its start depends on the texts",
         ),
         (
-            {"init_lora_weights": "loftq"},
-            "init_lora_weights: 'loftq' changes the base's",
+            {"init_lora_weights": "loftq", "loftq_config": None},
+            "loftq_config: found None, and init_lora_weights 'loftq' needs its bits and iterations",
+        ),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 3, "loftq_iter": 1}},
+            "loftq_config: loftq_bits is 4 or 8, found 3",
+        ),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 0}},
+            "loftq_config: loftq_iter is 1 at least, found 0",
+        ),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+            "loftq_config: loftq_iter is 1 at least, found None",
+        ),
+        (
+            {
+                "init_lora_weights": "loftq",
+                "loftq_config": {"loftq_bits": 4, "loftq_iter": 1, "loftq_type": "nf3"},
+            },
+            "loftq_config: loftq_type is unknown to lorakit, and may change the base",
         ),
         ({"use_new_thing": True}, "use_new_thing: unknown to lorakit, and it may change"),
         ({"new_config": {"a": 1}}, "new_config: unknown to lorakit, and it may change"),

@@ -20,7 +20,9 @@ from lorakit.adapter.folder_write import save_folder, write_card
 from lorakit.adapter.hub import local_path, send
 from lorakit.config.methods import LoRAConfig
 from lorakit.errors import AdapterFileError
+from lorakit.models.base import unwrapped
 from lorakit.models.load import load_model, own_classes, own_task
+from lorakit.models.loftq import put_loftq
 from lorakit.models.quantized import quantization_on
 from lorakit.models.tasks import has_classes
 
@@ -138,7 +140,8 @@ class Adapter(AdapterContent):
             AdapterFileError: it names no base, or has a card that training does not write.
             ConfigError: the device is none of these words, or cuda where torch sees no GPU.
             ModelError: the base cannot be found or loaded.
-            MissingExtraError: the base is quantised, and the library for it is not installed.
+            MissingExtraError: the base is quantised, or was by LoftQ, and the library for it is not
+                installed.
         """
         name = name or self.base_name
         if not name:
@@ -150,7 +153,7 @@ class Adapter(AdapterContent):
         labels = (labels or use.labels or None) if has_classes(task) else None
         way = None if quantize == "none" else quantize
         how = quantization_on(self.card) if quantize == "as-trained" else way
-        return load_model(
+        model, tokenizer = load_model(
             name,
             dtype=dtype,
             task=task,
@@ -160,6 +163,32 @@ class Adapter(AdapterContent):
             layer_replication=self.lora.layer_replication if self.lora else None,
             device=device,
         )
+        self.prepare_base(model)
+        return model, tokenizer
+
+    def prepare_base(self, model: nn.Module) -> None:
+        """Change a loaded base, in place, to the one that the adapter was trained on.
+
+        For an adapter that PEFT trained with LoftQ: what quantising leaves of the weights of its
+        layers takes their place, as in PEFT, and the base takes no other adapter from then on but
+        one that was trained on the same. To all others, and a second time, it does nothing.
+        `load_base` does it too.
+
+        Args:
+            model: the base in floats, without adapters.
+
+        Raises:
+            ModelError: adapters are attached, the base is quantised or was changed for another
+                adapter, or it lacks a layer; all are listed.
+            MissingExtraError: bitsandbytes is not installed.
+
+        Examples:
+            >>> adapter = lk.Adapter.load("out/places")
+            >>> adapter.prepare_base(model)
+            >>> plan = lk.attach(model, adapter)
+        """
+        if self.loftq is not None:
+            put_loftq(unwrapped(model), self.loftq, {site.path: site.rank for site in self.sites})
 
     @staticmethod
     def of(source: str | os.PathLike[str] | Adapter) -> Adapter:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lorakit.adapter.site import Site
 from lorakit.config.methods import LoRAConfig, MethodConfig
 from lorakit.models.identity import BaseIdentity
+from lorakit.models.loftq import LoftQ
 from lorakit.upstream.private_names import write_count
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -62,6 +63,8 @@ class AdapterContent:
     """Shortest module names that select exactly the adapted layers, for PEFT's configuration."""
     base: BaseIdentity | None = None
     """The base it was trained on, where known."""
+    loftq: LoftQ | None = None
+    """How PEFT's LoftQ changed the layers of that base before training; None: it did not."""
     card: Mapping[str, Any] = field(default_factory=dict)
     """How it was trained: data, seed, steps, versions, scores."""
     unverified: tuple[str, ...] = ()
@@ -82,6 +85,12 @@ class AdapterContent:
     def lora(self) -> LoRAConfig | None:
         """The settings of its low-rank updates, if LoRA is among its methods."""
         return next((each for each in self.configs if isinstance(each, LoRAConfig)), None)
+
+    @property
+    def loftq_forms(self) -> dict[str, str]:
+        """What made the weight of each layer that LoftQ changed; empty: the base is as it was."""
+        ranks = {site.path: site.rank for site in self.sites}
+        return {} if self.loftq is None else self.loftq.forms(ranks)
 
     @property
     def size_bytes(self) -> int:
@@ -146,6 +155,8 @@ class AdapterContent:
             yield json.dumps(self.lora.trainable_token_indices, sort_keys=True).encode()
         if self.lora is not None and self.lora.layer_replication:
             yield json.dumps(self.lora.layer_replication).encode()
+        if self.loftq is not None:
+            yield json.dumps(["loftq", self.loftq.bits, self.loftq.iterations]).encode()
         for config in self.configs:
             if not isinstance(config, LoRAConfig):
                 yield json.dumps([config.method, config.model_dump(mode="json")]).encode()

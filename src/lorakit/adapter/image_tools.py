@@ -185,7 +185,10 @@ def _settings(prefix: str, metadata: Mapping[str, Any], problems: list[str]) -> 
         for key, value in (held if isinstance(held, dict) else {}).items()
         if key.startswith(prefix)
     }
-    return read_config({"peft_type": "LORA", **own}, problems) if own else None
+    config = read_config({"peft_type": "LORA", **own}, problems) if own else None
+    if config is not None and config.init_lora_weights == "loftq":
+        problems.append(f"{METADATA}  init_lora_weights: 'loftq' is read from PEFT's folders alone")
+    return config
 
 
 def _sites(

@@ -163,6 +163,8 @@ def _reasons(adapter: AdapterContent, layers: tuple[WholeLayer, ...]) -> Iterato
         yield "it has no low-rank update"
     if adapter.lora is not None and adapter.lora.layer_replication:
         yield f"its base repeats blocks (layer_replication {adapter.lora.layer_replication})"
+    if adapter.loftq is not None:
+        yield f"LoftQ ({adapter.loftq}) changed the weights of its base: merge it"
     if adapter.lora is not None and adapter.lora.use_dora:
         yield "it was made by DoRA, whose magnitudes have no place in the file"
     others = sorted(set(adapter.tensors).difference(site_names(layers)))

@@ -121,6 +121,8 @@ def _facts(adapter: AdapterContent) -> Iterator[str]:
     lora = adapter.lora
     if lora is not None and lora.targets:
         yield f"| targets | {', '.join(f'`{word}`' for word in lora.targets)} |"
+    if adapter.loftq is not None:
+        yield f"| its layers of the base | changed by LoftQ, {adapter.loftq} |"
     if adapter.copied_modules:
         yield f"| saved in full | {', '.join(f'`{path}`' for path in adapter.copied_modules)} |"
     yield f"| content hash | `{adapter.content_hash()[:16]}` |"
@@ -165,7 +167,10 @@ def _loading(adapter: AdapterContent, reasons: list[str], name: str) -> Iterator
         yield f"PEFT has no form for it: {reasons[0]}."
         return
     yield ""
-    yield "In PEFT, on the base as a transformers model:"
+    needs = (
+        "" if adapter.loftq is None else ", with a CUDA GPU, bitsandbytes and the base in floats"
+    )
+    yield f"In PEFT, on the base as a transformers model{needs}:"
     yield ""
     yield "```python"
     yield "from peft import PeftModel"
@@ -185,7 +190,7 @@ def _vllm_rank(adapter: AdapterContent) -> int | None:
     lora = adapter.lora
     if lora is None or lora.use_dora or lora.lora_bias or lora.bias != "none":
         return None
-    if lora.trainable_token_indices or lora.layer_replication:
+    if lora.trainable_token_indices or lora.layer_replication or adapter.loftq is not None:
         return None
     if adapter.copied_modules or any(site.kind != "linear" for site in adapter.sites):
         return None

@@ -218,7 +218,7 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
         "bias": BIAS_WORDS[_settings(adapter).bias],
         "fan_in_fan_out": any(site.kind == "transposed" for site in adapter.sites),
         "inference_mode": True,
-        "init_lora_weights": True,
+        "init_lora_weights": True if adapter.loftq is None else "loftq",
         "lora_alpha": alpha,
         "lora_dropout": _settings(adapter).dropout,
         "modules_to_save": sorted(adapter.copied_modules) or None,
@@ -232,6 +232,7 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
         "use_rslora": _settings(adapter).use_rslora,
     }
     beside = {
+        "loftq_config": _loftq_config(adapter),
         "target_parameters": of_experts,
         "layer_replication": _block_ranges(_settings(adapter).layer_replication),
         "lora_bias": _settings(adapter).lora_bias,
@@ -239,6 +240,12 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
         "trainable_token_indices": _settings(adapter).trainable_token_indices,
     }
     return config | {key: value for key, value in beside.items() if value}
+
+
+def _loftq_config(adapter: AdapterContent) -> dict[str, int]:
+    """How LoftQ changed the base, as PEFT writes it; empty: it did not."""
+    how = adapter.loftq
+    return {} if how is None else {"loftq_bits": how.bits, "loftq_iter": how.iterations}
 
 
 def _block_ranges(order: str | None) -> list[list[int]]:
@@ -288,6 +295,8 @@ def disagreements(
     blocks, saved = config.layer_replication or [], expected.get("layer_replication", [])
     if blocks != saved:
         yield f"{CONFIG_FILE}  layer_replication is {blocks}, but it was saved as {saved}"
+    if config.loftq != adapter.loftq:
+        yield f"{CONFIG_FILE}  its LoftQ is {config.loftq}, but it was saved with {adapter.loftq}"
     tokens = expected.get("trainable_token_indices", {})
     if (config.trainable_token_indices or {}) != tokens:
         yield f"{CONFIG_FILE}  trainable_token_indices are others than those that were saved"

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorakit.adapter.json_files import file_problems
 from lorakit.adapter.site import scale_of
+from lorakit.models.loftq import BITS, LoftQ
 from lorakit.models.paths import matches
 
 CONFIG_FILE = "adapter_config.json"
@@ -39,7 +40,6 @@ WITHOUT_EFFECT = {
     "auto_mapping",
     "corda_config",
     "eva_config",
-    "loftq_config",
     "lora_ga_config",
     "megatron_core",
     "peft_version",
@@ -88,6 +88,8 @@ class PeftConfig(BaseModel):
     modules_to_save: list[ModuleWord] | None = None
     trainable_token_indices: list[TokenId] | dict[str, list[TokenId]] | None = None
     init_lora_weights: bool | str = True
+    loftq_config: Any = None
+    """Of effect with init_lora_weights "loftq" alone."""
 
     @property
     def adds_twice(self) -> bool:
@@ -105,6 +107,14 @@ class PeftConfig(BaseModel):
         """The order of the base's blocks in lorakit's words; None: each once."""
         ranges = [(first, stop - 1) for first, stop in self.layer_replication or ()]
         return ",".join(f"{first}-{last}" for first, last in ranges) or None
+
+    @property
+    def loftq(self) -> LoftQ | None:
+        """How LoftQ changed the layers of the base; None: it did not."""
+        if self.init_lora_weights != "loftq":
+            return None
+        given = self.loftq_config
+        return LoftQ(bits=given["loftq_bits"], iterations=given["loftq_iter"])
 
     def rank_of(self, path: str) -> int:
         """The rank of the update of a layer."""
@@ -165,7 +175,7 @@ def _unsupported(config: PeftConfig, has_base: bool) -> list[str]:
         for key, reason in UNSUPPORTED.items()
         if extra.get(key)
     ]
-    known = (*NEUTRAL_INITS, *(REPEATABLE_INITS if has_base else ()))
+    known = (*NEUTRAL_INITS, "loftq", *(REPEATABLE_INITS if has_base else ()))
     if config.init_lora_weights not in known:
         lines.append(f"{CONFIG_FILE}  init_lora_weights: {_of_changed_base(config)}")
     lines += [
@@ -174,17 +184,12 @@ def _unsupported(config: PeftConfig, has_base: bool) -> list[str]:
         for key, value in _unknown(extra)
         if value is True or isinstance(value, list | dict)
     ]
-    return [*lines, *_bad_ranges(config), *_bad_patterns(config)]
+    return [*lines, *_bad_loftq(config), *_bad_ranges(config), *_bad_patterns(config)]
 
 
 def _of_changed_base(config: PeftConfig) -> str:
     """Why A and B are of another base than the one that was loaded, and how to mend that."""
     init = str(config.init_lora_weights)
-    if init == "loftq":
-        return (
-            "'loftq' changes the base's weights to what quantising leaves of them: attach it to a "
-            "checkpoint of that base, with init_lora_weights true, or merge it there with PEFT"
-        )
     if init in REPEATABLE_INITS:
         return (
             f"{init!r} changes the base's weights, from which its start can be computed again: "
@@ -213,6 +218,26 @@ def _unknown(extra: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in sorted(extra.items()):
         if key not in UNSUPPORTED and key not in WITHOUT_EFFECT and value:
             yield key, value
+
+
+def _bad_loftq(config: PeftConfig) -> Iterator[str]:
+    """A line for each thing that is wrong with how LoftQ changed the base."""
+    if config.init_lora_weights != "loftq":
+        return
+    given = config.loftq_config
+    if not isinstance(given, dict) or not given:
+        yield (
+            f"{CONFIG_FILE}  loftq_config: found {given!r}, and init_lora_weights 'loftq' needs "
+            'its bits and iterations, as in {"loftq_bits": 4, "loftq_iter": 1}'
+        )
+        return
+    bits, iterations = given.get("loftq_bits"), given.get("loftq_iter")
+    if type(bits) is not int or bits not in BITS:
+        yield f"{CONFIG_FILE}  loftq_config: loftq_bits is 4 or 8, found {bits!r}"
+    if type(iterations) is not int or iterations < 1:
+        yield f"{CONFIG_FILE}  loftq_config: loftq_iter is 1 at least, found {iterations!r}"
+    for key in sorted(given.keys() - {"loftq_bits", "loftq_iter"}):
+        yield f"{CONFIG_FILE}  loftq_config: {key} is unknown to lorakit, and may change the base"
 
 
 def _bad_ranges(config: PeftConfig) -> Iterator[str]:

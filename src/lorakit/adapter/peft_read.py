@@ -116,11 +116,13 @@ def read_peft(
         tensors=named,
         copied_modules=tuple(sorted(found.copied)),
         target_modules=_plain_targets(config),
+        loftq=config.loftq,
         card={key: value for key, value in facts.items() if value},
         unverified=(
             *_unproven(config),
             *([] if ties or not config.ensure_weight_tying else [_apart_note(config)]),
             *found.notes,
+            *_loftq_note(config),
             *_doubled_note(config, sites),
             *_frozen_note(found.frozen),
         ),
@@ -367,6 +369,15 @@ def _apart_note(config: PeftConfig) -> str:
     return (
         f"that tied layers were trained as one (ensure_weight_tying): {why}, so that each keeps "
         "its own"
+    )
+
+
+def _loftq_note(config: PeftConfig) -> tuple[str, ...]:
+    if config.loftq is None:
+        return ()
+    return (
+        f"what LoftQ ({config.loftq}) made of the base's layers: they are quantised anew, and a "
+        "weight between two values may become the other one on another machine",
     )
 
 

@@ -18,6 +18,7 @@ from lorakit.adapter.site import LayerKind, RowRanges, Site
 from lorakit.config.methods import METHODS, MethodConfig, combination_problems, config_of
 from lorakit.errors import ConfigError
 from lorakit.models.identity import BaseIdentity
+from lorakit.models.loftq import LoftQ
 
 RECORD_FILE = "lorakit.json"
 VERSION = 2
@@ -107,6 +108,8 @@ class AdapterRecord(BaseModel):
     copied_modules: tuple[str, ...]
     target_modules: tuple[str, ...]
     base: BaseIdentity | None
+    loftq: LoftQ | None = None
+    """Written where it is used, as settings that are newer than this version's first folders."""
     card: dict[str, Any]
     unverified: tuple[str, ...]
 
@@ -122,6 +125,7 @@ class AdapterRecord(BaseModel):
             copied_modules=adapter.copied_modules,
             target_modules=adapter.target_modules,
             base=adapter.base,
+            loftq=adapter.loftq,
             card=dict(adapter.card),
             unverified=adapter.unverified,
         )
@@ -135,6 +139,7 @@ class AdapterRecord(BaseModel):
             copied_modules=self.copied_modules,
             target_modules=self.target_modules,
             base=self.base,
+            loftq=self.loftq,
             card=self.card,
             unverified=self.unverified,
         )
@@ -147,7 +152,8 @@ class AdapterRecord(BaseModel):
     def text(self) -> str:
         """The file: JSON with sorted keys and a checksum over all of them."""
         # Pydantic would write NaN as null.
-        content = self.model_dump(mode="json", exclude={"card"}) | {"card": self.card}
+        unused = {"loftq"} if self.loftq is None else set()
+        content = self.model_dump(mode="json", exclude={"card", *unused}) | {"card": self.card}
         content["sites"] = [
             site.model_dump(mode="json", exclude_defaults=True) for site in self.sites
         ]

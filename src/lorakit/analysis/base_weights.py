@@ -13,6 +13,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.site import Site
 from lorakit.analysis.checks import left_out, not_finite, shape_of
 from lorakit.analysis.delta import Delta, DenseDelta, LowRankDelta, low_rank_delta
+from lorakit.attachment.changed_weights import other_weights
 from lorakit.attachment.state import attachment_of, identity_of
 from lorakit.errors import AnalysisError
 from lorakit.kernels import plain
@@ -113,6 +114,8 @@ def _problems_of_base(adapter: Adapter, model: nn.Module, allow_other_base: bool
         yield f"adapter {state.route.merged!r} is merged into the weights: lk.unmerge(model) first"
         return
     identity = identity_of(model)
+    if not allow_other_base:
+        yield from other_weights(model, adapter)
     if allow_other_base or adapter.base is None or identity is None:
         return
     difference = adapter.base.difference(identity)

@@ -81,6 +81,16 @@ def biases_of_b(adapters: Sequence[Adapter]) -> list[str]:
     ]
 
 
+def of_changed_bases(adapters: Sequence[Adapter]) -> list[str]:
+    """A line for each adapter whose base LoftQ has made by its layers and ranks."""
+    return [
+        f"adapter {n}  LoftQ ({each.loftq}) changed its base by the layers and ranks that it has, "
+        "and a new adapter has others: merge it"
+        for n, each in enumerate(adapters, start=1)
+        if each.loftq is not None
+    ]
+
+
 def check_low_rank(adapters: Sequence[Adapter], *, what: str, dora: bool = False) -> None:
     """Make sure that each adapter has a ΔW = scale·B·A in finite numbers.
 
@@ -131,16 +141,23 @@ def check_same_base(adapters: Sequence[Adapter], *, allow_other_base: bool = Fal
     Raises:
         AnalysisError: with what differs between their bases.
     """
-    known = [(n, each.base) for n, each in enumerate(adapters, start=1) if each.base is not None]
-    if allow_other_base or not known:
+    if allow_other_base:
         return
-    (first, base), *others = known
     problems = [
-        f"adapter {number} ({other.name or 'unnamed'}) beside adapter {first} "
-        f"({base.name or 'unnamed'}): {difference}"
-        for number, other in others
-        if (difference := base.difference(other)) is not None
+        f"adapter {n}: LoftQ changed other layers of its base, or otherwise ({each.loftq}), than "
+        f"for adapter 1 ({adapters[0].loftq})"
+        for n, each in enumerate(adapters, start=1)
+        if each.loftq_forms != adapters[0].loftq_forms
     ]
+    known = [(n, each.base) for n, each in enumerate(adapters, start=1) if each.base is not None]
+    if known:
+        (first, base), *others = known
+        problems += [
+            f"adapter {number} ({other.name or 'unnamed'}) beside adapter {first} "
+            f"({base.name or 'unnamed'}): {difference}"
+            for number, other in others
+            if (difference := base.difference(other)) is not None
+        ]
     if problems:
         raise AnalysisError.listing(
             "the adapters were trained on different bases, so that their ΔW have no common meaning "

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter.adapter import Adapter, AdapterSource
-from lorakit.analysis.checks import biases_of_b, check_same_base, low_rank_problems
+from lorakit.analysis.checks import (
+    biases_of_b,
+    check_same_base,
+    low_rank_problems,
+    of_changed_bases,
+)
 from lorakit.analysis.common_layers import shared_places
 from lorakit.analysis.delta import LowRankDelta, summed
 from lorakit.analysis.dense_merges import dare, ties
@@ -165,7 +170,7 @@ def _checked(
             problems.append(f"adapter {number}  has {extra} beside LoRA, which has no weighted sum")
     if len({each.lora and each.lora.layer_replication for each in given}) > 1:
         problems.append("the adapters are for bases that run other blocks (layer_replication)")
-    problems += low_rank_problems(given) + biases_of_b(given)
+    problems += low_rank_problems(given) + biases_of_b(given) + of_changed_bases(given)
     problems += [] if len(found) != len(given) else _beside_problems(given, found)
     if problems:
         raise AnalysisError.listing("the adapters cannot be combined", problems)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lorakit.adapter.adapter import Adapter, AdapterSource
-from lorakit.analysis.checks import biases_of_b, check_low_rank
+from lorakit.analysis.checks import biases_of_b, check_low_rank, of_changed_bases
 from lorakit.analysis.delta import low_rank_delta
 from lorakit.analysis.rewrite import (
     NewAdapter,
@@ -54,7 +54,7 @@ def compress(
     check_size(energy, rank)
     adapter = Adapter.of(adapter)
     check_low_rank([adapter], what="compressing")
-    if problems := biases_of_b([adapter]):
+    if problems := [*biases_of_b([adapter]), *of_changed_bases([adapter])]:
         raise AnalysisError.listing("compressing would change what it answers", problems)
     updates, missed = [], []
     for site in adapter.sites:

@@ -13,6 +13,7 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.site import Site
 from lorakit.attachment.block_order import on_blocks_of
+from lorakit.attachment.changed_weights import check_weights_as_they_were
 from lorakit.attachment.copies import modules_to_save, with_ties
 from lorakit.attachment.match_table import left_out_lines, match_table
 from lorakit.config.methods import (
@@ -244,6 +245,7 @@ def fresh_plan(model: nn.Module, what: MethodConfig | Sequence[MethodConfig]) ->
             what a method needs.
     """
     configs = on_blocks_of(model, as_configs(what))
+    check_weights_as_they_were(model)
     found = in_order(wanted(model, configs), configs)
     _check_float(model, found.copies)
     if twice := list(clashes(found.components)):

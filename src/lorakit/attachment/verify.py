@@ -15,6 +15,7 @@ from lorakit.adapter.site import Site
 from lorakit.adapter.tied_sites import are_equal
 from lorakit.attachment.base_modules import BaseModules
 from lorakit.attachment.block_order import other_blocks
+from lorakit.attachment.changed_weights import other_weights
 from lorakit.attachment.copies import with_ties
 from lorakit.attachment.plan import Plan, in_order, wanted, without_effect
 from lorakit.config.methods import FullConfig, LoRAConfig
@@ -74,6 +75,8 @@ def saved_plan(
     problems += _differences(plan.shapes, adapter, found.refused, twins)
     problems += clashes(plan.components)
     problems += [*without_effect(base.model, plan.components), *_missed_by_targets(base, adapter)]
+    if not allow_other_base:
+        problems += other_weights(base.model, adapter)
     if not allow_other_base and adapter.base is not None and identity is not None:
         other = adapter.base.difference(identity)
         if other:

@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.card import TrainedUse
 from lorakit.adapter.folder import needs_base
 from lorakit.adapter.folder_write import save_peft
 from lorakit.adapter.llama_cpp import check_family, check_library, save_gguf
@@ -84,9 +83,7 @@ def _from_adapters(settings: ConvertConfig) -> Adapter:
         )
     if settings.model is None:
         return adapter
-    use = TrainedUse.on(adapter.card)
-    task, labels = use.task or "generation", use.labels
-    model, _ = load_model(settings.model, task=task, labels=labels)
+    model, _ = adapter.load_base(settings.model, quantize="none")
     attach(model, adapter)
     # Whoever names the base answers for it; that it was not proven stays in `unverified`.
     found = require_attachment(model).base.identity

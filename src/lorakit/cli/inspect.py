@@ -38,6 +38,7 @@ def run(settings: InspectConfig) -> Result:
         "parameters": adapter.parameters,
         "size_bytes": adapter.size_bytes,
         "base": adapter.base_name or None,
+        "loftq": None if adapter.loftq is None else vars(adapter.loftq),
         "content_hash": adapter.content_hash(),
         "unverified": adapter.unverified,
         "sites": [vars(site) for site in adapter.sites],
@@ -109,7 +110,8 @@ def _lines(adapter: Adapter) -> Iterator[str]:
         yield f"  {part} {rows}×{columns}, r {rank}, scale {scale:g}: {len(sites)} updates"
     if adapter.copied_modules:
         yield f"  saved in full: {', '.join(adapter.copied_modules)}"
-    yield f"base: {adapter.base_name or 'its files do not name it'}"
+    changed = "" if adapter.loftq is None else f", its layers changed by LoftQ ({adapter.loftq})"
+    yield f"base: {adapter.base_name or 'its files do not name it'}{changed}"
     yield from _trained(adapter)
     yield f"size: {adapter.size_bytes / 1e6:.1f} MB, content {adapter.content_hash()[:16]}"
     yield from (f"not verified: {note}" for note in adapter.unverified)

@@ -32,6 +32,7 @@ from lorakit.models.base import (
     is_offloaded,
     unwrapped,
 )
+from lorakit.models.loftq import drop_loftq_mark
 from lorakit.models.quantized_weight import is_quantized
 from lorakit.routing.route import route
 from lorakit.upstream.private_names import own_parameters
@@ -316,6 +317,7 @@ def finalize(model: nn.Module) -> None:
     state.original_weights.clear()
     state.route.set_bottom(Frame())
     detach(model)
+    drop_loftq_mark(model)
     config = getattr(model, "config", None)
     if untied and config is not None:
         # Otherwise transformers would tie the two again when the checkpoint is loaded.

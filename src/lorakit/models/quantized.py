@@ -61,14 +61,17 @@ class Quantization:
         return f"{self.bits}-bit {self.type} of {self.dtype}{double}"
 
 
-def check_library() -> None:
+def check_library(purpose: str = "a quantised base") -> None:
     """Make sure that bitsandbytes is installed.
+
+    Args:
+        purpose: what needs it, for the message.
 
     Raises:
         MissingExtraError: it is not.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError("a quantised base", "quantized")
+        raise MissingExtraError(purpose, "quantized")
 
 
 def quantize(model: nn.Module, how: Quantization) -> None:
@@ -242,6 +245,8 @@ def _check_plain(model: nn.Module) -> None:
         problem = "adapters are attached: quantise the base first"
     elif any(is_quantized(layer) for _, layer in base_modules(model)):
         problem = "its weights are quantised already"
+    elif hasattr(model, "_lorakit_loftq"):
+        problem = "LoftQ has changed its weights for an adapter: load the base anew"
     elif any(parameter.is_meta for parameter in model.parameters()):
         problem = "its weights are on the meta device"
     if problem:

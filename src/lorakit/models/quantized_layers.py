@@ -13,7 +13,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.functional import (
+    dequantize_4bit,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+    quantize_4bit,
+)
 from bitsandbytes.nn import modules as bnb
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -158,6 +163,21 @@ def dequantized(layer: nn.Module) -> Tensor:
             "load the base anew, by lorakit's load_model(…, quantize=…)"
         )
     return _four_bits_as_floats(weight.detach(), state)
+
+
+def after_quantising(matrix: Tensor, bits: int) -> Tensor:
+    """What is left of a float32 matrix after it was quantised, in float32.
+
+    By the operations of PEFT's LoftQ, so that it is that in every bit: in 4 bits nf4, whose scales
+    are not quantised; in 8 bits int8 by rows, from float16.
+    """
+    if bits == 8:
+        rows, scales, _ = int8_vectorwise_quant(matrix.half())
+        return int8_vectorwise_dequant(rows, scales)
+    packed, state = quantize_4bit(
+        matrix.contiguous(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
+    )
+    return _four_bits_as_floats(packed, state)
 
 
 def _four_bits_as_floats(packed: Tensor, state: Any) -> Tensor:

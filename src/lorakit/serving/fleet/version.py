@@ -72,6 +72,8 @@ def vllm_obstacles(adapter: Adapter) -> list[str]:
         found.append("it has trained rows of tokens")
     if adapter.lora is not None and adapter.lora.layer_replication:
         found.append(f"its base repeats blocks ({adapter.lora.layer_replication})")
+    if adapter.loftq is not None:
+        found.append(f"LoftQ ({adapter.loftq}) changed the weights of its base")
     if adapter.copied_modules:
         found.append(f"it has modules of its own ({', '.join(adapter.copied_modules)})")
     task = adapter.card.get("task")
