@@ -10,6 +10,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.adapter.unet_names import stability_names
+from lorakit.cli.main import main
 from lorakit.errors import AdapterFileError
 
 
@@ -191,3 +192,15 @@ def test_kohyas_file_with_stabilitys_names_answers_the_same(tmp_path):
     save_file(tensors, tmp_path / "xl.safetensors")
     lk.attach(base, lk.Adapter.load(tmp_path / "xl.safetensors", base=base))
     torch.testing.assert_close(base(X), plain(X), rtol=1e-4, atol=1e-4)
+
+
+def test_convert_reads_a_file_with_the_model_that_is_named(tiny_llama, tmp_path, capsys):
+    path = "model_layers_0_self_attn_q_proj"
+    tensors = {"down": torch.ones(2, 32), "up": torch.ones(32, 2)}
+    file = tmp_path / "kohya.safetensors"
+    save_file({f"lora_te_{path}.lora_{end}.weight": each for end, each in tensors.items()}, file)
+    given = ["convert", str(file), str(tmp_path / "out")]
+    assert main([*given, "--model", str(tiny_llama)]) == 0, capsys.readouterr().err
+    adapter = lk.Adapter.load(tmp_path / "out")
+    assert [site.path for site in adapter.sites] == ["model.layers.0.self_attn.q_proj"]
+    assert main([*given[:2], str(tmp_path / "other")]) == 2

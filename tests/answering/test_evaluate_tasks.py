@@ -119,6 +119,8 @@ def test_correlations_of_one_value_are_not_defined_and_that_is_said(
     with pytest.warns(UserWarning, match="pearson and spearman: not defined where all values are"):
         scores = lk.evaluate(model=model, tokenizer=tokenizer, data=data)
     assert list(scores) == ["loss", "pearson", "spearman"]
+    with pytest.raises(ConfigError, match="bleu: of texts that a model writes, and regression has"):
+        lk.evaluate(model=model, tokenizer=tokenizer, data=data, metrics="bleu")
 
 
 @pytest.mark.parametrize(

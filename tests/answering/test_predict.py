@@ -177,7 +177,9 @@ def test_what_cannot_be_predicted_says_why(tiny_bert, tiny_llama, adapters, tmp_
         asked("cats", "cats", root=adapters, input=rows)
     with pytest.raises(ConfigError, match="rows to answer are named by input"):
         asked("cats", root=adapters, input=rows, data={"validation": rows})
-    with pytest.raises(ConfigError, match=r"writes texts.*`lorakit generate`"):
+    with pytest.raises(DataError, match="line 1: text is empty"):
+        asked("cats", root=adapters, input=rows_of(tmp_path, {"text": " "}))
+    with pytest.raises(ConfigError, match=r"has no trained head that gives.*`lorakit generate`"):
         asked(root=adapters, model=str(tiny_llama), input=rows)
     with pytest.raises(ConfigError, match="does not say what its classes are called"):
         asked(root=adapters, model=str(tiny_bert), task="classification", input=rows)

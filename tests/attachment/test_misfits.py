@@ -1,5 +1,6 @@
 """What is said of an adapter that does not fit a model: each problem once, and nothing else."""
 
+import peft
 import pytest
 import transformers
 
@@ -34,20 +35,33 @@ def test_a_token_beyond_the_embedding_is_one_problem(tmp_path):
     assert not [line for line in found if "has no place" in line]
 
 
-def test_another_number_of_experts_is_not_called_a_rank():
-    def mixtral(experts):
-        return transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(
-                vocab_size=64,
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                num_local_experts=experts,
-            )
+def mixtral(experts):
+    """A tiny Mixtral of one block."""
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=experts,
         )
+    )
 
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_target_modules_of_peft_are_no_parameters_of_experts(tmp_path):
+    """There they match nothing, and nothing of experts was trained."""
+    words = ["q_proj", "gate_up_proj", "down_proj"]
+    theirs = peft.get_peft_model(mixtral(2), peft.LoraConfig(target_modules=words))
+    theirs.save_pretrained(str(tmp_path))
+    assert "gate_up_proj" in lk.Adapter.load(tmp_path).target_modules
+    model = mixtral(2)
+    assert len(lk.attach(model, tmp_path).components) == 1
+
+
+def test_another_number_of_experts_is_not_called_a_rank():
     model = mixtral(4)
     lk.attach(model, lk.LoRAConfig(targets="experts.down"))
     found = refusal(mixtral(2), lk.extract(model))

@@ -96,6 +96,19 @@ def test_every_row_that_cannot_be_used_is_named_at_once(written):
         "line 3: labels has a twice",
     ):
         assert part in str(error.value)
+    with pytest.raises(DataError, match="no row has a label, so there is nothing to learn"):
+        read_rows(written({"text": "red", "labels": []}), DataConfig())
+    with pytest.raises(DataError) as error:
+        read_rows(
+            written(
+                {"text": " ", "label": "a"},
+                {"text": "", "text_pair": "", "label": "b"},
+                {"text": "", "text_pair": "red", "label": "b"},
+            ),
+            DataConfig(),
+        )
+    for part in ("(2 problems)", "line 1: text is empty", "line 2: text and text_pair are empty"):
+        assert part in str(error.value)
 
 
 def test_a_long_context_is_divided_into_windows_that_know_where_the_answer_is(written, tokenizer):

@@ -54,7 +54,9 @@ def test_a_result_is_stale_when_its_cell_its_rows_or_its_scorer_have_changed(
     file.write_text(file.read_text().replace("red", "blue"))
     dry = paper("run", *words, "--dry-run")[1]
     assert (dry["runs"][0]["state"], dry["runs"][0]["why"]) == ("stale", "rows of train")
-    assert states(paper("run", *words)[1]) == [("cola", 0, "done")]
+    assert states(paper("run", *words, "--threads", "2")[1]) == [("cola", 0, "done")]
+    result = json.loads((finished / "cola" / "seed-0.json").read_text())
+    assert result["hardware"]["threads"] == 2
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(paper, finished, monkeypatch):

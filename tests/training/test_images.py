@@ -83,6 +83,16 @@ def test_a_folder_for_each_class_is_read_and_mistakes_are_told(photos):
         read_rows(str(photos), DataConfig())
 
 
+def test_what_is_no_image_among_the_classes_is_told(photos):
+    (photos / "red" / "photo.heic").write_bytes(b"")
+    (photos / "red" / ".hidden").write_bytes(b"")
+    (photos / "blue").mkdir()
+    with pytest.raises(DataError) as caught:
+        read_rows(str(photos), DataConfig())
+    for part in ("(2 problems)", "blue: no image is in this folder", "red/photo.heic: is no image"):
+        assert part in str(caught.value)
+
+
 def test_a_file_that_is_no_image_is_named(photos, tiny_vit, tmp_path):
     (photos / "red" / "x.png").write_bytes(b"nothing")
     config = lk.TrainConfig(

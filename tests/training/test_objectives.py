@@ -98,3 +98,19 @@ def assert_same_in_peft(folder):
         ours = model(input_ids=ids)[0]
         theirs = PeftModel.from_pretrained(plain, folder)(input_ids=ids)[0]
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_batch_of_one_pair_has_nothing_to_compare(tiny_bert, tmp_path):
+    def refused(*rows, **settings):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = lk.DataConfig(train=str(file))
+        with pytest.raises(lk.LorakitError) as caught:
+            lk.train(
+                lk.TrainConfig(model=str(tiny_bert), out=tmp_path / "out", data=data, **settings)
+            )
+        return str(caught.value)
+
+    two = [{"text": "red", "text_pair": "cat"}, {"text": "dog", "text_pair": "big"}]
+    assert "batch_size is 1, and the loss of embedding compares" in refused(*two, batch_size=1)
+    assert "rows.jsonl has one row, and the loss of embedding compares" in refused(two[0])

@@ -84,9 +84,14 @@ def load_path(
     return adapter
 
 
-def changes_base(folder: Path) -> bool:
-    """Whether a folder of PEFT's belongs to a base that its start has changed, as PiSSA does."""
-    file = folder / CONFIG_FILE
+def needs_base(path: Path) -> bool:
+    """Whether an adapter can be read with its base alone.
+
+    It is one of PEFT's whose start has changed its base, as PiSSA does, or of kohya or diffusers.
+    """
+    if _of_image_tool(path) is not None:
+        return True
+    file = path / CONFIG_FILE
     raw = read_object(file.read_bytes(), CONFIG_FILE, []) if file.is_file() else None
     return raw is not None and raw.get("init_lora_weights") in REPEATABLE_INITS
 

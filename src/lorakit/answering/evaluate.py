@@ -200,6 +200,12 @@ class _Run:
     def scores_of_labels(self) -> dict[str, float]:
         """The loss, and the scores of the predicted classes or numbers."""
         self._refuse_idle(_SEARCH)
+        written = [name for name in self._config.metrics or () if name in BASIC]
+        if written:
+            raise ConfigError(
+                f"metrics {', '.join(written)}: of texts that a model writes, and "
+                f"{self._opened.task} has scores of its own: leave metrics out"
+            )
         found, labels, rows = self._losses(), self._opened.labels, self.rows.rows
         objective = OBJECTIVES[self._opened.task]
         outputs = [objective.shown(answer, labels) for answer in found.predicted]

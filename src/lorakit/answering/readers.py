@@ -112,7 +112,12 @@ def _check_together(readers: Sequence[Reader], base: str) -> None:
     Raises:
         ConfigError: one writes texts, or they need models of different forms.
     """
-    writing = [each.name or base for each in readers if each.task not in OBJECTIVES]
+    if any(each.name is None and each.task not in OBJECTIVES for each in readers):
+        raise ConfigError(
+            f"{base} has no trained head that gives labels, and no adapter brings one: name an "
+            "adapter that was trained for labels; what writes texts is asked by `lorakit generate`"
+        )
+    writing = [each.name for each in readers if each.name and each.task not in OBJECTIVES]
     if writing:
         raise ConfigError(
             f"{', '.join(writing)} {'write' if writing[1:] else 'writes'} texts, and has no labels"

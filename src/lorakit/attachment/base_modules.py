@@ -26,7 +26,11 @@ class BaseModules:
         return self.by_path[""]
 
     def selected(self, config: LoRAConfig) -> frozenset[str]:
-        """The names of the layers and slices that a configuration's targets select."""
+        """The names of the layers and slices that a configuration's targets select.
+
+        Parameters of experts are left out: the same words of PEFT's target_modules are of modules
+        alone, and it has target_parameters for those.
+        """
         words = config.targets, config.layers, config.exclude
         if words not in self._selected:
             self._selected[words] = self._select(config)
@@ -39,4 +43,4 @@ class BaseModules:
         except TargetError:
             # The words may be those of another tool, or of a family unknown here.
             return frozenset()
-        return frozenset(target.name for target in kept)
+        return frozenset(target.name for target in kept if target.experts is None)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.folder import changes_base
+from lorakit.adapter.folder import needs_base
 from lorakit.adapter.folder_write import save_peft
 from lorakit.adapter.llama_cpp import check_family, check_library, save_gguf
 from lorakit.adapter.output_place import check_new, check_place
@@ -67,7 +67,7 @@ def _from_adapters(settings: ConvertConfig) -> Adapter:
         settings.source,
         config=settings.lora,
         kernel_sizes=settings.kernel_sizes,
-        base=_changed_base(settings),
+        base=_needed_base(settings),
     )
     if settings.to == "gguf":
         check_family(_base_config(adapter, settings))
@@ -90,9 +90,9 @@ def _from_adapters(settings: ConvertConfig) -> Adapter:
     return replace(extract(model), base=adapter.base or found)
 
 
-def _changed_base(settings: ConvertConfig) -> PreTrainedModel | None:
-    """The named base, where what is read belongs to it as a start of PEFT's has changed it."""
-    if settings.model is None or not changes_base(Path(settings.source)):
+def _needed_base(settings: ConvertConfig) -> PreTrainedModel | None:
+    """The named base, where the source can be read with it alone."""
+    if settings.model is None or not needs_base(Path(settings.source)):
         return None
     return load_model(settings.model, task=own_task(settings.model))[0]
 

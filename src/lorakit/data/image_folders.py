@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorakit.data.file_formats import RawRow
+from lorakit.data.problems import Problems
 from lorakit.errors import DataError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
@@ -21,7 +22,8 @@ def image_rows(source: str) -> list[RawRow]:
     """A raw row for each image: its file, and its folder's name as its label.
 
     Raises:
-        DataError: an image is in no folder of a class.
+        DataError: an image is in no folder of a class, or a class has a file that is no image, or
+            none that is one.
     """
     folder = Path(source).expanduser()
     loose = _images(folder)
@@ -30,6 +32,14 @@ def image_rows(source: str) -> list[RawRow]:
             f"{folder} has {len(loose)} images beside the folders of its classes, such as"
             f" {loose[0].name}: an image's class is the folder that it is in"
         )
+    problems = Problems(str(folder))
+    for each in _classes(folder):
+        if not _images(each):
+            problems.add(each.name, f"no image is in this folder (they end in {', '.join(IMAGES)})")
+        for file in sorted(each.iterdir()):
+            if file.is_file() and file.name[0] != "." and file.suffix.lower() not in IMAGES:
+                problems.add(f"{each.name}/{file.name}", "is no image: move it out of the folder")
+    problems.raise_if_any()
     return [
         RawRow(f"{each.name}/{file.name}", {"image": str(file), "label": each.name})
         for each in _classes(folder)

@@ -101,12 +101,13 @@ def class_order(names: Collection[str], *, source: str) -> tuple[str, ...]:
     """The distinct names, sorted: as numbers where all are numbers, else as text.
 
     Raises:
-        DataError: there is only one, so that there is nothing to tell apart.
+        DataError: there is one or none, so that there is nothing to tell apart.
     """
     distinct = set(names)
     if len(distinct) < 2:
+        found = f"every row has the label {distinct.pop()!r}" if distinct else "no row has a label"
         raise DataError(
-            f"{source}: every row has the label {distinct.pop()!r}, so there is nothing to learn."
+            f"{source}: {found}, so there is nothing to learn."
             " Use rows of two classes or more, or list the classes in data.labels."
         )
     if all(map(_WHOLE.fullmatch, distinct)):

@@ -66,12 +66,13 @@ def run_cells(settings: PaperRunConfig, *, progress: bool) -> Done:
     for note in remarks:
         print(note, file=sys.stderr)
     if not settings.dry_run:
-        runner = _Runner(settings, data, environment(), progress)
-        if settings.ray is not None:
-            left = [job for job in jobs if runner.is_left(job)]
-            run_on_cluster(left, settings, run_cells, progress=progress)
-        else:
-            with threads(settings.threads):
+        with threads(settings.threads):
+            # Results name the threads that they were computed with.
+            runner = _Runner(settings, data, environment(), progress)
+            if settings.ray is not None:
+                left = [job for job in jobs if runner.is_left(job)]
+                run_on_cluster(left, settings, run_cells, progress=progress)
+            else:
                 runner.run(jobs)
     states = {job: state_of(job, settings.results, data=data.hashes(job)) for job in jobs}
     left = [job for job, state in states.items() if state.kind not in FINISHED or settings.redo]

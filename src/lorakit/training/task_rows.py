@@ -60,6 +60,8 @@ def read_task_rows(config: TrainConfig, base: LoadedBase | None) -> TaskRows:
             raise
         raise DataError(f"{error}\n{OTHER_HEAD}") from error
     task = asked or rows.task
+    if task in OBJECTIVES and OBJECTIVES[task].needs_others(rows.rows):
+        _check_others(config, task, rows)
     held_out = None
     if data.validation is not None:
         held_out = read_rows(
@@ -74,6 +76,20 @@ def read_task_rows(config: TrainConfig, base: LoadedBase | None) -> TaskRows:
         if task in OBJECTIVES:
             OBJECTIVES[task].check_library()
     return TaskRows(task=task, training=rows, validation=held_out)
+
+
+def _check_others(config: TrainConfig, task: str, rows: Rows) -> None:
+    """Make sure that a batch can have two rows.
+
+    Raises:
+        ConfigError: it has one.
+    """
+    found = "batch_size is 1" if config.batch_size == 1 else f"{rows.source} has one row"
+    if min(config.batch_size, len(rows)) == 1:
+        raise ConfigError(
+            f"{found}, and the loss of {task} compares the rows of a batch: with one alone nothing "
+            "is learnt; give batches of several rows, or rows with negative"
+        )
 
 
 def _known_classes(config: TrainConfig, base: LoadedBase | None) -> tuple[str, ...] | None:

@@ -84,10 +84,14 @@ def texts_of(fields: FieldMap, values: Values) -> tuple[str, str | None]:
     """The text of a raw row, and its pair if it has one.
 
     Raises:
-        UnusableRowError: there is no text.
+        UnusableRowError: there is no text, or nothing in it.
     """
     pair = fields.value("text_pair", values)
-    return fields.text("text", values), None if pair is None else as_text("text_pair", pair)
+    text = fields.text("text", values)
+    beside = None if pair is None else as_text("text_pair", pair)
+    if not text.strip() and not (beside or "").strip():
+        raise UnusableRowError("text is empty" if pair is None else "text and text_pair are empty")
+    return text, beside
 
 
 def text_draft(text: str, pair: str | None, labels: Any, encoding: LabelEncoding) -> Draft:

@@ -69,6 +69,9 @@ class Embedding(Objective):
                         f"{name} is {'missing' if has else 'given'}, unlike in the first row",
                     )
 
+    def needs_others(self, rows: Sequence[Any]) -> bool:
+        return rows[0].negative is None
+
     def draft(self, row: PairRow, encoding: LabelEncoding) -> Draft:
         tokenizer: Any = encoding.tokenizer
         texts = [text for text in (row.text, row.text_pair, row.negative) if text is not None]

@@ -109,6 +109,10 @@ class Objective(ABC):
         """The number of each row that does not go with the others, and why."""
         return ()
 
+    def needs_others(self, rows: Sequence[Any]) -> bool:
+        """Whether the loss of a row is 0 where its batch has no other."""
+        return False
+
     def best_of(self, rows: Sequence[Any]) -> str:
         """The score that decides which adapter is the best on these held-out rows."""
         return self.best_by
