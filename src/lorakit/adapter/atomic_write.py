@@ -118,8 +118,8 @@ def _refuse_occupied(folder: Path, files: Mapping[str, bytes], *, overwrite: boo
         raise OutputError(f"{folder} is a file; an adapter is written as a folder")
     if not overwrite and any(folder.iterdir()):
         raise OutputError(
-            f"{folder} exists and is not empty: choose another folder, or overwrite=True to "
-            "replace the adapter in it"
+            f"{folder} exists and is not empty: choose another folder, or remove it (from Python, "
+            "overwrite=True replaces the adapter in it)"
         )
     taken = [name for name in files if (folder / name).is_dir()]
     if taken:

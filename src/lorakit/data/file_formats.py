@@ -170,7 +170,8 @@ def _csv_rows(file: DataFile, reading: Reading) -> Iterator[RawRow]:
             if len(cells) == len(header):
                 yield RawRow(where, dict(zip(header, cells, strict=True)))
             elif cells:
-                counts = f"{len(cells)} cells, but the header has {len(header)}"
+                found = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+                counts = f"{found}, but the header has {len(header)}"
                 problems.add(where, f"{counts} (quote a cell that has {_named(delimiter)})")
             start = reader.line_num + 1 + skipped
     except csv.Error as error:

@@ -106,8 +106,9 @@ class SweepResult:
     @property
     def summary(self) -> str:
         """The results with a table, in Markdown that can be read as text too."""
+        how = "together" if self.config.ray is None else "as tasks of a cluster"
         headline = (
-            f"{len(self.trials)} adapters on {self.config.model}, trained together in "
+            f"{len(self.trials)} adapters on {self.config.model}, trained {how} in "
             f"{self.seconds:.0f} s"
         )
         return "\n\n".join([headline, _table(self), *_notes(self)])
