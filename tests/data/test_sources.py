@@ -150,6 +150,7 @@ def test_a_malformed_array_is_told_by_its_line(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("a,b\n1,2\n1,2,3\n", "line 3: 3 cells, but the header has 2"),
+        ("a,b\n1,2\n1\n", "line 3: 1 cell, but the header has 2"),
         ("a,b,a\n1,2,3\n", "line 1: two columns are called 'a'"),
         ('a,b\n1,2\n"1,2\n', "line 3: malformed CSV: unexpected end of data"),
     ],
