@@ -160,16 +160,18 @@ def _beside_peers(
             "plain": Participant(run=_bound(work, plain)),
             "mixed": _ours(bank, work, chosen),
             "one": _ours(bank, work, names[0]),
-            "none": _ours(bank, work, None),
         }
+        # What has run before makes a difference of more than a route that is none.
+        without = {"plain": participants["plain"], "none": _ours(bank, work, None)}
         if peer is not None:
             participants["peft"] = Participant(run=_bound(work, peer, adapter_names=chosen))
-            participants["peft_disabled"] = _disabled(peer, work)
-        seconds = interleaved(participants, repeats=settings.repeats)
-        for what, ours, peft in (
-            (work.name, "mixed", "peft"),
-            (f"{work.name}_one_adapter", "one", None),
-            (f"{work.name}_no_route", "none", "peft_disabled"),
+            without["peft_disabled"] = _disabled(peer, work)
+        how: dict[str, Any] = {"repeats": settings.repeats, "there_and_back": True}
+        routed, free = interleaved(participants, **how), interleaved(without, **how)
+        for what, seconds, ours, peft in (
+            (work.name, routed, "mixed", "peft"),
+            (f"{work.name}_one_adapter", routed, "one", None),
+            (f"{work.name}_no_route", free, "none", "peft_disabled"),
         ):
             found[what] = {OURS: seconds[ours], "plain": seconds["plain"]}
             if peft in seconds:
