@@ -76,18 +76,16 @@ def load_model(
         >>> model.num_parameters()
         134515008
     """
-    precision = dtype_name(dtype)
-    _check_arguments(precision, task, labels, quantize)
+    named = dtype_name(dtype)
+    _check_arguments(named, task, labels, quantize)
     _check_libraries(task, quantize)
     where = None if device is None else device_for(device)
     asked = os.fspath(name)
-    model, tokenizer, info = _read(
-        asked, task, dtype=precision, **TASKS[task].head_settings(labels)
-    )
+    model, tokenizer, info = _read(asked, task, dtype=named, **TASKS[task].head_settings(labels))
     _check_and_mark_head(model, info, asked, task, fresh_head=fresh_head)
     if not TASKS[task].reads_images:
         _join_tokenizer(model, tokenizer, asked, task)
-    way = Quantization.of(quantize, precision) if isinstance(quantize, str) else quantize
+    way = Quantization.of(quantize, named) if isinstance(quantize, str) else quantize
     _take_form(model, way, layer_replication)
     if where is not None:
         move(model, where)

@@ -67,10 +67,11 @@ class JointSteps:
             used: the slots that answer.
             prompts: what is not yet read.
         """
-        if not self._decoder.joins or self._slots.has_others(used):
+        taken = [*used, *(prompt.slot for prompt in prompts)]
+        if not self._decoder.joins or self._slots.has_others(taken):
             return None
         parts = self._reader.parts(prompts, rows=len(tokens))
-        if not parts or self._slots.has_others(prompt.slot for prompt, _ in parts):
+        if not parts:
             return None
         begun = time.perf_counter()
         try:
