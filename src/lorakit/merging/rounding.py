@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Operation
+from lorakit.methods.lora.with_weights import with_weights
+from lorakit.models.base import base_parameter
+from lorakit.models.routers import is_own_kind
 
 LIMIT = 10.0
 """The largest ratio of a merge's change to the expected one.
@@ -55,6 +58,17 @@ class RoundingErrors(Operation):
         return (exact + noise * size * (self._size + torch.finfo(x.dtype).eps)).to(x.dtype)
 
 
+class RouterErrors(RoundingErrors):
+    """Adds random errors to a router's weight: all that it returns comes from it."""
+
+    replaces_output = True
+
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """The output with errors."""
+        weight = self._with_errors(base_parameter(layer, "weight"))
+        return with_weights(layer, {"weight": weight}, inputs)
+
+
 def distance(ours: Tensor, theirs: Tensor) -> float:
     """How far two outputs are from each other: the largest difference along the last dimension.
 
@@ -77,7 +91,8 @@ def rounding_errors(
     for number, layer in layers.items():
         inside = f"{layer.adapter_path}."
         own = (size for name, size in sizes.items() if name.startswith(inside))
-        found[number] = RoundingErrors(max(own, default=0.0))
+        kind = RouterErrors if is_own_kind(layer) else RoundingErrors
+        found[number] = kind(max(own, default=0.0))
     return found
 
 
