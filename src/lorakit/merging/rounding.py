@@ -55,7 +55,9 @@ class RoundingErrors(Operation):
         noise = torch.randn(x.shape, generator=self._generator).to(x.device)
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         size = exact.square().mean(-1, keepdim=True).sqrt()
-        return (exact + noise * size * (self._size + torch.finfo(x.dtype).eps)).to(x.dtype)
+        # Models in float64 compute some things in float32 all the same: softmax, norms.
+        eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+        return (exact + noise * size * (self._size + eps)).to(x.dtype)
 
 
 class RouterErrors(RoundingErrors):
