@@ -79,7 +79,7 @@ class Slots:
         Raises:
             RouteError: an adapter cannot be in a slot; nothing changes.
         """
-        content = self._content(terms)
+        content = slot_content(self._state, terms)
         self._make_room(content)
         for buffers in self._inputs.values():
             buffers.write(slot, content)
@@ -115,7 +115,7 @@ class Slots:
         Raises:
             RouteError: an adapter cannot be in a slot.
         """
-        self._make_room(self._content(terms))
+        self._make_room(slot_content(self._state, terms))
 
     def check(self, terms: Terms) -> None:
         """Make sure that adapters can be in a slot.
@@ -123,7 +123,7 @@ class Slots:
         Raises:
             RouteError: they cannot.
         """
-        content = self._content(terms)
+        content = slot_content(self._state, terms)
         if content.others:
             self._other_operations({0: content.others}, range(1))
 
@@ -132,11 +132,8 @@ class Slots:
         return self.used_by(range(start, stop))
 
     def used_by(self, slots: Sequence[int]) -> Any:
-        """Have each row use one of some slots, in any order, as `used` does.
-
-        Slots that do not follow each other are copied for this one block.
-        """
-        return self._state.route.own.pushed(self._frame(slots))
+        """Have each row use one of some slots, in any order, as `used` does (see `frame`)."""
+        return self._state.route.own.pushed(self.frame(slots))
 
     def used_in_parts(self, parts: Sequence[tuple[Sequence[int], int]]) -> Any:
         """Have the tokens of one flattened row use slots, as `used` does.
@@ -144,10 +141,17 @@ class Slots:
         Args:
             parts: of the row, one after the other: some slots, and the number of tokens of each.
         """
-        made = [RowsOfTokens(self._frame(slots), len(slots), tokens) for slots, tokens in parts]
+        made = [RowsOfTokens(self.frame(slots), len(slots), tokens) for slots, tokens in parts]
         return self._state.route.own.pushed(flattened(made))
 
-    def _frame(self, slots: Sequence[int]) -> Frame:
+    def frame(self, slots: Sequence[int]) -> Frame:
+        """The frame in which each row of a batch uses one of some slots.
+
+        Where slots do not follow each other, it has copies of what they hold now.
+
+        Args:
+            slots: of the rows, in any order; one may be there several times, and -1 is the base.
+        """
         between = slots[0], slots[0] + len(slots)
         if not follow_each_other(slots):
             return self._made(slots)
@@ -161,32 +165,6 @@ class Slots:
             own = operations.get(number)
             operations[number] = other if own is None else _InTurn(own, other)
         return Frame(operations or None, rows=len(slots), key=object())
-
-    def _content(self, terms: Terms) -> SlotContent:
-        """The content of a slot with some terms.
-
-        Raises:
-            RouteError: some have no slots.
-        """
-        layers, content = self._state.layers, SlotContent()
-        for updates, _ in terms:
-            check_slots(self._state, {layers[n].adapter_path: u for n, u in updates.items()})
-        by_layer: dict[int, list[tuple[int, Update, float]]] = {}
-        for at, (updates, weight) in enumerate(terms):
-            for number, update in updates.items():
-                by_layer.setdefault(number, []).append((at, update, weight))
-        others: list[dict[int, Update]] = [{} for _ in terms]
-        for number, own in by_layer.items():
-            of_rows = is_linear(layers[number]) and layers[number].adapter_experts is None
-            if of_rows and all(is_sum(update) for _, update, _ in own):
-                _add_sums(content, number, [(cast(LoRAUpdate, u), w) for _, u, w in own])
-            else:
-                # A sum beside an update that rescales the output would be rescaled too.
-                for at, update, _ in own:
-                    others[at][number] = update
-        pairs = zip(others, terms, strict=True)
-        content.others = [(own, weight) for own, (_, weight) in pairs if own]
-        return content
 
     def _make_room(self, content: SlotContent) -> None:
         """Make the buffers wide enough for a slot's ranks."""
@@ -237,6 +215,37 @@ class Slots:
             return {}
         rows = RowChoices.of(choices, updates)
         return mixed_operations(dict(self._state.layers), updates, rows, self.device)
+
+
+def slot_content(state: Attachment, terms: Terms) -> SlotContent:
+    """What a slot with some terms holds.
+
+    Args:
+        state: of the model.
+        terms: updates of adapters, with their weights.
+
+    Raises:
+        RouteError: some can't be in a slot.
+    """
+    layers, content = state.layers, SlotContent()
+    for updates, _ in terms:
+        check_slots(state, {layers[n].adapter_path: u for n, u in updates.items()})
+    by_layer: dict[int, list[tuple[int, Update, float]]] = {}
+    for at, (updates, weight) in enumerate(terms):
+        for number, update in updates.items():
+            by_layer.setdefault(number, []).append((at, update, weight))
+    others: list[dict[int, Update]] = [{} for _ in terms]
+    for number, own in by_layer.items():
+        of_rows = is_linear(layers[number]) and layers[number].adapter_experts is None
+        if of_rows and all(is_sum(update) for _, update, _ in own):
+            _add_sums(content, number, [(cast(LoRAUpdate, u), w) for _, u, w in own])
+        else:
+            # A sum beside an update that rescales the output would be rescaled too.
+            for at, update, _ in own:
+                others[at][number] = update
+    pairs = zip(others, terms, strict=True)
+    content.others = [(own, weight) for own, (_, weight) in pairs if own]
+    return content
 
 
 def _name(updates: Mapping[int, Update]) -> str:
