@@ -173,7 +173,7 @@ FORMS: Mapping[str, Form] = {
     "sinks": Form(lambda: mixture("gpt_oss"), lora(targets=("q", "o")), ids),
     "soft-caps": Form(lambda: build("gemma2"), lora(targets=("q", "o"))),
 }
-"""By name; the issue of each is a page of docs/methods.md, docs/models.md or docs/tasks.md."""
+"""By name; docs/methods.md, docs/models.md and docs/tasks.md say what each is."""
 
 forms = covering("form", [(name,) for name in FORMS], also=lambda name: FORMS[name].rows)
 
