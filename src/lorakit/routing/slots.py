@@ -7,6 +7,7 @@ goes writes nothing, and the operations of a step in which neither happens are t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from lorakit.layers.operation import Operation, Update
 from lorakit.layers.route import Frame
 from lorakit.methods.lora.lora import is_linear
 from lorakit.methods.lora.update import LoRAUpdate
+from lorakit.methods.prompt.prefix import TokenVectors
 from lorakit.models.base import device_of
 from lorakit.routing.choices import RowChoices
 from lorakit.routing.flattened import RowsOfTokens, flattened
@@ -27,6 +29,11 @@ from lorakit.routing.stacked_lora import is_sum, mixed_operations
 
 Terms = Sequence[tuple[Mapping[int, Update], float]]
 """What one slot uses: the updates of adapters by the layer's number, with their weights."""
+ALONE = (
+    "an adapter with virtual tokens can't be combined with others, or weakened: its rows have other"
+    " tokens than theirs; name it alone"
+)
+"""Why such an adapter is no part of a sum."""
 
 
 class Slots:
@@ -34,8 +41,10 @@ class Slots:
 
     Low-rank updates and biases of linear layers are in standing buffers, whose ranks are those of
     the widest slot so far. Other updates (DoRA, embeddings, convolutions, heads) are computed as by
-    any route, and make the operations anew when their slot changes. Virtual tokens have no slots;
-    where a model reads an adapted weight without a call, its call is an error.
+    any route, and make the operations anew when their slot changes. Virtual tokens are of prompts:
+    a row whose prompt was read with `reading` has them among its keys and values, and its slot
+    holds what else its adapter has. Where a model reads an adapted weight without a call, its call
+    is an error.
 
     Args:
         model: the base, whose adapters it holds.
@@ -43,6 +52,7 @@ class Slots:
         dtype: of A and B in the buffers, in which the updates are computed; None: float32, or
             float64 on a base of that precision.
         few_ranks: round the buffers' ranks up to powers of two, so that they seldom change.
+        virtual_tokens: let adapters have these, as prompts are read with `reading`.
 
     Examples:
         >>> slots = Slots(model, 16)  # doctest: +SKIP
@@ -58,11 +68,13 @@ class Slots:
         *,
         dtype: torch.dtype | None = None,
         few_ranks: bool = False,
+        virtual_tokens: bool = False,
     ) -> None:
         self.count = count
         self._model = model
         self._state = attachment_for(model)
         self._dtype, self._few_ranks = dtype, few_ranks
+        self._virtual_tokens = virtual_tokens
         self._inputs: dict[str, InputSlots] = {}
         """By the word for the input that their layers read."""
         self._others: dict[int, list[tuple[dict[int, Update], float]]] = {}
@@ -138,6 +150,19 @@ class Slots:
         """
         return self._state.route.own.pushed(self._frame(slots))
 
+    def reading(self, slot: int, terms: Terms) -> Any:
+        """Have the model's one row, a prompt or a part of it, use a slot and its virtual tokens.
+
+        Args:
+            slot: of the row.
+            terms: what it holds; the row has the virtual tokens of these already, by their ids.
+        """
+        own = {n: u for updates, _ in terms for n, u in updates.items() if _is_virtual(u)}
+        frame = self._frame([slot])
+        if own:
+            frame = replace(frame, operations={**(frame.operations or {}), **own}, key=object())
+        return self._state.route.own.pushed(frame)
+
     def used_in_parts(self, parts: Sequence[tuple[Sequence[int], int]]) -> Any:
         """Have the tokens of one flattened row use slots, as `used` does.
 
@@ -169,12 +194,16 @@ class Slots:
             RouteError: some have no slots.
         """
         layers, content = self._state.layers, SlotContent()
-        for updates, _ in terms:
-            check_slots(self._state, {layers[n].adapter_path: u for n, u in updates.items()})
+        for updates, weight in terms:
+            by_path = {layers[n].adapter_path: u for n, u in updates.items()}
+            check_slots(self._state, by_path, virtual_tokens=self._virtual_tokens)
+            if any(map(_is_virtual, updates.values())) and (len(terms) > 1 or weight != 1):
+                raise RouteError(ALONE)
         by_layer: dict[int, list[tuple[int, Update, float]]] = {}
         for at, (updates, weight) in enumerate(terms):
             for number, update in updates.items():
-                by_layer.setdefault(number, []).append((at, update, weight))
+                if not _is_virtual(update):
+                    by_layer.setdefault(number, []).append((at, update, weight))
         others: list[dict[int, Update]] = [{} for _ in terms]
         for number, own in by_layer.items():
             of_rows = is_linear(layers[number]) and layers[number].adapter_experts is None
@@ -244,22 +273,32 @@ def _name(updates: Mapping[int, Update]) -> str:
     return " ".join(str(id(update)) for update in updates.values())
 
 
-def check_slots(state: Attachment, updates: Mapping[str, Update]) -> None:
+def check_slots(
+    state: Attachment, updates: Mapping[str, Update], *, virtual_tokens: bool = False
+) -> None:
     """Refuse an adapter that rows can't have in slots.
 
     Args:
         state: of the model.
         updates: of the adapter, by module path.
+        virtual_tokens: whether it may have these, see `Slots`.
 
     Raises:
         RouteError: with the reason, and the first such layer.
     """
     for path, update in updates.items():
         reason = state.base.for_all_rows.get(path)
-        if update.virtual_tokens:
+        if update.virtual_tokens and not virtual_tokens:
             reason = "virtual tokens would move the row's other tokens"
+        elif update.is_whole and not _is_virtual(update):
+            reason = "it has virtual tokens, and changes the input embedding beside them"
         if reason:
             raise RouteError(f"an adapter of {path or 'the model'} can't be in a slot: {reason}")
+
+
+def _is_virtual(update: Update) -> bool:
+    """Whether an update is that of virtual tokens alone."""
+    return isinstance(update, TokenVectors)
 
 
 def _add_sums(content: SlotContent, number: int, own: Sequence[tuple[LoRAUpdate, float]]) -> None:

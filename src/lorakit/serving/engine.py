@@ -84,7 +84,7 @@ class Engine(Worker):
             dtype = adapter_dtype or model.dtype
             self._make_invariant(dtype)
         count, compiles = self.limits.slots, self.limits.compile != "off"
-        self.slots = HeldSlots(model, count, dtype=dtype, few_ranks=compiles)
+        self.slots = HeldSlots(model, count, dtype=dtype, few_ranks=compiles, virtual_tokens=True)
         self.keys_and_values = KeyValueSlots(count, windows=compiles)
         self.steps = steps_of(
             self.decoder, self.slots, self.keys_and_values, compiles=compiles, note=note
@@ -247,7 +247,7 @@ class Engine(Worker):
             self._end(row, replace(first, finish="length"))
         else:
             self._take(row, row.sampler.choose(logits), first)
-        self.prefixes.keep(request.use, request.prompt, states)
+        self.prefixes.keep(request.use, request.ids, states)
         if row.slot in self._rows:
             self.keys_and_values.admit(row.slot, prompt.cache)
             row.prompt = None
@@ -353,7 +353,7 @@ class Engine(Worker):
     def _keep_read(self, row: Row) -> None:
         """Keep what was read of a conversation: its next turn goes on from there."""
         if self.prefixes.has_room and row.prompt is None and row.count > 1:
-            read = [*row.request.prompt, *row.ids[:-1]]
+            read = [*row.request.ids, *row.ids[:-1]]
             self.prefixes.keep(row.request.use, read, self.keys_and_values.copied(row.slot))
 
     def _end(self, row: Row, delta: Delta) -> None:

@@ -19,6 +19,7 @@ class HeldSlots(Slots):
         count: the number of slots.
         dtype: of A and B.
         few_ranks: see `Slots`.
+        virtual_tokens: see `Slots`.
     """
 
     def __init__(
@@ -28,8 +29,11 @@ class HeldSlots(Slots):
         *,
         dtype: torch.dtype | None = None,
         few_ranks: bool = False,
+        virtual_tokens: bool = False,
     ) -> None:
-        super().__init__(model, count, dtype=dtype, few_ranks=few_ranks)
+        super().__init__(
+            model, count, dtype=dtype, few_ranks=few_ranks, virtual_tokens=virtual_tokens
+        )
         self._held: list[str | None] = [""] * count
         """By slot, the key of what it holds; None: unknown, after an error."""
 
