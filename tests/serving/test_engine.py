@@ -129,6 +129,19 @@ def test_rows_join_and_leave_in_mid_flight(bank, engine, tokenizer):
         assert other.ids == greedy_alone(bank, CHOICES[at % 4], other.request.prompt, 2)
 
 
+def test_a_rank_beyond_that_of_the_slots_answers_beside_others(bank, tokenizer):
+    engine = engine_of(bank, slot_rank=3)
+    choices = ["wide", "small", None, {"small": 0.6, "wide": -0.5}, "wide"]
+    given = [asked(bank, tokenizer, c, p) for c, p in zip(choices, prompts(5, 4), strict=True)]
+    engine.submit([each.request for each in given])
+    for each in given:
+        assert each.wait().finish == "length"
+    assert engine.close()
+    for each, choice in zip(given, choices, strict=True):
+        assert each.ids == greedy_alone(bank, choice, each.request.prompt, 8)
+    assert max(rank for buffers in engine.slots.layout for _, rank in buffers) == 2
+
+
 def test_a_seed_draws_the_same_alone_and_among_others(bank, engine, tokenizer):
     sampling = {"temperature": 1.0, "seed": 7, "top_p": 0.9}
     alone = asked(bank, tokenizer, "small", [8, 9], sampling=sampling)

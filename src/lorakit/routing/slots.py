@@ -6,9 +6,11 @@ goes writes nothing, and the operations of a step in which neither happens are t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +42,9 @@ class Slots:
     """The adapters of a batch of so many rows, one slot a row.
 
     Low-rank updates and biases of linear layers are in standing buffers, whose ranks are those of
-    the widest slot so far. Other updates (DoRA, embeddings, convolutions, heads) are computed as by
-    any route, and make the operations anew when their slot changes. Virtual tokens are of prompts:
+    the widest slot so far. Other updates (DoRA, embeddings, convolutions, heads, ranks beyond a
+    limit) are computed one adapter after the other, and make the operations anew when their slot
+    changes. Virtual tokens are of prompts:
     a row whose prompt was read with `reading` has them among its keys and values, and its slot
     holds what else its adapter has. Where a model reads an adapted weight without a call, its call
     is an error.
@@ -53,6 +56,8 @@ class Slots:
             float64 on a base of that precision.
         few_ranks: round the buffers' ranks up to powers of two, so that they seldom change.
         virtual_tokens: let adapters have these, as prompts are read with `reading`.
+        most_rank: the largest rank that buffers have; what has more takes no memory and no time of
+            other slots. None: there is no limit.
 
     Examples:
         >>> slots = Slots(model, 16)  # doctest: +SKIP
@@ -69,12 +74,15 @@ class Slots:
         dtype: torch.dtype | None = None,
         few_ranks: bool = False,
         virtual_tokens: bool = False,
+        most_rank: int | None = None,
     ) -> None:
         self.count = count
         self._model = model
         self._state = attachment_for(model)
         self._dtype, self._few_ranks = dtype, few_ranks
-        self._virtual_tokens = virtual_tokens
+        self._virtual_tokens, self._most_rank = virtual_tokens, most_rank
+        self._wide: WeakValueDictionary[int, _Wide] = WeakValueDictionary()
+        """By the id of its update, which each keeps alive."""
         self._inputs: dict[str, InputSlots] = {}
         """By the word for the input that their layers read."""
         self._others: dict[int, list[tuple[dict[int, Update], float]]] = {}
@@ -207,15 +215,29 @@ class Slots:
         others: list[dict[int, Update]] = [{} for _ in terms]
         for number, own in by_layer.items():
             of_rows = is_linear(layers[number]) and layers[number].adapter_experts is None
-            if of_rows and all(is_sum(update) for _, update, _ in own):
+            sums = of_rows and all(is_sum(update) for _, update, _ in own)
+            if sums and self._is_narrow([cast(LoRAUpdate, update) for _, update, _ in own]):
                 _add_sums(content, number, [(cast(LoRAUpdate, u), w) for _, u, w in own])
             else:
                 # A sum beside an update that rescales the output would be rescaled too.
                 for at, update, _ in own:
-                    others[at][number] = update
+                    others[at][number] = self._alone(update) if sums else update
         pairs = zip(others, terms, strict=True)
         content.others = [(own, weight) for own, (_, weight) in pairs if own]
         return content
+
+    def _is_narrow(self, updates: Iterable[LoRAUpdate]) -> bool:
+        """Whether the sum of some updates of a layer may be in the buffers."""
+        ranks = (part.site.rank for update in updates for part in update.parts.values())
+        return self._most_rank is None or sum(ranks) <= self._most_rank
+
+    def _alone(self, update: Update) -> Update:
+        """A sum that is not in the buffers: the same one for all slots that use it."""
+        found = self._wide.get(id(update))
+        if found is None:
+            found = _Wide(cast(LoRAUpdate, update), self._dtype)
+            self._wide[id(update)] = found
+        return cast(Update, found)
 
     def _make_room(self, content: SlotContent) -> None:
         """Make the buffers wide enough for a slot's ranks."""
@@ -308,6 +330,28 @@ def _add_sums(content: SlotContent, number: int, own: Sequence[tuple[LoRAUpdate,
         content.parts[number] = parts
     if biases:
         content.biases[number] = biases
+
+
+class _Wide(Operation):
+    """A low-rank update without buffers, in the precision that those have.
+
+    A route would stack it, and so copy it for each batch that it is in.
+    """
+
+    def __init__(self, update: LoRAUpdate, dtype: torch.dtype | None) -> None:
+        self._given = self._own = update
+        if dtype is not None and any(p.dtype != dtype for p in update.parameters()):
+            self._own = copy.deepcopy(update).to(dtype)
+
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """The output with the update."""
+        return self._own.adapt(layer, inputs, output)
+
+    def added(
+        self, layer: nn.Module, inputs: tuple[Any, ...], output: Any, *, weight: float, base: Any
+    ) -> Any:
+        """An output to which weight times the update is added."""
+        return self._own.added(layer, inputs, output, weight=weight, base=base)
 
 
 class _InTurn(Operation):

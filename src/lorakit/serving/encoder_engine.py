@@ -47,7 +47,12 @@ class EncoderEngine(Worker):
         self._way = way_of(model)
         with attachment_for(model).route.own.pushed(Frame()):
             self._prove()
-        self.slots = HeldSlots(model, self.limits.slots, dtype=adapter_dtype or model.dtype)
+        self.slots = HeldSlots(
+            model,
+            self.limits.slots,
+            dtype=adapter_dtype or model.dtype,
+            most_rank=self.limits.slot_rank,
+        )
 
     def running(self) -> list[Request]:
         """The requests of the batch that is computed."""

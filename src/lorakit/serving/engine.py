@@ -84,7 +84,14 @@ class Engine(Worker):
             dtype = adapter_dtype or model.dtype
             self._make_invariant(dtype)
         count, compiles = self.limits.slots, self.limits.compile != "off"
-        self.slots = HeldSlots(model, count, dtype=dtype, few_ranks=compiles, virtual_tokens=True)
+        self.slots = HeldSlots(
+            model,
+            count,
+            dtype=dtype,
+            few_ranks=compiles,
+            virtual_tokens=True,
+            most_rank=self.limits.slot_rank,
+        )
         self.keys_and_values = KeyValueSlots(count, windows=compiles)
         self.steps = steps_of(
             self.decoder, self.slots, self.keys_and_values, compiles=compiles, note=note

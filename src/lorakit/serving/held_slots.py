@@ -20,6 +20,7 @@ class HeldSlots(Slots):
         dtype: of A and B.
         few_ranks: see `Slots`.
         virtual_tokens: see `Slots`.
+        most_rank: see `Slots`.
     """
 
     def __init__(
@@ -30,9 +31,15 @@ class HeldSlots(Slots):
         dtype: torch.dtype | None = None,
         few_ranks: bool = False,
         virtual_tokens: bool = False,
+        most_rank: int | None = None,
     ) -> None:
         super().__init__(
-            model, count, dtype=dtype, few_ranks=few_ranks, virtual_tokens=virtual_tokens
+            model,
+            count,
+            dtype=dtype,
+            few_ranks=few_ranks,
+            virtual_tokens=virtual_tokens,
+            most_rank=most_rank,
         )
         self._held: list[str | None] = [""] * count
         """By slot, the key of what it holds; None: unknown, after an error."""

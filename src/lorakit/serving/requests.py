@@ -137,7 +137,7 @@ class Request:
 
     @cached_property
     def ids(self) -> Sequence[int]:
-        """The prompt as the model reads it, with the virtual tokens of the adapter if it has any."""
+        """The prompt as the model reads it, with the adapter's virtual tokens if it has any."""
         own, prompt = self.use.virtual_tokens, self.prompt
         if own is None:
             return prompt

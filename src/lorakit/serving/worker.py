@@ -24,6 +24,8 @@ class Limits:
 
     slots: int = 16
     """The most requests that are answered at once."""
+    slot_rank: int = 64
+    """The largest rank for which each slot has room; what has more is computed by itself."""
     max_length: int | None = None
     """The most tokens of prompt and answer; None: the model's context."""
     prefill_tokens: int = 512
