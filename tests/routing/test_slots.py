@@ -114,7 +114,7 @@ def test_a_wide_update_is_computed_in_the_precision_of_the_slots():
         with slots.used(0, 2):
             found.append(outputs(model, inputs))
     torch.testing.assert_close(*found, **HALF)
-    held = [update._own for update in slots._wide.values()]
+    held = list(slots._wide.values())
     assert held
     assert all(p.dtype == torch.bfloat16 for update in held for p in update.parameters())
     slots.join(0, terms(model, "wide"))

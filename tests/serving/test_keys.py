@@ -148,7 +148,7 @@ def test_a_key_loads_and_reads_metrics_of_what_it_may_ask(words, folder, tmp_pat
     server.engine.close()
 
 
-def test_labels_that_list_adapters_have_only_those_that_may_be_named():
+def test_labels_that_list_adapters_have_only_those_that_may_be_named(server):
     from prometheus_client.core import GaugeMetricFamily
 
     from lorakit.serving.api.metrics import Gauges, Metrics
@@ -160,8 +160,6 @@ def test_labels_that_list_adapters_have_only_those_that_may_be_named():
             info.add_metric(["small,wide", "wide"], 1.0)
             yield info
 
-    class NoNames:
-        name, adapters, resident, pinned, resident_bytes = "tiny", {}, (), (), 0
-
-    text = Metrics(NoNames(), Running()).text(lambda name: name == "small").decode()
+    text = Metrics(server.catalog, Running()).text(lambda name: name == "small").decode()
     assert 'lora_requests_info{running_lora_adapters="small",waiting_lora_adapters=""} 1.0' in text
+    assert "wide" not in text

@@ -82,7 +82,7 @@ class Slots:
         self._dtype, self._few_ranks = dtype, few_ranks
         self._virtual_tokens, self._most_rank = virtual_tokens, most_rank
         self._wide: WeakValueDictionary[int, _Wide] = WeakValueDictionary()
-        """By the id of its update, which each keeps alive."""
+        """By the id of the update that each is of."""
         self._inputs: dict[str, InputSlots] = {}
         """By the word for the input that their layers read."""
         self._others: dict[int, list[tuple[dict[int, Update], float]]] = {}
@@ -237,7 +237,7 @@ class Slots:
         if found is None:
             found = _Wide(cast(LoRAUpdate, update), self._dtype)
             self._wide[id(update)] = found
-        return cast(Update, found)
+        return found
 
     def _make_room(self, content: SlotContent) -> None:
         """Make the buffers wide enough for a slot's ranks."""
@@ -332,26 +332,36 @@ def _add_sums(content: SlotContent, number: int, own: Sequence[tuple[LoRAUpdate,
         content.biases[number] = biases
 
 
-class _Wide(Operation):
-    """A low-rank update without buffers, in the precision that those have.
+class _Wide(LoRAUpdate):
+    """A low-rank update without buffers, in the precision that these have.
 
-    A route would stack it, and so copy it for each batch that it is in.
+    It is none of those that are stacked, which would copy it for each range of slots.
     """
 
     def __init__(self, update: LoRAUpdate, dtype: torch.dtype | None) -> None:
-        self._given = self._own = update
+        own = update
         if dtype is not None and any(p.dtype != dtype for p in update.parameters()):
-            self._own = copy.deepcopy(update).to(dtype)
+            own = copy.deepcopy(update).to(dtype)
+        super().__init__(own.parts, own.bias)
+        self._given = (update,)
+        """Kept, as long as its id stands for it."""
 
-    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        """The output with the update."""
-        return self._own.adapt(layer, inputs, output)
+    @property
+    def is_additive(self) -> bool:
+        """Whether it may be stacked."""
+        return False
 
     def added(
-        self, layer: nn.Module, inputs: tuple[Any, ...], output: Any, *, weight: float, base: Any
-    ) -> Any:
-        """An output to which weight times the update is added."""
-        return self._own.added(layer, inputs, output, weight=weight, base=base)
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Tensor,
+        *,
+        weight: float,
+        base: Tensor,
+    ) -> Tensor:
+        """The output with weight times the update."""
+        return self._changed(layer, inputs[0], output, weight)
 
 
 class _InTurn(Operation):

@@ -144,7 +144,7 @@ class Catalog(Names[Chosen]):
             missing = [each for each, _ in pairs if each not in self._loaded]
             raise RefusalError(str(error), 404 if missing else 503, param="model") from None
         use = Use(tuple(held))
-        if use.virtual_tokens and [weight for _, weight in pairs] != [1.0]:
+        if use.virtual_tokens is not None and [weight for _, weight in pairs] != [1.0]:
             raise RefusalError(ALONE, param="adapters")
         uses = [TrainedUse.on(each.record.card) for each, _ in held]
         trained = tuple(each for each in uses if each.says_how)
