@@ -65,6 +65,15 @@ def test_a_stream_gives_the_same_text_and_the_usage(server):
     assert {c["system_fingerprint"] for c in chunks} == {whole["system_fingerprint"]}
 
 
+def test_a_stream_gives_the_prompt_back_before_a_text_that_is_kept_back(server):
+    first = server.alone("wide", ids_of(server, "red cat"), 1)
+    how = {"model": "wide", "echo": True, "stop": [f"{first} no such words"]}
+    whole = server.complete(**how).json()["choices"][0]["text"]
+    assert whole.startswith("red cat")
+    streamed = events(server.complete(**how, stream=True))
+    assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == whole
+
+
 def test_chat_goes_through_the_template_and_streams(server):
     found = server.chat("red cat", model="small").json()
     asked = ids_of(server, "user red cat bird")

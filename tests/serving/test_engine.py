@@ -236,6 +236,68 @@ def test_an_error_of_the_model_fails_its_batch_and_not_the_engine(tokenizer):
     assert engine.close()
 
 
+@pytest.mark.parametrize("size", [1e30, 3e38])
+def test_an_adapter_whose_numbers_overflow_leaves_nothing_to_others(size, tokenizer):
+    bank = banked()
+    diverged = adapters()["wide"]
+    for tensor in diverged.tensors.values():
+        tensor.fill_(size)
+    bank.add("diverged", diverged)
+    engine = engine_of(bank, slots=2)
+    # Beside a longer row the columns before a short one are hidden, and not left out.
+    long = asked(bank, tokenizer, "small", list(range(4, 20)), max_tokens=12)
+    engine.submit([long.request])
+    long.next()
+    others = []
+    for choice in (None, "small", "diverged", "wide"):
+        broken = asked(bank, tokenizer, "diverged", [5, 6, 7])
+        engine.submit([broken.request])
+        assert broken.wait().finish == "error"
+        assert "diverged gave no numbers (NaN)" in str(broken.deltas[-1].error)
+        if choice != "diverged":
+            fine = asked(bank, tokenizer, choice, [5, 6, 7], max_tokens=2)
+            engine.submit([fine.request])
+            assert fine.wait().finish == "length", fine.deltas[-1].error
+            others.append((choice, fine))
+    assert long.wait().finish == "length"
+    assert engine.close()
+    for choice, fine in others:
+        assert fine.ids == greedy_alone(bank, choice, [5, 6, 7], 2)
+    assert long.ids == greedy_alone(bank, "small", long.request.prompt, 12)
+
+
+def test_a_slot_that_was_spoilt_in_an_answer_is_cleared(monkeypatch, tokenizer):
+    bank = banked()
+    engine = engine_of(bank, slots=2, prefill_tokens=16)
+    step, spoil = engine.steps.step, set()
+
+    def overflowing(tokens, used):
+        logits = step(tokens, used)
+        for slot in spoil:
+            # As an overflow in the row's own layers would.
+            for layer in engine.keys_and_values._layers:
+                layer.values[slot, :, layer.end] = float("nan")
+            logits = logits.clone()
+            logits[slot] = float("nan")
+        spoil.clear()
+        return logits
+
+    monkeypatch.setattr(engine.steps, "step", overflowing)
+    long = asked(bank, tokenizer, "small", list(range(4, 16)), max_tokens=18)
+    short = asked(bank, tokenizer, "wide", [5, 6], max_tokens=12)
+    engine.submit([long.request, short.request])
+    short.next()
+    spoil.add(1)
+    assert short.wait().finish == "error"
+    after = asked(bank, tokenizer, "wide", [9, 8], max_tokens=3)
+    engine.submit([after.request])
+    assert after.wait().finish == "length"
+    long.wait()
+    assert engine.close()
+    assert after.ids == greedy_alone(bank, "wide", [9, 8], 3)
+    assert long.ids == greedy_alone(bank, "small", long.request.prompt, 18)
+
+
 def test_the_queue_is_bounded_and_adapters_take_turns(bank, tokenizer):
     engine = Engine(bank.model, Limits(slots=1, waiting_requests=4, waiting_tokens=100))
     given = [asked(bank, tokenizer, c, [4, 5], max_tokens=2) for c in ["small"] * 3 + ["wide"]]

@@ -109,6 +109,11 @@ class Slots:
                 self._others[slot] = content.others
             self._frames.clear()
 
+    def clear(self, slot: int) -> None:
+        """Write zeros over what the buffers have for a slot, also where no rank is in use."""
+        for buffers in self._inputs.values():
+            buffers.clear(slot)
+
     @property
     def layout(self) -> tuple[object, ...]:
         """The layers that have buffers and their ranks: another one, and buffers are others too."""
