@@ -94,16 +94,16 @@ class _OfNames(Collector):
     """Metrics without those of adapters that may not be named.
 
     Args:
-        all: the metrics.
+        every: the metrics.
         may_ask: whether an adapter may be named.
     """
 
-    def __init__(self, all: Collector, may_ask: Callable[[str], bool]) -> None:
-        self._all, self._may_ask = all, may_ask
+    def __init__(self, every: CollectorRegistry, may_ask: Callable[[str], bool]) -> None:
+        self._every, self._may_ask = every, may_ask
 
     def collect(self) -> Iterator[Metric]:
         """Yield them."""
-        for metric in self._all.collect():
+        for metric in self._every.collect():
             metric.samples = [
                 each._replace(labels={name: self._kept(name, v) for name, v in each.labels.items()})
                 for each in metric.samples
