@@ -95,8 +95,7 @@ def test_ranks_beyond_the_limit_have_no_buffers_and_answer_all_the_same():
     check(model, slots, choices)
     assert slots.has_others([0])
     assert not slots.has_others([1, 2])
-    ranks = [rank for buffers in slots.layout for _, rank in buffers]
-    assert max(ranks) <= 4
+    assert max(r for own in slots._inputs.values() for r in own.ranks.values()) <= 4
     mixed = {"small": 0.5, "wide": -0.4}
     slots.join(2, terms(model, mixed))
     slots.join(0, ())

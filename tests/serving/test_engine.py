@@ -139,7 +139,7 @@ def test_a_rank_beyond_that_of_the_slots_answers_beside_others(bank, tokenizer):
     assert engine.close()
     for each, choice in zip(given, choices, strict=True):
         assert each.ids == greedy_alone(bank, choice, each.request.prompt, 8)
-    assert max(rank for buffers in engine.slots.layout for _, rank in buffers) == 2
+    assert {r for own in engine.slots._inputs.values() for r in own.ranks.values()} == {2}
 
 
 def test_a_seed_draws_the_same_alone_and_among_others(bank, engine, tokenizer):
@@ -269,7 +269,8 @@ def test_an_adapter_whose_numbers_overflow_leaves_nothing_to_others(size, tokeni
 def test_a_slot_that_was_spoilt_in_an_answer_is_cleared(monkeypatch, tokenizer):
     bank = banked()
     engine = engine_of(bank, slots=2, prefill_tokens=16)
-    step, spoil = engine.steps.step, set()
+    step = engine.steps.step
+    spoil: set[int] = set()
 
     def overflowing(tokens, used):
         logits = step(tokens, used)

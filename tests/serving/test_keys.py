@@ -143,8 +143,8 @@ def test_a_key_loads_and_reads_metrics_of_what_it_may_ask(words, folder, tmp_pat
         assert refused.status_code == 403, body
         assert "may not ask wide" in refused.json()["error"]["message"]
     assert post("/v1/unload_lora_adapter", "guest", lora_name="wide").status_code == 403
-    body = {"lora_name": "small", "lora_path": "small", "load_inplace": True}
-    assert post("/v1/load_lora_adapter", "guest", **body).status_code == 200
+    own = {"lora_name": "small", "lora_path": "small"}
+    assert post("/v1/load_lora_adapter", "guest", **own, load_inplace=True).status_code == 200
     server.engine.close()
 
 

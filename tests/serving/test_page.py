@@ -82,10 +82,6 @@ ANSWERED = "document.getElementById('send').textContent === 'Ask'"
 TEXTS = "[...document.querySelectorAll('.answer')].map((each) => each.textContent)"
 
 
-def _asks(node):
-    return isinstance(node, ast.Call) and ast.unparse(node.func) == "client.completions.create"
-
-
 @pytest.mark.browser
 @pytest.mark.thorough
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -130,7 +126,8 @@ def test_two_columns_are_asked_in_a_browser(served, tmp_path, width):
         body = "{model: 'tiny', prompt: 'it\\'s \"so\"', adapters: [{name: 'a', weight: 0.5}]}"
         written = f"m.asPython('/v1/completions', {body}, true)"
         python = f"import('/page/snippets.js').then((m) => {written})"
-        (call,) = [each for each in ast.walk(ast.parse(page.run(python))) if _asks(each)]
+        calls = [n for n in ast.walk(ast.parse(page.run(python))) if isinstance(n, ast.Call)]
+        (call,) = [n for n in calls if ast.unparse(n.func) == "client.completions.create"]
         given = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
         assert given == {
             "model": "tiny",

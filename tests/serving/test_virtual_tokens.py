@@ -9,7 +9,7 @@ import lorakit as lk
 from lorakit.bank import AdapterBank
 from lorakit.errors import RouteError
 from lorakit.models.load import load_model
-from lorakit.routing.slots import ALONE
+from lorakit.routing.slot_content import ALONE
 from references import randomise
 from serving.engines import adapters, asked, engine_of, greedy_alone, use_of, word_tokenizer
 from tiny_models import build

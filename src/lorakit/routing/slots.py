@@ -6,7 +6,6 @@ goes writes nothing, and the operations of a step in which neither happens are t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -15,27 +14,17 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from lorakit.attachment.state import Attachment, attachment_for
-from lorakit.errors import RouteError
+from lorakit.attachment.state import attachment_for
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Operation, Update
 from lorakit.layers.route import Frame
-from lorakit.methods.lora.lora import is_linear
 from lorakit.methods.lora.update import LoRAUpdate
-from lorakit.methods.prompt.prefix import TokenVectors
 from lorakit.models.base import device_of
 from lorakit.routing.choices import RowChoices
 from lorakit.routing.flattened import RowsOfTokens, flattened
 from lorakit.routing.input_slots import InputSlots, SlotContent, follow_each_other
+from lorakit.routing.slot_content import Terms, WideUpdate, has_rows, is_virtual, slot_content
 from lorakit.routing.stacked_lora import is_sum, mixed_operations
-
-Terms = Sequence[tuple[Mapping[int, Update], float]]
-"""What one slot uses: the updates of adapters by the layer's number, with their weights."""
-ALONE = (
-    "an adapter with virtual tokens can't be combined with others, or weakened: its rows have other"
-    " tokens than theirs; name it alone"
-)
-"""Why such an adapter is no part of a sum."""
 
 
 class Slots:
@@ -81,7 +70,7 @@ class Slots:
         self._state = attachment_for(model)
         self._dtype, self._few_ranks = dtype, few_ranks
         self._virtual_tokens, self._most_rank = virtual_tokens, most_rank
-        self._wide: WeakValueDictionary[int, _Wide] = WeakValueDictionary()
+        self._wide: WeakValueDictionary[int, WideUpdate] = WeakValueDictionary()
         """By the id of the update that each is of."""
         self._inputs: dict[str, InputSlots] = {}
         """By the word for the input that their layers read."""
@@ -157,11 +146,8 @@ class Slots:
         return self.used_by(range(start, stop))
 
     def used_by(self, slots: Sequence[int]) -> Any:
-        """Have each row use one of some slots, in any order, as `used` does.
-
-        Slots that do not follow each other are copied for this one block.
-        """
-        return self._state.route.own.pushed(self._frame(slots))
+        """Have each row use one of some slots, in any order, as `used` does (see `frame`)."""
+        return self._state.route.own.pushed(self.frame(slots))
 
     def reading(self, slot: int, terms: Terms) -> Any:
         """Have the model's one row, a prompt or a part of it, use a slot and its virtual tokens.
@@ -170,8 +156,8 @@ class Slots:
             slot: of the row.
             terms: what it holds; the row has the virtual tokens of these already, by their ids.
         """
-        own = {n: u for updates, _ in terms for n, u in updates.items() if _is_virtual(u)}
-        frame = self._frame([slot])
+        own = {n: u for updates, _ in terms for n, u in updates.items() if is_virtual(u)}
+        frame = self.frame([slot])
         if own:
             frame = replace(frame, operations={**(frame.operations or {}), **own}, key=object())
         return self._state.route.own.pushed(frame)
@@ -182,10 +168,17 @@ class Slots:
         Args:
             parts: of the row, one after the other: some slots, and the number of tokens of each.
         """
-        made = [RowsOfTokens(self._frame(slots), len(slots), tokens) for slots, tokens in parts]
+        made = [RowsOfTokens(self.frame(slots), len(slots), tokens) for slots, tokens in parts]
         return self._state.route.own.pushed(flattened(made))
 
-    def _frame(self, slots: Sequence[int]) -> Frame:
+    def frame(self, slots: Sequence[int]) -> Frame:
+        """The frame in which each row of a batch uses one of some slots.
+
+        Where slots do not follow each other, it has copies of what they hold now.
+
+        Args:
+            slots: of the rows, in any order; one may be there several times, and -1 is the base.
+        """
         between = slots[0], slots[0] + len(slots)
         if not follow_each_other(slots):
             return self._made(slots)
@@ -201,46 +194,29 @@ class Slots:
         return Frame(operations or None, rows=len(slots), key=object())
 
     def _content(self, terms: Terms) -> SlotContent:
-        """The content of a slot with some terms.
+        """What a slot with some terms holds.
 
         Raises:
-            RouteError: some have no slots.
+            RouteError: some can't be in a slot.
         """
-        layers, content = self._state.layers, SlotContent()
-        for updates, weight in terms:
-            by_path = {layers[n].adapter_path: u for n, u in updates.items()}
-            check_slots(self._state, by_path, virtual_tokens=self._virtual_tokens)
-            if any(map(_is_virtual, updates.values())) and (len(terms) > 1 or weight != 1):
-                raise RouteError(ALONE)
-        by_layer: dict[int, list[tuple[int, Update, float]]] = {}
-        for at, (updates, weight) in enumerate(terms):
-            for number, update in updates.items():
-                if not _is_virtual(update):
-                    by_layer.setdefault(number, []).append((at, update, weight))
-        others: list[dict[int, Update]] = [{} for _ in terms]
-        for number, own in by_layer.items():
-            of_rows = is_linear(layers[number]) and layers[number].adapter_experts is None
-            sums = of_rows and all(is_sum(update) for _, update, _ in own)
-            if sums and self._is_narrow([cast(LoRAUpdate, update) for _, update, _ in own]):
-                _add_sums(content, number, [(cast(LoRAUpdate, u), w) for _, u, w in own])
-            else:
-                # A sum beside an update that rescales the output would be rescaled too.
-                for at, update, _ in own:
-                    others[at][number] = self._alone(update) if sums else update
-        pairs = zip(others, terms, strict=True)
-        content.others = [(own, weight) for own, (_, weight) in pairs if own]
+        limit = self._most_rank
+        content = slot_content(
+            self._state, terms, virtual_tokens=self._virtual_tokens, most_rank=limit
+        )
+        if limit is not None:
+            content.others = [
+                ({number: self._alone(number, update) for number, update in own.items()}, weight)
+                for own, weight in content.others
+            ]
         return content
 
-    def _is_narrow(self, updates: Iterable[LoRAUpdate]) -> bool:
-        """Whether the sum of some updates of a layer may be in the buffers."""
-        ranks = (part.site.rank for update in updates for part in update.parts.values())
-        return self._most_rank is None or sum(ranks) <= self._most_rank
-
-    def _alone(self, update: Update) -> Update:
-        """A sum that is not in the buffers: the same one for all slots that use it."""
+    def _alone(self, number: int, update: Update) -> Update:
+        """An update that is not in the buffers: a sum is the same one for all slots that use it."""
+        if not (has_rows(self._state.layers[number]) and is_sum(update)):
+            return update
         found = self._wide.get(id(update))
         if found is None:
-            found = _Wide(cast(LoRAUpdate, update), self._dtype)
+            found = WideUpdate(cast(LoRAUpdate, update), self._dtype)
             self._wide[id(update)] = found
         return found
 
@@ -298,75 +274,6 @@ class Slots:
 def _name(updates: Mapping[int, Update]) -> str:
     """A name that is the same for the same updates: rows of one adapter are computed together."""
     return " ".join(str(id(update)) for update in updates.values())
-
-
-def check_slots(
-    state: Attachment, updates: Mapping[str, Update], *, virtual_tokens: bool = False
-) -> None:
-    """Refuse an adapter that rows can't have in slots.
-
-    Args:
-        state: of the model.
-        updates: of the adapter, by module path.
-        virtual_tokens: whether it may have these, see `Slots`.
-
-    Raises:
-        RouteError: with the reason, and the first such layer.
-    """
-    for path, update in updates.items():
-        reason = state.base.for_all_rows.get(path)
-        if update.virtual_tokens and not virtual_tokens:
-            reason = "virtual tokens would move the row's other tokens"
-        elif update.is_whole and not _is_virtual(update):
-            reason = "it has virtual tokens, and changes the input embedding beside them"
-        if reason:
-            raise RouteError(f"an adapter of {path or 'the model'} can't be in a slot: {reason}")
-
-
-def _is_virtual(update: Update) -> bool:
-    """Whether an update is that of virtual tokens alone."""
-    return isinstance(update, TokenVectors)
-
-
-def _add_sums(content: SlotContent, number: int, own: Sequence[tuple[LoRAUpdate, float]]) -> None:
-    parts = [(part, w) for update, w in own for part in update.parts.values() if w]
-    biases = [(update, w) for update, w in own if update.has_shift and w]
-    if parts:
-        content.parts[number] = parts
-    if biases:
-        content.biases[number] = biases
-
-
-class _Wide(LoRAUpdate):
-    """A low-rank update without buffers, in the precision that these have.
-
-    It is none of those that are stacked, which would copy it for each range of slots.
-    """
-
-    def __init__(self, update: LoRAUpdate, dtype: torch.dtype | None) -> None:
-        own = update
-        if dtype is not None and any(p.dtype != dtype for p in update.parameters()):
-            own = copy.deepcopy(update).to(dtype)
-        super().__init__(own.parts, own.bias)
-        self._given = (update,)
-        """Kept, as long as its id stands for it."""
-
-    @property
-    def is_additive(self) -> bool:
-        """Whether it may be stacked."""
-        return False
-
-    def added(
-        self,
-        layer: nn.Module,
-        inputs: tuple[Any, ...],
-        output: Tensor,
-        *,
-        weight: float,
-        base: Tensor,
-    ) -> Tensor:
-        """The output with weight times the update."""
-        return self._changed(layer, inputs[0], output, weight)
 
 
 class _InTurn(Operation):

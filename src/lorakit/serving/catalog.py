@@ -21,7 +21,7 @@ from lorakit.data.template_limits import check_template
 from lorakit.errors import AdapterFileError, BankError
 from lorakit.layers.operation import Update
 from lorakit.models.load import fresh_heads, labels_of, task_of
-from lorakit.routing.slots import ALONE, check_slots
+from lorakit.routing.slot_content import ALONE, check_slots
 from lorakit.serving.heap import give_back
 from lorakit.serving.names import Names
 from lorakit.serving.places import Places

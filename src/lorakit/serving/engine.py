@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lorakit.attachment.state import attachment_for
 from lorakit.errors import ModelError
 from lorakit.layers.route import Frame
-from lorakit.routing.slots import Terms
+from lorakit.routing.slot_content import Terms
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.grammars import GrammarError
 from lorakit.serving.held_slots import HeldSlots

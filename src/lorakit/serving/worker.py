@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorakit.models.shape import context_length
-from lorakit.routing.slots import Terms
+from lorakit.routing.slot_content import Terms
 from lorakit.serving.admission import ClosedError, Queue
 from lorakit.serving.prefixes import Prefixes
 from lorakit.serving.requests import Delta, Request
