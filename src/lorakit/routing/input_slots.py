@@ -119,6 +119,12 @@ class InputSlots:
             write_sum(a, b, content.parts.get(number, ()))
             self._write_shift(slot, number, content.biases.get(number))
 
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        """Have a slot hold nothing but zeros."""
+        for buffer in (self._a, *self._b.values(), *self._shift.values()):
+            buffer[slot] = 0
+
     def _write_shift(
         self, slot: int, number: int, biases: Sequence[tuple[LoRAUpdate, float]] | None
     ) -> None:

@@ -16,7 +16,8 @@ from lorakit.kernels import choice
 from lorakit.layers.route import Combination, Frame
 from lorakit.routing.choices import RowChoices
 from lorakit.routing.route import route_rows
-from lorakit.routing.slots import Slots, Terms, slot_content
+from lorakit.routing.slot_content import Terms, slot_content
+from lorakit.routing.slots import Slots
 
 MOST_PADDING = 2.0
 """How many times the ranks of the adapters their slots may have."""
