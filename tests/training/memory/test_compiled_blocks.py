@@ -131,7 +131,7 @@ def test_other_families_compile_and_are_joined_where_that_can_be(
     # Blocks of Gemma and gpt-oss look back over a window by turns: one graph for each kind.
     assert told["graphs"] <= 2
     assert told["breaks"] == {}
-    assert told["packing"] == packing
+    assert told["packing"].startswith(packing)
     assert told["compiled"] == pytest.approx(told["plain"], rel=1e-4)
 
 
