@@ -153,7 +153,7 @@ KINDS = {name: ("--method", name) for name in METHODS} | {
     "pissa": ("--lora.init", "pissa"),
     "eva": ("--lora.init", "eva"),
     "embeddings and head": ("--lora.targets", "embed,head"),
-    "trained tokens": ("--lora.trainable-token-indices", "{auto: [5, 6]}"),
+    "trained tokens": ("--lora.trainable-token-indices", "[5, 6]"),
     "lora and virtual tokens": ("--method", "lora,prefix-layer"),
 }
 """All that can be trained, as flags."""
