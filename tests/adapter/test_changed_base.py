@@ -1,6 +1,7 @@
 """PEFT's PiSSA and OLoRA as it saves them by default: read with the base that they started from."""
 
 import copy
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -107,6 +108,44 @@ def test_without_the_base_the_way_is_told(tmp_path):
         lk.attach(build("llama", hidden_size=16), tmp_path / "peft")
     assert set(STARTS) == set(REPEATABLE_INITS)
     assert not hasattr(base, "_lorakit")
+
+
+def prepared_for_corda(base, rank):
+    """A copy with what PEFT's `preprocess_corda` finds out from texts: here for inputs like noise.
+
+    Then its directions are those of W itself.
+    """
+    model = copy.deepcopy(base)
+    for block in model.model.layers:
+        layer = block.self_attn.q_proj
+        u, s, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+        layer.eigens = SimpleNamespace(U_WC=u[:, :rank], S_WC=s[:rank], V_WC=vh[:rank].T)
+    return model
+
+
+def test_corda_that_was_not_converted_is_read_by_peft_with_its_texts_alone_and_refused(tmp_path):
+    base = build("llama")
+    config = peft.LoraConfig(
+        r=3,
+        target_modules=["q_proj"],
+        init_lora_weights="corda",
+        corda_config=peft.tuners.lora.config.CordaConfig(corda_method="kpm"),
+    )
+    theirs = peft.get_peft_model(prepared_for_corda(base, 3), config).eval()
+    inputs = example_inputs(base)
+    expected = outputs(theirs, inputs)
+    theirs.save_pretrained(str(tmp_path / "peft"))
+    names = {file.name for file in (tmp_path / "peft").iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    prepared = prepared_for_corda(base, 3)
+    again = peft.PeftModel.from_pretrained(prepared, str(tmp_path / "peft")).eval()
+    torch.testing.assert_close(outputs(again, inputs), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"`eigens` attribute not found .* `preprocess_corda`"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "peft"))
+    text = r"'corda' changes the base's weights \(its start depends on the texts that it was made"
+    for read in (lambda folder: lk.Adapter.load(folder, base=base), lambda f: lk.attach(base, f)):
+        with pytest.raises(AdapterFileError, match=text):
+            read(tmp_path / "peft")
 
 
 def test_convert_reads_it_with_the_base(tiny_llama, tmp_path, capsys):

@@ -113,6 +113,32 @@ def test_closed_connections_free_their_slots(forks, long_llama):
     assert server.finish()[0] == 0
 
 
+@pytest.mark.thorough
+def test_a_second_signal_ends_at_once(forks, long_llama):
+    port = free_port()
+    server = forks.start(SERVE, "--model", str(long_llama), "--port", str(port))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
+        wait_for(client)
+        endless = {"prompt": "red", "max_tokens": 8000, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/completions", json=endless) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(server.pid, signal.SIGTERM)
+            with httpx.Client(base_url=client.base_url, timeout=TIMEOUT_S) as other:
+                while other.get("/ready").status_code == 200:
+                    time.sleep(0.02)
+                refused = other.post("/v1/completions", json=endless)
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+            os.kill(server.pid, signal.SIGTERM)
+            with contextlib.suppress(httpx.TransportError):
+                count = sum(1 for _ in lines)
+                assert count < 8000
+    code, printed, problem = server.finish()
+    assert (code, printed) == (0, "")
+    assert "told twice: ending at once" in problem
+    assert "Traceback" not in problem
+
+
 def told(capsys, *words):
     assert main(["serve", *map(str, words)]) == 2
     return capsys.readouterr().err

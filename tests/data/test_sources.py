@@ -125,6 +125,20 @@ def test_all_malformed_lines_are_told_at_once(tmp_path: Path) -> None:
     assert re.search(r"line 5: .* found \"text\"", problems[2])
 
 
+def test_a_first_line_that_was_cut_off_is_told_beside_others(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", '{"x": 0\n{"x": 1}\n{"x": }\n')
+    with pytest.raises(DataError) as error:
+        records(path)
+    _, *problems = str(error.value).splitlines()
+    assert problems[0].startswith("  line 1: malformed JSON: Expecting ',' delimiter")
+    assert problems[1].startswith("  line 3: malformed JSON: Expecting value")
+
+
+def test_an_object_of_several_lines_may_go_on_with_one_within_it(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", '{"x": [\n{"y": 1}\n]}\n{\n"x": 2\n}\n')
+    assert [row.values for row in records(path)] == [{"x": [{"y": 1}]}, {"x": 2}]
+
+
 def test_of_many_problems_ten_are_shown_and_the_others_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         records(written(tmp_path, "a.jsonl", "no\n" * 32))

@@ -232,6 +232,15 @@ def test_a_server_holds_keys_and_values_of_all_slots():
     # 2 · 3 layers · 2 heads of 16 numbers, in columns that are a power of two.
     assert found.serving["keys and values"] == 4 * 128 * 2 * 3 * 2 * 16 * 4
     assert found.serving["adapters"] == 2 * 4 * found.trained
+    assert found.serving["adapters of slots"] == 4 * 4 * found.trained
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("dtype", "copies"), [("float32", 0), ("bfloat16", 2)])
+def test_ranks_without_room_in_the_slots_are_copied_for_another_precision_alone(dtype, copies):
+    given = {"slots": 4, "max_length": 60, "adapters": 2}
+    found = estimated(serve=given, dtype=dtype, lora={"rank": 80})
+    assert found.serving["adapters of slots"] == copies * 2 * found.trained
 
 
 def profiled_bytes(work):

@@ -12,6 +12,7 @@ import lorakit as lk
 from lorakit.attachment.state import active_name
 from lorakit.errors import MergeError, RouteError
 from lorakit.routing import choices
+from lorakit.routing.choices import RowChoices
 from references import alone, attach_random, base_hash, checkpoint_blocks, outputs, randomise
 from tiny_models import build, example_inputs
 
@@ -289,6 +290,36 @@ def test_a_model_may_change_its_precision_between_routes(model, inputs, dtype):
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-9
     for found, expected in zip(mixed, alone(model, inputs, NAMES), strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_route_of_trained_adapters_outlives_their_steps(model, inputs, monkeypatch):
+    made = []
+    original = RowChoices.among
+    monkeypatch.setattr(RowChoices, "among", lambda *a: made.append(a) or original(*a))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for step in range(3):
+        model.zero_grad()
+        with lk.route(model, NAMES):
+            logits = model(**inputs).logits
+            logits.square().mean().backward()
+        if step == 0:
+            first = len(made)
+        with torch.no_grad():
+            for found, own in zip(logits, alone(model, inputs, NAMES), strict=True):
+                torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
+        optimizer.step()
+    assert 0 < first == len(made)
+    # One that is frozen meanwhile is copied, and a later write to it is seen all the same.
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    with lk.route(model, NAMES):
+        before = outputs(model, inputs)
+    with torch.no_grad():
+        trained[0].add_(1.0)
+    with lk.route(model, NAMES):
+        assert not torch.equal(outputs(model, inputs), before)
+    assert len(made) > first
 
 
 def test_detaching_inside_a_route_leaves_the_base(model, inputs):

@@ -87,6 +87,39 @@ def test_dora_and_heads_have_no_buffers_and_answer_all_the_same():
     check(model, slots, [None, "lora", "head", mixed])
 
 
+def test_ranks_beyond_the_limit_have_no_buffers_and_answer_all_the_same():
+    model = adapted("llama")[0]
+    slots, choices = Slots(model, 5, most_rank=4), ["wide", "small", None, "wide", "other"]
+    for at, choice in enumerate(choices):
+        slots.join(at, terms(model, choice))
+    check(model, slots, choices)
+    assert slots.has_others([0])
+    assert not slots.has_others([1, 2])
+    assert max(r for own in slots._inputs.values() for r in own.ranks.values()) <= 4
+    mixed = {"small": 0.5, "wide": -0.4}
+    slots.join(2, terms(model, mixed))
+    slots.join(0, ())
+    check(model, slots, [None, "small", mixed, "wide", "other"])
+
+
+def test_a_wide_update_is_computed_in_the_precision_of_the_slots():
+    model = build("llama").bfloat16()
+    attach_random(model, "wide", seed=1, rank=6, targets=("q", "down"), dtype="float32")
+    inputs = example_inputs(model, rows=2)
+    found = []
+    for most in (None, 4):
+        slots = Slots(model, 2, dtype=torch.bfloat16, most_rank=most)
+        slots.join(1, terms(model, "wide"))
+        with slots.used(0, 2):
+            found.append(outputs(model, inputs))
+    torch.testing.assert_close(*found, **HALF)
+    held = list(slots._wide.values())
+    assert held
+    assert all(p.dtype == torch.bfloat16 for update in held for p in update.parameters())
+    slots.join(0, terms(model, "wide"))
+    assert len(slots._wide) == len(held)
+
+
 def test_in_float64_slots_equal_a_route_to_rounding():
     model = build("llama").double()
     for seed, rank in enumerate((2, 5)):

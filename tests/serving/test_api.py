@@ -65,6 +65,15 @@ def test_a_stream_gives_the_same_text_and_the_usage(server):
     assert {c["system_fingerprint"] for c in chunks} == {whole["system_fingerprint"]}
 
 
+def test_a_stream_gives_the_prompt_back_before_a_text_that_is_kept_back(server):
+    first = server.alone("wide", ids_of(server, "red cat"), 1)
+    how = {"model": "wide", "echo": True, "stop": [f"{first} no such words"]}
+    whole = server.complete(**how).json()["choices"][0]["text"]
+    assert whole.startswith("red cat")
+    streamed = events(server.complete(**how, stream=True))
+    assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == whole
+
+
 def test_chat_goes_through_the_template_and_streams(server):
     found = server.chat("red cat", model="small").json()
     asked = ids_of(server, "user red cat bird")
@@ -109,6 +118,45 @@ def test_stops_end_answers(server):
     kept = {"stop": stop, "include_stop_str_in_output": True}
     found = server.complete(model="wide", max_tokens=8, **kept).json()["choices"][0]
     assert found["text"] == whole.partition(stop)[0] + stop
+
+
+@pytest.mark.parametrize("asks", ["complete", "chat"])
+def test_each_field_of_sampling_reaches_the_engine(server, monkeypatch, asks):
+    came = []
+    submit = server.engine.submit
+    monkeypatch.setattr(server.engine, "submit", lambda given: came.extend(given) or submit(given))
+    fields = {
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 9,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": 0.3,
+        "logit_bias": {"7": -3.5},
+        "seed": 11,
+    }
+    more = {
+        "stop": ["fish", "dog"],
+        "stop_token_ids": [6],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "max_tokens": 3,
+        "n": 2,
+    }
+    alternatives = {"complete": {"logprobs": 4}, "chat": {"logprobs": True, "top_logprobs": 4}}
+    ask = getattr(server, asks)
+    assert ask(**fields, **more, **alternatives[asks]).status_code == 200
+    for number, request in enumerate(came):
+        expected = fields | {"logit_bias": {7: -3.5}, "seed": 11 + number, "alternatives": 4}
+        assert vars(request.sampling) == expected
+        assert (request.stops, request.stop_tokens) == (("fish", "dog"), frozenset({6}))
+        assert (request.include_stop, request.skip_special) == (True, False)
+        assert (request.max_tokens, request.ends) == (3, frozenset())
+    assert len(came) == 2
+    assert ask(top_k=-1, temperature=None, ignore_eos=False).status_code == 200
+    assert (came[2].sampling.top_k, came[2].sampling.temperature) == (0, 1.0)
+    assert came[2].ends
 
 
 def test_tokenize_and_detokenize(server):

@@ -129,6 +129,19 @@ def test_rows_join_and_leave_in_mid_flight(bank, engine, tokenizer):
         assert other.ids == greedy_alone(bank, CHOICES[at % 4], other.request.prompt, 2)
 
 
+def test_a_rank_beyond_that_of_the_slots_answers_beside_others(bank, tokenizer):
+    engine = engine_of(bank, slot_rank=3)
+    choices = ["wide", "small", None, {"small": 0.6, "wide": -0.5}, "wide"]
+    given = [asked(bank, tokenizer, c, p) for c, p in zip(choices, prompts(5, 4), strict=True)]
+    engine.submit([each.request for each in given])
+    for each in given:
+        assert each.wait().finish == "length"
+    assert engine.close()
+    for each, choice in zip(given, choices, strict=True):
+        assert each.ids == greedy_alone(bank, choice, each.request.prompt, 8)
+    assert {r for own in engine.slots._inputs.values() for r in own.ranks.values()} == {2}
+
+
 def test_a_seed_draws_the_same_alone_and_among_others(bank, engine, tokenizer):
     sampling = {"temperature": 1.0, "seed": 7, "top_p": 0.9}
     alone = asked(bank, tokenizer, "small", [8, 9], sampling=sampling)
@@ -221,6 +234,69 @@ def test_an_error_of_the_model_fails_its_batch_and_not_the_engine(tokenizer):
     assert again.wait().finish == "length"
     assert again.ids == greedy_alone(bank, "small", [63], 4)
     assert engine.close()
+
+
+@pytest.mark.parametrize("size", [1e30, 3e38])
+def test_an_adapter_whose_numbers_overflow_leaves_nothing_to_others(size, tokenizer):
+    bank = banked()
+    diverged = adapters()["wide"]
+    for tensor in diverged.tensors.values():
+        tensor.fill_(size)
+    bank.add("diverged", diverged)
+    engine = engine_of(bank, slots=2)
+    # Beside a longer row the columns before a short one are hidden, and not left out.
+    long = asked(bank, tokenizer, "small", list(range(4, 20)), max_tokens=12)
+    engine.submit([long.request])
+    long.next()
+    others = []
+    for choice in (None, "small", "diverged", "wide"):
+        broken = asked(bank, tokenizer, "diverged", [5, 6, 7])
+        engine.submit([broken.request])
+        assert broken.wait().finish == "error"
+        assert "diverged gave no numbers (NaN)" in str(broken.deltas[-1].error)
+        if choice != "diverged":
+            fine = asked(bank, tokenizer, choice, [5, 6, 7], max_tokens=2)
+            engine.submit([fine.request])
+            assert fine.wait().finish == "length", fine.deltas[-1].error
+            others.append((choice, fine))
+    assert long.wait().finish == "length"
+    assert engine.close()
+    for choice, fine in others:
+        assert fine.ids == greedy_alone(bank, choice, [5, 6, 7], 2)
+    assert long.ids == greedy_alone(bank, "small", long.request.prompt, 12)
+
+
+def test_a_slot_that_was_spoilt_in_an_answer_is_cleared(monkeypatch, tokenizer):
+    bank = banked()
+    engine = engine_of(bank, slots=2, prefill_tokens=16)
+    step = engine.steps.step
+    spoil: set[int] = set()
+
+    def overflowing(tokens, used):
+        logits = step(tokens, used)
+        for slot in spoil:
+            # As an overflow in the row's own layers would.
+            for layer in engine.keys_and_values._layers:
+                layer.values[slot, :, layer.end] = float("nan")
+            logits = logits.clone()
+            logits[slot] = float("nan")
+        spoil.clear()
+        return logits
+
+    monkeypatch.setattr(engine.steps, "step", overflowing)
+    long = asked(bank, tokenizer, "small", list(range(4, 16)), max_tokens=18)
+    short = asked(bank, tokenizer, "wide", [5, 6], max_tokens=12)
+    engine.submit([long.request, short.request])
+    short.next()
+    spoil.add(1)
+    assert short.wait().finish == "error"
+    after = asked(bank, tokenizer, "wide", [9, 8], max_tokens=3)
+    engine.submit([after.request])
+    assert after.wait().finish == "length"
+    long.wait()
+    assert engine.close()
+    assert after.ids == greedy_alone(bank, "wide", [9, 8], 3)
+    assert long.ids == greedy_alone(bank, "small", long.request.prompt, 18)
 
 
 def test_the_queue_is_bounded_and_adapters_take_turns(bank, tokenizer):

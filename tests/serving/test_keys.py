@@ -108,3 +108,58 @@ def test_a_key_sees_no_adapters_but_those_that_it_may_ask(words, folder, tmp_pat
     assert (unknown["code"], "small" in unknown["message"]) == (404, True)
     assert "wide" not in unknown["message"]
     server.engine.close()
+
+
+def test_a_key_loads_and_reads_metrics_of_what_it_may_ask(words, folder, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("boss\nguest adapters=small\n")
+    server = Server(words, folder, Policy(keys=Keys.read(file)))
+
+    def told(key):
+        return server.client.get("/metrics", headers={"Authorization": f"Bearer {key}"}).text
+
+    def post(path, key, **body):
+        header = {"Authorization": f"Bearer {key}"}
+        return server.client.post(path, json=body, headers=header)
+
+    asked = DEFAULTS | {"prompt": "red", "model": ""}
+    for adapters in (["small"], ["wide"], ["small", "wide"]):
+        named = [{"name": name} for name in adapters]
+        assert post("/v1/completions", "boss", **asked, adapters=named).status_code == 200
+    for name in ("wide", "small+wide"):
+        assert f'lora_requests_total{{adapter_name="{name}"' in told("boss")
+    seen = told("guest")
+    assert "wide" not in seen
+    assert 'lora_requests_total{adapter_name="small",model_name="tiny"} 1.0' in seen
+    assert 'lora_adapter_loaded{adapter_name="small"' in seen
+    assert 'vllm:request_success_total{finished_reason="length",model_name="tiny"} 3.0' in seen
+    # Under its own name it gets nobody else's adapter either.
+    for body in (
+        {"lora_name": "wide", "lora_path": "small"},
+        {"lora_name": "small", "lora_path": "wide"},
+        {"lora_name": "small", "lora_path": f"{folder}/wide/."},
+    ):
+        refused = post("/v1/load_lora_adapter", "guest", **body, load_inplace=True)
+        assert refused.status_code == 403, body
+        assert "may not ask wide" in refused.json()["error"]["message"]
+    assert post("/v1/unload_lora_adapter", "guest", lora_name="wide").status_code == 403
+    own = {"lora_name": "small", "lora_path": "small"}
+    assert post("/v1/load_lora_adapter", "guest", **own, load_inplace=True).status_code == 200
+    server.engine.close()
+
+
+def test_labels_that_list_adapters_have_only_those_that_may_be_named(server):
+    from prometheus_client.core import GaugeMetricFamily
+
+    from lorakit.serving.api.metrics import Gauges, Metrics
+
+    class Running(Gauges):
+        def collect(self):
+            labels = ["running_lora_adapters", "waiting_lora_adapters"]
+            info = GaugeMetricFamily("vllm:lora_requests_info", "In use.", labels=labels)
+            info.add_metric(["small,wide", "wide"], 1.0)
+            yield info
+
+    text = Metrics(server.catalog, Running()).text(lambda name: name == "small").decode()
+    assert 'lora_requests_info{running_lora_adapters="small",waiting_lora_adapters=""} 1.0' in text
+    assert "wide" not in text

@@ -1,5 +1,6 @@
 """The page: what it is made of, and what it does in a browser."""
 
+import ast
 import asyncio
 import re
 import shutil
@@ -66,6 +67,17 @@ def test_the_page_needs_no_key_and_lets_nothing_else_in(words, folder):
     server.engine.close()
 
 
+DARK = "getComputedStyle(document.body).backgroundColor"
+NAMELESS = """
+[...document.querySelectorAll('button, input, select, textarea')].filter((each) => {
+  const said = (each.labels?.[0] ?? each).cloneNode(true);
+  said.querySelectorAll('select, textarea').forEach((inner) => inner.remove());
+  return !(each.getAttribute('aria-label') || said.textContent.trim());
+}).map((each) => each.outerHTML)
+"""
+"""What a screen reader has no name for."""
+
+
 ANSWERED = "document.getElementById('send').textContent === 'Ask'"
 TEXTS = "[...document.querySelectorAll('.answer')].map((each) => each.textContent)"
 
@@ -91,6 +103,7 @@ def test_two_columns_are_asked_in_a_browser(served, tmp_path, width):
         page.run(f"{choose}.value = 'mix:'; {choose}.dispatchEvent(new Event('change'))")
         page.run("document.querySelectorAll('.length').forEach((each) => { each.value = 6; })")
         page.type("#prompt", "red cat")
+        assert page.run(NAMELESS) == []
         page.press("Enter", 2)
         page.wait(f"{ANSWERED} && document.querySelectorAll('.figures b').length >= 4")
         left, right = page.run(TEXTS)
@@ -110,6 +123,17 @@ def test_two_columns_are_asked_in_a_browser(served, tmp_path, width):
 
         curl = "import('/page/snippets.js').then((m) => m.asCurl('/v1/completions', {a: \"b'c\"}))"
         assert "-d '{\n  \"a\": \"b'\\''c\"\n}'" in page.run(curl)
+        body = "{model: 'tiny', prompt: 'it\\'s \"so\"', adapters: [{name: 'a', weight: 0.5}]}"
+        written = f"m.asPython('/v1/completions', {body}, true)"
+        python = f"import('/page/snippets.js').then((m) => {written})"
+        calls = [n for n in ast.walk(ast.parse(page.run(python))) if isinstance(n, ast.Call)]
+        (call,) = [n for n in calls if ast.unparse(n.func) == "client.completions.create"]
+        given = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+        assert given == {
+            "model": "tiny",
+            "prompt": 'it\'s "so"',
+            "extra_body": {"adapters": [{"name": "a", "weight": 0.5}]},
+        }
 
         # Adapters come and go, and what is wrong is told in words.
         page.run("document.querySelector('[aria-label=\"Load late\"]').click()")
@@ -132,4 +156,7 @@ def test_two_columns_are_asked_in_a_browser(served, tmp_path, width):
         page.wait("document.querySelector('.python').textContent === 'Copied'")
 
         assert page.run("document.documentElement.scrollWidth") <= width
+        light = page.run(DARK)
+        page.open(served, width, dark=True)
+        assert page.run(DARK) != light
         assert [each for each in page.problems if "status of 4" not in each] == []

@@ -210,8 +210,10 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     task = adapter.card.get("task_type")
     needs_head = task in TASKS_WITH_HEAD and not adapter.copied_modules
-    of_experts = sorted(each.path for each in layers if each.sites[0].is_of_experts)
-    modules = sorted(adapter.target_modules or ranks.keys() - set(of_experts))
+    parameters = sorted(
+        s.named_by for s in (each.sites[0] for each in layers) if s.is_target_parameter
+    )
+    modules = sorted(adapter.target_modules or ranks.keys() - set(parameters))
     config = {
         "alpha_pattern": {path: own for path, own in sorted(alphas.items()) if own != alpha},
         "base_model_name_or_path": adapter.base_name or None,
@@ -233,7 +235,7 @@ def peft_config(adapter: AdapterContent, layers: Sequence[WholeLayer]) -> dict[s
     }
     beside = {
         "loftq_config": _loftq_config(adapter),
-        "target_parameters": of_experts,
+        "target_parameters": parameters,
         "layer_replication": _block_ranges(_settings(adapter).layer_replication),
         "lora_bias": _settings(adapter).lora_bias,
         "ensure_weight_tying": _settings(adapter).ensure_weight_tying,

@@ -55,6 +55,8 @@ class _Sorted:
     """Paths of the adapted nn.MultiheadAttention."""
     parameters: set[str] = field(default_factory=set)
     """Paths of the adapted parameters of experts."""
+    weights: set[str] = field(default_factory=set)
+    """Paths of the modules whose weight is named as a parameter: of routers, or of layers."""
     replaced: dict[str, Tensor] = field(default_factory=dict)
     """Biases and full copies, by the base's own names."""
     copied: set[str] = field(default_factory=set)
@@ -87,6 +89,7 @@ def read_peft(
     named: dict[str, Tensor] = dict(found.replaced)
     for path in sorted(found.updates, key=_natural):
         kind: LayerKind = kind_of(path, found.multiheads)
+        kind = "router" if path in found.weights else kind
         kind = "embedding" if path in found.embeddings else kind
         make = site_of_experts if path in found.parameters else site_of
         try:
@@ -146,9 +149,8 @@ def _sort(config: PeftConfig, tensors: Mapping[str, Tensor]) -> _Sorted:
         elif match:
             path, end = match["path"], match["end"] or match["embedding"]
             if parameter is not None:
-                # A matrix called weight is what a layer of one's own would be.
                 path = parameter.removesuffix(".weight")
-                found.parameters |= {path} if path == parameter else set()
+                (found.parameters if path == parameter else found.weights).add(path)
             update = found.updates.setdefault(path, {})
             if end.lower() in update:
                 found.problems.append(f"{key}  unexpected: {path} has a lora_{end} already")

@@ -17,9 +17,11 @@ LayerKind = Literal[
     "experts-transposed",
     "in_proj",
     "out_proj",
+    "router",
 ]
 """How a layer holds its matrix; transposed: (d_in, d_out), as transformers' Conv1D does; experts: a
-parameter with one matrix for each expert; in_proj and out_proj: those of nn.MultiheadAttention."""
+parameter with one matrix for each expert; in_proj and out_proj: those of nn.MultiheadAttention;
+router: in a module of its own kind, which makes more of x than W·x."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,11 @@ class Site:
         return self.kind in ("experts", "experts-transposed")
 
     @property
+    def is_target_parameter(self) -> bool:
+        """Whether PEFT names it among its `target_parameters`."""
+        return self.is_of_experts or self.kind == "router"
+
+    @property
     def is_of_parameter(self) -> bool:
         """Whether its path is that of a parameter, and not of a module."""
         return self.is_of_experts or self.kind == "in_proj"
@@ -83,12 +90,16 @@ class Site:
 
 
 def named_by(path: str, kind: LayerKind) -> str:
-    """The path by which PEFT's settings name a layer: of nn.MultiheadAttention, that of the whole.
+    """The path by which PEFT's settings name a layer.
+
+    Of nn.MultiheadAttention it is that of the whole, and of a router that of its parameter.
 
     Args:
         path: of the layer or parameter.
         kind: how it holds its matrix.
     """
+    if kind == "router":
+        return f"{path}.weight"
     return path.rpartition(".")[0] if kind in ("in_proj", "out_proj") else path
 
 

@@ -25,7 +25,7 @@ from lorakit.data.batches import generation_batch, pad_token
 from lorakit.data.encode import last_tokens
 from lorakit.kernels.few_rows import few_rows
 from lorakit.models.shape import is_encoder_decoder
-from lorakit.routing.row_parts import names_of_rows, part_of_route
+from lorakit.routing.row_parts import RouteParts, names_of_rows
 from lorakit.training.progress import steps
 from lorakit.training.virtual_tokens import longest_row
 
@@ -227,7 +227,8 @@ def answer(
         note(remark)
     texts = [""] * len(prompts)
     beams = search.beams if isinstance(search, BeamSearch) else 1
-    batches = list(_batches(fit, max(1, batch_size // beams)))
+    at_once = max(1, batch_size // beams)
+    batches, route = list(_batches(fit, at_once)), RouteParts(model, len(prompts), at_once=at_once)
     for number in steps(len(batches), 1, title="answering", show=progress):
         rows = batches[number]
         batch = generation_batch(
@@ -237,7 +238,7 @@ def answer(
         )
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         own, room = [ends[row] for row in rows], fit.rooms[rows[0]]
-        with part_of_route(model, rows, of=len(prompts)):
+        with route.of(rows):
             if isinstance(search, BeamSearch):
                 written = beam_search(model, batch, search, ends=own, max_new_tokens=room)
             else:

@@ -22,7 +22,7 @@ from lorakit.config.answering import EvaluateConfig, GenerateConfig
 from lorakit.errors import ModelError
 from lorakit.kernels.few_rows import few_rows
 from lorakit.methods.prompt.kv_cache import choose_rows
-from lorakit.routing.row_parts import part_of_route
+from lorakit.routing.row_parts import RouteParts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +132,13 @@ class _Reader:
         self._mask = batch["attention_mask"]
         self._prompts = len(self._mask)
         self._prompt_of_beam = list(range(self._prompts))
+        self._route = RouteParts(model, self._prompts, at_once=self._prompts)
 
     def read(self, ids: Tensor) -> Tensor:
         """The logits after these tokens of each beam (beams × vocabulary), in float32."""
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         options = {"position_ids": positions, "logits_to_keep": 1}
-        route = part_of_route(self._model, self._prompt_of_beam, of=self._prompts)
-        with route, few_rows(self._model, ids.numel()):
+        with self._route.of(self._prompt_of_beam), few_rows(self._model, ids.numel()):
             output = self._model(
                 input_ids=ids,
                 attention_mask=self._mask,

@@ -204,7 +204,7 @@ def _check_offloaded(found: Plan, materials: Materials) -> None:
 def _short_names(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
     """The paths' last parts if they name exactly the adapted layers, else the paths."""
     # PEFT names parameters apart from modules.
-    chosen = {site.named_by for site in sites if not site.is_of_experts}
+    chosen = {site.named_by for site in sites if not site.is_target_parameter}
     leaves = {path.rpartition(".")[2] for path in chosen}
     named = {path for path, _ in base_modules(model) if path.rpartition(".")[2] in leaves}
     return tuple(sorted(leaves if named == chosen else chosen))

@@ -19,8 +19,13 @@ RESULTS = Path("benchmarks/results")
 NOT_MEASURED = "Not measured yet."
 OTHERS = ("rooms", "paper")
 """What docs/rooms.py and `lorakit paper` write between such marks."""
-MISSED = {"missed_by_the_server": ("serve", "soak")}
-"""Tables of the goals that were missed: the results which they are of."""
+MISSED = {
+    "missed_by_the_server": {
+        "float32": ("serve", "soak"),
+        "bfloat16": ("serve_bf16", "soak_bf16"),
+    }
+}
+"""Tables of the goals that were missed: the results which they are of, by the base's precision."""
 
 
 def table(result: dict[str, Any]) -> str:
@@ -46,7 +51,12 @@ def rewritten(page: str, results: Path) -> str:
         if name in OTHERS:
             return found[0]
         if name in MISSED:
-            made = _missed([each for each in map(result_of, MISSED[name]) if each])
+            made = _missed(
+                {
+                    precision: [each for each in map(result_of, names) if each]
+                    for precision, names in MISSED[name].items()
+                }
+            )
         else:
             result = result_of(name)
             made = table(result) if result else ""
@@ -73,10 +83,28 @@ def _goals(result: dict[str, Any]) -> str:
     return _markdown(("goal", "limit", "got", "reached"), rows)
 
 
-def _missed(results: Sequence[dict[str, Any]]) -> str:
-    """The goals of several results that were missed."""
-    goals = [goal for result in results for goal in result["goals"] if not goal["met"]]
-    return _markdown(("missed", "limit", "got"), [_goal(goal) for goal in goals])
+def _missed(results: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """The goals of several results, by precision, that were missed in one of them.
+
+    What the counts of a run change in the words of a goal does not make it another goal.
+    """
+    goals: dict[str, dict[str, dict[str, Any]]] = {}
+    for precision, each in results.items():
+        for goal in (goal for result in each for goal in result["goals"]):
+            goals.setdefault(re.sub(r"[\d,]*\d", "0", goal["what"]), {})[precision] = goal
+    rows = []
+    for own in goals.values():
+        if all(goal["met"] for goal in own.values()):
+            continue
+        limits = dict.fromkeys(_goal(goal)[1] for goal in own.values())
+        got = [_got(own[precision]) if precision in own else "" for precision in results]
+        rows.append((next(iter(own.values()))["what"], " / ".join(limits), *got))
+    return _markdown(("missed", "limit", *results), rows)
+
+
+def _got(goal: dict[str, Any]) -> str:
+    amount = _goal(goal)[2]
+    return f"{amount}, reached" if goal["met"] else amount
 
 
 def _goal(goal: dict[str, Any]) -> tuple[str, str, str]:

@@ -67,6 +67,11 @@ class ServeConfig(Settings):
     slots: PositiveInt = 16
     """Requests that are answered at once."""
 
+    slot_rank: PositiveInt = 64
+    """Largest rank that each of these has room for, as far as an adapter needed it: one of rank 256
+    would make all 16 as wide. Adapters with more are computed one by one, without compiled steps.
+    """
+
     compile: Literal["auto", "off", "wait"] = "off"
     """Compile the decode step: auto (answer at once, with compiled steps as they get ready), wait
     (answer when the first ones are), or off."""
@@ -147,6 +152,7 @@ OF_THE_MODEL = {
     "device",
     "allow_other_base",
     "slots",
+    "slot_rank",
     "batch_invariant",
     "compile",
     "max_length",

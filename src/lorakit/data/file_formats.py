@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from lorakit.data.files import CSV, JSON, PARQUET, TSV, DataFile
@@ -46,16 +46,21 @@ class Reading:
 def _json(file: DataFile, reading: Reading) -> Iterator[RawRow]:
     """The raw rows of a JSON file: one a line, one array, or objects that take several lines."""
     with file.open() as opened:
-        first = next((line for line in opened if line.strip()), b"")
-    text = first.decode("utf-8-sig", errors="replace").strip()
+        lines = list(islice((line for line in opened if line.strip()), 2))
+    text, second = (
+        line.decode("utf-8-sig", errors="replace").strip() for line in (*lines, b"", b"")[:2]
+    )
     if text.startswith("["):
         return _json_array(file, reading)
-    return _json_objects(file, reading) if _goes_on(text) else _json_lines(file, reading)
+    return _json_objects(file, reading) if _goes_on(text, second) else _json_lines(file, reading)
 
 
-def _goes_on(line: str) -> bool:
+def _goes_on(line: str, second: str) -> bool:
     """Whether a line is the beginning of an object that ends in a later one."""
     if not line.startswith("{"):
+        return False
+    # Before a row of its own, it is a row that was cut off; a list may go on with an object.
+    if second.startswith("{") and second.endswith("}") and not line.endswith("["):
         return False
     try:
         json.loads(line)

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lorakit.attachment.plan import Plan
+from lorakit.config.base import dtype_name
 from lorakit.config.estimate import ServedSettings
 from lorakit.errors import ConfigError
 from lorakit.estimating.counter import StepCounter, fused_attention
@@ -17,6 +18,7 @@ from lorakit.models.quantized import base_tensors
 from lorakit.models.shape import context_length
 from lorakit.serving.kv_slots import KeyValueSlots, states_of
 from lorakit.serving.pace import CHUNK
+from lorakit.serving.worker import Limits
 
 READ = 512
 """Tokens of a prompt that are read at once: `prefill_tokens` of `lorakit serve`."""
@@ -45,12 +47,23 @@ def serving_bytes(
         for slot in range(settings.slots):
             states.admit(slot, prompts)
         step = _step(model, states)
-    own = model.dtype.itemsize * sum(p.parameters for p in plan.of_kind(LowRankComponent))
+    low_ranks = plan.of_kind(LowRankComponent)
+    narrow = [each for each in low_ranks if each.site.rank <= Limits.slot_rank]
+    # What is not in the slots is computed in their precision all the same.
+    copied = [
+        each
+        for each in low_ranks
+        if each.site.rank > Limits.slot_rank and each.config.dtype != dtype_name(model.dtype)
+    ]
+    of_slots, of_used = (
+        model.dtype.itemsize * sum(each.parameters for each in some) for some in (narrow, copied)
+    )
+    used = min(settings.adapters, settings.slots)
     return {
         "weights": sum(each.nbytes for each in base_tensors(model)),
         "keys and values": states.size_bytes,
         "adapters": settings.adapters * tensors_bytes(plan),
-        "adapters of slots": settings.slots * own if settings.adapters else 0,
+        "adapters of slots": settings.slots * of_slots * bool(used) + used * of_used,
         "kept prompts": settings.prefix_bytes,
         # One follows the other.
         "a step, or reading a prompt": max(step, reading),

@@ -173,7 +173,7 @@ def _adapted(
 ) -> Any:
     if kwargs:
         args = _positional(layer.own_class.forward, layer, args, kwargs)
-    if isinstance(output, tuple):
+    if isinstance(output, tuple) and not operation.replaces_output:
         # Blocks of some families return more than the hidden states.
         return (operation.adapt(layer, args, output[0]), *output[1:])
     return operation.adapt(layer, args, output)

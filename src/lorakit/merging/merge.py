@@ -256,7 +256,7 @@ def _merge_layers(
         layer, path = state.layers[number], state.layers[number].adapter_path
         kept = state.original_weights.setdefault(path, {})
         restore_module(model, path, kept)
-        for inner, merged in update.merged(layer, exact=torch.float32):
+        for inner, merged in update.merged(layer, exact=_precision(layer)):
             full_name = f"{path}.{inner}"
             current = base_parameter(layer, inner)
             rounded = merged.to(round_to or current.dtype).to(current.dtype)
@@ -275,6 +275,12 @@ def _merge_layers(
                 on_file = checkpoint.holds(full_name, current) if checkpoint else None
                 kept[inner] = on_file or current.detach().to("cpu", copy=True)
             current.data.copy_(rounded)
+
+
+def _precision(layer: nn.Module) -> torch.dtype:
+    """The precision in which a layer's sums are formed: float32, or better if its weights are."""
+    own = {parameter.dtype for _, parameter in base_parameters(layer)}
+    return torch.float64 if torch.float64 in own else torch.float32
 
 
 def _measure(

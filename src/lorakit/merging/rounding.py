@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Operation
+from lorakit.methods.lora.with_weights import with_weights
+from lorakit.models.base import base_parameter
+from lorakit.models.routers import is_own_kind
 
 LIMIT = 10.0
 """The largest ratio of a merge's change to the expected one.
@@ -52,7 +55,20 @@ class RoundingErrors(Operation):
         noise = torch.randn(x.shape, generator=self._generator).to(x.device)
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         size = exact.square().mean(-1, keepdim=True).sqrt()
-        return (exact + noise * size * (self._size + torch.finfo(x.dtype).eps)).to(x.dtype)
+        # Models in float64 compute some things in float32 all the same: softmax, norms.
+        eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+        return (exact + noise * size * (self._size + eps)).to(x.dtype)
+
+
+class RouterErrors(RoundingErrors):
+    """Adds random errors to a router's weight: all that it returns comes from it."""
+
+    replaces_output = True
+
+    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """The output with errors."""
+        weight = self._with_errors(base_parameter(layer, "weight"))
+        return with_weights(layer, {"weight": weight}, inputs)
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
@@ -77,7 +93,8 @@ def rounding_errors(
     for number, layer in layers.items():
         inside = f"{layer.adapter_path}."
         own = (size for name, size in sizes.items() if name.startswith(inside))
-        found[number] = RoundingErrors(max(own, default=0.0))
+        kind = RouterErrors if is_own_kind(layer) else RoundingErrors
+        found[number] = kind(max(own, default=0.0))
     return found
 
 

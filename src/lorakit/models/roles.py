@@ -13,6 +13,7 @@ from lorakit.models.experts import ExpertMatrices, expert_matrices
 from lorakit.models.families import Family, RowSplit, family_name, family_of
 from lorakit.models.multihead import IN_PROJ, OUT_PROJ, is_multihead
 from lorakit.models.paths import ends_with, is_within
+from lorakit.models.routers import is_own_kind
 from lorakit.models.shape import is_encoder_decoder
 
 EXPERT_ROLES = ("experts.gate", "experts.up", "experts.down")
@@ -77,6 +78,8 @@ def targets_of(model: nn.Module) -> tuple[Target, ...]:
         if isinstance(module, nn.MultiheadAttention):
             found.extend(_multihead(path, module))
             multiheads.add(path)
+        if is_own_kind(module):
+            found.append(Target(path=path, role=None, rows=None))
         if path.rpartition(".")[0] in multiheads or not isinstance(module, _ADAPTABLE):
             continue
         inside_head = is_within(path, heads)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from lorakit.models.base import base_modules
+from lorakit.models.linear_probe import own_class
 from lorakit.models.paths import is_within
+from lorakit.upstream.private_names import own_parameters
 
 ROUTER = "router"
 """The name by which most families call it, or the module around it."""
@@ -13,17 +15,30 @@ EXPERTS = "experts"
 
 
 def routers(model: nn.Module) -> tuple[str, ...]:
-    """The paths of a model's routers that are Linears.
+    """The paths of a model's routers, Linears and modules of their own kind.
 
-    They are those in a module called router, and those with as many outputs as there are experts in
-    the module of that name beside them.
+    The Linears are those in a module called router, and those with as many outputs as there are
+    experts in the module of that name beside them.
     """
     modules = dict(base_modules(model))
     return tuple(
         path
         for path, module in modules.items()
-        if isinstance(module, nn.Linear) and _is_router(path, module, modules)
+        if is_own_kind(module)
+        or (isinstance(module, nn.Linear) and _is_router(path, module, modules))
     )
+
+
+def is_own_kind(module: nn.Module) -> bool:
+    """Whether a module is a router that multiplies with a weight of its own, and is no Linear.
+
+    Such a one (Mixtral's, Qwen-MoE's, DeepSeek's, gpt-oss's) returns scores and the numbers of
+    experts, or multiplies in another precision. transformers calls the class of each so.
+    """
+    weight = own_parameters(module).get("weight")
+    is_matrix = weight is not None and weight.dim() == 2
+    named = own_class(module).__name__.endswith(ROUTER.capitalize())
+    return is_matrix and named and not isinstance(module, nn.Linear)
 
 
 def _is_router(path: str, layer: nn.Linear, modules: dict[str, nn.Module]) -> bool:

@@ -12,6 +12,7 @@ from lorakit.models.families import family_of
 from lorakit.models.multihead import is_multihead
 from lorakit.models.paths import ends_with, is_within
 from lorakit.models.reads import only_read
+from lorakit.models.routers import is_own_kind
 
 _WINDOWS = tuple(
     f"{attention}.{layer}"
@@ -52,7 +53,8 @@ def layers_in_pieces(model: nn.Module) -> frozenset[str]:
     paths = (path for path, _ in base_modules(model))
     found = {path for path in paths if any(ends_with(path, end) for end in ends)}
     experts = (path for path, m in base_modules(model) if expert_matrices(m) and gets_all_tokens(m))
-    return frozenset({*found, *experts, *modules_of_experts(model)})
+    routers = (path for path, module in base_modules(model) if is_own_kind(module))
+    return frozenset({*found, *experts, *routers, *modules_of_experts(model)})
 
 
 def modules_of_experts(model: nn.Module) -> tuple[str, ...]:

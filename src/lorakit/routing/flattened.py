@@ -117,11 +117,11 @@ class _OfParts(Operation):
             RouteError: the layer is given something else than the tokens of the route.
         """
         x, tokens = inputs[0], self._views.tokens
-        if x.shape[:2] != (1, tokens):
+        if x.shape[:2] != (1, tokens) or output.shape[:2] != (1, tokens):
             path = layer.adapter_path if isinstance(layer, AdaptedLayer) else "a layer"
             raise RouteError(
                 f"the route is for one row of {tokens} tokens, but {path} was given an input of "
-                f"shape {tuple(x.shape)}"
+                f"shape {tuple(x.shape)}, and makes one of {tuple(output.shape)}"
             )
         x, output = x.contiguous(), output.contiguous()
         for part, operation in enumerate(self._own):

@@ -37,6 +37,10 @@ class SlotContent:
         touched = dict.fromkeys((*self.parts, *self.biases), 0)
         return touched | {n: sum(p.site.rank for p, _ in own) for n, own in self.parts.items()}
 
+    def dtypes(self) -> set[torch.dtype]:
+        """The precisions of A and B."""
+        return {part.lora_a.dtype for own in self.parts.values() for part, _ in own}
+
 
 class InputSlots:
     """The buffers of those layers that read one input: one matmul with all their A's.
@@ -115,6 +119,12 @@ class InputSlots:
             write_sum(a, b, content.parts.get(number, ()))
             self._write_shift(slot, number, content.biases.get(number))
 
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        """Have a slot hold nothing but zeros."""
+        for buffer in (self._a, *self._b.values(), *self._shift.values()):
+            buffer[slot] = 0
+
     def _write_shift(
         self, slot: int, number: int, biases: Sequence[tuple[LoRAUpdate, float]] | None
     ) -> None:
@@ -129,22 +139,32 @@ class InputSlots:
         self._shift[number][slot] = bias_shift(layer, biases)
 
     def operations(self, slots: Sequence[int]) -> dict[int, Operation]:
-        """The operations of these layers on rows that use some slots."""
-        at: Any = list(slots)
+        """The operations of these layers on rows that use some slots; -1: none."""
+        index: Sequence[int] = slots
+        at: Any = slice(None)
         if follow_each_other(slots):
             # What is in the buffers is used there, also what is written later.
-            at = slice(slots[0], slots[0] + len(slots))
-        grouping = group_rows(range(len(slots)), device=self._a.device, dtype=self._a.dtype)
-        shared = _SharedInput(self._a[at], grouping, len(self.ranks))
+            index, at = range(len(slots)), slice(slots[0], slots[0] + len(slots))
+        grouping = group_rows(index, device=self._a.device, dtype=self._a.dtype)
+        if not grouping.groups:
+            return {}
+        shared = _SharedInput(grouped.gather(self._a[at], grouping), grouping, len(self.ranks))
         return {
             number: _SlotUpdate(
                 shared,
                 self._columns[number],
-                self._b[number][at],
-                self._shift[number][at] if number in self._shift else None,
+                grouped.gather(self._b[number][at], grouping),
+                _of_rows(self._shift[number][at], index) if number in self._shift else None,
             )
             for number in self.ranks
         }
+
+
+def _of_rows(shift: Tensor, index: Sequence[int]) -> Tensor:
+    """The shift of each row, (rows, d_out), of those of the slots; -1: none."""
+    if isinstance(index, range):
+        return shift
+    return torch.cat([shift, torch.zeros_like(shift[:1])])[list(index)]
 
 
 class _SharedInput:
@@ -170,7 +190,7 @@ class _SlotUpdate(Operation):
 
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """The output with each row's own update added."""
-        x, rows = inputs[0], len(self._b)
+        x, rows = inputs[0], self._shared.grouping.rows
         if rows > 1:
             check_rows_first(cast(AdaptedLayer, layer), x, rows)
         h = self._shared.down_project(x)[..., self._columns]
@@ -193,4 +213,4 @@ class _SlotUpdate(Operation):
 
 def follow_each_other(slots: Sequence[int]) -> bool:
     """Whether each slot is the one after the slot before it."""
-    return list(slots) == list(range(slots[0], slots[0] + len(slots)))
+    return slots[0] >= 0 and list(slots) == list(range(slots[0], slots[0] + len(slots)))

@@ -170,12 +170,16 @@ def _mixed(
 
 
 def _fingerprint(parameters: Sequence[nn.Parameter]) -> tuple[Any, ...]:
-    """A value that differs once a parameter was written, replaced, moved, frozen or unfrozen.
+    """A value that differs once a parameter was replaced, moved, frozen, unfrozen, or, if it is
+    frozen, written: those under training are read where they are, in each forward pass.
 
     Torch does not count what is written through `.data` in place.
     """
     return tuple(
-        # Torch counts no writes to what was made in inference mode: that differs each time.
-        (p.data_ptr(), object() if p.is_inference() else write_count(p), p.requires_grad)
-        for p in parameters
+        (p.data_ptr(), None if p.requires_grad else _writes(p), p.requires_grad) for p in parameters
     )
+
+
+def _writes(parameter: nn.Parameter) -> object:
+    """How often a parameter was written; what differs each time where torch does not count."""
+    return object() if parameter.is_inference() else write_count(parameter)

@@ -15,7 +15,7 @@ from lorakit.errors import RouteError
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
-from lorakit.methods.lora.experts import ExpertsUpdate, changed_weights, with_weights
+from lorakit.methods.lora.with_weights import WithWeightsUpdate, with_sum
 from lorakit.methods.module_copy import ModuleCopy
 from lorakit.routing.choices import RowChoices, Terms
 
@@ -58,7 +58,7 @@ class ByRowGroup(Operation):
     def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """The output with each row's own update."""
         if self._rows == 1:
-            return _applied(self._groups[0].terms, layer, inputs, output)
+            return applied(self._groups[0].terms, layer, inputs, output)
         if inputs[0].dim() > 1 and len(inputs[0]) == 1 and not inputs[0].is_floating_point():
             # All rows share one input, such as positions; their outputs differ all the same.
             inputs = (inputs[0].expand(self._rows, *inputs[0].shape[1:]), *inputs[1:])
@@ -85,7 +85,7 @@ class ByRowGroup(Operation):
             x[index] if isinstance(x, Tensor) and x.dim() and x.shape[0] == found else x
             for x in inputs
         )
-        return _applied(group.terms, layer, mine, output[index])
+        return applied(group.terms, layer, mine, output[index])
 
     def read(self, name: str, weight: Tensor, *, inside: bool) -> Tensor:
         """A parameter with the updates of the one combination that all rows use."""
@@ -116,16 +116,21 @@ def read_for_all(
     return adapted
 
 
-def _applied(
+def applied(
     terms: Sequence[tuple[Update, float]], layer: nn.Module, inputs: tuple[Any, ...], base: Any
 ) -> Any:
-    """A layer's own output with the updates of one combination."""
+    """A layer's output with the updates of one combination.
+
+    Args:
+        terms: the updates and their weights.
+        layer: the layer.
+        inputs: its positional arguments.
+        base: its own output, for updates that are added to it.
+    """
     if len(terms) == 1 and terms[0][1] == 1:
         return terms[0][0].adapt(layer, inputs, base)
-    if all(isinstance(update, ExpertsUpdate) for update, _ in terms):
-        # What experts compute is not linear in their weights, so these are summed.
-        weights = changed_weights(layer, cast(Sequence[tuple[ExpertsUpdate, float]], terms))
-        return with_weights(layer, weights, inputs)
+    if all(isinstance(update, WithWeightsUpdate) for update, _ in terms):
+        return with_sum(layer, cast(Sequence[tuple[WithWeightsUpdate, float]], terms), inputs)
     adapted = base.clone()
     for update, weight in terms:
         adapted = update.added(layer, inputs, adapted, weight=weight, base=base)

@@ -7,35 +7,36 @@ goes writes nothing, and the operations of a step in which neither happens are t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.attachment.state import Attachment, attachment_for
-from lorakit.errors import RouteError
+from lorakit.attachment.state import attachment_for
 from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Operation, Update
 from lorakit.layers.route import Frame
-from lorakit.methods.lora.lora import is_linear
 from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import device_of
 from lorakit.routing.choices import RowChoices
 from lorakit.routing.flattened import RowsOfTokens, flattened
 from lorakit.routing.input_slots import InputSlots, SlotContent, follow_each_other
+from lorakit.routing.slot_content import Terms, WideUpdate, has_rows, is_virtual, slot_content
 from lorakit.routing.stacked_lora import is_sum, mixed_operations
-
-Terms = Sequence[tuple[Mapping[int, Update], float]]
-"""What one slot uses: the updates of adapters by the layer's number, with their weights."""
 
 
 class Slots:
     """The adapters of a batch of so many rows, one slot a row.
 
     Low-rank updates and biases of linear layers are in standing buffers, whose ranks are those of
-    the widest slot so far. Other updates (DoRA, embeddings, convolutions, heads) are computed as by
-    any route, and make the operations anew when their slot changes. Virtual tokens have no slots;
-    where a model reads an adapted weight without a call, its call is an error.
+    the widest slot so far. Other updates (DoRA, embeddings, convolutions, heads, ranks beyond a
+    limit) are computed one adapter after the other, and make the operations anew when their slot
+    changes. Virtual tokens are of prompts:
+    a row whose prompt was read with `reading` has them among its keys and values, and its slot
+    holds what else its adapter has. Where a model reads an adapted weight without a call, its call
+    is an error.
 
     Args:
         model: the base, whose adapters it holds.
@@ -43,6 +44,9 @@ class Slots:
         dtype: of A and B in the buffers, in which the updates are computed; None: float32, or
             float64 on a base of that precision.
         few_ranks: round the buffers' ranks up to powers of two, so that they seldom change.
+        virtual_tokens: let adapters have these, as prompts are read with `reading`.
+        most_rank: the largest rank that buffers have; what has more takes no memory and no time of
+            other slots. None: there is no limit.
 
     Examples:
         >>> slots = Slots(model, 16)  # doctest: +SKIP
@@ -58,11 +62,16 @@ class Slots:
         *,
         dtype: torch.dtype | None = None,
         few_ranks: bool = False,
+        virtual_tokens: bool = False,
+        most_rank: int | None = None,
     ) -> None:
         self.count = count
         self._model = model
         self._state = attachment_for(model)
         self._dtype, self._few_ranks = dtype, few_ranks
+        self._virtual_tokens, self._most_rank = virtual_tokens, most_rank
+        self._wide: WeakValueDictionary[int, WideUpdate] = WeakValueDictionary()
+        """By the id of the update that each is of."""
         self._inputs: dict[str, InputSlots] = {}
         """By the word for the input that their layers read."""
         self._others: dict[int, list[tuple[dict[int, Update], float]]] = {}
@@ -88,6 +97,11 @@ class Slots:
             if content.others:
                 self._others[slot] = content.others
             self._frames.clear()
+
+    def clear(self, slot: int) -> None:
+        """Write zeros over what the buffers have for a slot, also where no rank is in use."""
+        for buffers in self._inputs.values():
+            buffers.clear(slot)
 
     @property
     def layout(self) -> tuple[object, ...]:
@@ -132,11 +146,21 @@ class Slots:
         return self.used_by(range(start, stop))
 
     def used_by(self, slots: Sequence[int]) -> Any:
-        """Have each row use one of some slots, in any order, as `used` does.
+        """Have each row use one of some slots, in any order, as `used` does (see `frame`)."""
+        return self._state.route.own.pushed(self.frame(slots))
 
-        Slots that do not follow each other are copied for this one block.
+    def reading(self, slot: int, terms: Terms) -> Any:
+        """Have the model's one row, a prompt or a part of it, use a slot and its virtual tokens.
+
+        Args:
+            slot: of the row.
+            terms: what it holds; the row has the virtual tokens of these already, by their ids.
         """
-        return self._state.route.own.pushed(self._frame(slots))
+        own = {n: u for updates, _ in terms for n, u in updates.items() if is_virtual(u)}
+        frame = self.frame([slot])
+        if own:
+            frame = replace(frame, operations={**(frame.operations or {}), **own}, key=object())
+        return self._state.route.own.pushed(frame)
 
     def used_in_parts(self, parts: Sequence[tuple[Sequence[int], int]]) -> Any:
         """Have the tokens of one flattened row use slots, as `used` does.
@@ -144,10 +168,17 @@ class Slots:
         Args:
             parts: of the row, one after the other: some slots, and the number of tokens of each.
         """
-        made = [RowsOfTokens(self._frame(slots), len(slots), tokens) for slots, tokens in parts]
+        made = [RowsOfTokens(self.frame(slots), len(slots), tokens) for slots, tokens in parts]
         return self._state.route.own.pushed(flattened(made))
 
-    def _frame(self, slots: Sequence[int]) -> Frame:
+    def frame(self, slots: Sequence[int]) -> Frame:
+        """The frame in which each row of a batch uses one of some slots.
+
+        Where slots do not follow each other, it has copies of what they hold now.
+
+        Args:
+            slots: of the rows, in any order; one may be there several times, and -1 is the base.
+        """
         between = slots[0], slots[0] + len(slots)
         if not follow_each_other(slots):
             return self._made(slots)
@@ -163,30 +194,31 @@ class Slots:
         return Frame(operations or None, rows=len(slots), key=object())
 
     def _content(self, terms: Terms) -> SlotContent:
-        """The content of a slot with some terms.
+        """What a slot with some terms holds.
 
         Raises:
-            RouteError: some have no slots.
+            RouteError: some can't be in a slot.
         """
-        layers, content = self._state.layers, SlotContent()
-        for updates, _ in terms:
-            check_slots(self._state, {layers[n].adapter_path: u for n, u in updates.items()})
-        by_layer: dict[int, list[tuple[int, Update, float]]] = {}
-        for at, (updates, weight) in enumerate(terms):
-            for number, update in updates.items():
-                by_layer.setdefault(number, []).append((at, update, weight))
-        others: list[dict[int, Update]] = [{} for _ in terms]
-        for number, own in by_layer.items():
-            of_rows = is_linear(layers[number]) and layers[number].adapter_experts is None
-            if of_rows and all(is_sum(update) for _, update, _ in own):
-                _add_sums(content, number, [(cast(LoRAUpdate, u), w) for _, u, w in own])
-            else:
-                # A sum beside an update that rescales the output would be rescaled too.
-                for at, update, _ in own:
-                    others[at][number] = update
-        pairs = zip(others, terms, strict=True)
-        content.others = [(own, weight) for own, (_, weight) in pairs if own]
+        limit = self._most_rank
+        content = slot_content(
+            self._state, terms, virtual_tokens=self._virtual_tokens, most_rank=limit
+        )
+        if limit is not None:
+            content.others = [
+                ({number: self._alone(number, update) for number, update in own.items()}, weight)
+                for own, weight in content.others
+            ]
         return content
+
+    def _alone(self, number: int, update: Update) -> Update:
+        """An update that is not in the buffers: a sum is the same one for all slots that use it."""
+        if not (has_rows(self._state.layers[number]) and is_sum(update)):
+            return update
+        found = self._wide.get(id(update))
+        if found is None:
+            found = WideUpdate(cast(LoRAUpdate, update), self._dtype)
+            self._wide[id(update)] = found
+        return found
 
     def _make_room(self, content: SlotContent) -> None:
         """Make the buffers wide enough for a slot's ranks."""
@@ -242,33 +274,6 @@ class Slots:
 def _name(updates: Mapping[int, Update]) -> str:
     """A name that is the same for the same updates: rows of one adapter are computed together."""
     return " ".join(str(id(update)) for update in updates.values())
-
-
-def check_slots(state: Attachment, updates: Mapping[str, Update]) -> None:
-    """Refuse an adapter that rows can't have in slots.
-
-    Args:
-        state: of the model.
-        updates: of the adapter, by module path.
-
-    Raises:
-        RouteError: with the reason, and the first such layer.
-    """
-    for path, update in updates.items():
-        reason = state.base.for_all_rows.get(path)
-        if update.virtual_tokens:
-            reason = "virtual tokens would move the row's other tokens"
-        if reason:
-            raise RouteError(f"an adapter of {path or 'the model'} can't be in a slot: {reason}")
-
-
-def _add_sums(content: SlotContent, number: int, own: Sequence[tuple[LoRAUpdate, float]]) -> None:
-    parts = [(part, w) for update, w in own for part in update.parts.values() if w]
-    biases = [(update, w) for update, w in own if update.has_shift and w]
-    if parts:
-        content.parts[number] = parts
-    if biases:
-        content.biases[number] = biases
 
 
 class _InTurn(Operation):

@@ -21,8 +21,10 @@ from lorakit.layers.batch_rows import check_rows_first
 from lorakit.layers.operation import Operation, Update
 from lorakit.methods.lora.lora import LowRank, is_linear, positions
 from lorakit.methods.lora.update import LoRAUpdate
+from lorakit.models.routers import is_own_kind
 from lorakit.routing.choices import RowChoices, Terms, UpdatesByName
 from lorakit.routing.experts_of_rows import operations_of_experts, parted
+from lorakit.routing.router_rows import RouterRows
 from lorakit.routing.row_groups import ByRowGroup, read_for_all
 from lorakit.routing.row_updates import KeptProjection, add_to_rows, bias_shifts
 from lorakit.routing.stacked_heads import StackedHeads, are_heads
@@ -65,7 +67,7 @@ def mixed_operations(
         inputs = [SharedInput(same, groupings) for same in _of_equal_rows(pieces)]
         for number in numbers:
             if number not in stacked:
-                kind = StackedHeads if are_heads(terms[number]) else ByRowGroup
+                kind = _kind(layers[number], terms[number])
                 operations[number] = kind(layers[number], terms[number], choices, device)
                 continue
             parts = tuple(
@@ -105,6 +107,13 @@ def _by_input(layers: Mapping[int, AdaptedLayer], updates: UpdatesByName) -> Ite
     for number in sorted({number for own in updates.values() for number in own}):
         together.setdefault(layers[number].adapter_input, []).append(number)
     yield from together.values()
+
+
+def _kind(layer: AdaptedLayer, terms: Terms) -> type[ByRowGroup]:
+    """The operation of a layer whose updates are not stacked."""
+    if is_own_kind(layer):
+        return RouterRows
+    return StackedHeads if are_heads(terms) else ByRowGroup
 
 
 def _terms(number: int, updates: UpdatesByName, choices: RowChoices) -> Terms:

@@ -21,7 +21,7 @@ from lorakit.data.template_limits import check_template
 from lorakit.errors import AdapterFileError, BankError
 from lorakit.layers.operation import Update
 from lorakit.models.load import fresh_heads, labels_of, task_of
-from lorakit.routing.slots import check_slots
+from lorakit.routing.slot_content import ALONE, check_slots
 from lorakit.serving.heap import give_back
 from lorakit.serving.names import Names
 from lorakit.serving.places import Places
@@ -144,6 +144,8 @@ class Catalog(Names[Chosen]):
             missing = [each for each, _ in pairs if each not in self._loaded]
             raise RefusalError(str(error), 404 if missing else 503, param="model") from None
         use = Use(tuple(held))
+        if use.virtual_tokens is not None and [weight for _, weight in pairs] != [1.0]:
+            raise RefusalError(ALONE, param="adapters")
         uses = [TrainedUse.on(each.record.card) for each, _ in held]
         trained = tuple(each for each in uses if each.says_how)
         templates = {each.chat_template for each in trained}
@@ -213,7 +215,7 @@ class Catalog(Names[Chosen]):
             )
         if use.chat_template is not None:
             check_template(with_template(self.tokenizer, use.chat_template))
-        check_slots(attachment_for(self._model), updates)
+        check_slots(attachment_for(self._model), updates, virtual_tokens=not self._encodes)
 
 
 def _base_hash(model: PreTrainedModel) -> str:

@@ -17,6 +17,7 @@ from lorakit.serving.decoder import CLOSE, CLOSE_HALF
 from lorakit.serving.held_slots import HeldSlots
 from lorakit.serving.pooling import pooled, way_of
 from lorakit.serving.requests import Delta, Request
+from lorakit.serving.rows import broken_rows, no_numbers
 from lorakit.serving.worker import Limits, Worker, deliver
 
 
@@ -47,7 +48,12 @@ class EncoderEngine(Worker):
         self._way = way_of(model)
         with attachment_for(model).route.own.pushed(Frame()):
             self._prove()
-        self.slots = HeldSlots(model, self.limits.slots, dtype=adapter_dtype or model.dtype)
+        self.slots = HeldSlots(
+            model,
+            self.limits.slots,
+            dtype=adapter_dtype or model.dtype,
+            most_rank=self.limits.slot_rank,
+        )
 
     def running(self) -> list[Request]:
         """The requests of the batch that is computed."""
@@ -67,10 +73,15 @@ class EncoderEngine(Worker):
         pairs = [rows[slot].token_types if slot in rows else () for slot in range(count)]
         with self.slots.used(0, count):
             logits, embeddings = self._forward(prompts, pairs)
+        broken = {*broken_rows(logits), *broken_rows(embeddings)}
+        for slot in broken:
+            self.slots.spoil(slot)
         outputs = {"classes": logits.float().cpu(), "embedding": embeddings.cpu()}
         self._tell(
             {
-                request: Delta(output=outputs[request.goal][slot].clone(), finish="stop")
+                request: Delta(finish="error", error=no_numbers(request, logits.dtype))
+                if slot in broken
+                else Delta(output=outputs[request.goal][slot].clone(), finish="stop")
                 for slot, request in rows.items()
             }
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lorakit.attachment.state import attachment_for
 from lorakit.errors import ModelError
 from lorakit.layers.route import Frame
-from lorakit.routing.slots import Terms
+from lorakit.routing.slot_content import Terms
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.grammars import GrammarError
 from lorakit.serving.held_slots import HeldSlots
@@ -23,6 +23,7 @@ from lorakit.serving.kv_slots import KeyValueSlots, states_of
 from lorakit.serving.pace import Pace
 from lorakit.serving.prompt_reading import Prompt, PromptReader
 from lorakit.serving.requests import Delta, Finish, Request
+from lorakit.serving.rows import Row, broken_rows, chosen, latest, no_numbers
 from lorakit.serving.sampling import Sampler, Token
 from lorakit.serving.step_kinds import steps_of
 from lorakit.serving.text import GrowingText
@@ -30,24 +31,6 @@ from lorakit.serving.worker import Limits, Worker, deliver
 
 FULL = 0.75
 """The least share of a step's rows that are in use, or rows are moved."""
-
-
-@dataclass(eq=False)
-class Row:
-    """A request in its slot."""
-
-    request: Request
-    slot: int
-    sampler: Sampler
-    text: GrowingText
-    prompt: Prompt | None
-    """The prompt, until it is in the slot."""
-    ids: list[int] = field(default_factory=list)
-    """The tokens of the answer."""
-    last: int = 0
-    """The latest token, which the next step reads."""
-    count: int = 0
-    """The tokens of the answer."""
 
 
 class Engine(Worker):
@@ -84,7 +67,14 @@ class Engine(Worker):
             dtype = adapter_dtype or model.dtype
             self._make_invariant(dtype)
         count, compiles = self.limits.slots, self.limits.compile != "off"
-        self.slots = HeldSlots(model, count, dtype=dtype, few_ranks=compiles)
+        self.slots = HeldSlots(
+            model,
+            count,
+            dtype=dtype,
+            few_ranks=compiles,
+            virtual_tokens=True,
+            most_rank=self.limits.slot_rank,
+        )
         self.keys_and_values = KeyValueSlots(count, windows=compiles)
         self.steps = steps_of(
             self.decoder, self.slots, self.keys_and_values, compiles=compiles, note=note
@@ -201,7 +191,7 @@ class Engine(Worker):
         if not (rows and prompts):
             return False
         self._close_gaps(rows)
-        found = self.joint.step(_latest(rows), [row.slot for row in rows], prompts)
+        found = self.joint.step(latest(rows), [row.slot for row in rows], prompts)
         if found is None:
             return False
         self.keys_and_values.end()
@@ -236,8 +226,15 @@ class Engine(Worker):
                 self._end(row, Delta(finish="error", error=error))
 
     def _begin(self, row: Row, prompt: Prompt, logits: Tensor) -> None:
-        """Begin the answer to a prompt, whose last token has these logits."""
+        """Begin the answer to a prompt, whose last token has these logits.
+
+        Raises:
+            RefusalError: they are no numbers.
+        """
         request, states = row.request, states_of(prompt.cache)
+        if broken_rows(logits[None]):
+            self._spoil(row.slot)
+            raise no_numbers(request, logits.dtype)
         first = Delta(
             prompt_tokens=None if prompt.tokens is None else tuple(prompt.tokens),
             cached_tokens=prompt.cached,
@@ -247,7 +244,7 @@ class Engine(Worker):
             self._end(row, replace(first, finish="length"))
         else:
             self._take(row, row.sampler.choose(logits), first)
-        self.prefixes.keep(request.use, request.prompt, states)
+        self.prefixes.keep(request.use, request.ids, states)
         if row.slot in self._rows:
             self.keys_and_values.admit(row.slot, prompt.cache)
             row.prompt = None
@@ -277,7 +274,7 @@ class Engine(Worker):
         if not rows:
             return
         self._close_gaps(rows)
-        tokens = _latest(rows)
+        tokens = latest(rows)
         begun = time.perf_counter()
         try:
             logits = self.steps.step(tokens, [row.slot for row in rows])
@@ -298,17 +295,33 @@ class Engine(Worker):
             rows: the answers.
             logits: of all slots, (rows, vocabulary).
         """
+        rows = self._sound(rows, logits)
         try:
-            chosen = _chosen(rows, logits)
+            tokens = chosen(rows, logits)
         except Exception as error:
             for row in rows:
                 self._end(row, Delta(finish="error", error=error))
             return
-        for row, token in zip(rows, chosen, strict=True):
+        for row, token in zip(rows, tokens, strict=True):
             if isinstance(token, GrammarError):
                 self._end(row, Delta(finish="error", error=token))
             else:
                 self._take(row, token, Delta())
+
+    def _sound(self, rows: Sequence[Row], logits: Tensor) -> Sequence[Row]:
+        """The answers whose logits are numbers; the others end, and leave nothing behind."""
+        broken = broken_rows(logits)
+        for slot in broken:
+            self._spoil(slot)
+        for row in rows:
+            if row.slot in broken:
+                self._end(row, Delta(finish="error", error=no_numbers(row.request, logits.dtype)))
+        return [row for row in rows if row.slot not in broken] if broken else rows
+
+    def _spoil(self, slot: int) -> None:
+        """Have nothing that a slot holds reach the next request in it."""
+        self.slots.spoil(slot)
+        self.keys_and_values.spoil(slot)
 
     def _take(self, row: Row, token: Token, told: Delta) -> None:
         """Go on with a token: tell the request, and end its answer where it ends.
@@ -353,7 +366,7 @@ class Engine(Worker):
     def _keep_read(self, row: Row) -> None:
         """Keep what was read of a conversation: its next turn goes on from there."""
         if self.prefixes.has_room and row.prompt is None and row.count > 1:
-            read = [*row.request.prompt, *row.ids[:-1]]
+            read = [*row.request.ids, *row.ids[:-1]]
             self.prefixes.keep(row.request.use, read, self.keys_and_values.copied(row.slot))
 
     def _end(self, row: Row, delta: Delta) -> None:
@@ -361,27 +374,3 @@ class Engine(Worker):
         self._rows.pop(row.slot, None)
         self.keys_and_values.free(row.slot)
         deliver(row.request, delta)
-
-
-def _latest(rows: Sequence[Row]) -> list[int]:
-    """The tokens that a step of the first slots reads, up to the last one that answers."""
-    tokens = [0] * (1 + max(row.slot for row in rows))
-    for row in rows:
-        tokens[row.slot] = row.last
-    return tokens
-
-
-def _chosen(rows: Iterable[Row], logits: Tensor) -> list[Token | GrammarError]:
-    """The next token of each row, or why it has none; logits are those of all slots."""
-    likeliest: list[int] = []
-    found: list[Token | GrammarError] = []
-    for row in rows:
-        if not row.sampler.is_plain:
-            try:
-                found.append(row.sampler.choose(logits[row.slot]))
-            except GrammarError as error:
-                found.append(error)
-            continue
-        likeliest = likeliest or logits.argmax(-1).tolist()
-        found.append(row.sampler.chosen(logits[row.slot], likeliest[row.slot]))
-    return found

@@ -19,6 +19,8 @@ class HeldSlots(Slots):
         count: the number of slots.
         dtype: of A and B.
         few_ranks: see `Slots`.
+        virtual_tokens: see `Slots`.
+        most_rank: see `Slots`.
     """
 
     def __init__(
@@ -28,10 +30,20 @@ class HeldSlots(Slots):
         *,
         dtype: torch.dtype | None = None,
         few_ranks: bool = False,
+        virtual_tokens: bool = False,
+        most_rank: int | None = None,
     ) -> None:
-        super().__init__(model, count, dtype=dtype, few_ranks=few_ranks)
+        super().__init__(
+            model,
+            count,
+            dtype=dtype,
+            few_ranks=few_ranks,
+            virtual_tokens=virtual_tokens,
+            most_rank=most_rank,
+        )
         self._held: list[str | None] = [""] * count
         """By slot, the key of what it holds; None: unknown, after an error."""
+        self._spoilt: set[int] = set()
 
     def place(self, use: Use, taken: Collection[int]) -> int:
         """A free slot: one that holds these weights already, or the lowest, since a step computes
@@ -48,6 +60,18 @@ class HeldSlots(Slots):
         """
         if self._held[slot] == use.key:
             return
+        if slot in self._spoilt:
+            self.clear(slot)
+            self._spoilt.discard(slot)
         self._held[slot] = None
         self.join(slot, use.terms)
         self._held[slot] = use.key
+
+    def spoil(self, slot: int) -> None:
+        """Have a slot be cleared before it holds anything else: it made numbers that are none.
+
+        What is beyond the rank of the next adapter would be multiplied by zero, and NaN by it is
+        NaN.
+        """
+        self._held[slot] = None
+        self._spoilt.add(slot)

@@ -99,7 +99,7 @@ class JointSteps:
         self, tokens: Sequence[int], parts: Sequence[tuple[Prompt, int]]
     ) -> tuple[Tensor, Tensor]:
         pieces = [
-            PromptPiece(prompt.request.prompt[prompt.read : prompt.read + part], prompt.cache)
+            PromptPiece(prompt.request.ids[prompt.read : prompt.read + part], prompt.cache)
             for prompt, part in parts
         ]
         of_prompts = [((prompt.slot,), part) for prompt, part in parts]

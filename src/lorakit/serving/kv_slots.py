@@ -112,6 +112,7 @@ class KeyValueSlots:
         self._windows = windows
         self.lengths = [0] * count
         """The tokens of each slot; 0: it is free."""
+        self._spoilt: set[int] = set()
         self._layers: list[SlotLayer] = []
         self._end = 0
         self._cache: WatchedCache | None = None
@@ -142,6 +143,7 @@ class KeyValueSlots:
             self._end = end
         if end > min(self._end, self.columns):
             self._move(end)
+        self._clear(slot)
         for layer, states in zip(self._layers, pairs, strict=True):
             for buffer, own in zip(_buffers(layer), states, strict=True):
                 buffer[slot, :, self._end - length : self._end] = own[0]
@@ -159,8 +161,21 @@ class KeyValueSlots:
         """Let a slot be used again; nothing is written."""
         self.lengths[slot] = 0
 
+    def spoil(self, slot: int) -> None:
+        """Have a slot be cleared before it is used again: it may hold what is no number, and
+        hidden columns count nothing only as long as they do."""
+        self._spoilt.add(slot)
+
+    def _clear(self, slot: int) -> None:
+        if slot in self._spoilt:
+            self._spoilt.discard(slot)
+            for layer in self._layers:
+                for buffer in _buffers(layer):
+                    buffer[slot] = 0
+
     def move(self, slot: int, to: int) -> None:
         """Have a free slot hold what another one does, which is free then."""
+        self._clear(to)
         columns = slice(self._end - self.lengths[slot], self._end)
         for layer in self._layers:
             for buffer in _buffers(layer):

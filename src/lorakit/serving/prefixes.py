@@ -77,7 +77,7 @@ class Prefixes:
         use = request.use
         if not (self.has_room and use.is_known and use.key == earlier.use.key):
             return 0
-        count = _common(tuple(request.prompt[:-1]), tuple(earlier.prompt))
+        count = _common(tuple(request.ids[:-1]), tuple(earlier.ids))
         return count if count >= SHORTEST else 0
 
     def _longest(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lorakit.methods.prompt.kv_cache import leave_alone
 from lorakit.serving.decoder import Decoder
 from lorakit.serving.held_slots import HeldSlots
 from lorakit.serving.pace import Pace
@@ -37,12 +38,19 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if self.request.prompt_logprobs is not None:
-            self.tokens = [None]
+            # The first token is predicted by nothing, unless virtual tokens are before it.
+            self.tokens = [None] if self.request.ids[0] == self.request.prompt[0] else []
 
     @property
     def left(self) -> int:
         """The tokens that are to be read."""
-        return len(self.request.prompt) - self.read
+        return len(self.request.ids) - self.read
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether it is read in passes of its own: the logits of all tokens of all rows would be
+        large, and virtual tokens are put in row by row."""
+        return self.tokens is not None or self.request.use.virtual_tokens is not None
 
 
 class PromptReader:
@@ -98,7 +106,7 @@ class PromptReader:
         Returns:
             Each with the number of its tokens; nothing where one needs a pass of its own.
         """
-        if any(prompt.tokens is not None for prompt in prompts):
+        if any(prompt.is_apart for prompt in prompts):
             return []
         room = self._most
         share = self._pace.share(room, joined=rows)
@@ -138,8 +146,7 @@ class PromptReader:
         return group
 
     def _may_join(self, prompt: Prompt) -> bool:
-        # The logits of all tokens of all rows would be large.
-        return self._decoder.reads_together and prompt.tokens is None
+        return self._decoder.reads_together and not prompt.is_apart
 
     def _waits(self, prompt: Prompt, earlier: Sequence[Prompt]) -> bool:
         """Whether most of a prompt is in one that is read before it: it goes on from there."""
@@ -153,14 +160,19 @@ class PromptReader:
         """The tokens of a prompt that need not be read, beside those that its cache has."""
         if prompt.read or prompt.tokens is not None:
             return 0
-        return self._prefixes.count(prompt.request.use, prompt.request.prompt)
+        return self._prefixes.count(prompt.request.use, prompt.request.ids)
 
     def _begin(self, prompt: Prompt) -> None:
         """Take what was read before of a prompt."""
-        if not prompt.read and prompt.tokens is None:
-            request = prompt.request
-            prompt.read, prompt.cache = self._prefixes.start(request.use, request.prompt)
-            prompt.cached = prompt.read
+        if prompt.read:
+            return
+        request = prompt.request
+        if prompt.tokens is None:
+            prompt.read, prompt.cache = self._prefixes.start(request.use, request.ids)
+            known = request.ids[: prompt.read]
+            prompt.cached = sum(token < self._decoder.vocabulary for token in known)
+        if request.use.virtual_tokens is not None:
+            leave_alone(prompt.cache)
 
     def _passed(
         self, group: Sequence[Prompt], share: int
@@ -179,8 +191,12 @@ class PromptReader:
         ordered = sorted(group, key=lambda prompt: prompt.slot)
         parts = [min(prompt.left, share) for prompt in ordered]
         begun = time.perf_counter()
+        if len(ordered) == 1:
+            used = self._slots.reading(ordered[0].slot, ordered[0].request.use.terms)
+        else:
+            used = self._slots.used_by([prompt.slot for prompt in ordered])
         # Without the counting of writes, which a pass of few tokens notices.
-        with self._slots.used_by([prompt.slot for prompt in ordered]), torch.inference_mode():
+        with used, torch.inference_mode():
             if len(ordered) == 1:
                 found = [self._alone(ordered[0], parts[0])]
             else:
@@ -196,7 +212,7 @@ class PromptReader:
 
     def _together(self, group: Sequence[Prompt], parts: Sequence[int]) -> list[Tensor]:
         texts = [
-            prompt.request.prompt[: prompt.read + part]
+            prompt.request.ids[: prompt.read + part]
             for prompt, part in zip(group, parts, strict=True)
         ]
         logits, caches = self._decoder.read_together(texts, [prompt.cache for prompt in group])
@@ -205,12 +221,15 @@ class PromptReader:
         return list(logits)
 
     def _alone(self, prompt: Prompt, part: int) -> Tensor:
-        ids = prompt.request.prompt[prompt.read : prompt.read + part]
+        request, end = prompt.request, prompt.read + part
+        ids = request.ids[prompt.read : end]
         logits = self._decoder.read(ids, prompt.cache, every=prompt.tokens is not None)
         if prompt.tokens is not None:
-            following = prompt.request.prompt[prompt.read + 1 : prompt.read + part + 1]
+            following = request.ids[prompt.read + 1 : end + 1]
             prompt.tokens += [
-                reported(own, token, prompt.request.prompt_logprobs)
+                reported(own, token, request.prompt_logprobs)
                 for own, token in zip(logits, following, strict=False)
+                # Virtual tokens are no text.
+                if token < self._decoder.vocabulary
             ]
         return logits[-1]

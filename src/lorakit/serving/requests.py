@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.bank import Held
+from lorakit.data.virtual_tokens import VirtualTokens
 from lorakit.layers.operation import Update
 from lorakit.serving.grammars import Matcher
 from lorakit.serving.sampling import Sampling, Token
@@ -46,6 +47,12 @@ class Use:
     def key(self) -> str:
         """The same for the same weights: of content, never of names."""
         return key_of([(h.content_hash or str(id(h.updates)), w) for h, w in self.adapters])
+
+    @cached_property
+    def virtual_tokens(self) -> VirtualTokens | None:
+        """Those that prompts get, where the adapter has some."""
+        every = (update for held, _ in self.adapters for update in held.updates.values())
+        return next((u.virtual_tokens for u in every if u.virtual_tokens), None)
 
     @property
     def is_known(self) -> bool:
@@ -127,6 +134,15 @@ class Request:
     arrived: float = field(default_factory=time.monotonic)
     """By the monotonic clock, in seconds."""
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @cached_property
+    def ids(self) -> Sequence[int]:
+        """The prompt as the model reads it, with the adapter's virtual tokens if it has any."""
+        own, prompt = self.use.virtual_tokens, self.prompt
+        if own is None:
+            return prompt
+        order = own.order(len(prompt), len(prompt))
+        return [own.first + ~at if at < 0 else prompt[at] for at in order]
 
     def cancel(self) -> None:
         """Have the engine stop answering within two steps; from any thread."""

@@ -174,6 +174,7 @@ def _prepared(settings: ServeConfig, note: Note) -> tuple[Worker, Catalog]:
     dtype = settings.adapter_dtype
     limits = Limits(
         slots=settings.slots,
+        slot_rank=settings.slot_rank,
         max_length=settings.max_length,
         prefill_tokens=settings.prefill_tokens,
         prefix_bytes=settings.prefix_bytes,

@@ -32,7 +32,7 @@ class Shapes:
         return f"{self.rows} rows of {self.window} tokens"
 
 
-OTHERS = "an adapter that is no sum of B·A·x"
+OTHERS = "an adapter that is no sum of B·A·x, or of a rank beyond slot_rank"
 """Why steps with some rows are eager: their operations depend on which rows have them."""
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorakit.models.shape import context_length
-from lorakit.routing.slots import Terms
+from lorakit.routing.slot_content import Terms
 from lorakit.serving.admission import ClosedError, Queue
 from lorakit.serving.prefixes import Prefixes
 from lorakit.serving.requests import Delta, Request
@@ -24,6 +24,8 @@ class Limits:
 
     slots: int = 16
     """The most requests that are answered at once."""
+    slot_rank: int = 64
+    """The largest rank for which each slot has room; what has more is computed by itself."""
     max_length: int | None = None
     """The most tokens of prompt and answer; None: the model's context."""
     prefill_tokens: int = 512

@@ -52,8 +52,8 @@ def test_a_router_is_told_by_what_is_beside_it():
     block.gate, block.shared = nn.Linear(8, 3), nn.Linear(8, 8)
     model = nn.Sequential(nn.Linear(8, 8), block)
     assert routers(model) == ("1.gate",)
-    # Where they are no Linears, there is nothing to leave out.
-    assert routers(mixture("mixtral")) == ()
+    # Those of a kind of their own are told by that.
+    assert routers(mixture("mixtral")) == tuple(f"model.layers.{n}.mlp.gate" for n in (0, 1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,44 +1,46 @@
 """LoRA on the weights of experts: W + scale·B·A for each of a parameter's matrices.
 
-A module of experts uses its weights where they are; no call of a layer lies between, after which
-B·A·x could be added. So it computes with the changed weights, as a copy of it would that has them.
+A module of experts uses its weights where they are, so it computes with the changed ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.operation import Update
 from lorakit.methods.lora.lora import LowRank, positions
 from lorakit.methods.lora.parameter_update import ParameterUpdate
 from lorakit.methods.lora.update import LoRAUpdate
+from lorakit.methods.lora.with_weights import WithWeightsUpdate
 from lorakit.models.base import base_parameter
 from lorakit.models.experts import ExpertMatrices, expert_matrices
-from lorakit.upstream.private_names import own_modules, own_parameters
+from lorakit.upstream.private_names import own_modules
 
 
-class ExpertsUpdate(ParameterUpdate):
+class ExpertsUpdate(WithWeightsUpdate):
     """All that one adapter does to one module of experts."""
-
-    replaces_output = True
 
     def join(self, other: ExpertsUpdate) -> None:
         """Take over what another update of the same adapter does to the module."""
         own_modules(self).update(other.parts)
 
-    def adapt(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        """The module's output with W + scale·B·A in the place of each W."""
-        return with_weights(layer, changed_weights(layer, [(self, 1.0)]), inputs)
-
-    def merged(self, layer: nn.Module, *, exact: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield each parameter plus ΔW."""
-        with torch.no_grad():
-            yield from changed_weights(layer, [(self, 1.0)], exact=exact).items()
+    @staticmethod
+    def weights(
+        layer: nn.Module,
+        terms: Sequence[tuple[ParameterUpdate, float]],
+        *,
+        exact: torch.dtype | None = None,
+    ) -> dict[str, Tensor]:
+        """The parameters of the experts that are changed (see `WithWeightsUpdate`)."""
+        parts: dict[str, list[tuple[LowRank, float]]] = {}
+        for update, weight in terms:
+            for part in update.low_ranks():
+                parts.setdefault(part.site.parameter, []).append((part, weight))
+        matrices = {each.name: each for each in expert_matrices(layer)}
+        return {name: _changed(layer, matrices[name], own, exact) for name, own in parts.items()}
 
 
 def low_ranks_of(update: Update) -> list[LowRank]:
@@ -52,28 +54,6 @@ def part_key(part: LowRank) -> str:
     """The name of a site's A and B within the update of its module."""
     role = part.site.role
     return part.site.parameter if role is None else role.replace(".", " ")
-
-
-def changed_weights(
-    layer: nn.Module,
-    terms: Sequence[tuple[ExpertsUpdate, float]],
-    *,
-    exact: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """The parameters of a module of experts plus the sum of weight·scale·B·A, by name.
-
-    Args:
-        layer: the module.
-        terms: updates and their weights.
-        exact: precision of the sum and the result; None: summed in float32 or better, and rounded
-            to the parameter's own.
-    """
-    parts: dict[str, list[tuple[LowRank, float]]] = {}
-    for update, weight in terms:
-        for part in update.low_ranks():
-            parts.setdefault(part.site.parameter, []).append((part, weight))
-    matrices = {each.name: each for each in expert_matrices(layer)}
-    return {name: _changed(layer, matrices[name], own, exact) for name, own in parts.items()}
 
 
 def _changed(
@@ -99,15 +79,3 @@ def _on_all_rows(part: LowRank, weight: float, rows: int, dtype: torch.dtype) ->
         return b
     index = positions(part.site.rows, b.device)
     return b.new_zeros(b.shape[0], rows, b.shape[2]).index_copy(1, index, b)
-
-
-def with_weights(layer: nn.Module, weights: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> Any:
-    """What a module computes of inputs, with other values of some of its parameters.
-
-    The module is not changed: other threads may use it meanwhile.
-    """
-    kind = layer.own_class if isinstance(layer, AdaptedLayer) else type(layer)
-    double = object.__new__(kind)
-    vars(double).update(vars(layer))
-    vars(double)["_parameters"] = {**own_parameters(layer), **weights}
-    return kind.forward(double, *inputs)

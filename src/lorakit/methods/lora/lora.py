@@ -21,6 +21,7 @@ from lorakit.models.base import base_parameter
 from lorakit.models.experts import ExpertMatrices, expert_matrices
 from lorakit.models.linear_probe import own_class, why_no_matmul
 from lorakit.models.quantized_weight import float_weight, is_quantized
+from lorakit.models.routers import is_own_kind
 from lorakit.upstream.private_names import (
     NonDynamicallyQuantizableLinear,
     convolution_of,
@@ -92,6 +93,8 @@ def kind_of(layer: nn.Module) -> LayerKind:
         return "conv"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return "out_proj"
+    if is_own_kind(layer):
+        return "router"
     return "transposed" if isinstance(layer, Conv1D) else "linear"
 
 
@@ -125,6 +128,8 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
     kinds = (nn.Linear, Conv1D, nn.Embedding, *ConvNd)
     kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
     own = own_class(layer)
+    if is_own_kind(layer):
+        return None
     if kind is None:
         return "it is no matmul, convolution or embedding"
     if getattr(layer, "max_norm", None) is not None:

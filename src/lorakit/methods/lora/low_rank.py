@@ -19,8 +19,10 @@ from lorakit.methods.lora.eva import SingularVectors
 from lorakit.methods.lora.experts import ExpertsUpdate, part_key
 from lorakit.methods.lora.init import fresh_tensors
 from lorakit.methods.lora.lora import LowRank, parameter_shapes
+from lorakit.methods.lora.parameter_update import ParameterUpdate
 from lorakit.methods.lora.pissa import split_frozen_factors
 from lorakit.methods.lora.read_parameter import ReadParameterUpdate
+from lorakit.methods.lora.router import RouterUpdate
 from lorakit.methods.lora.tied import TiedLowRank
 from lorakit.methods.lora.update import LoRAUpdate
 from lorakit.models.base import device_of
@@ -87,7 +89,7 @@ class LowRankComponent(Component):
         rank = str(site.rank) if site.tied_to is None else f"{site.rank}, tied"
         return site.name, self.role or "", size, rank, f"{site.scale:g}"
 
-    def update(self, materials: Materials) -> LoRAUpdate | ExpertsUpdate | ReadParameterUpdate:
+    def update(self, materials: Materials) -> LoRAUpdate | ParameterUpdate:
         """The update of the layer; a fresh A is drawn from torch's global generator."""
         if self.site.tied_to is not None:
             owner = cast(LowRank, materials.of_sites[self.site.tied_to])
@@ -106,6 +108,8 @@ class LowRankComponent(Component):
         materials.of_sites[self.site.name] = part
         if self.site.is_of_experts:
             return ExpertsUpdate({part_key(part): part})
+        if self.site.kind == "router":
+            return RouterUpdate({self.site.parameter: part})
         if self.site.is_of_parameter:
             return ReadParameterUpdate({self.site.parameter: part})
         return LoRAUpdate({self.site.role or "whole": part})

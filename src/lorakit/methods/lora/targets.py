@@ -27,6 +27,7 @@ from lorakit.models.linear_probe import own_class
 from lorakit.models.multihead import IN_PROJ
 from lorakit.models.reads import only_read
 from lorakit.models.roles import Target
+from lorakit.models.routers import is_own_kind
 from lorakit.models.target_words import select_targets, targets_by_word
 
 V = TypeVar("V")
@@ -88,8 +89,9 @@ def _check_form(model: nn.Module, kept: Sequence[Target], config: LoRAConfig) ->
         TargetError: there are such.
     """
     form = "use_dora" if config.use_dora else "init eva" if config.init == "eva" else None
-    form = "init pissa" if config.init == "pissa" and any(t.experts for t in kept) else form
     others = {target.path: model.get_submodule(target.module_path) for target in kept}
+    in_code = any(t.experts for t in kept) or any(map(is_own_kind, others.values()))
+    form = "init pissa" if config.init == "pissa" and in_code else form
     takes = takes_magnitudes if form == "use_dora" else is_linear
     problems = [
         f"{path} is a {own_class(layer).__name__}"
@@ -130,8 +132,10 @@ def _check_dropout(model: nn.Module, kept: Sequence[Target], config: LoRAConfig)
     read = only_read(model) if config.dropout else ()
     problems = [
         target.name
-        for target in kept
-        if target.path in read or (config.dropout and target.path != target.module_path)
+        for target in (kept if config.dropout else ())
+        if target.path in read
+        or target.path != target.module_path
+        or is_own_kind(model.get_submodule(target.path))
     ]
     if problems:
         raise TargetError.listing(

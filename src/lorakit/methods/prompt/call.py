@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.data.virtual_tokens import VirtualTokens
@@ -179,8 +180,9 @@ def positions_of(numbers: Tensor, tokens: Sequence[VirtualTokens | None]) -> Tok
     Raises:
         RouteError: a row has others than its adapter's.
     """
-    # On the meta device ids have no values: none is taken for a virtual token.
-    if numbers.is_meta:
+    # On the meta device ids have no values, nor while a CUDA graph is recorded: none is taken for a
+    # virtual token.
+    if numbers.is_meta or (numbers.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     most = numbers.amax(1).tolist()
     if all(number < 0 for number in most):

@@ -28,7 +28,7 @@ from lorakit.methods.prompt.call import (
 )
 from lorakit.methods.prompt.encoder import keep_mask, prepare_stacks, put_in_encoder
 from lorakit.methods.prompt.insert import LongerRows, rows_of
-from lorakit.methods.prompt.kv_cache import begun, go_on, is_filled, record_of
+from lorakit.methods.prompt.kv_cache import begun, go_on, is_begun, record_of
 from lorakit.models.shape import is_encoder_decoder
 from lorakit.upstream.private_names import in_compiled_call
 
@@ -130,7 +130,7 @@ def _prepared(batch: GivenCall, call: PromptCall) -> dict[str, Any] | None:
         return None
     tokens = batch.tokens(len(ids))
     call.tokens = positions_of(ids - batch.vocabulary, tokens)
-    if is_filled(cache):
+    if is_begun(cache):
         call.record = record_of(cache)
         if call.record is not None:
             takes = batch.takes("position_ids")

@@ -71,9 +71,28 @@ def begun(rows: LongerRows, mask: Tensor | None) -> CacheRecord:
     )
 
 
-def is_filled(cache: Any) -> bool:
-    """Whether a cache holds tokens already."""
-    return hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0
+def leave_alone(cache: Any) -> None:
+    """Have calls with a cache of one row, filled or not, put no virtual tokens in: the caller does,
+    by their ids, and counts them."""
+    count = int(cache.get_seq_length())
+    record = CacheRecord(
+        length=count,
+        longer=count,
+        mask=None,
+        added=(0,),
+        extra=(0,),
+        has_infix=False,
+        cached=count,
+    )
+    setattr(cache, NAME, record)
+
+
+def is_begun(cache: Any) -> bool:
+    """Whether a cache holds tokens already, or is to be left alone from the start."""
+    if not hasattr(cache, "get_seq_length"):
+        return False
+    record = record_of(cache)
+    return int(cache.get_seq_length()) > 0 or (record is not None and not record.cached)
 
 
 def record_of(cache: Any) -> CacheRecord | None:

@@ -128,7 +128,9 @@ async def _events(answering: Answering, form: Form, *, with_usage: bool) -> Asyn
                 raise RefusalError("the answer was ended: the server stops", 503)
             # A token may give no text yet; with log-probabilities it is told all the same.
             step = form.step(answer, delta)
-            if delta.text or delta.finish or step["logprobs"] or delta.prompt_tokens:
+            # So is a prompt that is given back.
+            says = delta.text or step.get("text") or step["logprobs"]
+            if says or delta.finish or delta.prompt_tokens:
                 yield event(form.event([step], **empty))
         if with_usage:
             yield event(form.event([], usage=answering.usage))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -142,9 +143,10 @@ class _Server:
         """The version of lorakit, and what stands for the base's weights in fingerprints."""
         return {"version": VERSION, "base_hash": self._backend.base_hash}
 
-    def metrics(self) -> Response:
-        """Metrics for Prometheus."""
-        text = self._backend.metrics.text()
+    def metrics(self, http: Request) -> Response:
+        """Metrics for Prometheus; of adapters those that the key may ask."""
+        rights = rights_of(http)
+        text = self._backend.metrics.text(None if rights.adapters is None else rights.may_ask)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     def adapters(self, http: Request) -> dict[str, Any]:
@@ -202,14 +204,14 @@ class _Server:
     def load(self, body: LoadBody, http: Request) -> Response:
         """Load an adapter, or with load_inplace replace one."""
         self._check(body)
-        rights_of(http).check_load()
+        rights_of(http).check_load(body.lora_name, Path(body.lora_path).name)
         self._names.load(body.lora_name, body.lora_path, in_place=body.load_inplace)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     def unload(self, body: UnloadBody, http: Request) -> Response:
         """Forget an adapter."""
         self._check(body)
-        rights_of(http).check_load()
+        rights_of(http).check_load(body.lora_name)
         self._names.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

@@ -98,8 +98,9 @@ def requests_of(
     Raises:
         RefusalError: a prompt is empty or too long, or a token is not known.
     """
+    room = engine.max_length - len(chosen.use.virtual_tokens or ())
     for ids in prompts:
-        _check_prompt(ids, engine, needs_room=max_tokens != 0)
+        _check_prompt(ids, room, engine, needs_room=max_tokens != 0)
     for name, tokens in (
         ("logit_bias", list(body.logit_bias or ())),
         ("stop_token_ids", body.stop_token_ids or []),
@@ -107,14 +108,14 @@ def requests_of(
         check_ids(tokens, engine.vocabulary, name)
     made = []
     for ids in prompts:
-        room = engine.max_length - len(ids)
+        left = room - len(ids)
         for number in range(body.n):
             request = Request(
                 prompt=ids,
                 use=chosen.use,
                 tokenizer=chosen.tokenizer,
                 deliver=_undelivered,
-                max_tokens=room if max_tokens is None else min(max_tokens, room),
+                max_tokens=left if max_tokens is None else min(max_tokens, left),
                 sampling=_sampling(body, number, alternatives),
                 grammar=None if grammar is None else grammar.copy(),
                 ends=frozenset() if body.ignore_eos else chosen.ends,
@@ -133,13 +134,15 @@ def _undelivered(delta: Delta) -> None:
     raise AssertionError("nobody listens yet")
 
 
-def _check_prompt(ids: Sequence[int], engine: Worker, *, needs_room: bool) -> None:
+def _check_prompt(ids: Sequence[int], room: int, engine: Worker, *, needs_room: bool) -> None:
     if not ids:
         raise RefusalError("the prompt is empty: it needs at least one token", param="prompt")
-    if len(ids) + needs_room > engine.max_length:
+    if len(ids) + needs_room > room:
+        virtual = engine.max_length - room
+        taken = f", of which its virtual tokens take {virtual}" if virtual else ""
         raise RefusalError(
-            f"This model's maximum context length is {engine.max_length} tokens, and the prompt "
-            f"has {len(ids)}, which leaves no room for an answer: make it shorter",
+            f"This model's maximum context length is {engine.max_length} tokens{taken}, and the "
+            f"prompt has {len(ids)}, which leaves no room for an answer: make it shorter",
             param="prompt",
         )
     check_ids(ids, engine.vocabulary, "prompt")

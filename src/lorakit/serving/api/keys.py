@@ -53,14 +53,15 @@ class Rights:
                 param="model",
             )
 
-    def check_load(self) -> None:
-        """Make sure that adapters may be loaded and unloaded.
+    def check_load(self, *names: str) -> None:
+        """Make sure that adapters of these names, and from folders of these, may be loaded.
 
         Raises:
-            RefusalError: they may not.
+            RefusalError: none may be, or not these.
         """
         if not self.load:
             raise RefusalError("this key may not load or unload adapters", 403)
+        self.check_names(names)
 
     def count_request(self, now: float | None = None) -> None:
         """Count a request.

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lorakit.serving.names import Names
 from lorakit.serving.requests import Delta, Request
 
+LISTS = ("running_lora_adapters", "waiting_lora_adapters")
+"""The labels that list adapters."""
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -61,9 +63,14 @@ class Metrics:
         """The requests that an adapter has answered, alone or with others."""
         return self.answers.get(name, 0)
 
-    def text(self) -> bytes:
-        """What Prometheus reads."""
-        return generate_latest(self._registry)
+    def text(self, may_ask: Callable[[str], bool] | None = None) -> bytes:
+        """What Prometheus reads.
+
+        Args:
+            may_ask: whether an adapter may be named to those who read it; None: all may.
+        """
+        shown = self._registry if may_ask is None else _OfNames(self._registry, may_ask)
+        return generate_latest(shown)
 
     def watched(
         self, request: Request, names: Sequence[str], deliver: Callable[[Delta], None]
@@ -81,6 +88,37 @@ class Metrics:
             deliver(delta)
 
         return watch
+
+
+class _OfNames(Collector):
+    """Metrics without those of adapters that may not be named.
+
+    Args:
+        every: the metrics.
+        may_ask: whether an adapter may be named.
+    """
+
+    def __init__(self, every: CollectorRegistry, may_ask: Callable[[str], bool]) -> None:
+        self._every, self._may_ask = every, may_ask
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield them."""
+        for metric in self._every.collect():
+            metric.samples = [
+                each._replace(labels={name: self._kept(name, v) for name, v in each.labels.items()})
+                for each in metric.samples
+                if self._are_known(each.labels.get("adapter_name", "").split("+"))
+            ]
+            yield metric
+
+    def _are_known(self, names: Sequence[str]) -> bool:
+        return all(not name or self._may_ask(name) for name in names)
+
+    def _kept(self, label: str, value: str) -> str:
+        """A label that lists adapters, without the others."""
+        if label not in LISTS:
+            return value
+        return ",".join(name for name in value.split(",") if self._are_known([name]))
 
 
 class CountedRequest:

@@ -79,9 +79,9 @@ export class Adapters {
         ["size", size(each.size_bytes) + (each.in_memory ? "" : ", on disk")],
         baseOf(each),
         ["requests", each.requests],
-      ], action("Unload", each.name, (button) => this.unload(each.name, button)))),
+      ], found.loads && action("Unload", each.name, (button) => this.unload(each.name, button)))),
       ...found.not_loaded.map((name) => line(name, [["kind", "not loaded"], blank, blank, blank],
-        action("Load", name, (button) => this.load(name, name, false, button)))),
+        found.loads && action("Load", name, (button) => this.load(name, name, false, button)))),
     );
     form.hidden = !found.loads;
     this.changed(found.base.name, found.data.map((each) => each.name));
