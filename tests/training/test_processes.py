@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import lorakit as lk
 from lorakit.config.methods import METHODS
 from lorakit.errors import ConfigError
 from lorakit.training import processes
+from lorakit.training.checks import Interruption
 from lorakit.training.processes import check_alone, together
 from lorakit.training.sharded_base import idle_shard
 from tiny_models import build
@@ -279,6 +281,15 @@ def test_a_signal_to_one_process_stops_all_after_a_checkpoint(words, many, tmp_p
     assert codes == [130, 130]
     assert said.count("give --resume to go on") == 1
     assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_sigterm_comes_twice_where_slurm_ends_what_torchrun_started():
+    with Interruption() as stopped:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped.happened
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.thorough
