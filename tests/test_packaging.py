@@ -18,7 +18,7 @@ GOLDEN = ROOT / "tests" / "golden" / "adapters" / "llama-lora"
 SOURCES = ("pyproject.toml", "README.md", "LICENSE")
 
 OPTIONAL = (
-    *("bitsandbytes", "datasets", "fastapi", "gguf", "liger_kernel", "llguidance"),
+    *("PIL", "bitsandbytes", "datasets", "fastapi", "gguf", "liger_kernel", "llguidance"),
     *("matplotlib", "nltk", "peft", "prometheus_client", "pyarrow", "pycocoevalcap", "ray"),
     *("rouge_score", "sacrebleu", "shtab", "sklearn", "tensorboard", "unidecode", "uvicorn"),
 )
@@ -92,17 +92,24 @@ def test_the_wheel_has_the_verbs_the_types_and_the_files_beside_the_source(envir
 def test_what_needs_an_extra_says_in_one_line_which(environment, tiny_llama, tmp_path):
     rows = tmp_path / "rows.parquet"
     rows.write_bytes(b"PAR1")
+    (tmp_path / "images" / "red").mkdir(parents=True)
+    (tmp_path / "images" / "red" / "1.png").write_bytes(b"")
+    images = ["--data.train", str(tmp_path / "images"), "--task", "image-classification"]
+    trials = ["--data.train", "builtin:places", "--sweep", "{lora.rank: [1, 2]}"]
     texts = tmp_path / "outputs", tmp_path / "references"
     texts[0].write_text("red\n")
     texts[1].write_text('[["red"]]')
     run = ["--model", str(tiny_llama), "--out", str(tmp_path / "run")]
     lines = {
+        "bench": ["bench", "switch", "--model", str(tiny_llama)],
         "completion": ["completion", "bash"],
         "data": ["train", *run, "--data.train", str(rows)],
         "gguf": ["convert", str(GOLDEN), str(tmp_path / "mine.gguf"), "--to", "gguf"],
+        "images": ["train", *run, *images],
         "metrics": ["score", *map(str, texts), "--task", "e2e"],
         "plots": ["inspect", str(GOLDEN), "--figures", str(tmp_path / "figures")],
         "quantized": ["train", *run, "--data.train", "builtin:places", "--quantize", "4bit"],
+        "ray": ["train", *run, *trials, "--ray", "local"],
         "serve": ["serve", "--model", str(tiny_llama)],
     }
     told = _python("-c", WITHOUT, json.dumps([OPTIONAL, [*lines.values()]]), python=environment)

@@ -1,8 +1,8 @@
 """An environment for each tool that others wrote: `python tests/tools/make.py [NAME …]`.
 
 Each lies over the environment that makes it, whose packages it sees where it has none of its own,
-and is made under build/tools, or where LORAKIT_TOOLS says; `make test-all` skips the tests of those
-that are not there.
+and is made under build/tools, or where LORAKIT_TOOLS says. `make test-all` makes all of build/tools
+first; without it the tests of those that are not there are skipped.
 """
 
 from __future__ import annotations

@@ -2,17 +2,23 @@
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 
 import lorakit as lk
+from lorakit.config.methods import METHODS
 from lorakit.errors import ConfigError
+from lorakit.training import processes
+from lorakit.training.checks import Interruption
 from lorakit.training.processes import check_alone, together
 from lorakit.training.sharded_base import idle_shard
+from tiny_models import build
 
 # What the processes have imported, they have from the one that they are forked from.
 MANY = """
@@ -96,6 +102,15 @@ def assert_close(one, other):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
+def assert_same_run(folder, other):
+    """Losses and scores differ by 1e-5 at most, tensors by 1e-4."""
+    assert_close(logged(folder), logged(other))
+    ours, theirs = (lk.Adapter.load(each) for each in (folder, other))
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name, tensor in theirs.tensors.items():
+        assert (ours.tensors[name] - tensor).abs().max() < 1e-4, name
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("more", [(), ("--packing", "off", "--accumulate", "2")])
 def test_losses_and_adapter_are_those_of_one_process(more, words, many, tmp_path):
@@ -103,11 +118,9 @@ def test_losses_and_adapter_are_those_of_one_process(more, words, many, tmp_path
     codes, said = many(*2 * [words("two", *more)])
     assert codes == [0, 0]
     assert said.count("adapter in ") == said.count("learning rate:") == 1
-    assert_close(logged(tmp_path / "two"), logged(tmp_path / "one"))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
     one, two = (lk.Adapter.load(tmp_path / name) for name in ("one", "two"))
     assert two.card["settings"] == one.card["settings"]
-    for name, tensor in one.tensors.items():
-        assert (two.tensors[name] - tensor).abs().max() < 1e-4, name
 
 
 @pytest.mark.thorough
@@ -135,6 +148,51 @@ def test_a_divided_base_trains_the_adapter_of_one_process(words, many, tmp_path,
     answer = model(ids).logits
     lk.merge(model)
     assert torch.allclose(model(ids).logits, answer, atol=1e-5)
+
+
+KINDS = {name: ("--method", name) for name in METHODS} | {
+    "dora": ("--lora.use-dora",),
+    "pissa": ("--lora.init", "pissa"),
+    "eva": ("--lora.init", "eva"),
+    "embeddings and head": ("--lora.targets", "embed,head"),
+    "trained tokens": ("--lora.trainable-token-indices", "[5, 6]"),
+    "lora and virtual tokens": ("--method", "lora,prefix-layer"),
+}
+"""All that can be trained, as flags."""
+
+
+@pytest.fixture
+def tiny_gpt2(tiny_llama, tmp_path):
+    """A base with biases and LayerNorms, which some methods need, and without dropout."""
+    folder = tmp_path / "gpt2"
+    build("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_that_can_be_trained_is_trained_by_two_processes(
+    kind, words, many, tiny_gpt2, tmp_path
+):
+    own = ("--model", tiny_gpt2, *KINDS[kind])
+    assert many(words("one", *own))[0] == [0]
+    for more in ((), ("--shard", "base")):
+        folder = "-".join(("two", *more))
+        codes, said = many(*2 * [words(folder, *own, *more)])
+        assert codes == [0, 0], said
+        assert_same_run(tmp_path / folder, tmp_path / "one")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_base_is_whole_in_each_process(bits, words, many, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    own = ("--quantize", bits)
+    assert many(words("one", *own))[0] == [0]
+    codes, said = many(*2 * [words("two", *own)])
+    assert codes == [0, 0], said
+    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.thorough
@@ -192,7 +250,7 @@ def test_what_differs_under_one_name_is_refused_once(
     own = ("--model", "./base", "--data.train", "train.jsonl", "--data.validation", "held.jsonl")
     codes, said = many(*2 * [words("run", *own)])
     assert (codes, said.count("error:")) == ([2, 2], 1)
-    assert "the processes of a run differ: give each the same settings, rows and base" in said
+    assert "the processes of a run differ: give each the same versions, settings, rows" in said
     assert said.count("process 1") == said.count(f"the hash of the {what} is ") == 1
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
@@ -225,6 +283,15 @@ def test_a_signal_to_one_process_stops_all_after_a_checkpoint(words, many, tmp_p
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def test_sigterm_comes_twice_where_slurm_ends_what_torchrun_started():
+    with Interruption() as stopped:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped.happened
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.thorough
 def test_torchrun_starts_it(words, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -245,6 +312,13 @@ def test_engines_that_divide_the_model_and_lone_work_are_refused(monkeypatch):
     message = "FSDP and DeepSpeed and Megatron-LM .*, and lorakit divides a model by shard: base"
     with pytest.raises(ConfigError, match=message), together():
         pass
+
+
+def test_machines_with_other_versions_are_refused(monkeypatch):
+    others = {"the version of torch": "1.0"}
+    monkeypatch.setattr(processes, "gathered", lambda values: [values, values | others])
+    with pytest.raises(ConfigError, match=r"the version of torch is '1\.0' in process 1, and '\d"):
+        processes.check_settings(lk.TrainConfig(out="run"))
 
 
 def test_processes_of_mpi_would_each_train_alone_and_are_refused(monkeypatch):

@@ -59,7 +59,11 @@ class UntrainedParts(TrainerCallback):
 
 
 class Interruption(TrainerCallback):
-    """Finishes the step at the first Ctrl-C or SIGTERM, saves a checkpoint, and stops the run."""
+    """Finishes the step at Ctrl-C or SIGTERM, saves a checkpoint, and stops the run.
+
+    A second Ctrl-C stops at once. A second SIGTERM does not: SLURM sends it to all processes of a
+    job, and torchrun, which gets it too, sends it on to those that it has started.
+    """
 
     def __init__(self) -> None:
         self.happened = False
@@ -78,7 +82,7 @@ class Interruption(TrainerCallback):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.happened:
+        if self.happened and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.happened = True
 

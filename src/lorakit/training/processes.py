@@ -24,6 +24,7 @@ from lorakit.config.seed import LARGEST
 from lorakit.config.train import TrainConfig
 from lorakit.errors import ConfigError, TrainingError
 from lorakit.upstream.quiet_library import without_advice_on_processes
+from lorakit.upstream.versions import installed_version
 
 T = TypeVar("T")
 
@@ -39,6 +40,8 @@ OTHER_ENGINES = {
 """accelerate's variables for engines that divide the model, and the names of these."""
 BORROWED = "borrowed"
 """Key of a batch whose only row is of another process's share: its loss counts for nothing."""
+LIBRARIES = ("lorakit", "torch", "transformers")
+"""What computes a run, whose versions must be the same on all machines."""
 PIECE_BYTES = 32 * 2**20
 """Bytes of gradients that are summed at once, since they are copied for it."""
 TELL_S = 5
@@ -158,12 +161,17 @@ def check_alone(what: str) -> None:
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Make sure that all processes have the same settings, and can share batches equally.
+    """Make sure that all processes have the same settings and libraries, and share batches equally.
 
     Raises:
         ConfigError: they have not, with each difference; or they cannot.
     """
-    check_same(_flat(config.model_dump(mode="json")))
+    # What follows a plus says what a library was built for, which may differ.
+    versions = {
+        f"the version of {name}": (installed_version(name) or "unknown").partition("+")[0]
+        for name in LIBRARIES
+    }
+    check_same(_flat(config.model_dump(mode="json")) | versions)
     if config.batch_size % count():
         raise ConfigError(
             f"batch_size {config.batch_size} is the rows of all processes, and {count()} cannot "
@@ -186,7 +194,8 @@ def check_same(values: Mapping[str, Any]) -> None:
     ]
     if problems:
         raise ConfigError.listing(
-            "the processes of a run differ: give each the same settings, rows and base", problems
+            "the processes of a run differ: give each the same versions, settings, rows and base",
+            problems,
         )
 
 
