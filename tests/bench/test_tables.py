@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.bench import tables
-from lorakit.bench.tables import duration, rewritten, table
+from lorakit.bench.tables import duration, rewritten, server_goals, table
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "benchmarks.md"
@@ -75,6 +75,18 @@ def test_the_first_page_has_each_goal_that_the_server_missed(column):
     for goal in goals:
         if not goal["met"]:
             assert re.sub(r"[\d,]*\d", "0", goal["what"]) in cells
+
+
+def test_one_file_has_each_goal_of_the_server():
+    committed = json.loads((RESULTS / tables.SERVER_GOALS).read_text(encoding="utf-8"))
+    assert committed == server_goals(RESULTS), "run `python -m lorakit.bench.tables`"
+    assert {(each["precision"], each["result"]) for each in committed} == {
+        ("float32", "serve.json"),
+        ("float32", "soak.json"),
+        ("bfloat16", "serve_bf16.json"),
+        ("bfloat16", "soak_bf16.json"),
+    }
+    assert all({"what", "got", "met"} < each.keys() for each in committed)
 
 
 def test_a_goal_missed_in_one_precision_is_shown_for_both(tmp_path):

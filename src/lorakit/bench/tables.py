@@ -1,4 +1,5 @@
-"""Results as tables, and the pages that show them: `python -m lorakit.bench.tables`."""
+"""Results as tables, the pages that show them, and the file of all goals of the server:
+`python -m lorakit.bench.tables`."""
 
 import argparse
 import json
@@ -16,6 +17,8 @@ PAGES = (
 """The pages of this repository, from its root."""
 RESULTS = Path("benchmarks/results")
 """The folder of the results."""
+SERVER_GOALS = "server_goals.json"
+"""The file there with all goals of the server."""
 NOT_MEASURED = "Not measured yet."
 OTHERS = ("rooms", "paper")
 """What docs/rooms.py and `lorakit paper` write between such marks."""
@@ -64,6 +67,21 @@ def rewritten(page: str, results: Path) -> str:
 
     marked = r"(?P<start><!-- (?P<name>\w+) -->)\n.*?(?P<end><!-- end of (?P=name) -->)"
     return re.sub(marked, fresh, page, flags=re.DOTALL)
+
+
+def server_goals(results: Path) -> list[dict[str, Any]]:
+    """Each goal of the server in each precision: its limit, what was got, and in which result."""
+    files = [
+        (precision, results / f"{name}.json")
+        for precision, names in MISSED["missed_by_the_server"].items()
+        for name in names
+    ]
+    return [
+        {"precision": precision, **goal, "result": file.name}
+        for precision, file in files
+        if file.is_file()
+        for goal in json.loads(file.read_text(encoding="utf-8"))["goals"]
+    ]
 
 
 def duration(seconds: float) -> str:
@@ -262,6 +280,10 @@ def main() -> None:
     for page in given.pages:
         text = rewritten(page.read_text(encoding="utf-8"), given.results)
         page.write_text(text, encoding="utf-8")
+    goals = server_goals(given.results)
+    if goals:
+        text = json.dumps(goals, indent=2) + "\n"
+        (given.results / SERVER_GOALS).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
