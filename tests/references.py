@@ -44,6 +44,18 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return model(**inputs).logits
 
 
+def in_both(folder: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The first outputs of a folder's adapter on its base: here, and in PEFT."""
+    from peft import PeftModel
+
+    adapter = lk.Adapter.load(folder)
+    (ours, _), (plain, _) = adapter.load_base(), adapter.load_base()
+    lk.attach(ours, adapter)
+    theirs = PeftModel.from_pretrained(plain, folder).eval()
+    with torch.no_grad():
+        return ours.eval()(**inputs)[0], theirs(**inputs)[0]
+
+
 def alone(model: nn.Module, inputs: dict[str, Tensor], names: Sequence[Any]) -> list[Tensor]:
     """Each row's logits, computed for that row alone under its own route."""
     found = []

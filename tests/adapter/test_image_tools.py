@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
@@ -84,6 +85,14 @@ def test_a_file_answers_the_same(style, alpha, tmp_path):
     torch.testing.assert_close(model(X), plain(X), rtol=1e-4, atol=1e-4)
     saved = lk.extract(model).save(tmp_path / "ours")
     assert lk.Adapter.load(saved).content_hash() == lk.extract(model).content_hash()
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(saved)).eval()
+    torch.testing.assert_close(theirs(X), plain(X), rtol=1e-4, atol=1e-4)
+    with lk.route(model, ["default", None]):
+        mixed = model(X)
+    torch.testing.assert_close(mixed[0], plain(X)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixed[1], base(X)[1], rtol=1e-4, atol=1e-4)
+    lk.merge(model)
+    torch.testing.assert_close(model(X), plain(X), rtol=1e-4, atol=1e-4)
 
 
 def test_diffusers_metadata_has_the_scales(tmp_path):

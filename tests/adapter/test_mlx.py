@@ -68,6 +68,12 @@ def test_a_folder_of_mlx_lm_answers_the_same(config, tmp_path):
     adapter = lk.extract(model)
     assert adapter.base_name == "mlx-community/tiny"
     assert ("has an alpha" in "".join(adapter.unverified)) == ("lora_parameters" in config)
+    with lk.route(model, ["default", None]):
+        mixed = outputs(model, inputs)
+    torch.testing.assert_close(mixed[0], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1], outputs(base, inputs)[1], rtol=1e-4, atol=1e-5)
+    lk.merge(model)
+    torch.testing.assert_close(outputs(model, inputs), expected, rtol=1e-4, atol=1e-5)
     again = lk.Adapter.load(adapter.save(tmp_path / "ours"))
     assert again.content_hash() == adapter.content_hash()
     peft = pytest.importorskip("peft")

@@ -8,6 +8,7 @@ import torch
 import lorakit as lk
 from lorakit.cli.main import main
 from lorakit.models.load import load_model
+from references import in_both
 
 POLARITY = {
     "positive": ("a warm and funny film", "truly moving", "the cast is superb"),
@@ -99,6 +100,7 @@ def served(folder):
     engine.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_fresh_head_of_another_width_is_used_by_every_verb(tiny_bert, tmp_path, run, label_rows):
     torch.manual_seed(1)
     model, tokenizer = load_model(tiny_bert, task="classification", labels=("big", "old", "small"))
@@ -117,6 +119,8 @@ def test_a_fresh_head_of_another_width_is_used_by_every_verb(tiny_bert, tmp_path
     assert result["error"]["message"].endswith(hint)
     code, result = run(*words, "--fresh-head")
     assert code == 0
+    # Its two classes are PEFT's too, on the base with a head of their number.
+    torch.testing.assert_close(*in_both(out, {"input_ids": torch.tensor([[5, 11, 6, 12]])}))
     code, scores = run("evaluate", out, "--data.validation", label_rows)
     assert code == 0
     assert 0 <= scores["accuracy"] <= 1

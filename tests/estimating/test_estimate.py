@@ -57,6 +57,24 @@ def test_memory_counts_from_its_allocation_to_its_last_reference():
     assert (counter.peak_bytes, sum(counter.live.values())) == (8000, 0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_are_counted_in_every_precision(dtype):
+    def flops(experts):
+        config = transformers.MixtralConfig(
+            **SIZES,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=experts,
+        )
+        given = config_for(dtype=dtype, memory="fast", lora={"targets": ["q", "mlp.gate"]})
+        return estimate(given, model=build_without_weights(config, dtype=dtype)).flops
+
+    # Three matrices of an expert for each token and block, forward and for the input's gradient.
+    once = ROWS * LENGTH * 3 * 2 * SIZES["hidden_size"] * SIZES["intermediate_size"]
+    assert flops(2) - flops(1) == 2 * SIZES["num_hidden_layers"] * once
+
+
 def test_fixed_parts_are_those_of_the_model_and_of_what_is_trained():
     model = transformers.LlamaForCausalLM(llama())
     found = estimated()

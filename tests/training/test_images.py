@@ -9,6 +9,7 @@ import lorakit as lk
 from lorakit.config.train import DataConfig
 from lorakit.data.rows import read_rows
 from lorakit.errors import DataError
+from references import in_both
 from tiny_models import build
 
 Image = pytest.importorskip("PIL.Image")
@@ -39,6 +40,7 @@ def tiny_vit(tmp_path):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.thorough
 def test_a_folder_of_images_is_learnt_and_scored_again(tiny_vit, photos, tmp_path):
     data = lk.DataConfig(train=str(photos), validation=str(photos))
@@ -62,6 +64,7 @@ def test_a_folder_of_images_is_learnt_and_scored_again(tiny_vit, photos, tmp_pat
         adapter=result.out, data=DataConfig(validation=str(photos)), outputs=outputs
     )
     assert again == pytest.approx(result.scores, abs=1e-5)
+    torch.testing.assert_close(*in_both(result.out, {"pixel_values": torch.randn(2, 3, 8, 8)}))
     first = json.loads(outputs.read_text().splitlines()[0])
     assert first["references"] == "green"
     assert first["image"].endswith("green/0.png")

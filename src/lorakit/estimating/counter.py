@@ -22,6 +22,7 @@ from lorakit.kernels.stand_in import kind_of_device
 from lorakit.upstream.private_names import (
     CPU_ATTENTION_GRADIENT,
     FUSED_ATTENTIONS,
+    GROUPED_MATMUL,
     TorchDispatchMode,
     arguments_of,
     cpu_attention,
@@ -72,7 +73,9 @@ class StepCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         options = kwargs or {}
-        result = func(*args, **options)
+        # Without values torch makes the result in bfloat16 alone, and of some sizes.
+        grouped = func is GROUPED_MATMUL and args[0].is_meta
+        result = _grouped(*args, **options) if grouped else func(*args, **options)
         leaves = (result,) if isinstance(result, Tensor) else tree_leaves(result)
         made = [each for each in leaves if isinstance(each, Tensor) and each.is_meta]
         fresh = [each for each in made if storage_number(each) not in self._known]
@@ -122,12 +125,40 @@ def _writes(func: Any) -> bool:
     return any(each is not None and each.is_write for each in aliases)
 
 
+def _grouped(
+    first: Tensor,
+    second: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The result of a grouped matmul, without values.
+
+    Args:
+        first: (rows, d), or (groups, rows, d).
+        second: (groups, d, n), or (d, n), whose groups are parts of d or of n.
+        offs: where each group ends; None: both have a dimension of groups.
+        bias: added to the result.
+        out_dtype: the precision of the result.
+    """
+    rows, width = first.shape[-2], second.shape[-1]
+    groups = first.dim() == second.dim()
+    count = first.shape[0] if offs is None else len(offs)
+    shape = (count, rows, width) if groups else (rows, width)
+    return first.new_empty(shape, dtype=out_dtype or first.dtype)
+
+
 def _flops(func: Any, args: tuple[Any, ...], options: Mapping[str, Any], result: Any) -> int:
     """The FLOPs of a matmul, a convolution or attention: two for each product that is added."""
     if func in FUSED_ATTENTIONS:
         return int(sdpa_flop_count(*(each.shape for each in args[:3])))
     if func is CPU_ATTENTION_GRADIENT:
         return int(sdpa_backward_flop_count(*(each.shape for each in args[:4])))
+    if func is GROUPED_MATMUL:
+        # Each row, or each entry of the inner dimension, is in one group.
+        first, second = args[0].shape, args[1].shape
+        groups = first[0] if len(first) == len(second) == 3 else 1
+        return int(2 * groups * first[-2] * first[-1] * second[-1])
     formula = flop_registry.get(func.overloadpacket)
     return 0 if formula is None else int(formula(*args, **options, out_val=result))
 

@@ -42,6 +42,9 @@ FUSED_ATTENTIONS = frozenset(
 CPU_ATTENTION_GRADIENT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 """The operation that computes the gradients of fused attention on a CPU."""
 
+GROUPED_MATMUL = torch.ops.aten._grouped_mm.default
+"""The operation by which experts multiply: each group of rows with a matrix of its own."""
+
 COMPILED_WRAPPER = "_orig_mod"
 """The attribute in which torch.compile's wrapper holds a model."""
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"

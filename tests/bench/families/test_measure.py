@@ -18,7 +18,7 @@ from lorakit.bench.families.uses import (
     trained,
 )
 from lorakit.config.bench import ModelsConfig
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, LorakitError
 
 # PEFT asks transformers for it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -74,6 +74,16 @@ def test_a_mistake_is_a_cell_that_fails(monkeypatch):
     assert findings.tables["reasons"] == [
         {"number": 1, "reason": "fails: llama: Differs: 0 is not 1"}
     ]
+
+
+def test_a_reason_names_layers_by_their_paths_and_no_family(monkeypatch):
+    def wrong(base):
+        raise LorakitError("llama has llama.layers.0, and so has llama.")
+
+    monkeypatch.setattr(measure, "USES", {"attach": wrong})
+    findings = measure_models(ModelsConfig(families=("llama",)))
+    (told,) = (reason["reason"] for reason in findings.tables["reasons"])
+    assert told == "the family has llama.layers.0, and so has the family"
 
 
 @pytest.mark.parametrize("use", [attached, merged, routed])

@@ -19,6 +19,7 @@ from lorakit.layers.route import Frame, Route
 from lorakit.training.memory.compiled_blocks import LENGTHS, _CompiledBlock
 from lorakit.training.memory.memory_setting import check_memory
 from lorakit.training.prepare import prepare
+from mixtures import mixture
 from tiny_models import build
 
 PROGRAM = Path(__file__).with_name("compiled_process.py").read_text(encoding="utf-8")
@@ -105,6 +106,33 @@ def test_compiled_rows_are_joined_where_others_are(runs):
         == "rows joined, without padding between them"
     )
     assert runs["padded"]["packing"] == "padded"
+
+
+# Gemma's soft caps, gpt-oss's sinks and experts, and attention that cannot keep rows apart.
+LIKE_SMOLLM2 = {
+    "gemma2": ({}, "rows joined, without padding between them"),
+    "gpt_oss": ({}, "rows joined, without padding between them"),
+    "gptj": ({"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}, "padded"),
+    "falcon": ({}, "padded"),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", LIKE_SMOLLM2)
+def test_other_families_compile_and_are_joined_where_that_can_be(
+    family, tiny_llama, prompt_rows, tmp_path, forks
+):
+    more, packing = LIKE_SMOLLM2[family]
+    model = mixture(family) if family == "gpt_oss" else build(family, **more)
+    model.save_pretrained(tmp_path / family)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / family)
+    few = settings(tmp_path / family, prompt_rows, tmp_path / "run", steps=4, eval_every=2)
+    (told,) = run_process(forks, "eager", few)
+    # Blocks of Gemma and gpt-oss look back over a window by turns: one graph for each kind.
+    assert told["graphs"] <= 2
+    assert told["breaks"] == {}
+    assert told["packing"].startswith(packing)
+    assert told["compiled"] == pytest.approx(told["plain"], rel=1e-4)
 
 
 @pytest.mark.thorough

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -104,4 +105,6 @@ def _goals(
 def _told(error: Exception, base: TriedBase) -> str:
     """An error's first two lines as a reason that other families may have too."""
     text = "; ".join(line.strip() for line in str(error).splitlines()[:2])
-    return text.replace(base.model.config.model_type, "the family").rstrip(".")
+    # Where it begins the path of a layer it stays.
+    family = rf"(?<![\w.-]){re.escape(base.model.config.model_type)}(?![\w-]|\.\w)"
+    return re.sub(family, "the family", text).rstrip(".")

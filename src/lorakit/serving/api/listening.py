@@ -68,4 +68,7 @@ async def _until_told(
         server.should_exit = True
     telling.cancel()
     await serving
+    if server.force_exit:
+        # uvicorn leaves the app open then, whose end would be an error on stderr.
+        await server.lifespan.shutdown()
     backend.close(drain=False)
