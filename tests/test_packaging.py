@@ -92,8 +92,9 @@ def test_the_wheel_has_the_verbs_the_types_and_the_files_beside_the_source(envir
 def test_what_needs_an_extra_says_in_one_line_which(environment, tiny_llama, tmp_path):
     rows = tmp_path / "rows.parquet"
     rows.write_bytes(b"PAR1")
-    (tmp_path / "images" / "red").mkdir(parents=True)
-    (tmp_path / "images" / "red" / "1.png").write_bytes(b"")
+    for name in ("red", "blue"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.png").write_bytes(b"")
     images = ["--data.train", str(tmp_path / "images"), "--task", "image-classification"]
     trials = ["--data.train", "builtin:places", "--sweep", "{lora.rank: [1, 2]}"]
     texts = tmp_path / "outputs", tmp_path / "references"
