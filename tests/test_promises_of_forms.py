@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit as lk
-from covering import covering
+from covering import sampled
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.config.methods import MethodConfig
 from lorakit.errors import MergeError, RouteError
@@ -175,7 +175,7 @@ FORMS: Mapping[str, Form] = {
 }
 """By name; docs/methods.md, docs/models.md and docs/tasks.md say what each is."""
 
-forms = covering("form", [(name,) for name in FORMS], also=lambda name: FORMS[name].rows)
+forms = sampled("form", list(FORMS))
 
 
 @pytest.fixture

@@ -101,6 +101,9 @@ torch.ops.aten _scaled_dot_product_flash_attention_for_cpu
 torch.ops.aten _scaled_dot_product_flash_attention_for_cpu_backward
     is the gradient of that kernel, whose FLOPs an estimate counts
     estimates of long rows on CPUs have too few FLOPs
+torch.ops.aten _grouped_mm
+    is the matmul of experts, whose FLOPs an estimate counts
+    estimates of models with experts have too few FLOPs
 torch.ops.aten _scaled_dot_product_efficient_attention
     is attention as one kernel, worth keeping by memory: balanced
     memory: balanced computes attention twice
