@@ -43,7 +43,7 @@ def covering(
 
 
 def sampled(
-    name: str | tuple[str, ...], values: Sequence[Any], *, share: int = 3, **options: Any
+    name: str | tuple[str, ...], values: Sequence[Any], *, share: int = 4, **options: Any
 ) -> Callable[[Any], Any]:
     """Parametrise a test with values, of which one in `share` stays; the others are thorough.
 
