@@ -52,7 +52,7 @@ def test_all_others_are_marked_thorough_and_none_is_left_out():
 
 
 def test_a_sample_is_a_share_of_the_values_another_for_each_claim():
-    values = [*"abcdefg"]
+    values = [*"abcdefghi"]
 
     def kept(name):
         def claim():

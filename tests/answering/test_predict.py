@@ -120,6 +120,7 @@ def test_words_have_tags_questions_spans_and_pairs_cosines(tiny_bert, adapters, 
     assert found[0].answer < 0.999
 
 
+@pytest.mark.thorough
 def test_a_question_has_no_answer_where_some_that_were_trained_on_had_none(tiny_bert, tmp_path):
     context = {"context": "a red cat and a big dog"}
     unanswered: list[dict[str, Any]] = [

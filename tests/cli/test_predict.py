@@ -100,6 +100,7 @@ def served(folder):
     engine.close()
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_fresh_head_of_another_width_is_used_by_every_verb(tiny_bert, tmp_path, run, label_rows):
     torch.manual_seed(1)

@@ -174,6 +174,7 @@ def test_an_adapter_takes_as_much_on_disk_as_was_said(tmp_path):
 REPEATED = "0-1,0-2"
 
 
+@pytest.mark.thorough
 def test_blocks_that_run_twice_have_adapters_of_their_own_and_weights_once(tmp_path):
     llama().save_pretrained(tmp_path)
     plain = estimate(config_for(model=str(tmp_path)))

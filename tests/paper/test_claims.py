@@ -77,6 +77,7 @@ def test_the_pages_follow_the_results(put, tmp_path):
         with_table(tmp_path / "docs", sources)
 
 
+@pytest.mark.thorough
 def test_no_page_is_of_a_table_that_is_gone():
     places = {ROOT / place for place in small_pages(HERE)}
     assert set((ROOT / "paper" / "tables").iterdir()) <= places

@@ -174,6 +174,7 @@ def test_a_long_prompt_is_read_in_parts_by_several_steps(tokenizer, monkeypatch)
     assert max(joint) == 7
 
 
+@pytest.mark.thorough
 def test_what_has_operations_of_its_own_is_read_apart(tokenizer):
     bank = banked()
     engine = Engine(bank.model, Limits(slots=5))

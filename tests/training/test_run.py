@@ -234,6 +234,7 @@ def cola(settings, tiny_bert, tmp_path):
     return partial(settings, model=str(tiny_bert), data=data)
 
 
+@pytest.mark.thorough
 def test_of_equal_scores_the_lower_loss_decides_also_after_resuming(cola, scores):
     def decide(*losses):
         scores(*({"matthews": 0.5, "loss": loss} for loss in losses))
@@ -282,6 +283,7 @@ def test_the_best_adapter_is_by_the_score_of_the_task(cola, scores):
     assert result.scores == {"accuracy": 0.5, "matthews": 0.5}
 
 
+@pytest.mark.thorough
 def test_an_adapter_of_another_task_is_gone_on_from_with_a_fresh_head(
     settings, tiny_bert, label_rows, tmp_path
 ):
