@@ -88,8 +88,7 @@ def read_peft(
     sites: list[Site] = []
     named: dict[str, Tensor] = dict(found.replaced)
     for path in sorted(found.updates, key=_natural):
-        kind: LayerKind = kind_of(path, found.multiheads)
-        kind = "router" if path in found.weights else kind
+        kind: LayerKind = "router" if path in found.weights else kind_of(path, found.multiheads)
         kind = "embedding" if path in found.embeddings else kind
         make = site_of_experts if path in found.parameters else site_of
         try:
