@@ -12,14 +12,12 @@ import pytest
 import torch
 
 import lorakit as lk
-from references import attach_random
-
-httpx = pytest.importorskip("httpx2")
-pytest.importorskip("fastapi")
-
 from lorakit.bench.serving.asking import Client
 from lorakit.bench.serving.process import free_port, started
+from references import attach_random
 
+pytest.importorskip("fastapi")
+httpx = pytest.importorskip("httpx2")
 pytestmark = pytest.mark.thorough
 PYTHON = os.environ.get("LORAKIT_VLLM")
 PROMPTS = (
