@@ -35,7 +35,7 @@ TIMEOUT_S = 300
 def save(folder, seed, **form):
     """A random adapter that changes what SmolLM2 says."""
     model, _ = lk.load_model("smollm2", dtype="float32")
-    attach_random(model, seed=seed, std=0.02, targets="all-linear", **form)
+    attach_random(model, seed=seed, std=0.05, targets="all-linear", **form)
     lk.extract(model).save(folder, overwrite=True)
 
 

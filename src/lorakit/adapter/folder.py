@@ -193,7 +193,7 @@ def _of_whole_base(
         cache = read_pickle(files[CORDA_FILE], CORDA_FILE) if start == "corda" else {}
     except AdapterFileError as error:
         return None, [str(error)]
-    problems = value_problems(cache)
+    problems = [f"{CORDA_FILE}  {line}" for line in value_problems(cache)]
     return (None, problems) if problems else of_whole_base(adapter, start, base, cache)
 
 
