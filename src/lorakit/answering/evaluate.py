@@ -213,13 +213,13 @@ class _Run:
         objective = OBJECTIVES[self._opened.task]
         outputs = [objective.shown(answer, labels) for answer in found.predicted]
         self._write(rows, [row.texts for row in rows if isinstance(row, LabelledRow)], outputs)
-        if not self._scorers.has_official:
-            return found.scores
-        official = self._scorers.official(rows, outputs)
-        undefined = [name for name, value in official.items() if math.isnan(value)]
-        if undefined:
+        scores = found.scores
+        if self._scorers.has_official:
+            scores = {"loss": scores["loss"]} | self._scorers.official(rows, outputs)
+        undefined = [name for name, value in scores.items() if math.isnan(value)]
+        if undefined and "loss" not in undefined:
             self.notes.append(f"{' and '.join(undefined)}: not defined where all values are equal")
-        return {"loss": found.scores["loss"]} | official
+        return scores
 
     def _asked(self) -> list[Row]:
         """The rows to answer: those with references; none, where no score needs answers.
