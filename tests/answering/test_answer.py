@@ -107,7 +107,7 @@ def test_beams_use_the_slots_that_the_batches_share(
     assert not written
     with lk.route(model, names):
         assert answer(model, tokenizer, PROMPTS, batch_size=9, **ask) == alone
-    assert sorted(written) == [0, 1, 2]
+    assert len(written) == 3
 
 
 def test_the_ends_of_a_row_are_those_of_its_adapters(
