@@ -73,7 +73,7 @@ def test_log_probabilities_come_before_temperature_and_penalties():
 
 def test_a_rank_is_one_more_than_the_tokens_with_larger_logits():
     # These differ by less than their log-probabilities can tell.
-    near = torch.tensor([1e-6, 2e-6, 9.0, 9.0, float("-inf")])
+    near = torch.tensor([1e-7, 2e-7, 9.0, 9.0, float("-inf")])
     assert float(near.log_softmax(-1)[0]) == float(near.log_softmax(-1)[1])
     token = reported(near, 0, 4, ranked=True)
     assert {other for other, _ in token.alternatives[:2]} == {2, 3}

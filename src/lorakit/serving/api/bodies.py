@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo
-from pydantic.functional_validators import field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from lorakit.errors import did_you_mean
 from lorakit.serving.refusals import RefusalError
@@ -206,7 +205,8 @@ class Asked(Addressed):
 
     @field_validator("stream_options", "prompt_logprobs")
     @classmethod
-    def _check_stream(cls, given: Any, info: ValidationInfo) -> Any:
+    def _check_stream(cls, given: Any, info: Any) -> Any:
+        # `info` is a protocol of pydantic's that can't be checked at run time.
         wanted, streams = info.field_name == "stream_options", info.data.get("stream")
         if None not in (given, streams) and streams != wanted:
             raise ValueError(f"goes with stream: {str(wanted).lower()}")
