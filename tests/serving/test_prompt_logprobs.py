@@ -135,7 +135,7 @@ def test_they_are_right_beside_answers_and_other_prompts(served, monkeypatch):
         with bank.route(choice):
             logits = logits_of(bank.model, prompt)
         assert first is None
-        for token, following, row in zip(told, prompt[1:], logits, strict=False):
+        for token, following, row in zip(told, prompt[1:], logits[:-1], strict=True):
             assert token.id == following
             ids = [following, *row.topk(2).indices.tolist()]
             assert [t for t, _ in token.alternatives] == ids[1:]
