@@ -118,7 +118,7 @@ def test_they_are_right_beside_answers_and_other_prompts(served, monkeypatch):
     engine.submit([running.request])
     engine.start()
     running.next()
-    choices = ["dora", None, {"small": 0.6, "wide": -0.5}]
+    choices = ["dora", {"small": 0.6, "wide": -0.5}]
     given = [
         asked(bank, served.tokenizer, choice, [start + at, *LONG], max_tokens=4, **how)
         for at, choice in enumerate(choices)
