@@ -1,15 +1,18 @@
-"""PEFT's PiSSA and OLoRA as it saves them by default: read with the base that they started from."""
+"""PEFT's PiSSA, OLoRA and CorDA as it saves them by default: read with the base of their start."""
 
 import copy
-from types import SimpleNamespace
+import dataclasses
+import shutil
+import sys
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig
 
 import lorakit as lk
 from lorakit.adapter.changed_base import STARTS
-from lorakit.adapter.peft_config import REPEATABLE_INITS
+from lorakit.adapter.peft_config import CORDA_FILE, REPEATABLE_INITS
 from lorakit.cli.main import main
 from lorakit.errors import AdapterFileError
 from references import outputs
@@ -43,14 +46,19 @@ def in_peft(family, start, settings, folder, words=("q_proj", "down_proj"), **ov
         fan_in_fan_out=family == "gpt2",
         **settings,
     )
-    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
-    draws = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=draws), alpha=0.1)
+    theirs = moved(peft.get_peft_model(copy.deepcopy(base), config).eval())
     theirs.save_pretrained(str(folder))
     return base, inputs, outputs(theirs, inputs)
+
+
+def moved(model):
+    """The model, with what trains moved as training would."""
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=draws), alpha=0.1)
+    return model
 
 
 @pytest.mark.parametrize(("family", "start", "settings"), FORMS, ids=str)
@@ -110,42 +118,110 @@ def test_without_the_base_the_way_is_told(tmp_path):
     assert not hasattr(base, "_lorakit")
 
 
-def prepared_for_corda(base, rank):
-    """A copy with what PEFT's `preprocess_corda` finds out from texts: here for inputs like noise.
-
-    Then its directions are those of W itself.
-    """
-    model = copy.deepcopy(base)
-    for block in model.model.layers:
-        layer = block.self_attn.q_proj
-        u, s, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
-        layer.eigens = SimpleNamespace(U_WC=u[:, :rank], S_WC=s[:rank], V_WC=vh[:rank].T)
-    return model
+CORDA = [
+    ("llama", "kpm", {"rank_pattern": {"down_proj": 2}}),
+    ("llama", "ipm", {"use_rslora": True, "use_dora": True}),
+    ("gpt2", "ipm", {"lora_alpha": 6}),
+]
 
 
-def test_corda_that_was_not_converted_is_read_by_peft_with_its_texts_alone_and_refused(tmp_path):
-    base = build("llama")
+def preprocess_corda(model, config, run_model):
+    """PEFT's, which imports attrs and does not name it among what PEFT needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "attr", dataclasses)
+        from peft.tuners.lora import corda
+    corda.preprocess_corda(model, config, run_model=run_model)
+
+
+def with_corda(family, method, settings, folder, words=("q_proj", "down_proj")):
+    """As `in_peft`, with directions of W·C in `folder/cache/all.pt`, C of one row of inputs."""
+    base, inputs = build(family), example_inputs(build(family))
     config = peft.LoraConfig(
         r=3,
-        target_modules=["q_proj"],
+        target_modules=["c_attn"] if family == "gpt2" else list(words),
         init_lora_weights="corda",
-        corda_config=peft.tuners.lora.config.CordaConfig(corda_method="kpm"),
+        corda_config=CordaConfig(corda_method=method, cache_file=str(folder / "cache/all.pt")),
+        fan_in_fan_out=family == "gpt2",
+        **settings,
     )
-    theirs = peft.get_peft_model(prepared_for_corda(base, 3), config).eval()
-    inputs = example_inputs(base)
-    expected = outputs(theirs, inputs)
-    theirs.save_pretrained(str(tmp_path / "peft"))
+    model = copy.deepcopy(base).eval()
+    preprocess_corda(model, config, run_model=lambda: model(inputs["input_ids"][:1]))
+    theirs = moved(peft.get_peft_model(model, config).eval())
+    theirs.save_pretrained(str(folder / "peft"))
+    return base, inputs, outputs(theirs, inputs)
+
+
+@pytest.mark.parametrize(("family", "method", "settings"), CORDA, ids=str)
+def test_corda_is_read_with_the_cache_that_peft_wrote(family, method, settings, tmp_path):
+    base, inputs, expected = with_corda(family, method, settings, tmp_path)
+    plain = outputs(base, inputs)
+    shutil.copy(tmp_path / "cache/all.pt", tmp_path / "peft" / CORDA_FILE)
+    lk.attach(base, tmp_path / "peft")
+    torch.testing.assert_close(outputs(base, inputs), expected, rtol=0, atol=1e-5)
+    adapter = lk.extract(base)
+    assert {site.frozen * 2 - site.rank for site in adapter.sites} == {0}
+    assert "that corda started from the weights of this base" in "".join(adapter.unverified)
+    folder = adapter.save(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(build(family), str(folder)).eval()
+    torch.testing.assert_close(outputs(theirs, inputs), expected, rtol=0, atol=1e-5)
+    lk.detach(base)
+    assert torch.equal(outputs(base, inputs), plain)
+
+
+def test_corda_without_its_cache_is_refused_as_peft_refuses_it(tmp_path):
+    base, _, _ = with_corda("llama", "kpm", {}, tmp_path, ("q_proj",))
     names = {file.name for file in (tmp_path / "peft").iterdir()}
     assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    prepared = prepared_for_corda(base, 3)
-    again = peft.PeftModel.from_pretrained(prepared, str(tmp_path / "peft")).eval()
-    torch.testing.assert_close(outputs(again, inputs), expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"`eigens` attribute not found .* `preprocess_corda`"):
         peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "peft"))
-    text = r"'corda' changes the base's weights \(its start depends on the texts that it was made"
+    text = r"'corda' changes the base's weights \(its start .* copy the file .* as corda_cache\.pt"
     for read in (lambda folder: lk.Adapter.load(folder, base=base), lambda f: lk.attach(base, f)):
         with pytest.raises(AdapterFileError, match=text):
             read(tmp_path / "peft")
+
+
+def spoiled(cache, name, tensor):
+    return {**cache, f"model.layers.0.self_attn.q_proj.eigens.{name}": tensor}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda found: {"x": torch.ones(2)}, r"q_proj  is not in corda_cache\.pt"),
+        (
+            lambda found: spoiled(found, "S_WC", torch.ones(2)),
+            r"q_proj\.eigens\.S_WC of shape \(2,\) in corda_cache\.pt, where \(3,\) belongs",
+        ),
+        (
+            lambda found: spoiled(found, "V_WC", torch.ones(32, 3)),
+            r"q_proj  has directions in corda_cache\.pt that are not of its weight",
+        ),
+        (lambda found: spoiled(found, "U_WC", torch.full((32, 3), torch.nan)), "U_WC  holds NaN"),
+        (lambda found: spoiled(found, "U_WC", print), "cannot be read as tensors alone"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(change, text, tmp_path):
+    base, inputs, _ = with_corda("llama", "ipm", {}, tmp_path, ("q_proj",))
+    plain = outputs(base, inputs)
+    found = torch.load(tmp_path / "cache/all.pt", weights_only=True)
+    torch.save(change(found), tmp_path / "peft" / CORDA_FILE)
+    with pytest.raises(AdapterFileError, match=text):
+        lk.attach(base, tmp_path / "peft")
+    assert torch.equal(outputs(base, inputs), plain)
+
+
+def test_a_cache_of_another_base_is_refused(tmp_path):
+    with_corda("llama", "ipm", {}, tmp_path, ("q_proj",))
+    shutil.copy(tmp_path / "cache/all.pt", tmp_path / "peft" / CORDA_FILE)
+    other = build("llama")
+    draws = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        weight = other.model.layers[1].self_attn.q_proj.weight
+        weight.copy_(weight.std() * torch.randn(weight.shape, generator=draws))
+    with pytest.raises(AdapterFileError) as caught:
+        lk.attach(other, tmp_path / "peft")
+    assert "model.layers.1.self_attn.q_proj  has directions" in str(caught.value)
+    assert "model.layers.0" not in str(caught.value)
 
 
 def test_convert_reads_it_with_the_base(tiny_llama, tmp_path, capsys):

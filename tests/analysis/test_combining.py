@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 import lorakit as lk
-from adapter.test_peft import make, output
-from adapter.test_peft import pytestmark as PEFTS_WARNINGS
+from adapter.peft_models import PEFTS_WARNINGS, make, output
 from analysis.made import adapter_of, dense, in_float64, planted, random
 from lorakit.adapter.folder_write import save_peft
 from lorakit.analysis import combine

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from adapter.test_peft import pytestmark as PEFTS_WARNINGS
+from adapter.peft_models import PEFTS_WARNINGS
 from analysis.made import adapter_of, dense, in_float64, orthonormal, planted, random
 from lorakit.analysis import compress, spectrum
 from lorakit.errors import AnalysisError

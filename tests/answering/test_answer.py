@@ -15,6 +15,8 @@ from lorakit.answering.ends import ends_of_rows
 from lorakit.attachment.state import attachment_of
 from lorakit.config.methods import LoRAConfig, PrefixConfig
 from lorakit.errors import ConfigError, RouteError
+from lorakit.routing.slot_content import Terms
+from lorakit.routing.slots import Slots
 from references import randomise
 from tiny_tokenizers import build_tokenizer
 
@@ -83,6 +85,29 @@ def test_rows_of_a_route_keep_their_adapters_and_ends_in_any_batch(
     for batch_size in (16, 2):
         with lk.route(model, NAMES):
             assert asked(PROMPTS, batch_size=batch_size) == alone
+
+
+def test_beams_use_the_slots_that_the_batches_share(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    join = Slots.join
+
+    def noted(self: Slots, slot: int, terms: Terms) -> None:
+        written.append(slot)
+        join(self, slot, terms)
+
+    monkeypatch.setattr(Slots, "join", noted)
+    names = ["one", None, "two", {"one": 0.5, "two": 0.5}, "two", "one"]
+    ask = {"max_new_tokens": 8, "search": BeamSearch(beams=3)}
+    alone = []
+    for prompt, name in zip(PROMPTS, names, strict=True):
+        with lk.route(model, name):
+            alone += answer(model, tokenizer, [prompt], **ask)
+    assert not written
+    with lk.route(model, names):
+        assert answer(model, tokenizer, PROMPTS, batch_size=9, **ask) == alone
+    assert len(written) == 3
 
 
 def test_the_ends_of_a_row_are_those_of_its_adapters(

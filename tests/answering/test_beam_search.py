@@ -23,6 +23,7 @@ from lorakit.answering.beam_search import BeamSearch, _ban_repeats, beam_search
 from lorakit.config.methods import LoRAConfig, PrefixConfig
 from lorakit.data.batches import generation_batch
 from lorakit.errors import ModelError
+from lorakit.routing.row_parts import RouteParts
 from references import randomise
 
 END = 0
@@ -52,8 +53,16 @@ def searched(
     model: Any, prompts: Sequence[list[int]], *, longest: int = 6, end: int = END, **search: Any
 ) -> list[list[int]]:
     batch = generation_batch(prompts, pad_id=1)
-    ends = [{end}] * len(prompts)
-    return beam_search(model, batch, BeamSearch(**search), ends=ends, max_new_tokens=longest)
+    rows = range(len(prompts))
+    return beam_search(
+        model,
+        batch,
+        BeamSearch(**search),
+        route=RouteParts(model, len(rows), at_once=len(rows)),
+        rows=rows,
+        ends=[{end}] * len(rows),
+        max_new_tokens=longest,
+    )
 
 
 def next_logits(model: Any, tokens: list[int]) -> torch.Tensor:

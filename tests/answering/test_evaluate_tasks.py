@@ -1,6 +1,7 @@
 """Evaluation on rows of the paper's tasks: by the task's scorer, and again from the outputs."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,19 @@ def test_correlations_of_one_value_are_not_defined_and_that_is_said(
     assert list(scores) == ["loss", "pearson", "spearman"]
     with pytest.raises(ConfigError, match="bleu: of texts that a model writes, and regression has"):
         lk.evaluate(model=model, tokenizer=tokenizer, data=data, metrics="bleu")
+
+
+def test_the_correlation_of_one_row_is_not_defined_and_that_is_said(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "red cat", "label": 2.5}))
+    model, tokenizer = lk.load_model(tiny_bert, task="regression")
+    data = lk.DataConfig(validation=str(file))
+    with pytest.warns(UserWarning, match="pearson: not defined where all values are equal"):
+        scores = lk.evaluate(model=model, tokenizer=tokenizer, data=data)
+    assert scores["loss"] > 0
+    assert math.isnan(scores["pearson"])
 
 
 @pytest.mark.parametrize(

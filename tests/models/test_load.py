@@ -284,6 +284,18 @@ def test_a_trained_head_for_other_labels_is_not_thrown_away(tmp_path):
     assert "classifier.weight  (3, 32) in the checkpoint, (2, 32) needed" in message
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_an_encoder_that_is_to_write_says_what_writes_and_what_it_does(family, tmp_path):
+    build(family, head="Model").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, pad_token="<pad>")
+    assert told(tmp_path) == (
+        f"{tmp_path} was asked for generation, the task of rows with a prompt, and is an encoder"
+        f" ({family}), which reads a text at once and writes none: give a base that writes, such as"
+        " smollm2, or another task and its rows (classification, regression, multi-label,"
+        " token-classification, question-answering, embedding)"
+    )
+
+
 def test_a_truncated_checkpoint_is_a_model_error(copy):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

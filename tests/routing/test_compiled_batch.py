@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.attachment.state import is_compiled
+from lorakit.attachment.state import is_compiled, require_attachment
 from lorakit.routing.compiled_batch import StaticLoRA
 from references import alone, attach_random, outputs
 from tiny_models import build, example_inputs
@@ -140,7 +140,7 @@ def test_trained_adapters_of_a_compiled_model_keep_their_gradients():
     bank = lk.AdapterBank(compiled)
     attach_random(model, targets=("q",))
     with bank.route(["default", None]):
-        operations = bank._state.route.top.operations
+        operations = require_attachment(model).route.top.operations
         assert not any(isinstance(operation, StaticLoRA) for operation in operations.values())
         inputs = torch.ones(2, 3, dtype=torch.long)
         model(input_ids=inputs).logits.sum().backward()

@@ -18,12 +18,12 @@ pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
 
 from lorakit.config.serve import ServeConfig
-from lorakit.models.load import encodes, load_model
+from lorakit.models.load import load_model
 from lorakit.serving.api.app import build_app
 from lorakit.serving.api.own_engine import OwnEngine
 from lorakit.serving.pooling import way_of
 from lorakit.serving.requests import Delta, Request
-from lorakit.serving.serve import prepared
+from lorakit.serving.serve import _encodes, prepared
 from references import attach_random
 
 SIZES = ("big", "old", "small")
@@ -236,8 +236,8 @@ def test_answers_of_an_encoder_are_no_texts_that_depend_on_a_batch(tiny_bert):
 
 
 def test_a_base_is_an_encoder_by_its_config(tiny_bert, tiny_llama):
-    assert encodes(tiny_bert)
-    assert not encodes(tiny_llama)
+    assert _encodes(str(tiny_bert))
+    assert not _encodes(str(tiny_llama))
 
 
 def test_a_base_pools_as_its_files_say(tiny_bert, tmp_path):

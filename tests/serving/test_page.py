@@ -82,6 +82,73 @@ ANSWERED = "document.getElementById('send').textContent === 'Ask'"
 TEXTS = "[...document.querySelectorAll('.answer')].map((each) => each.textContent)"
 
 
+def give_the_key(page):
+    """Type the key that the page asks for, and see the adapters that it lets one see."""
+    page.wait("document.getElementById('keybox').open")
+    assert "no key" in page.run("document.getElementById('adapters-error').textContent")
+    page.type("#key", "secret")
+    page.run("document.getElementById('keyform').requestSubmit()")
+    page.wait("document.querySelectorAll('#rows tr').length === 4")
+    told = page.run("document.getElementById('rows').innerText")
+    assert "lora r 2" in told
+    assert "yes" in told
+
+
+def ask_both(page):
+    """Ask both columns at once, the second with a combination; the answers are the server's."""
+    choose = "document.querySelectorAll('select.model')[1]"
+    page.run(f"{choose}.value = 'mix:'; {choose}.dispatchEvent(new Event('change'))")
+    page.run("document.querySelectorAll('.length').forEach((each) => { each.value = 6; })")
+    page.type("#prompt", "red cat")
+    assert page.run(NAMELESS) == []
+    page.press("Enter", 2)
+    page.wait(f"{ANSWERED} && document.querySelectorAll('.figures b').length >= 4")
+    left, right = page.run(TEXTS)
+    assert left
+    assert right
+    assert "tokens" in page.run("document.querySelector('.figures').textContent")
+    assert page.run("document.getElementById('status').textContent").startswith("A: ")
+
+
+def look_at_tokens(page):
+    """See a token's probability and its rivals, under the pointer and under the focus."""
+    page.point(".answer span")
+    assert page.run("document.getElementById('tip').innerText").count("%") >= 5
+    page.run("document.querySelector('.answer span').focus()")
+    page.press("ArrowRight")
+    assert page.run("document.activeElement.previousElementSibling !== null")
+    page.press("Escape")
+    assert page.run("document.getElementById('tip').hidden")
+
+
+def load_and_unload(page):
+    """Have an adapter come and go."""
+    page.run("document.querySelector('[aria-label=\"Load late\"]').click()")
+    page.wait("document.querySelector('[aria-label=\"Unload late\"]') !== null")
+    assert page.run("[...document.querySelectorAll('select.model')[0].options].length") == 5
+    page.run("document.querySelector('[aria-label=\"Unload late\"]').click()")
+    page.wait("document.querySelector('[aria-label=\"Load late\"]') !== null")
+
+
+def ask_wrongly(page):
+    """Ask with a setting that is wrong, and be told so in words."""
+    page.run("document.querySelector('.temperature').value = -1")
+    page.press("Enter", 2)
+    page.wait("!document.querySelector('article .error').hidden")
+    assert "temperature: " in page.run("document.querySelector('article .error').textContent")
+    page.wait(ANSWERED)
+    page.run("document.querySelector('.temperature').value = 0")
+
+
+def stop_and_copy(page):
+    """Stop a request, which ends at once, and copy it."""
+    page.run("for (const _ of [1, 2]) document.getElementById('send').click()")
+    page.wait(ANSWERED)
+    assert page.run("document.querySelector('.figures').textContent") == "stopped"
+    page.run("document.querySelector('.python').click()")
+    page.wait("document.querySelector('.python').textContent === 'Copied'")
+
+
 @pytest.mark.browser
 @pytest.mark.thorough
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -89,74 +156,35 @@ TEXTS = "[...document.querySelectorAll('.answer')].map((each) => each.textConten
 def test_two_columns_are_asked_in_a_browser(served, tmp_path, width):
     with Browser(tmp_path / "browser") as page:
         page.open(served, width)
-        page.wait("document.getElementById('keybox').open")
-        assert "no key" in page.run("document.getElementById('adapters-error').textContent")
-        page.type("#key", "secret")
-        page.run("document.getElementById('keyform').requestSubmit()")
-        page.wait("document.querySelectorAll('#rows tr').length === 4")
-        told = page.run("document.getElementById('rows').innerText")
-        assert "lora r 2" in told
-        assert "yes" in told
-
-        # Both at once, the second with a combination; the answers are the server's.
-        choose = "document.querySelectorAll('select.model')[1]"
-        page.run(f"{choose}.value = 'mix:'; {choose}.dispatchEvent(new Event('change'))")
-        page.run("document.querySelectorAll('.length').forEach((each) => { each.value = 6; })")
-        page.type("#prompt", "red cat")
-        assert page.run(NAMELESS) == []
-        page.press("Enter", 2)
-        page.wait(f"{ANSWERED} && document.querySelectorAll('.figures b').length >= 4")
-        left, right = page.run(TEXTS)
-        assert left
-        assert right
-        assert "tokens" in page.run("document.querySelector('.figures').textContent")
-        assert page.run("document.getElementById('status').textContent").startswith("A: ")
-
-        # A token tells its probability and its rivals, under the pointer and under the focus.
-        page.point(".answer span")
-        assert page.run("document.getElementById('tip').innerText").count("%") >= 5
-        page.run("document.querySelector('.answer span').focus()")
-        page.press("ArrowRight")
-        assert page.run("document.activeElement.previousElementSibling !== null")
-        page.press("Escape")
-        assert page.run("document.getElementById('tip').hidden")
-
-        curl = "import('/page/snippets.js').then((m) => m.asCurl('/v1/completions', {a: \"b'c\"}))"
-        assert "-d '{\n  \"a\": \"b'\\''c\"\n}'" in page.run(curl)
-        body = "{model: 'tiny', prompt: 'it\\'s \"so\"', adapters: [{name: 'a', weight: 0.5}]}"
-        written = f"m.asPython('/v1/completions', {body}, true)"
-        python = f"import('/page/snippets.js').then((m) => {written})"
-        calls = [n for n in ast.walk(ast.parse(page.run(python))) if isinstance(n, ast.Call)]
-        (call,) = [n for n in calls if ast.unparse(n.func) == "client.completions.create"]
-        given = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
-        assert given == {
-            "model": "tiny",
-            "prompt": 'it\'s "so"',
-            "extra_body": {"adapters": [{"name": "a", "weight": 0.5}]},
-        }
-
-        # Adapters come and go, and what is wrong is told in words.
-        page.run("document.querySelector('[aria-label=\"Load late\"]').click()")
-        page.wait("document.querySelector('[aria-label=\"Unload late\"]') !== null")
-        assert page.run("[...document.querySelectorAll('select.model')[0].options].length") == 5
-        page.run("document.querySelector('[aria-label=\"Unload late\"]').click()")
-        page.wait("document.querySelector('[aria-label=\"Load late\"]') !== null")
-        page.run("document.querySelector('.temperature').value = -1")
-        page.press("Enter", 2)
-        page.wait("!document.querySelector('article .error').hidden")
-        assert "temperature: " in page.run("document.querySelector('article .error').textContent")
-        page.wait(ANSWERED)
-
-        # What is stopped ends at once, and a request can be copied.
-        page.run("document.querySelector('.temperature').value = 0")
-        page.run("for (const _ of [1, 2]) document.getElementById('send').click()")
-        page.wait(ANSWERED)
-        assert page.run("document.querySelector('.figures').textContent") == "stopped"
-        page.run("document.querySelector('.python').click()")
-        page.wait("document.querySelector('.python').textContent === 'Copied'")
-
+        give_the_key(page)
+        ask_both(page)
+        look_at_tokens(page)
+        load_and_unload(page)
+        ask_wrongly(page)
+        stop_and_copy(page)
         assert page.run("document.documentElement.scrollWidth") <= width
         light = page.run(DARK)
         page.open(served, width, dark=True)
         assert page.run(DARK) != light
         assert [each for each in page.problems if "status of 4" not in each] == []
+
+
+@pytest.mark.browser
+@pytest.mark.thorough
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_request_is_written_for_curl_and_in_python(served, tmp_path):
+    with Browser(tmp_path / "browser") as page:
+        page.open(served)
+        curl = "import('/page/snippets.js').then((m) => m.asCurl('/v1/completions', {a: \"b'c\"}))"
+        assert "-d '{\n  \"a\": \"b'\\''c\"\n}'" in page.run(curl)
+        body = "{model: 'tiny', prompt: 'it\\'s \"so\"', adapters: [{name: 'a', weight: 0.5}]}"
+        written = f"m.asPython('/v1/completions', {body}, true)"
+        program = page.run(f"import('/page/snippets.js').then((m) => {written})")
+    calls = [n for n in ast.walk(ast.parse(program)) if isinstance(n, ast.Call)]
+    (call,) = [n for n in calls if ast.unparse(n.func) == "client.completions.create"]
+    given = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+    assert given == {
+        "model": "tiny",
+        "prompt": 'it\'s "so"',
+        "extra_body": {"adapters": [{"name": "a", "weight": 0.5}]},
+    }

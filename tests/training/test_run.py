@@ -249,6 +249,14 @@ def test_of_equal_scores_the_lower_loss_decides_also_after_resuming(cola, scores
     assert steps == [20, 20]
 
 
+def test_the_loss_decides_where_the_score_is_not_defined(cola, scores):
+    scores(*({"matthews": math.nan, "loss": loss} for loss in (0.9, 0.3, 0.5)))
+    result = train(cola())
+    assert result.best_step == 8
+    assert result.scores == {"matthews": 0.0, "loss": 0.3}
+    assert "NaN" not in (result.out / "log.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("found", "best"),
     [

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapter.atomic_write import read_file, read_files
-from lorakit.adapter.changed_base import of_whole_base
+from lorakit.adapter.changed_base import STARTS, of_whole_base
 from lorakit.adapter.content import AdapterContent
 from lorakit.adapter.file_sizes import header_of, size_problems
 from lorakit.adapter.image_tools import read_for
@@ -27,7 +27,8 @@ from lorakit.adapter.other_tools import DIFFUSERS_FILE, check_not_safetensors, n
 from lorakit.adapter.own_template import TEMPLATE_FILE, TOKENIZER_FILE, own_template
 from lorakit.adapter.peft_config import (
     CONFIG_FILE,
-    REPEATABLE_INITS,
+    CORDA_FILE,
+    is_repeatable,
     read_config,
     unknown_values,
 )
@@ -37,6 +38,7 @@ from lorakit.adapter.recorded import check_content, recorded_adapter
 from lorakit.adapter.tensor_files import (
     PICKLE_FILE,
     WEIGHTS_FILE,
+    read_pickle,
     read_safetensors,
     read_tensors,
     value_problems,
@@ -61,8 +63,8 @@ def load_path(
         path: the folder, or the file.
         config: rank, alpha and targets, which a loralib file does not hold and a folder does.
         kernel_sizes: the convolutions in a loralib file, see `read_loralib`.
-        base: the model that a file of kohya's or diffusers' is for (`read_for`), or PEFT's PiSSA
-            or OLoRA (`of_whole_base`).
+        base: the model that a file of kohya's or diffusers' is for (`read_for`), or PEFT's PiSSA,
+            OLoRA or CorDA (`of_whole_base`).
 
     Raises:
         AdapterFileError: every problem of the files in one message.
@@ -93,7 +95,8 @@ def needs_base(path: Path) -> bool:
         return True
     file = path / CONFIG_FILE
     raw = read_object(file.read_bytes(), CONFIG_FILE, []) if file.is_file() else None
-    return raw is not None and raw.get("init_lora_weights") in REPEATABLE_INITS
+    has_cache = (path / CORDA_FILE).is_file()
+    return raw is not None and is_repeatable(raw.get("init_lora_weights"), has_cache)
 
 
 @contextmanager
@@ -126,7 +129,7 @@ def _read_folder(
         problems = size_problems(folder, READ)
         if problems:
             raise AdapterFileError.listing(f"{folder} cannot be used", problems)
-        files = read_files(folder, READ)
+        files = read_files(folder, (*READ, CORDA_FILE))
         if WEIGHTS_FILE not in files:
             files |= read_files(folder, (PICKLE_FILE,))
     except OSError as error:
@@ -142,7 +145,7 @@ def content_from(
     Args:
         files: content by name, of those of the adapter's files that are there.
         folder: where they are from, or will be, for messages.
-        base: the model that it was trained on, which PEFT's PiSSA and OLoRA need.
+        base: the model that it was trained on, which PEFT's PiSSA, OLoRA and CorDA need.
 
     Raises:
         AdapterFileError: every problem of the files in one message.
@@ -158,7 +161,8 @@ def content_from(
     tensors = read_tensors(files, problems)
     config = None
     if raw is not None and not ("method" in raw and "peft_type" not in raw):
-        config = read_config(raw, problems, has_base=base is not None)
+        has_cache = CORDA_FILE in files
+        config = read_config(raw, problems, has_base=base is not None, has_cache=has_cache)
     elif raw is not None and RECORD_FILE not in files:
         problems.append(f"{RECORD_FILE}  missing; an adapter in lorakit's own form needs it")
     elif raw is not None and record is not None and raw["method"] != record.method:
@@ -168,9 +172,8 @@ def content_from(
     elif not problems:
         assert config is not None
         adapter, problems = read_peft(config, tensors)
-        if adapter is not None and config.init_lora_weights in REPEATABLE_INITS:
-            assert base is not None
-            adapter, problems = of_whole_base(adapter, str(config.init_lora_weights), base)
+        if adapter is not None and base is not None and config.init_lora_weights in STARTS:
+            adapter, problems = _of_whole_base(adapter, str(config.init_lora_weights), base, files)
         template = own_template(files, problems)
         if adapter is not None and template is not None:
             adapter = replace(adapter, card={**adapter.card, "chat_template": template})
@@ -180,6 +183,18 @@ def content_from(
     notes = () if config is None else unknown_values(config)
     adapter = replace(adapter, unverified=(*adapter.unverified, *notes)) if notes else adapter
     return adapter, record
+
+
+def _of_whole_base(
+    adapter: AdapterContent, start: str, base: nn.Module, files: Mapping[str, bytes]
+) -> tuple[AdapterContent | None, list[str]]:
+    """The adapter for the base as it is, and what is wrong with it or CorDA's file."""
+    try:
+        cache = read_pickle(files[CORDA_FILE], CORDA_FILE) if start == "corda" else {}
+    except AdapterFileError as error:
+        return None, [str(error)]
+    problems = [f"{CORDA_FILE}  {line}" for line in value_problems(cache)]
+    return (None, problems) if problems else of_whole_base(adapter, start, base, cache)
 
 
 def _of_mlx(

@@ -14,6 +14,8 @@ from lorakit.models.loftq import BITS, LoftQ
 from lorakit.models.paths import matches
 
 CONFIG_FILE = "adapter_config.json"
+CORDA_FILE = "corda_cache.pt"
+"""What PEFT's `preprocess_corda` wrote to `corda_config.cache_file`, copied beside the adapter."""
 
 # Fields of PEFT's LoraConfig that change what the adapter computes, and that lorakit can't do.
 UNSUPPORTED = {
@@ -27,11 +29,11 @@ UNSUPPORTED = {
 }
 # Ways to start training that leave the base as it was; the others move part of it into A and B.
 NEUTRAL_INITS = (True, False, "gaussian", "eva", "mica", "orthogonal")
-# Starts that depend on the base's weights alone, so that they can be computed again from them.
-REPEATABLE_INITS = ("pissa", "olora")
+# Starts that can be computed again: from the base's weights alone, CorDA's with `CORDA_FILE`.
+REPEATABLE_INITS = ("pissa", "olora", "corda")
 WHY_NOT_REPEATABLE = {
     "pissa_niter": "its start is drawn at random, by a seed that no file has",
-    "corda": "its start depends on the texts that it was made with, which no file has",
+    "corda": "its start depends on the texts that it was made with",
     "lora_ga": "its start depends on the gradients that it was made with, which no file has",
 }
 """Why the start cannot be computed again, by what PEFT's word for it begins with."""
@@ -142,7 +144,7 @@ def first_match(pattern: Mapping[str, V], path: str, default: V) -> V:
 
 
 def read_config(
-    raw: dict[str, Any], problems: list[str], *, has_base: bool = False
+    raw: dict[str, Any], problems: list[str], *, has_base: bool = False, has_cache: bool = False
 ) -> PeftConfig | None:
     """The configuration in adapter_config.json; None where a field is wrong.
 
@@ -150,6 +152,7 @@ def read_config(
         raw: the file's object.
         problems: gets a line for each wrong field, and for each thing that lorakit can't do.
         has_base: the base is there, for a start that depends on its weights.
+        has_cache: `CORDA_FILE` is there, for CorDA's.
     """
     method = raw.get("peft_type", "LORA")
     if isinstance(method, str) and method != "LORA":
@@ -163,11 +166,11 @@ def read_config(
     except ValidationError as error:
         problems += file_problems(CONFIG_FILE, error)
         return None
-    problems += _unsupported(config, has_base)
+    problems += _unsupported(config, has_base, has_cache)
     return config
 
 
-def _unsupported(config: PeftConfig, has_base: bool) -> list[str]:
+def _unsupported(config: PeftConfig, has_base: bool, has_cache: bool) -> list[str]:
     """A line for each thing that the configuration needs and lorakit can't do."""
     extra = config.model_extra or {}
     lines = [
@@ -175,9 +178,9 @@ def _unsupported(config: PeftConfig, has_base: bool) -> list[str]:
         for key, reason in UNSUPPORTED.items()
         if extra.get(key)
     ]
-    known = (*NEUTRAL_INITS, "loftq", *(REPEATABLE_INITS if has_base else ()))
-    if config.init_lora_weights not in known:
-        lines.append(f"{CONFIG_FILE}  init_lora_weights: {_of_changed_base(config)}")
+    can_repeat = is_repeatable(config.init_lora_weights, has_cache)
+    if config.init_lora_weights not in (*NEUTRAL_INITS, "loftq") and not (has_base and can_repeat):
+        lines.append(f"{CONFIG_FILE}  init_lora_weights: {_of_changed_base(config, can_repeat)}")
     lines += [
         f"{CONFIG_FILE}  {key}: unknown to lorakit, and it may change the output; "
         "remove it if you know that it does not"
@@ -187,18 +190,33 @@ def _unsupported(config: PeftConfig, has_base: bool) -> list[str]:
     return [*lines, *_bad_loftq(config), *_bad_ranges(config), *_bad_patterns(config)]
 
 
-def _of_changed_base(config: PeftConfig) -> str:
+def is_repeatable(init: Any, has_cache: bool) -> bool:
+    """Whether a start that has changed the base can be computed again with it.
+
+    Args:
+        init: PEFT's word for the start, as its file has it.
+        has_cache: `CORDA_FILE` is there.
+    """
+    return init in REPEATABLE_INITS and (init != "corda" or has_cache)
+
+
+def _of_changed_base(config: PeftConfig, can_repeat: bool) -> str:
     """Why A and B are of another base than the one that was loaded, and how to mend that."""
     init = str(config.init_lora_weights)
-    if init in REPEATABLE_INITS:
+    if can_repeat:
         return (
             f"{init!r} changes the base's weights, from which its start can be computed again: "
             "read it with them, as Adapter.load(…, base=MODEL) or lorakit convert --model does"
         )
     reasons = (why for start, why in WHY_NOT_REPEATABLE.items() if init.startswith(start))
     why = "".join(f" ({reason})" for reason in reasons)
+    cache = (
+        f"copy the file that PEFT's preprocess_corda wrote as corda_config.cache_file into the "
+        f"folder, as {CORDA_FILE}, and read it with the base; or "
+    )
     return (
-        f"{init!r} changes the base's weights{why}; save it from PEFT with "
+        f"{init!r} changes the base's weights{why}; {cache if init == 'corda' else ''}save it from "
+        "PEFT with "
         "path_initial_model_for_weight_conversion, the folder of the adapter as it was before "
         "training: A and B of twice the rank then belong to the base as it is"
     )

@@ -238,10 +238,12 @@ def answer(
         )
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         own, room = [ends[row] for row in rows], fit.rooms[rows[0]]
-        with route.of(rows):
-            if isinstance(search, BeamSearch):
-                written = beam_search(model, batch, search, ends=own, max_new_tokens=room)
-            else:
+        if isinstance(search, BeamSearch):
+            written = beam_search(
+                model, batch, search, route=route, rows=rows, ends=own, max_new_tokens=room
+            )
+        else:
+            with route.of(rows):
                 written = _generated(model, tokenizer, batch, own, search, max_new_tokens=room)
         for row, ids in zip(rows, written, strict=True):
             texts[row] = text_of(tokenizer, ids, ends[row])

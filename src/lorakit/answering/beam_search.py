@@ -55,22 +55,26 @@ def beam_search(
     batch: dict[str, Tensor],
     search: BeamSearch,
     *,
+    route: RouteParts,
+    rows: Sequence[int],
     ends: Sequence[Collection[int]],
     max_new_tokens: int,
 ) -> list[list[int]]:
     """The best answer to each prompt, as token ids, with the token that ends it if there is one.
 
     Args:
-        model: a causal language model that keeps keys and values, with or without a route.
+        model: a causal language model that keeps keys and values.
         batch: `input_ids` and `attention_mask` (rows × positions), padded on the left.
         search: the width of the search, and what it prefers.
+        route: what the model's rows use.
+        rows: the number of each prompt's row among those of the route.
         ends: for each row the tokens that end its answer.
         max_new_tokens: longest answer, in tokens.
 
     Raises:
         ModelError: the model keeps no keys and values.
     """
-    reader = _Reader(model, batch)
+    reader = _Reader(model, batch, route, rows)
     best = [_Best(each, search.length_penalty, max_new_tokens) for each in ends]
     going = best
     logits = reader.read(batch["input_ids"])
@@ -115,8 +119,14 @@ def _likeliest(scores: Tensor, logits: Tensor, beams: int) -> tuple[Tensor, Tens
 class _Reader:
     """A model that reads prompts, and then one token of each beam after the other."""
 
-    def __init__(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: dict[str, Tensor],
+        route: RouteParts,
+        rows: Sequence[int],
+    ) -> None:
+        self._model, self._route = model, route
         self._takes = inspect.signature(model.forward).parameters
         if model.config.is_encoder_decoder:
             raise ModelError(
@@ -130,15 +140,13 @@ class _Reader:
             )
         self._cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
         self._mask = batch["attention_mask"]
-        self._prompts = len(self._mask)
-        self._prompt_of_beam = list(range(self._prompts))
-        self._route = RouteParts(model, self._prompts, at_once=self._prompts)
+        self._row_of_beam = list(rows)
 
     def read(self, ids: Tensor) -> Tensor:
         """The logits after these tokens of each beam (beams × vocabulary), in float32."""
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         options = {"position_ids": positions, "logits_to_keep": 1}
-        with self._route.of(self._prompt_of_beam), few_rows(self._model, ids.numel()):
+        with self._route.of(self._row_of_beam), few_rows(self._model, ids.numel()):
             output = self._model(
                 input_ids=ids,
                 attention_mask=self._mask,
@@ -153,7 +161,7 @@ class _Reader:
         choose_rows(self._cache, beams)
         next_token = self._mask.new_ones(len(beams), 1)
         self._mask = torch.cat([self._mask[list(beams)], next_token], dim=1)
-        self._prompt_of_beam = [self._prompt_of_beam[beam] for beam in beams]
+        self._row_of_beam = [self._row_of_beam[beam] for beam in beams]
 
 
 @dataclass

@@ -28,6 +28,8 @@ from lorakit.data.objectives.preference import check_reads_in_one_piece
 from lorakit.data.row_types import LabelledRow, Row, Rows, references_of
 from lorakit.data.rows import read_rows
 from lorakit.errors import ConfigError, DataError
+from lorakit.models.load import model_name
+from lorakit.models.tasks import check_does
 from lorakit.training.evaluation import Scored, scored
 from lorakit.training.loss import Loss
 from lorakit.training.virtual_tokens import encode_for
@@ -108,6 +110,7 @@ def evaluation(
             opened = _comparing(opened)
         if opened.task in OBJECTIVES:
             OBJECTIVES[opened.task].check_library()
+        check_does(model_name(opened.model), opened.model.config, task_of_base(opened.task))
         run = _Run(config, scorers, opened, _rows(opened), progress=progress)
         scores = run.scores_of_texts() if opened.task == "generation" else run.scores_of_labels()
     return Evaluation(
@@ -210,13 +213,13 @@ class _Run:
         objective = OBJECTIVES[self._opened.task]
         outputs = [objective.shown(answer, labels) for answer in found.predicted]
         self._write(rows, [row.texts for row in rows if isinstance(row, LabelledRow)], outputs)
-        if not self._scorers.has_official:
-            return found.scores
-        official = self._scorers.official(rows, outputs)
-        undefined = [name for name, value in official.items() if math.isnan(value)]
-        if undefined:
+        scores = found.scores
+        if self._scorers.has_official:
+            scores = {"loss": scores["loss"]} | self._scorers.official(rows, outputs)
+        undefined = [name for name, value in scores.items() if math.isnan(value)]
+        if undefined and "loss" not in undefined:
             self.notes.append(f"{' and '.join(undefined)}: not defined where all values are equal")
-        return {"loss": found.scores["loss"]} | official
+        return scores
 
     def _asked(self) -> list[Row]:
         """The rows to answer: those with references; none, where no score needs answers.

@@ -33,6 +33,8 @@ from lorakit.data.encode import encode_prompt
 from lorakit.data.row_types import Message, MessagesRow, PromptRow, Row
 from lorakit.errors import ConfigError
 from lorakit.kernels.few_rows import few_rows
+from lorakit.models.load import model_name
+from lorakit.models.tasks import check_does
 from lorakit.routing.row_parts import names_of_rows
 
 
@@ -138,11 +140,13 @@ def _encoded(config: GenerateConfig, opened: Opened, prompts: Sequence[str]) -> 
     """The token ids of each prompt.
 
     Raises:
-        ConfigError: the model writes no text.
+        ConfigError: the model has labels.
+        ModelError: it is an encoder.
     """
     if opened.task != "generation":
         what = "adapter" if opened.adapter else "model"
         raise ConfigError(f"this {what} does {opened.task}: it has labels, and writes no text")
+    check_does(model_name(opened.model), opened.model.config, opened.task)
     two = opened.model.config.is_encoder_decoder
     return [
         encode_prompt(_row(prompt, use), use.tokenizer, use.data, encoder_decoder=two)

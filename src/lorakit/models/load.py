@@ -23,7 +23,7 @@ from lorakit.models.quantized import quantize as quantize_model
 from lorakit.models.replication import replicate_layers
 from lorakit.models.roles import input_embedding, task_heads
 from lorakit.models.source import explained, gguf_file, quiet, source_of
-from lorakit.models.tasks import TASKS, has_classes, model_task, task_of_config
+from lorakit.models.tasks import TASKS, check_does, has_classes, model_task, task_of_config
 from lorakit.upstream.private_names import initialize, loaded_from
 
 _SHOWN_TENSORS = 5
@@ -164,6 +164,8 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
             else:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
             config = transformers.AutoConfig.from_pretrained(source, **safe)
+            if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+                check_does(asked, config, task)
             auto_class: Any = getattr(transformers, model_task(task, config).auto_class)
             # Mismatched sizes are reported by us, with the shapes.
             reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -228,21 +230,6 @@ def own_task(name: str | os.PathLike[str]) -> str:
     """
     config = config_of(name)
     return task_of_config(next(iter(config.architectures or ()), ""), config)
-
-
-def encodes(name: str | os.PathLike[str]) -> bool:
-    """Whether a base reads a text at once, and writes none: an encoder, or a classifier.
-
-    Raises:
-        ModelError: the model cannot be found, or its config not be read.
-    """
-    config = config_of(name)
-    architecture = next(iter(config.architectures or ()), "")
-    if task_of_config(architecture, config) != "generation":
-        return True
-    writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
-    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    return masked and not (writes or architecture.endswith(("ForCausalLM", "LMHeadModel")))
 
 
 def own_classes(name: str | os.PathLike[str], task: str | None = None) -> tuple[str, ...] | None:
@@ -358,6 +345,7 @@ def _check_complete(
     if heads and any(key.startswith(heads) for key, *_ in mismatched):
         problems.append("fresh_head leaves the checkpoint's head out, and starts another")
     if problems:
+        check_does(name, model.config, task)
         raise ModelError.listing(f"{name!r} does not fit {task} with these settings", problems)
 
 

@@ -79,6 +79,8 @@ def explained(name: str, source: str, task: str) -> Iterator[None]:
     """Turn any error that transformers raises about a model into a ModelError."""
     try:
         yield
+    except ModelError:
+        raise
     # A damaged config or checkpoint can fail anywhere in transformers, with any type of error.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

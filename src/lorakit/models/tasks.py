@@ -9,6 +9,8 @@ from typing import Any
 
 import transformers
 
+from lorakit.errors import ModelError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTask:
@@ -114,6 +116,35 @@ def task_of_config(architecture: str, config: transformers.PreTrainedConfig) -> 
     if config.problem_type == _MULTI_LABEL:
         return "multi-label"
     return "regression" if config.num_labels == 1 else "classification"
+
+
+def is_encoder(config: transformers.PreTrainedConfig) -> bool:
+    """Whether a base with a config reads a text at once, and has nothing that writes one."""
+    architecture = next(iter(config.architectures or ()), "")
+    writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return masked and not (writes or architecture.endswith(("ForCausalLM", "LMHeadModel")))
+
+
+def check_does(name: str, config: transformers.PreTrainedConfig, task: str) -> None:
+    """Make sure that a base writes texts, where the task is to.
+
+    Args:
+        name: of the base; "": it has none.
+        config: its own.
+        task: what it is for.
+
+    Raises:
+        ModelError: it is an encoder.
+    """
+    if task == "generation" and is_encoder(config):
+        others = [each for each in TASKS if each != task and not TASKS[each].reads_images]
+        raise ModelError(
+            f"{name or 'the loaded model'} was asked for generation, the task of rows with a"
+            f" prompt, and is an encoder ({config.model_type}), which reads a text at once and"
+            " writes none: give a base that writes, such as smollm2, or another task and its rows"
+            f" ({', '.join(others)})"
+        )
 
 
 def has_classes(task: str) -> bool:

@@ -24,7 +24,8 @@ from lorakit.attachment.open_model import open_model
 from lorakit.config.serve import ServeConfig
 from lorakit.data.chat import with_template
 from lorakit.errors import ConfigError, MissingExtraError
-from lorakit.models.load import encodes, fresh_heads, load_model
+from lorakit.models.load import config_of, fresh_heads, load_model, own_task
+from lorakit.models.tasks import is_encoder
 from lorakit.serving.catalog import EMBEDDING, ENCODING, Catalog
 from lorakit.serving.encoder_engine import EncoderEngine
 from lorakit.serving.engine import Engine
@@ -233,7 +234,7 @@ def _base(settings: ServeConfig) -> _Base:
     if not (name or adapter):
         raise ConfigError("model: name the base that is served, such as --model smollm2")
     task = TrainedUse.on(adapter.card).task if adapter else None
-    if task in (*ENCODING, EMBEDDING) or (name and encodes(name)):
+    if task in (*ENCODING, EMBEDDING) or (name and _encodes(name)):
         return _Base(name, *_encoder(settings, adapter, name), encodes=True)
     opened = open_model(
         adapter,
@@ -247,6 +248,11 @@ def _base(settings: ServeConfig) -> _Base:
         detach(opened.model)
     tokenizer = with_template(opened.tokenizer, opened.base_template)
     return _Base(name, opened.model, tokenizer, encodes=False)
+
+
+def _encodes(name: str) -> bool:
+    """Whether a base reads a text at once, and writes none: an encoder, or a classifier."""
+    return own_task(name) != "generation" or is_encoder(config_of(name))
 
 
 def _encoder(

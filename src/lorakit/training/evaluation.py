@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,3 +86,15 @@ def scored(
     predicted = objective.combined([by_row[row] for row in range(len(examples))], examples)
     scores = objective.scores(predicted, examples, names=names, best_by=best_by)
     return Scored(scores={"loss": mean, **scores}, predicted=predicted)
+
+
+def compared(scores: Mapping[str, float]) -> dict[str, float]:
+    """Scores as the adapters of a run are compared by them.
+
+    A correlation that is not defined, as of one row, is 0 there, so that the losses decide; but not
+    where the loss is none either.
+    """
+    undefined = {name for name, value in scores.items() if math.isnan(value)}
+    if "loss" in undefined:
+        return dict(scores)
+    return {**scores, **dict.fromkeys(undefined, 0.0)}

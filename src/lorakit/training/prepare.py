@@ -30,6 +30,7 @@ from lorakit.errors import AdapterFileError, ConfigError
 from lorakit.models.load import load_model, redraw_fresh_head
 from lorakit.models.quantized import Quantization
 from lorakit.models.shape import context_length, decoder_start, hidden_size
+from lorakit.models.tasks import check_does
 from lorakit.training.loaded_base import LoadedBase, settled
 from lorakit.training.memory.compiled_blocks import LENGTHS, check_compile
 from lorakit.training.memory.memory_setting import check_memory
@@ -153,6 +154,7 @@ def prepare_all(
         _check_preference(configs)
     first = settled(next(iter(configs.values())), base)
     model, tokenizer = _model_of(base, first, task, labels)
+    check_does(first.model, model.config, task_of_base(task))
     if task == "preference":
         check_reads_in_one_piece(model)
     packing = packing_of(model, task, first)

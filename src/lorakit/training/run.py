@@ -25,7 +25,7 @@ from lorakit.routing.route import route
 from lorakit.training.card import training_card
 from lorakit.training.checkpoints import step_of
 from lorakit.training.checks import Interruption, UntrainedParts
-from lorakit.training.evaluation import scored
+from lorakit.training.evaluation import compared, scored
 from lorakit.training.loaded_base import borrowed, settled
 from lorakit.training.loss import Loss
 from lorakit.training.memory.compiled_blocks import compiled_blocks
@@ -286,7 +286,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     def scorer(model: torch.nn.Module) -> dict[str, float]:
         assert validation is not None
         with route(model, prepared.name):
-            return scored(
+            found = scored(
                 model,
                 validation.examples,
                 loss=plain_loss,
@@ -294,7 +294,8 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
                 batch_size=4 * config.batch_size,
                 names=prepared.labels,
                 best_by=prepared.best_by,
-            ).scores
+            )
+        return compared(found.scores)
 
     trainer = make_trainer(
         adapter_name=prepared.name,

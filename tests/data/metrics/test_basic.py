@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lorakit.data.metrics.basic import accuracy, bleu, exact_match, matthews, pearson
+from lorakit.data.metrics.classes import spearman
 from lorakit.errors import DataError, MissingExtraError
 
 
@@ -41,10 +42,14 @@ def test_matthews_agrees_with_scikit_learn_and_a_hand_computed_value() -> None:
     assert matthews([1, 1, 1], [0, 1, 1]) == 0
 
 
-@pytest.mark.parametrize("constant", [[0.1, 0.1, 0.1], [1.0, 1.0, 1.0]])
-def test_a_constant_side_shows_no_relation(constant: list[float]) -> None:
-    assert pearson(constant, [1.0, 2.0, 3.0]) == 0
-    assert pearson([1.0, 2.0, 3.0], constant) == 0
+@pytest.mark.parametrize("correlation", [pearson, spearman])
+@pytest.mark.parametrize("constant", [[0.1, 0.1, 0.1], [1.0, 1.0, 1.0], [2.0]])
+def test_a_constant_side_has_no_correlation(
+    constant: list[float], correlation: Callable[..., float]
+) -> None:
+    other = [1.0, 2.0, 3.0][: len(constant)]
+    assert math.isnan(correlation(constant, other))
+    assert math.isnan(correlation(other, constant))
 
 
 def test_bleu_of_one_sentence_is_the_formula() -> None:

@@ -1,5 +1,6 @@
 """Scores of a model's outputs. Shares are from 0 to 1, correlations from -1 to 1, BLEU to 100."""
 
+import math
 from collections.abc import Hashable, Sequence
 from importlib.metadata import version
 from itertools import zip_longest
@@ -37,7 +38,7 @@ def accuracy(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> flo
 
 
 def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
-    """Pearson's correlation, from -1 to 1; 0 where one side is constant.
+    """Pearson's correlation, from -1 to 1; NaN where one side is constant, as a single value is.
 
     Raises:
         DataError: there is no prediction, or not one expectation for each.
@@ -45,7 +46,7 @@ def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
     _check(predicted, expected)
     x, y = (np.asarray(side, dtype=np.float64) for side in (predicted, expected))
     if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
+        return math.nan
     return float(np.corrcoef(x, y)[0, 1])
 
 

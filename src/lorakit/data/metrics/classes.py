@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from types import ModuleType
@@ -87,13 +88,13 @@ def check_scipy() -> None:
 
 
 def spearman(predicted: Sequence[float], expected: Sequence[float]) -> float:
-    """Spearman's correlation of ranks, from -1 to 1; 0 where one side is constant.
+    """Spearman's correlation of ranks, from -1 to 1; NaN where one side is constant.
 
     Raises:
         MissingExtraError: scipy is not installed.
     """
     if len(set(predicted)) < 2 or len(set(expected)) < 2:
-        return 0.0
+        return math.nan
     return float(_scipy().spearmanr(predicted, expected).statistic)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
-import lorakit.bank
+import lorakit.bank.bank
 from lorakit.adapter import folder as formats
 from lorakit.attachment.attach import fit_and_build
 from lorakit.attachment.state import modules_of
@@ -54,7 +54,7 @@ def while_built(monkeypatch, action):
         action(adapter)
         return ready
 
-    monkeypatch.setattr(lorakit.bank, "fit_and_build", wrapped)
+    monkeypatch.setattr(lorakit.bank.bank, "fit_and_build", wrapped)
 
 
 def assert_empty(bank):

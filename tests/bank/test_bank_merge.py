@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lorakit as lk
+from bank.test_bank import KINDS, answers, made
 from lorakit.errors import MergeError
 from references import attach_random, base_hash, outputs
-from test_bank import KINDS, answers, made
 from tiny_models import build, example_inputs
 
 

@@ -1,11 +1,10 @@
-"""Many adapters on one base: load, evict, reload, route rows to them, switch, merge."""
+"""The bank of adapters: it reads and verifies them, routes rows to them, switches and merges."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -13,15 +12,10 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter, AdapterSource
 from lorakit.adapter.hub import local_path
 from lorakit.adapter.tensor_files import value_problems
-from lorakit.attachment.attach import extract, fit_and_build, install, remove
-from lorakit.attachment.state import (
-    Attachment,
-    attachment_for,
-    attachment_of,
-    check_model,
-    is_compiled,
-)
-from lorakit.errors import AdapterFileError, BankError, did_you_mean
+from lorakit.attachment.attach import extract, fit_and_build
+from lorakit.attachment.state import check_model, is_compiled
+from lorakit.bank.entries import Entries, Held, Ready
+from lorakit.errors import AdapterFileError, BankError
 from lorakit.layers.operation import Update
 from lorakit.merging.merge import merge, unmerge
 from lorakit.merging.report import MergeReport
@@ -30,42 +24,8 @@ from lorakit.routing.choices import Choice, RowChoices
 from lorakit.routing.compiled_model import prepare_for_compile
 from lorakit.routing.route import route_rows, switch
 
-Ready = tuple[dict[str, Update], Adapter]
-"""An adapter's updates by module path, verified, and the adapter without its tensors."""
-
 SHOWN = 8
 """The adapters that a bank's repr names."""
-
-
-@dataclass
-class BankEntry:
-    """One adapter of a bank."""
-
-    content_hash: str
-    """`Adapter.content_hash()`; empty for one that came by lk.attach."""
-    size_bytes: int
-    """Memory of its tensors."""
-    folder: Path | None
-    """The folder from which it is read again after an eviction; None: it was added from memory, and
-    is never evicted."""
-    pinned: bool = False
-    routes: int = 0
-    """The number of routes that use it now."""
-    used: int = 0
-    """The number of its last use, counted over all adapters."""
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """An adapter as a name meant it at one moment, whatever the name means later."""
-
-    name: str
-    content_hash: str
-    """`Adapter.content_hash()`; empty for one that came by lk.attach."""
-    record: Adapter
-    """Its settings, origin and training card, without tensors."""
-    updates: Mapping[int, Update]
-    """By the layer's number."""
 
 
 class AdapterBank:
@@ -113,18 +73,13 @@ class AdapterBank:
         self.budget_bytes = budget_bytes
         self._allow_other_base = allow_other_base
         self._check = check
-        self._entries: dict[str, BankEntry] = {}
-        self._uses = 0
-        self._table = threading.RLock()
-        """Held for moments: to read and write the entries."""
         self._loading = threading.RLock()
         """Held while adapters are loaded or removed."""
         self._routing = threading.RLock()
         """Held by the thread whose route is open."""
         if is_compiled(model):
             prepare_for_compile(model)
-        self._attachment = attachment_for(self.model)
-        self._notice()
+        self._entries = Entries(self.model)
 
     def load(self, name: str, source: AdapterSource, *, revision: str | None = None) -> Adapter:
         """Read an adapter, verify it, and hold it under a name.
@@ -171,14 +126,8 @@ class AdapterBank:
         Raises:
             BankError: it is not known, pinned, merged or switched to.
         """
-        with self._loading, self._table:
-            entry = self._entry(name)
-            if entry.pinned:
-                raise BankError(f"adapter {name!r} is pinned: bank.unpin({name!r}) first")
-            self._refuse_busy(name, "unload it")
-            del self._entries[name]
-            if self._is_resident(name):
-                remove(self._state, name)
+        with self._loading:
+            self._entries.forget(name)
 
     def pin(self, name: str) -> None:
         """Keep an adapter in memory, whatever the budget needs.
@@ -187,7 +136,7 @@ class AdapterBank:
             BankError: it is not known.
         """
         with self._kept([name]):
-            self._entry(name).pinned = True
+            self._entries.of(name).pinned = True
 
     def unpin(self, name: str) -> None:
         """Let an adapter be evicted and unloaded again.
@@ -195,33 +144,31 @@ class AdapterBank:
         Raises:
             BankError: it is not known.
         """
-        self._entry(name).pinned = False
+        self._entries.of(name).pinned = False
 
     @property
     def pinned(self) -> tuple[str, ...]:
         """The adapters that stay in memory, whatever the budget needs."""
-        return tuple(name for name, entry in list(self._entries.items()) if entry.pinned)
+        return self._entries.pinned
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every adapter that a route may name, resident or not."""
-        self._notice()
-        return tuple(self._entries)
+        return self._entries.names
 
     @property
     def resident(self) -> tuple[str, ...]:
         """The adapters in memory."""
-        self._notice()
-        return tuple(name for name in list(self._entries) if self._is_resident(name))
+        return self._entries.resident
 
     def is_resident(self, name: str) -> bool:
         """Whether an adapter is in memory."""
-        return name in self._entries and self._is_resident(name)
+        return self._entries.is_resident(name)
 
     @property
     def resident_bytes(self) -> int:
         """The memory of the adapters in it."""
-        return sum(self._entries[name].size_bytes for name in self.resident)
+        return sum(self.size_bytes(name) for name in self.resident)
 
     def size_bytes(self, name: str) -> int:
         """The memory of an adapter, resident or not.
@@ -229,13 +176,12 @@ class AdapterBank:
         Raises:
             BankError: it is not known.
         """
-        with self._table:
-            return self._entry(name).size_bytes
+        return self._entries.of(name).size_bytes
 
     @property
     def active(self) -> str | None:
         """The adapter that answers for all rows; None: the base, or rows differ."""
-        return self._state.route.frame.name
+        return self._entries.state.route.frame.name
 
     def __repr__(self) -> str:
         """One line: the adapters, which of them are in memory, and which is in use."""
@@ -243,7 +189,7 @@ class AdapterBank:
         shown = [name if name in resident else f"{name} (evicted)" for name in self.names[:SHOWN]]
         shown += [f"… and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
         budget = "" if self.budget_bytes is None else f" of {self.budget_bytes / 1e6:,.1f}"
-        merged = " (merged)" if self._state.route.merged else ""
+        merged = " (merged)" if self._entries.state.route.merged else ""
         return (
             f"AdapterBank({', '.join(shown) or 'empty'}; {self.resident_bytes / 1e6:,.1f}{budget} "
             f"MB in memory; {self.active or 'the base'}{merged} in use)"
@@ -276,9 +222,7 @@ class AdapterBank:
             AdapterFileError: an evicted adapter's folder is not what it was.
         """
         with self._routing:
-            self._notice()
-            with self._table:
-                choices = RowChoices.of(names, self._entries)
+            choices = RowChoices.of(names, dict.fromkeys(self._entries.names))
             with self._kept(choices.names), route_rows(self.model, choices, lengths=lengths):
                 yield
 
@@ -291,20 +235,15 @@ class AdapterBank:
             BankError: it is not known, or there is no room for it.
             AdapterFileError: an evicted adapter's folder is not what it was.
         """
-        with self._table:
-            self._note_use(self._entry(name))
-            if self._is_resident(name):
-                return self._held(name)
+        with self._entries.lock:
+            self._entries.note_use(name)
+            if self._entries.is_resident(name):
+                return self._entries.held(name)
         # Nothing is evicted while this lock is taken, so it needs no place of its own beyond that:
         # many who hold at once never leave each other without room.
         with self._loading:
             self._ensure_resident([name])
-            with self._table:
-                return self._held(name)
-
-    def _held(self, name: str) -> Held:
-        attached = self._state.adapters[name]
-        return Held(name, self._entry(name).content_hash, attached.record, attached.updates)
+            return self._entries.held(name)
 
     def switch(self, name: str | None) -> None:
         """Make one adapter, or with None the base, answer for all rows from now on.
@@ -314,10 +253,10 @@ class AdapterBank:
             MergeError: another adapter is merged into the weights.
         """
         with self._routing:
-            with self._table:
-                if name is None or name in self._state.adapters:
+            with self._entries.lock:
+                if name is None or self._entries.is_resident(name):
                     if name is not None:
-                        self._note_use(self._entry(name))
+                        self._entries.note_use(name)
                     return switch(self.model, name)
             with self._kept([name]):
                 return switch(self.model, name)
@@ -347,49 +286,13 @@ class AdapterBank:
         with self._routing, self._loading:
             unmerge(self.model)
 
-    @property
-    def _state(self) -> Attachment:
-        if attachment_of(self.model) is not self._attachment:
-            raise BankError("the model was detached from this bank's adapters: make a new bank")
-        return self._attachment
-
-    def _is_resident(self, name: str) -> bool:
-        # The model knows; it also knows of those that lk.detach took out.
-        return name in self._state.adapters
-
-    def _notice(self) -> None:
-        """Add entries for adapters that came by lk.attach."""
-        with self._table:
-            for name, each in self._state.adapters.items():
-                if name not in self._entries:
-                    updates = each.updates.values()
-                    size = sum(p.nbytes for update in updates for p in update.parameters())
-                    self._entries[name] = BankEntry("", size, None)
-
-    def _entry(self, name: str) -> BankEntry:
-        if name not in self._entries:
-            self._notice()
-        if name not in self._entries:
-            raise BankError(
-                f"the bank has no adapter {name!r}{did_you_mean(name, self._entries)}; "
-                f"it has: {', '.join(self._entries) or 'none'}"
-            )
-        return self._entries[name]
-
-    def _refuse_busy(self, name: str, purpose: str) -> None:
-        route = self._state.route
-        if route.merged == name:
-            raise BankError(f"adapter {name!r} is merged: bank.unmerge(), then {purpose}")
-        if route.bottom.name == name:
-            raise BankError(f"adapter {name!r} is switched to: bank.switch(None), then {purpose}")
-
     def _ready(self, name: str, adapter: Adapter, *, copy: bool) -> Ready | None:
         """Verify an adapter and make its updates; None if the name holds this content already."""
-        held = name in self._entries and self._is_resident(name)
+        held = self._entries.is_resident(name)
         # Training may have changed it since it was loaded.
         if held and extract(self.model, name).content_hash() == adapter.content_hash():
             return None
-        if self._state.route.merged == name:
+        if self._entries.state.route.merged == name:
             raise BankError(f"adapter {name!r} is merged: bank.unmerge(), then replace it")
         return self._updates_of(adapter, copy=copy)
 
@@ -397,18 +300,16 @@ class AdapterBank:
         self, name: str, adapter: Adapter, ready: Ready | None, folder: Path | None
     ) -> Adapter:
         """Make an adapter resident under a name."""
-        if ready is None:
-            self._entries[name].folder = folder
-            return self._state.adapters[name].record
-        updates, record = ready
-        self._make_room(name, adapter.size_bytes)
-        with self._table:
-            install(self.model, updates, name, record, trainable=False)
-            entry = self._entries.setdefault(name, BankEntry("", 0, None))
-            entry.content_hash, entry.size_bytes = adapter.content_hash(), adapter.size_bytes
-            entry.folder = folder
-            self._note_use(entry)
-        return record
+        if ready is not None:
+            self._make_room(name, adapter.size_bytes)
+        self._entries.put(
+            name,
+            ready,
+            content_hash=adapter.content_hash(),
+            size_bytes=adapter.size_bytes,
+            folder=folder,
+        )
+        return self._entries.held(name).record
 
     def _updates_of(self, adapter: Adapter, *, copy: bool) -> Ready:
         _, updates, record = fit_and_build(
@@ -429,32 +330,20 @@ class AdapterBank:
         Raises:
             BankError: one is not known, or there is no room for them.
         """
-        with self._table:
-            entries = [self._entry(name) for name in names]
-            for entry in entries:
-                entry.routes += 1
-                self._note_use(entry)
-        try:
+        with self._entries.in_use(names):
             self._ensure_resident(names)
             yield
-        finally:
-            with self._table:
-                for entry in entries:
-                    entry.routes -= 1
-
-    def _note_use(self, entry: BankEntry) -> None:
-        self._uses += 1
-        entry.used = self._uses
 
     def _ensure_resident(self, names: Sequence[str]) -> None:
-        if all(map(self._is_resident, names)):
+        if all(map(self._entries.is_resident, names)):
             return
         with self._loading:
             for name in names:
-                if not self._is_resident(name):
-                    self._reload(name, self._entry(name))
+                if not self._entries.is_resident(name):
+                    self._reload(name)
 
-    def _reload(self, name: str, entry: BankEntry) -> None:
+    def _reload(self, name: str) -> None:
+        entry = self._entries.of(name)
         if entry.folder is None:
             raise BankError(f"adapter {name!r} was detached and has no folder: bank.add it again")
         adapter = Adapter.load(entry.folder)
@@ -463,40 +352,10 @@ class AdapterBank:
                 f"{entry.folder} holds another adapter than when {name!r} was loaded from it: "
                 f"bank.load({name!r}, ...) takes the new one"
             )
-        updates, record = self._updates_of(adapter, copy=False)
+        ready = self._updates_of(adapter, copy=False)
         self._make_room(name, entry.size_bytes)
-        with self._table:
-            install(self.model, updates, name, record, trainable=False)
+        self._entries.install(name, ready)
 
     def _make_room(self, name: str, size_bytes: int) -> None:
-        """Evict what was not used for the longest time, until an adapter has room.
-
-        Raises:
-            BankError: it has not, whatever may be evicted; nothing is evicted then.
-        """
-        if self.budget_bytes is None:
-            return
-        with self._table:
-            others = {n: self._entries[n] for n in self.resident if n != name}
-            missing = size_bytes + sum(e.size_bytes for e in others.values()) - self.budget_bytes
-            leaving = []
-            for other in sorted(others, key=lambda n: others[n].used):
-                if missing <= 0:
-                    break
-                if self._is_evictable(other, others[other]):
-                    leaving.append(other)
-                    missing -= others[other].size_bytes
-            if missing > 0:
-                kept = [n for n in others if n not in leaving]
-                raise BankError(
-                    f"adapter {name!r} takes {size_bytes:,} bytes, and the budget of "
-                    f"{self.budget_bytes:,} is {missing:,} too small for it"
-                    + (f" beside {', '.join(kept)}, which can't go now" if kept else "")
-                )
-            for other in leaving:
-                remove(self._state, other)
-
-    def _is_evictable(self, name: str, entry: BankEntry) -> bool:
-        route = self._state.route
-        held = entry.pinned or entry.routes or name == route.bottom.name
-        return entry.folder is not None and not held
+        if self.budget_bytes is not None:
+            self._entries.make_room(name, size_bytes, self.budget_bytes)
