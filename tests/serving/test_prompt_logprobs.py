@@ -21,24 +21,29 @@ SUM = {"small": 0.7, "wide": -0.4}
 
 
 @pytest.fixture(scope="module")
-def served(words, folder, tmp_path_factory):
-    """A server that reads prompts in small parts, also with an adapter of virtual tokens."""
+def place(words, folder, tmp_path_factory):
+    """A folder of adapters, among them one of virtual tokens."""
     place = shutil.copytree(folder, tmp_path_factory.mktemp("prompts") / "served")
     model = AutoModelForCausalLM.from_pretrained(words)
     lk.attach(model, lk.PrefixConfig(prefix=2, infix=1))
     randomise(model, seed=3, std=0.5)
     lk.extract(model).save(place / "virtual")
+    return place
+
+
+@pytest.fixture(scope="module")
+def served(words, place):
+    """A server that reads prompts in small parts."""
     made = Server(words, place, prefill_tokens=5)
-    made.words, made.place = words, place
     yield made
     made.engine.close(drain=False)
 
 
-def plain(served, weights):
+def plain(words, place, weights):
     """The base in transformers alone, with B·A of some adapters in its weights."""
-    model = AutoModelForCausalLM.from_pretrained(served.words, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(words, dtype=torch.float32)
     for name, weight in weights.items():
-        adapter = lk.Adapter.load(served.place / name)
+        adapter = lk.Adapter.load(place / name)
         for site in adapter.sites:
             a, b = (adapter.tensors[f"{site.name}.lora_{part}"] for part in "ab")
             with torch.no_grad():
@@ -66,7 +71,7 @@ def check(found, tokens, logits, count, decode):
         if row is None:
             assert entry is None
             continue
-        likeliest = sorted(range(len(row)), key=lambda t, row=row: -float(row[t]))
+        likeliest = sorted(range(len(row)), key=row.neg().tolist().__getitem__)
         wanted = dict.fromkeys([token, *likeliest[:count]])
         assert list(entry) == [str(t) for t in wanted]
         for t in wanted:
@@ -82,8 +87,8 @@ def check(found, tokens, logits, count, decode):
     [{}, SUM, *(pytest.param({n: 1.0}, marks=pytest.mark.thorough) for n in ("small", "wide"))],
     ids=str,
 )
-def test_they_are_those_of_plain_transformers(served, weights):
-    model, decode = plain(served, weights), served.tokenizer.decode
+def test_they_are_those_of_plain_transformers(served, words, place, weights):
+    model, decode = plain(words, place, weights), served.tokenizer.decode
     named = {"adapters": [{"name": n, "weight": w} for n, w in weights.items()]} if weights else {}
     how = {"prompt_logprobs": 3, "max_tokens": 2, "n": 2} | named
     # The second time the prompts are among what was read.
@@ -101,9 +106,9 @@ def test_they_are_those_of_plain_transformers(served, weights):
         assert "prompt_logprobs" not in choice
 
 
-def test_virtual_tokens_have_no_entries_and_come_before_the_first(served):
-    base = AutoModelForCausalLM.from_pretrained(served.words).double()
-    tensors = lk.Adapter.load(served.place / "virtual").tensors
+def test_virtual_tokens_have_no_entries_and_come_before_the_first(served, words, place):
+    base = AutoModelForCausalLM.from_pretrained(words).double()
+    tensors = lk.Adapter.load(place / "virtual").tensors
     rows = expected(base, tensors, row_with_tokens(LONG, causal=True, infix=1))
     told = served.complete(LONG, model="virtual", prompt_logprobs=1).json()["choices"][0]
     # Each token is predicted by what is before it: the first one by the second virtual token.
@@ -131,7 +136,8 @@ def test_they_are_right_beside_answers_and_other_prompts(served, monkeypatch):
     # The last one, without, was read in steps of the answers.
     assert engine.joint.count
     for at, choice in enumerate(choices):
-        (first, *told), prompt = given[2 * at].deltas[0].prompt_tokens, [3 + at, *LONG]
+        first, *told = given[2 * at].deltas[0].prompt_tokens or ()
+        prompt = [3 + at, *LONG]
         with bank.route(choice):
             logits = logits_of(bank.model, prompt)
         assert first is None
