@@ -53,6 +53,13 @@ def test_commits_are_checked_by_the_tools_of_make_check():
     assert tools == set(re.findall(r"\$\(BIN\)/(ruff|mypy)", read("Makefile")))
 
 
+def test_no_page_has_two_sides_of_a_merge():
+    # Source with such lines does not compile.
+    pages = {*PAGES, *ROOT.glob("*.md"), *ROOT.glob("paper/**/*.md")}
+    marks = re.compile("^(<{7}|>{7}) ", flags=re.MULTILINE)
+    assert [page for page in pages if marks.search(page.read_text(encoding="utf-8"))] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))

@@ -245,6 +245,19 @@ def test_what_was_used_least_recently_goes_and_comes_back(adapters, folders, inp
     assert len(bank.resident) == 3
 
 
+def test_what_was_attached_and_then_loaded_comes_back_too(adapters, folders, inputs):
+    model = build("llama")
+    lk.attach(model, folders["qv"], name="qv")
+    lk.switch(model, None)
+    bank = lk.AdapterBank(model, budget_bytes=adapters["all"].size_bytes)
+    expected = answers(bank, inputs, "qv")
+    bank.load("qv", folders["qv"])
+    bank.load("all", folders["all"])
+    assert bank.resident == ("all",)
+    assert torch.equal(answers(bank, inputs, "qv"), expected)
+    assert bank.hold("qv").content_hash == adapters["qv"].content_hash()
+
+
 def test_what_is_pinned_switched_to_merged_or_in_a_route_stays(adapters, folders, inputs):
     bank = limited(adapters, folders, "qv", "down")
     bank.pin("qv")

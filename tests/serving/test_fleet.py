@@ -99,6 +99,20 @@ def test_streams_are_relayed_with_the_usage_where_it_is_asked_for(front, upstrea
     assert '"usage"' not in text
 
 
+def test_log_probabilities_of_prompts_come_through_a_front(front, upstreams):
+    server, how = upstreams[0].server, {"model": "wide", "prompt_logprobs": 2, "max_tokens": 0}
+    found, alone = front.complete(**how).json(), server.complete(**how).json()
+    told = found["choices"][0]["prompt_logprobs"]
+    assert told == alone["choices"][0]["prompt_logprobs"]
+    assert [entry and len(entry) for entry in told] in ([None, 2], [None, 3])
+    assert (
+        front.chat(**how).json()["prompt_logprobs"] == server.chat(**how).json()["prompt_logprobs"]
+    )
+    refused = front.complete(**how, stream=True)
+    assert refused.status_code == refused.json()["error"]["code"] == 400
+    assert refused.json()["error"]["param"] == "prompt_logprobs"
+
+
 @pytest.mark.thorough
 def test_other_paths_are_relayed_too(front, upstreams):
     assert front.post("/tokenize", model="small", prompt="red cat").json()["count"] == 2

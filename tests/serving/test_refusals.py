@@ -35,7 +35,15 @@ BAD = [
     ({"best_of": 4}, 400, "best_of must be n"),
     ({"suffix": "end"}, 400, "suffix: "),
     ({"stream_options": {"include_usage": True}}, 400, "goes with stream: true"),
-    ({"max_tokens": 0}, 400, "goes with echo"),
+    ({"max_tokens": 0}, 400, "goes with echo or prompt_logprobs"),
+    ({"prompt_logprobs": -1}, 400, "prompt_logprobs: Input should be greater than or equal to 0"),
+    ({"prompt_logprobs": 21}, 400, "prompt_logprobs: Input should be less than or equal to 20"),
+    ({"prompt_logprobs": "all"}, 400, "prompt_logprobs: "),
+    (
+        {"prompt_logprobs": 0, "stream": True},
+        400,
+        "prompt_logprobs: Value error, goes with stream: false",
+    ),
 ]
 
 
@@ -55,6 +63,12 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": "red", "nam": "x"}]}, "did you mean 'name'"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
     ({"top_logprobs": 3}, "goes with logprobs: true"),
+    ({"prompt_logprobs": 99}, "prompt_logprobs: Input should be less than or equal to 20"),
+    (
+        {"prompt_logprobs": 1, "stream": True},
+        "prompt_logprobs: Value error, goes with stream: false",
+    ),
+    ({"max_tokens": 0}, "ask for prompt_logprobs"),
     ({"max_completion_tokens": 3}, "are the same: give one"),
     ({"tools": [{"type": "function"}]}, "tools.0"),
     ({"response_format": {"type": "xml"}}, "response_format.type: "),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from covering import sampled
-from lorakit.serving.sampling import Sampler, Sampling, gumbel_noise
+from lorakit.serving.sampling import LEAST_LOGPROB, Sampler, Sampling, gumbel_noise, reported
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
 
@@ -69,6 +69,21 @@ def test_log_probabilities_come_before_temperature_and_penalties():
     assert token.logprob == pytest.approx(float(expected[1]))
     assert [other for other, _ in token.alternatives] == [0, 1]
     assert Sampler(Sampling(), []).choose(LOGITS).logprob is None
+
+
+def test_a_rank_is_one_more_than_the_tokens_with_larger_logits():
+    # These differ by less than their log-probabilities can tell.
+    near = torch.tensor([1e-7, 2e-7, 9.0, 9.0, float("-inf")])
+    assert float(near.log_softmax(-1)[0]) == float(near.log_softmax(-1)[1])
+    token = reported(near, 0, 4, ranked=True)
+    assert {other for other, _ in token.alternatives[:2]} == {2, 3}
+    assert [other for other, _ in token.alternatives[2:]] == [1, 0]
+    assert token.ranks == (4, 1, 1, 3, 4)
+    assert reported(near, 3, 0, ranked=True).ranks == (1,)
+    assert reported(near, 0, 4).ranks == ()
+    least = reported(near, 4, 5, ranked=True)
+    assert least.logprob == least.alternatives[-1][1] == LEAST_LOGPROB
+    assert least.ranks == (5, 1, 1, 3, 4, 5)
 
 
 def test_a_seed_gives_the_same_and_none_gives_others():

@@ -300,10 +300,8 @@ class AdapterBank:
         self, name: str, adapter: Adapter, ready: Ready | None, folder: Path | None
     ) -> Adapter:
         """Make an adapter resident under a name."""
-        if ready is None:
-            self._entries.of(name).folder = folder
-            return self._entries.held(name).record
-        self._make_room(name, adapter.size_bytes)
+        if ready is not None:
+            self._make_room(name, adapter.size_bytes)
         self._entries.put(
             name,
             ready,
@@ -311,7 +309,7 @@ class AdapterBank:
             size_bytes=adapter.size_bytes,
             folder=folder,
         )
-        return ready[1]
+        return self._entries.held(name).record
 
     def _updates_of(self, adapter: Adapter, *, copy: bool) -> Ready:
         _, updates, record = fit_and_build(

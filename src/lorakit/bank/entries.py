@@ -153,11 +153,26 @@ class Entries:
                     entry.routes -= 1
 
     def put(
-        self, name: str, ready: Ready, *, content_hash: str, size_bytes: int, folder: Path | None
+        self,
+        name: str,
+        ready: Ready | None,
+        *,
+        content_hash: str,
+        size_bytes: int,
+        folder: Path | None,
     ) -> None:
-        """Have a name mean an adapter from now on, which is then resident and was used last."""
+        """Have a name mean an adapter from now on, which is then resident and was used last.
+
+        Args:
+            name: of the adapter.
+            ready: what makes it resident; None: it is that already, as by lk.attach.
+            content_hash: of the adapter.
+            size_bytes: of its tensors.
+            folder: from which it is read again after an eviction; None: it is never evicted.
+        """
         with self.lock:
-            self.install(name, ready)
+            if ready is not None:
+                self.install(name, ready)
             entry = self._by_name.setdefault(name, BankEntry("", 0, None))
             entry.content_hash, entry.size_bytes = content_hash, size_bytes
             entry.folder = folder

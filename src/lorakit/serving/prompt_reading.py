@@ -227,7 +227,7 @@ class PromptReader:
         if prompt.tokens is not None:
             following = request.ids[prompt.read + 1 : end + 1]
             prompt.tokens += [
-                reported(own, token, request.prompt_logprobs)
+                reported(own, token, request.prompt_logprobs, ranked=True)
                 for own, token in zip(logits, following, strict=False)
                 # Virtual tokens are no text.
                 if token < self._decoder.vocabulary

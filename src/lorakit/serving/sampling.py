@@ -14,6 +14,8 @@ from lorakit.serving.grammars import Matcher
 
 LEAST_TEMPERATURE = 1e-30
 """Less than this is computed as this: its reciprocal, which GPUs take, would be infinite."""
+LEAST_LOGPROB = -9999.0
+"""Less than this is told as this, as by vLLM: a logit may be minus infinity, which JSON has not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,9 @@ class Token:
     """Of the model itself, before temperature and penalties."""
     alternatives: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens in its place and their log-probabilities, the likeliest first."""
+    ranks: tuple[int, ...] = ()
+    """Of the token and of these, where they were asked for: 1 more than there are tokens with a
+    larger logit."""
 
 
 class Sampler:
@@ -187,11 +192,29 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probabilities).index_put((tokens[kept],), ordered[kept])
 
 
-def reported(logits: Tensor, token: int, alternatives: int | None) -> Token:
-    """A token with its log-probability and so many of the likeliest in its place; None: neither."""
+def reported(
+    logits: Tensor, token: int, alternatives: int | None, *, ranked: bool = False
+) -> Token:
+    """A token with its log-probability and so many of the likeliest in its place; None: neither.
+
+    Args:
+        logits: of its place (vocabulary).
+        token: that is there.
+        alternatives: how many of the likeliest.
+        ranked: give the ranks of all of them, too.
+    """
     if alternatives is None:
         return Token(token)
-    logprobs = logits.float().log_softmax(-1)
-    values, tokens = logprobs.topk(min(alternatives, len(logprobs)))
-    pairs = zip(tokens.tolist(), values.tolist(), strict=True)
-    return Token(token, float(logprobs[token]), tuple(pairs))
+    logits = logits.float()
+    # By logits: log-probabilities are rounded once more, and may be equal where these are not.
+    values, tokens = logits.topk(min(alternatives, len(logits)))
+    logprobs = logits.log_softmax(-1)
+    own, *others = (
+        max(value, LEAST_LOGPROB) for value in (float(logprobs[token]), *logprobs[tokens].tolist())
+    )
+    ranks: tuple[int, ...] = ()
+    if ranked:
+        # Whatever is larger than one of the likeliest is among them.
+        of_others = 1 + (values > values[:, None]).sum(-1)
+        ranks = (1 + int((logits > logits[token]).sum()), *of_others.tolist())
+    return Token(token, own, tuple(zip(tokens.tolist(), others, strict=True)), ranks)

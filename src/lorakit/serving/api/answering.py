@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from lorakit.serving.api.asking import Answering
@@ -84,7 +85,13 @@ async def answered(
         events = _events(answering, form, with_usage=usage)
         return EventStream(answering, events)
     await finished(http, answering)
-    return JSONResponse(form.complete(answering.answers, answering.usage))
+
+    def whole() -> Response:
+        return JSONResponse(form.complete(answering.answers, answering.usage))
+
+    # Log-probabilities of a long prompt are many texts, for which no stream should wait.
+    has_prompts = any(answer.prompt_tokens for answer in answering.answers)
+    return await run_in_threadpool(whole) if has_prompts else whole()
 
 
 async def finished(http: HttpRequest, answering: Answering) -> None:

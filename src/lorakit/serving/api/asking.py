@@ -78,7 +78,7 @@ def requests_of(
     *,
     max_tokens: int | None,
     alternatives: int | None,
-    prompt_logprobs: int | None = None,
+    echoed: int | None = None,
     grammar: Matcher | None = None,
     client: str = "",
 ) -> list[Request]:
@@ -91,7 +91,8 @@ def requests_of(
         engine: that is to answer.
         max_tokens: the most tokens of each answer; None: what the context leaves.
         alternatives: how many of the likeliest tokens to report; None: no log-probability.
-        prompt_logprobs: the same for the tokens of the prompt.
+        echoed: the same for the tokens of the prompt, which each answer gives back. What
+            `prompt_logprobs` of the body asks for, the first answer to each prompt has.
         grammar: what each answer must be.
         client: who asks: clients take turns.
 
@@ -106,6 +107,7 @@ def requests_of(
         ("stop_token_ids", body.stop_token_ids or []),
     ):
         check_ids(tokens, engine.vocabulary, name)
+    told = [count for count in (echoed, body.prompt_logprobs) if count is not None]
     made = []
     for ids in prompts:
         left = room - len(ids)
@@ -123,7 +125,7 @@ def requests_of(
                 stops=body.stops,
                 include_stop=body.include_stop_str_in_output,
                 skip_special=body.skip_special_tokens,
-                prompt_logprobs=prompt_logprobs,
+                prompt_logprobs=echoed if number else max(told, default=None),
                 client=client,
             )
             made.append(request)

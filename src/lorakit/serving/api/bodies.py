@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from lorakit.errors import did_you_mean
 from lorakit.serving.refusals import RefusalError
@@ -199,12 +199,18 @@ class Asked(Addressed):
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
     guided_grammar: str | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    """Report each token of the prompt with its log-probability and rank, and so many of the
+    likeliest in its place; not in a stream."""
 
-    @model_validator(mode="after")
-    def _check_stream(self) -> Asked:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true")
-        return self
+    @field_validator("stream_options", "prompt_logprobs")
+    @classmethod
+    def _check_stream(cls, given: Any, info: Any) -> Any:
+        # `info` is a protocol of pydantic's that can't be checked at run time.
+        wanted, streams = info.field_name == "stream_options", info.data.get("stream")
+        if None not in (given, streams) and streams != wanted:
+            raise ValueError(f"goes with stream: {str(wanted).lower()}")
+        return given
 
     @property
     def stops(self) -> tuple[str, ...]:

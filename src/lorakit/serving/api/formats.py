@@ -21,16 +21,22 @@ class Form:
 
     Args:
         chosen: what answers.
-        logprobs: whether log-probabilities are given.
+        alternatives: how many of the likeliest tokens are shown beside each; None: no
+            log-probability.
+        prompt_logprobs: the same for the tokens of the prompt, in vLLM's form.
     """
 
     prefix = ""
     whole = ""
     chunk = ""
 
-    def __init__(self, chosen: Chosen, *, logprobs: bool) -> None:
+    def __init__(
+        self, chosen: Chosen, *, alternatives: int | None, prompt_logprobs: int | None
+    ) -> None:
         self._tokenizer = chosen.tokenizer
-        self._logprobs = logprobs
+        self._alternatives = alternatives
+        self._prompt_logprobs = prompt_logprobs
+        self._texts: dict[int, str] = {}
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -63,13 +69,39 @@ class Form:
         return {"finish_reason": answer.finish, "stop_reason": answer.stopped_by}
 
     def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token]))
+        if token not in self._texts:
+            self._texts[token] = str(self._tokenizer.decode([token]))
+        return self._texts[token]
+
+    def _of_prompt(self, answer: Answer) -> list[dict[str, Any] | None]:
+        """For each token of a prompt that token, and the likeliest in its place, by their ids."""
+        return [None if token is None else self._ranked(token) for token in answer.prompt_tokens]
+
+    def _ranked(self, token: Token) -> dict[str, Any]:
+        assert token.logprob is not None
+        own = (token.id, token.logprob)
+        told = zip((own, *token.alternatives[: self._prompt_logprobs]), token.ranks, strict=False)
+        return {
+            str(id_): {"logprob": logprob, "rank": rank, "decoded_token": self._text(id_)}
+            for (id_, logprob), rank in told
+        }
 
 
 class CompletionForm(Form):
     """The form of /v1/completions."""
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+
+    def complete(self, answers: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
+        """The whole response, each choice with the log-probabilities of its prompt."""
+        made = super().complete(answers, usage)
+        if self._prompt_logprobs is not None:
+            # The first answer to each prompt has them.
+            firsts = {id(answer.request.prompt): answer for answer in reversed(answers)}
+            told = {prompt: self._of_prompt(answer) for prompt, answer in firsts.items()}
+            for choice, answer in zip(made["choices"], answers, strict=True):
+                choice["prompt_logprobs"] = told[id(answer.request.prompt)]
+        return made
 
     def choice(self, answer: Answer) -> dict[str, Any]:
         """An answer that is over, after its prompt where that is given back."""
@@ -95,7 +127,7 @@ class CompletionForm(Form):
     def _logprobs_of(
         self, answer: Answer, tokens: Sequence[Token], offsets: Sequence[int], *, whole: bool
     ) -> dict[str, Any] | None:
-        if not self._logprobs:
+        if self._alternatives is None:
             return None
         shift = len(answer.prompt or "")
         shown: list[Token | None] = list(tokens)
@@ -111,11 +143,17 @@ class CompletionForm(Form):
             "tokens": names,
             "token_logprobs": [None if token is None else token.logprob for token in shown],
             "top_logprobs": [
-                None if token is None else {self._text(t): value for t, value in _with_own(token)}
+                None if token is None else {self._text(t): v for t, v in self._with_own(token)}
                 for token in shown
             ],
             "text_offset": places,
         }
+
+    def _with_own(self, token: Token) -> list[tuple[int, float]]:
+        """The likeliest tokens in a place, and the one that is there."""
+        assert token.logprob is not None
+        likeliest = dict(token.alternatives[: self._alternatives])
+        return list((likeliest | {token.id: token.logprob}).items())
 
     def _joined(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -126,11 +164,25 @@ class ChatForm(Form):
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, chosen: Chosen, *, logprobs: bool, calling: Calling | None = None) -> None:
+    def __init__(
+        self,
+        chosen: Chosen,
+        *,
+        alternatives: int | None,
+        prompt_logprobs: int | None,
+        calling: Calling | None = None,
+    ) -> None:
         """Take also the tools that answers may call."""
-        super().__init__(chosen, logprobs=logprobs)
+        super().__init__(chosen, alternatives=alternatives, prompt_logprobs=prompt_logprobs)
         self._calling = calling
         self._readers: dict[int, CallReader] = {}
+
+    def complete(self, answers: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
+        """The whole response, with the log-probabilities of the conversation."""
+        made = super().complete(answers, usage)
+        if self._prompt_logprobs is not None:
+            made["prompt_logprobs"] = self._of_prompt(answers[0])
+        return made
 
     def choice(self, answer: Answer) -> dict[str, Any]:
         """An answer that is over."""
@@ -176,7 +228,7 @@ class ChatForm(Form):
         return ended | {"finish_reason": "tool_calls"} if stopped else ended
 
     def _logprobs_of(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if not self._logprobs:
+        if self._alternatives is None:
             return None
         content = [
             self._shown(token.id, token.logprob)
@@ -188,12 +240,6 @@ class ChatForm(Form):
     def _shown(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-
-def _with_own(token: Token) -> list[tuple[int, float]]:
-    """The likeliest tokens in a place, and the one that is there."""
-    assert token.logprob is not None
-    return list((dict(token.alternatives) | {token.id: token.logprob}).items())
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -119,9 +119,11 @@ class OwnEngine:
         def prepare() -> tuple[Chosen, list[Any], list[str]]:
             chosen = self._writer(body, http)
             ids = [text_ids(chosen, p) if isinstance(p, str) else p for p in prompts]
-            asks_none = body.max_tokens == 0 and not body.echo
-            if asks_none:
-                raise RefusalError("max_tokens is 0: that goes with echo", param="max_tokens")
+            asks_some = body.max_tokens != 0 or body.echo or body.prompt_logprobs is not None
+            if not asks_some:
+                raise RefusalError(
+                    "max_tokens is 0: that goes with echo or prompt_logprobs", param="max_tokens"
+                )
             requests = requests_of(
                 body,
                 ids,
@@ -129,7 +131,7 @@ class OwnEngine:
                 self._engine,
                 max_tokens=body.max_tokens,
                 alternatives=body.logprobs,
-                prompt_logprobs=body.logprobs if body.echo else None,
+                echoed=body.logprobs if body.echo else None,
                 grammar=self._grammar(body, chosen),
                 client=rights_of(http).client,
             )
@@ -140,7 +142,9 @@ class OwnEngine:
 
         with self._engine.queue.reserved(len(prompts) * body.n):
             chosen, requests, texts = await run_in_threadpool(prepare)
-        form = CompletionForm(chosen, logprobs=body.logprobs is not None)
+        form = CompletionForm(
+            chosen, alternatives=body.logprobs, prompt_logprobs=body.prompt_logprobs
+        )
         echoed = [text for text in texts for _ in range(body.n)] if body.echo else None
         return await answered(
             http, body, form, self._engine, requests, chosen, self.metrics, echoed
@@ -149,13 +153,16 @@ class OwnEngine:
     async def chat(self, body: ChatBody, http: Request) -> Response:
         """The assistant's next turn of a conversation."""
         tools = Tools.of(body)
+        alternatives = (body.top_logprobs or 0) if body.logprobs else None
 
         def prepare() -> tuple[Chosen, list[Any], Calling | None]:
             chosen = self._writer(body, http)
-            alternatives = (body.top_logprobs or 0) if body.logprobs else None
             asked = body.max_completion_tokens or body.max_tokens
-            if asked == 0:
-                raise RefusalError("max_tokens is 0: give at least 1", param="max_tokens")
+            if asked == 0 and body.prompt_logprobs is None:
+                raise RefusalError(
+                    "max_tokens is 0: give at least 1, or ask for prompt_logprobs",
+                    param="max_tokens",
+                )
             calling = None
             if tools is not None:
                 form = self._call_forms.of(chosen.tokenizer, chosen.ends)
@@ -184,7 +191,12 @@ class OwnEngine:
 
         with self._engine.queue.reserved(body.n):
             chosen, requests, calling = await run_in_threadpool(prepare)
-        form = ChatForm(chosen, logprobs=bool(body.logprobs), calling=calling)
+        form = ChatForm(
+            chosen,
+            alternatives=alternatives,
+            prompt_logprobs=body.prompt_logprobs,
+            calling=calling,
+        )
         return await answered(http, body, form, self._engine, requests, chosen, self.metrics)
 
     async def embed(self, body: EmbeddingsBody, http: Request) -> Response:
