@@ -23,6 +23,10 @@ ALONE := build/alone
 # some do not resolve with our pins. 700 MB, made once; LORAKIT_TOOLS=FOLDER has them already.
 TOOLS := build/tools
 
+# Where sizes of tensors are named, types are checked at run time in `make test`; `make test-all`
+# checks those of all functions, which takes a third longer.
+SHAPED := lorakit.analysis,lorakit.bench.mixed,lorakit.data,lorakit.kernels,lorakit.layers,lorakit.methods.prompt,lorakit.training.lm_loss
+
 # Which tests; all of them, if nothing is said: make test TESTS=tests/adapter
 TESTS ?=
 
@@ -32,7 +36,7 @@ demo: setup
 	@$(BIN)/lorakit demo
 
 test: setup
-	@$(PYTEST) -m "not thorough" $(TESTS)
+	@$(PYTEST) --jaxtyping-packages=$(SHAPED),beartype.beartype -m "not thorough" $(TESTS)
 
 test-all: setup $(if $(LORAKIT_TOOLS),,$(TOOLS)/.ready)
 	@$(PYTEST) $(TESTS)

@@ -46,7 +46,7 @@ def pytest_collection(session):
     """
     config = session.config
     collects = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
-    if collects and (config.getoption("jaxtyping_packages", None) or "").startswith("lorakit,"):
+    if collects and (config.getoption("jaxtyping_packages", None) or "").startswith("lorakit"):
         importlib.import_module("transformers.trainer")
 
 

@@ -25,6 +25,20 @@ def test_the_version_is_the_same_everywhere():
     assert citation["version"] == lorakit.__version__
 
 
+def test_sizes_that_are_named_are_checked_by_make_test():
+    (checked,) = re.findall(r"^SHAPED := (\S+)$", read("Makefile"), re.MULTILINE)
+    named = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"^from jaxtyping import", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert len(named) > 20
+    packages = tuple(checked.split(","))
+    assert [
+        name for name in named if not f"{name}.".startswith(tuple(f"{p}." for p in packages))
+    ] == []
+
+
 def test_pinned_versions_are_at_least_the_lowest():
     pins = {}
     for line in read("constraints.txt").splitlines():
