@@ -129,6 +129,17 @@ def check_same_work(prepared: Prepared) -> None:
     check_same({f"the hash of the {name}": value for name, value in hashes.items()})
 
 
+def _check_base(name: str, model: PreTrainedModel, task: str) -> None:
+    """Make sure that a loaded base does what the rows need.
+
+    Raises:
+        LorakitError: it is an encoder that is to write, or cannot compare answers.
+    """
+    check_does(name, model.config, task_of_base(task))
+    if task == "preference":
+        check_reads_in_one_piece(model)
+
+
 def prepare_all(
     configs: Mapping[str, TrainConfig], base: LoadedBase | None = None
 ) -> dict[str, Prepared]:
@@ -154,9 +165,7 @@ def prepare_all(
         _check_preference(configs)
     first = settled(next(iter(configs.values())), base)
     model, tokenizer = _model_of(base, first, task, labels)
-    check_does(first.model, model.config, task_of_base(task))
-    if task == "preference":
-        check_reads_in_one_piece(model)
+    _check_base(first.model, model, task)
     packing = packing_of(model, task, first)
     check_memory(model, first)
     plans = for_each(
