@@ -7,8 +7,7 @@ batch first; the calls do. The first ones of a kind are looked at, later ones ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from lorakit.layers.adapted_layer import AdaptedLayer
 from lorakit.layers.batch_rows import first_tensor, has_tokens
 from lorakit.layers.operation import Operation
 from lorakit.layers.route import Frame, Route
-from lorakit.models.base import base_modules, device_of, has_compiled_parts
+from lorakit.models.base import base_modules, device_of, has_compiled_parts, in_eval_mode
 from lorakit.models.roles import input_embedding
 from lorakit.upstream.private_names import (
     TorchDispatchMode,
@@ -174,7 +173,7 @@ class Effects:
             return torch.cat([x, *[x[:1]] * more])
 
         problem = ""
-        with _quiet(call.model), route.own.pushed(Frame(notes)):
+        with in_eval_mode(call.model), route.own.pushed(Frame(notes)):
             try:
                 call.again(longer, cache=False)
             except Exception as error:
@@ -203,18 +202,6 @@ class Noted(Operation):
         """The output."""
         self.firsts.add(inputs[0].shape[0])
         return output
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Have a model in eval mode, inside a block, so that no statistics of its norms change."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class Reads(TorchDispatchMode):

@@ -36,6 +36,8 @@ def idle_settings(config: TrainConfig) -> tuple[str, ...]:
         and f"form is {config.preference.form}",
         "preference.margin": config.preference.form != "simpo"
         and f"form is {config.preference.form}",
+        "preference.trl": config.preference.through != "trl"
+        and f"through is {config.preference.through}",
         "allow_other_base": config.init_from is None and "there is no init_from",
     }
     given = {*changed(config), *(f"lora.{name}" for name in changed(lora))}

@@ -143,6 +143,14 @@ class PreferenceSettings(Settings):
     """Weight of the usual loss: of cpo that of the chosen answer, of orpo that of the prompt with
     the chosen answer."""
 
+    through: Literal["lorakit", "trl"] = "lorakit"
+    """What computes the loss: lorakit, or TRL's trainer of this form, which is given the same
+    batches and the same reference."""
+
+    trl: dict[str, Any] = {}
+    """Through trl: further settings of its loss by TRL's names, such as loss_type apo_zero.
+    Validation rows are scored in the form all the same."""
+
 
 class TrainConfig(Settings):
     """One training run: the model, the data, the adapter and the schedule.

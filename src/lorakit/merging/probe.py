@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, MergeError
-from lorakit.models.base import has_compiled_parts
+from lorakit.models.base import has_compiled_parts, in_eval_mode
 from lorakit.models.roles import input_embedding
 from lorakit.models.shape import is_encoder_decoder
 
@@ -62,13 +62,8 @@ def _as_written(model: nn.Module) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def _run(model: nn.Module, probe: Mapping[str, Tensor]) -> Any:
-    training = [module for module in model.modules() if module.training]
-    try:
-        with _as_written(model):
-            return model.eval()(**probe)
-    finally:
-        for module in training:
-            module.training = True
+    with in_eval_mode(model), _as_written(model):
+        return model(**probe)
 
 
 def _takes(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:

@@ -1,6 +1,7 @@
 """The base model's own modules and parameters, also while adapters are attached."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -81,6 +82,18 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter is not None and parameter not in seen:
                 seen.add(parameter)
                 yield (f"{path}.{name}" if path else name), parameter
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Have all modules of a model in eval mode inside a block, and then each as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorakit.kernels.logit_transform import IDENTITY, LogitTransform
 from lorakit.kernels.packed_sequences import PackedSequences
 from lorakit.models.attention import attention_within, takes_attention_functions
+from lorakit.models.base import in_eval_mode
 from lorakit.models.shape import is_encoder_decoder
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -102,17 +103,13 @@ def _probe(base: nn.Module, head: nn.Module, rows: int) -> tuple[list[Tensor], T
     names = ["input_ids"]
     if is_encoder_decoder(base):
         names.append("decoder_input_ids")
-    training = [module for module in base.modules() if module.training]
     hook = head.register_forward_hook(replace)
     # Packed sequences may be in force, of another batch than the probe's.
     packed = PackedSequences(((1,),) * rows, 1) if takes_attention_functions(base) else None
-    # In eval mode dropout draws no random numbers, so that the probe does not alter a training run.
-    base.eval()
     try:
-        with attention_within(base, packed):
+        # In eval mode dropout draws no random numbers, so that a training run is not altered.
+        with in_eval_mode(base), attention_within(base, packed):
             logits: Tensor = base(**dict.fromkeys(names, ids), use_cache=False).logits
     finally:
         hook.remove()
-        for module in training:
-            module.training = True
     return outputs, logits

@@ -96,6 +96,9 @@ class BatchTrainer(Trainer):
         if "loss" in logs and tokens:
             logs |= {"tokens": tokens, "padding": round(padding / tokens, 4)}
             self._tokens, self._padding = 0, 0
+        through = getattr(self.compute_loss_func, "through", None)
+        if "loss" in logs and through is not None:
+            logs |= through.figures()
         super().log(logs, *args, **kwargs)
 
     def compute_loss(
@@ -114,8 +117,7 @@ class BatchTrainer(Trainer):
         labels = inputs["labels"]
         given = {name: value for name, value in inputs.items() if name != "labels"}
         if how.objective is not None:
-            outputs = how.objective.outputs(model, given)
-            return self._checked(how(outputs, labels, num_items_in_batch))
+            return self._checked(how.of_rows(model, given, labels, num_items_in_batch))
         loss, _ = text_losses(
             model,
             given,

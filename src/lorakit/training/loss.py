@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from lorakit.data.objectives import OBJECTIVES
 from lorakit.data.objectives.objective import Objective
 from lorakit.data.objectives.preference import Preference
 from lorakit.routing.route import route
+from lorakit.training.trl_loss import TrlLoss
 
 
 class Loss:
@@ -27,7 +30,10 @@ class Loss:
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         preference: PreferenceSettings | None = None,
+        through: TrlLoss | None = None,
     ) -> None:
+        """Hold the settings of a task's loss; `through`: what computes it in lorakit's place."""
+        self.through = through
         self.objective: Objective | None = OBJECTIVES.get(task)
         if isinstance(self.objective, Preference):
             settings = preference or PreferenceSettings()
@@ -42,6 +48,21 @@ class Loss:
         assert self.objective is not None, "the loss of texts is computed by training/lm_loss.py"
         count = self.objective.count(labels) if num_items_in_batch is None else num_items_in_batch
         return self.summed(outputs, labels) / count
+
+    def of_rows(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The loss of a model for rows with labels, as a call has it for its outputs."""
+        assert self.objective is not None, "the loss of texts is computed by training/lm_loss.py"
+        if self.through is None:
+            return self(self.objective.outputs(model, inputs), labels, num_items_in_batch)
+        rows = self.objective.count(labels)
+        count = rows if num_items_in_batch is None else num_items_in_batch
+        return self.through(model, inputs) * (rows / count)
 
     def summed(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The sum of the losses of a batch of rows with labels."""

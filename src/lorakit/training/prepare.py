@@ -45,6 +45,7 @@ from lorakit.training.task_rows import (
     shared_task,
     with_same_rows,
 )
+from lorakit.training.trl_loss import check_through_trl
 from lorakit.training.virtual_tokens import check_infix, longest_row, with_tokens
 
 NAME = "default"
@@ -248,6 +249,11 @@ def _check_preference(configs: Mapping[str, TrainConfig]) -> None:
     methods = {method for config in configs.values() for method in config.method}
     if any(method.startswith("prefix-") for method in methods):
         problems.append("method: virtual tokens are put into rows of one answer each")
+    for config in configs.values():
+        if config.preference.through == "trl":
+            problems += check_through_trl(config.preference)
+            if config.shard is not None:
+                problems.append("shard: TRL takes the weights of the head, which are in pieces")
     if problems:
         raise ConfigError.listing("the task preference cannot be trained in this way", problems)
 

@@ -17,10 +17,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.attachment.attach import extract
-from lorakit.config.train import TrainConfig
+from lorakit.config.train import PreferenceSettings, TrainConfig
 from lorakit.data.collate import Collator
 from lorakit.errors import ConfigError, OutputError, TrainingError
 from lorakit.kernels.choice import use
+from lorakit.models.base import device_of
 from lorakit.routing.route import route
 from lorakit.training.card import training_card
 from lorakit.training.checkpoints import step_of
@@ -52,6 +53,7 @@ from lorakit.training.run_folder import LOG, find_checkpoint, locked
 from lorakit.training.sharded_base import is_sharded, shard_base
 from lorakit.training.trackers import check_trackers, reporting
 from lorakit.training.trainer import AdapterTrainer, KeepBest, OwnIntervals, make_arguments
+from lorakit.training.trl_loss import TrlLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +235,9 @@ def execute(
         TrainingError: a check stopped the run; the last good adapter is kept.
         KeyboardInterrupt: it was interrupted; a checkpoint is saved, the text says how to go on.
     """
-    _open_folder(run)
+    # First what may refuse the run: then an earlier run's files are removed.
     trainer = _trainer(run, make_trainer)
+    _open_folder(run)
     trainer.add_callback(bar)
     trainer.add_callback(interruption)
     steps = run.prepared.steps
@@ -277,6 +280,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
         preference=config.preference,
+        through=_through(prepared, config.preference),
     )
     plain_loss = Loss(prepared.task, preference=config.preference)
     collate = Collator(prepared.tokenizer)
@@ -330,6 +334,20 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
             )
         )
     return trainer
+
+
+def _through(prepared: Prepared, settings: PreferenceSettings) -> TrlLoss | None:
+    """What computes the loss in lorakit's place, tried on a row of training."""
+    if prepared.task != "preference" or settings.through != "trl":
+        return None
+    through = TrlLoss(prepared.model, prepared.tokenizer, settings)
+    batch = Collator(prepared.tokenizer)(prepared.training.examples[:1])
+    del batch["labels"]
+    device = device_of(prepared.model)
+    with torch.no_grad():
+        through(prepared.model, {name: each.to(device) for name, each in batch.items()})
+    through.figures()
+    return through
 
 
 def _save(run: Run, trainer: AdapterTrainer, folder: Path) -> None:

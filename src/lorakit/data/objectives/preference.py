@@ -20,6 +20,7 @@ from lorakit.data.preference_rows import preference_row
 from lorakit.data.row_types import PreferenceRow, Row
 from lorakit.data.samples import Draft, Example
 from lorakit.errors import ConfigError
+from lorakit.models.base import in_eval_mode
 
 TARGETS = "target_tokens"
 """Key of a batch's mask of the tokens of answers: not for the model itself."""
@@ -106,7 +107,8 @@ class Preference(Objective):
         found, whole = _log_probabilities(model, given, targets, written)
         base = torch.zeros_like(found)
         if self.settings.form in WITH_REFERENCE:
-            with torch.no_grad(), self.without_adapter(model):
+            # Dropout would make the base another reference in each step.
+            with torch.no_grad(), self.without_adapter(model), in_eval_mode(model):
                 (base,) = _log_probabilities(model, given, targets)
         counts, wholes = (mask[:, 1:].sum(1).to(found) for mask in (targets, written))
         halves = (*found.chunk(2), *counts.chunk(2), *base.chunk(2))

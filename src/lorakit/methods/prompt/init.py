@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from lorakit.config.base import dtype_name
 from lorakit.config.methods import PrefixConfig
 from lorakit.layers.adapted_layer import AdaptedLayer, adapted_layers
 from lorakit.layers.route import Frame
+from lorakit.models.base import in_eval_mode
 from lorakit.models.shape import is_encoder_decoder
 
 
@@ -76,14 +77,9 @@ def outputs(model: nn.Module, tokens: Tensor, paths: Sequence[str]) -> dict[str,
 @contextmanager
 def _as_the_base(model: nn.Module) -> Iterator[None]:
     """Let a model answer without adapters and dropout inside a block."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     adapted: AdaptedLayer | None = next((layer for _, layer in adapted_layers(model)), None)
-    try:
-        with ExitStack() as stack:
-            if adapted is not None:
-                stack.enter_context(adapted.adapter_route.block(Frame()))
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with (
+        in_eval_mode(model),
+        nullcontext() if adapted is None else adapted.adapter_route.block(Frame()),
+    ):
+        yield
