@@ -46,7 +46,7 @@ def test_every_setting_that_does_not_go_is_named(settings, monkeypatch):
 
 @pytest.mark.parametrize("form", ["dpo", "ipo", "cpo", "simpo", "orpo"])
 def test_each_form_has_a_trainer(form, monkeypatch):
-    asked = []
+    asked: list[str] = []
     monkeypatch.setattr(trl_loss, "_library", asked.append)
     assert trl_loss.check_through_trl(PreferenceSettings(form=form, through="trl")) == []
     assert asked == ["trl"]
