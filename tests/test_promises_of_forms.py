@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,7 @@ from covering import sampled
 from lorakit.attachment.attach import adapter_parameters
 from lorakit.config.methods import MethodConfig
 from lorakit.errors import MergeError, RouteError
+from lorakit.models.loftq import LoftQ
 from mixtures import mixture
 from references import base_hash, outputs, randomise
 from tiny_models import bart, build, example_inputs
@@ -44,6 +45,14 @@ class Form:
     """Why rows cannot differ: a part of the RouteError."""
     fewer: bool = False
     """Whether a forward pass need not reach all: tokens choose their experts."""
+    adapter: Callable[[], lk.Adapter] | None = None
+    """What is attached in place of a fresh one, where that is to come with its own base."""
+
+    def attach(self, model: Any, name: str = "default") -> lk.Plan:
+        """Attach it, to be trained."""
+        if self.adapter is None:
+            return lk.attach(model, self.configs, name=name)
+        return lk.attach(model, self.adapter(), name=name, trainable=True)
 
 
 class Attention(nn.Module):
@@ -86,6 +95,19 @@ def seeded(kind: type[nn.Module]) -> nn.Module:
 def repeated() -> Any:
     model = build("llama")
     lk.replicate_layers(model, "0-1,0-1")
+    return model
+
+
+def of_loftq() -> lk.Adapter:
+    """A fresh adapter for a base that LoftQ changes."""
+    model = build("llama", hidden_size=64, intermediate_size=128)
+    lk.attach(model, lora(targets=("q", "down")))
+    return replace(lk.extract(model), loftq=LoftQ(bits=4, iterations=1))
+
+
+def loftq_base() -> Any:
+    model = build("llama", hidden_size=64, intermediate_size=128)
+    of_loftq().prepare_base(model)
     return model
 
 
@@ -153,6 +175,7 @@ FORMS: Mapping[str, Form] = {
     ),
     "tied-weights": Form(tied, lora(targets=("q", "embed"), ensure_weight_tying=True)),
     "pissa": Form(lambda: build("llama"), lora(targets=("q", "down"), init="pissa"), close=True),
+    "loftq": Form(loftq_base, (), adapter=of_loftq),
     "encoder-decoder": Form(lambda: build("t5"), lora(targets=("q", "v", "up"))),
     "prefix-of-an-encoder": Form(
         bart,
@@ -186,7 +209,7 @@ def made(form: str) -> tuple[Form, Any, dict[str, Tensor]]:
 
 
 def attach_random(model: Any, form: Form, name: str = "default", *, seed: int = 0) -> None:
-    lk.attach(model, form.configs, name=name)
+    form.attach(model, name)
     randomise(model, name, seed=seed)
 
 
@@ -194,7 +217,7 @@ def attach_random(model: Any, form: Form, name: str = "default", *, seed: int = 
 def test_a_fresh_one_changes_nothing(made):
     form, model, inputs = made
     before = outputs(model, inputs)
-    lk.attach(model, form.configs)
+    form.attach(model)
     if form.identity:
         limit = 1e-5 if form.close else 0
         torch.testing.assert_close(outputs(model, inputs), before, rtol=0, atol=limit)
@@ -203,7 +226,7 @@ def test_a_fresh_one_changes_nothing(made):
 @forms
 def test_only_the_adapter_trains_and_all_of_it(made):
     form, model, inputs = made
-    plan = lk.attach(model, form.configs)
+    plan = form.attach(model)
     randomise(model)
     model(**inputs).logits.square().sum().backward()
     own = dict(adapter_parameters(model, "default"))

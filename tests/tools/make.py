@@ -23,6 +23,8 @@ PACKAGES = {
     "mlflow": ("mlflow",),
     "trackio": ("trackio",),
     "ray": ("ray[serve]",),
+    # What it needs beside its files is fairseq, which nothing here runs.
+    "detransliterator": ("--no-deps", "detransliterator"),
 }
 """What is installed for each tool."""
 ON_THEIR_OWN = ("mlflow", "trackio")
