@@ -330,6 +330,7 @@ def test_what_cannot_be_estimated_is_one_message(tmp_path, capsys):
         ["--model", str(unknown)],
         ["--fit", "lots"],
         ["--batch-size", "3", "--processes", "2"],
+        ["--model", "minilm"],
     ):
         assert main(["estimate", *words]) == 2
         told.append(capsys.readouterr().err)
@@ -337,6 +338,7 @@ def test_what_cannot_be_estimated_is_one_message(tmp_path, capsys):
     assert "cannot be loaded for any task" in told[1]
     assert "'lots' is no size: write 24GB, 80GiB or 500MB" in told[2]
     assert "batch_size 3 is the rows of all processes: give a multiple of 2" in told[3]
+    assert "and is an encoder (bert), which reads a text at once" in told[4]
 
 
 @pytest.mark.thorough

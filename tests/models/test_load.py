@@ -9,14 +9,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import lorakit as lk
 from hub_stand_in import stand_in
 from lorakit.errors import ModelError
 from lorakit.models.load import load_model, model_name, redraw_fresh_head
-from lorakit.models.tasks import TASKS
+from lorakit.models.tasks import TASKS, check_does
 from tiny_models import VOCABULARY, build
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, VOCABULARY))]
@@ -294,6 +294,14 @@ def test_an_encoder_that_is_to_write_says_what_writes_and_what_it_does(family, t
         " smollm2, or another task and its rows (classification, regression, multi-label,"
         " token-classification, question-answering, embedding)"
     )
+
+
+def test_a_class_that_writes_does_not_make_an_encoder_write():
+    # Its tokens see those that follow, unless the config has the switch.
+    named = {"architectures": ["BertLMHeadModel"]}
+    check_does("", BertConfig(**named, is_decoder=True), "generation")
+    with pytest.raises(ModelError, match="is an encoder"):
+        check_does("", BertConfig(**named), "generation")
 
 
 def test_a_truncated_checkpoint_is_a_model_error(copy):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.content import AdapterContent
-from lorakit.adapter.peft_config import CORDA_FILE
+from lorakit.adapter.peft_config import CORDA_FILE, REPEATABLE_INITS
 from lorakit.adapter.site import Site
 from lorakit.models.base import base_modules, unwrapped
 from lorakit.models.quantized_weight import float_weight
@@ -54,8 +54,8 @@ def _halves(u: Tensor, s: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     return root[:, None] * v, u * root
 
 
-STARTS: Mapping[str, Start] = {"pissa": _pissa, "olora": _olora, "corda": _corda}
-"""Starts that can be computed again, by PEFT's words for them (`REPEATABLE_INITS`)."""
+STARTS: Mapping[str, Start] = dict(zip(REPEATABLE_INITS, (_pissa, _olora, _corda), strict=True))
+"""Starts that can be computed again, by PEFT's words for them."""
 
 
 def of_whole_base(

@@ -14,6 +14,7 @@ from lorakit.attachment.attach import detach
 from lorakit.config.base import dtype_name
 from lorakit.config.estimate import EstimateConfig
 from lorakit.config.train import TrainConfig
+from lorakit.data.objectives import task_of_base
 from lorakit.errors import ConfigError, ModelError
 from lorakit.estimating.counter import KINDS
 from lorakit.estimating.serving import serving_bytes
@@ -25,6 +26,7 @@ from lorakit.kernels.stand_in import DeviceKind
 from lorakit.models.quantized import Quantization, quantize_without_weights
 from lorakit.models.replication import replicate_layers
 from lorakit.models.shape import context_length
+from lorakit.models.tasks import check_does
 from lorakit.models.without_weights import load_without_weights
 from lorakit.training.loaded_base import settled
 
@@ -127,6 +129,7 @@ class Estimator:
         base = _base(config, work) if model is None else model
         if base.config.is_encoder_decoder:
             raise ConfigError(f"a {type(base).__name__} has two stacks, which are not estimated")
+        check_does(config.model, base.config, task_of_base(work.task))
         parameters = base.num_parameters()
         longest = context_length(base)
         size = config.batch_size // config.processes

@@ -120,10 +120,11 @@ def task_of_config(architecture: str, config: transformers.PreTrainedConfig) -> 
 
 def is_encoder(config: transformers.PreTrainedConfig) -> bool:
     """Whether a base with a config reads a text at once, and has nothing that writes one."""
-    architecture = next(iter(config.architectures or ()), "")
-    writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
-    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    return masked and not (writes or architecture.endswith(("ForCausalLM", "LMHeadModel")))
+    # A class such as BertLMHeadModel alone does not: what makes its tokens see none that follow is
+    # a switch of the config, which XLM calls causal.
+    switches = ("is_encoder_decoder", "is_decoder", "causal")
+    writes = any(getattr(config, switch, False) for switch in switches)
+    return type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not writes
 
 
 def check_does(name: str, config: transformers.PreTrainedConfig, task: str) -> None:
