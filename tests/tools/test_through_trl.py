@@ -52,6 +52,7 @@ def test_what_trl_would_leave_out_or_does_not_know_is_told(found):
     for message in found["heads"].values():
         assert "takes the weight of the output head" in message
     assert "Unknown loss type: apo." in found["loss_type"]
+    assert found["dry"] == found["loss_type"]
     assert found["kept"], "the run that was there before is gone"
     assert "first row is nan with TRL before any training" in found["infinite"]
     assert found["still"], "the run that was there before is gone"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lorakit as lk
+from lorakit.cli.train import run
 from lorakit.errors import LorakitError
 
 ROWS = [
@@ -73,9 +74,9 @@ def resumed(model: str, folder: Path) -> bool:
 
 
 def refused(model: str, folder: Path, name: str, *, form: str = "dpo", **more: Any) -> str:
-    """The message of a run that is refused."""
+    """The message of a run of the command line that is refused."""
     try:
-        lk.train(settings(model, folder, name, form, "trl", **more))
+        run(settings(model, folder, name, form, "trl", **more))
     except LorakitError as error:
         return str(error)
     return "nothing"
@@ -103,6 +104,7 @@ def main(model: str, mixture: str, folder: Path) -> dict[str, Any]:
         "kept": (folder / "apo" / "last").is_dir(),
         "infinite": refused(model, folder, "apo", overwrite=True, form="simpo", trl={"alpha": 50}),
         "still": (folder / "apo" / "last").is_dir(),
+        "dry": refused(model, folder, "dry", dry_run=True, trl={"loss_type": "apo"}),
         "divergence": refused(model, folder, "new", trl={"f_divergence_type": "chi"}),
         "name": refused(model, folder, "name", trl={"loss_tipe": "apo_zero", "beta": 3}),
     }

@@ -107,5 +107,9 @@ def test_what_does_not_go_with_a_loaded_model_is_refused(
         lk.train(settings(tmp_path / "a", prompt_rows, sweep={"seed": [0, 1]}), **loaded)
     with pytest.raises(ConfigError, match="dry_run is for the command line"):
         lk.train(settings(tmp_path / "a", prompt_rows, dry_run=True), **loaded)
+    # As transformers marks a base that it loads with a quantization_config.
+    model.is_quantized = True
+    with pytest.raises(ConfigError, match="was quantised as transformers loaded it"):
+        lk.train(config, **loaded)
     assert not (tmp_path / "a").exists()
     assert not hasattr(model, "_lorakit")

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Trainer
 
 import lorakit as lk
 from lorakit.config.train import PreferenceSettings
 from lorakit.errors import ConfigError, MissingExtraError
-from lorakit.training import trl_loss
+from lorakit.training import batch_trainer, trl_loss
 
 
 @pytest.fixture
@@ -131,3 +132,17 @@ def test_its_settings_without_it_are_idle():
     from lorakit.config.idle import idle_settings
 
     assert "preference.trl (through is lorakit)" in idle_settings(config)
+
+
+def test_figures_are_means_over_the_processes(monkeypatch):
+    told = {}
+    # The other process has a sum of 4 of all that is added up.
+    monkeypatch.setattr(batch_trainer, "total", lambda values: values + 4)
+    monkeypatch.setattr(batch_trainer, "count", lambda: 2)
+    monkeypatch.setattr(Trainer, "log", lambda self, logs: told.update(logs))
+    trainer = object.__new__(batch_trainer.BatchTrainer)
+    trainer._tokens = trainer._padding = 0
+    through = SimpleNamespace(figures=lambda: {"rewards/margins": 2.0})
+    trainer.compute_loss_func = SimpleNamespace(through=through)
+    trainer.log({"loss": 1.0})
+    assert told["rewards/margins"] == 3.0

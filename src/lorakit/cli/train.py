@@ -6,7 +6,7 @@ from typing import Any
 from lorakit.cli.verbs import Result
 from lorakit.config.train import TrainConfig
 from lorakit.training.prepare import Prepared, prepare
-from lorakit.training.run import train
+from lorakit.training.run import loss_through, train
 from lorakit.training.sweep.report import figures
 from lorakit.training.sweep.sweep import describe, prepare_sweep, sweep
 
@@ -17,6 +17,7 @@ def run(settings: TrainConfig) -> Result:
         return _dry_sweep(settings) if settings.dry_run else _sweep(settings)
     if settings.dry_run:
         prepared = prepare(settings)
+        loss_through(prepared, settings.preference)
         return Result(text=prepared.describe(settings.table), data=_data(prepared))
     result = train(settings, progress=True, table=True)
     lines = [

@@ -98,7 +98,10 @@ class BatchTrainer(Trainer):
             self._tokens, self._padding = 0, 0
         through = getattr(self.compute_loss_func, "through", None)
         if "loss" in logs and through is not None:
-            logs |= through.figures()
+            # TRL knows of no other process.
+            figures = through.figures()
+            means = total(torch.tensor(list(figures.values()), dtype=torch.float64)) / count()
+            logs |= dict(zip(figures, means.tolist(), strict=True))
         super().log(logs, *args, **kwargs)
 
     def compute_loss(

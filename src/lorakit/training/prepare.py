@@ -134,8 +134,15 @@ def _check_base(name: str, model: PreTrainedModel, task: str) -> None:
     """Make sure that a loaded base does what the rows need.
 
     Raises:
-        LorakitError: it is an encoder that is to write, or cannot compare answers.
+        LorakitError: it is an encoder that is to write, cannot compare answers, or was quantised
+            by transformers.
     """
+    trainable = getattr(getattr(model, "hf_quantizer", None), "is_qat_trainable", False)
+    if getattr(model, "is_quantized", False) and not trainable:
+        raise ConfigError(
+            f"{name} was quantised as transformers loaded it, whose Trainer refuses such a base: "
+            "load it in its own precision, and have lorakit quantise it (quantize: 4bit or 8bit)"
+        )
     check_does(name, model.config, task_of_base(task))
     if task == "preference":
         check_reads_in_one_piece(model)

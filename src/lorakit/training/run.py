@@ -280,7 +280,7 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
         preference=config.preference,
-        through=_through(prepared, config.preference),
+        through=loss_through(prepared, config.preference),
     )
     plain_loss = Loss(prepared.task, preference=config.preference)
     collate = Collator(prepared.tokenizer)
@@ -336,8 +336,13 @@ def _trainer(run: Run, make_trainer: Callable[..., AdapterTrainer]) -> AdapterTr
     return trainer
 
 
-def _through(prepared: Prepared, settings: PreferenceSettings) -> TrlLoss | None:
-    """What computes the loss in lorakit's place, tried on a row of training."""
+def loss_through(prepared: Prepared, settings: PreferenceSettings) -> TrlLoss | None:
+    """What computes the loss in lorakit's place, if anything; it has computed that of one row.
+
+    Raises:
+        MissingExtraError: TRL is to compute it, and is not installed.
+        ConfigError: TRL refuses the settings, cannot see all of the adapter, or has no number.
+    """
     if prepared.task != "preference" or settings.through != "trl":
         return None
     through = TrlLoss(prepared.model, prepared.tokenizer, settings)
