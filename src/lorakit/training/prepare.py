@@ -141,7 +141,8 @@ def _check_base(name: str, model: PreTrainedModel, task: str) -> None:
     if getattr(model, "is_quantized", False) and not trainable:
         raise ConfigError(
             f"{name} was quantised as transformers loaded it, whose Trainer refuses such a base: "
-            "load it in its own precision, and have lorakit quantise it (quantize: 4bit or 8bit)"
+            "load it with lk.load_model, which reads such checkpoints and quantises others "
+            "(quantize='4bit')"
         )
     check_does(name, model.config, task_of_base(task))
     if task == "preference":
