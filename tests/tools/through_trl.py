@@ -1,6 +1,6 @@
 """Runs of `lorakit train` whose loss TRL computes, beside the same runs with lorakit's own.
 
-python tests/tools/through_trl.py MODEL FOLDER
+python tests/tools/through_trl.py MODEL MIXTURE FOLDER
 """
 
 import json
@@ -51,7 +51,7 @@ def both(model: str, folder: Path, form: str, **more: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"loss": [], "scores": []}
     made = []
     for through in ("lorakit", "trl"):
-        name = f"{form}-{through}-{len(more)}"
+        name = f"{form}-{through}-{len(found['loss'])}-{'-'.join(more)}"
         result = lk.train(settings(model, folder, name, form, through, **more))
         found["loss"].append([line["loss"] for line in logged(result.out)])
         found["scores"].append(dict(result.scores))
@@ -72,16 +72,16 @@ def resumed(model: str, folder: Path) -> bool:
     return files[0] == files[1]
 
 
-def refused(model: str, folder: Path, name: str, **more: Any) -> str:
+def refused(model: str, folder: Path, name: str, *, form: str = "dpo", **more: Any) -> str:
     """The message of a run that is refused."""
     try:
-        lk.train(settings(model, folder, name, "dpo", "trl", **more))
+        lk.train(settings(model, folder, name, form, "trl", **more))
     except LorakitError as error:
         return str(error)
     return "nothing"
 
 
-def main(model: str, folder: Path) -> dict[str, Any]:
+def main(model: str, mixture: str, folder: Path) -> dict[str, Any]:
     """All that is found out."""
     forms = {form: both(model, folder, form) for form in ("cpo", "dpo", "ipo", "orpo", "simpo")}
     own = lk.train(settings(model, folder, "apo", "dpo", "trl", trl={"loss_type": "apo_zero"}))
@@ -92,15 +92,21 @@ def main(model: str, folder: Path) -> dict[str, Any]:
     return {
         "forms": forms,
         "memory": both(model, folder, "dpo", memory="low"),
+        "half": both(model, folder, "orpo", dtype="bfloat16"),
+        "experts": both(
+            mixture, folder, "dpo", lora=lk.LoRAConfig(rank=4, targets="q, experts.up")
+        ),
         "apo": [line["loss"] for line in logged(own.out)],
         "resumed": resumed(model, folder),
         "heads": {name: refused(model, folder, name, lora=lora) for name, lora in heads.items()},
         "loss_type": refused(model, folder, "apo", overwrite=True, trl={"loss_type": ["apo"]}),
         "kept": (folder / "apo" / "last").is_dir(),
+        "infinite": refused(model, folder, "apo", overwrite=True, form="simpo", trl={"alpha": 50}),
+        "still": (folder / "apo" / "last").is_dir(),
         "divergence": refused(model, folder, "new", trl={"f_divergence_type": "chi"}),
         "name": refused(model, folder, "name", trl={"loss_tipe": "apo_zero", "beta": 3}),
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))
+    print(json.dumps(main(*sys.argv[1:3], Path(sys.argv[3]))))

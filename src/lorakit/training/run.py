@@ -344,9 +344,7 @@ def _through(prepared: Prepared, settings: PreferenceSettings) -> TrlLoss | None
     batch = Collator(prepared.tokenizer)(prepared.training.examples[:1])
     del batch["labels"]
     device = device_of(prepared.model)
-    with torch.no_grad():
-        through(prepared.model, {name: each.to(device) for name, each in batch.items()})
-    through.figures()
+    through.try_on(prepared.model, {name: each.to(device) for name, each in batch.items()})
     return through
 
 

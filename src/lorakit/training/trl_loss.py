@@ -11,17 +11,21 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import wraps
 from importlib import import_module
 from io import StringIO
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
+from lorakit.config.base import Settings, problem_lines
 from lorakit.config.train import PreferenceSettings
+from lorakit.config.trl_losses import CpoLoss, DpoLoss
 from lorakit.data.chat import IGNORED
 from lorakit.data.objectives.preference import TARGETS
 from lorakit.errors import ConfigError, MissingExtraError, did_you_mean
@@ -35,6 +39,8 @@ ROW = {"prompt": "a", "chosen": "b", "rejected": "c"}
 OF_NO_LOSS = ("loss", "epoch", "num_tokens")
 """Figures that TRL logs, and that lorakit's own trainer has."""
 
+SWITCHES = ("activation_checkpointing", "gradient_checkpointing")
+"""The arguments that have blocks checkpointed; the second is the older."""
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")
 """The properties by which a model tells that blocks are checkpointed; the second is the older."""
 
@@ -51,8 +57,15 @@ class _Form:
     """TRL's names of lorakit's settings, beside beta."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """What makes it this form."""
-    more: tuple[str, ...] = ()
-    """The settings of its loss that `preference.trl` may have."""
+    loss: type[Settings] = Settings
+    """The settings of its loss."""
+    settled: tuple[str, ...] = ()
+    """Those among them that `preference.trl` may not have."""
+
+    @property
+    def more(self) -> tuple[str, ...]:
+        """The settings of its loss that `preference.trl` may have."""
+        return tuple(name for name in self.loss.model_fields if name not in self.settled)
 
     @property
     def compares(self) -> bool:
@@ -60,25 +73,33 @@ class _Form:
         return self.name == "DPO"
 
 
-_OF_DPO = (
-    *("loss_type", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "discopop_tau"),
-    *("f_divergence_type", "f_alpha_divergence_coef", "router_aux_loss_coef"),
-)
+# TRL adds the loss that balances experts wherever a base has some.
+_NO_BALANCE = {"router_aux_loss_coef": 0.0}
 FORMS = {
-    "dpo": _Form(module="trl", name="DPO", fixed={"loss_type": ["sigmoid"]}, more=_OF_DPO),
-    "ipo": _Form(module="trl", name="DPO", fixed={"loss_type": ["ipo"]}, more=_OF_DPO[1:]),
+    "dpo": _Form(
+        module="trl", name="DPO", loss=DpoLoss, fixed={"loss_type": ["sigmoid"], **_NO_BALANCE}
+    ),
+    "ipo": _Form(
+        module="trl",
+        name="DPO",
+        loss=DpoLoss,
+        fixed={"loss_type": ["ipo"], **_NO_BALANCE},
+        settled=("loss_type",),
+    ),
     "cpo": _Form(
         module="trl.experimental.cpo",
         name="CPO",
+        loss=CpoLoss,
         named={"nll": "cpo_alpha"},
-        more=("loss_type", "label_smoothing", "alpha"),
+        settled=("cpo_alpha",),
     ),
     "simpo": _Form(
         module="trl.experimental.cpo",
         name="CPO",
+        loss=CpoLoss,
         named={"margin": "simpo_gamma"},
         fixed={"loss_type": "simpo", "cpo_alpha": 0.0},
-        more=("cpo_alpha", "label_smoothing", "alpha"),
+        settled=("loss_type",),
     ),
     "orpo": _Form(module="trl.experimental.orpo", name="ORPO"),
 }
@@ -93,13 +114,18 @@ def check_through_trl(settings: PreferenceSettings) -> list[str]:
     """
     _library("trl")
     form = FORMS[settings.form]
-    known = ", ".join(form.more) or "there are none"
+    names = ", ".join(form.more) or "there are none"
     problems = [
-        f"preference.trl: {name} is no setting of its loss for {settings.form} ({known})"
+        f"preference.trl: {name} is no setting of its loss for {settings.form} ({names})"
         + did_you_mean(name, form.more)
         for name in settings.trl
         if name not in form.more
     ]
+    known = {name: value for name, value in settings.trl.items() if name in form.more}
+    try:
+        form.loss.model_validate(known)
+    except ValidationError as error:
+        problems += [f"preference.trl.{line}" for line in problem_lines(form.loss, error)]
     if settings.form == "orpo" and settings.nll != 1:
         problems.append(f"preference.nll: TRL's ORPO has a weight of 1, and it is {settings.nll}")
     return problems
@@ -128,7 +154,10 @@ class TrlLoss:
         self._form = FORMS[settings.form]
         if self._form.compares:
             _check_head(model)
+        self._asked = settings.trl
         self._view = _view_of(model)
+        if not self._form.compares:
+            _give_float32(self._view)
         try:
             with _quiet(), route(model, None), tempfile.TemporaryDirectory() as folder:
                 self._trainer = self._made(copy.deepcopy(tokenizer), settings, folder)
@@ -140,29 +169,29 @@ class TrlLoss:
     ) -> Any:
         form = self._form
         library, rows = _library(form.module), _library("datasets").Dataset.from_list([ROW])
+        make_settings = getattr(library, f"{form.name}Config")
+        known = {each.name for each in fields(make_settings)}
+        asked = form.loss.model_validate(settings.trl).model_dump(exclude_unset=True)
         arguments = {
             **form.fixed,
             **{name: getattr(settings, ours) for ours, name in form.named.items()},
-            **settings.trl,
+            **asked,
             "beta": settings.beta,
             "output_dir": folder,
             "report_to": [],
             "disable_tqdm": True,
             # What the run itself decides: precision, memory, and the dropout of its adapter.
             "bf16": False,
-            "activation_checkpointing": False,
+            **{name: False for name in SWITCHES if name in known},
             "disable_dropout": False,
             "use_cpu": not torch.cuda.is_available(),
         }
         if form.compares:
             # Else TRL loads a second base, as it knows of no adapter but PEFT's.
             arguments["precompute_ref_log_probs"] = True
-            # Of a text it would take each letter for a loss.
-            loss_type = arguments["loss_type"]
-            arguments["loss_type"] = [loss_type] if isinstance(loss_type, str) else loss_type
         made = getattr(library, f"{form.name}Trainer")(
             model=self._view,
-            args=getattr(library, f"{form.name}Config")(**arguments),
+            args=make_settings(**arguments),
             train_dataset=rows,
             processing_class=tokenizer,
         )
@@ -191,10 +220,25 @@ class TrlLoss:
             labels = inputs["input_ids"].masked_fill(inputs[TARGETS] == 0, IGNORED)
             batch = _halves({**given, "labels": labels})
         try:
-            with _quiet():
-                return self._trainer.compute_loss(self._view, batch)
+            return self._trainer.compute_loss(self._view, batch)
         except (ValueError, NotImplementedError) as error:
             raise ConfigError(f"preference.trl: TRL refuses these settings: {error}") from error
+
+    def try_on(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Compute the loss of a batch for nothing, to find out what TRL refuses only then.
+
+        Raises:
+            ConfigError: TRL refuses the settings, or they give no number.
+        """
+        with torch.no_grad():
+            loss = self(model, inputs)
+        self.figures()
+        if not torch.isfinite(loss):
+            raise ConfigError(
+                f"preference.through: the loss of the first row is {loss.item()} with TRL before "
+                f"any training: other settings than {self._asked or 'its own'} in preference.trl "
+                "may give a number"
+            )
 
     def figures(self) -> dict[str, float]:
         """What TRL logs of the batches since the last call, such as rewards/margins."""
@@ -218,10 +262,26 @@ def _view_of(model: PreTrainedModel) -> PreTrainedModel:
     view = copy.copy(model)
     for name in ("config", "generation_config", "model_tags"):
         setattr(view, name, copy.deepcopy(getattr(model, name, None)))
+    config = view.config.get_text_config()
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
     # TRL would turn checkpointing of blocks off and on again, and lose how the run does it.
     kind, off = type(model), dict.fromkeys(CHECKPOINTING, False)
     view.__class__ = type(kind.__name__, (kind,), off)
     return view
+
+
+def _give_float32(view: PreTrainedModel) -> None:
+    """Have a view's logits in float32, as TRL has them from the autocast that it runs in."""
+    forward = view.forward
+
+    @wraps(forward)
+    def in_float32(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        outputs.logits = outputs.logits.float()
+        return outputs
+
+    view.forward = in_float32
 
 
 def _check_head(model: PreTrainedModel) -> None:
