@@ -1,6 +1,5 @@
 import re
 from logging import Handler
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -313,9 +312,9 @@ def test_a_truncated_checkpoint_is_a_model_error(copy):
 
 
 def test_an_error_that_begins_with_an_empty_line_is_told():
-    with pytest.raises(ModelError, match=r"'x' cannot be loaded for generation: it needs y\."):
-        with explained("x", str(Path(__file__).parent), "generation"):
-            raise ImportError("\n  it needs y\nSee z.")
+    told = pytest.raises(ModelError, match=r"cannot be loaded .*for generation: it needs y\. ")
+    with told, explained("x", "x", "generation"):
+        raise ImportError("\n  it needs y\nSee z.")
 
 
 @pytest.mark.parametrize(
