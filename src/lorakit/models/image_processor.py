@@ -21,7 +21,7 @@ class ImageProcessor(PreTrainedTokenizerBase):
     @staticmethod
     def load(source: str, **how: Any) -> ImageProcessor:
         """The image processor of a folder or hub id, as transformers reads it."""
-        # Older versions hide it by its short name where there is no torchvision, though Pillow does.
+        # Older versions hide its short name without torchvision, though Pillow is enough.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         return ImageProcessor(AutoImageProcessor.from_pretrained(source, **how))
