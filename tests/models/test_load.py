@@ -16,6 +16,7 @@ import lorakit as lk
 from hub_stand_in import stand_in
 from lorakit.errors import ModelError
 from lorakit.models.load import load_model, model_name, redraw_fresh_head
+from lorakit.models.source import explained
 from lorakit.models.tasks import TASKS, check_does
 from tiny_models import VOCABULARY, build
 
@@ -308,6 +309,12 @@ def test_a_truncated_checkpoint_is_a_model_error(copy):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert told(copy).startswith(f"{str(copy)!r} cannot be loaded for generation: ")
+
+
+def test_an_error_that_begins_with_an_empty_line_is_told():
+    told = pytest.raises(ModelError, match=r"cannot be loaded .*for generation: it needs y\. ")
+    with told, explained("x", "x", "generation"):
+        raise ImportError("\n  it needs y\nSee z.")
 
 
 @pytest.mark.parametrize(

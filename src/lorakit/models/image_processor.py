@@ -18,6 +18,14 @@ class ImageProcessor(PreTrainedTokenizerBase):
         self.processor = processor
         """transformers' processor, which resizes and normalises images."""
 
+    @staticmethod
+    def load(source: str, **how: Any) -> ImageProcessor:
+        """The image processor of a folder or hub id, as transformers reads it."""
+        # Older versions hide its short name without torchvision, though Pillow is enough.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        return ImageProcessor(AutoImageProcessor.from_pretrained(source, **how))
+
     def made_ready(self, images: Any, **how: Any) -> Any:
         """What the model takes of images: `pixel_values`."""
         return self.processor(images, **how)

@@ -159,8 +159,7 @@ def _read(asked: str, task: str, *, dtype: str, **head: Any) -> tuple[Any, Any, 
         with explained(asked, source, task):
             tokenizer: Any
             if TASKS[task].reads_images:
-                own = transformers.AutoImageProcessor.from_pretrained(source, **safe)
-                tokenizer = ImageProcessor(own)
+                tokenizer = ImageProcessor.load(source, **safe)
             else:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
             config = transformers.AutoConfig.from_pretrained(source, **safe)

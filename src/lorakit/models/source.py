@@ -83,7 +83,8 @@ def explained(name: str, source: str, task: str) -> Iterator[None]:
         raise
     # A damaged config or checkpoint can fail anywhere in transformers, with any type of error.
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        lines = (line.strip() for line in str(error).splitlines())
+        reason = next(filter(None, lines), type(error).__name__)
         where = "" if source == name else f" from {source}"
         advice = "" if Path(source).is_dir() else f" {_way_to_get(name)}"
         if _is_gated(error):
