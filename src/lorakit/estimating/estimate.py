@@ -86,10 +86,10 @@ def estimate(config: TrainConfig, *, model: PreTrainedModel | None = None) -> Es
 
     Examples:
         >>> data = lk.DataConfig(max_length=16)
-        >>> config = lk.TrainConfig(model="minilm", out="out/new", data=data, dtype="float32")
-        >>> found = lk.estimate(config)
+        >>> run = {"task": "classification", "out": "out/new", "data": data, "dtype": "float32"}
+        >>> found = lk.estimate(lk.TrainConfig(model="minilm", **run))
         >>> found.trained, sorted(found.training)[:2]
-        (73728, ['activations', 'adapter'])
+        (74498, ['activations', 'adapter'])
     """
     return Estimator()(as_estimate_config(config), model=model)
 
