@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ def client(words, folder, tmp_path_factory):
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A shell has what it starts in the background ignore Ctrl-C, and what that starts too.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
     made = httpx.Client(base_url="http://127.0.0.1:8000", timeout=TIMEOUT_S, trust_env=False)
     try:
